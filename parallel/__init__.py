@@ -1,0 +1,1 @@
+"""Tensor, pipeline and data parallelism on torch.distributed: tensors, groups and stages, no model."""
