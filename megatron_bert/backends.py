@@ -1,0 +1,57 @@
+"""Optional fused kernels from NVIDIA's apex, PyTorch's own otherwise.
+
+apex is never needed. The package of that name on the Python package index is another project; NVIDIA's is recognised
+by its compiled extensions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _import(module: str) -> Any | None:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+@cache
+def apex_layer_norm() -> Callable[..., Tensor] | None:
+    """apex's fused affine layer norm, if NVIDIA's apex is installed with its kernel."""
+    if _import("fused_layer_norm_cuda") is None:
+        return None
+    module = _import("apex.normalization.fused_layer_norm")
+    return getattr(module, "fused_layer_norm_affine", None)
+
+
+@cache
+def apex_adam() -> type[torch.optim.Optimizer] | None:
+    """apex's FusedAdam, if NVIDIA's apex is installed with its kernels."""
+    if _import("amp_C") is None:
+        return None
+    return getattr(_import("apex.optimizers"), "FusedAdam", None)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension, by the fastest kernel at hand for the tensor's device."""
+    fused = apex_layer_norm() if x.is_cuda else None
+    if fused is not None:
+        return fused(x, weight, bias, weight.shape, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def report(device: torch.device) -> dict[str, str]:
+    """Which implementation a run on ``device`` uses for each replaceable part."""
+    cuda = device.type == "cuda"
+    return {
+        "layer norm": "apex" if cuda and apex_layer_norm() is not None else "torch",
+        "Adam": "apex" if cuda and apex_adam() is not None else "torch fused",
+    }

@@ -1,0 +1,329 @@
+"""All settings of a run as validated models, and the checks between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from parallel.data_parallel import Sharding, data_shard_size
+from parallel.errors import UserError
+from parallel.mesh import ParallelLayout, fit_data_size
+from parallel.recompute import Recompute
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown keys and cannot change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+
+class ModelSettings(Section):
+    """The encoder; fields are named as in MegatronBertConfig. Defaults are the 345M model's."""
+
+    hidden_size: int = Field(1024, gt=0, description="Width of the residual stream.")
+    num_hidden_layers: int = Field(24, gt=0, description="Number of transformer layers.")
+    num_attention_heads: int = Field(16, gt=0, description="Attention heads a layer; divides hidden_size.")
+    intermediate_size: int | None = Field(
+        None, gt=0, description="Width of the feed-forward layer; 4 x hidden_size when unset."
+    )
+    hidden_act: str = Field("gelu", description="gelu (exact, erf), or gelu_new / gelu_pytorch_tanh (tanh approximation).")
+    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output.")
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention probabilities.")
+    max_position_embeddings: int = Field(512, gt=0, description="Longest sequence, in tokens.")
+    type_vocab_size: int = Field(2, gt=0, description="Number of token types (segments).")
+    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+    scaled_output_init: bool = Field(
+        True, description="Initialise output projections with initializer_range / sqrt(2 x layers), as Megatron does."
+    )
+    layer_norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every layer norm.")
+    vocab_size_multiple: int = Field(
+        128, gt=0, description="The vocabulary is padded to a multiple of this many rows, at every layout alike."
+    )
+
+
+class TokenizerSettings(Section):
+    """The vocabulary of the corpora."""
+
+    path: Path = Field(description="vocab.txt, tokenizer.json, a sentencepiece .model, or a directory with one of them.")
+    lowercase: bool | None = Field(
+        None, description="Whether text is lower-cased; found from a vocab.txt when unset."
+    )
+
+
+class WeightedPrefix(Section):
+    """One corpus of a blend."""
+
+    prefix: Path = Field(description="Path of a .bin/.idx pair without the ending.")
+    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other corpora.")
+
+
+class DataSettings(Section):
+    """Corpora and how samples are made of them."""
+
+    train: list[WeightedPrefix] = Field(
+        min_length=1, description="Corpora: one prefix, or a list of prefixes or of {prefix, weight}."
+    )
+    valid: list[WeightedPrefix] | None = Field(
+        None, min_length=1, description="Held-out corpora; by default a part of the training corpora set by `split`."
+    )
+    split: str = Field(
+        "969,30,1", description="Documents of the training corpora for training, validation, test, in relative parts."
+    )
+    seq_length: int = Field(512, ge=8, description="Tokens a sample, special tokens included.")
+    mask_probability: float = Field(0.15, gt=0, le=0.5, description="Share of the tokens to predict.")
+    max_predictions: int | None = Field(
+        None, gt=0, description="Most tokens to predict in a sample; mask_probability x seq_length when unset."
+    )
+    whole_word_masking: bool = Field(True, description="Mask all pieces of a word together.")
+    max_ngram: int = Field(3, ge=1, description="Longest run of words masked together; n words with weight 1/n.")
+    short_sequence_probability: float = Field(0.1, ge=0, lt=1, description="Share of samples with a random short length.")
+    pair_objective: Literal["sop", "nsp", "none"] = Field(
+        "sop", description="Sentence order prediction, next sentence prediction, or single segments."
+    )
+    packed: bool = Field(
+        False, description="Concatenate the sequences of a micro batch without padding, instead of a padded rectangle."
+    )
+    workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
+    cache_dir: Path | None = Field(
+        None, description="Where sample indices are kept; `cache` in the run directory when unset."
+    )
+
+
+class ParallelSettings(Section):
+    """How the processes divide the work."""
+
+    tensor: int = Field(1, gt=0, description="Ranks that share every layer's matrices.")
+    data: int | None = Field(None, gt=0, description="Ranks that share the batch; what the other axes leave when unset.")
+    sequence: bool = Field(False, description="Divide activations by token over the tensor ranks between the matrices.")
+    sharding: Sharding = Field(
+        "none",
+        description="What data ranks divide: none, optimizer (and gradients), full (and parameters), "
+        "or hybrid (full inside groups of shard_size ranks, copied between them).",
+    )
+    shard_size: int | None = Field(None, gt=1, description="Ranks a shard group, for hybrid sharding.")
+    timeout_seconds: float = Field(600.0, gt=0, description="How long a collective waits for the other ranks, in seconds.")
+
+
+class OptimizerSettings(Section):
+    """AdamW with decoupled weight decay; biases and norms do not decay."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Share of a weight removed a step, times the learning rate.")
+    clip_grad_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 does not clip.")
+
+
+class LearningRateSettings(Section):
+    """Warm-up, then a decay."""
+
+    peak: float = Field(1e-4, gt=0, description="Learning rate at the end of the warm-up.")
+    minimum: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="Shape after warm-up; wsd is warm-up, stable, decay."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    decay_steps: int | None = Field(
+        None, gt=0, description="Step at which the minimum is reached; training.steps when unset."
+    )
+    wsd_decay_steps: int | None = Field(
+        None, gt=0, description="Length of the final decay of wsd, in steps; a tenth of decay_steps when unset."
+    )
+    wsd_decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
+        "sqrt", description="Shape of the final decay of wsd; sqrt falls as 1 - sqrt(progress)."
+    )
+
+
+class PrecisionSettings(Section):
+    """Number formats; parameters and optimizer states are float32 always."""
+
+    compute: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Format of matrix products.")
+    initial_loss_scale: float = Field(65536.0, gt=0, description="float16: first factor on the loss.")
+    loss_scale_growth_interval: int = Field(
+        1000, gt=0, description="float16: steps without overflow before the loss scale doubles."
+    )
+
+
+class TrainingSettings(Section):
+    """Length, batch and place of a run."""
+
+    run_dir: Path = Field(description="Directory of the run's files.")
+    steps: int = Field(gt=0, description="Optimizer steps.")
+    global_batch_size: int = Field(gt=0, description="Samples an optimizer step, over all ranks.")
+    micro_batch_size: int = Field(gt=0, description="Samples a forward pass on one data rank.")
+    seed: int = Field(1234, ge=0, lt=2**62, description="Seed of initial weights, data order, masks and dropout.")
+    recompute: Recompute = Field(
+        "none", description="Activations computed again in the backward pass: none, selective (all but matrix "
+        "products, fused attention and communication), full (everything but layer inputs)."
+    )
+    compile: bool = Field(False, description="Compile each layer with torch.compile; pays off on GPUs.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto takes CUDA if there is any.")
+    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates at the end only.")
+    evaluate_batches: int = Field(20, gt=0, description="Global batches of held-out samples an evaluation.")
+    max_minutes: float | None = Field(None, gt=0, description="Save and stop after this many minutes.")
+
+
+class CheckpointSettings(Section):
+    """Saving and resuming."""
+
+    every: int = Field(1000, ge=0, description="Steps between checkpoints; 0 saves at the end only.")
+    keep: int = Field(2, ge=0, description="Newest checkpoints kept; 0 keeps all.")
+    resume: str = Field("auto", description="auto (newest of the run directory, if any), none, or a checkpoint's path.")
+    asynchronous: bool = Field(True, description="Write while training goes on.")
+
+
+class LoggingSettings(Section):
+    """What a run reports."""
+
+    every: int = Field(10, gt=0, description="Steps between logged lines.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    progress: bool | None = Field(None, description="Show a progress bar; on a terminal only when unset.")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Peak of one device for the compute format, in TFLOP/s, for the MFU; "
+        "looked up from the device's name when unset."
+    )
+
+
+class Settings(Section):
+    """A run of `megatron-bert pretrain`."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    tokenizer: TokenizerSettings
+    data: DataSettings
+    parallel: ParallelSettings = Field(default_factory=ParallelSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    learning_rate: LearningRateSettings = Field(default_factory=LearningRateSettings)
+    precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
+    training: TrainingSettings
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+
+    @property
+    def max_predictions(self) -> int:
+        """Slots of masked tokens a sample."""
+        return self.data.max_predictions or max(1, round(self.data.mask_probability * self.data.seq_length))
+
+    def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:
+        """The encoder's configuration, for the vocabulary of the run's tokenizer."""
+        sizes = self.model.model_dump()
+        sizes["intermediate_size"] = self.model.intermediate_size or 4 * self.model.hidden_size
+        return MegatronBertConfig(
+            **sizes, vocab_size=vocab_size, pad_token_id=pad_token_id, binary_head=self.data.pair_objective != "none"
+        )
+
+    def layout(self, world_size: int) -> ParallelLayout:
+        """How ``world_size`` processes divide the work.
+
+        Raises:
+            UserError: the axes do not multiply to the world size, or the data axis cannot be sharded as asked.
+        """
+        wanted = self.parallel
+        data = fit_data_size(world_size, tensor=wanted.tensor, pipeline=1, data=wanted.data)
+        return ParallelLayout(
+            tensor=wanted.tensor,
+            data=data,
+            data_shard=data_shard_size(wanted.sharding, data, wanted.shard_size),
+            sequence=wanted.sequence,
+        )
+
+    def dump(self) -> str:
+        """The resolved settings as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
+    """Every check that involves more than one field; runs before any process group starts.
+
+    Returns:
+        The layout, now known to fit.
+
+    Raises:
+        UserError: two settings, or a setting and the number of processes, do not go together.
+    """
+    model, data, training = settings.model, settings.data, settings.training
+    layout = settings.layout(world_size)
+    if model.hidden_act not in ACTIVATIONS:
+        raise UserError(f"model.hidden_act is {model.hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size {model.hidden_size} is not a multiple of model.num_attention_heads "
+            f"{model.num_attention_heads}: every head needs the same number of dimensions"
+        )
+    _check_tensor_sizes(settings, layout)
+    if data.seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.seq_length {data.seq_length} is above model.max_position_embeddings "
+            f"{model.max_position_embeddings}: raise the latter or shorten the sequences"
+        )
+    if model.type_vocab_size < 2 and data.pair_objective != "none":
+        raise UserError(
+            f"data.pair_objective {data.pair_objective} needs two token types, but model.type_vocab_size is "
+            f"{model.type_vocab_size}: set it to 2, or data.pair_objective=none"
+        )
+    if settings.max_predictions > data.seq_length:
+        raise UserError(
+            f"data.max_predictions {settings.max_predictions} is above data.seq_length {data.seq_length}: lower it"
+        )
+    step = layout.data * training.micro_batch_size
+    if training.global_batch_size % step:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of data-parallel size "
+            f"{layout.data} x training.micro_batch_size {training.micro_batch_size} = {step}: change one of them"
+        )
+    _check_learning_rate(settings)
+    sharding, shard_size = settings.parallel.sharding, settings.parallel.shard_size
+    if (sharding == "hybrid") != (shard_size is not None):
+        raise UserError(
+            f"parallel.sharding is {sharding} and parallel.shard_size is {shard_size}: hybrid sharding needs a "
+            "shard_size (ranks a group, for example the GPUs of a node), the others take none"
+        )
+    if settings.precision.compute == "float16" and training.device == "cpu":
+        raise UserError("precision.compute float16 needs a GPU: choose bfloat16 or float32 with training.device=cpu")
+    return layout
+
+
+def _check_tensor_sizes(settings: Settings, layout: ParallelLayout) -> None:
+    model, tensor = settings.model, layout.tensor
+    intermediate = model.intermediate_size or 4 * model.hidden_size
+    for name, size in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.intermediate_size", intermediate),
+        ("model.vocab_size_multiple", model.vocab_size_multiple),
+    ):
+        if size % tensor:
+            raise UserError(
+                f"{name} is {size}, which parallel.tensor {tensor} does not divide: choose a tensor size that does"
+                + (f", or set {name}={size * tensor}" if name.endswith("multiple") else "")
+            )
+    tokens = settings.training.micro_batch_size * settings.data.seq_length
+    if layout.sequence and tokens % tensor:
+        raise UserError(
+            f"parallel.sequence divides the {tokens} tokens of a micro batch (training.micro_batch_size x "
+            f"data.seq_length) over {tensor} tensor ranks, which does not come out even: change data.seq_length"
+        )
+
+
+def _check_learning_rate(settings: Settings) -> None:
+    rate = settings.learning_rate
+    decay = rate.decay_steps or settings.training.steps
+    if rate.minimum > rate.peak:
+        raise UserError(f"learning_rate.minimum {rate.minimum} is above learning_rate.peak {rate.peak}: lower it")
+    if rate.warmup_steps >= decay and rate.schedule != "constant":
+        raise UserError(
+            f"learning_rate.warmup_steps {rate.warmup_steps} leaves no step to decay before step {decay}: shorten the "
+            "warm-up, or raise learning_rate.decay_steps"
+        )
+    if rate.schedule != "wsd" and rate.wsd_decay_steps is not None:
+        raise UserError(
+            f"learning_rate.wsd_decay_steps is set but learning_rate.schedule is {rate.schedule}: set it to wsd, "
+            "or remove wsd_decay_steps"
+        )
+    if rate.schedule == "wsd" and (rate.wsd_decay_steps or 0) > decay - rate.warmup_steps:
+        raise UserError(
+            f"learning_rate.wsd_decay_steps {rate.wsd_decay_steps} is longer than the {decay - rate.warmup_steps} steps "
+            "after warm-up: shorten it"
+        )

@@ -1,0 +1,99 @@
+"""Settings from YAML files and dotted overrides, with errors for people."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_bert.config import Settings, WeightedPrefix
+from parallel.errors import UserError
+
+
+def load_settings(path: Path, overrides: list[str]) -> Settings:
+    """Read a YAML file and apply ``section.key=value`` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown (with the nearest known one), or a value does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the settings file {path}: {error.strerror}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, not a mapping of sections: see configs/ for examples")
+    for override in overrides:
+        _apply_override(tree, override)
+    return settings_from(tree, source=str(path))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts) or len(parts) < 2:
+        raise UserError(f"override {override!r} is not of the form section.key=value, such as training.steps=100")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} holds a value, not a section with keys of its own")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+
+
+def settings_from(tree: dict[str, Any], source: str) -> Settings:
+    """Settings from nested dictionaries; ``source`` names them in errors."""
+    tree = dict(tree)
+    if isinstance(tree.get("data"), dict):
+        tree["data"] = dict(tree["data"])
+        for name in ("train", "valid"):
+            if name in tree["data"]:
+                tree["data"][name] = _corpora(tree["data"][name])
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def _corpora(value: Any) -> Any:
+    """One prefix, or a list of prefixes or of {prefix, weight}, as a list of the latter."""
+    if value is None:
+        return None
+    items = value if isinstance(value, list) else [value]
+    return [{"prefix": item} if isinstance(item, str) else item for item in items]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown setting {location}; {hint}"
+    if first["type"] == "missing":
+        return f"{location} is required and not set"
+    return f"{location} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Settings
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if isinstance(part, int):
+            section = WeightedPrefix
+        elif field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)

@@ -1,0 +1,124 @@
+"""The encoder: embeddings, a range of layers and the final norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.layer import LayerNorm, TransformerLayer, own_tokens
+from megatron_bert.model.sequences import SequenceLayout
+from parallel.dropout import fold_in, keyed_dropout
+from parallel.layers import VocabParallelEmbedding
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.recompute import Recompute
+from parallel.sharding import Normal, ParallelModule
+
+
+class TokenTable(ParallelModule):
+    """A small embedding table (positions, types), whole on every tensor rank."""
+
+    def __init__(
+        self, rows: int, size: int, *, init_std: float, divided: bool, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size, device=device))
+        self.initializers["weight"] = Normal(init_std)
+        if divided:
+            self.token_partial = ("weight",)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids ``[T]`` to rows ``[T, H]``."""
+        return F.embedding(ids, self.weight)
+
+
+class BertEmbeddings(nn.Module):
+    """Word, position and type embeddings, summed, with dropout and no norm.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.tp, self.dropout = tp, config.hidden_dropout_prob
+        size, std = config.hidden_size, config.initializer_range
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size, config.padded_vocab_size, size, init_std=std, tp=tp, device=device
+        )
+        self.position_embeddings = TokenTable(
+            config.max_position_embeddings, size, init_std=std, divided=tp.sequence, device=device
+        )
+        self.token_type_embeddings = TokenTable(
+            config.type_vocab_size, size, init_std=std, divided=tp.sequence, device=device
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, types: Tensor, keys: Tensor | None) -> Tensor:
+        """Embed tokens.
+
+        Args:
+            tokens, positions, types: int64 ``[T]``, the same on every tensor rank.
+            keys: int64 ``[T]`` dropout keys; None without dropout.
+
+        Returns:
+            ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
+        """
+        hidden = (
+            self.word_embeddings(tokens)
+            + self.position_embeddings(own_tokens(positions, self.tp))
+            + self.token_type_embeddings(own_tokens(types, self.tp))
+        )
+        return hidden if keys is None else keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp))
+
+
+class Encoder(nn.Module):
+    """Layers ``first`` to ``last`` of the stack, and the final norm when they include the top.
+
+    Layers keep their global numbers as names, whatever part of the stack this is.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        layers: the range of layers to build; all by default.
+        recompute: what layers compute again in the backward pass.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        layers: range | None = None,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerLayer(config, tp=tp, recompute=recompute, device=device) for i in layers}
+        )
+        self.final_norm: LayerNorm | None = None
+        if layers.stop == config.num_hidden_layers:
+            self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, divided=tp.sequence, device=device)
+
+    def forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+        """Run the layers.
+
+        Args:
+            hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
+            layout: which tokens belong together.
+            keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
+
+        Returns:
+            As ``hidden``.
+        """
+        for number, layer in self.layers.items():
+            # Keys of a layer are folded here, as tensors, so that all layers share one compiled graph.
+            hidden = layer(hidden, layout, None if keys is None else fold_in(keys, 1 + int(number)))
+        return hidden if self.final_norm is None else self.final_norm(hidden)

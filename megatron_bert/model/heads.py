@@ -1,0 +1,84 @@
+"""Heads of pretraining: masked language modelling at chosen positions, and the sentence-pair head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from megatron_bert.model.layer import LayerNorm
+from parallel.layers import column_parallel_linear
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.sharding import Constant, Normal, ParallelModule, local_tensor, sharded_parameter
+
+
+class Dense(ParallelModule):
+    """A linear layer that every tensor rank repeats: it sees few rows (a pooled token, masked positions)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, init_std: float, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device))
+        self.initializers = {"weight": Normal(init_std), "bias": Constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, K]`` to ``[N, out_features]``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class MaskedLanguageHead(ParallelModule):
+    """Dense, GELU, norm, then the word embeddings as output matrix with a bias of its own.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.tp, self.approximate = tp, ACTIVATIONS[config.hidden_act]
+        size = config.hidden_size
+        self.dense = Dense(size, size, init_std=config.initializer_range, device=device)
+        self.norm = LayerNorm(size, config.layer_norm_eps, device=device)
+        self.bias = sharded_parameter((config.padded_vocab_size,), tp, dim=0, device=device)
+        self.initializers["bias"] = Constant(0.0)
+
+    def forward(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
+        """Logits over this rank's part of the vocabulary.
+
+        Args:
+            selected: ``[K, H]`` final hidden states of the positions to predict, replicated over tensor ranks.
+            word_embeddings: the embedding table's weight.
+
+        Returns:
+            ``[K, padded_vocab/t]``.
+        """
+        features = self.norm(F.gelu(self.dense(selected), approximate=self.approximate))
+        return column_parallel_linear(
+            features, local_tensor(word_embeddings), local_tensor(self.bias), self.tp, sequence=False
+        )
+
+
+class SentencePairHead(nn.Module):
+    """Pooler (dense and tanh on the first token) and a two-way classifier: in order or swapped, or next or random.
+
+    Args:
+        config: sizes of the encoder.
+        device: of the parameters.
+    """
+
+    def __init__(self, config: MegatronBertConfig, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.pooler = Dense(config.hidden_size, config.hidden_size, init_std=std, device=device)
+        self.classifier = Dense(config.hidden_size, 2, init_std=std, device=device)
+
+    def forward(self, first_tokens: Tensor) -> Tensor:
+        """Final hidden states of the first tokens ``[B, H]`` to logits ``[B, 2]``."""
+        return self.classifier(torch.tanh(self.pooler(first_tokens)))

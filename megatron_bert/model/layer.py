@@ -1,0 +1,123 @@
+"""One pre-layer-norm transformer layer (Shoeybi et al., arXiv 1909.08053, figure 7b)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bert import backends
+from megatron_bert.model.attention import SelfAttention
+from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from megatron_bert.model.sequences import SequenceLayout
+from parallel.dropout import fold_in, keyed_dropout
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.recompute import Recompute, recomputed
+from parallel.sharding import Constant, ParallelModule
+
+# What dropout keys are folded with at each place of a layer, so that their masks are independent.
+_ATTENTION_PROBABILITIES, _ATTENTION_OUTPUT, _MLP_OUTPUT = range(3)
+
+
+class LayerNorm(ParallelModule):
+    """Layer norm over the hidden dimension, replicated over tensor ranks.
+
+    Args:
+        size: H.
+        eps: added to the variance.
+        divided: whether it sees only this rank's tokens (sequence parallelism), so its gradients are partial.
+        device: of the parameters.
+    """
+
+    def __init__(self, size: int, eps: float, *, divided: bool = False, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, device=device))
+        self.bias = nn.Parameter(torch.empty(size, device=device))
+        self.initializers = {"weight": Constant(1.0), "bias": Constant(0.0)}
+        if divided:
+            self.token_partial = ("weight", "bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[.., H]`` to ``[.., H]``."""
+        return backends.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Mlp(nn.Module):
+    """H to intermediate size, GELU, and back; the intermediate features are divided over tensor ranks."""
+
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.approximate = ACTIVATIONS[config.hidden_act]
+        self.intermediate = ColumnParallelLinear(
+            config.hidden_size, config.intermediate_size, init_std=config.initializer_range, tp=tp, device=device
+        )
+        self.output = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, init_std=config.output_init_std, tp=tp, device=device
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[T, H]`` (``[T/t, H]`` under sequence parallelism) to the same."""
+        return self.output(F.gelu(self.intermediate(hidden), approximate=self.approximate))
+
+
+class TransformerLayer(nn.Module):
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))).
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        recompute: what to compute again in the backward pass instead of keeping it.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp, self.recompute, self.dropout = tp, recompute, config.hidden_dropout_prob
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
+        self.attention = SelfAttention(config, tp=tp, device=device)
+        self.mlp_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
+        self.mlp = Mlp(config, tp=tp, device=device)
+
+    def forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+        """One layer.
+
+        Args:
+            hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
+            layout: which tokens belong together.
+            keys: int64 ``[T]`` dropout keys of all tokens for this layer; None without dropout.
+
+        Returns:
+            As ``hidden``.
+        """
+        return recomputed(self._forward, self.recompute, hidden, layout, keys)
+
+    def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+        attention_keys = None if keys is None else fold_in(keys, _ATTENTION_PROBABILITIES)
+        attended = self.attention(self.attention_norm(hidden), layout, attention_keys)
+        hidden = hidden + self._drop(attended, keys, _ATTENTION_OUTPUT)
+        return hidden + self._drop(self.mlp(self.mlp_norm(hidden)), keys, _MLP_OUTPUT)
+
+    def _drop(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
+        if keys is None:
+            return x
+        return keyed_dropout(x, self.dropout, fold_in(own_tokens(keys, self.tp), place))
+
+
+def own_tokens(per_token: Tensor, tp: TensorParallel) -> Tensor:
+    """The rows of ``[T, ..]`` that belong to this rank's tokens; all of them without sequence parallelism."""
+    if not tp.sequence:
+        return per_token
+    share = per_token.shape[0] // tp.size
+    return per_token.narrow(0, tp.rank * share, share)

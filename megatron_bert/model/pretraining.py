@@ -1,0 +1,106 @@
+"""The model that pretrains: encoder, masked-language head and sentence-pair head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.encoder import BertEmbeddings, Encoder
+from megatron_bert.model.heads import MaskedLanguageHead, SentencePairHead
+from parallel.cross_entropy import IGNORED, vocab_parallel_argmax, vocab_parallel_cross_entropy
+from parallel.layers import select_tokens
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.recompute import Recompute
+
+
+class PretrainingLogits(NamedTuple):
+    """Logits of a micro batch.
+
+    Attributes:
+        masked: ``[K, padded_vocab/t]``, for each slot this rank's part of the vocabulary.
+        pair: ``[B, 2]``, or None without a sentence-pair head.
+    """
+
+    masked: Tensor
+    pair: Tensor | None
+
+
+class BertForPretraining(nn.Module):
+    """Megatron BERT with its pretraining heads; logits are computed at masked positions only.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        recompute: what layers compute again in the backward pass.
+        device: of the parameters; they hold no values until :func:`parallel.sharding.initialize` or a checkpoint
+            gives them.
+    """
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tp = config, tp
+        self.embeddings = BertEmbeddings(config, tp=tp, device=device)
+        self.encoder = Encoder(config, tp=tp, recompute=recompute, device=device)
+        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device)
+        self.pair_head = SentencePairHead(config, device=device) if config.binary_head else None
+
+    def forward(self, batch: MicroBatch, dropout_seed: int | None = None) -> PretrainingLogits:
+        """Logits of the masked positions and of the sentence pairs.
+
+        Args:
+            batch: what to read.
+            dropout_seed: seed of the run's dropout masks; None switches dropout off.
+        """
+        keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
+        hidden = self.embeddings(batch.tokens, batch.positions, batch.types, keys)
+        hidden = self.encoder(hidden, batch.layout, keys)
+        rows = select_tokens(hidden, torch.cat((batch.slots, batch.first_tokens)), self.tp)
+        masked, first = rows.split((batch.slots.shape[0], batch.first_tokens.shape[0]))
+        logits = self.masked_head(masked, self.embeddings.word_embeddings.weight)
+        return PretrainingLogits(logits, None if self.pair_head is None else self.pair_head(first))
+
+
+class LossSums(NamedTuple):
+    """Sums over a micro batch, each a float32 scalar.
+
+    Sums, not means: they are divided by the counts of the whole global batch, so that the result does not depend on
+    how the batch was cut.
+    """
+
+    masked: Tensor
+    pair: Tensor
+
+
+def loss_sums(
+    logits: PretrainingLogits, batch: MicroBatch, vocab_size: int, tp: TensorParallel = SINGLE
+) -> LossSums:
+    """Cross entropies of a micro batch, summed over its masked tokens and over its sentence pairs."""
+    masked = vocab_parallel_cross_entropy(logits.masked, batch.slot_labels, vocab_size, tp).sum()
+    if logits.pair is None:
+        return LossSums(masked, torch.zeros_like(masked))
+    pair = F.cross_entropy(logits.pair.float(), batch.pair_labels, reduction="sum", ignore_index=IGNORED)
+    return LossSums(masked, pair)
+
+
+@torch.no_grad()
+def correct_counts(
+    logits: PretrainingLogits, batch: MicroBatch, vocab_size: int, tp: TensorParallel = SINGLE
+) -> LossSums:
+    """How many masked tokens and sentence pairs are predicted right, as float32 scalars."""
+    right = vocab_parallel_argmax(logits.masked, vocab_size, tp) == batch.slot_labels
+    masked = right.sum().float()
+    if logits.pair is None:
+        return LossSums(masked, torch.zeros_like(masked))
+    return LossSums(masked, (logits.pair.argmax(dim=1) == batch.pair_labels).sum().float())

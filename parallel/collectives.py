@@ -1,0 +1,162 @@
+"""Collectives with the gradients tensor parallelism needs.
+
+Each pair is conjugate: the backward of one is the forward of the other (Shoeybi et al., arXiv 1909.08053, figure 3;
+Korthikanti et al., arXiv 2205.05198, figure 5). t is the tensor-parallel size, T tokens.
+
+| function              | forward                          | backward                         |
+|-----------------------|----------------------------------|----------------------------------|
+| copy_to_ranks         | identity                         | all-reduce                       |
+| reduce_from_ranks     | all-reduce                       | identity                         |
+| gather_from_ranks     | all-gather along a dimension     | own slice                        |
+| scatter_to_ranks      | own slice along a dimension      | all-gather                       |
+| all_gather_tokens     | all-gather [T/t, ..] -> [T, ..]  | reduce-scatter                   |
+| reduce_scatter_tokens | reduce-scatter [T, ..] -> [T/t, ..] | all-gather                    |
+
+``gather_from_ranks`` feeds computation that every rank repeats (its gradient is already whole on each);
+``all_gather_tokens`` feeds computation that each rank does a share of (gradients must be summed).
+
+torch's own differentiable all-reduce sums again in the backward, which counts a replicated loss t times; hence these.
+They are built on functional collectives, so torch.compile traces them into one graph, and never change their inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.mesh import TensorParallel
+
+_functional = torch.ops._c10d_functional
+
+
+def start_all_reduce(tensor: Tensor, group_name: str) -> Tensor:
+    """Start a sum over the group into a new tensor; read it only after :func:`wait`."""
+    return _functional.all_reduce(tensor.contiguous(), "sum", group_name)
+
+
+def start_all_gather(tensor: Tensor, size: int, group_name: str) -> Tensor:
+    """Start gathering ``[n, ..]`` of every rank into ``[size * n, ..]``; read it only after :func:`wait`."""
+    return _functional.all_gather_into_tensor(tensor.contiguous(), size, group_name)
+
+
+def start_reduce_scatter(tensor: Tensor, size: int, group_name: str) -> Tensor:
+    """Start summing ``[size * n, ..]`` over the group and keeping this rank's ``[n, ..]``."""
+    return _functional.reduce_scatter_tensor(tensor.contiguous(), "sum", size, group_name)
+
+
+def wait(tensor: Tensor) -> Tensor:
+    """Wait for a started collective; on CUDA the current stream waits, not the host."""
+    return _functional.wait_tensor(tensor)
+
+
+def _own_slice(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    length = tensor.shape[dim] // size
+    return tensor.narrow(dim, rank * length, length).contiguous()
+
+
+def _all_gather_dim(tensor: Tensor, dim: int, size: int, group_name: str) -> Tensor:
+    if dim == 0:
+        return wait(start_all_gather(tensor, size, group_name))
+    gathered = wait(start_all_gather(tensor.movedim(dim, 0), size, group_name))
+    return gathered.movedim(0, dim).contiguous()
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return wait(start_all_reduce(gradient, ctx.group_name)), None
+
+
+class _ReduceFromRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
+        return wait(start_all_reduce(tensor, group_name))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _GatherFromRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int, rank: int, size: int, group_name: str) -> Tensor:
+        ctx.place = (dim, rank, size)
+        return _all_gather_dim(tensor, dim, size, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _own_slice(gradient, *ctx.place), None, None, None, None
+
+
+class _ScatterToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int, rank: int, size: int, group_name: str) -> Tensor:
+        ctx.place = (dim, size, group_name)
+        return _own_slice(tensor, dim, rank, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _all_gather_dim(gradient, *ctx.place), None, None, None, None
+
+
+class _AllGatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, size: int, group_name: str) -> Tensor:
+        ctx.place = (size, group_name)
+        return wait(start_all_gather(tensor, size, group_name))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return wait(start_reduce_scatter(gradient, *ctx.place)), None, None
+
+
+class _ReduceScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, size: int, group_name: str) -> Tensor:
+        ctx.place = (size, group_name)
+        return wait(start_reduce_scatter(tensor, size, group_name))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return wait(start_all_gather(gradient, *ctx.place)), None, None
+
+
+def copy_to_ranks(tensor: Tensor, tp: TensorParallel) -> Tensor:
+    """Enter a tensor-parallel region: every rank uses the same tensor, gradients are summed."""
+    return tensor if tp.size == 1 else _CopyToRanks.apply(tensor, tp.group_name)
+
+
+def reduce_from_ranks(tensor: Tensor, tp: TensorParallel) -> Tensor:
+    """Leave a tensor-parallel region: sum the ranks' partial results; each rank gets the whole gradient."""
+    return tensor if tp.size == 1 else _ReduceFromRanks.apply(tensor, tp.group_name)
+
+
+def gather_from_ranks(tensor: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
+    """Concatenate the ranks' slices along ``dim`` for computation that every rank repeats."""
+    if tp.size == 1:
+        return tensor
+    return _GatherFromRanks.apply(tensor, dim % tensor.dim(), tp.rank, tp.size, tp.group_name)
+
+
+def scatter_to_ranks(tensor: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
+    """Keep this rank's slice of a replicated tensor along ``dim``, which the size must divide."""
+    if tp.size == 1:
+        return tensor
+    return _ScatterToRanks.apply(tensor, dim % tensor.dim(), tp.rank, tp.size, tp.group_name)
+
+
+def all_gather_tokens(tensor: Tensor, tp: TensorParallel) -> Tensor:
+    """``[T/t, ..]`` of each rank to ``[T, ..]`` on all, for computation that is divided among the ranks."""
+    return tensor if tp.size == 1 else _AllGatherTokens.apply(tensor, tp.size, tp.group_name)
+
+
+def reduce_scatter_tokens(tensor: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum partial ``[T, ..]`` over the ranks and keep this rank's ``[T/t, ..]``."""
+    return tensor if tp.size == 1 else _ReduceScatterTokens.apply(tensor, tp.size, tp.group_name)

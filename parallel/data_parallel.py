@@ -1,0 +1,75 @@
+"""Data parallelism by PyTorch's FSDP2 over the data axes of the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.mesh import ParallelMesh
+
+Sharding = Literal["none", "optimizer", "full", "hybrid"]
+
+
+def data_shard_size(sharding: Sharding, data: int, hybrid_size: int | None) -> int:
+    """How many data ranks share one copy of the model state under a sharding setting.
+
+    Args:
+        sharding: ``none`` keeps a copy on each rank; ``optimizer`` and ``full`` share one over all; ``hybrid`` shares
+            one over ``hybrid_size`` neighbours (a node) and copies it between them.
+        data: data-parallel size.
+        hybrid_size: for ``hybrid``.
+    """
+    if sharding == "none":
+        return 1
+    if sharding == "hybrid":
+        assert hybrid_size is not None, "hybrid sharding comes with its size: settings are checked before"
+        return hybrid_size
+    return data
+
+
+def apply_data_parallel(
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    mesh: ParallelMesh,
+    *,
+    sharding: Sharding,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Wrap a model so that its gradients are summed (not averaged) over the data axis.
+
+    Parameters and gradients stay in float32 between steps; computation runs in ``compute_dtype``. A single data rank
+    that computes in float32 needs no wrapping and is left as it is.
+
+    Args:
+        model: the whole model, or the part of it on this pipeline stage.
+        units: the sub-modules whose parameters are gathered together (the layers), in the order they run.
+        mesh: where the run is laid out.
+        sharding: ``full`` and ``hybrid`` gather each unit's parameters anew in the backward pass; ``optimizer``
+            keeps them from forward to backward, so that only gradients and optimizer states are divided.
+        compute_dtype: float32, bfloat16 or float16.
+    """
+    if mesh.layout.data == 1 and compute_dtype == torch.float32:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
+    )
+    reshard = sharding in ("full", "hybrid")
+    for unit in units:
+        fully_shard(unit, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by global counts before the backward pass, so gradients of the ranks simply add up.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def set_gradient_sync(model: nn.Module, last: bool) -> None:
+    """Say whether the coming backward pass is the last of the step: only then are gradients reduced."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)

@@ -1,0 +1,83 @@
+"""Dropout whose mask is a pure function of what it is applied to.
+
+A mask element depends on a key per row (built from the seed, the step, the global sample, the position and the layer)
+and on the global column, never on the rank, the layout, the micro batch or a generator's state. So the same run at any
+tensor, data, pipeline or micro batch size drops the same elements, and recomputation needs no saved random state.
+
+The generator is an integer hash: row and column are mixed to 32 bits each, combined, and mixed again by a multiply and
+xor-shift finaliser with full avalanche (the shape of SplitMix and MurmurHash3 finalisers). Arithmetic wraps modulo
+2^32 in int32, which CPU, CUDA and compiled kernels do alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+_COLUMN_STEP = 0x9E3779B9 - (1 << 32)
+_KEY_MULTIPLIERS = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
+
+
+def _mix32_(x: Tensor) -> Tensor:
+    """Scramble int32 in place so that each input bit flips each output bit with probability about one half.
+
+    In place because on the CPU fresh memory costs several times the arithmetic. The masks make the shifts logical:
+    torch's shift carries the sign down.
+    """
+    shifted = x >> 16
+    x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(_MULTIPLIERS[0])
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[1])
+    torch.bitwise_right_shift(x, 16, out=shifted)
+    return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
+
+
+def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
+    """A new key from a key and a number: int64 keys, any broadcastable shapes.
+
+    Chains of ``fold_in`` are order sensitive: folding a then b differs from folding b then a.
+    """
+    x = key * _KEY_MULTIPLIERS[0] + value
+    x = x ^ ((x >> 32) & 0xFFFFFFFF)
+    x = x * _KEY_MULTIPLIERS[1]
+    return x ^ ((x >> 29) & 0x7FFFFFFFF)
+
+
+def _row_seed(keys: Tensor) -> Tensor:
+    folded = fold_in(keys, 0x2545F491)
+    # The low 32 bits as a signed int32, without relying on how an out-of-range cast behaves.
+    low = folded & 0xFFFFFFFF
+    return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
+
+
+def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int = 0) -> Tensor:
+    """Which elements are kept.
+
+    Args:
+        keys: int64 keys, one a row, any shape ``[...]``.
+        columns: number of columns here.
+        probability: that an element is dropped, 0 <= probability < 1; exact to 2^-32.
+        first_column: global index of the first column here, where columns are divided over ranks.
+
+    Returns:
+        bool ``[..., columns]``.
+    """
+    column = torch.arange(first_column, first_column + columns, device=keys.device, dtype=torch.int32)
+    bits = _mix32_(_row_seed(keys)[..., None] ^ _mix32_(column * _COLUMN_STEP))
+    return bits >= round(probability * 2**32) - 2**31
+
+
+def keyed_dropout(x: Tensor, probability: float, keys: Tensor, first_column: int = 0) -> Tensor:
+    """Zero elements with ``probability`` and scale the rest by 1 / (1 - probability).
+
+    Args:
+        x: ``[..., columns]``.
+        probability: that an element is dropped; 0 returns ``x`` itself.
+        keys: int64 ``[...]``, one a row of ``x``.
+        first_column: global index of the first column, where columns are divided over ranks.
+    """
+    if probability == 0.0:
+        return x
+    kept = keep_mask(keys, x.shape[-1], probability, first_column)
+    return torch.where(kept, x * (1.0 / (1.0 - probability)), 0.0)

@@ -1,0 +1,287 @@
+"""Linear and embedding layers divided over tensor-parallel ranks (Shoeybi et al., arXiv 1909.08053, section 3).
+
+Shapes: T tokens, t tensor-parallel size, V vocabulary, K features in, N features out. Under sequence parallelism the
+tokens between the layers are divided by rank (T/t), and the copies and sums below become gathers and scatters over
+tokens. Weights keep torch's ``[out, in]`` order; names and shapes in checkpoints are those of the undivided layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.collectives import (
+    gather_from_ranks,
+    reduce_from_ranks,
+    reduce_scatter_tokens,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    wait,
+)
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.sharding import Constant, Normal, ParallelModule, divide, local_tensor, sharded_parameter
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """``y = x W^T + b`` with W divided by rows over the ranks.
+
+    | tensor | plain   | sequence parallel |
+    |--------|---------|-------------------|
+    | x      | [T, K]  | [T/t, K]          |
+    | W, b   | [N/t, K], [N/t] | same      |
+    | y      | [T, N/t] | [T, N/t]         |
+
+    forward: (all-gather x over tokens), GEMM. Backward: the input gradient's sum over ranks (all-reduce, or
+    reduce-scatter over tokens) runs while the weight gradient's GEMM computes; under sequence parallelism x is
+    gathered again, behind the input gradient's GEMM, so that only its own share was kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool, size: int, group_name: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.place = (sequence, size, group_name)
+        ctx.has_bias = bias is not None
+        full = wait(start_all_gather(x, size, group_name)) if sequence else x
+        return F.linear(full, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        sequence, size, group_name = ctx.place
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        gathering = start_all_gather(x, size, group_name) if sequence and needs_weight else None
+        summing = None
+        if needs_input:
+            partial = gradient @ weight
+            summing = (
+                start_reduce_scatter(partial, size, group_name) if sequence else start_all_reduce(partial, group_name)
+            )
+        weight_gradient = bias_gradient = None
+        if needs_weight:
+            full = x if gathering is None else wait(gathering)
+            weight_gradient = gradient.flatten(0, -2).t() @ full.flatten(0, -2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            bias_gradient = gradient.flatten(0, -2).sum(0)
+        input_gradient = None if summing is None else wait(summing)
+        return input_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, sequence: bool) -> Tensor:
+    """``x W^T + b`` where this rank holds rows of W and b; see :class:`_ColumnLinear` for the shapes.
+
+    Args:
+        x: ``[T, K]`` the same on every rank, or with ``sequence`` this rank's ``[T/t, K]``.
+        weight: ``[N/t, K]``.
+        bias: ``[N/t]`` or None.
+        tp: the tensor-parallel handle.
+        sequence: whether x is divided by token.
+    """
+    if tp.size == 1:
+        return F.linear(x, weight, bias)
+    return _ColumnLinear.apply(x, weight, bias, sequence, tp.size, tp.group_name)
+
+
+class ColumnParallelLinear(ParallelModule):
+    """A linear layer whose output features are divided over the tensor ranks.
+
+    Args:
+        in_features: K.
+        out_features: N, which the tensor size must divide.
+        bias: whether to add a bias (divided like the output).
+        init_std: standard deviation of the initial weights; biases start at 0.
+        gather_output: return all N features on every rank.
+        tp: the tensor-parallel handle.
+        device, dtype: of the parameters.
+
+    Raises:
+        UserError: the tensor size does not divide ``out_features``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        init_std: float,
+        gather_output: bool = False,
+        tp: TensorParallel = SINGLE,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.gather_output, self.tp = in_features, out_features, gather_output, tp
+        divide(out_features, tp, "the number of output features")
+        self.weight = sharded_parameter((out_features, in_features), tp, dim=0, device=device, dtype=dtype)
+        self.initializers["weight"] = Normal(init_std)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = sharded_parameter((out_features,), tp, dim=0, device=device, dtype=dtype)
+            self.initializers["bias"] = Constant(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, K]`` (or ``[T/t, K]`` under sequence parallelism) to ``[T, N/t]``, or ``[T, N]`` when gathering."""
+        bias = None if self.bias is None else local_tensor(self.bias)
+        out = column_parallel_linear(x, local_tensor(self.weight), bias, self.tp, self.tp.sequence)
+        return gather_from_ranks(out, self.tp) if self.gather_output else out
+
+    def extra_repr(self) -> str:
+        """Global sizes, and the share of this rank."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tensor_rank={self.tp.rank}/{self.tp.size}"
+        )
+
+
+class RowParallelLinear(ParallelModule):
+    """A linear layer whose input features are divided over the tensor ranks.
+
+    The bias is whole on every rank and added once, after the sum; under sequence parallelism each rank adds it to its
+    own tokens, so its gradient is partial.
+
+    Args:
+        in_features: K, which the tensor size must divide.
+        out_features: N.
+        bias: whether to add a bias.
+        init_std: standard deviation of the initial weights; the bias starts at 0.
+        tp: the tensor-parallel handle.
+        device, dtype: of the parameters.
+
+    Raises:
+        UserError: the tensor size does not divide ``in_features``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        init_std: float,
+        tp: TensorParallel = SINGLE,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.tp = in_features, out_features, tp
+        divide(in_features, tp, "the number of input features")
+        self.weight = sharded_parameter((out_features, in_features), tp, dim=1, device=device, dtype=dtype)
+        self.initializers["weight"] = Normal(init_std)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+            self.initializers["bias"] = Constant(0.0)
+            if tp.sequence:
+                self.token_partial = ("bias",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, K/t]`` to ``[T, N]``, or to ``[T/t, N]`` under sequence parallelism."""
+        weight = local_tensor(self.weight)
+        if self.tp.size == 1:
+            return F.linear(x, weight, self.bias)
+        partial = F.linear(x, weight)
+        if self.tp.sequence:
+            out = reduce_scatter_tokens(partial, self.tp)
+        else:
+            out = reduce_from_ranks(partial, self.tp)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        """Global sizes, and the share of this rank."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tensor_rank={self.tp.rank}/{self.tp.size}"
+        )
+
+
+class VocabParallelEmbedding(ParallelModule):
+    """An embedding table whose rows are divided over the tensor ranks.
+
+    The table is padded to ``padded_vocab_size`` rows; padding rows start at zero, are never looked up and take no part
+    in :func:`parallel.cross_entropy.vocab_parallel_cross_entropy`.
+
+    Args:
+        vocab_size: V, number of real rows.
+        padded_vocab_size: rows in the table, which the tensor size must divide.
+        embedding_dim: N.
+        init_std: standard deviation of the initial rows.
+        tp: the tensor-parallel handle.
+        device, dtype: of the table.
+
+    Raises:
+        UserError: the tensor size does not divide the padded vocabulary.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        padded_vocab_size: int,
+        embedding_dim: int,
+        *,
+        init_std: float,
+        tp: TensorParallel = SINGLE,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert padded_vocab_size >= vocab_size, "a padded vocabulary is at least as large as the vocabulary"
+        self.vocab_size, self.padded_vocab_size, self.embedding_dim, self.tp = vocab_size, padded_vocab_size, embedding_dim, tp
+        rows = divide(padded_vocab_size, tp, "the padded vocabulary")
+        self.first_row = tp.rank * rows
+        self.weight = sharded_parameter((padded_vocab_size, embedding_dim), tp, dim=0, device=device, dtype=dtype)
+        self.initializers["weight"] = Normal(init_std, rows=vocab_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids ``[T]`` (the same on every rank) to ``[T, N]``, or to ``[T/t, N]`` under sequence parallelism."""
+        weight = local_tensor(self.weight)
+        if self.tp.size == 1:
+            return F.embedding(ids, weight)
+        local_ids = ids - self.first_row
+        elsewhere = (local_ids < 0) | (local_ids >= weight.shape[0])
+        rows = F.embedding(local_ids.masked_fill(elsewhere, 0), weight)
+        partial = rows.masked_fill(elsewhere[..., None], 0.0)
+        if self.tp.sequence:
+            return reduce_scatter_tokens(partial, self.tp)
+        return reduce_from_ranks(partial, self.tp)
+
+    def extra_repr(self) -> str:
+        """Global sizes, and the share of this rank."""
+        return (
+            f"vocab_size={self.vocab_size}, padded={self.padded_vocab_size}, embedding_dim={self.embedding_dim}, "
+            f"tensor_rank={self.tp.rank}/{self.tp.size}"
+        )
+
+
+def select_tokens(hidden: Tensor, index: Tensor, tp: TensorParallel) -> Tensor:
+    """Rows ``index`` of the global token axis, on every rank.
+
+    Under sequence parallelism each rank gives the rows it holds and the few selected rows are summed, instead of
+    gathering all T tokens; the gradient of a row goes back to the rank that holds it.
+
+    Args:
+        hidden: ``[T, H]``, or ``[T/t, H]`` under sequence parallelism.
+        index: ``[S]`` positions on the global token axis.
+        tp: the tensor-parallel handle.
+
+    Returns:
+        ``[S, H]``, replicated.
+    """
+    if not tp.sequence:
+        return hidden.index_select(0, index)
+    share = hidden.shape[0]
+    local_index = index - tp.rank * share
+    elsewhere = (local_index < 0) | (local_index >= share)
+    rows = hidden.index_select(0, local_index.masked_fill(elsewhere, 0))
+    return reduce_from_ranks(rows.masked_fill(elsewhere[:, None], 0.0), tp)
+
+
+def gather_tokens(hidden: Tensor, tp: TensorParallel) -> Tensor:
+    """All tokens on every rank for computation that every rank repeats: ``[T, H]`` from ``[T/t, H]`` where divided."""
+    return gather_from_ranks(hidden, tp, dim=0) if tp.sequence else hidden
+

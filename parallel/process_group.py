@@ -1,0 +1,98 @@
+"""Start and stop of torch.distributed, and the device a process works on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel.errors import UserError
+
+#: Environment variables torchrun sets for every process.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run as one of them sees it.
+
+    Attributes:
+        rank: number of this process, 0 to size - 1.
+        size: number of processes.
+        local_rank: number of this process on its host.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which talks to the user and writes the run's files."""
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """Number of processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device for a ``cpu``, ``cuda`` or ``auto`` setting.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or the host has fewer GPUs than processes.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("training.device is 'cuda' but this machine has no usable CUDA device: set training.device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            "lower --nproc-per-node to that number"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[World]:
+    """Join the processes of a run, and leave them when the block ends.
+
+    Under a launcher (torchrun) all its processes meet. Without one the world is this process alone,
+    with the same collectives available, so that nothing downstream needs a second code path.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``.
+        timeout_seconds: how long a collective may wait for the other ranks before it fails.
+
+    Raises:
+        UserError: a launcher variable is missing, or the device cannot be had.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    # Checkpoint planning and signal agreement run over CPU tensors, so gloo is there beside NCCL.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "WORLD_SIZE" in os.environ or "RANK" in os.environ:
+        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+        if missing:
+            raise UserError(f"the launcher left {', '.join(missing)} unset: start with torchrun, or unset RANK/WORLD_SIZE")
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=chosen)
+    finally:
+        dist.destroy_process_group()
