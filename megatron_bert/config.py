@@ -30,7 +30,9 @@ class ModelSettings(Section):
     intermediate_size: int | None = Field(
         None, gt=0, description="Width of the feed-forward layer; 4 x hidden_size when unset."
     )
-    hidden_act: str = Field("gelu", description="gelu (exact, erf), or gelu_new / gelu_pytorch_tanh (tanh approximation).")
+    hidden_act: str = Field(
+        "gelu", description="gelu (exact, erf), or gelu_new / gelu_pytorch_tanh (tanh approximation)."
+    )
     hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output.")
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention probabilities.")
     max_position_embeddings: int = Field(512, gt=0, description="Longest sequence, in tokens.")
@@ -48,10 +50,10 @@ class ModelSettings(Section):
 class TokenizerSettings(Section):
     """The vocabulary of the corpora."""
 
-    path: Path = Field(description="vocab.txt, tokenizer.json, a sentencepiece .model, or a directory with one of them.")
-    lowercase: bool | None = Field(
-        None, description="Whether text is lower-cased; found from a vocab.txt when unset."
+    path: Path = Field(
+        description="vocab.txt, tokenizer.json, a sentencepiece .model, or a directory with one of them."
     )
+    lowercase: bool | None = Field(None, description="Whether text is lower-cased; found from a vocab.txt when unset.")
 
 
 class WeightedPrefix(Section):
@@ -80,7 +82,9 @@ class DataSettings(Section):
     )
     whole_word_masking: bool = Field(True, description="Mask all pieces of a word together.")
     max_ngram: int = Field(3, ge=1, description="Longest run of words masked together; n words with weight 1/n.")
-    short_sequence_probability: float = Field(0.1, ge=0, lt=1, description="Share of samples with a random short length.")
+    short_sequence_probability: float = Field(
+        0.1, ge=0, lt=1, description="Share of samples with a random short length."
+    )
     pair_objective: Literal["sop", "nsp", "none"] = Field(
         "sop", description="Sentence order prediction, next sentence prediction, or single segments."
     )
@@ -97,7 +101,9 @@ class ParallelSettings(Section):
     """How the processes divide the work."""
 
     tensor: int = Field(1, gt=0, description="Ranks that share every layer's matrices.")
-    data: int | None = Field(None, gt=0, description="Ranks that share the batch; what the other axes leave when unset.")
+    data: int | None = Field(
+        None, gt=0, description="Ranks that share the batch; what the other axes leave when unset."
+    )
     sequence: bool = Field(False, description="Divide activations by token over the tensor ranks between the matrices.")
     sharding: Sharding = Field(
         "none",
@@ -105,7 +111,9 @@ class ParallelSettings(Section):
         "or hybrid (full inside groups of shard_size ranks, copied between them).",
     )
     shard_size: int | None = Field(None, gt=1, description="Ranks a shard group, for hybrid sharding.")
-    timeout_seconds: float = Field(600.0, gt=0, description="How long a collective waits for the other ranks, in seconds.")
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="How long a collective waits for the other ranks, in seconds."
+    )
 
 
 class OptimizerSettings(Section):
@@ -157,11 +165,14 @@ class TrainingSettings(Section):
     micro_batch_size: int = Field(gt=0, description="Samples a forward pass on one data rank.")
     seed: int = Field(1234, ge=0, lt=2**62, description="Seed of initial weights, data order, masks and dropout.")
     recompute: Recompute = Field(
-        "none", description="Activations computed again in the backward pass: none, selective (all but matrix "
-        "products, fused attention and communication), full (everything but layer inputs)."
+        "none",
+        description="Activations computed again in the backward pass: none, selective (all but matrix "
+        "products, fused attention and communication), full (everything but layer inputs).",
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile; pays off on GPUs.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto takes CUDA if there is any.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute; auto takes CUDA if there is any."
+    )
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates at the end only.")
     evaluate_batches: int = Field(20, gt=0, description="Global batches of held-out samples an evaluation.")
     max_minutes: float | None = Field(None, gt=0, description="Save and stop after this many minutes.")
@@ -183,8 +194,10 @@ class LoggingSettings(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     progress: bool | None = Field(None, description="Show a progress bar; on a terminal only when unset.")
     peak_tflops: float | None = Field(
-        None, gt=0, description="Peak of one device for the compute format, in TFLOP/s, for the MFU; "
-        "looked up from the device's name when unset."
+        None,
+        gt=0,
+        description="Peak of one device for the compute format, in TFLOP/s, for the MFU; "
+        "looked up from the device's name when unset.",
     )
 
 
@@ -324,6 +337,6 @@ def _check_learning_rate(settings: Settings) -> None:
         )
     if rate.schedule == "wsd" and (rate.wsd_decay_steps or 0) > decay - rate.warmup_steps:
         raise UserError(
-            f"learning_rate.wsd_decay_steps {rate.wsd_decay_steps} is longer than the {decay - rate.warmup_steps} steps "
-            "after warm-up: shorten it"
+            f"learning_rate.wsd_decay_steps {rate.wsd_decay_steps} is longer than the "
+            f"{decay - rate.warmup_steps} steps after warm-up: shorten it"
         )

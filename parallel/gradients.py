@@ -86,4 +86,3 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
 def clip_factor(norm: Tensor, maximum: float) -> Tensor:
     """The factor that brings a gradient of this norm down to ``maximum``, at most 1."""
     return (maximum / (norm + 1e-6)).clamp(max=1.0)
-

@@ -72,7 +72,9 @@ class _ColumnLinear(torch.autograd.Function):
         return input_gradient, weight_gradient, bias_gradient, None, None, None
 
 
-def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, sequence: bool) -> Tensor:
+def column_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, sequence: bool
+) -> Tensor:
     """``x W^T + b`` where this rank holds rows of W and b; see :class:`_ColumnLinear` for the shapes.
 
     Args:
@@ -231,7 +233,12 @@ class VocabParallelEmbedding(ParallelModule):
     ) -> None:
         super().__init__()
         assert padded_vocab_size >= vocab_size, "a padded vocabulary is at least as large as the vocabulary"
-        self.vocab_size, self.padded_vocab_size, self.embedding_dim, self.tp = vocab_size, padded_vocab_size, embedding_dim, tp
+        self.vocab_size, self.padded_vocab_size, self.embedding_dim, self.tp = (
+            vocab_size,
+            padded_vocab_size,
+            embedding_dim,
+            tp,
+        )
         rows = divide(padded_vocab_size, tp, "the padded vocabulary")
         self.first_row = tp.rank * rows
         self.weight = sharded_parameter((padded_vocab_size, embedding_dim), tp, dim=0, device=device, dtype=dtype)
@@ -284,4 +291,3 @@ def select_tokens(hidden: Tensor, index: Tensor, tp: TensorParallel) -> Tensor:
 def gather_tokens(hidden: Tensor, tp: TensorParallel) -> Tensor:
     """All tokens on every rank for computation that every rank repeats: ``[T, H]`` from ``[T/t, H]`` where divided."""
     return gather_from_ranks(hidden, tp, dim=0) if tp.sequence else hidden
-

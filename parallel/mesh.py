@@ -44,7 +44,9 @@ class ParallelLayout:
                 "choose a shard size that divides the data-parallel size"
             )
         if self.sequence and self.tensor == 1:
-            raise UserError("parallel.sequence=true needs parallel.tensor of 2 or more: it divides tokens over tensor ranks")
+            raise UserError(
+                "parallel.sequence=true needs parallel.tensor of 2 or more: it divides tokens over tensor ranks"
+            )
 
     @property
     def world_size(self) -> int:
@@ -165,7 +167,9 @@ class ParallelMesh:
             return self.device_mesh[DATA_AXES]
         return self.device_mesh["data_shard"]
 
-    def all_reduce(self, tensor: torch.Tensor, axes: tuple[str, ...], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    def all_reduce(
+        self, tensor: torch.Tensor, axes: tuple[str, ...], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> torch.Tensor:
         """Reduce a tensor in place over the named axes, and return it. Every rank of those axes must call it."""
         for axis in axes:
             if self.size[axis] > 1:

@@ -44,6 +44,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """Number of this process among those the launcher started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def choose_device(name: str, local_rank: int) -> torch.device:
     """The device for a ``cpu``, ``cuda`` or ``auto`` setting.
 
@@ -88,7 +93,9 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
     if "WORLD_SIZE" in os.environ or "RANK" in os.environ:
         missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
         if missing:
-            raise UserError(f"the launcher left {', '.join(missing)} unset: start with torchrun, or unset RANK/WORLD_SIZE")
+            raise UserError(
+                f"the launcher left {', '.join(missing)} unset: start with torchrun, or unset RANK/WORLD_SIZE"
+            )
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

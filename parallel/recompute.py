@@ -50,6 +50,6 @@ def recomputed(function: Callable[..., Any], mode: Recompute, *args: Any, **kwar
     """
     if mode == "none" or not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    # Keyed dropout needs no generator state; it is kept for fused attention, whose dropout draws from torch's generator.
-    extra = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    # Keyed dropout needs no generator state; fused attention does: its dropout draws from torch's generator.
+    extra: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)

@@ -61,13 +61,18 @@ def divide(total: int, tp: TensorParallel, what: str) -> int:
     """
     if total % tp.size:
         raise UserError(
-            f"{what} is {total}, which a tensor-parallel size of {tp.size} does not divide: choose a tensor size that does"
+            f"{what} is {total}, which a tensor-parallel size of {tp.size} does not divide: choose one that does"
         )
     return total // tp.size
 
 
 def sharded_parameter(
-    shape: tuple[int, ...], tp: TensorParallel, *, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    shape: tuple[int, ...],
+    tp: TensorParallel,
+    *,
+    dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Parameter:
     """A parameter of global ``shape`` of which this rank holds one slice along ``dim``.
 

@@ -60,7 +60,10 @@ def _varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
 
     query, key, value = qkv.unbind(2)
     bounds = layout.boundaries
-    return varlen_attn(query, key, value, bounds, bounds, layout.length, layout.length)
+    assert bounds is not None, "a packed layout has boundaries"
+    context = varlen_attn(query, key, value, bounds, bounds, layout.length, layout.length)
+    assert isinstance(context, Tensor)
+    return context
 
 
 class SelfAttention(nn.Module):

@@ -24,7 +24,7 @@ class MicroBatch:
         slot_labels: int64 ``[K]``, their true ids; -100 for unused slots.
         first_tokens: int64 ``[B]``, where each sample starts.
         pair_labels: int64 ``[B]``, 0 in order / next, 1 swapped / random; -100 without a pair objective.
-        real_tokens: number of tokens that are not padding.
+        lengths: number of tokens of each sample, without padding.
     """
 
     tokens: Tensor
@@ -36,7 +36,7 @@ class MicroBatch:
     slot_labels: Tensor
     first_tokens: Tensor
     pair_labels: Tensor
-    real_tokens: int
+    lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on ``device``."""

@@ -107,6 +107,10 @@ class Encoder(nn.Module):
         if layers.stop == config.num_hidden_layers:
             self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, divided=tp.sequence, device=device)
 
+    def layer_list(self) -> list[TransformerLayer]:
+        """The layers of this part of the stack, lowest first."""
+        return [layer for layer in self.layers.values() if isinstance(layer, TransformerLayer)]
+
     def forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
         """Run the layers.
 

@@ -30,7 +30,9 @@ class LayerNorm(ParallelModule):
         device: of the parameters.
     """
 
-    def __init__(self, size: int, eps: float, *, divided: bool = False, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, size: int, eps: float, *, divided: bool = False, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, device=device))
@@ -101,6 +103,13 @@ class TransformerLayer(nn.Module):
         Returns:
             As ``hidden``.
         """
+        return self._run(hidden, layout, keys)
+
+    def compile_forward(self) -> None:
+        """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
+        self._run = torch.compile(self._run, fullgraph=True)  # type: ignore[method-assign]
+
+    def _run(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
         return recomputed(self._forward, self.recompute, hidden, layout, keys)
 
     def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:

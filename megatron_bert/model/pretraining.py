@@ -83,9 +83,7 @@ class LossSums(NamedTuple):
     pair: Tensor
 
 
-def loss_sums(
-    logits: PretrainingLogits, batch: MicroBatch, vocab_size: int, tp: TensorParallel = SINGLE
-) -> LossSums:
+def loss_sums(logits: PretrainingLogits, batch: MicroBatch, vocab_size: int, tp: TensorParallel = SINGLE) -> LossSums:
     """Cross entropies of a micro batch, summed over its masked tokens and over its sentence pairs."""
     masked = vocab_parallel_cross_entropy(logits.masked, batch.slot_labels, vocab_size, tp).sum()
     if logits.pair is None:

@@ -1,0 +1,154 @@
+"""The `megatron-bert` command: one subcommand a job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from parallel.errors import UserError
+
+#: Seconds that ranks above 0 hold back an error: rank 0 reports what all of them found, once, and the launcher then
+#: stops the others. An error of one rank alone comes through.
+_HOLD_BACK = 3.0
+
+
+def _train_tokenizer(arguments: argparse.Namespace) -> None:
+    from megatron_bert.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer(
+        arguments.input,
+        arguments.type,
+        arguments.vocab_size,
+        arguments.output,
+        cased=arguments.cased,
+        json_key=arguments.json_key,
+    )
+
+
+def _preprocess(arguments: argparse.Namespace) -> None:
+    from megatron_bert.data.preprocess import preprocess
+
+    report = preprocess(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.output_prefix,
+        workers=arguments.workers,
+        json_key=arguments.json_key,
+        split_sentences=not arguments.keep_documents,
+        append_eod=arguments.append_eod,
+        language=arguments.language,
+        lowercase={"auto": None, "yes": True, "no": False}[arguments.lowercase],
+        on_bad_row=arguments.on_bad_row,
+    )
+    print(report)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from megatron_bert.config_file import load_settings
+    from megatron_bert.training.pretrain import pretrain
+
+    pretrain(load_settings(arguments.config, arguments.overrides))
+
+
+def _fill_mask(arguments: argparse.Namespace) -> None:
+    from megatron_bert.tasks.fill_mask import FillMask
+
+    model = FillMask.from_checkpoint(arguments.model)
+    for text in arguments.text:
+        print(text)
+        for guess in model(text, top=arguments.top):
+            print(f"  {guess.probability:6.1%}  {guess.token:<16} {guess.sentence}")
+
+
+def _config_schema(_: argparse.Namespace) -> None:
+    from megatron_bert.config import Settings
+
+    print(json.dumps(Settings.model_json_schema(), indent=2))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-bert", description="Pretrain BERT encoders with Megatron parallelism."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    tokenizer = commands.add_parser("train-tokenizer", help="learn a vocabulary from text")
+    tokenizer.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines or plain text, .gz and .zst too",
+    )
+    tokenizer.add_argument("--type", choices=("wordpiece", "sentencepiece", "bpe"), default="wordpiece")
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR")
+    tokenizer.add_argument("--cased", action="store_true", help="keep upper case")
+    tokenizer.add_argument("--json-key", default="text", help="field of JSON lines that holds the text")
+    tokenizer.set_defaults(func=_train_tokenizer)
+
+    preprocess = commands.add_parser("preprocess", help="turn text into a .bin/.idx corpus")
+    preprocess.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines, or plain text with blank lines between documents; .gz and .zst too",
+    )
+    preprocess.add_argument("--tokenizer", type=Path, required=True, metavar="PATH")
+    preprocess.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    preprocess.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
+    )
+    preprocess.add_argument("--json-key", default="text", help="field of JSON lines that holds the text")
+    preprocess.add_argument("--language", default="en", help="language whose rules end sentences")
+    preprocess.add_argument(
+        "--lowercase",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="lower-case text (auto: as the vocabulary is)",
+    )
+    preprocess.add_argument("--keep-documents", action="store_true", help="do not split documents into sentences")
+    preprocess.add_argument("--append-eod", action="store_true", help="end every document with a separator token")
+    preprocess.add_argument(
+        "--on-bad-row", choices=("error", "skip"), default="error", help="what to do with lines that cannot be read"
+    )
+    preprocess.set_defaults(func=_preprocess)
+
+    pretrain = commands.add_parser("pretrain", help="pretrain an encoder (alone, or under torchrun)")
+    pretrain.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    pretrain.add_argument("overrides", nargs="*", metavar="section.key=value")
+    pretrain.set_defaults(func=_pretrain)
+
+    fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
+    fill.add_argument("model", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    fill.add_argument("text", nargs="+", help="sentences with a mask token, such as [MASK], for each missing word")
+    fill.add_argument("--top", type=int, default=5, metavar="N", help="guesses a mask")
+    fill.set_defaults(func=_fill_mask)
+
+    schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
+    schema.set_defaults(func=_config_schema)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 for mistakes a user can mend."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed.func(parsed)
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_HOLD_BACK)
+        print(f"megatron-bert {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,114 @@
+"""The micro batches of one data rank, loaded ahead of time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_bert.config import Settings
+from megatron_bert.data.collate import collate
+from megatron_bert.data.corpora import Part, open_corpus
+from megatron_bert.data.sampling import BlendedCorpus
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.model.batch import MicroBatch
+
+
+class MicroBatchSource(Dataset[MicroBatch]):
+    """Micro batch i of a data rank, counted from the start of training: a pure function of (settings, rank, i).
+
+    Micro batch k of step s holds samples ``s * G + (k * data + rank) * M`` and the M - 1 that follow, for a global
+    batch of G and a micro batch of M. So the samples of a step are the same at every data and micro batch size. Every
+    tensor rank of a data rank reads for itself; files are memory-mapped and shared by the ranks of a host.
+
+    Opening is left to the process that reads, so that a source travels to loader processes as settings only.
+
+    Args:
+        settings: of the run.
+        part: which part of the data.
+        data_rank, data_size: place on the data axis.
+        first_sample: number of the first sample of step 0; a whole number of steps may have been consumed before.
+        token_multiple: what the tensor ranks need the token axis to be a multiple of.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        part: Part,
+        *,
+        data_rank: int,
+        data_size: int,
+        first_sample: int = 0,
+        token_multiple: int = 1,
+    ) -> None:
+        self.settings, self.part = settings, part
+        self.data_rank, self.data_size = data_rank, data_size
+        self.first_sample, self.token_multiple = first_sample, token_multiple
+        self._opened: tuple[Tokenizer, BlendedCorpus] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is open."""
+        return {**self.__dict__, "_opened": None}
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Gradient accumulation: micro batches of a step on each data rank."""
+        training = self.settings.training
+        return training.global_batch_size // (training.micro_batch_size * self.data_size)
+
+    def sample_numbers(self, index: int) -> np.ndarray:
+        """Numbers in the stream of the samples in micro batch ``index``."""
+        training = self.settings.training
+        step, k = divmod(index, self.micro_batches_per_step)
+        start = step * training.global_batch_size + (k * self.data_size + self.data_rank) * training.micro_batch_size
+        return self.first_sample + start + np.arange(training.micro_batch_size)
+
+    def open(self) -> tuple[Tokenizer, BlendedCorpus]:
+        """The tokenizer and the corpus, opened once a process."""
+        if self._opened is None:
+            wanted = self.settings.tokenizer
+            tokenizer = load_tokenizer(wanted.path, lowercase=wanted.lowercase)
+            self._opened = tokenizer, open_corpus(self.settings, tokenizer, self.part)
+        return self._opened
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        """Micro batch ``index``."""
+        tokenizer, corpus = self.open()
+        numbers = self.sample_numbers(index).tolist()
+        data = self.settings.data
+        return collate(
+            [corpus.sample(number) for number in numbers],
+            numbers,
+            seq_length=data.seq_length,
+            max_predictions=self.settings.max_predictions,
+            pad_id=tokenizer.pad_id,
+            packed=data.packed,
+            multiple=self.token_multiple,
+        )
+
+
+def _quiet_worker(_: int) -> None:
+    """Signals that reach a whole process group are the trainer's to answer; workers end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def micro_batches(source: MicroBatchSource, steps: int, device: torch.device) -> Iterator[MicroBatch]:
+    """The micro batches of ``steps`` steps, in order, loaded in the background by ``data.workers`` processes."""
+    workers = source.settings.data.workers
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        sampler=range(steps * source.micro_batches_per_step),
+        num_workers=workers,
+        prefetch_factor=max(2, -(-2 * source.micro_batches_per_step // workers)) if workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_quiet_worker if workers else None,
+        # A fresh interpreter: the training process has threads (collectives, checkpoints) that a fork would not survive.
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    for batch in loader:
+        yield batch.to(device)

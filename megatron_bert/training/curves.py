@@ -1,0 +1,58 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+
+
+def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path | None:
+    """Draw ``curves.png`` from a run's metrics: losses on the left, learning rate and gradient norm on the right.
+
+    Args:
+        run_dir: directory of the run.
+        unigram_entropy: nats a token, drawn as a line that a model of word frequencies alone cannot pass.
+
+    Returns:
+        The file, or None when there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run_dir / METRICS_FILE)
+    train = [row for row in rows if "loss" in row]
+    valid = [row for row in rows if "valid_mlm_loss" in row]
+    if len(train) < 2:
+        return None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in train]
+    left.plot(
+        steps, [row["mlm_loss"] for row in train], color="#4c78a8", linewidth=1.0, label="masked tokens, training"
+    )
+    if valid:
+        held_out = [row["valid_mlm_loss"] for row in valid]
+        left.plot(
+            [row["step"] for row in valid],
+            held_out,
+            "o-",
+            color="#f58518",
+            markersize=4,
+            label="masked tokens, held out",
+        )
+    if "sop_loss" in train[0]:
+        left.plot(steps, [row["sop_loss"] for row in train], color="#54a24b", linewidth=1.0, label="sentence pairs")
+        left.axhline(math.log(2), color="#54a24b", linewidth=0.8, linestyle=":")
+    if unigram_entropy is not None:
+        left.axhline(unigram_entropy, color="0.4", linewidth=1.0, linestyle="--", label="entropy of word frequencies")
+    left.set(xlabel="step", ylabel="loss (nats)", title="Loss", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    right.plot(steps, [row["grad_norm"] for row in train], color="#b279a2", linewidth=1.0, label="gradient norm")
+    right.set(xlabel="step", ylabel="gradient norm", title="Gradient norm and learning rate", yscale="log")
+    twin = right.twinx()
+    twin.plot(steps, [row["learning_rate"] for row in train], color="0.5", linewidth=1.0, linestyle="--")
+    twin.set(ylabel="learning rate (dashed)", ylim=(0, None))
+    target = run_dir / "curves.png"
+    figure.savefig(target, dpi=130)
+    return target

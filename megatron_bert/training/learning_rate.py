@@ -1,0 +1,34 @@
+"""Learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_bert.config import LearningRateSettings
+
+
+def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) -> float:
+    """The learning rate of one optimizer step.
+
+    Args:
+        step: number of the step, from 1.
+        rate: the schedule; its decay ends at ``decay_steps``, or at ``total_steps`` when that is unset.
+        total_steps: length of the run.
+    """
+    end = rate.decay_steps or total_steps
+    if step <= rate.warmup_steps:
+        return rate.peak * step / rate.warmup_steps
+    if rate.schedule == "constant":
+        return rate.peak
+    start = rate.warmup_steps
+    if rate.schedule == "wsd":
+        start = end - (rate.wsd_decay_steps or max(1, (end - rate.warmup_steps) // 10))
+    progress = min(1.0, max(0.0, (step - start) / (end - start)))
+    shape = rate.wsd_decay_shape if rate.schedule == "wsd" else rate.schedule
+    if shape == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif shape == "sqrt":
+        share = 1.0 - math.sqrt(progress)
+    else:
+        share = 1.0 - progress
+    return rate.minimum + (rate.peak - rate.minimum) * share

@@ -1,0 +1,127 @@
+"""What a run reports: a console line and a bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from megatron_bert.config import LoggingSettings
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, leaving out a last line that was cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+class Report:
+    """Reports of rank 0; on other ranks every method does nothing.
+
+    Args:
+        run_dir: directory of the run.
+        settings: what to report.
+        active: whether this is rank 0.
+        start: steps done before this process started.
+        steps: steps of the whole run.
+    """
+
+    def __init__(self, run_dir: Path, settings: LoggingSettings, *, active: bool, start: int, steps: int) -> None:
+        self.active, self.start, self.steps = active, start, steps
+        self.began = time.monotonic()
+        if not active:
+            return
+        self._forget_after(run_dir / METRICS_FILE, start)
+        self.file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self.board: Any = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        show = sys.stderr.isatty() if settings.progress is None else settings.progress
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not show, dynamic_ncols=True)
+
+    @staticmethod
+    def _forget_after(path: Path, step: int) -> None:
+        """Drop rows that a resumed run will write again."""
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self.active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self.active:
+            self.bar.update()
+
+    def step(self, row: dict[str, float | int | None]) -> None:
+        """A logged step: a row with ``step`` and its metrics; None values are left out."""
+        if not self.active:
+            return
+        row = {name: value for name, value in row.items() if value is not None}
+        self._write(row, prefix="train")
+        step = int(row["step"] or 0)
+        elapsed = time.monotonic() - self.began
+        left = elapsed / max(1, step - self.start) * (self.steps - step)
+        parts = [f"step {step}/{self.steps}", f"loss {row['loss']:.4f}", f"mlm {row['mlm_loss']:.4f}"]
+        if "sop_loss" in row:
+            parts.append(f"sop {row['sop_loss']:.4f}")
+        parts += [
+            f"lr {row['learning_rate']:.2e}",
+            f"grad norm {row['grad_norm']:.3f}",
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        self.say(" | ".join([*parts, f"left {_duration(left)}"]))
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Held-out scores after a step."""
+        if not self.active:
+            return
+        self._write({"step": step, **{f"valid_{name}": value for name, value in scores.items()}}, prefix="valid")
+        text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        self.say(f"step {step}/{self.steps} | held out: {text}")
+
+    def _write(self, row: dict[str, Any], prefix: str) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(f"{prefix}/{name.removeprefix('valid_')}", value, row["step"])

@@ -1,0 +1,114 @@
+"""AdamW over this rank's share of the parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_bert import backends
+from megatron_bert.config import OptimizerSettings
+from parallel.gradients import raw_local
+
+#: Optimizer state kept for every parameter, as named in checkpoints.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+class ShardedAdamW:
+    """AdamW on plain local tensors, one for each parameter of the model.
+
+    Parameters may be DTensors over any mesh axes. An elementwise optimizer does not care, and plain tensors of one
+    kind go through one fused kernel: several times cheaper on the host than DTensors of mixed placements. The local
+    tensors share memory with the model's parameters, which are the float32 master weights.
+
+    Args:
+        parameters: global name -> parameter, after wrapping for data parallelism.
+        settings: betas, eps and weight decay.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: OptimizerSettings) -> None:
+        self.parameters = parameters
+        self.local = {name: nn.Parameter(raw_local(p)) for name, p in parameters.items()}
+        groups = [
+            {
+                "params": [self.local[name] for name, p in parameters.items() if decays(name, p) is decay],
+                "weight_decay": settings.weight_decay if decay else 0.0,
+            }
+            for decay in (True, False)
+        ]
+        groups = [group for group in groups if group["params"]]
+        betas = (settings.beta1, settings.beta2)
+        on_cuda = any(p.is_cuda for p in self.local.values())
+        fused_adam = backends.apex_adam() if on_cuda else None
+        self.adam: torch.optim.Optimizer
+        if fused_adam is not None:
+            self.adam = fused_adam(groups, lr=0.0, betas=betas, eps=settings.eps, adam_w_mode=True)
+        else:
+            self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.eps, fused=True)
+        self._counts_in_group = fused_adam is not None
+        self.steps = 0
+        for parameter in self.local.values():
+            # Created now rather than at the first step, so that a checkpoint can be loaded in place.
+            self.adam.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        self._set_steps()
+
+    def _set_steps(self) -> None:
+        if self._counts_in_group:
+            for group in self.adam.param_groups:
+                group["step"] = self.steps
+        else:
+            for parameter in self.local.values():
+                count = torch.tensor(float(self.steps), device=parameter.device)
+                self.adam.state[parameter]["step"] = count
+
+    def step(self, learning_rate: float) -> None:
+        """Update the parameters from their gradients."""
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            self.local[name].grad = None if gradient is None else raw_local(gradient)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        self.adam.step()
+        self.steps += 1
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.local[name].grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """``optimizer.<moment>.<parameter name>`` -> tensor, sharded as its parameter; fill them in place to load."""
+        return {
+            f"optimizer.{moment}.{name}": _placed_like(self.adam.state[self.local[name]][moment], parameter)
+            for moment in MOMENTS
+            for name, parameter in self.parameters.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor per parameter."""
+        return {"steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state`."""
+        self.steps = int(state["steps"])
+        self._set_steps()
+
+
+def _placed_like(local: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return local.detach()
+    return DTensor.from_local(
+        local.detach(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,100 @@
+"""`megatron-bert pretrain`: from settings to a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_bert.config import Settings, check_settings
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.preprocess import check_tokenizer
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.training.curves import draw_curves
+from megatron_bert.training.metrics import Report
+from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.trainer import Trainer
+from parallel.checkpoint import checkpoint_step, latest_checkpoint, read_state
+from parallel.errors import UserError
+from parallel.mesh import ParallelMesh
+from parallel.process_group import launched_rank, launched_world_size, process_group
+
+
+def pretrain(settings: Settings) -> None:
+    """Train as the settings say, resuming where an earlier run of the same directory stopped.
+
+    Raises:
+        UserError: settings, files or world size do not fit; found before any process group starts where possible.
+    """
+    layout = check_settings(settings, launched_world_size())
+    tokenizer = check_inputs(settings)
+    resume_from = find_resume(settings)
+    training = settings.training
+    if resume_from is not None and read_state(resume_from)["step"] >= training.steps:
+        # Not an error: a job that is started again after it finished has nothing left to do.
+        if launched_rank() == 0:
+            print(
+                f"{resume_from} has reached training.steps {training.steps}: nothing left to do; raise it to train on"
+            )
+        return
+    with process_group(training.device, settings.parallel.timeout_seconds) as world:
+        if world.device.type == "cpu" and settings.precision.compute == "float16":
+            raise UserError(
+                "precision.compute float16 needs a GPU and this machine has none: choose bfloat16 or float32"
+            )
+        if world.is_first:
+            training.run_dir.mkdir(parents=True, exist_ok=True)
+            (training.run_dir / "config.yaml").write_text(settings.dump(), encoding="utf-8")
+        dist.barrier()
+        if world.device.type == "cuda" and settings.precision.compute != "float32":
+            torch.set_float32_matmul_precision("high")
+        with StopRequest(training.max_minutes) as stop:
+            trainer = Trainer(settings, tokenizer, ParallelMesh(layout, world.device), world, resume_from)
+            trainer.prepare_data()
+            with Report(
+                training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=training.steps
+            ) as report:
+                report.say(trainer.describe())
+                if resume_from is not None:
+                    report.say(f"resuming from {resume_from}")
+                reason = trainer.run(stop, report)
+                if reason is not None:
+                    report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
+        if world.is_first:
+            draw_curves(training.run_dir)
+
+
+def check_inputs(settings: Settings) -> Tokenizer:
+    """Open every file the run will read.
+
+    Raises:
+        UserError: one is missing, damaged, or made with another tokenizer.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer.path, lowercase=settings.tokenizer.lowercase)
+    for corpus in [*settings.data.train, *(settings.data.valid or [])]:
+        IndexedDataset(corpus.prefix)
+        check_tokenizer(corpus.prefix, tokenizer)
+    return tokenizer
+
+
+def find_resume(settings: Settings) -> Path | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        UserError: a checkpoint is named that is not there.
+    """
+    wanted = settings.checkpoint.resume
+    if wanted == "none":
+        return None
+    if wanted == "auto":
+        path = latest_checkpoint(settings.training.run_dir / "checkpoints")
+        if path is None:
+            return None
+    else:
+        path = Path(wanted)
+        if checkpoint_step(path) is None:
+            raise UserError(
+                f"checkpoint.resume is {wanted}, which is no whole checkpoint: give auto, none or a step_... directory"
+            )
+    return path

@@ -1,0 +1,192 @@
+"""Training throughput beside transformers' MegatronBertForPreTraining, in pairs in one process.
+
+Both train on the same batch (same sequences, masked positions and labels) in float32 with dropout 0.1 and fused AdamW.
+Their steps alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts does not favour one.
+
+    python tools/benchmark_throughput.py --output benchmarks/throughput_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.pretraining import BertForPretraining, loss_sums
+from megatron_bert.model.sequences import SequenceLayout
+from parallel.cross_entropy import IGNORED
+from parallel.sharding import initialize
+
+
+def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatch:
+    """Full-length sequences with 15 % of the tokens masked."""
+    generator = torch.Generator().manual_seed(0)
+    slots_each = round(0.15 * length)
+    positions = torch.stack([torch.randperm(length, generator=generator)[:slots_each].sort().values for _ in range(batch)])
+    starts = torch.arange(batch) * length
+    return MicroBatch(
+        tokens=torch.randint(5, config.vocab_size, (batch * length,), generator=generator),
+        positions=torch.arange(length).repeat(batch),
+        types=(torch.arange(length) >= length // 2).long().repeat(batch),
+        samples=torch.arange(batch).repeat_interleave(length),
+        layout=SequenceLayout.rectangle(batch, length),
+        slots=(starts[:, None] + positions).flatten(),
+        slot_labels=torch.randint(5, config.vocab_size, (batch * slots_each,), generator=generator),
+        first_tokens=starts,
+        pair_labels=torch.randint(2, (batch,), generator=generator),
+        lengths=(length,) * batch,
+    )
+
+
+def our_step(config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """One training step of this project's model."""
+    model = BertForPretraining(config, device=device)
+    initialize(model, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = batch.to(device)
+    masked, pairs = batch.slots.shape[0], batch.first_tokens.shape[0]
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(batch, 1)
+            sums = loss_sums(logits, batch, config.vocab_size)
+        loss = sums.masked / masked + sums.pair / pairs
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def their_step(config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The same step of transformers' model."""
+    rows, length = batch.layout.batch, batch.layout.length
+    model = transformers.MegatronBertForPreTraining(
+        transformers.MegatronBertConfig(
+            vocab_size=config.padded_vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            layer_norm_eps=config.layer_norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+    ).to(device)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    labels = torch.full((rows * length,), IGNORED)
+    labels[batch.slots] = batch.slot_labels
+    inputs = {
+        "input_ids": batch.tokens.view(rows, length).to(device),
+        "token_type_ids": batch.types.view(rows, length).to(device),
+        "labels": labels.view(rows, length).to(device),
+        "next_sentence_label": batch.pair_labels.to(device),
+    }
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
+    """Duration of one step."""
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def processor_name() -> str:
+    """Name of the CPU, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time both in turn."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    config = MegatronBertConfig(
+        vocab_size=arguments.vocab_size,
+        hidden_size=arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        intermediate_size=4 * arguments.hidden,
+        max_position_embeddings=arguments.length,
+        layer_norm_eps=1e-5,
+    )
+    batch = make_batch(config, arguments.batch, arguments.length)
+    ours = our_step(config, batch, device, dtype)
+    theirs = their_step(config, batch, device, dtype)
+    for _ in range(arguments.warmup):
+        ours(), theirs()
+    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(arguments.pairs)]
+    ratios = sorted(b / a for a, b in pairs)
+    tokens = arguments.batch * arguments.length
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": {"layers": arguments.layers, "hidden": arguments.hidden, "heads": arguments.heads, "vocab": arguments.vocab_size},
+        "batch": {"sequences": arguments.batch, "tokens_each": arguments.length, "masked": batch.slots.shape[0]},
+        "dtype": arguments.dtype,
+        "pairs": arguments.pairs,
+        "tokens_per_second": {
+            "megatron_bert": tokens / statistics.median(a for a, _ in pairs),
+            "transformers": tokens / statistics.median(b for _, b in pairs),
+        },
+        "ratio": {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]},
+    }
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--vocab-size", type=int, default=30522)
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--warmup", type=int, default=2, help="pairs not counted")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs counted")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
