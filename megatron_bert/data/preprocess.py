@@ -1,0 +1,245 @@
+"""From text files to a corpus in Megatron's format.
+
+The parent process reads rows and writes results in order; decoding, sentence splitting and tokenisation happen in the
+workers, a chunk of rows at a time, so the output is the same for any number of workers.
+"""
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencex
+from tqdm import tqdm
+
+from megatron_bert.data.indexed import IndexedWriter, best_dtype
+from megatron_bert.data.sidecar import check_tokenizer, remove_sidecar, write_sidecar
+from megatron_bert.data.text_files import OnBadRow, Row, RowReader, check_on_bad_row, decode_row
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from parallel.errors import UserError
+
+__all__ = ["PreprocessReport", "check_tokenizer", "preprocess"]
+
+CHUNK_BYTES = 1 << 20
+CHUNK_ROWS = 1024
+CHUNKS_AHEAD = 4
+"""Chunks in flight for each worker: enough that none waits, few enough to bound the memory."""
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """What a run of `preprocess` did.
+
+    Attributes:
+        prefix: Prefix of the corpus written.
+        documents: Documents written.
+        sentences: Sentences written.
+        tokens: Tokens written.
+        skipped_empty: Documents left out because they have no text.
+        skipped_bad: Rows left out because they could not be decoded.
+        seconds: Wall time.
+    """
+
+    prefix: str
+    documents: int
+    sentences: int
+    tokens: int
+    skipped_empty: int
+    skipped_bad: int
+    seconds: float
+
+
+class _Job(NamedTuple):
+    """What a worker needs to know once."""
+
+    tokenizer_path: str
+    lowercase: bool | None
+    json_key: str
+    split_sentences: bool
+    append_eod: bool
+    language: str
+    on_bad_row: OnBadRow
+
+
+class _Chunk(NamedTuple):
+    """Result of one chunk of rows, see `IndexedWriter.add_documents`."""
+
+    tokens: np.ndarray
+    sizes: np.ndarray
+    document_sizes: np.ndarray
+    skipped_empty: int
+    skipped_bad: int
+
+
+def preprocess(
+    inputs: Sequence[str | os.PathLike[str]],
+    tokenizer_path: str | os.PathLike[str],
+    output_prefix: str | os.PathLike[str],
+    *,
+    workers: int = 1,
+    json_key: str = "text",
+    split_sentences: bool = True,
+    append_eod: bool = False,
+    language: str = "en",
+    lowercase: bool | None = None,
+    on_bad_row: OnBadRow = "error",
+    progress: bool = True,
+) -> PreprocessReport:
+    """Tokenise documents into `{output_prefix}_{json_key}_{sentence|document}.{bin,idx}` and a `.json` note.
+
+    Nothing appears under the final names before everything is done; a failed or interrupted run removes its files.
+
+    Args:
+        inputs: JSON lines or plain text files, also .gz or .zst, see `RowReader`.
+        tokenizer_path: Anything `load_tokenizer` takes.
+        output_prefix: Start of the output names; missing directories are created.
+        workers: Processes; 1 works in this one.
+        json_key: Where a JSON line holds its text.
+        split_sentences: Make a sentence of each sentence, as pretraining on pairs needs; otherwise of each document.
+        append_eod: End each document with the separator token.
+        language: ISO 639 code for the sentence splitter, which treats codes it does not know by general rules.
+        lowercase: As in `load_tokenizer`.
+        on_bad_row: "error" stops at an undecodable row naming file and line, "skip" counts it.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: A missing or undecodable input, an unusable tokenizer or setting, or no text at all.
+    """
+    started = time.perf_counter()
+    check_on_bad_row(on_bad_row)
+    if workers < 1:
+        raise UserError(f"workers {workers} must be at least 1.")
+    if not inputs:
+        raise UserError("There is nothing to preprocess: give at least one input file.")
+    readers = [RowReader(path) for path in inputs]
+    tokenizer = load_tokenizer(tokenizer_path, lowercase=lowercase)
+    job = _Job(os.fspath(tokenizer_path), lowercase, json_key, split_sentences, append_eod, language, on_bad_row)
+    prefix = f"{os.fspath(output_prefix)}_{json_key}_{'sentence' if split_sentences else 'document'}"
+    documents = sentences = tokens = skipped_empty = skipped_bad = 0
+    with IndexedWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer:
+        for chunk in _process(_chunks(readers, progress), job, tokenizer, workers):
+            writer.add_documents(chunk.tokens, chunk.sizes, chunk.document_sizes)
+            documents += len(chunk.document_sizes)
+            sentences += len(chunk.sizes)
+            tokens += chunk.tokens.size
+            skipped_empty += chunk.skipped_empty
+            skipped_bad += chunk.skipped_bad
+        if not documents:
+            names = ", ".join(reader.path for reader in readers)
+            raise UserError(
+                f"No text was found in {names}: {skipped_empty} documents are empty, {skipped_bad} unreadable."
+            )
+        remove_sidecar(prefix)
+    write_sidecar(prefix, tokenizer, documents=documents, sentences=sentences, tokens=tokens, language=language)
+    seconds = time.perf_counter() - started
+    return PreprocessReport(prefix, documents, sentences, tokens, skipped_empty, skipped_bad, seconds)
+
+
+def _chunks(readers: Sequence[RowReader], progress: bool) -> Iterator[list[Row]]:
+    """Group rows; moves the progress bar as the (compressed) input is consumed."""
+    total = sum(Path(reader.path).stat().st_size for reader in readers)
+    rows: list[Row] = []
+    size = 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", disable=not progress) as bar:
+        for reader in readers:
+            for row in reader:
+                rows.append(row)
+                size += len(row.data)
+                if size >= CHUNK_BYTES or len(rows) >= CHUNK_ROWS:
+                    yield rows
+                    rows, size = [], 0
+                    bar.update(sum(each.bytes_read for each in readers) - bar.n)
+        if rows:
+            yield rows
+        bar.update(total - bar.n)
+
+
+def _process(chunks: Iterator[list[Row]], job: _Job, tokenizer: Tokenizer, workers: int) -> Iterator[_Chunk]:
+    """Process chunks, here or in workers; results come in the order of the chunks."""
+    if workers == 1:
+        for rows in chunks:
+            yield _tokenize(rows, job, tokenizer)
+        return
+    # spawn: threads of the calling process (a tokenizer's, torch's) would not survive a fork.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
+    pending: deque[Future[_Chunk]] = deque()
+    try:
+        for rows in chunks:
+            pending.append(pool.submit(_tokenize_in_worker, rows))
+            if len(pending) >= workers * CHUNKS_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"A preprocessing worker was killed, most likely for lack of memory: use fewer than {workers} workers."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_state: tuple[_Job, Tokenizer]
+
+
+def _start_worker(job: _Job) -> None:
+    global _worker_state
+    # The parent handles Ctrl-C and stops the workers; their own tracebacks would only hide its message.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One process a core is the parallelism; threads of the tokenizers library inside each would compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_state = job, load_tokenizer(job.tokenizer_path, lowercase=job.lowercase)
+
+
+def _tokenize_in_worker(rows: list[Row]) -> _Chunk:
+    return _tokenize(rows, *_worker_state)
+
+
+def _tokenize(rows: list[Row], job: _Job, tokenizer: Tokenizer) -> _Chunk:
+    """Decode, split and tokenise rows; documents and sentences without tokens are left out."""
+    texts, skipped_bad = _decode(rows, job)
+    split = [_sentences(text, job) for text in texts]
+    ids = iter(tokenizer.encode_batch([sentence for sentences in split for sentence in sentences]))
+    kept: list[list[int]] = []
+    document_sizes: list[int] = []
+    for sentences in split:
+        document = [found for found in (next(ids) for _ in sentences) if found]
+        if document:
+            if job.append_eod:
+                document[-1].append(tokenizer.sep_id)
+            kept += document
+            document_sizes.append(len(document))
+    return _Chunk(
+        np.array([token for sentence in kept for token in sentence], dtype=best_dtype(tokenizer.vocab_size)),
+        np.array([len(sentence) for sentence in kept], dtype=np.int32),
+        np.array(document_sizes, dtype=np.int64),
+        len(texts) - len(document_sizes),
+        skipped_bad,
+    )
+
+
+def _decode(rows: list[Row], job: _Job) -> tuple[list[str], int]:
+    """Texts of rows, and how many rows were skipped."""
+    texts = []
+    for row in rows:
+        try:
+            texts.append(decode_row(row, job.json_key))
+        except UserError:
+            if job.on_bad_row == "error":
+                raise
+    return texts, len(rows) - len(texts)
+
+
+def _sentences(text: str, job: _Job) -> list[str]:
+    if not job.split_sentences:
+        return [text]
+    # A line end ends a sentence whatever the splitter thinks: titles and list items carry no full stop.
+    lines = (line for line in text.split("\n") if line.strip())
+    return [sentence for line in lines for sentence in sentencex.segment(job.language, line)]

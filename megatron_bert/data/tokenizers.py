@@ -1,0 +1,297 @@
+"""Tokenizers: one interface over WordPiece, byte-level BPE and SentencePiece vocabularies.
+
+The work is done by the `tokenizers` and `sentencepiece` libraries; this module finds what pretraining needs to know
+about a vocabulary (its special tokens, which pieces start a word) and refuses vocabularies that cannot serve.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers.decoders import WordPiece as WordPieceDecoder
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+
+from parallel.errors import UserError
+
+ROLES = {
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "pad": ("[PAD]", "<pad>"),
+    "mask": ("[MASK]", "<mask>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+"""Special tokens by role: BERT's names, then those of RoBERTa and SentencePiece."""
+
+JSON_NAME, VOCAB_NAME, MODEL_NAME = "tokenizer.json", "vocab.txt", "tokenizer.model"
+
+
+class Tokenizer(ABC):
+    """Turns text into token ids. Text never yields special tokens: "[SEP]" in a corpus is five ordinary characters.
+
+    Attributes:
+        vocab_size: Number of ids, all in [0, vocab_size).
+        word_starts: bool [vocab_size]; False for pieces that continue the previous word. The first piece of a sentence
+            starts a word whatever this says.
+        cls_id: Id that opens a sample.
+        sep_id: Id that ends a segment.
+        pad_id: Id that fills a row.
+        mask_id: Id that hides a token.
+        unk_id: Id of text outside the vocabulary.
+        special_ids: All ids that are not text, ascending.
+        fingerprint: SHA-256 of everything that decides the ids of a text, 64 hex digits.
+    """
+
+    def __init__(self, source: Path, pieces: list[str], special: Iterable[int], continuation: str, fingerprint: str):
+        self._pieces = pieces
+        self.vocab_size = len(pieces)
+        self.fingerprint = fingerprint
+        roles = {role: _role_id(source, pieces, role) for role in ROLES}
+        self.cls_id, self.sep_id, self.pad_id = roles["cls"], roles["sep"], roles["pad"]
+        self.mask_id, self.unk_id = roles["mask"], roles["unk"]
+        self.special_ids = tuple(sorted({*roles.values(), *special}))
+        self.word_starts = _word_starts(pieces, continuation)
+        self.word_starts[list(self.special_ids)] = True
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]})"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of token ids; special tokens are left out."""
+
+    def id_to_token(self, token_id: int) -> str:
+        """The piece of an id in [0, vocab_size)."""
+        if not 0 <= token_id < self.vocab_size:
+            raise IndexError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
+        return self._pieces[token_id]
+
+    @abstractmethod
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into a directory, from which `load_tokenizer` gives an equal tokenizer."""
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library: `tokenizer.json`, or WordPiece built from `vocab.txt`."""
+
+    def __init__(self, source: Path, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        backend.encode_special_tokens = True  # the library's name for: special tokens in a text are text
+        backend.no_padding()
+        backend.no_truncation()
+        description = json.loads(backend.to_str())
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{source} has an empty vocabulary: train a tokenizer first.")
+        pieces = [""] * (max(vocabulary.values()) + 1)
+        for piece, token_id in vocabulary.items():
+            pieces[token_id] = piece
+        special = [token["id"] for token in description["added_tokens"] if token["special"]]
+        # What decides the ids of plain text; the post-processor and the decoder do not, and files of one vocabulary
+        # written by different tools differ in them.
+        text_tokens = [token["content"] for token in description["added_tokens"] if not token["special"]]
+        decisive = [description["normalizer"], description["pre_tokenizer"], description["model"], text_tokens]
+        fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        super().__init__(source, pieces, special, _continuation(source, description), fingerprint)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, without special tokens."""
+        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of token ids; special tokens are left out."""
+        return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json`, and `vocab.txt` for WordPiece."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / JSON_NAME).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        if isinstance(self._backend.model, WordPiece):
+            (folder / VOCAB_NAME).write_text("".join(f"{piece}\n" for piece in self._pieces), encoding="utf-8")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
+
+    def __init__(self, source: Path) -> None:
+        self._content = source.read_bytes()
+        try:
+            self._backend = sentencepiece.SentencePieceProcessor(model_proto=self._content)
+        except Exception as error:  # the library raises bare RuntimeError and TypeError
+            raise UserError(f"{source} is not a SentencePiece model: {error}.") from None
+        count = self._backend.get_piece_size()
+        pieces = [self._backend.id_to_piece(token_id) for token_id in range(count)]
+        special = [i for i in range(count) if self._backend.is_control(i) or self._backend.is_unknown(i)]
+        super().__init__(source, pieces, special, "no \u2581", hashlib.sha256(self._content).hexdigest())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, without special tokens."""
+        return self._backend.encode(list(texts), out_type=int, num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of token ids; special tokens are left out."""
+        hidden = set(self.special_ids)
+        return self._backend.decode([int(token_id) for token_id in ids if int(token_id) not in hidden])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.model`."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MODEL_NAME).write_bytes(self._content)
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, lowercase: bool | None = None) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        path: A WordPiece vocabulary (`vocab.txt`), a `tokenizer.json`, a SentencePiece `.model`, or a directory with
+            one of them (looked for in the order tokenizer.json, vocab.txt, *.model).
+        lowercase: For a `vocab.txt`: whether text is lower-cased and stripped of accents. None: as the vocabulary
+            shows, that is unless it holds upper-case letters. Other files record it themselves.
+
+    Raises:
+        UserError: A missing, unreadable or unsuitable file, or `lowercase` contradicting it.
+    """
+    source = _find(Path(path))
+    if source.suffix == ".txt":
+        return JsonTokenizer(source, wordpiece(_read_vocabulary(source), lowercase))
+    tokenizer: Tokenizer
+    lowercases = None
+    if source.suffix == ".json":
+        backend = _read_json(source)
+        tokenizer = JsonTokenizer(source, backend)
+        lowercases = getattr(backend.normalizer, "lowercase", None)
+    else:
+        tokenizer = SentencePieceTokenizer(source)
+    if lowercase is not None and lowercase != lowercases:
+        raise UserError(
+            f"lowercase={lowercase} contradicts {source}, which records its own normalisation: leave lowercase out, or "
+            f"give a vocab.txt."
+        )
+    return tokenizer
+
+
+def wordpiece(vocabulary: dict[str, int], lowercase: bool | None = None) -> tokenizers.Tokenizer:
+    """Build BERT's WordPiece tokenizer from its vocabulary; `lowercase` as in `load_tokenizer`."""
+    if lowercase is None:
+        lowercase = not any(piece != piece.lower() for piece in vocabulary if not _is_bracketed(piece))
+    backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
+    )
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.decoder = WordPieceDecoder(prefix="##", cleanup=True)
+    names = [name for name, *_ in ROLES.values() if name in vocabulary]
+    backend.add_special_tokens(names)
+    if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
+        backend.post_processor = BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return backend
+
+
+def _find(path: Path) -> Path:
+    """The tokenizer file meant by a path."""
+    if path.is_file():
+        if path.suffix not in (".txt", ".json", ".model"):
+            raise UserError(
+                f"{path} is not a known kind of tokenizer: expected vocab.txt, tokenizer.json or a .model file."
+            )
+        return path
+    if not path.is_dir():
+        raise UserError(
+            f"Tokenizer {path} does not exist: give a vocab.txt, a tokenizer.json, a .model file or a directory."
+        )
+    for name in (JSON_NAME, VOCAB_NAME):
+        if (path / name).is_file():
+            return path / name
+    models = sorted(path.glob("*.model"))
+    if len(models) != 1:
+        found = f"{len(models)} .model files" if models else "none of them"
+        raise UserError(f"{path} must hold a {JSON_NAME}, a {VOCAB_NAME} or one .model file, but holds {found}.")
+    return models[0]
+
+
+def _read_vocabulary(source: Path) -> dict[str, int]:
+    """Read a vocab.txt: one piece a line, its id is the line number counted from 0."""
+    try:
+        text = source.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} byte {error.start} is not UTF-8: a vocab.txt holds one piece a line.") from None
+    # Only line feeds end a line: other Unicode line separators may be pieces.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UserError(f"{source} is empty: a vocab.txt holds one piece a line.")
+    vocabulary: dict[str, int] = {}
+    for number, piece in enumerate(lines):
+        if piece in vocabulary:
+            first = vocabulary[piece] + 1
+            raise UserError(
+                f"{source} line {number + 1} repeats the entry {piece!r} of line {first}: remove one of them."
+            )
+        vocabulary[piece] = number
+    return vocabulary
+
+
+def _read_json(source: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(source.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{source} is not a tokenizer of the tokenizers library: {error}.") from None
+
+
+def _role_id(source: Path, pieces: list[str], role: str) -> int:
+    for name in ROLES[role]:
+        if name in pieces:
+            return pieces.index(name)
+    raise UserError(
+        f"{source} has no {ROLES[role][0]} piece: BERT needs [CLS], [SEP], [PAD], [MASK] and [UNK], train one with "
+        f"`megatron-bert train-tokenizer`."
+    )
+
+
+def _continuation(source: Path, description: dict) -> str:
+    """How pieces show that they continue a word: "##" (WordPiece's prefix), or "no X" when word starts carry X."""
+    model = description["model"]
+    if model.get("type") == "WordPiece":
+        return model["continuing_subword_prefix"]
+    steps = json.dumps([description["pre_tokenizer"], description["normalizer"]])
+    if '"ByteLevel"' in steps:
+        return "no \u0120"
+    if '"Metaspace"' in steps or "\\u2581" in steps:
+        return "no \u2581"
+    raise UserError(
+        f"{source} does not show where words start: whole-word masking needs a WordPiece, byte-level BPE or "
+        f"SentencePiece vocabulary."
+    )
+
+
+def _word_starts(pieces: list[str], continuation: str) -> np.ndarray:
+    if continuation.startswith("no "):
+        return np.array([piece.startswith(continuation[3:]) for piece in pieces], dtype=bool)
+    return np.array([not piece.startswith(continuation) for piece in pieces], dtype=bool)
+
+
+def _is_bracketed(piece: str) -> bool:
+    """Whether a piece looks like a special token, such as [CLS], [unused7] or <s>."""
+    return len(piece) > 2 and (piece[0] + piece[-1]) in ("[]", "<>")
