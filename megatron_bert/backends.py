@@ -25,7 +25,7 @@ def _import(module: str) -> Any | None:
 
 @cache
 def apex_layer_norm() -> Callable[..., Tensor] | None:
-    """apex's fused affine layer norm, if NVIDIA's apex is installed with its kernel."""
+    """The fused affine layer norm of NVIDIA's apex, if it is installed with its kernel."""
     if _import("fused_layer_norm_cuda") is None:
         return None
     module = _import("apex.normalization.fused_layer_norm")
@@ -33,8 +33,8 @@ def apex_layer_norm() -> Callable[..., Tensor] | None:
 
 
 @cache
-def apex_adam() -> type[torch.optim.Optimizer] | None:
-    """apex's FusedAdam, if NVIDIA's apex is installed with its kernels."""
+def apex_adam() -> Callable[..., torch.optim.Optimizer] | None:
+    """FusedAdam of NVIDIA's apex, if it is installed with its kernels."""
     if _import("amp_C") is None:
         return None
     return getattr(_import("apex.optimizers"), "FusedAdam", None)

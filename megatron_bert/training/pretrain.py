@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_bert.config import Settings, check_settings
 from megatron_bert.data.indexed import IndexedDataset
-from megatron_bert.data.preprocess import check_tokenizer
+from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report

@@ -1,0 +1,179 @@
+"""Worlds of several gloo processes for tests.
+
+``run_world(4, function, *args)`` calls an importable top-level function on four ranks of a fresh process group and
+returns their four results. The processes are forked from a server that imported torch and the packages once, so a call
+costs a fraction of a second; the server itself never computes, so the forks are clean.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import SINGLE, ParallelLayout, ParallelMesh, TensorParallel
+
+CPU = torch.device("cpu")
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PRELOADED = [
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch._functorch.aot_autograd",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.utils.checkpoint",
+    "parallel.data_parallel",
+    "megatron_bert.model.pretraining",
+    "tests.worlds",
+]
+
+
+class RankError(Exception):
+    """The traceback of a failed rank, as text: the cause of the error that ``run_world`` raises."""
+
+
+def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a world of ``size`` processes.
+
+    Args:
+        size: number of processes.
+        function: importable from a module's top level.
+        *args: for the function; they are pickled, and so is what it returns.
+        timeout: seconds after which the world is killed.
+
+    Returns:
+        What the function returned, by rank.
+
+    Raises:
+        Exception: what the first rank to fail raised, with that rank's traceback as its cause.
+        RankError: a rank died without a word, or its error cannot be pickled.
+        TimeoutError: the world took longer than ``timeout``.
+    """
+    # Plain bytes: multiprocessing's own pickling of tensors shares memory that lives no longer than its sender.
+    payload = pickle.dumps((function, args))
+    context = _context()
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="world-") as folder:
+        ends, processes = [], []
+        try:
+            for rank in range(size):
+                here, there = context.Pipe()
+                process = context.Process(
+                    target=_rank_main, args=(payload, rank, size, f"{folder}/store", timeout, there), daemon=True
+                )
+                process.start()
+                there.close()
+                ends.append(here)
+                processes.append(process)
+            results = _collect(ends, processes, deadline)
+            for process in processes:
+                process.join()
+            return results
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+            for end in ends:
+                end.close()
+
+
+def _collect(ends: list[Any], processes: list[Any], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(ends):
+        waiting = {end: rank for rank, end in enumerate(ends) if rank not in results}
+        ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(ends)} did not finish in time")
+        for end in ready:
+            rank = waiting[end]
+            try:
+                succeeded, value, text = pickle.loads(end.recv_bytes())
+            except EOFError:
+                processes[rank].join()
+                raise RankError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if succeeded:
+                results[rank] = value
+                continue
+            for other, process in enumerate(processes):
+                if process.exitcode:  # its death is what the others complain about
+                    raise RankError(f"rank {other} died with exit code {process.exitcode}")
+            cause = RankError(f"rank {rank} of {len(ends)}:\n{text}")
+            if value is None:
+                raise cause
+            raise value from cause
+    return [results[rank] for rank in range(len(ends))]
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    # The server starts once, here, so that what it preloads is found whatever directory the tests are started from.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), before)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _rank_main(payload: bytes, rank: int, size: int, store: str, timeout: float, parent: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+        )
+        function, args = pickle.loads(payload)
+        message = pickle.dumps((True, function(*args), ""))
+        dist.destroy_process_group()
+    except BaseException as error:
+        text = traceback.format_exc()
+        parent.send_bytes(_failure(error, text))
+        # Stay until the parent kills the world: leaving would make the other ranks fail too, and hide who was first.
+        parent.poll(timeout)
+    else:
+        parent.send_bytes(message)
+
+
+def _failure(error: BaseException, text: str) -> bytes:
+    try:
+        message = pickle.dumps((False, error, text))
+        pickle.loads(message)
+    except Exception:
+        return pickle.dumps((False, None, text))
+    return message
+
+
+def make_mesh(**layout: Any) -> ParallelMesh:
+    """A mesh on the CPU over the world this is called in; arguments are those of ParallelLayout."""
+    return ParallelMesh(ParallelLayout(**layout), CPU)
+
+
+def make_tensor_parallel(*, sequence: bool = False) -> TensorParallel:
+    """A handle over the whole world; in a world of one, or without any, that of a model that is not divided."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return SINGLE
+    return make_mesh(tensor=size, sequence=sequence).tensor_parallel
