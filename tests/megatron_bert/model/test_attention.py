@@ -1,0 +1,91 @@
+"""Attention written out, fused, and by a float64 formula; dropout of its probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_bert.model.attention import explicit_attention, fused_attention
+from parallel.dropout import fold_in, keep_mask
+
+B, A, S, D = 3, 2, 9, 8
+LENGTHS = torch.tensor([9, 4, 1])
+MASKS = {"all": None, "padded": torch.arange(S) < LENGTHS[:, None]}
+#: float32 sums of 8 and 9 terms within a few units: some tens of roundings of 1.2e-7.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(B, A, S, D).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def _formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    scores = torch.einsum("baqd,bakd->baqk", query, key) / math.sqrt(D)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+    weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+    if kept is not None:
+        weights = weights * kept / 0.75
+    return torch.einsum("baqk,bakd->baqd", weights, value)
+
+
+def _assert_like_the_formula(out: Tensor, inputs: list[Tensor], mask: Tensor | None, kept: Tensor | None = None) -> None:
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = _formula(*exact, mask, kept)
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
+    gradient = torch.randn(B, A, S, D)
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    for x, e in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(x.grad.double(), e.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("function", [explicit_attention, fused_attention])
+def test_formula(function, mask):
+    inputs = _inputs()
+    _assert_like_the_formula(function(*inputs, MASKS[mask]), inputs, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_dropout_of_probabilities(mask):
+    inputs = _inputs()
+    keys = fold_in(torch.arange(B * A * S).view(B, A, S), 1)
+    kept = keep_mask(keys, S, 0.25)
+    out = explicit_attention(*inputs, MASKS[mask], 0.25, keys)
+    _assert_like_the_formula(out, inputs, MASKS[mask], kept)
+
+
+def test_keyed_dropout_needs_keys():
+    with pytest.raises(AssertionError, match="needs keys"):
+        explicit_attention(*_inputs(), None, 0.1)
+
+
+@pytest.mark.parametrize("function", [explicit_attention, fused_attention])
+def test_masked_keys_have_no_influence(function):
+    query, key, value = (x.detach() for x in _inputs())
+    mask = MASKS["padded"]
+    before = function(query, key, value, mask)
+    hidden = ~mask[:, None, :, None]
+    after = function(query, key.masked_fill(hidden, 1e4), value.masked_fill(hidden, -1e4), mask)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", [explicit_attention, fused_attention])
+def test_bfloat16(function):
+    inputs = [x.detach() for x in _inputs(torch.bfloat16)]
+    out = function(*inputs, MASKS["padded"])
+    assert out.dtype == torch.bfloat16
+    expected = _formula(*(x.double() for x in inputs), MASKS["padded"])
+    # Values within about 4: probabilities, their products with values and the result are each rounded to 8 bits.
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * 4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_a_sequence_without_keys_stays_finite_in_the_reference():
+    mask = torch.zeros(B, S, dtype=torch.bool)
+    query, key, value = (x.detach() for x in _inputs())
+    out = explicit_attention(query, key, value, mask)
+    torch.testing.assert_close(out, value.mean(dim=2, keepdim=True).expand_as(out), **CLOSE)

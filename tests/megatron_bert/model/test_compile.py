@@ -1,0 +1,119 @@
+"""A compiled layer is one graph, the same for all layers, and gives the eager result."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from megatron_bert.model.encoder import Encoder
+from parallel.data_parallel import apply_data_parallel
+from parallel.gradients import sum_token_partial_gradients
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.sharding import initialize
+from tests.megatron_bert.model.support import CONFIG, assert_steps_equal, make_batch, whole
+from tests.worlds import make_mesh, make_tensor_parallel, run_world
+
+
+class CountingBackend:
+    """aot_eager that counts the graphs it was given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+def _compile(encoder: Encoder) -> CountingBackend:
+    """Compile the layers the way training does, but for the backend."""
+    backend, compile_ = CountingBackend(), torch.compile
+
+    def with_backend(function: Any, **settings: Any) -> Any:
+        assert settings.get("fullgraph") is True
+        return compile_(function, **settings, backend=backend)
+
+    with mock.patch("torch.compile", with_backend):
+        for layer in encoder.layers.values():
+            layer.compile_forward()
+    return backend
+
+
+def _step(encoder: nn.Module, tp: TensorParallel, packed: bool, dropout: bool) -> dict[str, Tensor]:
+    batch = make_batch(packed=packed)
+    total = len(batch.tokens)
+    x = torch.randn(total, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    x = (x.chunk(tp.size)[tp.rank] if tp.sequence else x).clone().requires_grad_()
+    out = encoder(x, batch.layout, batch.dropout_keys(5) if dropout else None)
+    (out * torch.linspace(-1, 1, CONFIG.hidden_size)).square().sum().backward()
+    sum_token_partial_gradients(encoder, tp)
+    results = {name: whole(parameter.grad) for name, parameter in encoder.named_parameters()}
+    return results | {"out": out.detach().clone(), "x": x.grad.clone()}
+
+
+def _encoder(tp: TensorParallel, recompute: str = "none") -> Encoder:
+    encoder = Encoder(CONFIG, tp=tp, recompute=recompute)
+    initialize(encoder, 3)
+    return encoder
+
+
+def _compiled(sequence: bool, packed: bool, dropout: bool, recompute: str) -> int:
+    tp = make_tensor_parallel(sequence=sequence)
+    expected = _step(_encoder(tp, recompute), tp, packed, dropout)
+    torch._dynamo.reset()
+    encoder = _encoder(tp, recompute)
+    backend = _compile(encoder)
+    # The traced operators are the eager ones; decompositions add up in another order: float32 rounding.
+    assert_steps_equal(_step(encoder, tp, packed, dropout), expected, 1e-5)
+    return backend.graphs
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["still", "dropout"])
+@pytest.mark.parametrize(("size", "sequence"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2-sequence"])
+def test_layers_share_one_graph_and_give_the_eager_result(size, sequence, dropout):
+    for graphs in run_world(size, _compiled, sequence, False, dropout, "none"):
+        assert graphs == 1
+
+
+def test_packed_layers_share_one_graph():
+    assert run_world(2, _compiled, True, True, True, "none") == [1, 1]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_layers_share_one_graph(recompute):
+    assert run_world(2, _compiled, True, False, True, recompute) == [1, 1]
+
+
+def _graph_breaks() -> tuple[int, int]:
+    encoder, batch = _encoder(SINGLE), make_batch()
+    x = torch.randn(len(batch.tokens), CONFIG.hidden_size)
+    explained = torch._dynamo.explain(encoder.layers["0"]._forward)(x, batch.layout, batch.dropout_keys(5))
+    return explained.graph_count, explained.graph_break_count
+
+
+def test_no_graph_breaks():
+    assert run_world(1, _graph_breaks) == [(1, 0)]
+
+
+def _fully_sharded(sharding: str) -> int:
+    mesh = make_mesh(tensor=2, data=2, data_shard=2, sequence=True)
+    tp = mesh.tensor_parallel
+    results = []
+    for compiled in (False, True):
+        encoder = _encoder(tp)
+        backend = _compile(encoder) if compiled else None
+        layers = list(encoder.layers.values())
+        apply_data_parallel(encoder, layers, mesh, sharding=sharding, compute_dtype=torch.float32)
+        results.append(_step(encoder, tp, False, True))
+    assert_steps_equal(results[1], results[0], 1e-5)
+    return backend.graphs
+
+
+def test_compiled_layers_under_full_sharding():
+    assert run_world(4, _fully_sharded, "full") == [1, 1, 1, 1]

@@ -1,0 +1,54 @@
+"""Token axis to rectangle and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_bert.model.sequences import SequenceLayout
+
+
+def test_rectangle():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    layout = SequenceLayout.rectangle(2, 3, mask)
+    tokens = torch.arange(12).view(6, 2)
+    assert layout.to_rectangle(tokens).equal(tokens.view(2, 3, 2))
+    assert layout.from_rectangle(layout.to_rectangle(tokens)).equal(tokens)
+    assert layout.rectangle_mask() is mask
+    assert not layout.is_packed
+    assert SequenceLayout.rectangle(2, 3).rectangle_mask() is None
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 5, 1], [4, 4], [1, 1, 1, 1]])
+@pytest.mark.parametrize("longest", [5, 7])
+def test_packed(lengths, longest):
+    layout = SequenceLayout.packed(torch.tensor(lengths), longest)
+    total = sum(lengths)
+    tokens = torch.arange(1, 2 * total + 1).view(total, 2)
+    rectangle = layout.to_rectangle(tokens)
+    assert rectangle.shape == (len(lengths), longest, 2)
+    assert layout.from_rectangle(rectangle).equal(tokens)
+    mask = layout.rectangle_mask()
+    assert mask.sum(dim=1).tolist() == lengths
+    assert rectangle[~mask].eq(0).all()
+    for row, part in zip(rectangle, tokens.split(lengths), strict=True):
+        assert row[: len(part)].equal(part)
+    assert layout.is_packed
+    assert layout.boundaries.dtype == torch.int32
+    assert layout.boundaries.diff().tolist() == lengths
+
+
+def test_gradients_pass_both_ways():
+    layout = SequenceLayout.packed(torch.tensor([2, 3]), 4)
+    tokens = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: layout.from_rectangle(layout.to_rectangle(x).square()), tokens)
+
+
+def test_moving_keeps_everything():
+    packed = SequenceLayout.packed(torch.tensor([2, 3]), 4)
+    moved = packed.to(torch.device("meta"))
+    assert moved.boundaries.is_meta
+    assert moved.places.is_meta
+    assert (moved.batch, moved.length, moved.key_mask) == (2, 4, None)
+    rectangle = SequenceLayout.rectangle(1, 2, torch.ones(1, 2, dtype=torch.bool)).to(torch.device("meta"))
+    assert rectangle.key_mask.is_meta

@@ -1,0 +1,263 @@
+"""Gradients of divided and data-parallel models, their norm and their clipping, against one plain model.
+
+The model has a divided embedding, column and row layers with biases, and norms; every layout sees the same eight
+tokens, so that every gradient must come out equal to the plain one, summed over data ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel.data_parallel import Sharding, apply_data_parallel, data_shard_size, set_gradient_sync
+from parallel.gradients import (
+    clip_factor,
+    counted_here,
+    global_gradient_norm,
+    raw_local,
+    scale_gradients,
+    sum_token_partial_gradients,
+    token_partial_parameters,
+)
+from parallel.mesh import SINGLE, ParallelMesh
+from parallel.sharding import initialize
+from tests.parallel.support import Operators, ToyModel, full_gradients
+from tests.worlds import make_mesh, make_tensor_parallel, run_world
+
+TOKENS = torch.tensor([0, 9, 3, 3, 7, 5, 0, 2, 1, 4, 8, 9, 6, 6, 2, 1])
+#: float32 gradients of two layers: values up to a few hundred, each from some hundred roundings of 6e-8.
+CLOSE = {"rtol": 2e-5, "atol": 2e-4}
+
+SHARDINGS = ("none", "optimizer", "full", "hybrid")
+
+
+def _mesh(tensor: int, sequence: bool, sharding: Sharding) -> ParallelMesh:
+    data = dist.get_world_size() // tensor
+    return make_mesh(
+        tensor=tensor, data=data, data_shard=data_shard_size(sharding, data, max(1, data // 2)), sequence=sequence
+    )
+
+
+def _model(mesh: ParallelMesh, sharding: Sharding = "none", dtype: torch.dtype = torch.float32) -> ToyModel:
+    model = ToyModel(tp=mesh.tensor_parallel)
+    initialize(model, 5)
+    apply_data_parallel(model, model.units(), mesh, sharding=sharding, compute_dtype=dtype)
+    return model
+
+
+def _plain(chunks: int = 1) -> ToyModel:
+    model = ToyModel()
+    initialize(model, 5)
+    for tokens in TOKENS.chunk(chunks):
+        model.loss(tokens).backward()
+    return model
+
+
+def _all_layouts(tensor: int, sequence: bool, sharding: Sharding, micro_batches: int) -> None:
+    mesh = _mesh(tensor, sequence, sharding)
+    model = _model(mesh, sharding)
+    own = TOKENS.chunk(mesh.layout.data)[mesh.data_rank]
+    for number, tokens in enumerate(own.chunk(micro_batches)):
+        set_gradient_sync(model, last=number == micro_batches - 1)
+        out = model(tokens)
+        (out.float().square() * torch.arange(1.0, ToyModel.SIZE + 1)).sum().backward()
+    sum_token_partial_gradients(model, mesh.tensor_parallel)
+
+    plain = _plain(mesh.layout.data * micro_batches)
+    expected = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()}
+    gradients = full_gradients(model)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+    # Every element stands for its copies on exactly one rank.
+    counted = torch.tensor(
+        sum(raw_local(parameter).numel() for parameter in model.parameters() if counted_here(parameter, mesh))
+    )
+    assert int(mesh.all_reduce(counted, ("tensor", "data_shard", "data_replicate"))) == sum(
+        parameter.numel() for parameter in plain.parameters()
+    )
+
+    norm = global_gradient_norm(model.parameters(), mesh)
+    maximum = 0.5 * float(norm)
+    expected_norm = nn.utils.clip_grad_norm_(plain.parameters(), maximum)
+    torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
+    scale_gradients(model.parameters(), clip_factor(norm, maximum))
+    clipped = full_gradients(model)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(clipped[name], parameter.grad, **CLOSE)
+    torch.testing.assert_close(global_gradient_norm(model.parameters(), mesh), torch.tensor(maximum), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel(size, sequence):
+    run_world(size, _all_layouts, size, sequence, "none", 1)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_data_parallel(size, sharding):
+    run_world(size, _all_layouts, 1, False, sharding, 1)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_tensor_and_data_parallel(sharding, sequence):
+    run_world(4, _all_layouts, 2, sequence, sharding, 1)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_gradients_accumulate_over_micro_batches(sharding):
+    run_world(4, _all_layouts, 2, True, sharding, 2)
+
+
+def test_hybrid_over_two_groups_with_tensor_parallelism():
+    run_world(8, _all_layouts, 2, True, "hybrid", 2)
+
+
+def _reductions(sharding: Sharding) -> list[int]:
+    """Collectives that reduce gradients in each of three backward passes of one step."""
+    mesh = _mesh(1, False, sharding)
+    model = _model(mesh, sharding)
+    counts = []
+    for number in range(3):
+        set_gradient_sync(model, last=number == 2)
+        out = model(TOKENS)
+        with Operators() as backward:
+            out.sum().backward()
+        counts.append(backward.count("_reduce_scatter_base_", "reduce_scatter_", "allreduce_"))
+    return counts
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_gradients_are_reduced_in_the_last_backward_pass_only(sharding):
+    for first, second, last in run_world(2, _reductions, sharding):
+        assert (first, second) == (0, 0)
+        assert last > 0
+
+
+def _bfloat16(sharding: Sharding) -> None:
+    mesh = _mesh(1, False, sharding)
+    model = _model(mesh, sharding, torch.bfloat16)
+    seen = []
+    model.layers[0].column.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    out = model(TOKENS.chunk(mesh.layout.data)[mesh.data_rank])
+    out.float().square().sum().backward()
+    assert seen == [torch.bfloat16]
+    assert out.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32, name
+    exact = ToyModel()
+    initialize(exact, 5)
+    exact(TOKENS).square().sum().backward()
+    gradients = full_gradients(model)
+    for name, parameter in exact.named_parameters():
+        # bfloat16 keeps 8 bits; through two layers a gradient is right to a few of their roundings in the norm.
+        error = float((gradients[name] - parameter.grad).norm() / parameter.grad.norm())
+        assert error < 16 * torch.finfo(torch.bfloat16).eps, (name, error)
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_bfloat16_computes_and_float32_stays(size, sharding):
+    run_world(size, _bfloat16, sharding)
+
+
+def _untouched() -> None:
+    model = _model(make_mesh())
+    assert type(model) is ToyModel
+    set_gradient_sync(model, last=True)  # nothing to say to a plain model
+
+
+def test_one_rank_in_float32_needs_no_wrapping():
+    run_world(1, _untouched)
+
+
+def _resharding(sharding: Sharding) -> list[int]:
+    mesh = _mesh(1, False, sharding)
+    model = _model(mesh, sharding)
+    out = model(TOKENS)
+    with Operators() as backward:
+        out.sum().backward()
+    return backward.count("_allgather_base_", "allgather_")
+
+
+@pytest.mark.parametrize(("sharding", "gathers"), [("none", 0), ("optimizer", 0), ("full", 2), ("hybrid", 2)])
+def test_parameters_gathered_again_in_the_backward_pass(sharding, gathers):
+    # One gather for each of the two units; the embedding around them stays gathered.
+    assert run_world(4, _resharding, sharding) == [gathers] * 4
+
+
+@pytest.mark.parametrize(
+    ("sharding", "data", "hybrid", "expected"),
+    [("none", 8, None, 1), ("optimizer", 8, None, 8), ("full", 8, None, 8), ("hybrid", 8, 4, 4)],
+)
+def test_data_shard_size(sharding, data, hybrid, expected):
+    assert data_shard_size(sharding, data, hybrid) == expected
+
+
+def _partial() -> None:
+    tp = make_tensor_parallel(sequence=True)
+    model = ToyModel(tp=tp)
+    initialize(model, 5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    partial = [names[id(parameter)] for parameter in token_partial_parameters(model)]
+    assert partial == [f"layers.{i}.{name}" for i in range(2) for name in ("norm.weight", "norm.bias", "row.bias")]
+
+    sum_token_partial_gradients(model, tp)  # without gradients there is nothing to do
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, float(10 * number + tp.rank + 1))
+    before = {name: raw_local(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    next(token_partial_parameters(model)).grad = None  # a frozen one is left out
+    with Operators() as operators:
+        sum_token_partial_gradients(model, tp)
+    assert operators.count("allreduce_", "all_reduce") == 1
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if name == partial[0]:
+            assert parameter.grad is None
+        elif name in partial:
+            assert parameter.grad.eq(20.0 * number + 3).all(), name
+        else:
+            assert raw_local(parameter.grad).equal(before[name]), name
+
+
+def test_partial_gradients_are_summed_once():
+    run_world(2, _partial)
+    model = _plain()
+    before = copy.deepcopy([parameter.grad for parameter in model.parameters()])
+    assert list(token_partial_parameters(model)) == []
+    sum_token_partial_gradients(model, SINGLE)
+    assert all(p.grad.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def _no_gradients() -> float:
+    mesh = make_mesh(tensor=2)
+    return float(global_gradient_norm(ToyModel(tp=mesh.tensor_parallel).parameters(), mesh))
+
+
+def test_the_norm_without_gradients_is_zero():
+    assert run_world(2, _no_gradients) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 1.0, 40.0])
+def test_clip_factor(norm):
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([norm])
+    nn.utils.clip_grad_norm_([parameter], 1.0)
+    torch.testing.assert_close(torch.tensor([norm]) * clip_factor(torch.tensor(norm), 1.0), parameter.grad)
+
+
+def test_a_norm_that_is_not_a_number_shows():
+    assert clip_factor(torch.tensor(float("nan")), 1.0).isnan()
+    assert clip_factor(torch.tensor(float("inf")), 1.0) == 0
+
+
+def test_scaling_without_gradients():
+    scale_gradients([nn.Parameter(torch.zeros(1))], torch.tensor(0.5))

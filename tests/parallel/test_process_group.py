@@ -1,0 +1,93 @@
+"""Joining and leaving a world."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.errors import UserError
+from parallel.process_group import (
+    LAUNCHER_VARIABLES,
+    World,
+    choose_device,
+    launched_world_size,
+    process_group,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_process_alone_is_a_world_of_one():
+    with process_group("cpu") as world:
+        assert world == World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+        assert world.is_first
+        total = torch.ones(2)
+        dist.all_reduce(total)
+        assert total.tolist() == [1.0, 1.0]
+    assert not dist.is_initialized()
+
+
+def test_the_group_is_left_after_an_error():
+    with pytest.raises(RuntimeError, match="inside"), process_group("cpu"):
+        raise RuntimeError("inside")
+    assert not dist.is_initialized()
+
+
+def test_missing_launcher_variables_are_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="left LOCAL_RANK, MASTER_ADDR, MASTER_PORT unset: start with torchrun"):
+        with process_group("cpu"):
+            pass
+    assert not dist.is_initialized()
+
+
+def test_launched_world_size(monkeypatch):
+    assert launched_world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert launched_world_size() == 8
+
+
+def test_devices(monkeypatch):
+    assert choose_device("cpu", 3) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", 0) == torch.device("cpu")
+    with pytest.raises(UserError, match=re.escape("'cuda' but this machine has no usable CUDA device: set training")):
+        choose_device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="local rank 2 has no GPU: this host has 2; lower --nproc-per-node"):
+        choose_device("cuda", 2)
+
+
+_PROGRAM = """
+import torch, torch.distributed as dist
+from parallel.process_group import process_group
+with process_group("cpu") as world:
+    total = torch.tensor([1.0 + world.rank])
+    dist.all_reduce(total)
+    assert total.item() == 3.0 and world.size == 2 and world.local_rank == world.rank
+assert not dist.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_meet(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(_PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
