@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import uuid
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -212,7 +213,7 @@ class PairDataset:
         if path is None:
             return index
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp.npy")  # hosts may share the directory
         np.save(temporary, index)
         temporary.replace(path)
         return np.asarray(np.load(path, mmap_mode="r"))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bert.data import preprocess as module
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.preprocess import PreprocessReport, check_tokenizer, preprocess
+from megatron_bert.data.tokenizers import load_tokenizer
+from parallel.errors import UserError
+
+from .support import small_vocabulary
+
+TEXTS = ["The cat sat. The dog ran!\nOn the mat", "  \n ", "A b", "\u200b", "the cat"]
+
+
+def json_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def run(folder: Path, inputs: list[Path], **options: Any) -> PreprocessReport:
+    vocabulary = small_vocabulary(folder)
+    return preprocess(inputs, vocabulary, folder / "out" / "corpus", progress=False, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
+
+
+def decoded(folder: Path, prefix: str) -> list[list[str]]:
+    tokenizer, data = load_tokenizer(folder / "vocab.txt"), IndexedDataset(prefix)
+    bounds = data.document_indices
+    return [[tokenizer.decode(data[i]) for i in range(a, b)] for a, b in itertools.pairwise(bounds)]
+
+
+def test_sentences_of_documents(tmp_path: Path) -> None:
+    report = run(tmp_path, [json_lines(tmp_path / "x.jsonl", TEXTS)])
+    assert report.prefix == str(tmp_path / "out" / "corpus_text_sentence")
+    assert decoded(tmp_path, report.prefix) == [["the cat sat.", "the dog ran!", "on the mat"], ["a b"], ["the cat"]]
+    assert (report.documents, report.sentences, report.tokens) == (3, 5, 15)
+    assert (report.skipped_empty, report.skipped_bad) == (2, 0)
+    assert report.seconds > 0
+    assert list(files(tmp_path)) == [f"corpus_text_sentence.{suffix}" for suffix in ("bin", "idx", "json")]
+    assert IndexedDataset(report.prefix).dtype == np.uint16
+
+
+def test_whole_documents(tmp_path: Path) -> None:
+    report = run(tmp_path, [json_lines(tmp_path / "x.jsonl", TEXTS)], split_sentences=False, append_eod=True)
+    assert report.prefix.endswith("corpus_text_document")
+    data = IndexedDataset(report.prefix)
+    assert decoded(tmp_path, report.prefix)[0] == ["the cat sat. the dog ran! on the mat"]
+    assert [int(data[i][-1]) for i in range(len(data))] == [3, 3, 3], "each document ends with [SEP]"
+    assert (report.sentences, report.tokens) == (3, 18)
+
+
+def test_the_end_of_document_token_follows_the_last_sentence_only(tmp_path: Path) -> None:
+    data = IndexedDataset(run(tmp_path, [json_lines(tmp_path / "x.jsonl", TEXTS)], append_eod=True).prefix)
+    assert [3 in data[i] for i in range(len(data))] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("inputs", ["plain", "two files"])
+def test_other_inputs(tmp_path: Path, inputs: str) -> None:
+    if inputs == "plain":
+        (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"The cat sat.\nThe dog ran\n\nA b\n"))
+        report = run(tmp_path, [tmp_path / "x.txt.gz"])
+    else:
+        first = json_lines(tmp_path / "x.jsonl", ["The cat sat. The dog ran"])
+        report = run(tmp_path, [first, json_lines(tmp_path / "y.jsonl", ["A b"])])
+    assert [len(document) for document in decoded(tmp_path, report.prefix)] == [2, 1]
+
+
+def test_output_does_not_depend_on_workers_or_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    words = ["The", "cats", "ran", "on", "a", "mat.", "dog!", "\n"]
+    texts = [" ".join(rng.choice(words, size=rng.integers(0, 30))) for _ in range(300)]
+    source = json_lines(tmp_path / "x.jsonl", texts)
+    whole = run(tmp_path, [source])
+    expected = files(tmp_path)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
+    for workers in (1, 3):
+        report = run(tmp_path, [source], workers=workers)
+        assert files(tmp_path) == expected
+        assert (report.documents, report.tokens, report.skipped_empty) == (
+            whole.documents,
+            whole.tokens,
+            whole.skipped_empty,
+        )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_rows_leave_nothing_behind_or_are_skipped(tmp_path: Path, workers: int) -> None:
+    source = json_lines(tmp_path / "x.jsonl", ["the cat"])
+    with source.open("a") as file:
+        file.write('{"text": 3}\n')
+    with pytest.raises(UserError, match=r'x\.jsonl line 2 holds int under "text"'):
+        run(tmp_path, [source], workers=workers)
+    assert files(tmp_path) == {}
+    report = run(tmp_path, [source], workers=workers, on_bad_row="skip")
+    assert (report.documents, report.skipped_bad) == (1, 1)
+
+
+def test_an_interrupted_run_keeps_the_earlier_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = json_lines(tmp_path / "x.jsonl", TEXTS)
+    run(tmp_path, [source])
+    before = files(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_tokenize", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [source])
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers 0"),
+        ({"on_bad_row": "drop"}, 'on_bad_row "drop"'),
+        ({"json_key": "body"}, r'line 1 has no key "body"'),
+        ({"json_key": "body", "on_bad_row": "skip"}, "0 documents are empty, 5 unreadable"),
+        ({"inputs": []}, "nothing to preprocess"),
+        ({"inputs": ["missing.jsonl"]}, r"missing\.jsonl does not exist"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    inputs = options.pop("inputs", None)
+    inputs = [json_lines(tmp_path / "x.jsonl", TEXTS)] if inputs is None else [tmp_path / name for name in inputs]
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, inputs, **options)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    prefix = run(tmp_path, [json_lines(tmp_path / "x.jsonl", TEXTS)]).prefix
+    check_tokenizer(prefix, load_tokenizer(tmp_path / "vocab.txt"))
+    other = load_tokenizer(small_vocabulary(tmp_path, ["the", "cat"]))
+    with pytest.raises(UserError, match=r"made with a tokenizer of 22 entries .* the one given has 7 "):
+        check_tokenizer(prefix, other)
+    note = Path(f"{prefix}.json")
+    assert json.loads(note.read_text())["documents"] == 3
+    note.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        check_tokenizer(prefix, other)
+    note.unlink()
+    check_tokenizer(prefix, other)

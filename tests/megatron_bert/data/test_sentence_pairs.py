@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.sentence_pairs import PairDataset, Sample
+from parallel.errors import UserError
+
+from .support import numbered_tokenizer, random_corpus, write_corpus
+
+PAD, UNK, CLS, SEP, MASK = range(5)
+
+
+def pairs(folder: Path, indexed: IndexedDataset, **changes: Any) -> PairDataset:
+    settings: dict[str, Any] = {"seq_length": 48, "max_predictions": 8, "seed": 11, **changes}
+    documents = settings.pop("documents", (0, len(indexed.document_indices) - 1))
+    return PairDataset(indexed, documents, numbered_tokenizer(folder), **settings)
+
+
+def unmasked(sample: Sample) -> list[int]:
+    tokens = sample.tokens.copy()
+    tokens[sample.mask_positions] = sample.mask_labels
+    return tokens.tolist()
+
+
+def segments(sample: Sample) -> tuple[list[int], list[int]]:
+    """A and B before masking; checks the frame around them."""
+    tokens = unmasked(sample)
+    separators = [place for place, token in enumerate(tokens) if token == SEP]
+    assert tokens[0] == CLS
+    assert len(separators) == 2
+    assert separators[1] == len(tokens) - 1
+    assert sample.types.tolist() == [0] * (separators[0] + 1) + [1] * (len(tokens) - separators[0] - 1)
+    return tokens[1 : separators[0]], tokens[separators[0] + 1 : -1]
+
+
+def contains(whole: list[int], part: list[int]) -> bool:
+    return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("objective", ["sop", "nsp"])
+def test_pairs_are_two_framed_segments_of_their_sources(tmp_path: Path, objective: str) -> None:
+    corpus = random_corpus(tmp_path / "x", 0, 40)
+    dataset = pairs(tmp_path, corpus, objective=objective)
+    documents = [
+        corpus.tokens(first, last).tolist() for first, last in zip(corpus.document_indices, corpus.document_indices[1:])
+    ]
+    labels = []
+    for index in range(len(dataset)):
+        sample = dataset.sample(0, index)
+        a, b = segments(sample)
+        first, last, target = dataset._index[index]
+        source = corpus.tokens(first, last).tolist()
+        owner = int(np.searchsorted(corpus.document_indices, first, side="right")) - 1
+        assert len(sample.tokens) <= min(48, target + 3)
+        assert a
+        assert b
+        assert 1 <= len(sample.mask_positions) <= 8
+        assert len(sample.mask_labels) == len(sample.mask_positions)
+        assert (sample.tokens.dtype, sample.types.dtype) == (np.int32, np.int8)
+        labels.append(sample.pair_label)
+        if sample.pair_label == 0:
+            assert contains(source, a)
+            assert contains(source, b)
+            assert len(a) + len(b) == min(len(source), target)
+        elif objective == "sop":
+            assert contains(source, a)
+            assert contains(source, b)
+        else:
+            others = [document for number, document in enumerate(documents) if number != owner]
+            assert contains(source, a)
+            assert any(contains(document, b) for document in others)
+    assert 0.35 < np.mean(labels) < 0.65
+
+
+def test_the_order_label_tells_the_order(tmp_path: Path) -> None:
+    # Ids rise through the document, so the order of the segments shows; nothing is truncated.
+    corpus = write_corpus(tmp_path / "x", [[[10, 11], [12], [13, 14, 15], [16]], [[20], [21, 22]]])
+    dataset = pairs(tmp_path, corpus, short_sequence_probability=0.0)
+    middles = set()
+    for epoch in range(40):
+        sample = dataset.sample(epoch, 0)
+        a, b = segments(sample)
+        assert (a[0] > b[0]) == bool(sample.pair_label)
+        assert sorted(a + b) == list(range(10, 17))
+        middles.add(max(a[0], b[0]))
+    assert middles == {12, 13, 16}, "cut between any two sentences"
+
+
+def test_the_random_segment_comes_from_every_other_document(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "x", [[[10], [11]], [[20], [21]], [[30], [31]]])
+    dataset = pairs(tmp_path, corpus, objective="nsp", short_sequence_probability=0.0)
+    found = {(segments(sample)[1][0]) for epoch in range(60) if (sample := dataset.sample(epoch, 1)).pair_label}
+    assert found == {10, 11, 30, 31}
+    with pytest.raises(UserError, match="one document only"):
+        pairs(tmp_path, corpus, objective="nsp", documents=(1, 2))
+
+
+def test_single_segments(tmp_path: Path) -> None:
+    corpus = random_corpus(tmp_path / "x", 2, 20)
+    dataset = pairs(tmp_path, corpus, objective="none", short_sequence_probability=0.0)
+    lengths = set()
+    for index in range(len(dataset)):
+        sample = dataset.sample(0, index)
+        tokens = unmasked(sample)
+        first, last, _ = dataset._index[index]
+        assert (tokens[0], tokens[-1], sample.pair_label) == (CLS, SEP, -1)
+        assert contains(corpus.tokens(first, last).tolist(), tokens[1:-1])
+        assert not sample.types.any()
+        lengths.add(len(tokens))
+    assert max(lengths) == 48
+
+
+def test_truncation_takes_from_both_ends_of_the_longer_segment(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "x", [[list(range(10, 16)), list(range(100, 200))]])
+    dataset = pairs(tmp_path, corpus, short_sequence_probability=0.0)
+    starts = set()
+    for epoch in range(20):
+        a, b = sorted(segments(dataset.sample(epoch, 0)))
+        assert a == list(range(10, 16))
+        assert len(b) == 45 - 6
+        starts.add(b[0])
+    assert len(starts) > 5
+    assert 105 < min(starts) <= max(starts) < 155
+
+
+def test_samples_are_a_pure_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
+    corpus = random_corpus(tmp_path / "x", 3, 20)
+    dataset, again = pairs(tmp_path, corpus), pairs(tmp_path, corpus)
+    np.random.seed(0)
+    backwards = {index: again.sample(1, index) for index in reversed(range(len(again)))}
+    assert all(same(dataset.sample(1, index), backwards[index]) for index in range(len(dataset)))
+    assert not any(same(dataset.sample(0, index), backwards[index]) for index in range(len(dataset)))
+    assert not all(same(pairs(tmp_path, corpus, seed=-12).sample(1, 0), backwards[0]) for _ in range(1))
+    assert same(pickle.loads(pickle.dumps(dataset)).sample(1, 4), backwards[4])
+
+
+def test_whole_words_are_masked_together_and_sentences_start_words(tmp_path: Path) -> None:
+    # Each sentence is four pieces that all look like continuations: each sentence is one word.
+    continuation = 5 + 3
+    corpus = write_corpus(tmp_path / "x", [[[continuation] * 4] * 11])
+    for epoch in range(10):
+        sample = pairs(tmp_path, corpus, short_sequence_probability=0.0).sample(epoch, 0)
+        runs = np.split(sample.mask_positions, np.flatnonzero(np.diff(sample.mask_positions) > 1) + 1)
+        assert {len(run) % 4 for run in runs} == {0}
+        single = pairs(tmp_path, corpus, short_sequence_probability=0.0, whole_word=False, max_ngram=1)
+        assert len(single.sample(epoch, 0).mask_positions) == 7
+
+
+def test_empty_sentences_and_documents_change_nothing(tmp_path: Path) -> None:
+    content = [[[10, 11], [12], [13, 14, 15], [16]], [[20], [21, 22]]]
+    padded = [[], [[], [10, 11], [], [12], [13, 14, 15], [16], []], [[]], [[20], [], [], [21, 22]]]
+    plain = pairs(tmp_path, write_corpus(tmp_path / "x", content), short_sequence_probability=0.0)
+    holes = pairs(tmp_path, write_corpus(tmp_path / "y", padded), short_sequence_probability=0.0)
+    assert len(plain) == len(holes) == 2
+    for epoch in range(10):
+        assert all(same(plain.sample(epoch, index), holes.sample(epoch, index)) for index in range(2))
+
+
+def test_ids_outside_the_vocabulary_are_reported_with_their_place(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "x", [[[10, 11], [12, 499, 500, 13]]])
+    with pytest.raises(UserError, match=r"x\.bin byte 8 \(sentence 1\) holds token id 500 but the vocabulary has 500 "):
+        pairs(tmp_path, corpus).sample(0, 0)
+
+
+def test_the_index_is_cached_and_named_after_all_it_depends_on(tmp_path: Path) -> None:
+    corpus = random_corpus(tmp_path / "x", 4, 30)
+    cache = tmp_path / "deep" / "cache"
+    first = pairs(tmp_path, corpus, cache_directory=cache)._index.copy()
+    (file,) = cache.iterdir()
+    stamp = file.stat().st_mtime_ns
+    assert np.array_equal(pairs(tmp_path, corpus, cache_directory=cache)._index, first)
+    assert np.array_equal(pairs(tmp_path, corpus)._index, first)
+    assert file.stat().st_mtime_ns == stamp
+    for number, change in enumerate(
+        (
+            {"seed": 12},
+            {"seq_length": 40},
+            {"objective": "none"},
+            {"short_sequence_probability": 0.2},
+            {"documents": (0, 29)},
+            {"indexed": random_corpus(tmp_path / "x", 5, 30)},
+        )
+    ):
+        pairs(tmp_path, change.pop("indexed", corpus), cache_directory=cache, **change)  # type: ignore[call-overload]
+        assert len(list(cache.iterdir())) == number + 2
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:200])
+    assert np.array_equal(pairs(tmp_path, corpus, cache_directory=cache)._index, first), "a cut file is rebuilt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": (0, 99)}, r"Documents 0 to 99 were asked of .*x, which has 3"),
+        ({"documents": (1, 1)}, r"Documents 1 to 1 of .*x give no sample"),
+        ({"documents": (2, 3)}, r"Documents 2 to 3 of .*x give no sample"),
+        ({"seq_length": 4}, "seq_length 4 is too short"),
+        ({"max_predictions": 0}, "max_predictions 0"),
+        ({"max_ngram": 0}, "max_ngram 0"),
+        ({"mask_probability": 1.5}, r"mask_probability 1\.5 must lie between 0 and 1"),
+        ({"short_sequence_probability": -1}, "short_sequence_probability -1"),
+        ({"objective": "mlm"}, 'Objective "mlm" is unknown'),
+    ],
+)
+def test_mistakes_are_explained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    corpus = write_corpus(tmp_path / "x", [[[10], [11]], [[20], [21]], [[30]]])
+    with pytest.raises(UserError, match=message):
+        pairs(tmp_path, corpus, **changes)
+
+
+def test_positions_beyond_the_epoch_are_errors(tmp_path: Path) -> None:
+    dataset = pairs(tmp_path, write_corpus(tmp_path / "x", [[[10], [11]]]))
+    assert len(dataset) == 1
+    with pytest.raises(IndexError):
+        dataset.sample(0, 1)
+
+
+def test_float_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="float32"):
+        pairs(tmp_path, write_corpus(tmp_path / "x", [[[10], [11]]], dtype="f4"))
