@@ -139,9 +139,7 @@ class ToyModel(nn.Module):
         self.tp = tp
         # Padded to 12 rows: shards of data ranks then come out uneven.
         self.embedding = VocabParallelEmbedding(self.VOCABULARY, 12, self.SIZE, init_std=1.0, tp=tp)
-        self.layers = nn.ModuleList(
-            ToyLayer(self.SIZE, self.INNER, tp=tp, recompute=recompute) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(ToyLayer(self.SIZE, self.INNER, tp=tp, recompute=recompute) for _ in range(layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.embedding(ids)

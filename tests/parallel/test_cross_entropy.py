@@ -61,9 +61,7 @@ def _check(vocabulary: int, scale: float, dtype: torch.dtype) -> None:
     assert own.grad.dtype == dtype
     # A probability is off by the error of its exponent at most; in bfloat16 the result is rounded besides.
     rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
-    torch.testing.assert_close(
-        own.grad.double(), own_share(gradient, tp, 1), rtol=0, atol=tolerance + rounding
-    )
+    torch.testing.assert_close(own.grad.double(), own_share(gradient, tp, 1), rtol=0, atol=tolerance + rounding)
     assert own.grad[LABELS == IGNORED].eq(0).all()
     first = tp.rank * own.shape[1]
     padding = torch.arange(first, first + own.shape[1]) >= vocabulary

@@ -24,6 +24,7 @@ from parallel.gradients import (
     token_partial_parameters,
 )
 from parallel.mesh import SINGLE, ParallelMesh
+from parallel.process_group import process_group
 from parallel.sharding import initialize
 from tests.parallel.support import Operators, ToyModel, full_gradients
 from tests.worlds import make_mesh, make_tensor_parallel, run_world
@@ -261,3 +262,14 @@ def test_a_norm_that_is_not_a_number_shows():
 
 def test_scaling_without_gradients():
     scale_gradients([nn.Parameter(torch.zeros(1))], torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (50_000,)])
+def test_the_norm_of_millions_of_numbers_is_accurate(shape):
+    parameter = nn.Parameter(torch.empty(shape))
+    parameter.grad = torch.randn(shape)
+    with process_group("cpu"):
+        norm = global_gradient_norm([parameter], make_mesh())
+    # Pairwise or blocked sums of 4 million squares keep a relative error well below 100 eps; one running float32 sum
+    # in a few lanes does not.
+    torch.testing.assert_close(norm.double(), parameter.grad.double().norm(), rtol=100 * 1.2e-7, atol=0)

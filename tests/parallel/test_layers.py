@@ -53,9 +53,7 @@ def _column(sequence: bool, with_bias: bool, gather_output: bool) -> None:
     x, weight, gradient = uniform(T, K, seed=1), uniform(N, K, seed=2), uniform(T, N, seed=3)
     bias = uniform(N, seed=4) if with_bias else None
     expected, gradients = _reference(x, weight, bias, gradient)
-    layer = ColumnParallelLinear(
-        K, N, with_bias, init_std=1.0, gather_output=gather_output, tp=tp, dtype=torch.float64
-    )
+    layer = ColumnParallelLinear(K, N, with_bias, init_std=1.0, gather_output=gather_output, tp=tp, dtype=torch.float64)
     _fill(layer.weight, weight, tp, 0)
     if bias is not None:
         _fill(layer.bias, bias, tp, 0)

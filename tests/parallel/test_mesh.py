@@ -115,7 +115,10 @@ def test_shard_groups_are_neighbours():
 
 
 def _handles() -> tuple[TensorParallel, TensorParallel, list[int]]:
-    plain, divided = make_mesh(tensor=2, data=2).tensor_parallel, make_mesh(tensor=2, data=2, sequence=True).tensor_parallel
+    plain, divided = (
+        make_mesh(tensor=2, data=2).tensor_parallel,
+        make_mesh(tensor=2, data=2, sequence=True).tensor_parallel,
+    )
     assert plain.group_name == plain.group.group_name != ""
     assert divided.sequence
     assert not plain.sequence

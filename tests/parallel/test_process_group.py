@@ -46,9 +46,9 @@ def test_the_group_is_left_after_an_error():
 def test_missing_launcher_variables_are_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="left LOCAL_RANK, MASTER_ADDR, MASTER_PORT unset: start with torchrun"):
-        with process_group("cpu"):
-            pass
+    message = "left LOCAL_RANK, MASTER_ADDR, MASTER_PORT unset: start with torchrun"
+    with pytest.raises(UserError, match=message), process_group("cpu"):
+        pass
     assert not dist.is_initialized()
 
 

@@ -32,7 +32,9 @@ def _formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kep
     return torch.einsum("baqk,bakd->baqd", weights, value)
 
 
-def _assert_like_the_formula(out: Tensor, inputs: list[Tensor], mask: Tensor | None, kept: Tensor | None = None) -> None:
+def _assert_like_the_formula(
+    out: Tensor, inputs: list[Tensor], mask: Tensor | None, kept: Tensor | None = None
+) -> None:
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = _formula(*exact, mask, kept)
     torch.testing.assert_close(out.double(), expected, **CLOSE)

@@ -31,7 +31,9 @@ def test_unknown_activations_are_named_with_the_known_ones():
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize(("words", "multiple", "rows"), [(29056, 128, 29056), (30522, 128, 30592), (5, 8, 8), (8, 8, 8)])
+@pytest.mark.parametrize(
+    ("words", "multiple", "rows"), [(29056, 128, 29056), (30522, 128, 30592), (5, 8, 8), (8, 8, 8)]
+)
 def test_padded_vocabulary(words, multiple, rows):
     assert MegatronBertConfig(vocab_size=words, vocab_size_multiple=multiple).padded_vocab_size == rows
 
@@ -54,7 +56,9 @@ def test_the_default_is_the_345m_model():
 
 
 def test_a_model_without_pair_head():
-    names = [name for name, _ in BertForPretraining(replace(CONFIG, binary_head=False), device="meta").named_parameters()]
+    names = [
+        name for name, _ in BertForPretraining(replace(CONFIG, binary_head=False), device="meta").named_parameters()
+    ]
     assert not [name for name in names if name.startswith("pair_head")]
 
 

@@ -102,7 +102,9 @@ def test_same_logits_loss_and_gradients(act):
     # attention does not look.
     compared = 0
     for name, parameter in peer.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda t, n=name: f"{n}: {t}"
+        )
         compared += 1
     assert compared == len(gradients)
 

@@ -1,0 +1,165 @@
+"""Who may import whom: torch <- parallel <- megatron_bert <- tools, launch, tests; and no cycles inside a package."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Package or folder -> what of this project it may import.
+MAY_IMPORT = {
+    "parallel": {"parallel"},
+    "megatron_bert": {"parallel", "megatron_bert"},
+    "tools": {"parallel", "megatron_bert", "tools"},
+    "launch": {"parallel", "megatron_bert", "launch"},
+    "tests": {"parallel", "megatron_bert", "tools", "tests"},
+}
+#: Room of megatron_bert -> rooms it may not import, directly or through others.
+FORBIDDEN = {
+    "model": {"config", "config_file", "data", "training", "cli"},
+    "data": {"training", "cli"},
+    "training": {"cli"},
+    "config": {"training", "cli"},
+}
+
+
+def imported_modules(source: str, module: str, is_package: bool, for_types: bool = True) -> Iterator[str]:
+    """Every module that ``source`` imports anywhere, also inside functions; relative ones made absolute.
+
+    ``from a.b import c`` gives ``a.b.c``, whether c is a module or a name in one. Without ``for_types`` what stands
+    under ``if TYPE_CHECKING`` is left out.
+    """
+    tree = ast.parse(source)
+    if not for_types:
+        tree = _WithoutTypes().visit(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                kept = len(parents) - node.level + is_package
+                base = ".".join(filter(None, [*parents[:kept], base]))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+class _WithoutTypes(ast.NodeTransformer):
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = [ast.Pass()]
+        return self.generic_visit(node)
+
+
+def modules_of(folder: str, root: Path = ROOT, *, for_types: bool = True) -> dict[str, set[str]]:
+    """Module name -> modules it imports, for all of a package or folder."""
+    modules = {}
+    for path in sorted((root / folder).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        modules[name] = set(imported_modules(path.read_text(encoding="utf-8"), name, is_package, for_types))
+    return modules
+
+
+def reverse_edges(folder: str, modules: dict[str, set[str]]) -> list[str]:
+    """Imports against the direction the project fixes."""
+    refused = MAY_IMPORT.keys() - MAY_IMPORT[folder]
+    return [
+        f"{module} imports {imported}"
+        for module, imports in modules.items()
+        for imported in sorted(imports)
+        if imported.split(".")[0] in refused
+    ]
+
+
+def room(module: str, package: str) -> str | None:
+    """The first name below the package: a sub-package, or a module beside them; None for anything else."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == package and len(parts) > 1 else None
+
+
+def room_graph(package: str, modules: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Room -> other rooms it imports."""
+    graph: dict[str, set[str]] = {}
+    for module, imports in modules.items():
+        here = room(module, package)
+        if here is not None:
+            graph.setdefault(here, set()).update({there for i in imports if (there := room(i, package))} - {here})
+    return {here: {there for there in rooms if there in graph} for here, rooms in graph.items()}
+
+
+def module_graph(modules: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Module -> modules of the same set it imports (a name imported from a module counts as the module)."""
+
+    def resolve(name: str) -> str | None:
+        return name if name in modules else name.rpartition(".")[0] if name.rpartition(".")[0] in modules else None
+
+    return {module: {found for i in imports if (found := resolve(i))} - {module} for module, imports in modules.items()}
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Everything that ``start`` imports, directly or through others."""
+    seen: set[str] = set()
+    pending = [start]
+    while pending:
+        fresh = graph.get(pending.pop(), set()) - seen
+        seen |= fresh
+        pending.extend(fresh)
+    return seen
+
+
+def in_cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Members of cycles."""
+    return sorted(node for node in graph if node in reachable(graph, node))
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_no_import_against_the_direction(folder):
+    assert reverse_edges(folder, modules_of(folder)) == []
+
+
+@pytest.mark.parametrize("package", ["parallel", "megatron_bert"])
+def test_rooms_import_one_way(package):
+    assert in_cycles(room_graph(package, modules_of(package))) == []
+
+
+@pytest.mark.parametrize("package", ["parallel", "megatron_bert"])
+def test_modules_import_one_way(package):
+    # Inside a room a module may name a type of one that imports it.
+    assert in_cycles(module_graph(modules_of(package, for_types=False))) == []
+
+
+@pytest.mark.parametrize("here", FORBIDDEN)
+def test_rooms_do_not_look_up(here):
+    graph = room_graph("megatron_bert", modules_of("megatron_bert"))
+    assert here in graph, "the room was renamed: rename it in FORBIDDEN too"
+    assert reachable(graph, here) & FORBIDDEN[here] == set()
+
+
+def test_nobody_imports_the_command_line():
+    graph = room_graph("megatron_bert", modules_of("megatron_bert"))
+    assert [here for here, rooms in graph.items() if "cli" in rooms and here not in {"__main__", "cli"}] == []
+
+
+def test_the_walk_sees_what_it_should(tmp_path):
+    package = tmp_path / "parallel"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "inner" / "__init__.py").write_text("from . import leaf\nfrom ..mesh import x\n")
+    (package / "inner" / "leaf.py").write_text("def f():\n    import megatron_bert.cli\n")
+    (package / "mesh.py").write_text("from parallel.inner.leaf import f\nimport torch\n")
+    modules = modules_of("parallel", tmp_path)
+    assert modules["parallel.inner"] == {"parallel.inner.leaf", "parallel.mesh.x"}
+    assert reverse_edges("parallel", modules) == ["parallel.inner.leaf imports megatron_bert.cli"]
+    assert in_cycles(room_graph("parallel", modules)) == ["inner", "mesh"]
+    assert in_cycles(module_graph(modules)) == []
+    (package / "inner" / "leaf.py").write_text("from parallel import mesh\n")
+    assert in_cycles(module_graph(modules_of("parallel", tmp_path))) == ["parallel.inner.leaf", "parallel.mesh"]
+    (package / "inner" / "leaf.py").write_text("if TYPE_CHECKING:\n    from parallel import mesh\n")
+    assert in_cycles(module_graph(modules_of("parallel", tmp_path))) == ["parallel.inner.leaf", "parallel.mesh"]
+    assert in_cycles(module_graph(modules_of("parallel", tmp_path, for_types=False))) == []
