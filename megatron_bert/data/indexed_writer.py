@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,8 @@ class IndexedWriter:
             raise UserError(f"Tokens of type {self.dtype} cannot be stored: the format knows {names}.")
         self._sizes = array("i")
         self._documents = array("q", [0])
-        self._temporary = {suffix: Path(f"{self.prefix}{suffix}.{os.getpid()}.tmp") for suffix in (".bin", ".idx")}
+        token = uuid.uuid4().hex  # hosts may share the directory
+        self._temporary = {suffix: Path(f"{self.prefix}{suffix}.{token}.tmp") for suffix in (".bin", ".idx")}
         self._tokens_file: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":

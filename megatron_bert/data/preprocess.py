@@ -28,7 +28,7 @@ from parallel.errors import UserError
 
 __all__ = ["PreprocessReport", "check_tokenizer", "preprocess"]
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 CHUNK_ROWS = 1024
 CHUNKS_AHEAD = 4
 """Chunks in flight for each worker: enough that none waits, few enough to bound the memory."""
@@ -180,7 +180,8 @@ def _process(chunks: Iterator[list[Row]], job: _Job, tokenizer: Tokenizer, worke
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            f"A preprocessing worker was killed, most likely for lack of memory: use fewer than {workers} workers."
+            f"A preprocessing worker ended early: use fewer than {workers} workers if memory ran out; a script of your "
+            f"own must call preprocess under `if __name__ == '__main__':`."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

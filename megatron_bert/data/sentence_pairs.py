@@ -153,9 +153,10 @@ class PairDataset:
 
     def _read(self, first: int, last: int) -> tuple["_Segment", np.ndarray]:
         """Tokens of consecutive sentences, and where each sentence starts in them (then their number)."""
-        ids = self.indexed.tokens(first, last).astype(np.int32)
-        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
+        stored = self.indexed.tokens(first, last)
+        if stored.min() < 0 or stored.max() >= self.tokenizer.vocab_size:
             self._refuse_ids(first, last)
+        ids = stored.astype(np.int32)
         sizes = self.indexed.sizes[first:last]
         borders = np.concatenate([[0], np.cumsum(sizes[sizes > 0])])
         word_starts = self._word_starts[ids]

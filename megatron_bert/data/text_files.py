@@ -112,10 +112,13 @@ def decode_row(row: Row, json_key: str = "text") -> str:
     content = document[json_key]
     if not isinstance(content, str):
         raise UserError(f'{where} holds {type(content).__name__} under "{json_key}": expected a string.')
-    if b"\\u" in row.data and any("\ud800" <= character <= "\udfff" for character in content):
-        raise UserError(
-            f'{where} holds half of a surrogate pair (\\ud800 to \\udfff) under "{json_key}": not Unicode text.'
-        )
+    if b"\\u" in row.data:
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(
+                f'{where} holds half of a surrogate pair under "{json_key}": it is no valid text.'
+            ) from None
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,11 @@ def small_vocabulary(folder: Path, words: list[str] = WORDS) -> Path:
     path = folder / "vocab.txt"
     path.write_text("\n".join(SPECIAL + words) + "\n", encoding="utf-8")
     return path
+
+
+def end_this_process(_: object) -> None:
+    """Stands for the kernel killing a worker."""
+    os._exit(1)
 
 
 def numbered_tokenizer(folder: Path, size: int = 500) -> Tokenizer:

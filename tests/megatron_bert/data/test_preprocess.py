@@ -3,6 +3,11 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from megatron_bert.data.preprocess import PreprocessReport, check_tokenizer, pre
 from megatron_bert.data.tokenizers import load_tokenizer
 from parallel.errors import UserError
 
-from .support import small_vocabulary
+from .support import end_this_process, small_vocabulary
 
 TEXTS = ["The cat sat. The dog ran!\nOn the mat", "  \n ", "A b", "\u200b", "the cat"]
 
@@ -152,3 +157,47 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         check_tokenizer(prefix, other)
     note.unlink()
     check_tokenizer(prefix, other)
+
+
+def running_in_group(group: int) -> list[str]:
+    """Processes of a process group, without those that have ended but nobody has waited for."""
+    lines = subprocess.check_output(["ps", "-A", "-o", "pgid=,stat=,pid="], text=True).splitlines()
+    fields = [line.split() for line in lines]
+    return [pid for pgid, state, pid in fields if int(pgid) == group and not state.startswith("Z")]
+
+
+def test_control_c_stops_all_processes_and_leaves_nothing(tmp_path: Path) -> None:
+    source = json_lines(tmp_path / "x.jsonl", ["The cat sat. The dog ran! " * 400] * 3000)
+    program = (
+        "import sys\n"
+        "from megatron_bert.data.preprocess import preprocess\n"
+        "if __name__ == '__main__':\n"
+        "    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2)\n"
+    )
+    (tmp_path / "run.py").write_text(program)
+    vocabulary = small_vocabulary(tmp_path)
+    arguments = [sys.executable, tmp_path / "run.py", source, vocabulary, tmp_path / "out" / "corpus"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not any(path.stat().st_size for path in tmp_path.glob("out/*.tmp")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no worker delivered anything"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert b"KeyboardInterrupt" in errors
+    assert files(tmp_path) == {}
+    deadline = time.monotonic() + 10
+    while running := running_in_group(process.pid):
+        assert time.monotonic() < deadline, f"processes {running} survive"
+        time.sleep(0.02)
+
+
+def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = json_lines(tmp_path / "x.jsonl", TEXTS)
+    monkeypatch.setattr(module, "_tokenize_in_worker", end_this_process)
+    with pytest.raises(UserError, match="worker ended early"):
+        run(tmp_path, [source], workers=2)
+    assert files(tmp_path) == {}
