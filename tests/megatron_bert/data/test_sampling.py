@@ -30,7 +30,7 @@ def test_shuffling_is_a_bijection(size: int, key: int) -> None:
 
 def test_one_position_equals_that_of_all_and_huge_sizes_work() -> None:
     everything = shuffled(np.arange(1009), 1009, 5)
-    assert [shuffled(place, 1009, 5) for place in (0, 17, 1008)] == everything[[0, 17, 1008]].tolist()
+    assert [shuffled(place, 1009, 5) for place in range(1009)] == everything.tolist()
     assert np.array_equal(shuffled(np.arange(6).reshape(2, 3), 1009, 5), everything[:6].reshape(2, 3))
     assert 0 <= shuffled(10**14, 10**15, 5) < 10**15
 
