@@ -1,0 +1,187 @@
+"""What a pipeline schedule is: every rank's list of actions, and where the stages live.
+
+A schedule is data. The same lists are validated, simulated, drawn and executed; no other form of a schedule exists.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from parallel.errors import UserError
+
+
+class ActionKind(StrEnum):
+    """What an action computes; the value is its letter in the text form.
+
+    ``BACKWARD`` is the whole backward pass of a stage. A zero-bubble schedule splits it: ``BACKWARD_INPUT`` gives the
+    gradient of the stage's input, which the previous stage waits for, and ``BACKWARD_WEIGHT`` the gradients of its
+    weights, which nothing waits for before the optimizer step (Qi et al., arXiv 2401.10241, section 2).
+    """
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+
+
+class Backward(StrEnum):
+    """How a schedule runs the backward pass of each stage and microbatch."""
+
+    NONE = "none"
+    FULL = "full"
+    SPLIT = "split"
+
+    @property
+    def kinds(self) -> tuple[ActionKind, ...]:
+        """The actions that follow a forward, in their order."""
+        return {
+            Backward.NONE: (),
+            Backward.FULL: (ActionKind.BACKWARD,),
+            Backward.SPLIT: (ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT),
+        }[self]
+
+
+class Placement(StrEnum):
+    """Which rank holds which stage when a rank holds several chunks.
+
+    ``LOOP``: chunk c of rank r is stage ``c * ranks + r`` (Narayanan et al., arXiv 2104.04473, section 2.2).
+    ``V``: every other chunk runs through the ranks backwards, so a chunk's last stage and the next one's first share a
+    rank (Qi et al., section 6). With two chunks the first and the last stage are both on rank 0.
+    """
+
+    LOOP = "loop"
+    V = "V"
+
+    def rank(self, stage: int, ranks: int) -> int:
+        """The rank that holds a stage."""
+        chunk, offset = divmod(stage, ranks)
+        return ranks - 1 - offset if self is Placement.V and chunk % 2 else offset
+
+    def stages(self, rank: int, ranks: int, chunks: int) -> tuple[int, ...]:
+        """The stages that a rank holds, by chunk."""
+        return tuple(
+            chunk * ranks + (ranks - 1 - rank if self is Placement.V and chunk % 2 else rank) for chunk in range(chunks)
+        )
+
+
+_ACTION_TEXT = re.compile(r"(\d+)([FBIW])(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One computation of one stage on one microbatch; its text form is such as ``3F1``: stage 3, microbatch 1."""
+
+    kind: ActionKind
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """The action of a text form.
+
+        Raises:
+            UserError: the text is not one.
+        """
+        match = _ACTION_TEXT.fullmatch(text.strip())
+        if match is None:
+            raise UserError(
+                f"'{text}' is not an action: write stage, one of F, B, I, W, and microbatch, such as 3F1 for the "
+                "forward of stage 3 on microbatch 1."
+            )
+        stage, kind, microbatch = match.groups()
+        return cls(ActionKind(kind), int(stage), int(microbatch))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of every rank for one step, in the order in which the rank runs them.
+
+    Attributes:
+        name: the schedule's name in `parallel.pipeline.schedules.SCHEDULES`.
+        ranks: pipeline ranks.
+        chunks: stages on each rank (virtual stages).
+        microbatches: microbatches of one step.
+        placement: which rank holds which stage.
+        backward: how each stage and microbatch runs its backward pass.
+        actions: one tuple of actions per rank.
+    """
+
+    name: str
+    ranks: int
+    chunks: int
+    microbatches: int
+    placement: Placement
+    backward: Backward
+    actions: tuple[tuple[Action, ...], ...]
+
+    def __str__(self) -> str:
+        """One line a rank, in the text form of actions."""
+        return "\n".join(" ".join(map(str, actions)) for actions in self.actions)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.ranks * self.chunks
+
+    def rank_of(self, stage: int) -> int:
+        """The rank that holds a stage."""
+        return self.placement.rank(stage, self.ranks)
+
+    def chunk_of(self, stage: int) -> int:
+        """Which of its rank's chunks a stage is."""
+        return stage // self.ranks
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank holds, by chunk."""
+        return self.placement.stages(rank, self.ranks, self.chunks)
+
+    def producer(self, action: Action) -> Action | None:
+        """The action of a neighbouring stage whose output this action takes; none at the ends of the pipeline."""
+        match action.kind:
+            case ActionKind.FORWARD:
+                neighbour = action.stage - 1
+            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+                neighbour = action.stage + 1
+            case ActionKind.BACKWARD_WEIGHT:
+                return None
+        return Action(action.kind, neighbour, action.microbatch) if 0 <= neighbour < self.stages else None
+
+    def consumer(self, action: Action) -> Action | None:
+        """The action of a neighbouring stage that takes this action's output; none at the ends of the pipeline."""
+        match action.kind:
+            case ActionKind.FORWARD:
+                neighbour = action.stage + 1
+            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+                neighbour = action.stage - 1
+            case ActionKind.BACKWARD_WEIGHT:
+                return None
+        return Action(action.kind, neighbour, action.microbatch) if 0 <= neighbour < self.stages else None
+
+    def peak_activations(self) -> tuple[int, ...]:
+        """The most activations that each rank holds at once, counted in microbatches of one stage.
+
+        A rank holds a stage's activations from the forward to the end of the backward; a split backward keeps them
+        until ``BACKWARD_WEIGHT``, which needs the inputs of the linear layers. Without a backward nothing is kept.
+        """
+        if self.backward is Backward.NONE:
+            return (0,) * self.ranks
+        return tuple(max(activations_in_flight(actions), default=0) for actions in self.actions)
+
+
+def activations_in_flight(actions: Iterable[Action]) -> list[int]:
+    """Microbatches of one stage whose activations are held after each action of a rank's list.
+
+    A split backward ends with ``BACKWARD_WEIGHT``, a full one with ``BACKWARD``.
+    """
+    change = {ActionKind.FORWARD: 1, ActionKind.BACKWARD: -1, ActionKind.BACKWARD_INPUT: 0}
+    held, counts = 0, []
+    for action in actions:
+        held += change.get(action.kind, -1)
+        counts.append(held)
+    return counts

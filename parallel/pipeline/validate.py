@@ -1,0 +1,226 @@
+"""Checks that a schedule computes the step it should, and that its ranks can run it without waiting in a circle."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from parallel.pipeline.actions import Action, ActionKind, Schedule, activations_in_flight
+from parallel.pipeline.communication import (
+    Channel,
+    Message,
+    RankPlan,
+    incoming,
+    outgoing,
+    plan_communication,
+)
+from parallel.pipeline.dependencies import ScheduleError, execution_order
+
+
+class Delivery(StrEnum):
+    """What sends and receives do when a rank runs its list; a receive always waits for its message.
+
+    ``BUFFERED``: a send returns at once. All schedules run under it. The plan of `plan_communication` gives the same
+    behaviour with sends that need a posted receive.
+
+    ``BATCHED``: between two actions a rank starts the send of the first and the receive of the second together, and
+    waits for both (``batch_isend_irecv`` as in Megatron-LM). A send ends only when its receive has been started. GPipe,
+    1F1B and zero-bubble H1 run under it; schedules with several chunks do not in general, because their messages
+    arrive long before the action that consumes them.
+    """
+
+    BUFFERED = "buffered"
+    BATCHED = "batched"
+
+
+def validate(schedule: Schedule, *, delivery: Delivery = Delivery.BUFFERED, peak: int | None = None) -> None:
+    """Check every property that the engine relies on.
+
+    - every action stands on the rank of its stage, and every forward and backward that the step needs is there once;
+    - on a rank a forward stands before its backward, and an input gradient before its weight gradient;
+    - the ranks never wait in a circle under ``delivery``, which includes that every action's input is produced;
+    - both ends of each channel agree on the order of messages, and no wait of the plan can block (`validate_plan`).
+
+    Args:
+        schedule: the schedule.
+        delivery: what sends and receives do.
+        peak: the most stage-microbatches of activations that a rank may hold; None for no limit.
+
+    Raises:
+        ScheduleError: naming the rank, the position and the action of the first fault found.
+    """
+    if len(schedule.actions) != schedule.ranks:
+        raise ValueError(f"the schedule has {len(schedule.actions)} lists of actions for {schedule.ranks} ranks")
+    for rank in range(schedule.ranks):
+        _check_actions(schedule, rank)
+        _check_order(schedule, rank)
+        if peak is not None:
+            _check_peak(schedule, rank, peak)
+    execution_order(schedule)
+    if delivery is Delivery.BATCHED:
+        _check_batched(schedule)
+    validate_plan(schedule, plan_communication(schedule))
+
+
+def _check_actions(schedule: Schedule, rank: int) -> None:
+    """The rank's list holds exactly the actions of its stages, once each."""
+    kinds = (ActionKind.FORWARD, *schedule.backward.kinds)
+    stages = schedule.stages_of(rank)
+    seen: dict[Action, int] = {}
+    for position, action in enumerate(schedule.actions[rank]):
+        problem = None
+        if action.stage not in stages:
+            problem = f"the rank holds stages {', '.join(map(str, stages))}"
+        elif action.kind not in kinds:
+            problem = f"a schedule whose backward is {schedule.backward} has the kinds {', '.join(kinds)}"
+        elif not 0 <= action.microbatch < schedule.microbatches:
+            problem = f"the step has microbatches 0 to {schedule.microbatches - 1}"
+        elif action in seen:
+            problem = f"it also stands at position {seen[action]}"
+        if problem is not None:
+            raise ScheduleError(problem, rank, position, action)
+        seen[action] = position
+    for kind in kinds:
+        for stage in stages:
+            for microbatch in range(schedule.microbatches):
+                action = Action(kind, stage, microbatch)
+                if action not in seen:
+                    raise ScheduleError("it is missing", rank, None, action)
+
+
+def _check_order(schedule: Schedule, rank: int) -> None:
+    """Of each stage and microbatch the rank's list has the kinds in their order."""
+    kinds = (ActionKind.FORWARD, *schedule.backward.kinds)
+    done: set[Action] = set()
+    for position, action in enumerate(schedule.actions[rank]):
+        index = kinds.index(action.kind)
+        if index:
+            before = Action(kinds[index - 1], action.stage, action.microbatch)
+            if before not in done:
+                raise ScheduleError(f"it stands before {before}, whose result it needs", rank, position, action)
+        done.add(action)
+
+
+def _check_peak(schedule: Schedule, rank: int, peak: int) -> None:
+    for position, held in enumerate(activations_in_flight(schedule.actions[rank])):
+        if held > peak:
+            problem = f"the rank holds {held} stage-microbatches of activations and may hold {peak}"
+            raise ScheduleError(problem, rank, position, schedule.actions[rank][position])
+
+
+def _check_batched(schedule: Schedule) -> None:
+    """Run the lists with an exchange between actions that waits for its send and its receive."""
+    exchanges = [_exchanges(schedule, actions) for actions in schedule.actions]
+    position = [0] * schedule.ranks
+    # How many of its two ends have started a message.
+    started = dict.fromkeys((message for run in exchanges for batch in run for message in batch), 0)
+    for rank_exchanges in exchanges:
+        for message in rank_exchanges[0]:
+            started[message] += 1
+    moved = True
+    while moved:
+        moved = False
+        for rank, run in enumerate(exchanges):
+            while position[rank] < len(run) and all(started[message] == 2 for message in run[position[rank]]):
+                position[rank] += 1
+                moved = True
+                for message in run[position[rank]] if position[rank] < len(run) else ():
+                    started[message] += 1
+    for rank, actions in enumerate(schedule.actions):
+        at = position[rank]
+        if at < len(exchanges[rank]):
+            pending = next(message for message in exchanges[rank][at] if started[message] < 2)
+            action_position = min(at, len(actions) - 1)
+            problem = f"deadlock with batched sends and receives: the exchange of the {pending} never ends"
+            raise ScheduleError(problem, rank, action_position, actions[action_position])
+
+
+def _exchanges(schedule: Schedule, actions: tuple[Action, ...]) -> list[list[Message]]:
+    """The messages exchanged before each action, and after the last."""
+    sends = [None, *(outgoing(schedule, action) for action in actions)]
+    receives = [*(incoming(schedule, action) for action in actions), None]
+    return [[message for message in pair if message is not None] for pair in zip(sends, receives, strict=True)]
+
+
+def validate_plan(schedule: Schedule, plans: tuple[RankPlan, ...]) -> None:
+    """Check a communication plan by running it with sends that need a posted receive, on channels that keep order.
+
+    Every message must be sent and received once, in the same order at both ends of its channel; a receive must be
+    posted before it is waited for; and no wait may stop all ranks.
+
+    Raises:
+        ScheduleError: naming the rank, the position and the action of the first fault found.
+    """
+    _check_ends(schedule, plans)
+    posted: set[Message] = set()
+    sent: set[Message] = set()
+    position = [0] * schedule.ranks
+    waits: list[Message | None] = [None] * schedule.ranks
+    moved = True
+    while moved:
+        moved = False
+        for rank, plan in enumerate(plans):
+            while position[rank] < len(plan.steps):
+                step = plan.steps[position[rank]]
+                posted.update(step.post)
+                if step.receive is not None and step.receive not in posted:
+                    problem = f"it waits for the {step.receive} before the receive is posted"
+                    raise ScheduleError(problem, rank, position[rank], step.action)
+                waits[rank] = _blocked_on(step.receive, step.finish, sent, posted)
+                if waits[rank] is not None:
+                    break
+                if step.send is not None:
+                    sent.add(step.send)
+                position[rank] += 1
+                moved = True
+    for rank, plan in enumerate(plans):
+        at = position[rank]
+        last = _blocked_on(None, plan.finish, sent, posted) if at == len(plan.steps) else waits[rank]
+        if last is not None:
+            at = min(at, len(plan.steps) - 1)
+            raise ScheduleError(f"deadlock: it waits for ever for the {last}", rank, at, plan.steps[at].action)
+
+
+def _blocked_on(
+    receive: Message | None, finish: tuple[Message, ...], sent: set[Message], posted: set[Message]
+) -> Message | None:
+    """The first message that cannot end yet: a receive not yet sent, or a send whose receive is not posted."""
+    if receive is not None and receive not in sent:
+        return receive
+    return next((message for message in finish if message not in posted), None)
+
+
+def _check_ends(schedule: Schedule, plans: tuple[RankPlan, ...]) -> None:
+    """Both ends of every channel agree; every send is finished once; every action has its own messages."""
+    sends: dict[Channel, list[Message]] = {}
+    posts: dict[Channel, list[tuple[Message, int, int, Action]]] = {}
+    for rank, plan in enumerate(plans):
+        unfinished: set[Message] = set()
+        for position, step in enumerate(plan.steps):
+            if (step.receive, step.send) != (incoming(schedule, step.action), outgoing(schedule, step.action)):
+                raise ScheduleError("its messages are not those of its neighbours", rank, position, step.action)
+            for message in step.post:
+                posts.setdefault(message.channel, []).append((message, rank, position, step.action))
+            for message in step.finish:
+                if message not in unfinished:
+                    problem = f"it finishes the {message}, which is not under way"
+                    raise ScheduleError(problem, rank, position, step.action)
+                unfinished.remove(message)
+            if step.send is not None:
+                sends.setdefault(step.send.channel, []).append(step.send)
+                unfinished.add(step.send)
+        if unfinished != set(plan.finish):
+            message = min(unfinished ^ set(plan.finish), key=str)
+            raise ScheduleError(f"the {message} is not finished", rank, len(plan.steps) - 1, plan.steps[-1].action)
+    for channel, messages in sends.items():
+        received = posts.pop(channel, [])
+        for message, (other, rank, position, action) in zip(messages, received, strict=False):
+            if message != other:
+                problem = f"it posts the {other} where rank {channel.source} sends the {message}"
+                raise ScheduleError(problem, rank, position, action)
+        if len(messages) != len(received):
+            problem = f"rank {channel.source} sends {len(messages)} messages and {len(received)} receives are posted"
+            last = plans[channel.destination].steps[-1]
+            raise ScheduleError(problem, channel.destination, len(plans[channel.destination].steps) - 1, last.action)
+    for received in posts.values():
+        message, rank, position, action = received[0]
+        raise ScheduleError(f"it posts the {message}, which nobody sends", rank, position, action)
