@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_bert.planning.schedule_command import add_schedule_command
 from parallel.errors import UserError
 
 #: Seconds that ranks above 0 hold back an error: rank 0 reports what all of them found, once, and the launcher then
@@ -132,6 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     fill.add_argument("text", nargs="+", help="sentences with a mask token, such as [MASK], for each missing word")
     fill.add_argument("--top", type=int, default=5, metavar="N", help="guesses a mask")
     fill.set_defaults(func=_fill_mask)
+
+    add_schedule_command(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
     schema.set_defaults(func=_config_schema)

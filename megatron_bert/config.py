@@ -12,6 +12,9 @@ from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
 from parallel.data_parallel import Sharding, data_shard_size
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout, fit_data_size
+from parallel.pipeline.actions import Backward, Schedule
+from parallel.pipeline.schedules import SCHEDULES, build_schedule
+from parallel.pipeline.stage import StagePart, split_layers
 from parallel.recompute import Recompute
 
 
@@ -101,6 +104,16 @@ class ParallelSettings(Section):
     """How the processes divide the work."""
 
     tensor: int = Field(1, gt=0, description="Ranks that share every layer's matrices.")
+    pipeline: int = Field(1, gt=0, description="Ranks that share the stack of layers.")
+    schedule: str = Field(
+        "1f1b", description=f"Order of a pipeline step: {', '.join(SCHEDULES)}; see `megatron-bert schedule`."
+    )
+    virtual_stages: int | None = Field(
+        None, gt=0, description="Stages on each pipeline rank; the least the schedule takes when unset."
+    )
+    stage_layers: list[int] | None = Field(
+        None, description="Layers of each stage; balanced by the cost of embedding and heads when unset."
+    )
     data: int | None = Field(
         None, gt=0, description="Ranks that share the batch; what the other axes leave when unset."
     )
@@ -191,6 +204,9 @@ class LoggingSettings(Section):
     """What a run reports."""
 
     every: int = Field(10, gt=0, description="Steps between logged lines.")
+    trace: bool = Field(
+        False, description="Record the pipeline timeline of logged steps as pictures and Chrome traces in `traces`."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     progress: bool | None = Field(None, description="Show a progress bar; on a terminal only when unset.")
     peak_tflops: float | None = Field(
@@ -235,12 +251,40 @@ class Settings(Section):
             UserError: the axes do not multiply to the world size, or the data axis cannot be sharded as asked.
         """
         wanted = self.parallel
-        data = fit_data_size(world_size, tensor=wanted.tensor, pipeline=1, data=wanted.data)
+        data = fit_data_size(world_size, tensor=wanted.tensor, pipeline=wanted.pipeline, data=wanted.data)
         return ParallelLayout(
             tensor=wanted.tensor,
+            pipeline=wanted.pipeline,
             data=data,
             data_shard=data_shard_size(wanted.sharding, data, wanted.shard_size),
             sequence=wanted.sequence,
+        )
+
+    def schedule(self, layout: ParallelLayout) -> Schedule:
+        """The pipeline schedule of a training step.
+
+        Raises:
+            UserError: an unknown schedule, or stages it does not take.
+        """
+        microbatches = self.training.global_batch_size // (self.training.micro_batch_size * layout.data)
+        wanted = self.parallel
+        return build_schedule(wanted.schedule, layout.pipeline, microbatches, wanted.virtual_stages)
+
+    def stage_parts(self, schedule: Schedule, padded_vocab_size: int) -> list[StagePart]:
+        """What each stage holds of the model.
+
+        Raises:
+            UserError: more stages than layers, or parallel.stage_layers that do not fit.
+        """
+        model = self.model
+        ffn = model.intermediate_size or 4 * model.hidden_size
+        layer = 4 * model.hidden_size + 2 * ffn + 2 * self.data.seq_length
+        share = self.max_predictions / self.data.seq_length
+        return split_layers(
+            model.num_hidden_layers,
+            schedule.stages,
+            last_cost=share * (model.hidden_size + padded_vocab_size) / layer,
+            sizes=self.parallel.stage_layers,
         )
 
     def dump(self) -> str:
@@ -287,6 +331,7 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
             f"training.global_batch_size {training.global_batch_size} is not a multiple of data-parallel size "
             f"{layout.data} x training.micro_batch_size {training.micro_batch_size} = {step}: change one of them"
         )
+    _check_pipeline(settings, layout)
     _check_learning_rate(settings)
     sharding, shard_size = settings.parallel.sharding, settings.parallel.shard_size
     if (sharding == "hybrid") != (shard_size is not None):
@@ -317,6 +362,16 @@ def _check_tensor_sizes(settings: Settings, layout: ParallelLayout) -> None:
         raise UserError(
             f"parallel.sequence divides the {tokens} tokens of a micro batch (training.micro_batch_size x "
             f"data.seq_length) over {tensor} tensor ranks, which does not come out even: change data.seq_length"
+        )
+
+
+def _check_pipeline(settings: Settings, layout: ParallelLayout) -> None:
+    schedule = settings.schedule(layout)
+    settings.stage_parts(schedule, padded_vocab_size=0)
+    if schedule.backward is Backward.SPLIT and settings.training.compile:
+        raise UserError(
+            f"parallel.schedule {schedule.name} computes weight gradients on their own, which compiled layers cannot: "
+            "set training.compile=false, or choose 1f1b or interleaved-1f1b"
         )
 
 

@@ -73,3 +73,21 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce gradients that were completed after the last backward pass (weight gradients computed on their own).
+
+    FSDP2 reduces in hooks of the backward pass; this runs them by hand, as torch's own pipeline schedules do, by the
+    same internals of torch (2.11 to 2.13; there is no public way).
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    set_gradient_sync(model, last=True)
+    root = model._get_fsdp_state()
+    for state in root._state_ctx.all_states:
+        single = getattr(state, "_fsdp_param_group", None)
+        groups = getattr(state, "_fsdp_param_groups", [] if single is None else [single])
+        for group in groups:
+            group.post_backward()
+    root._root_post_backward_final_callback()

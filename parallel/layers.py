@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.collectives import (
+    all_gather_tokens,
+    copy_to_ranks,
     gather_from_ranks,
     reduce_from_ranks,
     reduce_scatter_tokens,
@@ -24,6 +26,7 @@ from parallel.collectives import (
 )
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import Constant, Normal, ParallelModule, divide, local_tensor, sharded_parameter
+from parallel.weight_gradients import active_queue, deferred_linear
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -79,14 +82,21 @@ def column_parallel_linear(
 
     Args:
         x: ``[T, K]`` the same on every rank, or with ``sequence`` this rank's ``[T/t, K]``.
-        weight: ``[N/t, K]``.
-        bias: ``[N/t]`` or None.
+        weight: ``[N, K]``, of which this rank holds ``[N/t, K]``.
+        bias: ``[N]``, divided alike, or None.
         tp: the tensor-parallel handle.
         sequence: whether x is divided by token.
     """
+    local_weight = local_tensor(weight)
+    local_bias = None if bias is None else local_tensor(bias)
+    queue = active_queue()
+    if queue is not None and x.requires_grad:
+        full = all_gather_tokens(x, tp) if sequence else copy_to_ranks(x, tp)
+        out = deferred_linear(full, weight, local_weight, queue)
+        return out if local_bias is None else out + local_bias
     if tp.size == 1:
-        return F.linear(x, weight, bias)
-    return _ColumnLinear.apply(x, weight, bias, sequence, tp.size, tp.group_name)
+        return F.linear(x, local_weight, local_bias)
+    return _ColumnLinear.apply(x, local_weight, local_bias, sequence, tp.size, tp.group_name)
 
 
 class ColumnParallelLinear(ParallelModule):
@@ -129,8 +139,7 @@ class ColumnParallelLinear(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, K]`` (or ``[T/t, K]`` under sequence parallelism) to ``[T, N/t]``, or ``[T, N]`` when gathering."""
-        bias = None if self.bias is None else local_tensor(self.bias)
-        out = column_parallel_linear(x, local_tensor(self.weight), bias, self.tp, self.tp.sequence)
+        out = column_parallel_linear(x, self.weight, self.bias, self.tp, self.tp.sequence)
         return gather_from_ranks(out, self.tp) if self.gather_output else out
 
     def extra_repr(self) -> str:
@@ -185,9 +194,13 @@ class RowParallelLinear(ParallelModule):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, K/t]`` to ``[T, N]``, or to ``[T/t, N]`` under sequence parallelism."""
         weight = local_tensor(self.weight)
-        if self.tp.size == 1:
+        queue = active_queue()
+        if queue is not None and x.requires_grad:
+            partial = deferred_linear(x, self.weight, weight, queue)
+        elif self.tp.size == 1:
             return F.linear(x, weight, self.bias)
-        partial = F.linear(x, weight)
+        else:
+            partial = F.linear(x, weight)
         if self.tp.sequence:
             out = reduce_scatter_tokens(partial, self.tp)
         else:

@@ -48,9 +48,7 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         self.tp, self.dropout = tp, config.hidden_dropout_prob
         size, std = config.hidden_size, config.initializer_range
-        self.word_embeddings = VocabParallelEmbedding(
-            config.vocab_size, config.padded_vocab_size, size, init_std=std, tp=tp, device=device
-        )
+        self.word_embeddings = _word_embeddings(config, tp, device)
         self.position_embeddings = TokenTable(
             config.max_position_embeddings, size, init_std=std, divided=tp.sequence, device=device
         )
@@ -74,6 +72,35 @@ class BertEmbeddings(nn.Module):
             + self.token_type_embeddings(own_tokens(types, self.tp))
         )
         return hidden if keys is None else keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp))
+
+
+class TiedWordEmbeddings(nn.Module):
+    """The last pipeline stage's copy of the word embeddings, under their global name; it embeds nothing.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.word_embeddings = _word_embeddings(config, tp, device)
+
+
+def _word_embeddings(
+    config: MegatronBertConfig, tp: TensorParallel, device: torch.device | str | None
+) -> VocabParallelEmbedding:
+    return VocabParallelEmbedding(
+        config.vocab_size,
+        config.padded_vocab_size,
+        config.hidden_size,
+        init_std=config.initializer_range,
+        tp=tp,
+        device=device,
+    )
 
 
 class Encoder(nn.Module):

@@ -10,7 +10,7 @@ from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm
 from parallel.layers import column_parallel_linear
 from parallel.mesh import SINGLE, TensorParallel
-from parallel.sharding import Constant, Normal, ParallelModule, local_tensor, sharded_parameter
+from parallel.sharding import Constant, Normal, ParallelModule, sharded_parameter
 
 
 class Dense(ParallelModule):
@@ -60,9 +60,7 @@ class MaskedLanguageHead(ParallelModule):
             ``[K, padded_vocab/t]``.
         """
         features = self.norm(F.gelu(self.dense(selected), approximate=self.approximate))
-        return column_parallel_linear(
-            features, local_tensor(word_embeddings), local_tensor(self.bias), self.tp, sequence=False
-        )
+        return column_parallel_linear(features, word_embeddings, self.bias, self.tp, sequence=False)
 
 
 class SentencePairHead(nn.Module):

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.encoder import BertEmbeddings, Encoder
+from megatron_bert.model.encoder import BertEmbeddings, Encoder, TiedWordEmbeddings
 from megatron_bert.model.heads import MaskedLanguageHead, SentencePairHead
 from parallel.cross_entropy import IGNORED, vocab_parallel_argmax, vocab_parallel_cross_entropy
 from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
+from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
 
 
@@ -31,11 +32,15 @@ class PretrainingLogits(NamedTuple):
 
 
 class BertForPretraining(nn.Module):
-    """Megatron BERT with its pretraining heads; logits are computed at masked positions only.
+    """Megatron BERT with its pretraining heads, or the part of it on one pipeline stage.
+
+    Logits are computed at masked positions only. Parameters have the same global names on whatever stage they are; the
+    last stage holds a second copy of the word embeddings, under the same name, as the head's output matrix.
 
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
+        part: the stage's part; the whole model by default.
         recompute: what layers compute again in the backward pass.
         device: of the parameters; they hold no values until :func:`parallel.sharding.initialize` or a checkpoint
             gives them.
@@ -46,26 +51,50 @@ class BertForPretraining(nn.Module):
         config: MegatronBertConfig,
         *,
         tp: TensorParallel = SINGLE,
+        part: StagePart | None = None,
         recompute: Recompute = "none",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
-        self.embeddings = BertEmbeddings(config, tp=tp, device=device)
-        self.encoder = Encoder(config, tp=tp, recompute=recompute, device=device)
-        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device)
-        self.pair_head = SentencePairHead(config, device=device) if config.binary_head else None
+        part = part or StagePart(range(config.num_hidden_layers), first=True, last=True)
+        self.config, self.tp, self.part = config, tp, part
+        self.embeddings: BertEmbeddings | TiedWordEmbeddings | None = None
+        if part.first:
+            self.embeddings = BertEmbeddings(config, tp=tp, device=device)
+        elif part.last:
+            self.embeddings = TiedWordEmbeddings(config, tp=tp, device=device)
+        self.encoder = Encoder(config, tp=tp, layers=part.layers, recompute=recompute, device=device)
+        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device) if part.last else None
+        self.pair_head = SentencePairHead(config, device=device) if part.last and config.binary_head else None
 
-    def forward(self, batch: MicroBatch, dropout_seed: int | None = None) -> PretrainingLogits:
-        """Logits of the masked positions and of the sentence pairs.
+    @property
+    def word_embeddings(self) -> nn.Parameter | None:
+        """This stage's copy of the word embeddings; None in the middle of a pipeline."""
+        return None if self.embeddings is None else self.embeddings.word_embeddings.weight
+
+    def forward(
+        self, batch: MicroBatch, dropout_seed: int | None = None, received: Tensor | None = None
+    ) -> PretrainingLogits | Tensor:
+        """Logits of the masked positions and of the sentence pairs, or what the next stage goes on with.
 
         Args:
-            batch: what to read.
+            batch: what to read; every stage takes the whole of it.
             dropout_seed: seed of the run's dropout masks; None switches dropout off.
+            received: hidden states from the stage before, ``[T, H]`` or this rank's ``[T/t, H]`` under sequence
+                parallelism; None on the first stage.
+
+        Returns:
+            Logits on the last stage, hidden states like ``received`` on others.
         """
         keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
-        hidden = self.embeddings(batch.tokens, batch.positions, batch.types, keys)
+        if isinstance(self.embeddings, BertEmbeddings):
+            hidden = self.embeddings(batch.tokens, batch.positions, batch.types, keys)
+        else:
+            assert received is not None, "a stage that is not the first goes on from hidden states"
+            hidden = received
         hidden = self.encoder(hidden, batch.layout, keys)
+        if self.masked_head is None or self.embeddings is None:
+            return hidden
         rows = select_tokens(hidden, torch.cat((batch.slots, batch.first_tokens)), self.tp)
         masked, first = rows.split((batch.slots.shape[0], batch.first_tokens.shape[0]))
         logits = self.masked_head(masked, self.embeddings.word_embeddings.weight)

@@ -5,6 +5,16 @@ from __future__ import annotations
 from megatron_bert.model.configuration import MegatronBertConfig
 
 
+def parameter_count(config: MegatronBertConfig) -> int:
+    """Trainable numbers of the whole model, padding of the vocabulary included, tied embeddings once."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    tables = config.padded_vocab_size + config.max_position_embeddings + config.type_vocab_size
+    layer = 4 * hidden * (hidden + 1) + 2 * hidden * ffn + ffn + hidden + 4 * hidden
+    masked_head = hidden * (hidden + 1) + 2 * hidden + config.padded_vocab_size
+    pair_head = hidden * (hidden + 1) + 2 * (hidden + 1) if config.binary_head else 0
+    return tables * hidden + config.num_hidden_layers * layer + 2 * hidden + masked_head + pair_head
+
+
 def training_flops(
     config: MegatronBertConfig, tokens: float, squared_lengths: float, predictions: float, pairs: float
 ) -> float:

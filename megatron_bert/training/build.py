@@ -2,52 +2,108 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from megatron_bert.config import Settings
+from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.training.precision import DTYPES
 from parallel.data_parallel import apply_data_parallel
 from parallel.mesh import ParallelMesh
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.tied import TiedParameter
 from parallel.sharding import initialize
+
+#: Global name of the parameter that the first and the last stage both hold.
+TIED_NAME = "embeddings.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """This rank's stages of the model.
+
+    Attributes:
+        stages: by global stage index.
+        tied: the word embeddings of the first and last stage.
+    """
+
+    stages: dict[int, BertForPretraining]
+    tied: TiedParameter
+
+    @property
+    def config(self) -> MegatronBertConfig:
+        """Of the whole model."""
+        return next(iter(self.stages.values())).config
+
+    def activation_shape(self, batch: MicroBatch) -> tuple[int, int]:
+        """Shape of the hidden states between stages: ``[T, H]``, or ``[T/t, H]`` under sequence parallelism."""
+        tp = next(iter(self.stages.values())).tp
+        tokens = batch.tokens.shape[0]
+        return tokens // tp.size if tp.sequence else tokens, self.config.hidden_size
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Global name -> parameter, without the last stage's copy of the word embeddings."""
+        return {
+            name: parameter
+            for stage in self.stages.values()
+            for name, parameter in stage.named_parameters()
+            if not self._is_copy(parameter)
+        }
+
+    def copies(self) -> dict[str, nn.Parameter]:
+        """Global name -> the last stage's copy, on its rank, if it is another parameter than the first stage's."""
+        copy = self.tied.last
+        return {TIED_NAME: copy} if copy is not None and copy is not self.tied.first else {}
+
+    def _is_copy(self, parameter: nn.Parameter) -> bool:
+        return parameter is self.tied.last and parameter is not self.tied.first
 
 
 def build_model(
-    settings: Settings, config: MegatronBertConfig, mesh: ParallelMesh, *, draw: bool
-) -> BertForPretraining:
-    """The model with this rank's share of the parameters.
+    settings: Settings, config: MegatronBertConfig, schedule: Schedule, mesh: ParallelMesh, *, draw: bool
+) -> StagedModel:
+    """Build this rank's stages, each directly at its own size.
 
     Args:
         settings: of the run.
         config: of the encoder.
+        schedule: which places the stages.
         mesh: where the run is laid out.
         draw: give the parameters their initial values; a checkpoint about to be loaded needs none.
     """
-    model = BertForPretraining(
-        config, tp=mesh.tensor_parallel, recompute=settings.training.recompute, device=mesh.device
-    )
-    if draw:
-        initialize(model, settings.training.seed)
-    layers = model.encoder.layer_list()
-    if settings.training.compile:
-        for layer in layers:
-            layer.compile_forward()
-    apply_data_parallel(
-        model,
-        layers,
+    parts = settings.stage_parts(schedule, config.padded_vocab_size)
+    stages: dict[int, BertForPretraining] = {}
+    for index in schedule.stages_of(mesh.coordinate["pipeline"]):
+        stage = BertForPretraining(
+            config,
+            tp=mesh.tensor_parallel,
+            part=parts[index],
+            recompute=settings.training.recompute,
+            device=mesh.device,
+        )
+        if draw:
+            initialize(stage, settings.training.seed)
+        layers = stage.encoder.layer_list()
+        if settings.training.compile:
+            for layer in layers:
+                layer.compile_forward()
+        apply_data_parallel(
+            stage,
+            layers,
+            mesh,
+            sharding=settings.parallel.sharding,
+            compute_dtype=DTYPES[settings.precision.compute],
+        )
+        stages[index] = stage
+    first, last = stages.get(0), stages.get(schedule.stages - 1)
+    tied = TiedParameter(
         mesh,
-        sharding=settings.parallel.sharding,
-        compute_dtype=DTYPES[settings.precision.compute],
+        first_rank=schedule.rank_of(0),
+        last_rank=schedule.rank_of(schedule.stages - 1),
+        first=None if first is None else first.word_embeddings,
+        last=None if last is None else last.word_embeddings,
     )
-    return model
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Global name -> parameter; tied parameters once."""
-    return dict(model.named_parameters())
-
-
-def model_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's part of a checkpoint."""
-    return {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    return StagedModel(stages, tied)

@@ -29,24 +29,22 @@ class ShardedAdamW:
     tensors share memory with the model's parameters, which are the float32 master weights.
 
     Args:
-        parameters: global name -> parameter, after wrapping for data parallelism.
+        parameters: name -> parameter, after wrapping for data parallelism.
         settings: betas, eps and weight decay.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: OptimizerSettings) -> None:
-        self.parameters = parameters
-        self.local = {name: nn.Parameter(raw_local(p)) for name, p in parameters.items()}
+        self.local = {parameter: nn.Parameter(raw_local(parameter)) for parameter in parameters.values()}
         groups = [
             {
-                "params": [self.local[name] for name, p in parameters.items() if decays(name, p) is decay],
+                "params": [self.local[p] for name, p in parameters.items() if decays(name, p) is decay],
                 "weight_decay": settings.weight_decay if decay else 0.0,
             }
             for decay in (True, False)
         ]
         groups = [group for group in groups if group["params"]]
         betas = (settings.beta1, settings.beta2)
-        on_cuda = any(p.is_cuda for p in self.local.values())
-        fused_adam = backends.apex_adam() if on_cuda else None
+        fused_adam = backends.apex_adam() if any(p.is_cuda for p in self.local.values()) else None
         self.adam: torch.optim.Optimizer
         if fused_adam is not None:
             self.adam = fused_adam(groups, lr=0.0, betas=betas, eps=settings.eps, adam_w_mode=True)
@@ -54,9 +52,9 @@ class ShardedAdamW:
             self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.eps, fused=True)
         self._counts_in_group = fused_adam is not None
         self.steps = 0
-        for parameter in self.local.values():
+        for local in self.local.values():
             # Created now rather than at the first step, so that a checkpoint can be loaded in place.
-            self.adam.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            self.adam.state[local] = {moment: torch.zeros_like(local) for moment in MOMENTS}
         self._set_steps()
 
     def _set_steps(self) -> None:
@@ -64,15 +62,13 @@ class ShardedAdamW:
             for group in self.adam.param_groups:
                 group["step"] = self.steps
         else:
-            for parameter in self.local.values():
-                count = torch.tensor(float(self.steps), device=parameter.device)
-                self.adam.state[parameter]["step"] = count
+            for local in self.local.values():
+                self.adam.state[local]["step"] = torch.tensor(float(self.steps), device=local.device)
 
     def step(self, learning_rate: float) -> None:
         """Update the parameters from their gradients."""
-        for name, parameter in self.parameters.items():
-            gradient = parameter.grad
-            self.local[name].grad = None if gradient is None else raw_local(gradient)
+        for parameter, local in self.local.items():
+            local.grad = None if parameter.grad is None else raw_local(parameter.grad)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
@@ -80,16 +76,13 @@ class ShardedAdamW:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.local[name].grad = None
+        for parameter, local in self.local.items():
+            parameter.grad = local.grad = None
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """``optimizer.<moment>.<parameter name>`` -> tensor, sharded as its parameter; fill them in place to load."""
-        return {
-            f"optimizer.{moment}.{name}": _placed_like(self.adam.state[self.local[name]][moment], parameter)
-            for moment in MOMENTS
-            for name, parameter in self.parameters.items()
-        }
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """A parameter's state by name, sharded as the parameter is and sharing memory with the optimizer's."""
+        state = self.adam.state[self.local[parameter]]
+        return {moment: _placed_like(state[moment], parameter) for moment in MOMENTS}
 
     def state(self) -> dict[str, Any]:
         """What is not a tensor per parameter."""

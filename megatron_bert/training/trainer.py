@@ -10,27 +10,37 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bert import backends
 from megatron_bert.config import Settings
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch
-from megatron_bert.model.pretraining import loss_sums
-from megatron_bert.planning.flops import peak_tflops, training_flops
-from megatron_bert.training.build import build_model, model_tensors, named_parameters
+from megatron_bert.model.pretraining import PretrainingLogits, loss_sums
+from megatron_bert.planning.flops import parameter_count, peak_tflops, training_flops
+from megatron_bert.training.build import build_model
 from megatron_bert.training.evaluation import evaluate
 from megatron_bert.training.learning_rate import learning_rate_at
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.optimizer import ShardedAdamW
-from megatron_bert.training.precision import LossScale
+from megatron_bert.training.precision import DTYPES, LossScale
 from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.timeline import gather_timeline, write_timeline
 from parallel.checkpoint import CheckpointWriter, load_tensors, read_state
-from parallel.data_parallel import set_gradient_sync
 from parallel.errors import UserError
-from parallel.gradients import clip_factor, global_gradient_norm, scale_gradients, sum_token_partial_gradients
+from parallel.gradients import (
+    clip_factor,
+    global_gradient_norm,
+    raw_local,
+    scale_gradients,
+    sum_token_partial_gradients,
+)
 from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.engine import PipelineEngine
+from parallel.pipeline.p2p import PipelineTransport
+from parallel.pipeline.schedules import forward_only
 from parallel.process_group import World
 from parallel.sharding import name_seed
 
@@ -61,9 +71,17 @@ class Trainer:
         self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
-        self.model = build_model(settings, self.config, mesh, draw=resume_from is None)
-        self.parameters = named_parameters(self.model)
-        self.optimizer = ShardedAdamW(self.parameters, settings.optimizer)
+        schedule = settings.schedule(mesh.layout)
+        self.model = build_model(settings, self.config, schedule, mesh, draw=resume_from is None)
+        self.parameters, self.copies = self.model.parameters(), self.model.copies()
+        self.optimizer = ShardedAdamW(
+            {**self.parameters, **{f"tied.{name}": copy for name, copy in self.copies.items()}}, settings.optimizer
+        )
+        self.transport = PipelineTransport.create(mesh)
+        self.engine = self._engine(schedule, record=settings.logging.trace)
+        self.evaluation_engine = self._engine(
+            forward_only(schedule.ranks, schedule.microbatches, schedule.chunks, schedule.placement)
+        )
         self.loss_scale = LossScale(settings.precision)
         self.checkpoints = CheckpointWriter(
             settings.training.run_dir / "checkpoints",
@@ -84,20 +102,24 @@ class Trainer:
         meter = _Meter(self)
         reason: str | None = None
         while self.step < total and reason is None:
-            sums = self.train_step([next(batches) for _ in range(source.micro_batches_per_step)], meter)
+            step_batches = [next(batches) for _ in range(source.micro_batches_per_step)]
+            sums = self.train_step(step_batches)
+            meter.count(step_batches)
             report.advance()
             if self.step % every == 0 or self.step == total:
                 self._log(sums, meter, report)
+                if settings.logging.trace:
+                    self._write_timeline()
             reason = stop.agreed()
             if self._due(settings.training.evaluate_every) or (self.step == total and reason is None):
-                report.evaluation(self.step, evaluate(self.model, self._held_out(), self.mesh))
+                report.evaluation(self.step, self.evaluate())
                 meter.restart()
             if reason or self.step == total or self._due(settings.checkpoint.every):
                 self._save(sums)
         self.checkpoints.finish()
         return reason
 
-    def train_step(self, batches: list[MicroBatch], meter: _Meter | None = None) -> StepSums:
+    def train_step(self, batches: list[MicroBatch]) -> StepSums:
         """One optimizer step on this data rank's micro batches of the global batch."""
         training = self.settings.training
         counts = self._global_counts(batches)
@@ -105,14 +127,16 @@ class Trainer:
             # Fused attention draws its dropout from torch's generator: seeded by step and place, so resuming is exact.
             torch.cuda.manual_seed(name_seed(training.seed, f"step {self.step} rank {self.world.rank}"))
         losses = torch.zeros(2, device=self.world.device)
-        for index, batch in enumerate(batches):
-            set_gradient_sync(self.model, last=index == len(batches) - 1)
-            logits = self.model(batch, self.dropout_seed)
-            sums = torch.stack(loss_sums(logits, batch, self.config.vocab_size, self.model.tp))
-            ((sums / counts).sum() * self.loss_scale.value).backward()
-            losses += sums.detach()
-            if meter is not None:
-                meter.count(batch)
+
+        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
+            output = self.model.stages[stage](batches[index], self.dropout_seed, received)
+            if not isinstance(output, PretrainingLogits):
+                return output
+            sums = torch.stack(loss_sums(output, batches[index], self.config.vocab_size, self.mesh.tensor_parallel))
+            losses.add_(sums.detach())
+            return (sums / counts).sum() * self.loss_scale.value
+
+        self.engine.run(forward, lambda index: self.model.activation_shape(batches[index]))
         grad_norm = self._finish_gradients()
         overflow = self.loss_scale.dynamic and not math.isfinite(grad_norm.item())
         if not overflow:
@@ -124,6 +148,22 @@ class Trainer:
         self.consumed_samples += training.global_batch_size
         return StepSums(losses, counts, grad_norm)
 
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores."""
+        rounds = self.settings.training.evaluate_batches
+        return evaluate(self.model, self.evaluation_engine, self._held_out(), rounds, self.mesh)
+
+    def _engine(self, schedule: Schedule, record: bool = False) -> PipelineEngine:
+        return PipelineEngine(
+            schedule,
+            self.mesh.coordinate["pipeline"],
+            self.model.stages,
+            self.transport,
+            dtype=DTYPES[self.settings.precision.compute],
+            device=self.world.device,
+            record=record,
+        )
+
     def _global_counts(self, batches: list[MicroBatch]) -> Tensor:
         """Masked tokens and sentence pairs of the whole global batch, at least 1 each: ``[2]`` float32."""
         masked = torch.stack([(batch.slot_labels >= 0).sum() for batch in batches]).sum()
@@ -132,12 +172,15 @@ class Trainer:
 
     def _finish_gradients(self) -> Tensor:
         """Complete, unscale and clip the gradients; returns their norm before clipping."""
-        sum_token_partial_gradients(self.model, self.mesh.tensor_parallel)
+        self.model.tied.sum_gradients()
+        for stage in self.model.stages.values():
+            sum_token_partial_gradients(stage, self.mesh.tensor_parallel)
         norm = global_gradient_norm(self.parameters.values(), self.mesh) / self.loss_scale.value
         maximum = self.settings.optimizer.clip_grad_norm
         factor = clip_factor(norm, maximum) if maximum > 0 else torch.ones_like(norm)
         if maximum > 0 or self.loss_scale.value != 1.0:
-            scale_gradients(self.parameters.values(), factor / self.loss_scale.value)
+            everything = [*self.parameters.values(), *self.copies.values()]
+            scale_gradients(everything, factor / self.loss_scale.value)
         return norm
 
     # ---------------------------------------------------------------- data
@@ -172,7 +215,7 @@ class Trainer:
     # ---------------------------------------------------------------- reporting
 
     def _log(self, sums: StepSums, meter: _Meter, report: Report) -> None:
-        losses = self.mesh.all_reduce(sums.losses.clone(), DATA_AXES) / sums.counts
+        losses = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
         mlm, pair = losses.tolist()
         grad_norm = sums.grad_norm.item()
         if not math.isfinite(mlm + pair) or not (math.isfinite(grad_norm) or self.loss_scale.dynamic):
@@ -196,13 +239,24 @@ class Trainer:
             }
         )
 
+    def _write_timeline(self) -> None:
+        timeline = gather_timeline(self.engine, self.mesh)
+        if self.world.is_first:
+            write_timeline(timeline, self.engine, self.settings.training.run_dir / "traces", self.step)
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**model_tensors(self.model), **self.optimizer.state_tensors()}
+    def _tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Everything sharded, by global name: ``model.<name>`` and ``optimizer.<moment>.<name>``."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            for moment, tensor in self.optimizer.moments(parameter).items():
+                tensors[f"optimizer.{moment}.{name}"] = tensor
+        return tensors
 
     def _save(self, sums: StepSums) -> None:
         if not self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item()):
@@ -218,7 +272,7 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "settings": self.settings.model_dump(mode="json"),
         }
-        self.checkpoints.save(self.step, self._tensors(), state)
+        self.checkpoints.save(self.step, self._tensors(self.parameters), state)
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)
@@ -227,20 +281,30 @@ class Trainer:
                 f"checkpoint {path} was trained with another tokenizer than "
                 f"{self.settings.tokenizer.path}: use the same"
             )
-        with torch.no_grad():
-            load_tensors(path, self._tensors(), self.checkpoints.group)
+        # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
+        load_tensors(path, self._tensors({**self.copies, **self.parameters}), self.checkpoints.group)
+        for name, copy in self.copies.items():
+            if name in self.parameters:
+                self._copy_state(self.parameters[name], copy)
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         self.optimizer.load_state(state["optimizer"])
         self.loss_scale.load_state(state["loss_scale"])
 
+    @torch.no_grad()
+    def _copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
+        raw_local(target).copy_(raw_local(source))
+        for moment, tensor in self.optimizer.moments(source).items():
+            raw_local(self.optimizer.moments(target)[moment]).copy_(raw_local(tensor))
+
     def describe(self) -> str:
         """What is about to be trained, where and how."""
-        count = sum(p.numel() for p in self.parameters.values())
-        layout = self.mesh.layout
+        layout, schedule = self.mesh.layout, self.engine.schedule
+        count = parameter_count(self.config)
         kernels = ", ".join(f"{part} by {name}" for part, name in backends.report(self.world.device).items())
         return (
             f"{count:,} parameters on {self.world.size} x {self.world.device.type}: tensor {layout.tensor}"
-            f"{' (sequence parallel)' if layout.sequence else ''}, data {layout.data} "
+            f"{' (sequence parallel)' if layout.sequence else ''}, pipeline {layout.pipeline} ({schedule.name}, "
+            f"{schedule.microbatches} micro batches, {schedule.chunks} a rank), data {layout.data} "
             f"(sharding {self.settings.parallel.sharding}), {self.settings.precision.compute}; {kernels}"
         )
 
@@ -260,12 +324,13 @@ class _Meter:
         self.began, self.first_step = time.perf_counter(), self.trainer.step
         self.tokens = self.squares = self.slots = self.pairs = 0
 
-    def count(self, batch: MicroBatch) -> None:
-        """One micro batch was worked through."""
-        self.tokens += sum(batch.lengths)
-        self.squares += sum(length * length for length in batch.lengths)
-        self.slots += batch.slots.shape[0]
-        self.pairs += len(batch.lengths)
+    def count(self, batches: list[MicroBatch]) -> None:
+        """Micro batches were worked through."""
+        for batch in batches:
+            self.tokens += sum(batch.lengths)
+            self.squares += sum(length * length for length in batch.lengths)
+            self.slots += batch.slots.shape[0]
+            self.pairs += len(batch.lengths)
 
     def read(self) -> dict[str, float | None]:
         """tokens_per_second, mfu (None without a known peak) and step_seconds since the last reading."""

@@ -1,0 +1,64 @@
+"""One parameter held by two stages: word embeddings of the first and the last."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.gradients import raw_local
+from parallel.mesh import ParallelMesh
+
+
+class TiedParameter:
+    """Keeps the copies of a parameter on the first and the last stage equal.
+
+    Both start from the same initial values or checkpoint, get the same gradient (the sum of both stages' shares, once
+    a step) and so the same update: they stay equal bit for bit. The first stage's copy stands for both in the gradient
+    norm and in checkpoints.
+
+    Every rank of the run must construct it at the same point.
+
+    Args:
+        mesh: where the run is laid out.
+        first_rank: pipeline rank of the first stage.
+        last_rank: pipeline rank of the last stage.
+        first: the first stage's parameter, on its rank.
+        last: the last stage's parameter, on its rank.
+    """
+
+    def __init__(
+        self,
+        mesh: ParallelMesh,
+        *,
+        first_rank: int,
+        last_rank: int,
+        first: nn.Parameter | None,
+        last: nn.Parameter | None,
+    ) -> None:
+        self.first, self.last = first, last
+        self.group: dist.ProcessGroup | None = None
+        if first_rank == last_rank:
+            return
+        for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
+            pair = [line[first_rank], line[last_rank]]
+            group = dist.new_group(pair)
+            if dist.get_rank() in pair:
+                self.group = group
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Give both copies the sum of their gradients."""
+        if self.first is not None and self.last is not None:
+            if self.first is not self.last:
+                one, other = _gradient(self.first), _gradient(self.last)
+                other.copy_(one.add_(other))
+        elif self.group is not None:
+            mine = self.first if self.first is not None else self.last
+            assert mine is not None, "a rank of the pair holds one of the copies"
+            dist.all_reduce(_gradient(mine), group=self.group)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "the stage has run its backward pass"
+    return raw_local(parameter.grad)

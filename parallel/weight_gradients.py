@@ -1,0 +1,122 @@
+"""Weight gradients computed later than input gradients, for zero-bubble schedules.
+
+A zero-bubble schedule (Qi et al., arXiv 2401.10241) runs the backward pass of a stage in two actions: first the
+gradient of the stage's input, which the stage before waits for, then the gradients of its weights. The weights that
+count are those of the parallel layers' matrix products. While a :class:`WeightGradientQueue` is active, these layers
+leave the weight half of their backward pass in it, so that each matrix product runs exactly once, whenever the
+schedule says.
+
+Small parameters (norms, biases, embeddings) get their gradients in the first half, from autograd as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class WeightGradientQueue:
+    """Weight gradients of one stage and microbatch that are still to be computed."""
+
+    def __init__(self) -> None:
+        self._work: list[Callable[[], None]] = []
+
+    def push(self, work: Callable[[], None]) -> None:
+        """Leave work for later."""
+        self._work.append(work)
+
+    def run(self) -> None:
+        """Do the work and forget it, with what it held on to."""
+        work, self._work = self._work, []
+        with torch.no_grad():
+            for compute in work:
+                compute()
+
+
+_active: WeightGradientQueue | None = None
+
+
+@contextmanager
+def deferring(queue: WeightGradientQueue | None) -> Iterator[None]:
+    """Let the parallel layers leave weight gradients in ``queue`` while the block lasts; None changes nothing.
+
+    Wraps the forward pass of a stage and the input half of its backward pass (recomputation runs the forward pass
+    there). The variable is the process's, not the thread's: autograd recomputes on threads of its own.
+    """
+    global _active
+    before, _active = _active, queue
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def active_queue() -> WeightGradientQueue | None:
+    """The queue weight gradients go to; None to compute them at once."""
+    return _active
+
+
+def accumulate_gradient(parameter: Tensor, local_gradient: Tensor) -> None:
+    """Add this rank's part of a gradient to ``parameter.grad``, as autograd would have."""
+    if parameter.grad is not None:
+        held = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        held.add_(local_gradient)
+    elif isinstance(parameter, DTensor):
+        parameter.grad = DTensor.from_local(
+            local_gradient,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    else:
+        parameter.grad = local_gradient
+
+
+class _Owner:
+    """A parameter hidden from autograd, which would otherwise track it as an input."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+
+
+class _DeferredLinear(torch.autograd.Function):
+    """``y = x W^T`` whose weight gradient goes to a queue.
+
+    forward: GEMM. Backward: the input gradient's GEMM; the weight gradient's is queued.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, owner: _Owner, queue: WeightGradientQueue) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.owner, ctx.queue = owner, queue
+        return torch.nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        parameter = ctx.owner.parameter
+
+        def compute() -> None:
+            accumulate_gradient(parameter, gradient.flatten(0, -2).t() @ x.flatten(0, -2))
+
+        ctx.queue.push(compute)
+        return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def deferred_linear(x: Tensor, weight: Tensor, local_weight: Tensor, queue: WeightGradientQueue) -> Tensor:
+    """``x W^T`` with the weight gradient left to ``queue``.
+
+    Args:
+        x: ``[T, K]``.
+        weight: the parameter whose gradient it is.
+        local_weight: this rank's part of it, ``[N, K]``.
+        queue: where the weight gradient goes.
+    """
+    return _DeferredLinear.apply(x, local_weight.detach(), _Owner(weight), queue)
