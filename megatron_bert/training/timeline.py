@@ -49,7 +49,7 @@ def measured_costs(timeline: Timeline, stages: int) -> Costs:
 
 
 def write_timeline(timeline: Timeline, engine: PipelineEngine, directory: Path, step: int) -> None:
-    """``step_N.json`` (Chrome trace) and ``step_N.png``: what was recorded over what the simulator makes of its costs."""
+    """``step_N.json`` (Chrome trace) and ``step_N.png``: the recording over what the simulator makes of its costs."""
     directory.mkdir(parents=True, exist_ok=True)
     simulated = simulate(engine.schedule, measured_costs(timeline, engine.schedule.stages))
     chrome_trace(timeline, directory / f"step_{step:08d}.json")
