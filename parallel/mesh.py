@@ -128,7 +128,10 @@ class ParallelMesh:
 
     def __init__(self, layout: ParallelLayout, device: torch.device) -> None:
         if dist.get_world_size() != layout.world_size:
-            raise UserError(f"{layout} takes {layout.world_size} processes, but {dist.get_world_size()} were started")
+            raise UserError(
+                f"{layout} takes {layout.world_size} processes, but {dist.get_world_size()} were started: "
+                f"start {layout.world_size}, or change the layout"
+            )
         self.layout = layout
         self.device = device
         self.device_mesh = init_device_mesh(

@@ -22,6 +22,7 @@ from tests.megatron_bert.model.support import (
     total_loss,
     whole,
 )
+from tests.parallel.support import Operators
 from tests.worlds import make_tensor_parallel, run_world
 
 DROPOUT = pytest.mark.parametrize("seed", [None, 42], ids=["still", "dropout"])
@@ -154,6 +155,42 @@ def _recomputed(sequence: bool, seed: int | None) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_recomputation_changes_no_bit(size, sequence, seed):
     run_world(size, _recomputed, sequence, seed)
+
+
+def _communication(sequence: bool, seed: int | None) -> dict[str, int]:
+    """Collectives in the backward pass of the whole model, by what the layers recompute."""
+    tp = make_tensor_parallel(sequence=sequence)
+    counts = {}
+    for mode in ("none", "selective", "full"):
+        loss = total_loss(make_model(tp=tp, recompute=mode), make_batch(), seed)
+        with Operators() as backward:
+            loss.backward()
+        counts[mode] = backward.count("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    return counts
+
+
+@DROPOUT
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
+def test_selective_recomputation_repeats_no_communication(sequence, seed):
+    for counts in run_world(2, _communication, sequence, seed):
+        assert counts["selective"] == counts["none"]
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        None,
+        pytest.param(
+            42, marks=pytest.mark.xfail(strict=True, reason="dropout saves its mask after the closing collective")
+        ),
+    ],
+    ids=["still", "dropout"],
+)
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
+def test_full_recomputation_does_not_repeat_the_closing_collective(sequence, seed):
+    for counts in run_world(2, _communication, sequence, seed):
+        # A layer has two sums, or two gathers and two scatters.
+        assert counts["full"] == counts["none"] + CONFIG.num_hidden_layers * (3 if sequence else 1)
 
 
 def _initial(sequence: bool) -> dict[str, Tensor]:
