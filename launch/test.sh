@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Everything a change must pass: lint, format, types, tests. Arguments go to pytest.
+#
+#   bash launch/test.sh
+#   bash launch/test.sh tests/parallel -k dropout
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+bash launch/setup.sh --test || exit $?
+failed=0
+
+check() { # run a checker, show its output only where it complains
+    local output
+    if output=$(.venv/bin/python -m "$@" 2>&1); then
+        printf 'ok      %s\n' "$*"
+    else
+        printf 'FAILED  %s\n%s\n' "$*" "$output"
+        failed=1
+    fi
+}
+
+check ruff check
+check ruff format --check
+check mypy
+printf 'running pytest\n'
+.venv/bin/python -m pytest "$@" || failed=1 # its closing line stays the last
+exit $failed

@@ -1,0 +1,211 @@
+"""The scripts in launch/: what they say and leave behind when something is missing, without installing anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+#: Programs the scripts may use; tests run them with these and no others in PATH.
+PROGRAMS = (
+    "bash",
+    "cat",
+    "dirname",
+    "flock",
+    "getconf",
+    "grep",
+    "mkdir",
+    "rm",
+    "sed",
+    "tail",
+    "timeout",
+    "uname",
+    "wc",
+)
+
+#: Answers the questions setup.sh asks of an interpreter, and fails at everything else.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *"version_info < (3, 11)"*) exit {too_old} ;;
+    *"version_info[:2]"*) echo {version} ;;
+    *"import venv, ensurepip"*) [ -e "{folder}/venv-package" ] ;;
+    *"-m venv"*) mkdir "$3"; echo "no space left" >&2; exit 1 ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of the scripts, with a PATH of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.bin = folder / "checkout", folder / "bin"
+        self.root.mkdir()
+        self.bin.mkdir()
+        shutil.copytree(ROOT / "launch", self.root / "launch")
+        for name in ("requirements.txt", "requirements-test.txt", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        for name in PROGRAMS:
+            found = shutil.which(name)
+            if found is not None:
+                (self.bin / name).symlink_to(found)
+        self.program("id", "echo 1000")
+
+    def program(self, name: str, body: str) -> None:
+        """Put a shell script in the PATH."""
+        path = self.bin / name
+        path.unlink(missing_ok=True)
+        path.write_text(body if body.startswith("#!") else f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def python(self, name: str = "python3", *, too_old: bool = False, version: str = "3.12") -> None:
+        """A Python that lacks half of its venv module until there is a file venv-package."""
+        self.program(name, FAKE_PYTHON.format(too_old=int(too_old), version=version, folder=self.bin))
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": str(self.bin), "HOME": str(self.root), **variables}
+        command = [str(self.bin / "bash"), str(self.root / "launch" / script), *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, cwd=self.root.parent
+        )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence a script ended with, exit code 2."""
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", str(script)], check=True)
+
+
+class TestSetup:
+    def test_without_python(self, checkout: Checkout) -> None:
+        assert refused(checkout.run("setup.sh")) == "setup: there is no python3: install Python 3.11 or newer"
+
+    def test_python_too_old(self, checkout: Checkout) -> None:
+        checkout.python(too_old=True, version="3.9")
+        message = refused(checkout.run("setup.sh"))
+        assert "python3 is Python 3.9, but 3.11 or newer is needed" in message
+        assert not (checkout.root / ".venv").exists()
+
+    def test_newer_python_beside_an_old_one(self, checkout: Checkout) -> None:
+        checkout.python(too_old=True, version="3.9")
+        checkout.python("python3.12")
+        assert "python3.12 cannot make virtual environments" in refused(checkout.run("setup.sh"))
+
+    def test_python_named(self, checkout: Checkout) -> None:
+        checkout.python()
+        assert "PYTHON is python3.99, which is not there" in refused(checkout.run("setup.sh", PYTHON="python3.99"))
+        checkout.python("python3.10", too_old=True, version="3.10")
+        assert "python3.10 is Python 3.10, but" in refused(checkout.run("setup.sh", PYTHON="python3.10"))
+
+    def test_venv_package_missing(self, checkout: Checkout) -> None:
+        checkout.python()
+        checkout.program("apt-get", "exit 1")
+        message = refused(checkout.run("setup.sh"))
+        assert "run 'sudo apt-get install python3.12-venv' and start again" in message
+        assert not (checkout.root / ".venv").exists()
+
+    def test_venv_package_installed_by_root(self, checkout: Checkout) -> None:
+        checkout.python()
+        checkout.program("id", "echo 0")
+        checkout.program("apt-get", f'echo "$@" >>{checkout.bin}/asked; : >{checkout.bin}/venv-package')
+        done = checkout.run("setup.sh")
+        assert "install -y -qq python3.12-venv" in (checkout.bin / "asked").read_text()
+        # The environment cannot be made after all, and nothing of it is left.
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == ["no space left", "setup: python3 -m venv failed, see above"]
+        assert not (checkout.root / ".venv").exists()
+
+    def test_broken_environment_is_removed(self, checkout: Checkout) -> None:
+        (checkout.root / ".venv" / "bin").mkdir(parents=True)
+        (checkout.root / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
+        checkout.python()
+        done = checkout.run("setup.sh")
+        assert "setup: removing .venv, which does not work" in done.stdout
+        refused(done)
+        assert not (checkout.root / ".venv").exists()
+
+    def test_unknown_argument(self, checkout: Checkout) -> None:
+        assert "unknown argument --fast" in refused(checkout.run("setup.sh", "--fast"))
+
+    @pytest.mark.skipif(not (ROOT / ".venv" / ".installed-test").exists(), reason="the environment is not of setup.sh")
+    def test_nothing_to_do_the_second_time(self) -> None:
+        done = subprocess.run(["bash", str(ROOT / "launch" / "setup.sh")], capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class TestTest:
+    @pytest.fixture
+    def checkout(self, checkout: Checkout) -> Checkout:
+        (checkout.root / "launch" / "setup.sh").write_text("exit 0\n", encoding="utf-8")
+        (checkout.root / ".venv" / "bin").mkdir(parents=True)
+        return checkout
+
+    def tools(self, checkout: Checkout, *failing: str) -> None:
+        """An interpreter whose modules print their arguments, and fail if they are to."""
+        cases = "".join(f'"-m {name}"*) code=1 ;;\n' for name in failing)
+        python = checkout.root / ".venv" / "bin" / "python"
+        python.write_text(f'#!/bin/sh\ncode=0\ncase "$*" in\n{cases}esac\necho "$*"\nexit $code\n', encoding="utf-8")
+        python.chmod(0o755)
+
+    def test_runs_everything(self, checkout: Checkout) -> None:
+        self.tools(checkout)
+        done = checkout.run("test.sh", "tests/parallel", "-k", "dropout")
+        assert done.returncode == 0
+        assert done.stdout.splitlines() == [
+            "ok      ruff check",
+            "ok      ruff format --check",
+            "ok      mypy",
+            "running pytest",
+            "-m pytest tests/parallel -k dropout",
+        ]
+
+    @pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy", "pytest"])
+    def test_one_failure_fails_all_but_stops_nothing(self, checkout: Checkout, failing: str) -> None:
+        self.tools(checkout, failing)
+        done = checkout.run("test.sh")
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[-1] == "-m pytest"
+        assert ("FAILED" in done.stdout) == (failing != "pytest")
+
+
+class TestQuickstart:
+    def test_text_that_is_not_there(self, checkout: Checkout) -> None:
+        message = refused(checkout.run("quickstart.sh", "--text", "missing.txt"))
+        assert "missing.txt is not a file that can be read" in message
+        assert "text" in refused(checkout.run("quickstart.sh", "--text", "--steps", "5"))
+
+    @pytest.mark.parametrize("steps", ["0", "-3", "many", ""])
+    def test_steps_that_are_no_number(self, checkout: Checkout, steps: str) -> None:
+        assert "give a number of steps" in refused(checkout.run("quickstart.sh", "--steps", steps))
+
+    def test_unknown_argument(self, checkout: Checkout) -> None:
+        assert "unknown argument --fast" in refused(checkout.run("quickstart.sh", "--fast"))
+
+    def test_help(self, checkout: Checkout) -> None:
+        done = checkout.run("quickstart.sh", "--help")
+        assert done.returncode == 0
+        assert "--text FILE..." in done.stdout
+        assert "set -e" not in done.stdout

@@ -1,0 +1,134 @@
+"""Every command of the README runs, at tiny size: what is written there works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config_file import load_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+#: Commands that set up an environment or run everything: their scripts must exist, and tests of their own run them.
+SCRIPTS = ("bash launch/quickstart.sh", "bash launch/test.sh", "source .venv/bin/activate")
+
+#: Sizes that make a run of any settings file a matter of seconds, put before the README's own overrides.
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "data.seq_length=32",
+    "data.split=80,20,0",
+    "data.workers=0",
+    "training.device=cpu",
+    "training.compile=false",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+    "training.evaluate_batches=1",
+    "training.steps=2",
+    "logging.every=1",
+]
+
+#: What is replaced in a command, in this order; everything else runs as it stands.
+SUBSTITUTIONS = [
+    (r"--vocab-size 30522", "--vocab-size 120"),
+    (r"--nproc-per-node 8", "--nproc-per-node 2"),
+    (r"--nnodes 4", "--nnodes 1"),
+    (r"--rdzv-endpoint node1:29500", "--rdzv-endpoint localhost:0"),
+    (r"(pretrain configs/\w+(?:\.\w+)?\.yaml)", r"\1 " + " ".join(TINY)),
+    (r"(checkpoint\.resume=\S+)/step_00100000", r"\1/step_00000002 training.steps=3"),
+    (r"^tensorboard ", "tensorboard --inspect "),  # prints what it finds instead of serving it
+]
+
+
+def commands() -> list[str]:
+    """The lines of all bash blocks, continued lines joined."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL):
+        found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return found
+
+
+def tiny(command: str) -> str:
+    """A command with the substitutions made."""
+    for pattern, replacement in SUBSTITUTIONS:
+        command = re.sub(pattern, replacement, command)
+    return command
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README takes for granted: text, a second corpus, and the settings files and tools."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "tools").symlink_to(ROOT / "tools")
+    (folder / "text").mkdir()
+    line = "quick brown foxes jump over the very lazy dogs while a zebra was in some other house of this big world"
+    words = line.split()
+    for part in range(2):
+        with (folder / "text" / f"part{part}.jsonl").open("w", encoding="utf-8") as file:
+            for document in range(30):
+                sentences = [
+                    " ".join(words[(part + document + s * w) % len(words)] for w in range(1, 12)).capitalize() + "."
+                    for s in range(10)
+                ]
+                file.write(f'{{"text": "{" ".join(sentences)}"}}\n')
+    return folder
+
+
+def test_readme_has_commands() -> None:
+    found = commands()
+    assert len(found) > 10
+    for pattern, _ in SUBSTITUTIONS:
+        assert any(re.search(pattern, command) for command in found), f"{pattern} is replaced nowhere"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_command_runs(place: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    for command in commands():
+        script = next((script for script in SCRIPTS if command.startswith(script)), None)
+        if script is not None:
+            if "launch/" in script:
+                assert (ROOT / script.split()[-1]).is_file()
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", tiny(command)],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, f"{command}\n{tiny(command)}\n{done.stdout}\n{done.stderr}"
+        if "--output-prefix data/corpus" in command:
+            for suffix in (".bin", ".idx", ".json"):  # the corpus that is blended with the first
+                shutil.copy(place / f"data/corpus_text_sentence{suffix}", place / f"data/notes_text_sentence{suffix}")
+    # A few things the README says are there afterwards.
+    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "curves.png", "checkpoints", "cache"):
+        assert (place / "runs" / "one" / name).exists()
+    assert (place / "configs" / "schema.json").stat().st_size > 1000
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_table_of_sizes(path: Path) -> None:
+    model = load_settings(path, []).model
+    row = f"(configs/{path.name}) | {model.num_hidden_layers} | {model.hidden_size} | {model.num_attention_heads} |"
+    assert row in README
