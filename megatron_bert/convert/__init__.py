@@ -1,0 +1,1 @@
+"""Checkpoint conversion: everything Megatron BERT was ever saved as, in and out."""

@@ -1,0 +1,134 @@
+"""`megatron-bert convert` and `megatron-bert inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_bert.convert.options import ReadOptions
+
+# Written out, so that the command line starts without importing torch; a test compares them with the tables.
+FORMAT_NAMES = ("native", "huggingface", "megatron-core", "megatron")
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+
+
+def add_convert_commands(commands: Any) -> None:
+    """Add the subcommands.
+
+    Args:
+        commands: what ``ArgumentParser.add_subparsers`` returned; each command sets ``func``.
+    """
+    convert = commands.add_parser("convert", help="convert a checkpoint from any format to another")
+    convert.add_argument("source", type=Path, metavar="SRC", help="a checkpoint file, its folder, or a zip file")
+    convert.add_argument(
+        "destination", type=Path, metavar="DST", help="folder to write, or .zip for Megatron's formats"
+    )
+    convert.add_argument("--to", choices=FORMAT_NAMES, required=True)
+    add_read_options(convert)
+    add_write_options(convert)
+    convert.set_defaults(func=run_convert)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is")
+    inspect.add_argument("source", type=Path, metavar="SRC", help="a checkpoint file, its folder, or a zip file")
+    add_read_options(inspect)
+    inspect.set_defaults(func=run_inspect)
+
+
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """Options for what a source does not say."""
+    group = parser.add_argument_group("what the source does not say")
+    group.add_argument("--gelu", choices=("erf", "tanh"), help="kind of GELU the weights were trained with")
+    group.add_argument("--layer-norm-eps", type=float, metavar="E", help="epsilon of the layer norms, usually 1e-5")
+    group.add_argument("--true-vocab-size", type=int, metavar="N", help="words; rows after them are padding")
+    group.add_argument("--num-attention-heads", type=int, metavar="N", help="heads a layer")
+    group.add_argument(
+        "--source-checkpoint-version",
+        type=float,
+        metavar="V",
+        help="order of query, key and value rows in the source: 0, 1.0, 2.0 or 3.0",
+    )
+
+
+def add_write_options(parser: argparse.ArgumentParser) -> None:
+    """Options for how to write."""
+    group = parser.add_argument_group("how to write")
+    group.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size, Megatron's formats")
+    group.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size, the same")
+    group.add_argument("--virtual-stages", type=int, default=1, metavar="V", help="chunks of each pipeline stage")
+    group.add_argument(
+        "--checkpoint-version",
+        type=float,
+        metavar="V",
+        help="order of query, key and value rows to write for --to megatron (default: 3.0)",
+    )
+    group.add_argument(
+        "--norms",
+        choices=("local", "fused"),
+        default="local",
+        help="megatron-core: norms as modules of their own, or in the linear layers as with Transformer Engine",
+    )
+    group.add_argument("--dtype", choices=DTYPE_NAMES, help="number format of the weights (default: as stored)")
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="vocabulary: its size is the true one, and it is put beside the weights",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace files of the result that are there already")
+    group.add_argument("--dry-run", action="store_true", help="open and check everything, write nothing")
+    group.add_argument(
+        "--verify",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="predict masked words of English sentences, or of the lines of FILE, and report the loss",
+    )
+
+
+def read_options(arguments: argparse.Namespace) -> ReadOptions:
+    """The options of :func:`add_read_options`."""
+    from megatron_bert.convert.options import ReadOptions
+
+    return ReadOptions(
+        gelu=arguments.gelu,
+        layer_norm_eps=arguments.layer_norm_eps,
+        true_vocab_size=arguments.true_vocab_size,
+        num_attention_heads=arguments.num_attention_heads,
+        checkpoint_version=arguments.source_checkpoint_version,
+    )
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    """Convert, and print what was done."""
+    from megatron_bert.convert.conversion import convert
+    from megatron_bert.convert.options import WriteOptions
+
+    report = convert(
+        arguments.source,
+        arguments.destination,
+        to=arguments.to,
+        read=read_options(arguments),
+        write=WriteOptions(
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+            virtual_stages=arguments.virtual_stages,
+            checkpoint_version=arguments.checkpoint_version,
+            norms=arguments.norms,
+            dtype=arguments.dtype,
+            tokenizer=arguments.tokenizer,
+        ),
+        dry_run=arguments.dry_run,
+        overwrite=arguments.overwrite,
+        verify_text=arguments.verify if isinstance(arguments.verify, bool) else Path(arguments.verify),
+    )
+    print(report)
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    """Print what a checkpoint is."""
+    from megatron_bert.convert.inspection import inspect
+
+    print(inspect(arguments.source, read_options(arguments)))

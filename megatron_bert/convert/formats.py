@@ -1,0 +1,60 @@
+"""The formats. Adding one is a file with a class of this protocol, and a line in the table."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from megatron_bert.convert.files import FileTree
+from megatron_bert.convert.huggingface import HuggingFace
+from megatron_bert.convert.megatron_core import MegatronCore
+from megatron_bert.convert.megatron_legacy import MegatronLegacy
+from megatron_bert.convert.native import Native
+from megatron_bert.convert.options import ReadOptions, WriteOptions
+from megatron_bert.convert.progress import Progress
+from megatron_bert.convert.state import CanonicalState
+from parallel.errors import UserError
+
+
+class Format(Protocol):
+    """One kind of checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """How users call it, with ``--to``."""
+
+    def detect(self, tree: FileTree) -> bool:
+        """Whether the tree holds a checkpoint of this kind; may raise UserError when it does and is broken."""
+
+    def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
+        """Open it without reading tensors; what must be closed goes on the stack."""
+
+    def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
+        """Write a state into an empty folder, one tensor in memory at a time."""
+
+
+#: In the order in which a source is asked what it is.
+FORMATS: dict[str, Format] = {
+    format_.name: format_ for format_ in (Native(), HuggingFace(), MegatronCore(), MegatronLegacy())
+}
+
+
+def detect_format(tree: FileTree) -> Format:
+    """The format of a tree.
+
+    Raises:
+        UserError: it is none of the table's.
+    """
+    for candidate in FORMATS.values():
+        if candidate.detect(tree):
+            return candidate
+    if ".metadata" in tree and "common.pt" in tree:
+        raise UserError(
+            f"{tree.label} is a megatron-core checkpoint of the torch_dist kind: convert it to the torch kind first, "
+            "with Megatron-LM's --ckpt-convert-format torch"
+        )
+    raise UserError(
+        f"{tree.label} is no checkpoint of a kind that is known ({', '.join(FORMATS)}): give a checkpoint file, its "
+        "folder, or a zip file with one"
+    )

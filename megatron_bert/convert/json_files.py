@@ -1,0 +1,61 @@
+"""JSON of unknown origin."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_bert.convert.files import FileRange
+from parallel.errors import UserError
+
+_LONGEST = 64 << 20
+
+
+def read_json(place: FileRange) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it is not one.
+    """
+    if place.length > _LONGEST:
+        raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
+    return parse_json(bytes(place.read(0, place.length)), place.label)
+
+
+def parse_json(text: bytes, label: str) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Raises:
+        UserError: it is not one; ``label`` says what it is.
+    """
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{label} is no JSON ({str(error)[:80]}): fetch the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{label} holds a JSON {type(value).__name__} instead of an object: wrong file?")
+    return value
+
+
+def integer(settings: dict[str, Any], key: str, label: str, default: int | None = None) -> int:
+    """A positive integer among settings.
+
+    Raises:
+        UserError: it is missing, without a default, or is something else.
+    """
+    value = settings.get(key, default)
+    if type(value) is not int or not 0 < value < 1 << 40:
+        raise UserError(f"{label} gives no positive number as {key}: it is damaged or of another kind of model")
+    return value
+
+
+def fraction(settings: dict[str, Any], key: str, label: str, default: float) -> float:
+    """A number in [0, 1) among settings.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = settings.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"{label} gives {key} a value that is no number in [0, 1): it is damaged")
+    return float(value)

@@ -1,0 +1,264 @@
+"""Finds the files of a Megatron checkpoint and checks that they are all there and belong together."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bert.convert.files import FileRange, FileTree
+from megatron_bert.convert.query_key_value import check_version
+from megatron_bert.convert.stored_tensor import StoredTensor
+from megatron_bert.convert.torch_files import is_torch_file, load_torch_file
+from parallel.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_SHARD = re.compile(
+    r"(?P<folder>(?:.*/)?)mp_rank_(?P<tensor>\d{2,4})(?:_(?P<stage>\d{3}))?(?P<expert>_\d{3})?/"
+    r"(?:model_optim_rng|model_rng)\.pt"
+)
+_TORCH_ENDINGS = (".pt", ".pth", ".ckpt")
+#: Entries of a model's nested dictionaries, and how deep they nest; real ones have a few thousand and four.
+_MOST_KEYS, _DEEPEST = 200_000, 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: what one (tensor rank, stage) saved.
+
+    Attributes:
+        label: of the file.
+        content: the top-level dictionary.
+    """
+
+    label: str
+    content: dict[Any, Any]
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The arguments of the run that wrote it; empty where they were not saved."""
+        args = self.content.get("args")
+        return vars(args) if isinstance(args, argparse.Namespace) else {}
+
+    @property
+    def has_args(self) -> bool:
+        """Whether the arguments of the run were saved."""
+        return bool(self.args)
+
+    def chunks(self) -> list[dict[Any, Any]]:
+        """The model, or its chunks under virtual pipeline stages.
+
+        Raises:
+            UserError: there is none.
+        """
+        if "model0" in self.content:
+            found: list[Any] = []
+            while f"model{len(found)}" in self.content:
+                found.append(self.content[f"model{len(found)}"])
+        elif "model" in self.content:
+            found = [self.content["model"]]
+        else:  # a bare state dictionary
+            found = [self.content]
+        if not all(isinstance(chunk, dict) for chunk in found):
+            raise UserError(f"{self.label} holds no model where Megatron keeps it (key 'model'): expected a dictionary")
+        return found
+
+
+def locate(tree: FileTree) -> dict[tuple[int, int], str]:
+    """(tensor rank, stage) -> name, for the shards of a Megatron checkpoint; empty when there is none.
+
+    Raises:
+        UserError: several checkpoints are there and none is named as the newest, or shards are missing.
+    """
+    groups: dict[str, dict[tuple[int, int], str]] = {}
+    for name in tree:
+        match = _SHARD.fullmatch(name)
+        if match is None:
+            continue
+        if match["expert"]:
+            raise UserError(f"{tree.label} holds {name}, of a mixture of experts: BERT models have none")
+        place = (int(match["tensor"]), int(match["stage"] or 0))
+        groups.setdefault(match["folder"], {})[place] = name
+    if not groups:
+        return _lone_file(tree)
+    folder = next(iter(groups)) if len(groups) == 1 else _tracked(tree, groups)
+    shards = groups[folder]
+    ranks, stages = (1 + max(place[axis] for place in shards) for axis in (0, 1))
+    # One more than the largest number seen: larger gaps are found from the sizes in the files.
+    missing = next(((t, p) for p in range(stages) for t in range(ranks) if (t, p) not in shards), None)
+    if missing is not None:
+        name = f"mp_rank_{missing[0]:02d}" + (f"_{missing[1]:03d}" if stages > 1 else "")
+        raise UserError(
+            f"{tree.label} lacks {folder}{name}/model_optim_rng.pt, a shard of tensor size {ranks} x pipeline size "
+            f"{stages}: copy all folders of the checkpoint"
+        )
+    return shards
+
+
+def _lone_file(tree: FileTree) -> dict[tuple[int, int], str]:
+    """A bare file, or the one checkpoint file of a folder or archive."""
+    candidates = [name for name in tree if name.endswith(_TORCH_ENDINGS)] or (list(tree) if len(tree) == 1 else [])
+    return {(0, 0): candidates[0]} if len(candidates) == 1 and is_torch_file(tree[candidates[0]]) else {}
+
+
+def _tracked(tree: FileTree, groups: Mapping[str, Any]) -> str:
+    found = ", ".join(sorted(groups))[:200]
+    trackers = [name for name in tree if name == TRACKER or name.endswith("/" + TRACKER)]
+    if len(trackers) != 1:
+        raise UserError(f"{tree.label} holds several checkpoints ({found}): name the folder of one of them")
+    place = tree[trackers[0]]
+    text = bytes(place.read(0, min(place.length, 64))).decode("latin-1").strip()
+    folder = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else repr(text)
+    wanted = f"{trackers[0].removesuffix(TRACKER)}{folder}/"
+    if wanted not in groups:
+        raise UserError(
+            f"{trackers[0]} in {tree.label} names {folder}, which is not there (there are {found}): "
+            "name the folder of one of them"
+        )
+    return wanted
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All shards of a Megatron checkpoint, opened but with their tensors unread.
+
+    Attributes:
+        label: of the source.
+        shards: ``[stage][tensor rank]``.
+        version: declared by the files; None when they declare none.
+        iteration: training step, or None.
+    """
+
+    label: str
+    shards: list[list[Shard]]
+    version: float | None
+    iteration: int | None
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel size."""
+        return len(self.shards[0])
+
+    @property
+    def pipeline(self) -> int:
+        """Pipeline-parallel size."""
+        return len(self.shards)
+
+    @property
+    def first(self) -> Shard:
+        """The shard of tensor rank 0 and stage 0, which speaks for the others."""
+        return self.shards[0][0]
+
+    def pieces(self) -> Iterator[list[tuple[Shard, dict[Any, Any]]]]:
+        """Pieces of the stack from the bottom up, each with one chunk a tensor rank."""
+        chunks = [[shard.chunks() for shard in row] for row in self.shards]
+        count = len(chunks[0][0])
+        for row, opened in zip(self.shards, chunks):
+            for shard, found in zip(row, opened):
+                if len(found) != count:
+                    raise UserError(
+                        f"{shard.label} holds {len(found)} virtual stages, but {self.first.label} holds {count}: "
+                        "the folder mixes two checkpoints"
+                    )
+        for chunk in range(count):
+            for row, opened in zip(self.shards, chunks):
+                yield [(shard, found[chunk]) for shard, found in zip(row, opened)]
+
+
+def open_shards(tree: FileTree, places: dict[tuple[int, int], str]) -> Checkpoint:
+    """Open the files found by :func:`locate`.
+
+    Raises:
+        UserError: one is damaged, or they do not belong together.
+    """
+    ranks, stages = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    shards = [[_open(tree[places[tensor, stage]]) for tensor in range(ranks)] for stage in range(stages)]
+    every = [shard for row in shards for shard in row]
+    version = _agreed("checkpoint_version", every, lambda s: s.content.get("checkpoint_version"))
+    iteration = _agreed("iteration", every, lambda s: s.content.get("iteration", s.content.get("total_iters")))
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size"):
+        _agreed(key, every, lambda s, key=key: s.args.get(key))
+    _check_sizes(every[0], ranks, stages)
+    if version is not None:
+        if not isinstance(version, (int, float)) or isinstance(version, bool):
+            raise UserError(f"{every[0].label} has a checkpoint version that is no number: expected 0, 1.0, 2.0 or 3.0")
+        version = check_version(version, every[0].label)
+    return Checkpoint(tree.label, shards, version, iteration if isinstance(iteration, int) else None)
+
+
+def first_keys(tree: FileTree) -> list[str]:
+    """Keys of the tensors in the first shard of a tree; none where there are no shards."""
+    places = locate(tree)
+    if (0, 0) not in places:
+        return []
+    shard = _open(tree[places[0, 0]])
+    return list(flat_tensors(shard.label, shard.chunks()[0]))
+
+
+def _open(place: FileRange) -> Shard:
+    content = load_torch_file(place)
+    if not isinstance(content, dict):
+        raise UserError(f"{place.label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
+    return Shard(place.label, content)
+
+
+def _agreed(what: str, shards: list[Shard], read: Any) -> Any:
+    """A value that all shards must share; plain values only, others count as none."""
+
+    def plain(shard: Shard) -> Any:
+        value = read(shard)
+        return value if isinstance(value, (int, float, str)) else None
+
+    first = plain(shards[0])
+    for shard in shards[1:]:
+        if plain(shard) != first:
+            raise UserError(
+                f"{shard.label} has {what} {plain(shard)}, but {shards[0].label} has {first}: "
+                "the folder mixes two checkpoints"
+            )
+    return first
+
+
+def _check_sizes(shard: Shard, ranks: int, stages: int) -> None:
+    args = shard.args
+    for found, keys, what in (
+        (ranks, ("tensor_model_parallel_size", "model_parallel_size"), "tensor"),
+        (stages, ("pipeline_model_parallel_size",), "pipeline"),
+    ):
+        said = next((args[key] for key in keys if isinstance(args.get(key), int)), None)
+        if said is not None and said != found:
+            raise UserError(
+                f"{shard.label} was saved at {what} size {said}, but there are files of {found}: "
+                "give the folder that holds all mp_rank_... folders of the checkpoint"
+            )
+
+
+def flat_tensors(label: str, chunk: dict[Any, Any]) -> dict[str, StoredTensor]:
+    """The tensors of nested dictionaries under dotted names.
+
+    Raises:
+        UserError: they nest strangely, or hold something that is no tensor.
+    """
+    found: dict[str, StoredTensor] = {}
+    budget = [_MOST_KEYS]
+
+    def walk(prefix: str, value: Any, depth: int) -> None:
+        if prefix.endswith("_extra_state"):
+            return  # Transformer Engine's, about number formats that are not used here
+        budget[0] -= 1
+        if budget[0] < 0 or depth > _DEEPEST:
+            raise UserError(f"{label} nests its tensors without end: it is damaged or made to mislead")
+        if isinstance(value, StoredTensor):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise UserError(f"{label} holds a model with a key that is no text: it is damaged")
+                walk(f"{prefix}.{key}" if prefix else key, inner, depth + 1)
+        else:
+            raise UserError(f"{label} holds {prefix[:100] or 'a model'}, a {type(value).__name__}: expected tensors")
+
+    walk("", chunk, 0)
+    return found

@@ -1,0 +1,166 @@
+"""Writes the files of a Megatron checkpoint, one tensor in memory at a time; legacy and megatron-core names alike."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_bert.convert import divisions
+from megatron_bert.convert.megatron_shards import TRACKER
+from megatron_bert.convert.options import WriteOptions
+from megatron_bert.convert.progress import Progress
+from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
+from megatron_bert.convert.torch_writer import Slot, TorchFileWriter
+from megatron_bert.model.configuration import ACTIVATIONS
+from parallel.errors import UserError
+
+_COPY = " (output copy)"
+
+
+class MegatronNames(ABC):
+    """The names of one generation of Megatron."""
+
+    @abstractmethod
+    def path(self, name: str) -> tuple[str, ...]:
+        """Keys of the nested dictionaries under ``model``, for a canonical name with a stage-local layer number."""
+
+    @abstractmethod
+    def tied_path(self) -> tuple[str, ...]:
+        """The same, for the last stage's copy of the word embeddings."""
+
+
+def write_megatron(
+    state: CanonicalState, target: Path, options: WriteOptions, names: MegatronNames, version: float, progress: Progress
+) -> None:
+    """Write ``release/mp_rank_*/model_optim_rng.pt`` and the tracker file into a folder.
+
+    Raises:
+        UserError: the model does not divide so, or lacks the masked-language head that Megatron's BERT has.
+    """
+    config, tensor, pipeline = state.config, options.tensor, options.pipeline
+    divisions.check_division(config, tensor, pipeline, options.virtual_stages)
+    if not state.has_masked_head:
+        raise UserError(
+            "the source holds an encoder without a masked-language head, which Megatron's checkpoints need: "
+            "convert it to huggingface or native"
+        )
+    rows = divisions.padded_rows(config.vocab_size, tensor)
+    args = megatron_args(state, options, rows)
+    stages = divisions.stage_layers(config.num_hidden_layers, pipeline, options.virtual_stages)
+    for stage, chunks in enumerate(stages):
+        entries = [
+            _chunk_entries(state, layers, first=stage == 0 and chunk == 0, last=layers.stop == config.num_hidden_layers)
+            for chunk, layers in enumerate(chunks)
+        ]
+        if stage == pipeline - 1 and pipeline > 1:
+            entries[-1][WORD_EMBEDDINGS + _COPY] = WORD_EMBEDDINGS + _COPY
+        writers = []
+        for rank in range(tensor):
+            folder = target / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
+            folder.mkdir(parents=True)
+            structure = _structure(state, entries, names, tensor, rows)
+            structure |= {"args": args, "checkpoint_version": version, "iteration": 0}
+            writers.append(TorchFileWriter(folder / "model_optim_rng.pt", structure))
+        for name in (name for chunk in entries for name in chunk):
+            _write_parts(state, name, writers, version, rows, progress)
+        for writer in writers:
+            writer.close()
+    (target / TRACKER).write_text("release", encoding="ascii")
+
+
+def _chunk_entries(state: CanonicalState, layers: range, *, first: bool, last: bool) -> dict[str, str]:
+    """Canonical name -> name with a stage-local layer number, of the tensors of one chunk."""
+    entries: dict[str, str] = {}
+    for name in state:
+        if name.startswith("encoder.layers."):
+            _, _, number, part = name.split(".", 3)
+            if int(number) in layers:
+                entries[name] = f"encoder.layers.{int(number) - layers.start}.{part}"
+        elif name.startswith("embeddings."):
+            # A model without sentence pairs has no token types in Megatron; zeros stand for them in the state.
+            if first and (name != TOKEN_TYPES or state.has_pair_head or bool(state[name].load().any())):
+                entries[name] = name
+        elif last:
+            entries[name] = name
+    return entries
+
+
+def _structure(
+    state: CanonicalState, entries: list[dict[str, str]], names: MegatronNames, tensor: int, rows: int
+) -> dict[str, Any]:
+    """The dictionary of one file, the same for every tensor rank, with a slot for each tensor."""
+    models: list[dict[str, Any]] = []
+    for chunk in entries:
+        model: dict[str, Any] = {}
+        for name, local in chunk.items():
+            *outer, last = names.tied_path() if name.endswith(_COPY) else names.path(local)
+            place = model
+            for key in outer:
+                place = place.setdefault(key, {})
+            source = name.removesuffix(_COPY)
+            place[last] = Slot(name, _part_shape(source, state[source], tensor, rows), state[source].dtype)
+        models.append(model)
+    if len(models) == 1:
+        return {"model": models[0]}
+    return {f"model{number}": model for number, model in enumerate(models)}
+
+
+def _part_shape(name: str, tensor: StateTensor, size: int, rows: int) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    if name in VOCABULARY_TENSORS:
+        shape[0] = rows
+    dim = divisions.divided_dim(name)
+    if dim is not None:
+        shape[dim] //= size
+    return tuple(shape)
+
+
+def _write_parts(
+    state: CanonicalState, name: str, writers: list[TorchFileWriter], version: float, rows: int, progress: Progress
+) -> None:
+    source = name.removesuffix(_COPY)
+    whole: Tensor = state[source].load()
+    if source in VOCABULARY_TENSORS:
+        whole = divisions.pad_vocabulary(source, whole, rows)
+    parts = divisions.divide(source, whole, len(writers), version, state.config.num_attention_heads)
+    for writer, part in zip(writers, parts):
+        writer.write(name, part)
+    progress.advance(state[source].nbytes)
+
+
+def megatron_args(state: CanonicalState, options: WriteOptions, rows: int) -> argparse.Namespace:
+    """The arguments that Megatron's loaders and other converters look at."""
+    config = state.config
+    tanh = ACTIVATIONS[config.hidden_act] == "tanh"
+    return argparse.Namespace(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        seq_length=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=rows,
+        make_vocab_size_divisible_by=divisions.VOCABULARY_MULTIPLE,
+        layernorm_epsilon=config.layer_norm_eps,
+        norm_epsilon=config.layer_norm_eps,
+        openai_gelu=tanh,
+        bias_gelu_fusion=False,
+        hidden_dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        init_method_std=config.initializer_range,
+        apply_residual_connection_post_layernorm=False,
+        bert_binary_head=state.has_pair_head,
+        tensor_model_parallel_size=options.tensor,
+        model_parallel_size=options.tensor,
+        pipeline_model_parallel_size=options.pipeline,
+        virtual_pipeline_model_parallel_size=options.virtual_stages if options.virtual_stages > 1 else None,
+        params_dtype=state[WORD_EMBEDDINGS].dtype,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )

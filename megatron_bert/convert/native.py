@@ -1,0 +1,160 @@
+"""This project's own checkpoints: torch.distributed.checkpoint files and state.json, as training runs write them.
+
+Tensors are named ``model.<name>`` and ``optimizer.<moment>.<name>``, and those with a row for each word are padded with
+zeros. They fit every layout, so there is nothing to divide.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.convert.distributed_files import METADATA, read_distributed, write_distributed
+from megatron_bert.convert.divisions import pad_vocabulary
+from megatron_bert.convert.files import FileTree
+from megatron_bert.convert.json_files import read_json
+from megatron_bert.convert.megatron_config import true_vocab_size
+from megatron_bert.convert.megatron_state import trimmed
+from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
+from megatron_bert.convert.progress import Progress
+from megatron_bert.convert.state import VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, SourceFacts, StateTensor
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.checkpoint import STATE_FILE
+from parallel.errors import UserError
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+#: Key of state.json under which the encoder's configuration stands.
+CONFIG_KEY = "config"
+
+
+class Native:
+    """Reads and writes the format; see the table of formats for what the methods promise."""
+
+    name = "native"
+
+    def detect(self, tree: FileTree) -> bool:
+        """Whether the tree holds the two files that make a checkpoint whole."""
+        return METADATA in tree and STATE_FILE in tree
+
+    def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
+        """Open a checkpoint of a run at any layout, with its optimizer."""
+        del stack
+        run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
+        stored = read_distributed(tree)
+        model = {name.removeprefix(_MODEL): t for name, t in stored.items() if name.startswith(_MODEL)}
+        if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
+            raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
+        rows = model[WORD_EMBEDDINGS].shape[0]
+        config, assumptions = _config(run_state, label, model, rows)
+        words = true_vocab_size(label, rows, config.vocab_size if CONFIG_KEY in run_state else None, options)
+        config = _overridden(replace(config, vocab_size=words or rows), options)
+        optimizer = {name.removeprefix(_OPTIMIZER): t for name, t in stored.items() if name.startswith(_OPTIMIZER)}
+        step = run_state.get("step")
+        return CanonicalState(
+            config=config,
+            facts=SourceFacts(
+                format=self.name,
+                variant="training checkpoint" if optimizer else "weights",
+                files=sum(name.endswith(".distcp") for name in tree),
+                iteration=step if type(step) is int else None,
+                true_vocab_size=words,
+                stored_rows=rows,
+                assumptions=tuple(assumptions),
+            ),
+            tensors=_without_padding(model, config),
+            optimizer=_without_padding(optimizer, config),
+            run_state=run_state,
+        )
+
+    def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
+        """Write a checkpoint that a run of any layout can start from; with an optimizer, one that it can resume."""
+        if options.checkpoint_version is not None:
+            raise UserError("--checkpoint-version is Megatron's: leave it out when converting --to native")
+        rows = state.config.padded_vocab_size
+        tensors = {_MODEL + name: _with_padding(name, tensor, rows) for name, tensor in state.items()}
+        for name, tensor in state.optimizer.items():
+            tensors[_OPTIMIZER + name] = _with_padding(name.partition(".")[2], tensor, rows)
+        write_distributed(target, tensors, progress)
+        run_state = dict(state.run_state or {"step": 0, "consumed_samples": 0})
+        run_state[CONFIG_KEY] = {name: getattr(state.config, name) for name in _FIELDS}
+        (target / STATE_FILE).write_text(json.dumps(run_state, indent=1), encoding="utf-8")
+
+
+def _config(
+    run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int
+) -> tuple[MegatronBertConfig, list[str]]:
+    """The encoder's configuration: as stored, or from the settings of the run."""
+    stored = run_state.get(CONFIG_KEY)
+    if isinstance(stored, dict):
+        return _typed_config(stored, label), []
+    settings = run_state.get("settings")
+    sizes = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(sizes, dict):
+        raise UserError(f"{label} holds neither the configuration of an encoder nor the settings of a run")
+    sizes = {key: value for key, value in sizes.items() if value is not None and key in _FIELDS}
+    if "intermediate_size" not in sizes and type(sizes.get("hidden_size")) is int:
+        sizes["intermediate_size"] = 4 * sizes["hidden_size"]
+    sizes |= {"vocab_size": rows, "binary_head": "pair_head.classifier.weight" in model}
+    return _typed_config(sizes, label), [f"the number of words is not stored: all {rows} rows of the table were taken"]
+
+
+#: Fields of the configuration that a state carries, with their types.
+_FIELDS = {
+    name: type(getattr(MegatronBertConfig, name))
+    for name in (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
+        *("initializer_range", "layer_norm_eps", "pad_token_id", "vocab_size_multiple", "scaled_output_init"),
+        "binary_head",
+    )
+}
+#: Fields that make another model of it, and the values that do not.
+_PLAIN = {
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "pruned_heads": (None, {}),
+}
+
+
+def _typed_config(values: dict[str, Any], label: str) -> MegatronBertConfig:
+    for key, plain in _PLAIN.items():
+        if key in values and values[key] not in plain:
+            raise UserError(f"{label} sets {key}: only plain pretraining encoders can be converted")
+    kept = {key: value for key, value in values.items() if key in _FIELDS}
+    for key, value in kept.items():
+        kind = _FIELDS[key]
+        good = type(value) is kind or (kind is float and type(value) is int)
+        if not good or (kind is int and not (0 if key == "pad_token_id" else 1) <= value < 1 << 40):
+            raise UserError(f"{label} gives {key} a value that it cannot have: it is damaged")
+    return MegatronBertConfig(**kept)
+
+
+def _overridden(config: MegatronBertConfig, options: ReadOptions) -> MegatronBertConfig:
+    if options.gelu is not None:
+        config = replace(config, hidden_act=GELU_NAMES[options.gelu])
+    if options.layer_norm_eps is not None:
+        config = replace(config, layer_norm_eps=options.layer_norm_eps)
+    if options.num_attention_heads not in (None, config.num_attention_heads):
+        raise UserError(
+            f"--num-attention-heads is {options.num_attention_heads}, but the checkpoint says "
+            f"{config.num_attention_heads}: leave it out"
+        )
+    return config
+
+
+def _without_padding(tensors: dict[str, StateTensor], config: MegatronBertConfig) -> dict[str, StateTensor]:
+    return {
+        name: trimmed(tensor, config.vocab_size) if name.endswith(tuple(VOCABULARY_TENSORS)) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _with_padding(name: str, tensor: StateTensor, rows: int) -> StateTensor:
+    if name not in VOCABULARY_TENSORS or tensor.shape[0] == rows:
+        return tensor
+    return tensor.mapped(lambda values: pad_vocabulary(name, values, rows, bias=0.0), shape=(rows, *tensor.shape[1:]))

@@ -1,0 +1,174 @@
+"""From a path to an open checkpoint, and from there into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_bert.convert.archive import archive_tree
+from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
+from megatron_bert.convert.files import FileRange, FileTree, file_tree, folder_tree
+from megatron_bert.convert.formats import detect_format
+from megatron_bert.convert.huggingface import CONFIG_NAME
+from megatron_bert.convert.options import ReadOptions
+from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState
+from megatron_bert.convert.torch_files import is_torch_file
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.checkpoint import latest_checkpoint
+from parallel.errors import UserError
+
+_PLAIN = ReadOptions()
+#: Tensor-parallel sizes by which a vocabulary may have been padded.
+_TENSOR_SIZES = (1, 2, 4, 8, 16)
+
+
+def source_tree(source: Path, stack: ExitStack) -> FileTree:
+    """The files that a path stands for: those of a folder, of an archive, or one file.
+
+    A run directory stands for its newest checkpoint, and a file of Hugging Face's weights for the folder it is in.
+
+    Raises:
+        UserError: the path is not there, or is an archive that must not be trusted.
+    """
+    if source.is_dir():
+        newest = latest_checkpoint(source / "checkpoints")
+        return folder_tree(newest or source)
+    place = FileRange.whole(source)
+    if source.suffix in (".safetensors", ".bin", ".json") and (source.parent / CONFIG_NAME).is_file():
+        return folder_tree(source.parent)
+    if bytes(place.read(0, min(4, place.length))) == b"PK\x03\x04" and not is_torch_file(place):
+        return archive_tree(source, stack)
+    return file_tree(source)
+
+
+@contextmanager
+def open_checkpoint(source: str | Path, options: ReadOptions = _PLAIN) -> Iterator[CanonicalState]:
+    """A checkpoint of any format, opened without reading its tensors.
+
+    Args:
+        source: a file, folder or archive.
+        options: what it does not say.
+
+    Raises:
+        UserError: it is none, is damaged, or contradicts itself.
+    """
+    with ExitStack() as stack:
+        tree = source_tree(Path(source), stack)
+        yield detect_format(tree).read(tree, options, stack)
+
+
+def config_from(source: str | Path, options: ReadOptions = _PLAIN) -> MegatronBertConfig:
+    """The configuration of the encoder in a checkpoint of any format.
+
+    Raises:
+        UserError: it is none, is damaged, or contradicts itself.
+    """
+    with open_checkpoint(source, options) as state:
+        return state.config
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading into a model did.
+
+    Attributes:
+        config: of the encoder in the checkpoint.
+        missing: parameters of the model that the checkpoint does not hold; they keep their values.
+        unexpected: tensors of the checkpoint that the model, or this part of it, does not have.
+        warnings: found on the way.
+    """
+
+    config: MegatronBertConfig
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@torch.no_grad()
+def load_into(
+    model: nn.Module,
+    source: str | Path | CanonicalState,
+    options: ReadOptions = _PLAIN,
+    *,
+    vocab_size: int | None = None,
+    prefix: str = "",
+) -> LoadReport:
+    """Fill the parameters of a model, or of a part of one, from a checkpoint of any format.
+
+    Each rank of a distributed run reads the tensors it has a part of, one at a time, and keeps its part.
+
+    Args:
+        model: its parameters carry the canonical names, and may be DTensors over any mesh.
+        source: a path, or a state that is already open.
+        options: what the source does not say.
+        vocab_size: number of words of the model; ``model.config.vocab_size`` when None.
+        prefix: what the model's parameter names have in front, ending in a dot.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or a tensor does not fit the parameter of its name.
+    """
+    if not isinstance(source, CanonicalState):
+        with open_checkpoint(source, options) as state:
+            return load_into(model, state, options, vocab_size=vocab_size, prefix=prefix)
+    parameters = {name.removeprefix(prefix): p for name, p in model.named_parameters() if name.startswith(prefix)}
+    words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if VOCABULARY_TENSORS & parameters.keys():
+        _check_words(source, words)
+    for name, parameter in parameters.items():
+        if name not in source:
+            continue
+        values = source[name].load()
+        if name in VOCABULARY_TENSORS:
+            values = pad_vocabulary(name, values[:words], max(words, parameter.shape[0]), bias=0.0)
+        if values.shape != parameter.shape:
+            raise UserError(
+                f"{source[name].origin} has shape {list(values.shape)}, but the settings make {name} "
+                f"{list(parameter.shape)}: set the sizes of the model to those of the checkpoint"
+            )
+        copy_whole(parameter, values)
+    return LoadReport(
+        config=source.config,
+        missing=tuple(name for name in parameters if name not in source),
+        unexpected=tuple(name for name in source if name not in parameters),
+        warnings=tuple(source.warnings),
+    )
+
+
+def _check_words(state: CanonicalState, words: int) -> None:
+    """The words of the checkpoint must be those of the model, or those with Megatron's padding."""
+    there = state.config.vocab_size
+    if there != words and there not in {padded_rows(words, size) for size in _TENSOR_SIZES}:
+        raise UserError(
+            f"the checkpoint has {there} words, but the tokenizer has {words}: use the vocabulary that the model was "
+            "trained with"
+        )
+
+
+def copy_whole(parameter: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this rank's part of it into one that is divided.
+
+    Args:
+        parameter: plain, or a DTensor over any mesh and placements.
+        values: of the global shape, in any floating-point format.
+    """
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(values)
+        return
+    local = parameter.to_local()
+    if local.numel() == 0:
+        return
+    # Where this rank's block lies, by the method that torch.distributed.checkpoint asks as well.
+    (chunk,) = parameter.__create_chunk_list__()
+    block = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
+    local.copy_(values[block])
+
+
+def with_true_vocabulary(options: ReadOptions, words: int) -> ReadOptions:
+    """The same options, with the number of words where the user gave none."""
+    return options if options.true_vocab_size is not None else replace(options, true_vocab_size=words)

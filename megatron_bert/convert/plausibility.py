@@ -1,0 +1,122 @@
+"""Recognises query, key and value rows that were read in a wrong order, from the weights themselves.
+
+A wrong order gives no error of shape. But training leaves a mark that only the right order shows. Scaling a query row
+by any number and the key row beside it by its inverse changes nothing in the scores, and so, in general, does any
+change of basis of a head; along such directions a gradient is zero, which keeps (under gradient descent exactly, under
+Adam roughly) the difference of the Gram matrices Q Qᵀ - K Kᵀ of every head as it started. What training adds to the one
+is added to the other: their off-diagonal elements correlate. The same holds for the values of a head and its columns of
+the output projection, V Vᵀ and Oᵀ O, and the order of those columns is known. In a wrong order rows of different heads
+or roles are paired, and the correlation is gone. Untrained weights correlate in no order, and then there is no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_bert.convert.query_key_value import from_canonical, to_canonical
+from megatron_bert.convert.state import CanonicalState
+
+#: Layers that are looked at, spread over the stack.
+_LAYERS = 4
+#: Heads of a layer that are looked at.
+_HEADS = 16
+#: Standard deviations by which another order must beat the one that was read, and by which it must stand out itself.
+_MARGIN = 6.0
+_ORDERS = (0.0, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way in which the rows could be meant.
+
+    Attributes:
+        taken: checkpoint version whose order was taken for them.
+        meant: version whose order they would be in.
+        score: correlation of the Gram matrices, in standard deviations of unrelated ones.
+    """
+
+    taken: float
+    meant: float
+    score: float
+
+
+def layout_warning(state: CanonicalState) -> str | None:
+    """What to tell the user when the weights look as if their rows were read in a wrong order; None if they do not."""
+    readings = score_readings(state)
+    own = max((r for r in readings if r.taken == r.meant), key=lambda r: r.score)
+    best = max(readings, key=lambda r: r.score)
+    if best.score < _MARGIN or best.score - own.score < _MARGIN:
+        return None
+    if state.facts.checkpoint_version is None:
+        return (
+            "the query, key and value weights look shuffled: they fit together only when rows taken in the order of "
+            f"checkpoint version {best.taken:g} are read as version {best.meant:g}; the checkpoint was probably made "
+            "by a converter that mistook the version: convert from the original again"
+        )
+    return (
+        f"the query, key and value rows look as if they were in the order of checkpoint version {best.meant:g}, not of "
+        f"{best.taken:g} (evidence {best.score:.0f} against {own.score:.0f} standard deviations): compare the result "
+        f"with --source-checkpoint-version {best.meant:g}"
+    )
+
+
+@torch.no_grad()
+def score_readings(state: CanonicalState) -> list[Reading]:
+    """How well the weights fit together under each reading of their rows."""
+    version = state.facts.checkpoint_version
+    # Without a version it is not known what an earlier converter took the rows for, so all mistakes are possible.
+    taken = [3.0 if version == 2.0 else version] if version is not None else list(_ORDERS)
+    pairs = [(t, m) for t in taken for m in _ORDERS]
+    heads, ranks = state.config.num_attention_heads, state.facts.tensor
+    count = state.config.num_hidden_layers
+    sums = {pair: _Correlation() for pair in pairs}
+    for layer in sorted({round(i * (count - 1) / max(1, _LAYERS - 1)) for i in range(_LAYERS)}):
+        prefix = f"encoder.layers.{layer}.attention"
+        fused = state[f"{prefix}.query_key_value.weight"].load().float()
+        output = state[f"{prefix}.output.weight"].load().float()
+        if not (torch.isfinite(fused).all() and torch.isfinite(output).all()):
+            continue
+        for take, mean in pairs:
+            sums[take, mean].add(reread(fused, take, mean, heads, ranks), output, heads)
+    return [Reading(take, mean, found.score()) for (take, mean), found in sums.items()]
+
+
+def reread(fused: Tensor, taken: float, meant: float, heads: int, ranks: int) -> Tensor:
+    """Canonical rows that were taken for one version, read again as another, in every rank's part."""
+    if taken == meant:
+        return fused
+    share = heads // ranks
+    return torch.cat([to_canonical(from_canonical(part, taken, share), meant, share) for part in fused.chunk(ranks)])
+
+
+class _Correlation:
+    """Correlation of off-diagonal Gram elements, over heads and layers: queries with keys, and values with outputs."""
+
+    def __init__(self) -> None:
+        self._total, self._terms = 0.0, 0
+
+    def add(self, fused: Tensor, output: Tensor, heads: int) -> None:
+        """Add a layer: canonical rows ``[3H, H]`` and the output projection ``[H, H]``."""
+        query, key, value = fused.unflatten(0, (heads, 3, -1)).unbind(1)  # [A, D, H]
+        out = output.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [A, D, H]
+        for first, second in ((query, key), (value, out)):
+            left, right = _off_diagonal(first[:_HEADS]), _off_diagonal(second[:_HEADS])
+            # One head at a time is normalised, so that no large head speaks for all.
+            correlation = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-30)
+            self._total += float(correlation.sum()) * math.sqrt(left.shape[1])
+            self._terms += left.shape[0]
+
+    def score(self) -> float:
+        """In standard deviations of what unrelated weights give."""
+        return self._total / math.sqrt(self._terms) if self._terms else 0.0
+
+
+def _off_diagonal(rows: Tensor) -> Tensor:
+    """Elements above the diagonal of each head's Gram matrix: ``[A, D, H]`` to ``[A, D (D - 1) / 2]``."""
+    gram = rows @ rows.transpose(1, 2)
+    above = torch.triu_indices(gram.shape[1], gram.shape[1], offset=1)
+    return gram[:, above[0], above[1]]

@@ -1,0 +1,29 @@
+"""A progress bar over bytes, on a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts the bytes of tensors that were dealt with.
+
+    Args:
+        total: bytes in all.
+        shown: whether to show a bar; on a terminal only when None.
+        title: of the bar.
+    """
+
+    def __init__(self, total: int, *, shown: bool | None = None, title: str = "converting") -> None:
+        disable = not sys.stderr.isatty() if shown is None else not shown
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=disable, leave=False)
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more are done."""
+        self._bar.update(nbytes)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()

@@ -1,0 +1,256 @@
+"""The canonical state: what every format is read into and written from.
+
+Tensors carry the names of :class:`megatron_bert.model.pretraining.BertForPretraining` and are not padded: the embedding
+table and ``masked_head.bias`` have ``config.vocab_size`` rows. Query, key and value are one matrix with rows ordered
+``[heads, 3, head_dim]``. Nothing is in memory: each tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.errors import UserError
+
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
+VOCABULARY_BIAS = "masked_head.bias"
+#: Tensors with a row for each word; they are padded and trimmed together.
+VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
+QUERY_KEY_VALUE = "attention.query_key_value"
+#: Number formats a checkpoint may hold and be written in.
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a state, unread.
+
+    Attributes:
+        shape: its sizes.
+        dtype: of its elements.
+        load: reads it: contiguous, on the CPU, in memory that the caller may change.
+        origin: file and key it comes from, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    origin: str
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.count * self.dtype.itemsize
+
+    def mapped(self, function: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] | None = None) -> StateTensor:
+        """The same tensor with a function applied when it is read; ``shape`` where that changes it."""
+        load = self.load
+        return replace(self, shape=self.shape if shape is None else shape, load=lambda: function(load()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """What is known of where a state comes from.
+
+    Attributes:
+        format: name of the format in the table of formats.
+        variant: which of its variants, in words.
+        files: number of files with tensors.
+        tensor, pipeline, virtual_stages: how the source is divided.
+        checkpoint_version: Megatron's version of the order of query, key and value rows; None where there is none.
+        iteration: training step, or None.
+        true_vocab_size: number of words, where the source or the user says it; None when all rows count as words.
+        stored_rows: rows of the embedding table as stored.
+        assumptions: what the source does not say and was assumed; a user should read them.
+    """
+
+    format: str
+    variant: str
+    files: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_stages: int = 1
+    checkpoint_version: float | None = None
+    iteration: int | None = None
+    true_vocab_size: int | None = None
+    stored_rows: int
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanonicalState(Mapping[str, StateTensor]):
+    """A model, unread: global name -> tensor, with its configuration.
+
+    Attributes:
+        config: of the encoder.
+        facts: about the source.
+        tensors: by name; checked against ``config``.
+        optimizer: ``<moment>.<name>`` -> tensor, of our own training checkpoints only.
+        run_state: what our own training checkpoints hold besides tensors; None for other sources.
+        warnings: found while tensors are read.
+    """
+
+    config: MegatronBertConfig
+    facts: SourceFacts
+    tensors: dict[str, StateTensor]
+    optimizer: dict[str, StateTensor] = field(default_factory=dict)
+    run_state: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_shapes(self.config, self.tensors)
+
+    def __getitem__(self, name: str) -> StateTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, without padding."""
+        return sum(tensor.count for tensor in self.tensors.values())
+
+    @property
+    def has_masked_head(self) -> bool:
+        """Whether the masked-language head is there."""
+        return VOCABULARY_BIAS in self.tensors
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the pooler is there."""
+        return "pair_head.pooler.weight" in self.tensors
+
+    @property
+    def has_pair_head(self) -> bool:
+        """Whether pooler and pair classifier are there."""
+        return self.has_pooler and "pair_head.classifier.weight" in self.tensors
+
+    def in_dtype(self, dtype: torch.dtype) -> CanonicalState:
+        """The same state with the model's tensors converted when they are read.
+
+        Raises:
+            UserError: (when read) a finite value does not fit.
+        """
+        return replace(self, tensors={name: _converted(name, t, dtype) for name, t in self.tensors.items()})
+
+
+def _converted(name: str, tensor: StateTensor, dtype: torch.dtype) -> StateTensor:
+    if tensor.dtype == dtype:
+        return tensor
+
+    def convert(values: Tensor) -> Tensor:
+        result = values.to(dtype)
+        if torch.isfinite(values).all() and not torch.isfinite(result).all():
+            raise UserError(f"{name} ({tensor.origin}) has values too large for {dtype}: use bfloat16 or float32")
+        return result
+
+    return replace(tensor.mapped(convert), dtype=dtype)
+
+
+def layer_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
+    """Names inside ``encoder.layers.<i>.`` and their shapes."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    return {
+        "attention_norm.weight": (hidden,),
+        "attention_norm.bias": (hidden,),
+        "attention.query_key_value.weight": (3 * hidden, hidden),
+        "attention.query_key_value.bias": (3 * hidden,),
+        "attention.output.weight": (hidden, hidden),
+        "attention.output.bias": (hidden,),
+        "mlp_norm.weight": (hidden,),
+        "mlp_norm.bias": (hidden,),
+        "mlp.intermediate.weight": (ffn, hidden),
+        "mlp.intermediate.bias": (ffn,),
+        "mlp.output.weight": (hidden, ffn),
+        "mlp.output.bias": (hidden,),
+    }
+
+
+def head_tensors(config: MegatronBertConfig) -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of the three parts on top, each of which is there as a whole or not at all."""
+    hidden = config.hidden_size
+    return [
+        {
+            "masked_head.dense.weight": (hidden, hidden),
+            "masked_head.dense.bias": (hidden,),
+            "masked_head.norm.weight": (hidden,),
+            "masked_head.norm.bias": (hidden,),
+            VOCABULARY_BIAS: (config.vocab_size,),
+        },
+        {"pair_head.pooler.weight": (hidden, hidden), "pair_head.pooler.bias": (hidden,)},
+        {"pair_head.classifier.weight": (2, hidden), "pair_head.classifier.bias": (2,)},
+    ]
+
+
+def encoder_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of embeddings and encoder."""
+    hidden = config.hidden_size
+    layer = layer_tensors(config)
+    return {
+        WORD_EMBEDDINGS: (config.vocab_size, hidden),
+        "embeddings.position_embeddings.weight": (config.max_position_embeddings, hidden),
+        TOKEN_TYPES: (config.type_vocab_size, hidden),
+        **{
+            f"encoder.layers.{i}.{name}": shape
+            for i in range(config.num_hidden_layers)
+            for name, shape in layer.items()
+        },
+        "encoder.final_norm.weight": (hidden,),
+        "encoder.final_norm.bias": (hidden,),
+    }
+
+
+def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor]) -> None:
+    # First, because names of a billion layers could not even be listed.
+    if config.num_hidden_layers > len(tensors):
+        raise UserError(
+            f"the source says it has {config.num_hidden_layers} layers, but holds only {len(tensors)} tensors: "
+            "a part of it is missing"
+        )
+    expected = encoder_tensors(config)
+    for part in head_tensors(config):
+        if part.keys() & tensors.keys():
+            expected |= part
+    where = next(iter(tensors.values())).origin if tensors else "the source"
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise UserError(
+            f"{len(missing)} tensors are missing, the first is {missing[0]} (others come from {where}): "
+            "a part of the checkpoint is not there, or it is of another kind of model"
+        )
+    extra = [name for name in tensors if name not in expected]
+    if extra:
+        raise UserError(
+            f"{tensors[extra[0]].origin} does not belong to an encoder of {config.num_hidden_layers} layers: "
+            "the source mixes two models, or is of another kind"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{tensors[name].origin} has shape {list(tensors[name].shape)}, but the sizes of the model make it "
+                f"{list(shape)}: the source mixes two models, or its settings are not its own"
+            )
+        if tensors[name].dtype not in DTYPES.values() and tensors[name].dtype != torch.float64:
+            raise UserError(f"{tensors[name].origin} holds {tensors[name].dtype} values: expected floating point")

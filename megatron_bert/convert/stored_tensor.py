@@ -1,0 +1,98 @@
+"""A tensor inside a checkpoint file that is read when it is asked for."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bert.convert.files import FileRange
+from parallel.errors import UserError
+
+
+@dataclass(eq=False)
+class StorageRecord:
+    """The memory of one or more tensors, as it lies in a file.
+
+    Attributes:
+        key: its name in the file.
+        dtype: of its elements.
+        nbytes: its size.
+        place: where it lies; older files say so only after everything else.
+        checksum: CRC-32 of its bytes, where the file has one.
+    """
+
+    key: str
+    dtype: torch.dtype
+    nbytes: int
+    place: FileRange | None = None
+    checksum: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A view of a storage, unread.
+
+    Attributes:
+        storage: the memory it is a view of.
+        dtype: of its elements.
+        offset: of its first element, in elements.
+        shape: its sizes.
+        stride: in elements.
+    """
+
+    storage: StorageRecord
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def checked(storage: StorageRecord, dtype: torch.dtype, offset: Any, shape: Any, stride: Any) -> StoredTensor:
+        """A tensor from numbers of unknown origin.
+
+        Raises:
+            ValueError: they do not describe a tensor inside the storage. A tensor that repeats its memory (stride 0) is
+                refused as well: it would take more memory than the file has bytes.
+        """
+        sizes, steps = tuple(shape), tuple(stride)
+        numbers = (offset, *sizes, *steps)
+        if len(sizes) != len(steps) or len(sizes) > 8:
+            raise ValueError("a tensor of a strange shape")
+        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
+            raise ValueError("a tensor of a strange shape")
+        available = storage.nbytes // dtype.itemsize
+        count = math.prod(sizes)
+        last = offset + sum((size - 1) * step for size, step in zip(sizes, steps)) if count else offset
+        if count > available or last >= max(available, 1):
+            raise ValueError(f"a tensor of shape {list(sizes)[:8]} does not fit in its storage")
+        return StoredTensor(storage, dtype, offset, sizes, steps)
+
+    def load(self) -> Tensor:
+        """Read the tensor: contiguous, on the CPU, in memory of its own.
+
+        Raises:
+            UserError: its bytes are not there or do not match their checksum.
+        """
+        if math.prod(self.shape) == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        place = self.storage.place
+        assert place is not None, "a storage has its place once the file is read"
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
+        width = self.dtype.itemsize
+        data = place.read(self.offset * width, span * width)
+        if self.storage.checksum is not None and len(data) == self.storage.nbytes:
+            self._check(data, place)
+        flat = torch.frombuffer(data, dtype=self.dtype)
+        return flat.as_strided(self.shape, self.stride).contiguous()
+
+    def _check(self, data: bytearray, place: FileRange) -> None:
+        if zlib.crc32(data) != self.storage.checksum:
+            raise UserError(
+                f"{place.label} is damaged: its checksum does not match (or torch was told not to write any); "
+                "fetch it again"
+            )

@@ -1,0 +1,22 @@
+"""The vocabulary beside converted weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_bert.data.tokenizers import Tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, for_transformers: bool) -> None:
+    """Write a tokenizer's files into a folder; for transformers, with the settings it looks for beside them."""
+    tokenizer.save(folder)
+    if not for_transformers or not (folder / "tokenizer.json").is_file():
+        return
+    roles = {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "pad": tokenizer.pad_id}
+    roles |= {"mask": tokenizer.mask_id, "unk": tokenizer.unk_id}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": tokenizer.id_to_token(token) for role, token in roles.items()},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

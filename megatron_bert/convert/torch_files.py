@@ -1,0 +1,162 @@
+"""Files of ``torch.save``, read without running them and without reading their tensors.
+
+Two containers are in use: since torch 1.6 a zip file with one member a storage, before it a stream of pickles followed
+by the bytes of every storage. Checkpoints of 2020 are of the second kind.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+
+from megatron_bert.convert.archive import open_zip, stored_range
+from megatron_bert.convert.files import FileRange
+from megatron_bert.convert.pickles import Vocabulary, load_pickle
+from megatron_bert.convert.stored_tensor import StorageRecord
+from megatron_bert.convert.torch_vocabulary import torch_vocabulary
+from parallel.errors import UserError
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
+_STREAM_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_STREAM_PROTOCOL = 1001
+_TAR_MAGIC = (257, b"ustar")
+_LONGEST_PICKLE = 1 << 30
+
+
+def is_torch_file(place: FileRange) -> bool:
+    """Whether the bytes begin as torch.save's do; an archive with other things than a checkpoint does not count."""
+    start = place.read(0, min(place.length, len(_STREAM_START)))
+    if start == _STREAM_START:
+        return True
+    if not start.startswith(_ZIP_MAGIC):
+        return False
+    with open_zip(place) as archive:
+        return any(name.count("/") == 1 and name.endswith("/data.pkl") for name in archive.namelist())
+
+
+def load_torch_file(place: FileRange) -> Any:
+    """What was saved, with a :class:`StoredTensor` for every tensor.
+
+    Raises:
+        UserError: the file is of another kind or damaged, or asks to load something else than data.
+    """
+    start = place.read(0, min(place.length, _TAR_MAGIC[0] + 8))
+    if start.startswith(_ZIP_MAGIC):
+        return _load_zip(place)
+    if start.startswith(_STREAM_START):
+        return _load_stream(place)
+    if start[_TAR_MAGIC[0] :].startswith(_TAR_MAGIC[1]):
+        raise UserError(f"{place.label} is a tar file, as torch wrote before 0.1.10 and NeMo does: unpack it first")
+    if place.length == 0:
+        raise UserError(f"{place.label} is empty: fetch it again")
+    raise UserError(f"{place.label} is no file of torch.save: give a checkpoint, or a .zip file with one")
+
+
+# ---------------------------------------------------------------- zip container
+
+
+def _load_zip(place: FileRange) -> Any:
+    with open_zip(place) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UserError(f"{place.label} is a zip file but not one of torch.save: it holds {len(pickles)} data.pkl")
+        prefix = pickles[0].removesuffix("data.pkl")
+        order = members.get(prefix + "byteorder")
+        if order is not None:
+            where = stored_range(place, order, f"{place.label}/byteorder")
+            if where.read(0, min(where.length, 8)) != b"little":
+                raise UserError(f"{place.label} was saved on a big-endian machine: load and save it on another first")
+
+        def storage(persistent_id: Any) -> StorageRecord:
+            key, dtype, numel = _storage_id(persistent_id, 5)
+            member = members.get(f"{prefix}data/{key}")
+            if member is None:
+                raise UserError(f"{place.label} is damaged: storage {key[:40]} is missing; fetch it again")
+            bytes_there = stored_range(place, member, f"{place.label}/data/{key}")
+            if numel * dtype.itemsize > bytes_there.length:
+                raise UserError(
+                    f"{place.label} is damaged: storage {key[:40]} holds {bytes_there.length} bytes instead of "
+                    f"{numel * dtype.itemsize}; fetch it again"
+                )
+            return StorageRecord(key, dtype, numel * dtype.itemsize, bytes_there, member.CRC)
+
+        vocabulary = torch_vocabulary(_remembering(storage))
+        pickled = stored_range(place, members[pickles[0]], f"{place.label}/data.pkl")
+        if pickled.length > _LONGEST_PICKLE:
+            raise UserError(f"{place.label} is no checkpoint: its structure alone takes {pickled.length:,} bytes")
+        with pickled.open() as file:
+            return load_pickle(file, vocabulary, place.label)
+
+
+def _remembering(make: Any) -> Any:
+    """One record a storage, however often it is referred to."""
+    records: dict[Any, StorageRecord] = {}
+
+    def storage(persistent_id: Any) -> StorageRecord:
+        record = make(persistent_id)
+        return records.setdefault((record.key, record.dtype, record.nbytes), record)
+
+    return storage
+
+
+def _storage_id(persistent_id: Any, length: int) -> tuple[str, torch.dtype, int]:
+    """Key, element type and number of elements of ``('storage', type, key, location, numel, ...)``."""
+    if not isinstance(persistent_id, tuple) or len(persistent_id) != length or persistent_id[0] != "storage":
+        raise ValueError("a reference to something that is no storage")
+    _, dtype, key, _, numel = persistent_id[:5]
+    if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not isinstance(numel, int):
+        raise ValueError("a reference to something that is no storage")
+    if not 0 <= numel < 1 << 48:
+        raise ValueError("a storage of a strange size")
+    return key, dtype, numel
+
+
+# ---------------------------------------------------------------- stream container
+
+
+def _load_stream(place: FileRange) -> Any:
+    records: dict[str, StorageRecord] = {}
+
+    def storage(persistent_id: Any) -> StorageRecord:
+        key, dtype, numel = _storage_id(persistent_id, 6)
+        if persistent_id[5] is not None:
+            # Views of a storage had ids of their own in torch 0.3 and before; Megatron never ran on it.
+            raise ValueError("a view of a storage")
+        return records.setdefault(key, StorageRecord(key, dtype, numel * dtype.itemsize))
+
+    plain = Vocabulary()
+    with place.open() as file:
+        if load_pickle(file, plain, place.label) != _STREAM_MAGIC:
+            raise UserError(f"{place.label} is no file of torch.save: give a checkpoint, or a .zip file with one")
+        if load_pickle(file, plain, place.label) != _STREAM_PROTOCOL:
+            raise UserError(
+                f"{place.label} was saved by an unknown version of torch: load and save it with a newer one"
+            )
+        system = load_pickle(file, plain, place.label)
+        if isinstance(system, dict) and system.get("little_endian") is False:
+            raise UserError(f"{place.label} was saved on a big-endian machine: load and save it on another first")
+        value = load_pickle(file, torch_vocabulary(storage), place.label)
+        keys = load_pickle(file, plain, place.label)
+        start = file.tell()
+    _place_storages(place, keys, records, start)
+    return value
+
+
+def _place_storages(place: FileRange, keys: Any, records: dict[str, StorageRecord], start: int) -> None:
+    """Give every storage its place: in the order of ``keys``, each behind its number of elements."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(records):
+        raise UserError(f"{place.label} is damaged: its list of storages does not fit its tensors; fetch it again")
+    for key in keys:
+        record = records[key]
+        (count,) = struct.unpack("<q", place.read(start, 8))
+        if count * record.dtype.itemsize != record.nbytes:
+            raise UserError(
+                f"{place.label} is damaged: storage {key[:40]} has {count} elements instead of "
+                f"{record.nbytes // record.dtype.itemsize}; fetch it again"
+            )
+        record.place = place.part(start + 8, record.nbytes)
+        start += 8 + record.nbytes

@@ -1,0 +1,114 @@
+"""Writes files that ``torch.load`` reads, one tensor at a time.
+
+``torch.save`` takes all tensors at once, so a file of a large model would need the whole model in memory. The container
+is simple: a zip file without compression that holds a pickle of the structure and one member a storage.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+_STORAGE_CLASSES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor in a structure to be saved.
+
+    Attributes:
+        name: by which its values are given to :meth:`TorchFileWriter.write`.
+        shape: of the tensor.
+        dtype: of its elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Storage:
+    slot: Slot
+    key: str
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as torch does: a call of its rebuild function on a persistent id."""
+
+    def __init__(self, file: io.BytesIO, keys: dict[str, str]) -> None:
+        super().__init__(file, protocol=2)
+        self._keys = keys
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Slot):
+            return NotImplemented
+        storage = _Storage(value, self._keys.setdefault(value.name, str(len(self._keys))))
+        stride = torch.empty(value.shape, device="meta").stride()
+        # Five arguments and no hooks: what torch of any age accepts.
+        return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, stride, False, {})
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        count = 1
+        for size in value.slot.shape:
+            count *= size
+        return ("storage", _STORAGE_CLASSES[value.slot.dtype], value.key, "cpu", count)
+
+
+class TorchFileWriter:
+    """A file of torch.save, open for its tensors.
+
+    Args:
+        path: of the file to write.
+        structure: what torch.load will return, with a :class:`Slot` for every tensor.
+    """
+
+    def __init__(self, path: Path, structure: Any) -> None:
+        self._keys: dict[str, str] = {}
+        pickled = io.BytesIO()
+        _Pickler(pickled, self._keys).dump(structure)
+        self._missing = set(self._keys)
+        self._archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._member("data.pkl", pickled.getbuffer())
+        self._member("version", b"3\n")
+        self._member("byteorder", b"little")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Give the values of a slot; every slot gets its own once."""
+        self._missing.remove(name)
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        self._member(f"data/{self._keys[name]}", flat.numpy().data)
+
+    def close(self) -> None:
+        """Finish the file."""
+        assert not self._missing, f"no values were given for {sorted(self._missing)[:3]}"
+        self._archive.close()
+
+    def _member(self, name: str, content: Any) -> None:
+        info = zipfile.ZipInfo(f"archive/{name}")
+        # Padding as an extra field of a private kind, so that storages start at multiples of 64 bytes as torch has it.
+        zip64 = 20 if len(content) > zipfile.ZIP64_LIMIT // 2 else 0
+        assert self._archive.fp is not None
+        start = self._archive.fp.tell() + 30 + len(info.filename) + zip64 + 4
+        padding = -start % _ALIGNMENT
+        info.extra = b"\x46\x42" + padding.to_bytes(2, "little") + b"Z" * padding
+        info.file_size = len(content)
+        with self._archive.open(info, "w", force_zip64=bool(zip64)) as member:
+            view = memoryview(content).cast("B")
+            for at in range(0, len(view), 1 << 24):
+                member.write(view[at : at + (1 << 24)])
