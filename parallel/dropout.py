@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
-_COLUMN_STEP = 0x9E3779B9 - (1 << 32)
+_COLUMN_KEY = 0x9E3779B9 - (1 << 32)
 _KEY_MULTIPLIERS = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
 
 
@@ -63,8 +63,9 @@ def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int 
     Returns:
         bool ``[..., columns]``.
     """
+    # Columns are told apart by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
     column = torch.arange(first_column, first_column + columns, device=keys.device, dtype=torch.int32)
-    bits = _mix32_(_row_seed(keys)[..., None] ^ _mix32_(column * _COLUMN_STEP))
+    bits = _mix32_(_row_seed(keys)[..., None] ^ _mix32_(column ^ _COLUMN_KEY))
     return bits >= round(probability * 2**32) - 2**31
 
 
