@@ -116,7 +116,7 @@ def _all_cases() -> dict[str, int | str]:
 
 @pytest.fixture(scope="module")
 def graphs() -> list[dict[str, int | str]]:
-    return run_world(2, _all_cases)
+    return run_world(2, _all_cases, timeout=240)
 
 
 @pytest.mark.parametrize("case", [*CASES, "fully-sharded"])
