@@ -103,13 +103,22 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
 
 def run_convert(arguments: argparse.Namespace) -> None:
     """Convert, and print what was done."""
+    convert_as_told(arguments, arguments.destination, to=arguments.to, beside=False)
+
+
+def convert_as_told(arguments: argparse.Namespace, destination: Path, *, to: str, beside: bool) -> None:
+    """Convert with the options of :func:`add_read_options` and :func:`add_write_options`, and print what was done.
+
+    Raises:
+        UserError: see :func:`megatron_bert.convert.conversion.convert`.
+    """
     from megatron_bert.convert.conversion import convert
     from megatron_bert.convert.options import WriteOptions
 
     report = convert(
         arguments.source,
-        arguments.destination,
-        to=arguments.to,
+        destination,
+        to=to,
         read=read_options(arguments),
         write=WriteOptions(
             tensor=arguments.tensor,
@@ -122,6 +131,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         ),
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite,
+        beside=beside,
         verify_text=arguments.verify if isinstance(arguments.verify, bool) else Path(arguments.verify),
     )
     print(report)

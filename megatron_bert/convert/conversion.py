@@ -27,7 +27,7 @@ from megatron_bert.convert.verification import Verification, verify
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from parallel.errors import UserError
 
-_PARTIAL = ".partial"
+_PARTIAL = "partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ def convert(
     write: WriteOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    beside: bool = False,
     verify_text: Path | bool = False,
     progress: bool | None = None,
 ) -> ConversionReport:
@@ -92,6 +93,7 @@ def convert(
         write: how to write.
         dry_run: open and check everything, and write nothing.
         overwrite: replace files of the result that are there already.
+        beside: put the files into the destination though it holds other files, such as the source.
         verify_text: make masked-language predictions, on built-in sentences or on those of a file, and report their
             loss; needs a tokenizer and memory for the whole model.
         progress: show a bar; on a terminal only when None.
@@ -104,7 +106,7 @@ def convert(
     if to not in FORMATS:
         raise UserError(f"--to is {to!r}: choose one of {', '.join(FORMATS)}")
     place = Path(destination)
-    _check_destination(place, to, write, overwrite=overwrite)
+    _check_destination(place, to, write, overwrite=overwrite, beside=beside)
     tokenizer = None if write.tokenizer is None else load_tokenizer(write.tokenizer)
     if verify_text and tokenizer is None:
         raise UserError("--verify needs the vocabulary of the model: give it with --tokenizer")
@@ -137,10 +139,10 @@ def convert(
         )
 
 
-def _check_destination(place: Path, to: str, write: WriteOptions, *, overwrite: bool) -> None:
+def _check_destination(place: Path, to: str, write: WriteOptions, *, overwrite: bool, beside: bool) -> None:
     if place.suffix == ".zip" and not to.startswith("megatron"):
         raise UserError(f"{place} is a zip file, which only Megatron's formats are written to: name a folder")
-    if place.is_dir() and any(place.iterdir()) and not overwrite:
+    if place.is_dir() and any(place.iterdir()) and not (overwrite or beside):
         raise UserError(f"{place} is there already and not empty: name another folder, or give --overwrite")
     if place.exists() and not place.is_dir() and not overwrite:
         raise UserError(f"{place} is there already: name another, or give --overwrite")
@@ -195,7 +197,8 @@ def _write(
     copies = 2 if place.suffix == ".zip" else 1
     if copies * size > free:
         raise UserError(f"{place} needs {copies * size:,} bytes, but {free:,} are free there: choose another place")
-    with _temporary(place) as folder:
+    into = place.is_dir() and any(place.iterdir())
+    with _temporary(place, inside=into) as folder:
         FORMATS[to].write(state, folder, write, progress)
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder, for_transformers=to == "huggingface")
@@ -206,16 +209,17 @@ def _write(
                 archive.replace(place)
             finally:
                 archive.unlink(missing_ok=True)
-        elif place.is_dir() and overwrite and any(place.iterdir()):
-            _merge(folder, place)
+        elif into:
+            _merge(folder, place, overwrite=overwrite)
         else:
             folder.replace(place)
 
 
 @contextmanager
-def _temporary(place: Path) -> Iterator[Path]:
-    """An empty folder beside ``place``; gone afterwards unless it was renamed."""
-    folder = place.absolute().with_name(f".{place.name}{_PARTIAL}")
+def _temporary(place: Path, *, inside: bool) -> Iterator[Path]:
+    """An empty folder beside or inside ``place``; gone afterwards unless it was renamed."""
+    whole = place.absolute()
+    folder = whole / f".{_PARTIAL}" if inside else whole.with_name(f".{whole.name}.{_PARTIAL}")
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir()
     try:
@@ -233,10 +237,12 @@ def _pack(folder: Path, archive: Path) -> None:
                 file.write(path, path.relative_to(folder).as_posix())
 
 
-def _merge(folder: Path, place: Path) -> None:
+def _merge(folder: Path, place: Path, *, overwrite: bool) -> None:
     """Move the files of a result into a folder that has others, such as the archive it was made from."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            target = place / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+    moves = [(path, place / path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    taken = next((target for _, target in moves if target.exists()), None)
+    if taken is not None and not overwrite:
+        raise UserError(f"{taken} is there already: move it away, or give --overwrite")
+    for path, target in moves:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)

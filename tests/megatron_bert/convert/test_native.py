@@ -1,0 +1,134 @@
+"""Native checkpoints: those of runs at several layouts, their optimizer, and loading into models that are divided."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_bert.convert.conversion import convert
+from megatron_bert.convert.opening import config_from, load_into, open_checkpoint
+from megatron_bert.convert.options import ReadOptions, WriteOptions
+from megatron_bert.model.pretraining import BertForPretraining
+from megatron_bert.training.optimizer import MOMENTS
+from parallel.checkpoint import CheckpointWriter, load_tensors, read_state
+from parallel.data_parallel import apply_data_parallel
+from parallel.errors import UserError
+from tests.megatron_bert.convert.generator import Sizes, draw, forward, write_checkpoint
+from tests.megatron_bert.convert.support import (
+    all_tensors,
+    assert_same_logits,
+    assert_same_tensors,
+    logits_of,
+    make_inputs,
+)
+from tests.worlds import make_mesh, run_world
+
+SIZES = Sizes()
+_WORDS = ReadOptions(true_vocab_size=SIZES.words)
+
+
+def _trained_on_this_rank(source: Path, root: Path, layout: dict[str, Any], sharding: str) -> dict[str, Tensor]:
+    """Load a checkpoint of Megatron into a divided model, save it as a run does; the whole tensors it holds."""
+    mesh = make_mesh(**layout)
+    config = config_from(source, _WORDS)
+    model = BertForPretraining(config, tp=mesh.tensor_parallel)
+    apply_data_parallel(
+        model,
+        model.encoder.layer_list(),
+        mesh,
+        sharding=sharding,
+        compute_dtype=torch.float32,  # type: ignore[arg-type]
+    )
+    report = load_into(model, source, _WORDS)
+    assert report.missing == report.unexpected == ()
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in parameters.items()}
+    for moment in MOMENTS:
+        tensors |= {f"optimizer.{moment}.{name}": torch.full_like(p, 0.25).detach() for name, p in parameters.items()}
+    writer = CheckpointWriter(root, keep=0, asynchronous=False)
+    writer.save(7, tensors, {"step": 7, "optimizer": {"steps": 7}, "config": asdict(config)})
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in parameters.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "sharding"),
+    [
+        (2, {"tensor": 2}, "none"),
+        (2, {"data": 2, "data_shard": 2}, "full"),
+        (4, {"tensor": 2, "data": 2, "data_shard": 2}, "full"),
+    ],
+)
+def test_divided_models_are_filled_and_their_checkpoints_read(
+    tmp_path: Path, size: int, layout: dict[str, int], sharding: str
+) -> None:
+    weights = draw(SIZES)
+    source = write_checkpoint(tmp_path / "megatron", weights, SIZES, tensor=4, pipeline=2)
+    whole = run_world(size, _trained_on_this_rank, source, tmp_path / "run", layout, sharding)[0]
+    expected = all_tensors(source, true_vocab_size=SIZES.words)
+    for name, tensor in expected.items():
+        assert torch.equal(whole[name][: tensor.shape[0]], tensor), name
+        assert not whole[name][tensor.shape[0] :].any(), name
+    saved = tmp_path / "run/step_00000007"
+    assert_same_tensors(all_tensors(saved), expected)
+    inputs = make_inputs(SIZES)
+    assert_same_logits(logits_of(saved, SIZES), forward(weights, *inputs), inputs[2])
+
+
+def test_the_optimizer_survives_native_to_native(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
+    run_world(2, _trained_on_this_rank, source, tmp_path / "run", {"tensor": 2}, "none")
+    saved = tmp_path / "run/step_00000007"
+    copy = tmp_path / "step_00000007"
+    convert(saved, copy, to="native")
+    assert read_state(copy)["optimizer"] == {"steps": 7}
+    model = BertForPretraining(config_from(copy))
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters()}
+    for moment in MOMENTS:
+        tensors |= {f"optimizer.{moment}.{name}": torch.zeros_like(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        load_tensors(copy, tensors)  # what a run does to resume
+    with open_checkpoint(saved) as state:
+        for name, tensor in state.optimizer.items():
+            assert torch.equal(tensors[f"optimizer.{name}"][: tensor.shape[0]], tensor.load()), name
+            assert bool((tensor.load() == 0.25).all())
+
+
+def test_written_checkpoints_are_read_by_torch(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", draw(SIZES, dtype=torch.float16), SIZES)
+    convert(source, tmp_path / "native", to="native", read=_WORDS, write=WriteOptions(dtype="float32"))
+    model = BertForPretraining(config_from(tmp_path / "native"))
+    with torch.no_grad():
+        load_tensors(tmp_path / "native", {f"model.{name}": p for name, p in model.named_parameters()})
+    for name, tensor in all_tensors(tmp_path / "native").items():
+        assert torch.equal(dict(model.named_parameters())[name][: tensor.shape[0]], tensor), name
+
+
+def test_a_part_of_a_model_takes_its_part(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
+    model = BertForPretraining(config_from(source, _WORDS))
+    report = load_into(model.encoder, source, _WORDS, vocab_size=SIZES.words)
+    assert report.missing == ("layers.0.attention_norm.weight", *report.missing[1:])
+    names = {f"encoder.{name}" for name, _ in model.encoder.named_parameters()}
+    holder = torch.nn.Module()
+    holder.add_module("encoder", model.encoder)
+    report = load_into(holder, source, _WORDS, vocab_size=SIZES.words)
+    assert report.missing == ()
+    assert not names & set(report.unexpected)
+    assert "embeddings.word_embeddings.weight" in report.unexpected
+
+
+def test_another_vocabulary_or_size_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
+    config = config_from(source, _WORDS)
+    with pytest.raises(UserError, match="has 128 words, but the tokenizer has 300"):
+        load_into(BertForPretraining(config), source, vocab_size=300)
+    config = config_from(write_checkpoint(tmp_path / "other", draw(Sizes(ffn=64)), Sizes(ffn=64)), _WORDS)
+    with pytest.raises(UserError, match=r"dense_h_to_4h.weight has shape \[32, 16\]"):
+        load_into(BertForPretraining(config), source, _WORDS)
