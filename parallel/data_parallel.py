@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -75,19 +75,37 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
         model.set_is_last_backward(last)
 
 
+def _parameter_groups(model: FSDPModule) -> Iterator[Any]:
+    """FSDP2's groups of parameters: of the root and of every unit.
+
+    Internals of torch (2.11 to 2.13), which its own pipeline schedules use as well; there is no public way.
+    """
+    for state in model._get_fsdp_state()._state_ctx.all_states:
+        single = getattr(state, "_fsdp_param_group", None)
+        yield from getattr(state, "_fsdp_param_groups", [] if single is None else [single])
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Add gradients that were completed after a backward pass to those kept in float32.
+
+    FSDP2 does so in hooks of the backward pass; left to the next of them, gradients of several micro batches would be
+    summed in the format of the computation.
+    """
+    if isinstance(model, FSDPModule):
+        for group in _parameter_groups(model):
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
 def reduce_gradients(model: nn.Module) -> None:
     """Reduce gradients that were completed after the last backward pass (weight gradients computed on their own).
 
-    FSDP2 reduces in hooks of the backward pass; this runs them by hand, as torch's own pipeline schedules do, by the
-    same internals of torch (2.11 to 2.13; there is no public way).
+    FSDP2 reduces in hooks of the backward pass; this runs them by hand, as torch's own pipeline schedules do.
     """
     if not isinstance(model, FSDPModule):
         return
     set_gradient_sync(model, last=True)
-    root = model._get_fsdp_state()
-    for state in root._state_ctx.all_states:
-        single = getattr(state, "_fsdp_param_group", None)
-        groups = getattr(state, "_fsdp_param_groups", [] if single is None else [single])
-        for group in groups:
-            group.post_backward()
-    root._root_post_backward_final_callback()
+    for group in _parameter_groups(model):
+        group.post_backward()
+    model._get_fsdp_state()._root_post_backward_final_callback()

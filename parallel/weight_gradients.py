@@ -101,6 +101,7 @@ class _DeferredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
+        x = x.detach()  # the numbers alone, not the graph that led to them
         parameter = ctx.owner.parameter
 
         def compute() -> None:

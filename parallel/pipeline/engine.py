@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from parallel.data_parallel import reduce_gradients, set_gradient_sync
+from parallel.data_parallel import keep_gradients, reduce_gradients, set_gradient_sync
 from parallel.pipeline.actions import Action, ActionKind, Backward, Schedule
 from parallel.pipeline.chart import text_grid
 from parallel.pipeline.communication import Message, Step, plan_communication
@@ -51,6 +51,7 @@ class _StepState:
     sends: dict[Message, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     handed_over: dict[Action, Tensor] = field(default_factory=dict)
     held: dict[tuple[int, int], _Held] = field(default_factory=dict)
+    queues: dict[tuple[int, int], WeightGradientQueue] = field(default_factory=dict)
     doing: str = ""
 
 
@@ -166,14 +167,15 @@ class PipelineEngine:
                 return self._backward(state.held.pop((action.stage, action.microbatch)), taken)
             case ActionKind.BACKWARD_INPUT:
                 set_gradient_sync(self.stages[action.stage], last=False)
-                held = state.held[(action.stage, action.microbatch)]
+                held = state.held.pop((action.stage, action.microbatch))
                 gradient = self._backward(held, taken)
-                held.received = None
+                # Only the queue stays: the graph would keep the stage's input and its gradient, which can go once sent.
+                assert held.queue is not None, "a split backward pass has a queue"
+                state.queues[(action.stage, action.microbatch)] = held.queue
                 return gradient
             case ActionKind.BACKWARD_WEIGHT:
-                queue = state.held.pop((action.stage, action.microbatch)).queue
-                assert queue is not None
-                queue.run()
+                state.queues.pop((action.stage, action.microbatch)).run()
+                keep_gradients(self.stages[action.stage])
                 if self._last_backward[action.stage] == action:
                     reduce_gradients(self.stages[action.stage])
                 return None
@@ -207,5 +209,5 @@ class PipelineEngine:
         grid = text_grid(simulate(self.schedule), failed=None if action is None else (self.rank, action))
         return (
             f"pipeline rank {self.rank} (rank {dist.get_rank()}) failed at {action} of schedule "
-            f"{self.schedule.name}, while {doing}: {error}\n{grid}"
+            f"{self.schedule.name}, while {doing}: {type(error).__name__}: {error}\n{grid}"
         )

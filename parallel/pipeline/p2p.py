@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -9,6 +10,18 @@ from torch import Tensor
 
 from parallel.mesh import ParallelMesh
 from parallel.pipeline.communication import Channel
+
+
+def new_group(ranks: Sequence[int], mesh: ParallelMesh) -> dist.ProcessGroup:
+    """A group that waits as long as the run's own; torch would give it half an hour. Every rank of the run must call.
+
+    Args:
+        ranks: global ranks of the group.
+        mesh: where the run is laid out.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "a mesh stands on a process group"
+    return dist.new_group(list(ranks), timeout=world._get_backend(mesh.device).options._timeout)
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class PipelineTransport:
             return None
         mine: PipelineTransport | None = None
         for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
-            up, down = dist.new_group(line), dist.new_group(line)
+            up, down = new_group(line, mesh), new_group(line, mesh)
             if dist.get_rank() in line:
                 mine = PipelineTransport(tuple(line), up, down)
         return mine

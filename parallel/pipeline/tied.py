@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from parallel.gradients import raw_local
 from parallel.mesh import ParallelMesh
+from parallel.pipeline.p2p import new_group
 
 
 class TiedParameter:
@@ -42,7 +43,7 @@ class TiedParameter:
             return
         for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
             pair = [line[first_rank], line[last_rank]]
-            group = dist.new_group(pair)
+            group = new_group(pair, mesh)
             if dist.get_rank() in pair:
                 self.group = group
 

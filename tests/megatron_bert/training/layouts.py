@@ -1,0 +1,353 @@
+"""Training runs of a small model at many layouts, and a choice of layouts in which every pair of options occurs."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_bert.config import Settings, check_settings
+from megatron_bert.data.corpora import open_corpus
+from megatron_bert.data.loader import micro_batches
+from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.training.trainer import Trainer
+from parallel.data_parallel import Sharding
+from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.process_group import World
+from parallel.recompute import Recompute
+from tests.megatron_bert.data.support import numbered_tokenizer, random_corpus
+from tests.worlds import CPU
+
+#: Samples a step. The numbers of data ranks below divide it.
+BATCH = 24
+LENGTH = 12
+#: Sizes of the tensor and of the data axis: divisors of the heads, the intermediate size and the batch.
+WIDTHS = (1, 2, 3, 4, 6, 8)
+#: Depths of the model; a case takes the least that gives every stage a layer, and may leave some stages more.
+DEPTHS = (5, 8, 16)
+STEPS = 3
+MOST_RANKS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layout, with the other settings that may not change what is computed."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    sequence: bool = False
+    recompute: Recompute = "none"
+    sharding: Sharding = "none"
+    microbatches: int = 1
+    packed: bool = False
+    by_hand: bool = False
+    depth: int = 5
+    compute: str = "float32"
+
+    def __str__(self) -> str:
+        """The test's id."""
+        parts = [f"t{self.tensor}p{self.pipeline}d{self.data}", self.schedule, f"m{self.microbatches}"]
+        if self.chunks > 1:
+            parts.append(f"v{self.chunks}")
+        if self.sequence:
+            parts.append("sequence")
+        if self.recompute != "none":
+            parts.append(self.recompute)
+        if self.sharding != "none":
+            parts.append(f"shard_{self.sharding}")
+        if self.packed:
+            parts.append("packed")
+        if self.by_hand:
+            parts.append("by_hand")
+        if self.compute != "float32":
+            parts.append(self.compute)
+        return "-".join(parts)
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def stages(self) -> int:
+        return self.pipeline * self.chunks
+
+    @property
+    def plain(self) -> Case:
+        """The same model on one process, all samples of a step in one microbatch."""
+        return Case(depth=self.depth, packed=self.packed)
+
+    def stage_layers(self) -> list[int] | None:
+        """As uneven as can be: all spare layers on the last stage, which has the head already."""
+        return [1] * (self.stages - 1) + [self.depth - self.stages + 1] if self.by_hand else None
+
+    def settings(self, folder: Path) -> Settings:
+        """Of a run in a folder made by :func:`make_data`."""
+        return Settings.model_validate(
+            {
+                "model": {
+                    "hidden_size": 48,
+                    "num_hidden_layers": self.depth,
+                    "num_attention_heads": 24,
+                    "intermediate_size": 96,
+                    "max_position_embeddings": LENGTH,
+                    "initializer_range": 0.05,
+                    "vocab_size_multiple": 24,
+                },
+                "tokenizer": {"path": folder / "vocab.txt"},
+                "data": {
+                    "train": [{"prefix": folder / "corpus"}],
+                    "split": "80,20,0",
+                    "seq_length": LENGTH,
+                    "short_sequence_probability": 0.5,
+                    "packed": self.packed,
+                    "workers": 0,
+                    "cache_dir": folder / "cache",
+                },
+                "parallel": {
+                    "tensor": self.tensor,
+                    "pipeline": self.pipeline,
+                    "data": self.data,
+                    "schedule": self.schedule,
+                    "virtual_stages": self.chunks if self.chunks > 1 else None,
+                    "stage_layers": self.stage_layers(),
+                    "sequence": self.sequence,
+                    "sharding": self.sharding,
+                    "shard_size": 2 if self.sharding == "hybrid" else None,
+                },
+                # Adam divides a gradient by its own size: the smallest, which are all rounding, would move weights as
+                # far as any other. This eps, about the size of a typical gradient here, keeps the update smooth.
+                "optimizer": {"eps": 1e-3, "clip_grad_norm": 0.5},
+                "learning_rate": {"peak": 1e-2, "schedule": "constant"},
+                "precision": {"compute": self.compute},
+                "training": {
+                    "run_dir": folder / "runs" / str(self),
+                    "steps": STEPS,
+                    "global_batch_size": BATCH,
+                    "micro_batch_size": BATCH // (self.data * self.microbatches),
+                    "recompute": self.recompute,
+                    "device": "cpu",
+                    "evaluate_batches": 1,
+                },
+                "checkpoint": {"asynchronous": False, "keep": 0},
+            }
+        )
+
+
+def make_data(folder: Path) -> None:
+    """A vocabulary, a corpus of random words, and its sample indices, which ranks then only read."""
+    tokenizer = numbered_tokenizer(folder, 90)
+    random_corpus(folder / "corpus", seed=5, documents=60, vocab_size=90)
+    for part in ("train", "valid"):
+        open_corpus(Case().settings(folder), tokenizer, part)
+
+
+# ---------------------------------------------------------------- the choice of cases
+
+
+def triples() -> Iterator[tuple[int, int, int]]:
+    """Every (tensor, pipeline, data) of at most eight ranks whose sizes divide the model."""
+    for tensor in WIDTHS:
+        for pipeline in range(1, MOST_RANKS + 1):
+            for data in WIDTHS:
+                if tensor * pipeline * data <= MOST_RANKS:
+                    yield tensor, pipeline, data
+
+
+def options(case: Case) -> dict[str, Any]:
+    """What pairs are made of. Larger sizes count as one, and numbers of microbatches by how they fit the ranks."""
+    if case.microbatches < case.pipeline:
+        fit = "fewer"
+    else:
+        fit = "remainder" if case.microbatches % case.pipeline else "multiple"
+    return {
+        "tensor": min(case.tensor, 3),
+        "pipeline": min(case.pipeline, 4),
+        "data": min(case.data, 3),
+        "schedule": (case.schedule, case.chunks),
+        "sequence": case.sequence,
+        "recompute": case.recompute,
+        "sharding": case.sharding,
+        "fit": fit,
+        "packed": case.packed,
+        "by_hand": case.by_hand,
+    }
+
+
+def features(case: Case) -> set[Any]:
+    """The triple of a case, and all pairs of its options."""
+    return {(case.tensor, case.pipeline, case.data), *combinations(options(case).items(), 2)}
+
+
+def random_case(rng: random.Random, tensor: int, pipeline: int, data: int) -> Case:
+    """Any other settings that a triple allows."""
+    schedule, chunks = rng.choice(
+        [*((name, kind.chunks[0]) for name, kind in SCHEDULES.items()), ("interleaved-1f1b", 3)]
+    )
+    if pipeline * chunks > DEPTHS[-1]:
+        schedule, chunks = "interleaved-1f1b", 2
+    microbatches = rng.choice([m for m in range(1, 9) if BATCH // data % m == 0])
+    even = BATCH // data // microbatches * LENGTH % tensor == 0
+    shardings = {1: ("none",), 2: ("none", "optimizer", "full"), 3: ("none", "optimizer", "full")}
+    return Case(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        schedule=schedule,
+        chunks=chunks,
+        sequence=tensor > 1 and even and rng.random() < 0.5,
+        recompute=rng.choice(get_args(Recompute)),
+        sharding=rng.choice(shardings.get(data, get_args(Sharding))),
+        microbatches=microbatches,
+        packed=rng.random() < 0.5,
+        by_hand=rng.random() < 0.5,
+        depth=min(depth for depth in DEPTHS if depth >= pipeline * chunks),
+    )
+
+
+def covering_cases() -> list[Case]:
+    """Cases in which every triple and every possible pair of options occurs: a greedy choice from many random ones."""
+    rng = random.Random(3)
+    pool = [random_case(rng, *triple) for _ in range(60) for triple in triples()]
+    numbers: dict[Any, int] = {}
+    masks = []
+    for case in pool:
+        masks.append(sum(1 << numbers.setdefault(feature, len(numbers)) for feature in features(case)))
+    missing = (1 << len(numbers)) - 1
+    chosen = []
+    while missing:
+        best = max(range(len(pool)), key=lambda index: (masks[index] & missing).bit_count())
+        missing &= ~masks[best]
+        chosen.append(pool[best])
+    return sorted(chosen, key=lambda case: case.ranks)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass
+class Outcome:
+    """What a rank saw of a run.
+
+    Attributes:
+        losses: masked-token and pair loss of each step.
+        norms: of the gradients.
+        scores: of the evaluation after the last step.
+        initial: global name -> digest of the whole initial tensor, of the rank's stages.
+        weights: global name -> whole final tensor, of the rank's stages.
+        copies: the same of the last stage's copy of the word embeddings.
+    """
+
+    losses: list[list[float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    initial: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_trainer(case: Case, folder: Path, resume_from: Path | None = None, run_dir: Path | None = None) -> Trainer:
+    """A trainer over the world this is called in."""
+    settings = case.settings(folder)
+    if run_dir is not None:
+        settings = settings.model_copy(update={"training": settings.training.model_copy(update={"run_dir": run_dir})})
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = ParallelMesh(check_settings(settings, size), CPU)
+    world = World(rank=rank, size=size, local_rank=rank, device=CPU)
+    return Trainer(settings, load_tokenizer(settings.tokenizer.path), mesh, world, resume_from)
+
+
+def train(trainer: Trainer, steps: int, outcome: Outcome) -> Any:
+    """Take steps and note what they did; returns the sums of the last."""
+    source = trainer._source("train", trainer.consumed_samples)
+    batches = micro_batches(source, steps, CPU)
+    sums = None
+    for _ in range(steps):
+        sums = trainer.train_step([next(batches) for _ in range(source.micro_batches_per_step)])
+        losses = trainer.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
+        outcome.losses.append(losses.tolist())
+        outcome.norms.append(sums.grad_norm.item())
+    return sums
+
+
+def run_case(case: Case, folder: Path) -> Outcome:
+    """A run from the first step to the last, and an evaluation."""
+    trainer = make_trainer(case, folder)
+    outcome = Outcome()
+    outcome.initial = {name: _digest(whole) for name, whole in _whole({**trainer.parameters, **trainer.copies}).items()}
+    train(trainer, STEPS, outcome)
+    note_weights(trainer, outcome)
+    outcome.scores = trainer.evaluate()
+    return outcome
+
+
+def run_cases(cases: list[Case], folder: Path) -> list[Outcome]:
+    """Several runs of equally many ranks, one after the other."""
+    return [run_case(case, folder) for case in cases]
+
+
+def note_weights(trainer: Trainer, outcome: Outcome) -> None:
+    """Gather the weights; ranks that would only repeat them return none."""
+    weights, copies = _whole(trainer.parameters), _whole(trainer.copies)
+    coordinate = trainer.mesh.coordinate
+    if all(coordinate[axis] == 0 for axis in ("tensor", *DATA_AXES)):
+        outcome.weights, outcome.copies = weights, copies
+
+
+def _whole(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+        for name, parameter in parameters.items()
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def joined(outcomes: list[Outcome]) -> Outcome:
+    """One outcome of those of all ranks, which agree on what they share."""
+    first = outcomes[0]
+    result = Outcome(first.losses, first.norms, first.scores)
+    for outcome in outcomes:
+        assert (outcome.losses, outcome.norms, outcome.scores) == (first.losses, first.norms, first.scores)
+        for name, digest in outcome.initial.items():
+            assert result.initial.setdefault(name, digest) == digest, name
+        result.weights |= outcome.weights
+        result.copies |= outcome.copies
+    return result
+
+
+def largest_difference(actual: Outcome, expected: Outcome) -> float:
+    """The largest relative difference of losses, gradient norms, scores and weights.
+
+    Weights are compared relative to the largest of their tensor.
+    """
+    assert actual.weights.keys() == expected.weights.keys()
+    assert actual.scores.keys() == expected.scores.keys()
+    pairs = [
+        (actual.losses, expected.losses),
+        (actual.norms, expected.norms),
+        (list(actual.scores.values()), list(expected.scores.values())),
+    ]
+    worst = 0.0
+    for mine, theirs in pairs:
+        given, wanted = torch.tensor(mine, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+        assert given.shape == wanted.shape
+        if len(wanted):
+            worst = max(worst, ((given - wanted).abs() / wanted.abs().clamp(min=1e-30)).max().item())
+    for name, weight in expected.weights.items():
+        worst = max(worst, ((actual.weights[name] - weight).abs().max() / weight.abs().max()).item())
+    return worst

@@ -1,0 +1,246 @@
+"""Every layout trains the same model: losses, gradient norms, scores and weights equal those of one process.
+
+Dropout is on, of hidden states and of attention. The tolerance of 1e-5 is what float32 leaves: a sum over n terms in
+another order differs by about sqrt(n) roundings of 6e-8, n is some hundreds here, and three optimizer steps follow.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_bert.data.loader import micro_batches
+from megatron_bert.model.pretraining import BertForPretraining, loss_sums
+from megatron_bert.training.build import TIED_NAME
+from parallel.sharding import initialize
+from tests.megatron_bert.training.layouts import (
+    STEPS,
+    Case,
+    Outcome,
+    covering_cases,
+    features,
+    joined,
+    largest_difference,
+    make_data,
+    make_trainer,
+    note_weights,
+    random_case,
+    run_cases,
+    train,
+    triples,
+)
+from tests.worlds import CPU, run_world
+
+TOLERANCE = 1e-5
+CASES = covering_cases()
+
+
+class Runs:
+    """Outcomes of cases. Cases of as many ranks run together, since starting processes costs more than the steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: dict[Case, Outcome] = {}
+
+    def __call__(self, case: Case) -> Outcome:
+        if case not in self.done:
+            group = next((group for group in self._groups(case.ranks) if case in group), [case])
+            try:
+                self._run(group)
+            except Exception:
+                if group == [case]:
+                    raise
+                self._run([case])  # one that fails must not fail the others of its group
+        return self.done[case]
+
+    @staticmethod
+    def _groups(ranks: int) -> list[list[Case]]:
+        together = [case for case in CASES if case.ranks == ranks]
+        together += (
+            sorted({case.plain for case in CASES}, key=lambda case: (case.depth, case.packed)) if ranks == 1 else []
+        )
+        return [together[start : start + 6] for start in range(0, len(together), 6)]
+
+    def _run(self, group: list[Case]) -> None:
+        per_rank = run_world(group[0].ranks, run_cases, group, self.folder, timeout=240)
+        for case, outcomes in zip(group, zip(*per_rank, strict=True), strict=True):
+            self.done[case] = joined(list(outcomes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("layouts")
+    make_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> Runs:
+    return Runs(folder)
+
+
+def test_the_cases_hold_every_size_and_every_pair_of_options():
+    assert {(case.tensor, case.pipeline, case.data) for case in CASES} == set(triples())
+    covered = set().union(*(features(case) for case in CASES))
+    rng = random.Random(11)
+    for triple in triples():
+        for _ in range(20):
+            missing = features(random_case(rng, *triple)) - covered
+            assert not missing
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equal_to_one_process(runs, case):
+    mine, plain = runs(case), runs(case.plain)
+    assert mine.initial == plain.initial
+    assert largest_difference(mine, plain) < TOLERANCE
+    for name, copy in mine.copies.items():
+        assert torch.equal(copy, mine.weights[name])
+    assert list(mine.copies) == ([TIED_NAME] if case.stages > 1 else [])
+
+
+def _by_hand(folder: Path) -> tuple[list[list[float]], list[float], dict[str, torch.Tensor]]:
+    """The training loop that a reader of the settings would write."""
+    trainer = make_trainer(Case(), folder)
+    settings, config = trainer.settings, trainer.config
+    model = BertForPretraining(config)
+    initialize(model, settings.training.seed)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate.peak,
+        eps=settings.optimizer.eps,
+    )
+    losses, norms = [], []
+    for batch in micro_batches(trainer._source("train", 0), STEPS, CPU):
+        sums = loss_sums(model(batch, trainer.dropout_seed), batch, config.vocab_size)
+        masked, pairs = (batch.slot_labels >= 0).sum(), (batch.pair_labels >= 0).sum()
+        loss = sums.masked / masked, sums.pair / pairs
+        (loss[0] + loss[1]).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip_grad_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append([value.item() for value in loss])
+    return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_one_process_equals_a_loop_written_by_hand(runs, folder):
+    plain = runs(Case())
+    losses, norms, weights = run_world(1, _by_hand, folder)[0]
+    by_hand = Outcome(losses, norms, plain.scores, weights=weights)
+    assert largest_difference(plain, by_hand) < TOLERANCE
+    assert losses[0] != losses[1]
+    assert min(norms) > 0.5  # clipping took part
+
+
+def test_packing_changes_nothing(runs):
+    assert largest_difference(runs(Case(packed=True)), runs(Case())) < TOLERANCE
+
+
+BFLOAT16 = [
+    Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="full", microbatches=4),
+    Case(pipeline=2, schedule="zero-bubble-v", chunks=2, recompute="full", microbatches=4, packed=True),
+    Case(tensor=2, pipeline=2, microbatches=3, recompute="selective"),
+]
+
+
+@pytest.mark.parametrize("case", BFLOAT16, ids=str)
+def test_bfloat16_stays_close(runs, case):
+    mine = runs(Case(**{**case.__dict__, "compute": "bfloat16"}))
+    plain = runs(case.plain)
+    assert mine.initial == plain.initial
+    # bfloat16 keeps 8 bits; losses are means over hundreds of logits that are each off by a few of their roundings.
+    wanted = torch.tensor(plain.losses)
+    torch.testing.assert_close(torch.tensor(mine.losses), wanted, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0)
+    for name, copy in mine.copies.items():
+        assert torch.equal(copy, mine.weights[name])
+
+
+# ---------------------------------------------------------------- resuming
+
+SAME_LAYOUT = [
+    Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="optimizer", microbatches=3),
+    Case(pipeline=2, schedule="zero-bubble-v", chunks=2, microbatches=4, packed=True),
+    Case(pipeline=2, data=2, schedule="interleaved-1f1b", chunks=2, sharding="full", microbatches=4),
+]
+
+
+def _interrupted(case: Case, folder: Path, run_dir: Path) -> None:
+    whole = Outcome()
+    trainer = make_trainer(case, folder, run_dir=run_dir / "whole")
+    train(trainer, 4, whole)
+    note_weights(trainer, whole)
+
+    parts = Outcome()
+    first = make_trainer(case, folder, run_dir=run_dir)
+    first._save(train(first, 2, parts))
+    second = make_trainer(case, folder, run_dir / "checkpoints" / "step_00000002", run_dir)
+    assert (second.step, second.consumed_samples) == (2, first.consumed_samples)
+    train(second, 2, parts)
+    note_weights(second, parts)
+    assert (parts.losses, parts.norms) == (whole.losses, whole.norms)
+    for mine, other in ((parts.weights, whole.weights), (parts.copies, whole.copies)):
+        assert mine.keys() == other.keys()
+        for name, weight in mine.items():
+            assert torch.equal(weight, other[name]), name
+
+
+@pytest.mark.parametrize("case", SAME_LAYOUT, ids=str)
+def test_resumed_on_the_same_layout_bit_for_bit(folder, tmp_path, case):
+    run_world(case.ranks, _interrupted, case, folder, tmp_path)
+
+
+#: A run that changes its layout after every step: each axis grows and shrinks, the last stage's copy of the word
+#: embeddings is on another rank than the first's, on the same rank, or not there, and states are divided or whole.
+JOURNEY = [
+    Case(),
+    Case(pipeline=2, schedule="zero-bubble-v", chunks=2, microbatches=4),
+    Case(tensor=2, data=2, sequence=True, sharding="full", microbatches=3),
+    Case(pipeline=3, schedule="zero-bubble-h1", microbatches=6, by_hand=True),
+    Case(tensor=2, pipeline=2, data=2, sharding="optimizer", microbatches=2),
+    Case(schedule="zero-bubble-v", chunks=2, microbatches=2),
+    Case(tensor=3, pipeline=2, schedule="interleaved-1f1b", chunks=2, sequence=True, microbatches=4),
+    Case(data=3, sharding="full"),
+]
+
+
+def _leg(case: Case, folder: Path, run_dir: Path, step: int) -> Outcome:
+    outcome = Outcome()
+    resume_from = run_dir / "checkpoints" / f"step_{step:08d}" if step else None
+    trainer = make_trainer(case, folder, resume_from, run_dir)
+    trainer._save(train(trainer, 1, outcome))
+    note_weights(trainer, outcome)
+    return outcome
+
+
+def _uninterrupted(steps: int, folder: Path, run_dir: Path) -> Outcome:
+    outcome = Outcome()
+    trainer = make_trainer(Case(), folder, run_dir=run_dir)
+    train(trainer, steps, outcome)
+    note_weights(trainer, outcome)
+    return outcome
+
+
+def test_resumed_on_another_layout_at_every_step(folder, tmp_path):
+    journey = Outcome()
+    for step, case in enumerate(JOURNEY):
+        leg = joined(run_world(case.ranks, _leg, case, folder, tmp_path / "journey", step))
+        journey.losses += leg.losses
+        journey.norms += leg.norms
+        journey.weights = leg.weights
+        for name, copy in leg.copies.items():
+            assert torch.equal(copy, leg.weights[name])
+    whole = run_world(1, _uninterrupted, len(JOURNEY), folder, tmp_path / "whole")[0]
+    assert largest_difference(journey, whole) < TOLERANCE
+
+
+def test_the_journey_changes_every_axis_both_ways():
+    for axis in ("tensor", "pipeline", "data"):
+        steps = [getattr(after, axis) - getattr(before, axis) for before, after in pairwise(JOURNEY)]
+        assert min(steps) < 0 < max(steps)
