@@ -61,7 +61,8 @@ def main() -> int:
     print(f"entropy of the word frequencies: {line:.3f} nats, over {tokens.size:,} held-out tokens")
     if scores:
         loss, step = scores[-1]["valid_mlm_loss"], scores[-1]["step"]
-        print(f"held-out loss of masked tokens:  {loss:.3f} nats after step {step}, {line - loss:+.3f} below that")
+        side = "below" if loss < line else "above"
+        print(f"held-out loss of masked tokens:  {loss:.3f} nats after step {step}, {abs(line - loss):.3f} {side} that")
     if picture:
         print(f"loss curve:                      {picture}")
     return 0
