@@ -179,8 +179,8 @@ class TrainingSettings(Section):
     seed: int = Field(1234, ge=0, lt=2**62, description="Seed of initial weights, data order, masks and dropout.")
     recompute: Recompute = Field(
         "none",
-        description="Activations computed again in the backward pass: none, selective (all but matrix "
-        "products, fused attention and communication), full (everything but layer inputs).",
+        description="Activations computed again in the backward pass: none, selective (GELU, and attention that "
+        "is not fused), full (everything but layer inputs).",
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile; pays off on GPUs.")
     device: Literal["auto", "cpu", "cuda"] = Field(

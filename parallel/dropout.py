@@ -11,6 +11,8 @@ xor-shift finaliser with full avalanche (the shape of SplitMix and MurmurHash3 f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,30 @@ def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int 
     return bits >= round(probability * 2**32) - 2**31
 
 
-def keyed_dropout(x: Tensor, probability: float, keys: Tensor, first_column: int = 0) -> Tensor:
+class _RehashedDropout(torch.autograd.Function):
+    """Dropout that keeps nothing: its backward pass hashes the mask again.
+
+    The keys are held outside of what autograd saves, so that recomputation of a layer that ends in dropout need not
+    run as far as here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float, keys: Tensor, first_column: int) -> Tensor:
+        ctx.mask = (keys, x.shape[-1], probability, first_column)
+        return _dropped(x, keep_mask(*ctx.mask), probability)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _dropped(gradient, keep_mask(*ctx.mask), ctx.mask[2]), None, None, None
+
+
+def _dropped(x: Tensor, kept: Tensor, probability: float) -> Tensor:
+    return torch.where(kept, x * (1.0 / (1.0 - probability)), 0.0)
+
+
+def keyed_dropout(
+    x: Tensor, probability: float, keys: Tensor, first_column: int = 0, *, keep_nothing: bool = False
+) -> Tensor:
     """Zero elements with ``probability`` and scale the rest by 1 / (1 - probability).
 
     Args:
@@ -77,8 +102,11 @@ def keyed_dropout(x: Tensor, probability: float, keys: Tensor, first_column: int
         probability: that an element is dropped; 0 returns ``x`` itself.
         keys: int64 ``[...]``, one a row of ``x``.
         first_column: global index of the first column, where columns are divided over ranks.
+        keep_nothing: compute the mask again in the backward pass instead of keeping it, a byte an element. Compiled
+            code decides that for itself.
     """
     if probability == 0.0:
         return x
-    kept = keep_mask(keys, x.shape[-1], probability, first_column)
-    return torch.where(kept, x * (1.0 / (1.0 - probability)), 0.0)
+    if keep_nothing and not torch.compiler.is_compiling():
+        return _RehashedDropout.apply(x, probability, keys, first_column)
+    return _dropped(x, keep_mask(keys, x.shape[-1], probability, first_column), probability)

@@ -193,18 +193,25 @@ class RowParallelLinear(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, K/t]`` to ``[T, N]``, or to ``[T/t, N]`` under sequence parallelism."""
+        return self.finish(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's share of the sum: ``[T, K/t]`` to ``[T, N]``; on a single rank with the bias already in it."""
         weight = local_tensor(self.weight)
         queue = active_queue()
         if queue is not None and x.requires_grad:
-            partial = deferred_linear(x, self.weight, weight, queue)
-        elif self.tp.size == 1:
-            return F.linear(x, weight, self.bias)
-        else:
-            partial = F.linear(x, weight)
+            out = deferred_linear(x, self.weight, weight, queue)
+            return out + self.bias if self.tp.size == 1 and self.bias is not None else out
+        return F.linear(x, weight, self.bias if self.tp.size == 1 else None)
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Sum the ranks' shares and add the bias."""
+        if self.tp.size == 1:
+            return product
         if self.tp.sequence:
-            out = reduce_scatter_tokens(partial, self.tp)
+            out = reduce_scatter_tokens(product, self.tp)
         else:
-            out = reduce_from_ranks(partial, self.tp)
+            out = reduce_from_ranks(product, self.tp)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

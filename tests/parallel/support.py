@@ -126,7 +126,11 @@ class ToyLayer(nn.Module):
         # The residual is not part of it, so that the layer ends in its closing collective.
         own = own_share(keys, self.tp) if self.tp.sequence else keys
         x = keyed_dropout(self.norm(x), 0.25, own)
-        return self.row(F.gelu(self.column(x)))
+        wide = self.column(x)
+        return self.row.finish(recomputed(self._activated_product, self.recompute, wide, at="selective"))
+
+    def _activated_product(self, wide: Tensor) -> Tensor:
+        return self.row.product(F.gelu(wide))
 
 
 class ToyModel(nn.Module):

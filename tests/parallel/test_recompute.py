@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.dropout import fold_in
@@ -102,6 +105,9 @@ def _kept_bytes(sequence: bool = False) -> dict[str, int]:
         layer, x, keys = _layer(mode, tp)
         with Living() as living:
             out = layer(x, keys)
+        # The threads of finished collectives let go of their tensors a moment later: a barrier passes behind them.
+        dist.barrier()
+        gc.collect()
         kept[mode] = living.bytes_beside(out)
     return kept
 
@@ -115,7 +121,6 @@ def test_full_keeps_nothing_and_selective_less_than_all(size):
         assert kept["selective"] >= T * INNER // size * 4
 
 
-@pytest.mark.xfail(strict=True, reason="inputs gathered and products to be scattered are kept whole, not divided")
 @pytest.mark.parametrize("size", [2, 4])
 def test_selective_keeps_less_than_all_under_sequence_parallelism(size):
     for kept in run_world(size, _kept_bytes, True):
@@ -136,8 +141,9 @@ def test_nothing_is_kept_without_gradients():
     assert calls == [1]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("none", 1), ("selective", 2), ("full", 2)])
-def test_the_function_runs_again_in_the_backward_pass(mode, expected):
+@pytest.mark.parametrize("at", ["selective", "full"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_function_runs_again_in_the_backward_pass_at_its_mode(mode, at):
     calls = []
 
     def function(x: Tensor, *, power: int) -> Tensor:
@@ -145,6 +151,6 @@ def test_the_function_runs_again_in_the_backward_pass(mode, expected):
         return x.sin() ** power
 
     x = torch.ones(3, requires_grad=True)
-    recomputed(function, mode, x, power=2).sum().backward()
-    assert len(calls) == expected
+    recomputed(function, mode, x, at=at, power=2).sum().backward()
+    assert len(calls) == (2 if mode == at else 1)
     torch.testing.assert_close(x.grad, 2 * torch.ones(3).sin() * torch.ones(3).cos())
