@@ -1,3 +1,61 @@
 """Pretraining, conversion, fine-tuning and quantisation of BERT encoders with Megatron parallelism."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_bert.family.bert import MegatronBertModel
+    from megatron_bert.family.causal import MegatronBertForCausalLM
+    from megatron_bert.family.classification import (
+        MegatronBertForMultipleChoice,
+        MegatronBertForNextSentencePrediction,
+        MegatronBertForQuestionAnswering,
+        MegatronBertForSequenceClassification,
+        MegatronBertForTokenClassification,
+    )
+    from megatron_bert.family.language import MegatronBertForMaskedLM, MegatronBertForPreTraining
+    from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
+    from megatron_bert.family.tokenizer import AutoTokenizer
+    from megatron_bert.model.configuration import MegatronBertConfig
+
 __version__ = "0.1.0"
+
+#: Where the public classes live. They are imported on first use: the command line needs none of them.
+_HOMES = {
+    "AutoTokenizer": "family.tokenizer",
+    "MegatronBertConfig": "model.configuration",
+    "MegatronBertForCausalLM": "family.causal",
+    "MegatronBertForMaskedLM": "family.language",
+    "MegatronBertForMultipleChoice": "family.classification",
+    "MegatronBertForNextSentencePrediction": "family.classification",
+    "MegatronBertForPreTraining": "family.language",
+    "MegatronBertForQuestionAnswering": "family.classification",
+    "MegatronBertForSequenceClassification": "family.classification",
+    "MegatronBertForTokenClassification": "family.classification",
+    "MegatronBertModel": "family.bert",
+    "MegatronBertPreTrainedModel": "family.pretrained",
+}
+
+__all__ = [
+    "AutoTokenizer",
+    "MegatronBertConfig",
+    "MegatronBertForCausalLM",
+    "MegatronBertForMaskedLM",
+    "MegatronBertForMultipleChoice",
+    "MegatronBertForNextSentencePrediction",
+    "MegatronBertForPreTraining",
+    "MegatronBertForQuestionAnswering",
+    "MegatronBertForSequenceClassification",
+    "MegatronBertForTokenClassification",
+    "MegatronBertModel",
+    "MegatronBertPreTrainedModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -33,7 +33,7 @@ from parallel.errors import UserError
 
 CONFIG_NAME = "config.json"
 #: Where weights are looked for, the safer kind first.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Copies of other tensors, and buffers.
 _COPIES = {
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
@@ -50,14 +50,14 @@ class HuggingFace:
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds a config.json and weights under their usual names."""
-        return CONFIG_NAME in tree and any(name in tree for name in _WEIGHTS)
+        return CONFIG_NAME in tree and any(name in tree for name in WEIGHTS)
 
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open the weights of any MegatronBert class."""
         del stack
         settings, label = read_json(tree[CONFIG_NAME]), f"{tree.label}/{CONFIG_NAME}"
         _check_kind(settings, label)
-        stored, variant = _open_weights(tree)
+        stored, variant = open_weights(tree)
         stored = {key if key.startswith(("bert.", "cls.")) else _prefixed(key): t for key, t in stored.items()}
         _check_architecture(tree.label, stored)
         config, words, assumptions = _config(settings, label, stored, options)
@@ -107,8 +107,13 @@ def _check_kind(settings: dict[str, Any], label: str) -> None:
     raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected megatron-bert")
 
 
-def _open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
-    name = next(name for name in _WEIGHTS if name in tree)
+def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
+    """The tensors of a folder under their own names, unread, and the file that says where they are.
+
+    Raises:
+        UserError: a file is damaged, missing, or holds something else.
+    """
+    name = next(name for name in WEIGHTS if name in tree)
     if not name.endswith(".index.json"):
         return _open_file(tree, name), name
     index = read_json(tree[name]).get("weight_map")

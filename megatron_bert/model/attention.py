@@ -1,57 +1,33 @@
-"""Bidirectional self-attention with heads divided over tensor-parallel ranks.
+"""Self-attention with heads divided over tensor-parallel ranks.
 
 Shapes: T tokens, B sequences, S their length, A heads on this rank, D head dimension, H hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_bert.model.attention_functions import (
+    attention_probabilities,
+    explicit_attention,
+    fused_attention,
+    relative_scores,
+)
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.requests import AttentionOutput, AttentionRequest
+from megatron_bert.model.resharding import selected
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.dropout import fold_in, keep_mask
+from parallel.collectives import copy_to_ranks, gather_from_ranks
+from parallel.dropout import fold_in
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
-from parallel.sharding import divide
+from parallel.recompute import Recompute, recomputed
+from parallel.sharding import Normal, ParallelModule, divide
 
-
-def explicit_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, dropout: float = 0.0, keys: Tensor | None = None
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v written out: the reference, and the path with keyed dropout.
-
-    Args:
-        query, key, value: ``[B, A, S, D]``.
-        key_mask: bool ``[B, S]``, true where a key may be attended to; a row with no such key attends evenly.
-        dropout: probability of dropping an attention probability.
-        keys: int64 ``[B, A, S]`` dropout keys, one for each query of each head.
-
-    Returns:
-        ``[B, A, S, D]``.
-    """
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    if dropout > 0.0:
-        assert keys is not None, "keyed dropout needs keys"
-        kept = keep_mask(keys, probabilities.shape[-1], dropout)
-        probabilities = torch.where(kept, probabilities * (1.0 / (1.0 - dropout)), 0.0)
-    return torch.matmul(probabilities, value)
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """The same by torch's fused kernels, whose dropout draws from torch's own generator.
-
-    Args:
-        query, key, value: ``[B, A, S, D]``.
-        key_mask: bool ``[B, S]``, true where a key may be attended to; every sequence has at least one.
-        dropout: probability of dropping an attention probability.
-    """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+__all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
 
 
 def _varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
@@ -66,14 +42,30 @@ def _varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     return context
 
 
-class SelfAttention(nn.Module):
-    """Query, key and value projections in one column-parallel matrix, attention, and a row-parallel output.
+class DistanceTable(ParallelModule):
+    """A vector for each distance of two positions, whole on every tensor rank; all heads of a layer share it."""
 
-    Rows of the fused matrix are ordered ``[heads, 3, head_dim]``, so that a rank's heads are a plain slice.
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.tp, self.both = tp, config.position_embedding_type == "relative_key_query"
+        self.weight = nn.Parameter(torch.empty(2 * config.max_position_embeddings - 1, config.head_dim, device=device))
+        self.initializers["weight"] = Normal(config.initializer_range)
+
+    def forward(self, query: Tensor, key: Tensor, first: int) -> Tensor:
+        """What distances add to scores: see :func:`relative_scores`."""
+        # Each rank uses the table for its own heads, so its gradient is summed over ranks.
+        return relative_scores(query, key, copy_to_ranks(self.weight, self.tp), first, self.both)
+
+
+class AttentionHeads(nn.Module):
+    """Heads of one attention module on this rank: what self-attention and cross-attention have in common.
 
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
+        recompute: what to compute again in the backward pass instead of keeping it.
         device: of the parameters.
 
     Raises:
@@ -81,45 +73,201 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.tp, self.recompute = tp, recompute
         self.heads = divide(config.num_attention_heads, tp, "model.num_attention_heads")
         self.first_head = tp.rank * self.heads
+        #: The heads of all ranks, by their numbers before any was removed.
+        self.numbers = list(range(config.num_attention_heads))
         self.head_dim = config.head_dim
         self.dropout = config.attention_probs_dropout_prob
+        self.distance: DistanceTable | None = None
+        if config.position_embedding_type != "absolute":
+            self.distance = DistanceTable(config, tp=tp, device=device)
+
+    def _own_numbers(self, device: torch.device) -> Tensor:
+        """int64 ``[A]``, numbers of this rank's heads."""
+        end = self.first_head + self.heads
+        if self.numbers[-1] == len(self.numbers) - 1:
+            return torch.arange(self.first_head, end, device=device)
+        return torch.tensor(self.numbers[self.first_head : end], device=device)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        keys: Tensor | None,
+        *,
+        first: int = 0,
+        head_mask: Tensor | None = None,
+        explicit: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention by the fastest way that gives what is asked.
+
+        Args:
+            query: ``[B, A, Q, D]``.
+            key, value: ``[B, A, K, D]``.
+            mask: bool ``[B, K]`` or broadcastable to ``[B, A, Q, K]``, true where a key may be attended to.
+            keys: int64 ``[B, Q]`` dropout keys; None without dropout.
+            first: position of the first query, counted from the first key.
+            head_mask: of all heads, broadcastable to ``[B, all heads, Q, K]``.
+            explicit: write the probabilities out.
+
+        Returns:
+            ``[B, A, Q, D]``, and the probabilities ``[B, A, Q, K]`` where they were written out.
+        """
+        dropout = self.dropout if keys is not None else 0.0
+        keyed = dropout > 0.0 and not query.is_cuda
+        if not (keyed or explicit or head_mask is not None or self.distance is not None):
+            return fused_attention(query, key, value, mask, dropout), None
+        return recomputed(
+            self._write_out, self.recompute, query, key, value, mask, keys, first, head_mask, at="selective"
+        )
+
+    def _write_out(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        keys: Tensor | None,
+        first: int,
+        head_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        head_keys = None
+        if self.dropout > 0.0 and keys is not None:
+            head_keys = fold_in(keys[:, None, :], self._own_numbers(query.device)[None, :, None])
+        probabilities = attention_probabilities(
+            query,
+            key,
+            mask,
+            bias=None if self.distance is None else self.distance(query, key, first),
+            dropout=0.0 if head_keys is None else self.dropout,
+            keys=head_keys,
+            head_mask=self._own_mask(head_mask),
+        )
+        return torch.matmul(probabilities, value), probabilities
+
+    def _own_mask(self, head_mask: Tensor | None) -> Tensor | None:
+        if head_mask is None or head_mask.shape[1] == 1:
+            return head_mask
+        return copy_to_ranks(head_mask, self.tp).index_select(1, self._own_numbers(head_mask.device))
+
+    def _all_heads(self, probabilities: Tensor | None, wanted: bool) -> Tensor | None:
+        """Probabilities of every rank's heads, ``[B, heads, Q, K]``."""
+        if not wanted or probabilities is None:
+            return None
+        return gather_from_ranks(probabilities, self.tp, dim=1)
+
+
+class SelfAttention(AttentionHeads):
+    """Query, key and value projections in one column-parallel matrix, attention, and a row-parallel output.
+
+    Rows of the fused matrix are ordered ``[heads, 3, head_dim]``, so that a rank's heads are a plain slice.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        recompute: what to compute again in the backward pass instead of keeping it.
+        device: of the parameters.
+
+    Raises:
+        UserError: the tensor size does not divide the number of heads.
+    """
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, tp=tp, recompute=recompute, device=device)
         hidden = config.hidden_size
         self.query_key_value = ColumnParallelLinear(
             hidden, 3 * hidden, init_std=config.initializer_range, tp=tp, device=device
         )
         self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp, device=device)
 
-    def forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
+    ) -> Tensor | AttentionOutput:
         """Attend within sequences.
 
         Args:
             hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
             layout: which tokens belong together.
             keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
+            request: what is asked beyond; its mask takes the place of the layout's, which is a rectangle.
 
         Returns:
-            As ``hidden``.
+            As ``hidden``; on request with what was asked for.
         """
         qkv = self.query_key_value(hidden).unflatten(-1, (self.heads, 3, self.head_dim))
+        if request is not None:
+            return self._answer(qkv, layout, keys, request)
         dropout = self.dropout if keys is not None else 0.0
-        if layout.is_packed and dropout == 0.0 and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+        varlen = layout.is_packed and dropout == 0.0 and self.distance is None
+        if varlen and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
             context = _varlen_attention(qkv, layout)
         else:
-            context = self._rectangular(qkv, layout, keys, dropout)
+            query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
+            rectangle_keys = None if keys is None else layout.to_rectangle(keys)
+            context, _ = self._attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
+            context = layout.from_rectangle(context.transpose(1, 2))
         return self.output(context.flatten(-2))
 
-    def _rectangular(self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None, dropout: float) -> Tensor:
+    def _answer(
+        self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+    ) -> AttentionOutput:
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
-        mask = layout.rectangle_mask()
-        if dropout > 0.0 and keys is not None and not qkv.is_cuda:
-            heads = torch.arange(self.first_head, self.first_head + self.heads, device=qkv.device)
-            head_keys = fold_in(layout.to_rectangle(keys)[:, None, :], heads[None, :, None])
-            context = explicit_attention(query, key, value, mask, dropout, head_keys)
-        else:
-            context = fused_attention(query, key, value, mask, dropout)
-        return layout.from_rectangle(context.transpose(1, 2))
+        first = 0
+        if request.past is not None:
+            first = request.past[0].shape[2]
+            key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
+        context, probabilities = self._attend(
+            query,
+            key,
+            value,
+            request.mask,
+            None if keys is None else layout.to_rectangle(keys),
+            first=first,
+            head_mask=request.head_mask,
+            explicit=request.probabilities or request.unattended,
+        )
+        return AttentionOutput(
+            self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
+            self._all_heads(probabilities, request.probabilities),
+            (key, value) if request.keep else None,
+        )
+
+    def prune(self, heads: Collection[int]) -> None:
+        """Remove heads, by their original numbers; those that are gone already do not matter.
+
+        The parameters are replaced by smaller ones; under tensor parallelism the remaining heads are dealt anew.
+
+        Raises:
+            UserError: no head would remain, or the tensor size does not divide the rest.
+        """
+        kept = [place for place, number in enumerate(self.numbers) if number not in heads]
+        count = divide(len(kept), self.tp, "the number of heads that remain in a layer")
+        linear, output = self.query_key_value, self.output
+        rows = (torch.tensor(kept)[:, None] * 3 * self.head_dim + torch.arange(3 * self.head_dim)).flatten()
+        columns = (torch.tensor(kept)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        linear.weight = selected(linear.weight, rows, self.tp, dim=0)
+        assert linear.bias is not None
+        linear.bias = selected(linear.bias, rows, self.tp, dim=0)
+        output.weight = selected(output.weight, columns, self.tp, dim=1)
+        linear.out_features, output.in_features = len(rows), len(columns)
+        self.numbers = [self.numbers[place] for place in kept]
+        self.heads, self.first_head = count, self.tp.rank * count

@@ -2,17 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
+from megatron_bert.model.configuration_checks import check_values
 from parallel.errors import UserError
 
 #: hidden_act names and whether they mean the tanh approximation of GELU.
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+CONFIG_NAME = "config.json"
+MODEL_TYPE = "megatron-bert"
+#: Classes of a classification head, unless said otherwise.
+_CLASSES = 2
+
+#: Settings of other frameworks that their config.json files hold and that change no result here.
+_WITHOUT_MEANING = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "is_encoder_decoder",
+        "model_type",
+        "prefix",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "tokenizer_type",
+        "torchscript",
+        "transformers_version",
+        "use_bfloat16",
+    }
+)
+#: Their names for fields.
+_ALIASES = {"dtype": "torch_dtype", "use_return_dict": "return_dict"}
+
+_Config = TypeVar("_Config")
 
 
-@dataclass(frozen=True, kw_only=True)
+def unknown_name(name: str, known: Iterable[str], what: str) -> UserError:
+    """The error for a name that is not among the known ones, with the one that was probably meant."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else "see docs/models.md for those there are"
+    return UserError(f"{name[:60]!r} is no {what}: {hint}")
+
+
+def _explaining_names(cls: type[_Config]) -> type[_Config]:
+    """Make the constructor of a dataclass answer unknown names with the nearest known one."""
+    construct: Callable[..., None] = cls.__init__
+
+    @functools.wraps(construct)
+    def checked(self: _Config, **values: Any) -> None:
+        for name in values:
+            if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise unknown_name(name, cls.__dataclass_fields__, "field of MegatronBertConfig")  # type: ignore[attr-defined]
+        construct(self, **values)
+
+    cls.__init__ = checked  # type: ignore[method-assign,assignment]
+    return cls
+
+
+@_explaining_names
+@dataclass(kw_only=True)
 class MegatronBertConfig:
     """Sizes and constants of a Megatron BERT encoder.
+
+    Every value is checked when it is given, in the constructor or by assignment. What is assigned after a model was
+    built matters to what its next forward pass looks up (``problem_type``, ``use_cache``, ``return_dict`` and the
+    ``output_`` fields), not to its sizes.
 
     Attributes:
         vocab_size: number of token ids in use.
@@ -28,6 +94,21 @@ class MegatronBertConfig:
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.
         pad_token_id: id of the padding token.
+        bos_token_id, eos_token_id: ids that open and end a generated text; there may be several that end it.
+        position_embedding_type: ``absolute``, or ``relative_key`` / ``relative_key_query`` (Shaw et al.,
+            arXiv 1803.02155; Huang et al., arXiv 2009.13658).
+        is_decoder: attend to the past only, and keep keys and values for decoding.
+        add_cross_attention: attend to an encoder's hidden states in every layer; of decoders only.
+        use_cache: whether a decoder returns its keys and values when it is not told.
+        tie_word_embeddings: the word embeddings are the output matrix of the language-model heads too.
+        num_labels: classes of the classification heads; those that are named, or 2.
+        id2label, label2id: names of the classes, ``LABEL_0`` and so on by default.
+        problem_type: ``regression``, ``single_label_classification`` or ``multi_label_classification``; None finds it
+            from the labels.
+        classifier_dropout: dropout before the classification heads; None takes hidden_dropout_prob.
+        pruned_heads: layer -> heads that were removed from it.
+        torch_dtype: number format of the weights, as ``float32``; None where it is not known.
+        output_attentions, output_hidden_states, return_dict: what forward passes return when they are not told.
         vocab_size_multiple: the embedding table is padded to a multiple of this many rows.
         scaled_output_init: initialise output projections with initializer_range / sqrt(2 * layers), as Megatron does.
         binary_head: whether there is a pooler and a two-way sentence-pair head.
@@ -46,18 +127,62 @@ class MegatronBertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    num_labels: int = 0
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
+    pruned_heads: dict[int, list[int]] | None = None
+    torch_dtype: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
     vocab_size_multiple: int = 128
     scaled_output_init: bool = True
     binary_head: bool = True
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads "
-                f"{self.num_attention_heads}: every head needs the same number of dimensions"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"model.hidden_act is {self.hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
+        self._name_labels()
+        check_values(self, ACTIVATIONS)
+        self.__dict__["_complete"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            raise unknown_name(name, self.__dataclass_fields__, "field of MegatronBertConfig")
+        before = dict(self.__dict__)
+        self.__dict__[name] = value
+        if "_complete" not in before:
+            return
+        try:
+            self._name_labels(changed=name)
+            check_values(self, ACTIVATIONS)
+        except UserError:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _name_labels(self, changed: str = "") -> None:
+        """Make the three ways to say what the classes are agree: names that were given, else numbers."""
+        held = self.__dict__
+        names = dict(held["id2label"] or {})
+        if changed == "label2id" or not names:
+            names = {number: name for name, number in (held["label2id"] or {}).items()}
+        names = {int(number): str(name) for number, name in sorted(names.items(), key=lambda item: int(item[0]))}
+        automatic = all(name == f"LABEL_{number}" for number, name in names.items())
+        if changed == "num_labels" or (automatic and held["num_labels"] and not changed):
+            names = names if len(names) == held["num_labels"] else {}
+        elif changed:
+            held["num_labels"] = len(names)
+        held["num_labels"] = held["num_labels"] or len(names) or _CLASSES
+        held["id2label"] = names or {number: f"LABEL_{number}" for number in range(held["num_labels"])}
+        held["label2id"] = {name: number for number, name in held["id2label"].items()}
 
     @property
     def head_dim(self) -> int:
@@ -75,3 +200,62 @@ class MegatronBertConfig:
         if not self.scaled_output_init:
             return self.initializer_range
         return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields that have a value, and the model type; plain values that JSON can hold."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["num_labels"]  # their number is that of the names
+        return {"model_type": MODEL_TYPE, **{name: value for name, value in values.items() if value is not None}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, label: str = "the configuration", **changes: Any) -> Self:
+        """A configuration from the contents of a config.json.
+
+        Args:
+            values: by field name; those that other frameworks write and that mean nothing here are skipped.
+            label: what to call it in messages.
+            **changes: fields that replace those of ``values``.
+
+        Raises:
+            UserError: another type of model, an unknown field, or a value that a field cannot have.
+        """
+        kind = values.get("model_type", MODEL_TYPE)
+        if kind != MODEL_TYPE:
+            raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected {MODEL_TYPE}")
+        known = {}
+        for name, value in values.items():
+            name = _ALIASES.get(name, name)
+            if name in cls.__dataclass_fields__:
+                known[name] = value
+            elif name not in _WITHOUT_MEANING:
+                raise unknown_name(name, cls.__dataclass_fields__, f"field of MegatronBertConfig, but {label} holds it")
+        if "num_labels" in changes and "id2label" not in changes:
+            known.pop("id2label", None)
+            known.pop("label2id", None)
+        return cls(**(known | changes))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
+        """Read the config.json of a directory (or the file itself), with some fields changed.
+
+        Raises:
+            UserError: there is none, or it is of another model.
+        """
+        path = Path(directory)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{directory} holds no {CONFIG_NAME}: give a directory with one; nothing is downloaded")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is no JSON ({str(error)[:80]}): fetch the file again") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds a JSON {type(values).__name__} instead of an object: wrong file?")
+        return cls.from_dict(values, label=str(path), **changes)
+
+    def save_pretrained(self, directory: str | Path, *, architecture: str | None = None) -> None:
+        """Write config.json into a directory; ``architecture`` names the class of the weights beside it."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.to_dict() | ({"architectures": [architecture]} if architecture else {})
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm, TransformerLayer, own_tokens
+from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import VocabParallelEmbedding
@@ -36,17 +39,26 @@ class TokenTable(ParallelModule):
 class BertEmbeddings(nn.Module):
     """Word, position and type embeddings, summed, with dropout and no norm.
 
+    With relative position embeddings the position table is there but not used: attention sees distances instead.
+
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
+        padding: id whose embedding gets no gradient from where it is looked up; None when all do.
         device: of the parameters.
     """
 
     def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        padding: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.tp, self.dropout = tp, config.hidden_dropout_prob
+        self.tp, self.dropout, self.padding = tp, config.hidden_dropout_prob, padding
+        self.absolute = config.position_embedding_type == "absolute"
         size, std = config.hidden_size, config.initializer_range
         self.word_embeddings = _word_embeddings(config, tp, device)
         self.position_embeddings = TokenTable(
@@ -56,22 +68,36 @@ class BertEmbeddings(nn.Module):
             config.type_vocab_size, size, init_std=std, divided=tp.sequence, device=device
         )
 
-    def forward(self, tokens: Tensor, positions: Tensor, types: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        positions: Tensor,
+        types: Tensor,
+        keys: Tensor | None,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
         """Embed tokens.
 
         Args:
             tokens, positions, types: int64 ``[T]``, the same on every tensor rank.
             keys: int64 ``[T]`` dropout keys; None without dropout.
+            embedded: ``[T, H]``, what stands in place of word embeddings where there are no ``tokens``.
 
         Returns:
             ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
         """
-        hidden = (
-            self.word_embeddings(tokens)
-            + self.position_embeddings(own_tokens(positions, self.tp))
-            + self.token_type_embeddings(own_tokens(types, self.tp))
-        )
+        hidden = self._words(tokens) if embedded is None else embedded
+        if self.absolute:
+            hidden = hidden + self.position_embeddings(own_tokens(positions, self.tp))
+        hidden = hidden + self.token_type_embeddings(own_tokens(types, self.tp))
         return hidden if keys is None else keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp))
+
+    def _words(self, tokens: Tensor | None) -> Tensor:
+        assert tokens is not None, "either tokens or their embeddings are given"
+        words = self.word_embeddings(tokens)
+        if self.padding is None or not torch.is_grad_enabled():
+            return words
+        return torch.where((tokens == self.padding)[:, None], words.detach(), words)
 
 
 class TiedWordEmbeddings(nn.Module):
@@ -138,18 +164,57 @@ class Encoder(nn.Module):
         """The layers of this part of the stack, lowest first."""
         return [layer for layer in self.layers.values() if isinstance(layer, TransformerLayer)]
 
-    def forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: EncoderRequest | None = None
+    ) -> Tensor | EncoderOutput:
         """Run the layers.
 
         Args:
             hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
             layout: which tokens belong together.
             keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
+            request: what is asked beyond the last hidden states; the sequences then stand in a rectangle, unless only
+                hidden states are asked for.
 
         Returns:
-            As ``hidden``.
+            As ``hidden``; on request with what was asked for.
         """
+        if request is not None:
+            return self._answer(hidden, layout, keys, request)
         for number, layer in self.layers.items():
             # Keys of a layer are folded here, as tensors, so that all layers share one compiled graph.
             hidden = layer(hidden, layout, None if keys is None else fold_in(keys, 1 + int(number)))
         return hidden if self.final_norm is None else self.final_norm(hidden)
+
+    def _answer(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: EncoderRequest
+    ) -> EncoderOutput:
+        before: list[Tensor] = []
+        outputs = []
+        for number, layer in self.layers.items():
+            before.append(hidden)
+            layer_keys = None if keys is None else fold_in(keys, 1 + int(number))
+            asked = _of_layer(request, int(number))
+            if asked is None:
+                hidden = layer(hidden, layout, layer_keys)
+            else:
+                outputs.append(layer(hidden, layout, layer_keys, asked))
+                hidden = outputs[-1].hidden
+        hidden = hidden if self.final_norm is None else self.final_norm(hidden)
+        return EncoderOutput(
+            hidden=hidden,
+            hidden_states=(*before, hidden) if request.hidden_states else (),
+            attentions=tuple(out.attentions for out in outputs if out.attentions is not None),
+            cross_attentions=tuple(out.cross_attentions for out in outputs if out.cross_attentions is not None),
+            past=tuple(out.cache for out in outputs if out.cache is not None),
+        )
+
+
+def _of_layer(request: EncoderRequest, number: int) -> AttentionRequest | None:
+    """What one layer is asked."""
+    asked = request.attention
+    if asked is None:
+        return None
+    if request.head_masks is not None:
+        asked = replace(asked, head_mask=request.head_masks[number])
+    return asked if request.past is None else replace(asked, past=request.past[number])

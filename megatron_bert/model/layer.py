@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from megatron_bert import backends
 from megatron_bert.model.attention import SelfAttention
 from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from megatron_bert.model.cross_attention import CrossAttention
+from megatron_bert.model.requests import AttentionRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -17,7 +19,7 @@ from parallel.recompute import Recompute, recomputed
 from parallel.sharding import Constant, ParallelModule
 
 # What dropout keys are folded with at each place of a layer, so that their masks are independent.
-_ATTENTION_PROBABILITIES, _ATTENTION_OUTPUT, _MLP_OUTPUT = range(3)
+_ATTENTION_PROBABILITIES, _ATTENTION_OUTPUT, _MLP_OUTPUT, _CROSS_PROBABILITIES, _CROSS_OUTPUT = range(5)
 
 
 class LayerNorm(ParallelModule):
@@ -50,9 +52,15 @@ class Mlp(nn.Module):
     """H to intermediate size, GELU, and back; the intermediate features are divided over tensor ranks."""
 
     def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.approximate = ACTIVATIONS[config.hidden_act]
         self.intermediate = ColumnParallelLinear(
             config.hidden_size, config.intermediate_size, init_std=config.initializer_range, tp=tp, device=device
@@ -63,11 +71,17 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[T, H]`` (``[T/t, H]`` under sequence parallelism) to the same."""
-        return self.output(F.gelu(self.intermediate(hidden), approximate=self.approximate))
+        wide = self.intermediate(hidden)
+        return self.output.finish(recomputed(self._activated_product, self.recompute, wide, at="selective"))
+
+    def _activated_product(self, wide: Tensor) -> Tensor:
+        return self.output.product(F.gelu(wide, approximate=self.approximate))
 
 
 class TransformerLayer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))).
+
+    A decoder's layer may have cross-attention between the two, with a norm of its own.
 
     Args:
         config: sizes of the encoder.
@@ -88,22 +102,30 @@ class TransformerLayer(nn.Module):
         self.tp, self.recompute, self.dropout = tp, recompute, config.hidden_dropout_prob
         size, eps = config.hidden_size, config.layer_norm_eps
         self.attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
-        self.attention = SelfAttention(config, tp=tp, device=device)
+        self.attention = SelfAttention(config, tp=tp, recompute=recompute, device=device)
+        if config.add_cross_attention:
+            self.cross_attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
+            self.cross_attention = CrossAttention(config, tp=tp, device=device)
         self.mlp_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
-        self.mlp = Mlp(config, tp=tp, device=device)
+        self.mlp = Mlp(config, tp=tp, recompute=recompute, device=device)
 
-    def forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
+    ) -> Tensor | LayerOutput:
         """One layer.
 
         Args:
             hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
             layout: which tokens belong together.
             keys: int64 ``[T]`` dropout keys of all tokens for this layer; None without dropout.
+            request: what is asked beyond.
 
         Returns:
-            As ``hidden``.
+            As ``hidden``; on request with what was asked for.
         """
-        return self._run(hidden, layout, keys)
+        if request is None:
+            return self._run(hidden, layout, keys)
+        return recomputed(self._answer, self.recompute, hidden, layout, keys, request)
 
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
@@ -113,15 +135,34 @@ class TransformerLayer(nn.Module):
         return recomputed(self._forward, self.recompute, hidden, layout, keys)
 
     def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
-        attention_keys = None if keys is None else fold_in(keys, _ATTENTION_PROBABILITIES)
-        attended = self.attention(self.attention_norm(hidden), layout, attention_keys)
+        attended = self.attention(self.attention_norm(hidden), layout, _fold(keys, _ATTENTION_PROBABILITIES))
         hidden = hidden + self._drop(attended, keys, _ATTENTION_OUTPUT)
         return hidden + self._drop(self.mlp(self.mlp_norm(hidden)), keys, _MLP_OUTPUT)
+
+    def _answer(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+    ) -> LayerOutput:
+        attended = self.attention(self.attention_norm(hidden), layout, _fold(keys, _ATTENTION_PROBABILITIES), request)
+        hidden = hidden + self._drop(attended.hidden, keys, _ATTENTION_OUTPUT)
+        cache, probabilities = attended.cache, None
+        if request.encoder is not None:
+            cross_keys = _fold(keys, _CROSS_PROBABILITIES)
+            crossed = self.cross_attention(self.cross_attention_norm(hidden), layout, cross_keys, request)
+            hidden = hidden + self._drop(crossed.hidden, keys, _CROSS_OUTPUT)
+            probabilities = crossed.probabilities
+            cache = None if cache is None else cache + crossed.cache
+        hidden = hidden + self._drop(self.mlp(self.mlp_norm(hidden)), keys, _MLP_OUTPUT)
+        return LayerOutput(hidden, attended.probabilities, probabilities, cache)
 
     def _drop(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
         if keys is None:
             return x
-        return keyed_dropout(x, self.dropout, fold_in(own_tokens(keys, self.tp), place))
+        row_keys = fold_in(own_tokens(keys, self.tp), place)
+        return keyed_dropout(x, self.dropout, row_keys, keep_nothing=self.recompute == "full")
+
+
+def _fold(keys: Tensor | None, place: int) -> Tensor | None:
+    return None if keys is None else fold_in(keys, place)
 
 
 def own_tokens(per_token: Tensor, tp: TensorParallel) -> Tensor:

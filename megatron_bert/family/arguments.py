@@ -1,0 +1,210 @@
+"""What a forward pass is given, checked: every mistake is named before anything is computed.
+
+Shapes: B sequences, S tokens of each, P tokens in the cache, E tokens of the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The arguments that all classes share, as the caller gives them; see MegatronBertModel.forward."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    head_mask: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+    past_key_values: Any = None
+    use_cache: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInputs:
+    """Checked inputs on a flat token axis, T = B * S.
+
+    Attributes:
+        batch, length: B and S.
+        past: P.
+        tokens: int64 ``[T]``, or None where embeddings are given.
+        embedded: ``[T, H]``, or None where tokens are given.
+        positions, types: int64 ``[T]``.
+        device: of all of them.
+    """
+
+    batch: int
+    length: int
+    past: int
+    tokens: Tensor | None
+    embedded: Tensor | None
+    positions: Tensor
+    types: Tensor
+    device: torch.device
+
+
+def batch_size(given: Arguments) -> int:
+    """B, as far as it can be told before anything is checked."""
+    either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+    return either.shape[0] if isinstance(either, Tensor) and either.dim() else 0
+
+
+def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> TokenInputs:
+    """Check ids, positions and types.
+
+    Args:
+        given: by the caller.
+        config: of the model.
+        past: P.
+
+    Raises:
+        UserError: a wrong shape or type, an id outside its table, or more positions than there are.
+    """
+    tokens, embedded = given.input_ids, given.inputs_embeds
+    if (tokens is None) == (embedded is None):
+        both = "both are" if tokens is not None else "neither is"
+        raise UserError(f"a forward pass takes either input_ids or inputs_embeds, but {both} given")
+    if tokens is not None:
+        _check_ids("input_ids", tokens, "[batch, tokens]", 2)
+        batch, length = tokens.shape
+        device = tokens.device
+    else:
+        assert embedded is not None
+        if embedded.dim() != 3 or embedded.shape[2] != config.hidden_size:
+            raise UserError(
+                f"inputs_embeds has shape {list(embedded.shape)}, expected [batch, tokens, {config.hidden_size}]"
+            )
+        batch, length, _ = embedded.shape
+        device = embedded.device
+    if batch == 0 or length == 0:
+        raise UserError(f"the batch is empty ({batch} sequences of {length} tokens): give at least one token")
+    if past + length > config.max_position_embeddings:
+        raise UserError(
+            f"the sequences have {past + length} tokens, but the model has {config.max_position_embeddings} positions: "
+            "shorten them"
+        )
+    positions = _positions(given.position_ids, batch, length, past, device)
+    types = given.token_type_ids
+    if types is None:
+        types = torch.zeros((batch, length), dtype=torch.int64, device=device)
+    else:
+        _check_shape("token_type_ids", types, (batch, length))
+        _check_ids("token_type_ids", types, "[batch, tokens]", 2)
+    limits = [("token_type_ids", types, config.type_vocab_size, "type_vocab_size")] * (given.token_type_ids is not None)
+    if given.position_ids is not None:
+        limits.append(("position_ids", positions, config.max_position_embeddings, "max_position_embeddings"))
+    if tokens is not None:
+        limits.append(("input_ids", tokens, config.vocab_size, "vocab_size"))
+    check_ranges(limits)
+    return TokenInputs(
+        batch=batch,
+        length=length,
+        past=past,
+        tokens=None if tokens is None else tokens.reshape(-1),
+        embedded=None if embedded is None else embedded.flatten(0, 1),
+        positions=positions.expand(batch, length).reshape(-1),
+        types=types.reshape(-1),
+        device=device,
+    )
+
+
+def _positions(given: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
+    if given is None:
+        return torch.arange(past, past + length, device=device)[None]
+    _check_ids("position_ids", given, "[batch, tokens]", 2)
+    if given.shape[1] != length or given.shape[0] not in (1, batch):
+        raise UserError(f"position_ids has shape {list(given.shape)}, expected [{batch}, {length}] or [1, {length}]")
+    return given
+
+
+def _check_ids(name: str, ids: Tensor, form: str, dims: int) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise UserError(f"{name} is of type {kind}: give an integer tensor {form}")
+    if ids.dim() != dims:
+        raise UserError(f"{name} has shape {list(ids.shape)}, expected {form}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UserError(f"{name} has shape {found}, expected {list(shape)}")
+
+
+def check_ranges(limits: list[tuple[str, Tensor, int, str]]) -> None:
+    """Check that ids lie in their tables, waiting for the device once for all of them.
+
+    Args:
+        limits: name, ids, number of rows, and the name of the setting that says how many.
+
+    Raises:
+        UserError: one lies outside.
+    """
+    if not limits or torch.compiler.is_compiling():
+        return
+    bounds = torch.stack([bound for _, ids, _, _ in limits for bound in ids.aminmax()]).tolist()
+    for (name, _, rows, setting), least, most in zip(limits, bounds[::2], bounds[1::2], strict=True):
+        if least < 0 or most >= rows:
+            wrong = least if least < 0 else most
+            raise UserError(f"{name} holds {wrong}, outside 0 to {rows - 1} ({setting} is {rows})")
+
+
+def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int, ignored: int | None = None) -> None:
+    """Check class labels.
+
+    Args:
+        name: of the argument.
+        labels: int64 of ``shape``.
+        shape: expected.
+        classes: number of classes.
+        ignored: label that is not one of them, and allowed.
+
+    Raises:
+        UserError: wrong shape, type or range.
+    """
+    _check_shape(name, labels, shape)
+    _check_ids(name, labels, str(list(shape)), len(shape))
+    counted = labels if ignored is None else labels.masked_fill(labels == ignored, 0)
+    if labels.numel():
+        check_ranges([(name, counted, classes, "the number of classes")])
+
+
+def checked_head_masks(
+    head_mask: Tensor | None, config: MegatronBertConfig, dtype: torch.dtype
+) -> tuple[Tensor, ...] | None:
+    """A head mask for each layer, broadcastable to ``[B, heads, Q, K]``.
+
+    Args:
+        head_mask: ``[heads]``, ``[layers, heads]``, or ``[layers, 1 or B, heads, 1 or Q, 1 or K]``; 1 keeps a head.
+        config: of the model.
+        dtype: of the computation.
+
+    Raises:
+        UserError: another shape.
+    """
+    if head_mask is None:
+        return None
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    shape = tuple(head_mask.shape)
+    if shape == (heads,):
+        masks = head_mask[None, None, :, None, None].expand(layers, 1, heads, 1, 1)
+    elif shape == (layers, heads):
+        masks = head_mask[:, None, :, None, None]
+    elif len(shape) == 5 and shape[0] == layers and shape[2] == heads:
+        masks = head_mask
+    else:
+        raise UserError(f"head_mask has shape {list(shape)}, expected [{heads}] or [{layers}, {heads}] (layers, heads)")
+    return tuple(masks.to(dtype).unbind(0))

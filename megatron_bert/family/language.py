@@ -1,0 +1,224 @@
+"""Classes with a language-model head over the vocabulary: pretraining and masked words.
+
+Shapes: B sequences, S tokens of each, T tokens without skipped padding, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_bert.family.arguments import Arguments, check_labels
+from megatron_bert.family.bert import Encoded, MegatronBertModel
+from megatron_bert.family.losses import mean_cross_entropy
+from megatron_bert.family.outputs import MaskedLMOutput, MegatronBertForPreTrainingOutput
+from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.heads import Dense, MaskedLanguageHead
+from parallel.collectives import gather_from_ranks
+from parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
+from parallel.errors import UserError
+from parallel.layers import VocabParallelEmbedding
+from parallel.mesh import SINGLE, TensorParallel
+
+
+class LanguageModel(MegatronBertPreTrainedModel):
+    """The encoder and a head over the vocabulary, whose output matrix is the word embeddings or one of its own.
+
+    Args:
+        config: sizes and options.
+        pooled: whether the encoder has a pooler.
+        tp, skip_padding, device: as in MegatronBertModel.
+    """
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        pooled: bool,
+        tp: TensorParallel,
+        skip_padding: bool | None,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__(config, tp, None)
+        self.bert = MegatronBertModel(config, pooled, tp=tp, skip_padding=skip_padding, initial=False, device=device)
+        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device)
+        self.output_embeddings: VocabParallelEmbedding | None = None
+        if not config.tie_word_embeddings:
+            self.output_embeddings = VocabParallelEmbedding(
+                config.vocab_size,
+                config.padded_vocab_size,
+                config.hidden_size,
+                init_std=config.initializer_range,
+                tp=tp,
+                device=device,
+            )
+
+    def get_output_embeddings(self) -> VocabParallelEmbedding:
+        """What holds the output matrix: the word embeddings where they are tied."""
+        return self.get_input_embeddings() if self.output_embeddings is None else self.output_embeddings
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[N, H]`` to logits ``[N, V]`` on every rank."""
+        local = self.masked_head(hidden, self.get_output_embeddings().weight)
+        return gather_from_ranks(local, self.tp)[:, : self.config.vocab_size]
+
+    def language_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the labelled tokens; 0 if there are none.
+
+        The head runs again on these few rows, so that the backward pass costs what they cost and not what all cost.
+
+        Args:
+            hidden: ``[N, H]``.
+            labels: int64 ``[N]``; -100 is ignored.
+        """
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return hidden.sum() * 0.0
+        local = self.masked_head(hidden.index_select(0, rows), self.get_output_embeddings().weight)
+        losses = vocab_parallel_cross_entropy(
+            local, labels.index_select(0, rows).long(), self.config.vocab_size, self.tp
+        )
+        return losses.mean()
+
+    def masked_loss(self, encoded: Encoded, labels: Tensor | None) -> Tensor | None:
+        """The loss of masked words, where there are ``labels`` ``[B, S]``."""
+        return None if labels is None else self.language_loss(encoded.hidden, encoded.of_tokens(labels))
+
+    def labelled(self, given: Arguments, labels: Tensor | None) -> Tensor | None:
+        """Check word labels, and say which tokens have one: bool ``[B, S]``."""
+        either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        if labels is None or either is None:
+            return None
+        check_labels("labels", labels, tuple(either.shape[:2]), self.config.vocab_size, IGNORED)
+        return labels != IGNORED
+
+
+class MegatronBertForMaskedLM(LanguageModel):
+    """Logits over the vocabulary for every token; arguments as of MegatronBertModel."""
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        skip_padding: bool | None = None,
+        initial: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, False, tp, skip_padding, device)
+        self._begin(initial)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
+        """Predict words; ``labels`` int64 ``[B, S]`` holds the true ids, -100 where nothing is to be predicted."""
+        given = Arguments(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        encoded = self.bert.encode(given, needed=self.labelled(given, labels))
+        output = MaskedLMOutput(
+            loss=self.masked_loss(encoded, labels),
+            logits=encoded.rectangle(self.logits(encoded.hidden)),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return self.returned(output, return_dict)
+
+
+class MegatronBertForPreTraining(LanguageModel):
+    """The two heads of pretraining: masked words and sentence pairs.
+
+    Args:
+        config: sizes and options.
+        add_binary_head: whether there is a pooler and a sentence-pair head.
+        tp, skip_padding, initial, device: as in MegatronBertModel.
+    """
+
+    own_arguments = ("add_binary_head",)
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        add_binary_head: bool = True,
+        *,
+        tp: TensorParallel = SINGLE,
+        skip_padding: bool | None = None,
+        initial: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, add_binary_head, tp, skip_padding, device)
+        self.pair_classifier: Dense | None = None
+        if add_binary_head:
+            self.pair_classifier = Dense(config.hidden_size, 2, init_std=config.initializer_range, device=device)
+        self._begin(initial)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MegatronBertForPreTrainingOutput | tuple[Tensor, ...]:
+        """Predict words and whether the second sentence follows the first.
+
+        ``labels`` int64 ``[B, S]`` as for masked words; ``next_sentence_label`` int64 ``[B]``, 0 if it follows, 1 if it
+        is another. The loss is the sum of those whose labels are given.
+        """
+        given = Arguments(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        encoded = self.bert.encode(given, needed=self.labelled(given, labels))
+        pair = None if self.pair_classifier is None else self.pair_classifier(self.bert.pooled(encoded))
+        losses = [self.masked_loss(encoded, labels)]
+        if next_sentence_label is not None:
+            if pair is None:
+                raise UserError(
+                    "next_sentence_label is given, but there is no sentence-pair head: add_binary_head=True"
+                )
+            losses.append(mean_cross_entropy("next_sentence_label", pair, next_sentence_label.reshape(-1)))
+        present = [loss for loss in losses if loss is not None]
+        output = MegatronBertForPreTrainingOutput(
+            loss=sum(present[1:], present[0]) if present else None,
+            prediction_logits=encoded.rectangle(self.logits(encoded.hidden)),
+            seq_relationship_logits=pair,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return self.returned(output, return_dict)

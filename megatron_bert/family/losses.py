@@ -1,0 +1,58 @@
+"""Mean losses of classification, which are 0 (not NaN) where every label is ignored."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bert.family.arguments import check_labels
+from parallel.cross_entropy import IGNORED
+from parallel.errors import UserError
+
+
+def mean_cross_entropy(name: str, logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
+    """Mean cross entropy over the labels that are not ``ignored``, computed in float32.
+
+    Args:
+        name: of the argument that gave the labels.
+        logits: ``[N, C]``.
+        labels: int64 ``[N]``.
+        ignored: label of rows that do not count.
+    """
+    check_labels(name, labels, (logits.shape[0],), logits.shape[1], ignored)
+    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignored, reduction="sum")
+    return total / (labels != ignored).sum().clamp(min=1)
+
+
+def problem_loss(problem: str | None, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a classification or regression problem.
+
+    Args:
+        problem: its type; None finds it: one class is a regression, whole-number labels are single, others multiple.
+        logits: ``[B, C]``.
+        labels: ``[B]`` or ``[B, 1]`` values (regression of one) or class numbers, ``[B, C]`` values (regression of
+            several) or 0 and 1 (multiple labels).
+
+    Raises:
+        UserError: labels of another shape or range.
+    """
+    batch, classes = logits.shape
+    whole = not labels.is_floating_point()
+    if problem is None:
+        single = "single_label_classification" if whole else "multi_label_classification"
+        problem = "regression" if classes == 1 else single
+    if problem == "single_label_classification":
+        if labels.numel() != batch or not whole:
+            raise UserError(
+                f"labels has shape {list(labels.shape)} and type {labels.dtype}, expected a class number for each of "
+                f"{batch} sequences (problem_type is {problem})"
+            )
+        return mean_cross_entropy("labels", logits, labels.reshape(-1))
+    if labels.numel() != logits.numel():
+        raise UserError(
+            f"labels has shape {list(labels.shape)}, expected {list(logits.shape)} (problem_type is {problem})"
+        )
+    targets = labels.reshape(logits.shape).float()
+    if problem == "regression":
+        return F.mse_loss(logits.float(), targets)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)

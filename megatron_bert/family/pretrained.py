@@ -1,0 +1,273 @@
+"""What all classes of the family have in common: initial weights, sizes, pruning, checkpointing, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_bert.family.load import LoadingReport, load_model
+from megatron_bert.family.names import canonical_name
+from megatron_bert.family.outputs import ModelOutput
+from megatron_bert.family.save import save_model
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.heads import MaskedLanguageHead
+from megatron_bert.model.layer import TransformerLayer
+from megatron_bert.model.resharding import replaced, undivided
+from parallel.errors import UserError
+from parallel.layers import VocabParallelEmbedding
+from parallel.mesh import TensorParallel
+from parallel.sharding import initialize
+
+
+class MegatronBertPreTrainedModel(nn.Module):
+    """The base of every class; heads hold the encoder as ``bert``.
+
+    Attributes:
+        config: sizes and options.
+        tp: the tensor-parallel handle.
+    """
+
+    base_model_prefix: ClassVar[str] = "bert"
+    config_class: ClassVar[type[MegatronBertConfig]] = MegatronBertConfig
+    #: Keyword arguments of the constructor that from_pretrained passes on, beside those of every class.
+    own_arguments: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: MegatronBertConfig, tp: TensorParallel, skip_padding: bool | None) -> None:
+        super().__init__()
+        if not isinstance(config, MegatronBertConfig):
+            raise UserError(f"{type(self).__name__} takes a MegatronBertConfig, but got a {type(config).__name__}")
+        if tp.sequence:
+            raise UserError("these classes divide matrices, not tokens: give a handle without sequence parallelism")
+        self.config, self.tp = config, tp
+        self._skip_padding = skip_padding
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder without a head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def skip_padding(self) -> bool | None:
+        """Whether padding is skipped; see :class:`~megatron_bert.family.bert.MegatronBertModel`."""
+        return self.base_model._skip_padding
+
+    @skip_padding.setter
+    def skip_padding(self, value: bool | None) -> None:
+        self.base_model._skip_padding = value
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters over all ranks, without padding of the vocabulary."""
+        count = 0
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad or not only_trainable:
+                rows = parameter.shape[0]
+                words = rows == self.config.padded_vocab_size and self.has_words(name)
+                count += parameter.numel() // rows * (self.config.vocab_size if words else rows)
+        return count
+
+    def has_words(self, name: str) -> bool:
+        """Whether a parameter has a row for each word, so that it is padded with the vocabulary."""
+        return canonical_name(name) in (
+            "embeddings.word_embeddings.weight",
+            "masked_head.bias",
+            "output_embeddings.weight",
+        )
+
+    def wants(self, given: bool | None, field: str) -> bool:
+        """An argument, or the configuration's answer where there is none."""
+        return bool(getattr(self.config, field) if given is None else given)
+
+    def returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """An output in the form asked for: with fields, or as a tuple."""
+        return output if self.wants(return_dict, "return_dict") else output.to_tuple()
+
+    def layer_list(self) -> list[TransformerLayer]:
+        """The transformer layers, lowest first."""
+        return self.base_model.encoder.layer_list()
+
+    def get_input_embeddings(self) -> VocabParallelEmbedding:
+        """The word embeddings."""
+        return self.base_model.embeddings.word_embeddings
+
+    # ---------------------------------------------------------------- initial weights
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules under their names in a pretraining checkpoint, each ending in a dot."""
+        for name, child in self.named_children():
+            if isinstance(child, MegatronBertPreTrainedModel):
+                yield from child.parts()
+            else:
+                yield canonical_name(f"{name}."), child
+
+    def _begin(self, initial: bool) -> None:
+        """Draw initial weights: as the pretraining model's, they depend on the seed and on names, not on ranks."""
+        if initial:
+            seed = self.fresh_seed()
+            for prefix, module in self.parts():
+                initialize(module, seed, prefix=prefix)
+
+    def fresh_seed(self) -> int:
+        """A number from torch's generator, the same on every tensor rank."""
+        seed = torch.randint(1 << 62, (1,))
+        if self.tp.size > 1:
+            assert self.tp.mesh is not None
+            seed = seed.to(self.tp.mesh.device_type)
+            dist.broadcast(seed, group=self.tp.group, group_src=0)
+        return int(seed)
+
+    # ---------------------------------------------------------------- changes of a model
+
+    def prune_heads(self, heads_to_prune: dict[int, Iterable[int]]) -> None:
+        """Remove attention heads for good: layer -> heads, numbered as they were at first.
+
+        The parameters concerned are replaced by smaller ones, so an optimizer must be made afterwards.
+
+        Raises:
+            UserError: a layer or head that is not there, or none would remain.
+        """
+        pruned = {layer: set(heads) for layer, heads in (self.config.pruned_heads or {}).items()}
+        for layer, heads in heads_to_prune.items():
+            pruned.setdefault(int(layer), set()).update(heads)
+        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
+        layers = self.layer_list()
+        for layer, heads in heads_to_prune.items():
+            layers[int(layer)].attention.prune(set(heads))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> VocabParallelEmbedding:
+        """Give the vocabulary another size: rows are kept from the start, new ones are drawn as initial weights.
+
+        The output matrix of a language-model head and its bias follow. An optimizer must be made afterwards.
+
+        Args:
+            new_num_tokens: number of words; None leaves it as it is.
+            pad_to_multiple_of: round the number up to a multiple of this.
+
+        Returns:
+            The word embeddings.
+        """
+        words = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            words = -(-words // pad_to_multiple_of) * pad_to_multiple_of
+        before = self.config.vocab_size
+        self.config.vocab_size = words
+        generator = torch.Generator().manual_seed(self.fresh_seed())
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if isinstance(module, VocabParallelEmbedding | MaskedLanguageHead):
+                    self._resize(module, name, parameter, before, generator)
+        return self.get_input_embeddings()
+
+    def _resize(
+        self, module: nn.Module, name: str, parameter: nn.Parameter, before: int, generator: torch.Generator
+    ) -> None:
+        words, rows = self.config.vocab_size, self.config.padded_vocab_size
+        old = undivided(parameter)
+        values = old.new_zeros((rows, *old.shape[1:]))
+        kept = min(before, words)
+        values[:kept] = old[:kept]
+        if parameter.dim() == 2:
+            fresh = torch.empty((words - kept, old.shape[1]))
+            values[kept:words] = fresh.normal_(0.0, self.config.initializer_range, generator=generator).to(values)
+        setattr(module, name, replaced(parameter, values, self.tp))
+        if isinstance(module, VocabParallelEmbedding):
+            module.vocab_size, module.padded_vocab_size = words, rows
+            module.first_row = self.tp.rank * (rows // self.tp.size)
+
+    # ---------------------------------------------------------------- gradient checkpointing
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers compute their forward pass again in the backward pass."""
+        return any(layer.recompute != "none" for layer in self.layer_list())
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only each layer's input in training, and compute the layer again in the backward pass."""
+        for layer in self.layer_list():
+            layer.recompute = "full"
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward pass needs."""
+        for layer in self.layer_list():
+            layer.recompute = "none"
+
+    # ---------------------------------------------------------------- files
+
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None
+    ) -> None:
+        """Write ``config.json`` and safetensors with the names that transformers' classes read.
+
+        Every tensor rank calls; the first writes.
+
+        Args:
+            directory: to write into; made if it is not there.
+            max_shard_size: bytes, or a number with KB, MB or GB, above which a file is divided.
+            tokenizer: saved beside the weights, if given: anything with a ``save(directory)`` or
+                ``save_pretrained(directory)``.
+        """
+        save_model(self, Path(directory), max_shard_size)
+        if tokenizer is not None and self.tp.rank == 0:
+            write: Callable[[Path], Any] = getattr(tokenizer, "save_pretrained", None) or tokenizer.save
+            write(Path(directory))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        config: MegatronBertConfig | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **changes: Any,
+    ) -> Self | tuple[Self, dict[str, list[str]]]:
+        """Load a model that this or transformers' class of any head has written.
+
+        Parameters that the files do not hold get initial values, and are named in a warning, as is what the files hold
+        beyond.
+
+        Args:
+            directory: with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
+            config: in place of the directory's.
+            torch_dtype: number format of the parameters, ``torch.float16`` or ``"float16"``; ``"auto"`` takes that of
+                the files. float32 by default.
+            ignore_mismatched_sizes: give parameters of another shape than the files' initial values, not an error.
+            output_loading_info: return what was missing and unexpected too.
+            **changes: fields of the configuration, and arguments of the constructor (``tp``, ``skip_padding``,
+                ``device``, ..).
+
+        Returns:
+            The model in evaluation mode; with ``output_loading_info`` also the lists by kind.
+
+        Raises:
+            UserError: no such files, or they do not fit.
+        """
+        names = ("tp", "skip_padding", "device", *cls.own_arguments)
+        construct = {name: changes.pop(name) for name in names if name in changes}
+        if config is None:
+            config = MegatronBertConfig.from_pretrained(directory, **changes)
+        elif changes:
+            config = MegatronBertConfig.from_dict(config.to_dict(), **changes)
+        model = cls(config, initial=False, **construct)  # type: ignore[call-arg]
+        report: LoadingReport = load_model(model, Path(directory), torch_dtype, ignore_mismatched_sizes)
+        model.eval()
+        return (model, report.as_dict()) if output_loading_info else model

@@ -1,0 +1,132 @@
+"""Text to the tensors that the classes take, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from parallel.errors import UserError
+
+CONFIG_NAME = "tokenizer_config.json"
+
+
+class AutoTokenizer:
+    """A vocabulary, callable on texts: ``model(**tokenizer("Hello", return_tensors="pt"))``.
+
+    Args:
+        vocabulary: turns text into ids.
+        max_length: tokens of the longest input of the model; None where it is not known.
+    """
+
+    def __init__(self, vocabulary: Tokenizer, max_length: int | None = None) -> None:
+        self.vocabulary, self.model_max_length = vocabulary, max_length
+        self.mask_token_id, self.pad_token_id = vocabulary.mask_id, vocabulary.pad_id
+        self.mask_token = vocabulary.id_to_token(vocabulary.mask_id)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
+        """Load from a directory with tokenizer.json, vocab.txt or a .model file.
+
+        Raises:
+            UserError: it holds none of them.
+        """
+        config = Path(directory) / CONFIG_NAME
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        length = settings.get("model_max_length")
+        return cls(load_tokenizer(directory), length if type(length) is int and length < 1 << 20 else None)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the vocabulary's files, and what transformers' tokenizers need beside them."""
+        folder = Path(directory)
+        self.vocabulary.save(folder)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for role in ("cls", "sep", "pad", "mask", "unk"):
+            settings[f"{role}_token"] = self.vocabulary.id_to_token(getattr(self.vocabulary, f"{role}_id"))
+        if self.model_max_length is not None:
+            settings["model_max_length"] = self.model_max_length
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return self.vocabulary.vocab_size
+
+    def __call__(
+        self,
+        text: str | list[str],
+        text_pair: str | list[str] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool = False,
+        padding: bool = True,
+        return_tensors: str = "pt",
+    ) -> dict[str, Tensor]:
+        """Inputs of a batch: ``[CLS] text [SEP]`` or ``[CLS] text [SEP] pair [SEP]``, padded on the right.
+
+        Mask tokens in a text (``[MASK]``) stand for themselves; other special tokens are ordinary characters.
+
+        Args:
+            text: one or several.
+            text_pair: second texts, as many.
+            max_length: most tokens; what the model takes by default.
+            truncation: shorten the longer text of what is too long, instead of an error.
+            padding: pad to the longest; without it all must be of one length.
+            return_tensors: ``pt``; there are no others.
+
+        Returns:
+            ``input_ids``, ``token_type_ids`` and ``attention_mask``, int64 ``[B, S]``.
+
+        Raises:
+            UserError: texts that do not match, or are too long.
+        """
+        if return_tensors != "pt":
+            raise UserError(f"return_tensors is {return_tensors!r}: only pt, torch's tensors, are made")
+        texts = [text] if isinstance(text, str) else list(text)
+        pairs = [text_pair] if isinstance(text_pair, str) else None if text_pair is None else list(text_pair)
+        if not texts or (pairs is not None and len(pairs) != len(texts)):
+            raise UserError(f"{len(texts)} texts and {len(pairs or [])} pairs: give at least one, and as many of both")
+        limit = max_length or self.model_max_length
+        rows = [
+            self._row(first, None if pairs is None else pairs[index], limit, truncation)
+            for index, first in enumerate(texts)
+        ]
+        longest = max(len(ids) for ids, _ in rows)
+        if not padding and any(len(ids) != longest for ids, _ in rows):
+            raise UserError("the texts have different numbers of tokens: padding=True makes one batch of them")
+        batch = {"input_ids": self.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
+        tensors = {name: torch.full((len(rows), longest), fill) for name, fill in batch.items()}
+        for number, (ids, types) in enumerate(rows):
+            tensors["input_ids"][number, : len(ids)] = torch.tensor(ids)
+            tensors["token_type_ids"][number, : len(ids)] = torch.tensor(types)
+            tensors["attention_mask"][number, : len(ids)] = 1
+        return tensors
+
+    def _row(self, text: str, pair: str | None, limit: int | None, truncation: bool) -> tuple[list[int], list[int]]:
+        """Ids and types of one input."""
+        segments = [self._encode(part) for part in (text, pair) if part is not None]
+        special = 1 + len(segments)
+        while limit is not None and special + sum(map(len, segments)) > limit:
+            if not truncation or not any(segments):
+                count = special + sum(map(len, segments))
+                raise UserError(f"a text has {count} tokens, but the model takes {limit}: truncation=True shortens it")
+            max(segments, key=len).pop()
+        ids, types = [self.vocabulary.cls_id], [0]
+        for number, segment in enumerate(segments):
+            ids += [*segment, self.vocabulary.sep_id]
+            types += [number] * (len(segment) + 1)
+        return ids, types
+
+    def _encode(self, text: str) -> list[int]:
+        first, *rest = text.split(self.mask_token)
+        ids = self.vocabulary.encode(first)
+        for piece in rest:
+            ids += [self.mask_token_id, *self.vocabulary.encode(piece)]
+        return ids
+
+    def decode(self, ids: Tensor | list[int]) -> str:
+        """Readable text of token ids, without special tokens."""
+        return self.vocabulary.decode([int(token) for token in ids])

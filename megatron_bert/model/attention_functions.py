@@ -1,0 +1,112 @@
+"""Attention as functions of query, key and value: written out, and by torch's fused kernels.
+
+Shapes: B sequences, A heads, Q queries, K keys, D head dimension. A mask is bool ``[B, K]``, or broadcasts to
+``[B, A, Q, K]``; it is true where a key may be attended to.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.dropout import keep_mask
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    keys: Tensor | None = None,
+    head_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias), after dropout and the head mask.
+
+    Args:
+        query: ``[B, A, Q, D]``.
+        key: ``[B, A, K, D]``.
+        mask: see above; a query without any key attends evenly to all.
+        bias: added to the scaled scores, ``[B, A, Q, K]``.
+        dropout: probability of dropping an attention probability.
+        keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
+        head_mask: what the probabilities are multiplied with at last, broadcastable to ``[B, A, Q, K]``.
+
+    Returns:
+        ``[B, A, Q, K]``.
+    """
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~_broadcastable(mask), torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if dropout > 0.0:
+        assert keys is not None, "keyed dropout needs keys"
+        kept = keep_mask(keys, probabilities.shape[-1], dropout)
+        probabilities = torch.where(kept, probabilities * (1.0 / (1.0 - dropout)), 0.0)
+    return probabilities if head_mask is None else probabilities * head_mask
+
+
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, keys: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v written out: the reference, and the path with keyed dropout.
+
+    Args:
+        query: ``[B, A, Q, D]``.
+        key, value: ``[B, A, K, D]``.
+        mask: see above; a query without any key attends evenly to all.
+        dropout: probability of dropping an attention probability.
+        keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
+
+    Returns:
+        ``[B, A, Q, D]``.
+    """
+    return torch.matmul(attention_probabilities(query, key, mask, dropout=dropout, keys=keys), value)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """The same by torch's fused kernels, whose dropout draws from torch's own generator.
+
+    Args:
+        query: ``[B, A, Q, D]``.
+        key, value: ``[B, A, K, D]``.
+        mask: see above; every query has at least one key.
+        dropout: probability of dropping an attention probability.
+    """
+    mask = None if mask is None else _broadcastable(mask)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+def relative_scores(query: Tensor, key: Tensor, distances: Tensor, first: int, both: bool) -> Tensor:
+    """What relative positions add to the scaled scores: q . r, and with ``both`` also k . r.
+
+    r is the row of ``distances`` for (position of the query) - (position of the key). Queries and keys are multiplied
+    with all rows that occur and the products picked afterwards: Q + K rows instead of Q * K.
+
+    Args:
+        query: ``[B, A, Q, D]``, at positions ``first`` to ``first + Q - 1``.
+        key: ``[B, A, K, D]``, at positions 0 to K - 1.
+        distances: ``[2 P - 1, D]``, from distance -(P - 1) to P - 1; all positions are below P.
+        first: position of the first query.
+        both: whether keys count too (``relative_key_query``).
+
+    Returns:
+        ``[B, A, Q, K]``.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    zero = (distances.shape[0] - 1) // 2
+    rows = distances[zero + first - (keys - 1) : zero + first + queries].to(query.dtype).t()
+    column = torch.arange(queries, device=query.device)[:, None] - torch.arange(keys, device=query.device) + keys - 1
+    scores = torch.matmul(query, rows).gather(-1, column.expand(*query.shape[:3], keys))
+    if both:
+        by_key = torch.matmul(key, rows).gather(-1, column.t().expand(*key.shape[:3], queries))
+        scores = scores + by_key.transpose(-1, -2)
+    return scores * query.shape[-1] ** -0.5
+
+
+def _broadcastable(mask: Tensor) -> Tensor:
+    return mask[:, None, None, :] if mask.dim() == 2 else mask

@@ -1,0 +1,119 @@
+"""What values a configuration may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from parallel.errors import UserError
+
+POSITION_TYPES = ("absolute", "relative_key", "relative_key_query")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+#: torch_dtype names.
+NUMBER_FORMATS = ("float32", "float16", "bfloat16", "float64")
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "vocab_size_multiple",
+    "num_labels",
+)
+_SWITCHES = (
+    "is_decoder",
+    "add_cross_attention",
+    "use_cache",
+    "tie_word_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "scaled_output_init",
+    "binary_head",
+)
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+def check_values(config: Any, activations: Iterable[str]) -> None:
+    """Check every field of a configuration.
+
+    Raises:
+        UserError: for the first that is wrong, with what it may be.
+    """
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise UserError(f"model.{name} is {value!r}: give a whole number of 1 or more")
+    for name in _SWITCHES:
+        if type(getattr(config, name)) is not bool:
+            raise UserError(f"model.{name} is {getattr(config, name)!r}: give true or false")
+    for name in _PROBABILITIES:
+        value = getattr(config, name)
+        if not (value is None and name == "classifier_dropout") and not (_is_number(value) and 0 <= value < 1):
+            raise UserError(f"model.{name} is {value!r}: give a probability, at least 0 and below 1")
+    for name in ("initializer_range", "layer_norm_eps"):
+        value = getattr(config, name)
+        if not _is_number(value) or not value >= 0:
+            raise UserError(f"model.{name} is {value!r}: give a number of 0 or more")
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size {config.hidden_size} is not a multiple of model.num_attention_heads "
+            f"{config.num_attention_heads}: every head needs the same number of dimensions"
+        )
+    _check_choice("hidden_act", config.hidden_act, tuple(activations))
+    _check_choice("position_embedding_type", config.position_embedding_type, POSITION_TYPES)
+    _check_choice("problem_type", config.problem_type, (None, *PROBLEM_TYPES))
+    _check_choice("torch_dtype", config.torch_dtype, (None, *NUMBER_FORMATS))
+    if config.add_cross_attention and not config.is_decoder:
+        raise UserError("model.add_cross_attention needs model.is_decoder=true: only decoders attend to an encoder")
+    _check_ids(config)
+    _check_labels(config)
+    _check_pruned(config)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        names = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise UserError(f"model.{name} is {value!r}: choose one of {names}")
+
+
+def _check_ids(config: Any) -> None:
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for name, value in (("pad", config.pad_token_id), ("bos", config.bos_token_id), *(("eos", end) for end in ends)):
+        if value is None and name != "pad":
+            continue
+        if type(value) is not int or value < 0:
+            raise UserError(f"model.{name}_token_id is {value!r}: give the id of a token")
+
+
+def _check_labels(config: Any) -> None:
+    numbers, names = list(config.id2label), list(config.id2label.values())
+    if len(numbers) != config.num_labels:
+        raise UserError(f"model.num_labels is {config.num_labels}, but model.id2label names {len(numbers)} classes")
+    if numbers != list(range(len(numbers))) or len(set(names)) != len(names):
+        raise UserError(
+            f"model.id2label numbers its {len(numbers)} classes {numbers[:5]}..: number them from 0, each with a name "
+            "of its own"
+        )
+
+
+def _check_pruned(config: Any) -> None:
+    """Check the heads, and write them as plain sorted lists: JSON makes the layers' numbers text."""
+    if config.pruned_heads is None:
+        return
+    pruned = {int(layer): sorted({int(head) for head in heads}) for layer, heads in config.pruned_heads.items()}
+    for layer, heads in pruned.items():
+        fits = all(0 <= head < config.num_attention_heads for head in heads)
+        if not 0 <= layer < config.num_hidden_layers or not fits or len(heads) == config.num_attention_heads:
+            raise UserError(
+                f"model.pruned_heads has {heads} for layer {layer}: layers go to {config.num_hidden_layers - 1}, heads "
+                f"to {config.num_attention_heads - 1}, and each layer keeps at least one"
+            )
+    config.__dict__["pruned_heads"] = {layer: heads for layer, heads in sorted(pruned.items()) if heads} or None

@@ -1,0 +1,73 @@
+"""Attention of a decoder to the hidden states of an encoder, with heads divided over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_bert.model.attention import AttentionHeads
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.requests import AttentionOutput, AttentionRequest
+from megatron_bert.model.sequences import SequenceLayout
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
+from parallel.mesh import SINGLE, TensorParallel
+
+
+class CrossAttention(AttentionHeads):
+    """Queries of the decoder's tokens, keys and values of the encoder's, whose number may be another.
+
+    Rows of the key and value matrix are ordered ``[heads, 2, head_dim]``, so that a rank's heads are a plain slice.
+
+    Args:
+        config: sizes of the decoder; the encoder's hidden size is the same.
+        tp: the tensor-parallel handle.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(config, tp=tp, device=device)
+        hidden, std = config.hidden_size, config.initializer_range
+        self.query = ColumnParallelLinear(hidden, hidden, init_std=std, tp=tp, device=device)
+        self.key_value = ColumnParallelLinear(hidden, 2 * hidden, init_std=std, tp=tp, device=device)
+        self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp, device=device)
+
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+    ) -> AttentionOutput:
+        """Attend to the encoder's states.
+
+        Args:
+            hidden: ``[T, H]`` of the decoder.
+            layout: its sequences, a rectangle.
+            keys: int64 ``[T]`` dropout keys; None without dropout.
+            request: with what to attend to, and perhaps its cached keys and values (entries 2 and 3 of ``past``).
+
+        Returns:
+            ``[T, H]``, with what was asked for.
+        """
+        encoder = request.encoder
+        assert encoder is not None, "cross-attention needs something to attend to"
+        query = layout.to_rectangle(self.query(hidden).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
+        if request.past is not None and len(request.past) > 2:
+            key, value = request.past[2:]
+        else:
+            assert encoder.hidden is not None
+            both = self.key_value(encoder.hidden).unflatten(-1, (self.heads, 2, self.head_dim))
+            key, value = (t.transpose(1, 2) for t in both.unflatten(0, (layout.batch, encoder.length)).unbind(3))
+        context, probabilities = self._attend(
+            query,
+            key,
+            value,
+            encoder.mask,
+            None if keys is None else layout.to_rectangle(keys),
+            first=0 if request.past is None else request.past[0].shape[2],
+            head_mask=request.head_mask,
+            explicit=request.probabilities or encoder.unattended,
+        )
+        return AttentionOutput(
+            self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
+            self._all_heads(probabilities, request.probabilities),
+            (key, value) if request.keep else None,
+        )

@@ -1,0 +1,118 @@
+"""What can be asked of the encoder beyond the last hidden states, and what it then gives.
+
+Pretraining asks nothing of this and passes no request, which is the fast path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+#: Keys and values of one layer, ``[B, heads on this rank, K, D]`` each; with cross-attention also those of the encoder.
+LayerCache = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderStates:
+    """What a decoder's cross-attention looks at.
+
+    Attributes:
+        hidden: ``[B * E, H]`` final hidden states of the encoder; None where keys and values are cached.
+        length: E.
+        mask: bool, broadcastable to ``[B, 1, Q, E]``, true where a state may be attended to; None when all may.
+        unattended: some query may attend to none.
+    """
+
+    hidden: Tensor | None
+    length: int
+    mask: Tensor | None = None
+    unattended: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRequest:
+    """What one layer is asked. Sequences stand in a rectangle of B times Q tokens.
+
+    Attributes:
+        mask: bool, broadcastable to ``[B, 1, Q, K]``, true where a key may be attended to; None when all may.
+        unattended: some query may attend to none, which the fused kernels do not take.
+        probabilities: give the attention probabilities.
+        head_mask: what they are multiplied with, broadcastable to ``[B, all heads, Q, K]``.
+        past: keys and values of earlier tokens.
+        keep: give keys and values, for later tokens.
+        encoder: what to attend to besides; decoders only.
+    """
+
+    mask: Tensor | None = None
+    unattended: bool = False
+    probabilities: bool = False
+    head_mask: Tensor | None = None
+    past: LayerCache | None = None
+    keep: bool = False
+    encoder: EncoderStates | None = None
+
+
+class AttentionOutput(NamedTuple):
+    """What an attention module gives on request.
+
+    Attributes:
+        hidden: ``[T, H]``.
+        probabilities: ``[B, heads, Q, K]`` of all ranks' heads, if asked for.
+        cache: keys and values, if asked for.
+    """
+
+    hidden: Tensor
+    probabilities: Tensor | None
+    cache: LayerCache | None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer gives on request.
+
+    Attributes:
+        hidden: ``[T, H]``.
+        attentions, cross_attentions: ``[B, heads, Q, K or E]``, if asked for.
+        cache: keys and values, if asked for.
+    """
+
+    hidden: Tensor
+    attentions: Tensor | None
+    cross_attentions: Tensor | None
+    cache: LayerCache | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRequest:
+    """What the stack of layers is asked.
+
+    Attributes:
+        hidden_states: give the hidden states before each layer too.
+        attention: what every layer is asked; None when their attention is plain.
+        head_masks: one for each layer, in place of that of ``attention``.
+        past: one for each layer, in place of that of ``attention``.
+    """
+
+    hidden_states: bool = False
+    attention: AttentionRequest | None = None
+    head_masks: tuple[Tensor, ...] | None = None
+    past: tuple[LayerCache, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOutput:
+    """What the stack of layers gives on request; tuples have an entry a layer, and are empty if not asked for.
+
+    Attributes:
+        hidden: ``[T, H]`` after the final norm.
+        hidden_states: before the first layer, after each layer but the last, and ``hidden``.
+        attentions, cross_attentions: ``[B, heads, Q, K or E]``.
+        past: keys and values.
+    """
+
+    hidden: Tensor
+    hidden_states: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
+    cross_attentions: tuple[Tensor, ...] = ()
+    past: tuple[LayerCache, ...] = ()

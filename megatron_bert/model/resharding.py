@@ -1,0 +1,45 @@
+"""Parameters with some of their rows or columns, dealt to the tensor-parallel ranks anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel.mesh import TensorParallel
+from parallel.sharding import sharded_parameter
+
+
+def undivided(tensor: Tensor) -> Tensor:
+    """The global tensor, detached; every tensor rank must call."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> None:
+    """Copy the global ``values`` into a parameter, of which this rank may hold a part."""
+    if isinstance(parameter, DTensor):
+        values = values.chunk(tp.size, parameter.placements[0].dim)[tp.rank]  # type: ignore[attr-defined]
+        parameter.to_local().copy_(values)
+    else:
+        parameter.copy_(values)
+
+
+def replaced(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> nn.Parameter:
+    """A parameter like ``parameter`` (device, type, division) with other global values, perhaps of another size."""
+    dim = parameter.placements[0].dim if isinstance(parameter, DTensor) else 0  # type: ignore[attr-defined]
+    fresh = sharded_parameter(
+        tuple(values.shape),
+        tp if isinstance(parameter, DTensor) else TensorParallel(),
+        dim=dim,
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
+    fill(fresh, values, tp)
+    fresh.requires_grad_(parameter.requires_grad)
+    return fresh
+
+
+def selected(parameter: nn.Parameter, index: Tensor, tp: TensorParallel, *, dim: int) -> nn.Parameter:
+    """A parameter with the rows (``dim`` 0) or columns (1) ``index`` of another; every tensor rank must call."""
+    return replaced(parameter, undivided(parameter).index_select(dim, index.to(parameter.device)), tp)

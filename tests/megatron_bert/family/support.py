@@ -1,0 +1,183 @@
+"""Micro models of every class, their peers in transformers, and batches."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megatron_bert
+from megatron_bert import MegatronBertConfig
+from megatron_bert.family.names import huggingface_names, separate
+from megatron_bert.model.resharding import undivided
+from parallel.mesh import SINGLE, TensorParallel
+
+#: 91 words in a table of 96; large weights, so that every part of the model matters in its result.
+CONFIG = MegatronBertConfig(
+    vocab_size=91,
+    vocab_size_multiple=32,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=20,
+    initializer_range=0.2,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+#: Sums of 32 and 64 terms in float32, some tens in a row, beside the same in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+BATCH, LENGTH, CHOICES = 3, 9, 4
+
+#: Class -> the arguments of its labels.
+HEADS = {
+    "Model": {},
+    "ForPreTraining": {"labels": "words", "next_sentence_label": "pairs"},
+    "ForMaskedLM": {"labels": "words"},
+    "ForCausalLM": {"labels": "words"},
+    "ForNextSentencePrediction": {"labels": "pairs"},
+    "ForSequenceClassification": {"labels": "classes"},
+    "ForMultipleChoice": {"labels": "choices"},
+    "ForTokenClassification": {"labels": "tags"},
+    "ForQuestionAnswering": {"start_positions": "places", "end_positions": "places"},
+}
+
+
+def changed(**changes: Any) -> MegatronBertConfig:
+    return replace(CONFIG, **changes)
+
+
+def config_of(head: str, **changes: Any) -> MegatronBertConfig:
+    """A configuration that suits the class."""
+    if head == "ForCausalLM":
+        changes.setdefault("is_decoder", True)
+    if "Classification" in head:
+        changes.setdefault("num_labels", 5)
+    return changed(**changes)
+
+
+def build(head: str, config: MegatronBertConfig | None = None, *, tp: TensorParallel = SINGLE, **arguments: Any) -> Any:
+    """A model of a class, in evaluation mode, with biases and norms that are not just zeros and ones."""
+    torch.manual_seed(3)
+    model = getattr(megatron_bert, f"MegatronBert{head}")(config or config_of(head), tp=tp, **arguments)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.2
+                noise[model.config.vocab_size if model.has_words(name) else len(noise) :] = 0.0
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                local.add_(noise.chunk(tp.size)[tp.rank] if local is not parameter else noise)
+    return model.eval()
+
+
+def peer_of(model: Any, directory: Path) -> Any:
+    """transformers' model of the same class with the same weights."""
+    import transformers
+
+    model.save_pretrained(directory)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind = getattr(transformers, type(model).__name__)
+    return kind.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+def batch_for(head: str, *, ragged: bool = True, length: int = LENGTH) -> dict[str, Tensor]:
+    """Inputs of a class, with a 2-D mask."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (BATCH, CHOICES, length) if head == "ForMultipleChoice" else (BATCH, length)
+    ids = torch.randint(1, CONFIG.vocab_size, shape, generator=generator)
+    lengths = torch.tensor([length, 4, 6])[:, *([None] * (len(shape) - 1))]
+    mask = (torch.arange(length).expand(shape) < lengths).long() if ragged else torch.ones(shape, dtype=torch.int64)
+    return {
+        "input_ids": torch.where(mask.bool(), ids, CONFIG.pad_token_id),
+        "attention_mask": mask,
+        "token_type_ids": (torch.arange(length).expand(shape) > 3).long() * mask,
+    }
+
+
+def labels_for(head: str, length: int = LENGTH) -> dict[str, Tensor]:
+    """Labels of a class, some of which are ignored where that is possible."""
+    generator = torch.Generator().manual_seed(6)
+
+    def random(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    words = random(CONFIG.vocab_size, BATCH, length)
+    words[:, 1::3] = -100
+    tags = random(5, BATCH, length)
+    tags[1] = -100
+    kinds = {
+        "words": words,
+        "pairs": random(2, BATCH),
+        "classes": random(5, BATCH),
+        "choices": random(CHOICES, BATCH),
+        "tags": tags,
+        "places": torch.tensor([2, length + 3, 0]),
+    }
+    return {name: kinds[kind] for name, kind in HEADS[head].items()}
+
+
+def flatten(output: Any) -> dict[str, Tensor]:
+    """Every tensor of an output by a name of its own; caches as keys and values."""
+    tensors: dict[str, Tensor] = {}
+    for field in fields(output):
+        value = getattr(output, field.name)
+        if isinstance(value, Tensor):
+            tensors[field.name] = value
+        elif isinstance(value, tuple):
+            for number, part in enumerate(value):
+                for place, tensor in enumerate(part if isinstance(part, tuple) else (part,)):
+                    tensors[f"{field.name}.{number}.{place}"] = tensor
+    return tensors
+
+
+def assert_outputs_close(
+    actual: Any, expected: Any, skip: tuple[str, ...] = ("past_key_values",), **close: Any
+) -> None:
+    """Every field of one output is there in the other, and close."""
+    one = {name: t for name, t in flatten(actual).items() if not name.startswith(skip)}
+    other = {name: t for name, t in _theirs(expected).items() if not name.startswith(skip)}
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, **(close or CLOSE), msg=lambda text, n=name: f"{n}: {text}")
+
+
+def _theirs(output: Any) -> dict[str, Tensor]:
+    if not hasattr(output, "items"):
+        return flatten(output)
+    tensors = {}
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, tuple):
+            for number, part in enumerate(value):
+                for place, tensor in enumerate(part if isinstance(part, tuple) else (part,)):
+                    tensors[f"{name}.{number}.{place}"] = tensor
+    return tensors
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients under transformers' names, whole and without padding of the vocabulary."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        keys = huggingface_names(name)
+        gradient = torch.zeros_like(undivided(parameter)) if parameter.grad is None else undivided(parameter.grad)
+        gradient = gradient[: model.config.vocab_size] if model.has_words(name) else gradient
+        found |= dict(zip(keys, separate(gradient, len(keys), model.config.head_dim), strict=True))
+    return found
+
+
+def assert_gradients_close(model: Any, peer: Any) -> None:
+    """Gradients of a model and of transformers' are close, relative to the largest of each parameter."""
+    ours = gradients(model)
+    cut = "" if model.base_model is not model else "bert."
+    for name, parameter in peer.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        largest = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(
+            ours[cut + name], expected, rtol=0, atol=1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
+        )

@@ -1,0 +1,183 @@
+"""Every class beside transformers' with the same weights: outputs, losses and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.megatron_bert.family.support import (
+    BATCH,
+    CLOSE,
+    CONFIG,
+    HEADS,
+    LENGTH,
+    assert_gradients_close,
+    assert_outputs_close,
+    batch_for,
+    build,
+    config_of,
+    labels_for,
+    peer_of,
+)
+
+transformers = pytest.importorskip("transformers")
+
+PAIRS = torch.randint(0, 2, (BATCH, LENGTH, LENGTH), generator=torch.Generator().manual_seed(1))
+PAIRS[:, :, 0] = 1
+PAIRS[1, 2] = 0  # a token that may attend to none attends evenly to all
+ALL = {"output_hidden_states": True, "output_attentions": True}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Ours and theirs of every class, made once."""
+    made = {}
+
+    def get(head):
+        if head not in made:
+            model = build(head)
+            made[head] = model, peer_of(model, tmp_path_factory.mktemp(head))
+        for model in made[head]:
+            model.zero_grad()
+            model.eval()
+        return made[head]
+
+    return get
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("head", HEADS)
+def test_outputs_losses_and_gradients(head, ragged, both):
+    model, peer = both(head)
+    batch = batch_for(head, ragged=ragged) | labels_for(head)
+    ours, theirs = model(**batch), peer(**batch)
+    assert_outputs_close(ours, theirs)
+    for output in (ours, theirs):
+        total = (
+            output.last_hidden_state.square().mean() + output.pooler_output.mean() if head == "Model" else output.loss
+        )
+        total.backward()
+    assert_gradients_close(model, peer)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_everything_it_returns(head, both):
+    model, peer = both(head)
+    batch = batch_for(head)
+    ours, theirs = model(**batch, **ALL), peer(**batch, **ALL)
+    assert_outputs_close(ours, theirs)
+    assert len(ours.hidden_states) == CONFIG.num_hidden_layers + 1
+    assert [name for name in ours if name != "past_key_values"] == [n for n in theirs if n != "past_key_values"]
+    as_tuple = model(**batch, **ALL, **labels_for(head), return_dict=False)
+    expected = peer(**batch, **ALL, **labels_for(head), return_dict=False)
+    assert [type(part) for part in as_tuple if torch.is_tensor(part)] == [
+        type(part) for part in expected if torch.is_tensor(part)
+    ]
+    torch.testing.assert_close(as_tuple[0], expected[0], **CLOSE)
+    torch.testing.assert_close(as_tuple[-1][-1], expected[-1][-1], **CLOSE)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_masks_of_pairs(head, both):
+    model, peer = both(head)
+    batch = batch_for(head) | {"attention_mask": PAIRS}
+    # transformers 5 takes masks of pairs with an axis for heads only, and as what is added to scores.
+    added = torch.zeros(BATCH, 1, LENGTH, LENGTH).masked_fill(PAIRS[:, None] == 0, torch.finfo(torch.float32).min)
+    assert_outputs_close(model(**batch), peer(**batch | {"attention_mask": added}))
+
+
+def test_rows_without_any_token(both):
+    model, peer = both("Model")
+    batch = batch_for("Model")
+    batch["attention_mask"][1] = 0
+    assert_outputs_close(model(**batch), peer(**batch))
+
+
+def test_no_mask_and_no_types(both):
+    model, peer = both("Model")
+    ids = batch_for("Model", ragged=False)["input_ids"]
+    assert_outputs_close(model(ids), peer(ids))
+
+
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_positions(rows, both):
+    model, peer = both("Model")
+    positions = torch.randint(0, 20, (rows, LENGTH))
+    batch = batch_for("Model") | {"position_ids": positions}
+    assert_outputs_close(model(**batch), peer(**batch))
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForMultipleChoice"])
+def test_embeddings_in_place_of_words(head, both):
+    model, peer = both(head)
+    batch = batch_for(head)
+    embeds = torch.randn(*batch.pop("input_ids").shape, CONFIG.hidden_size)
+    mine, yours = embeds.clone().requires_grad_(), embeds.clone().requires_grad_()
+    ours, theirs = model(inputs_embeds=mine, **batch), peer(inputs_embeds=yours, **batch)
+    assert_outputs_close(ours, theirs)
+    ours[0].square().sum().backward()
+    theirs[0].square().sum().backward()
+    torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-4, atol=1e-5 * float(yours.grad.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "problem"),
+    [
+        (torch.randn(BATCH), 1, None),
+        (torch.randn(BATCH, 5), 5, "regression"),
+        (torch.tensor([0, 4, 2]), 5, None),
+        (torch.tensor([[1.0, 0, 0, 1, 0]]).repeat(BATCH, 1), 5, None),
+    ],
+    ids=["regression", "regression-of-several", "single-label", "multi-label"],
+)
+def test_problem_types(labels, classes, problem, tmp_path):
+    head = "ForSequenceClassification"
+    model = build(head, config_of(head, num_labels=classes, problem_type=problem))
+    peer = peer_of(model, tmp_path)
+    batch = batch_for(head) | {"labels": labels}
+    ours, theirs = model(**batch), peer(**batch)
+    assert_outputs_close(ours, theirs)
+    ours.loss.backward()
+    theirs.loss.backward()
+    assert_gradients_close(model, peer)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_activations_and_untied_outputs(act, tied, tmp_path):
+    model = build("ForMaskedLM", config_of("ForMaskedLM", hidden_act=act, tie_word_embeddings=tied))
+    peer = peer_of(model, tmp_path)
+    batch = batch_for("ForMaskedLM") | labels_for("ForMaskedLM")
+    ours, theirs = model(**batch), peer(**batch)
+    assert_outputs_close(ours, theirs)
+    ours.loss.backward()
+    theirs.loss.backward()
+    if tied:
+        assert_gradients_close(model, peer)
+
+
+def test_padding_gets_no_gradient_from_where_it_is_looked_up(both):
+    model, peer = both("Model")
+    ids = batch_for("Model", ragged=False)["input_ids"]
+    ids[:, 2] = CONFIG.pad_token_id
+    for each in (model, peer):
+        each(ids).last_hidden_state.square().sum().backward()
+    assert model.get_input_embeddings().weight.grad[CONFIG.pad_token_id].eq(0).all()
+    assert_gradients_close(model, peer)
+
+
+def test_gradient_checkpointing_changes_no_bit(both):
+    model, _ = both("ForMaskedLM")
+    batch = batch_for("ForMaskedLM") | labels_for("ForMaskedLM")
+    model.train()
+    results = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        for extra in ({}, ALL):
+            model.zero_grad()
+            model(**batch, **extra).loss.backward()
+            results.append([p.grad.clone() for p in model.parameters()])
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert all(a.equal(b) for a, b in zip(results[0], results[2], strict=True))
+    assert all(a.equal(b) for a, b in zip(results[1], results[3], strict=True))
