@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_bert.convert.commands import add_convert_commands
 from megatron_bert.planning.schedule_command import add_schedule_command
 from parallel.errors import UserError
 
@@ -135,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     fill.set_defaults(func=_fill_mask)
 
     add_schedule_command(commands)
+    add_convert_commands(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
     schema.set_defaults(func=_config_schema)

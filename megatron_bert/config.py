@@ -25,7 +25,17 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """The encoder; fields are named as in MegatronBertConfig. Defaults are the 345M model's."""
+    """The encoder; fields are named as in MegatronBertConfig. Defaults are the 345M model's.
+
+    With ``from``, sizes that are not set are the checkpoint's.
+    """
+
+    from_: Path | None = Field(
+        None,
+        alias="from",
+        description="Checkpoint to start from, of any format `megatron-bert inspect` knows: an NGC zip, a Megatron or "
+        "Hugging Face directory, a run directory of this project.",
+    )
 
     hidden_size: int = Field(1024, gt=0, description="Width of the residual stream.")
     num_hidden_layers: int = Field(24, gt=0, description="Number of transformer layers.")
@@ -238,7 +248,7 @@ class Settings(Section):
 
     def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:
         """The encoder's configuration, for the vocabulary of the run's tokenizer."""
-        sizes = self.model.model_dump()
+        sizes = self.model.model_dump(exclude={"from_"})
         sizes["intermediate_size"] = self.model.intermediate_size or 4 * self.model.hidden_size
         return MegatronBertConfig(
             **sizes, vocab_size=vocab_size, pad_token_id=pad_token_id, binary_head=self.data.pair_objective != "none"
@@ -289,7 +299,7 @@ class Settings(Section):
 
     def dump(self) -> str:
         """The resolved settings as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def check_settings(settings: Settings, world_size: int) -> ParallelLayout:

@@ -96,4 +96,4 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
             section = WeightedPrefix
         elif field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             section = field.annotation
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]

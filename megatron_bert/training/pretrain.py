@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config import Settings, check_settings
+from megatron_bert.convert.opening import config_from
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
@@ -20,6 +21,18 @@ from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
 from parallel.process_group import launched_rank, launched_world_size, process_group
 
+#: Settings that a checkpoint to start from decides.
+CHECKPOINT_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+)
+
 
 def pretrain(settings: Settings) -> None:
     """Train as the settings say, resuming where an earlier run of the same directory stopped.
@@ -27,6 +40,7 @@ def pretrain(settings: Settings) -> None:
     Raises:
         UserError: settings, files or world size do not fit; found before any process group starts where possible.
     """
+    settings = take_sizes(settings)
     layout = check_settings(settings, launched_world_size())
     tokenizer = check_inputs(settings)
     resume_from = find_resume(settings)
@@ -58,11 +72,35 @@ def pretrain(settings: Settings) -> None:
                 report.say(trainer.describe())
                 if resume_from is not None:
                     report.say(f"resuming from {resume_from}")
+                elif settings.model.from_ is not None:
+                    report.say(f"starting from the weights of {settings.model.from_}")
                 reason = trainer.run(stop, report)
                 if reason is not None:
                     report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
         if world.is_first:
             draw_curves(training.run_dir)
+
+
+def take_sizes(settings: Settings) -> Settings:
+    """The settings with the sizes of the checkpoint that training starts from, if it starts from one.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or a size is set that is not its.
+    """
+    source = settings.model.from_
+    if source is None:
+        return settings
+    config = config_from(source)
+    sizes: dict[str, object] = {}
+    for name in CHECKPOINT_SIZES:
+        there, here = getattr(config, name), getattr(settings.model, name)
+        if name in settings.model.model_fields_set and here not in (there, None):
+            raise UserError(
+                f"model.{name} is {here}, but the model in {source} has {there}: remove the "
+                "setting to use the checkpoint's"
+            )
+        sizes[name] = there
+    return settings.model_copy(update={"model": settings.model.model_copy(update=sizes)})
 
 
 def check_inputs(settings: Settings) -> Tokenizer:

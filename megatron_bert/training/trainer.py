@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_bert import backends
 from megatron_bert.config import Settings
+from megatron_bert.convert.opening import load_into
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch
@@ -90,6 +91,9 @@ class Trainer:
         )
         if resume_from is not None:
             self._resume(resume_from)
+        elif settings.model.from_ is not None:
+            for stage in self.model.stages.values():
+                load_into(stage, settings.model.from_)
 
     # ---------------------------------------------------------------- the loop
 
@@ -270,7 +274,7 @@ class Trainer:
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
             "tokenizer": self.tokenizer.fingerprint,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", by_alias=True),
         }
         self.checkpoints.save(self.step, self._tensors(self.parameters), state)
 
