@@ -32,9 +32,14 @@ def open_zip(place: FileRange) -> zipfile.ZipFile:
         UserError: it is truncated or damaged.
     """
     try:
-        return zipfile.ZipFile(place.open())
+        archive = zipfile.ZipFile(place.open())
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, EOFError) as error:
         raise UserError(f"{place.label} is a truncated or damaged zip file ({error}): fetch it again") from None
+    # An archive that lost its end can hold another one as a member, whose end would be taken for its own.
+    if min((member.header_offset for member in archive.infolist()), default=0) != 0:
+        archive.close()
+        raise UserError(f"{place.label} is a truncated or damaged zip file (its end is missing): fetch it again")
+    return archive
 
 
 def stored_range(place: FileRange, member: zipfile.ZipInfo, label: str) -> FileRange:

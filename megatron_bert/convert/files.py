@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ class FileRange:
             UserError: the file cannot be read.
         """
         try:
+            # Before it is opened, which for a pipe would wait for its writer.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{label or path} is no regular file: give a checkpoint file, its folder or a zip file")
             with path.open("rb") as file:
                 return FileRange(path, 0, os.fstat(file.fileno()).st_size, label or str(path))
         except OSError as error:

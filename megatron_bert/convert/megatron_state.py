@@ -78,6 +78,7 @@ def read_state(
         tensors[name] = trimmed(tensors[name], config.vocab_size)
     if TOKEN_TYPES not in tensors:
         tensors[TOKEN_TYPES] = absent_token_types(config.type_vocab_size, tensors[WORD_EMBEDDINGS])
+        assumptions.append("there are no token-type embeddings: zeros stand for them")
     facts = SourceFacts(
         format=format_name,
         variant=variant,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bert.convert.opening import load_into
-from megatron_bert.convert.plausibility import reread
+from megatron_bert.convert.plausibility import ORDERS, reread
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch
@@ -33,7 +33,6 @@ SENTENCES = (
 _EVERY = 6
 #: Tokens of a text that are used.
 _LONGEST = 128
-_ORDERS = (0.0, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,15 @@ def verify(state: CanonicalState, tokenizer: Tokenizer, texts: Path | bool = Tru
     load_into(model, state)
     loss = _mean_loss(model, batches)
     example = _example(model, batches[0], tokenizer)
-    version = state.facts.checkpoint_version
     others = {}
-    for order in _ORDERS:
-        if version is not None and order != min(version, 3.0) and (order, version) != (3.0, 2.0):
-            _reorder(model, state, version, order)
-            others[order] = _mean_loss(model, batches)
-            _reorder(model, state, order, version)
+    version = state.facts.checkpoint_version
+    if version is not None:
+        own = 3.0 if version == 2.0 else version
+        for order in ORDERS:
+            if order != own:
+                _reorder(model, state, own, order)
+                others[order] = _mean_loss(model, batches)
+                _reorder(model, state, order, own)
     return Verification(loss, sum(len(b.slots) for b in batches), math.log(state.config.vocab_size), others, example)
 
 

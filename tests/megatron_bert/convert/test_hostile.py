@@ -1,0 +1,324 @@
+"""Broken and hostile files: a clear error each, and nothing run, written or left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import pickle
+import stat
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_bert.convert import conversion
+from megatron_bert.convert.conversion import convert
+from megatron_bert.convert.inspection import inspect
+from megatron_bert.convert.opening import open_checkpoint
+from megatron_bert.convert.options import ReadOptions, WriteOptions
+from megatron_bert.convert.pickles import Vocabulary, load_pickle
+from parallel.errors import UserError
+from tests.megatron_bert.convert.generator import Sizes, arguments, draw, write_checkpoint, write_zip
+from tests.megatron_bert.convert.support import all_tensors
+
+SIZES = Sizes()
+_SHARD = "release/mp_rank_00/model_optim_rng.pt"
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    path = Path(__file__).parents[3] / "tools/fuzz_checkpoints.py"
+    spec = importlib.util.spec_from_file_location("fuzz_checkpoints", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def corpus(fuzz: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return fuzz.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def test_the_corpus_is_readable(fuzz: ModuleType, corpus: list[Path]) -> None:
+    for place in corpus:
+        fuzz.read_to_the_end(place)
+
+
+@pytest.mark.parametrize("start", range(0, 400, 50))
+def test_mutations_end_in_clear_errors(fuzz: ModuleType, corpus: list[Path], tmp_path: Path, start: int) -> None:
+    failures = []
+    for number in range(start, start + 50):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcome, what = fuzz.run_case(corpus[number % len(corpus)], folder, number)
+        if outcome not in ("fine", "refused"):
+            failures.append(f"case {number}, {what}: {outcome}")
+    assert not failures
+
+
+def test_no_payload_is_run(fuzz: ModuleType, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / "model_optim_rng.pt"
+    for payload in fuzz.payloads(canary):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", payload)
+            file.writestr("archive/version", "3\n")
+        with pytest.raises(UserError):
+            inspect(path)
+        assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("payload", "name"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.", "builtins.eval"),
+        (b"\x80\x02csubprocess\nPopen\n.", "subprocess.Popen"),
+    ],
+)
+def test_what_a_pickle_asks_for_is_named(payload: bytes, name: str) -> None:
+    with pytest.raises(UserError, match=f"asks to load {name}.*nothing was run"):
+        load_pickle(io.BytesIO(payload), Vocabulary(), "file")
+
+
+def test_classes_of_megatron_are_inert(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, draw(SIZES), SIZES) / _SHARD
+    # As saved from a run: a loss scaler in the optimizer, an enumeration among the arguments.
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    prefix = next(name for name in members if name.endswith("data.pkl"))
+    inner = members[prefix].removesuffix(b".")
+    scaler = (
+        b"X\x06\x00\x00\x00scaler" + b"cmegatron.fp16.loss_scaler\nDynamicLossScaler\n)\x81}X\x01\x00\x00\x00aK\x01sb"
+    )
+    kind = b"X\x04\x00\x00\x00kind" + b"cmegatron.model.enums\nAttnMaskType\nK\x01\x85R"
+    members[prefix] = inner + scaler + b"s" + kind + b"s."
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    assert all_tensors(path)
+
+
+def _archive(path: Path, add: Callable[[zipfile.ZipFile], None]) -> Path:
+    buffer = io.BytesIO()
+    torch.save({"model": {}}, buffer)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(_SHARD, buffer.getvalue())
+        add(file)
+    return path
+
+
+def _link(file: zipfile.ZipFile) -> None:
+    info = zipfile.ZipInfo("release/link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    file.writestr(info, "/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda file: file.writestr("../escape.txt", "x"), "reaches outside"),
+        (lambda file: file.writestr("/absolute.txt", "x"), "reaches outside"),
+        (lambda file: file.writestr("a/../../b.txt", "x"), "reaches outside"),
+        (lambda file: file.writestr("a\\..\\..\\b.txt", "x"), "reaches outside"),
+        (lambda file: file.writestr("C:/b.txt", "x"), "reaches outside"),
+        (_link, "symbolic link"),
+        (lambda file: file.writestr("bomb", bytes(100 << 20)), "would unpack to"),
+        (lambda file: file.writestr("a", "x", zipfile.ZIP_LZMA), "unusual compression"),
+    ],
+)
+def test_archives_that_reach_outside_or_explode_are_refused(
+    tmp_path: Path, add: Callable[[zipfile.ZipFile], None], message: str
+) -> None:
+    before = set(Path(tmp_path).parent.iterdir())
+    with pytest.raises(UserError, match=message):
+        inspect(_archive(tmp_path / "model.zip", add))
+    assert set(Path(tmp_path).parent.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
+
+
+def test_truncated_archives_are_refused_wherever_they_end(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "ngc", draw(SIZES), SIZES)
+    archive = write_zip(tmp_path / "ngc.zip", folder, compressed=False)
+    content = archive.read_bytes()
+    for end in (0, 10, 1000, len(content) // 2, len(content) - 30, len(content) - 1):
+        archive.write_bytes(content[:end])
+        with pytest.raises(UserError):
+            all_tensors(archive)
+
+
+def test_a_flipped_bit_of_a_weight_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, draw(SIZES), SIZES) / _SHARD
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<f", float(draw(SIZES)["position"][0, 0])))
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="checksum does not match"):
+        all_tensors(path)
+
+
+# ---------------------------------------------------------------- checkpoints that do not fit together
+
+
+def _edit(path: Path, change: Callable[[dict], object]) -> None:
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(checkpoint_version=2.5), r"version 2.5, but only 0, 1.0, 2.0 and 3.0 are known"),
+        (lambda c: c.update(checkpoint_version=2.0), r"mp_rank_01.* has checkpoint_version 2.0, but .*mp_rank_00"),
+        (lambda c: c.update(iteration=8), r"has iteration 8, but"),
+        (lambda c: c["model"]["lm_head"].pop("bias"), r"holds masked_head.bias, but .* does not"),
+        (lambda c: c["model"]["lm_head"].update(bias=torch.zeros(7)), r"lm_head.bias is \[7\] .*, but .* is \[128\]"),
+        (lambda c: c["model"]["lm_head"].update(extra=torch.zeros(7)), "lm_head.extra, which no BERT model"),
+        (lambda c: c["model"].update(language_model={}), "holds embeddings.position_embeddings.weight, but"),
+        (lambda c: c.pop("model"), "iteration|expected tensors"),
+        (lambda c: setattr(c["args"], "num_layers", 6), "has num_layers 6, but"),
+    ],
+)
+def test_shards_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[dict], object], message: str) -> None:
+    write_checkpoint(tmp_path, draw(SIZES), SIZES, tensor=2)
+    for rank in ("mp_rank_00", "mp_rank_01") if "2.5" in message else ("mp_rank_01",):
+        _edit(tmp_path / "release" / rank / "model_optim_rng.pt", change)
+    with pytest.raises(UserError, match=message):
+        all_tensors(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, draw(SIZES), SIZES, tensor=2, pipeline=2)
+    (tmp_path / "release/mp_rank_01_000/model_optim_rng.pt").unlink()
+    with pytest.raises(UserError, match=r"lacks release/mp_rank_01_000/model_optim_rng.pt"):
+        inspect(tmp_path)
+    (tmp_path / "release/mp_rank_01_001/model_optim_rng.pt").unlink()
+    with pytest.raises(UserError, match="was saved at tensor size 2, but there are files of 1"):
+        inspect(tmp_path)
+
+
+def test_vocabulary_tensors_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, draw(SIZES), SIZES, args=None)
+    _edit(tmp_path / _SHARD, lambda c: c["model"]["lm_head"].update(bias=torch.zeros(90)))
+    with pytest.raises(UserError, match="128 rows of word embeddings but 90 vocabulary biases"):
+        inspect(tmp_path, ReadOptions(num_attention_heads=4))
+
+
+def test_an_output_matrix_that_is_not_a_copy_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, draw(SIZES), SIZES, pipeline=2)
+    _edit(
+        tmp_path / "release/mp_rank_00_001/model_optim_rng.pt",
+        lambda c: c["model"]["word_embeddings_for_head"]["weight"].mul_(2),
+    )
+    with pytest.raises(UserError, match=r"word_embeddings_for_head.weight should be a copy"):
+        all_tensors(tmp_path)
+
+
+def test_norms_that_drifted_apart_are_reported(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, draw(SIZES), SIZES, tensor=2)
+    _edit(
+        tmp_path / "release/mp_rank_01/model_optim_rng.pt",
+        lambda c: c["model"]["language_model"]["encoder"]["final_layernorm.weight"].mul_(1.001),
+    )
+    with open_checkpoint(tmp_path) as state:
+        state["encoder.final_norm.weight"].load()
+        assert "final_layernorm.weight differs" in state.warnings[0]
+
+
+@pytest.mark.parametrize("key", ["apply_residual_connection_post_layernorm", "swiglu"])
+def test_other_architectures_are_refused(tmp_path: Path, key: str) -> None:
+    args = arguments(SIZES, 1, 1)
+    setattr(args, key, True)
+    write_checkpoint(tmp_path, draw(SIZES), SIZES, args=args)
+    with pytest.raises(UserError, match=f"{key}"):
+        inspect(tmp_path)
+
+
+def test_post_layer_norm_bert_is_refused_with_the_reason(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="post-layer-norm"):
+        inspect(tmp_path)
+    text = (tmp_path / "config.json").read_text().replace('"bert"', '"megatron-bert"')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="post-layer-norm BERT"):
+        inspect(tmp_path)
+
+
+# ---------------------------------------------------------------- nothing half-written
+
+
+def test_a_failed_conversion_leaves_nothing_and_can_be_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "source", draw(SIZES), SIZES)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for to, write in (
+        ("huggingface", WriteOptions()),
+        ("megatron", WriteOptions(tensor=2)),
+        ("native", WriteOptions()),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion.Progress, "advance", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                convert(source, tmp_path / "result", to=to, write=write)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    # What a killed process leaves does not stand in the way.
+    (tmp_path / ".result.partial").mkdir()
+    (tmp_path / ".result.partial/config.json").write_text("{")
+    convert(source, tmp_path / "result", to="huggingface")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "source"]
+
+
+def test_what_is_there_already_is_kept(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", draw(SIZES), SIZES)
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        convert(source, tmp_path / "result", to="huggingface")
+    convert(source, tmp_path / "result", to="huggingface", overwrite=True)
+    assert (tmp_path / "result/notes.txt").read_text() == "mine"
+    assert (tmp_path / "result/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("to", "write", "message"),
+    [
+        ("megatron", WriteOptions(tensor=3), "--tensor 3 does not divide the 4 attention heads"),
+        ("megatron", WriteOptions(pipeline=3), "does not divide the 4 layers"),
+        ("megatron", WriteOptions(virtual_stages=2), "needs --pipeline of 2 or more"),
+        ("megatron", WriteOptions(checkpoint_version=2.5), "only 0, 1.0, 2.0 and 3.0 are known"),
+        ("megatron-core", WriteOptions(checkpoint_version=0.0), "one order of rows only"),
+        ("huggingface", WriteOptions(tensor=2), "divide Megatron's files"),
+        ("huggingface", WriteOptions(checkpoint_version=0.0), "is Megatron's"),
+        ("nemo", WriteOptions(), "choose one of native, huggingface, megatron-core, megatron"),
+    ],
+)
+def test_wishes_that_cannot_be_met(tmp_path: Path, to: str, write: WriteOptions, message: str) -> None:
+    source = write_checkpoint(tmp_path / "source", draw(SIZES), SIZES)
+    with pytest.raises(UserError, match=message):
+        convert(source, tmp_path / "result", to=to, write=write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_things_that_are_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": {}}))
+    (tmp_path / "empty").mkdir()
+    torch.save([1, 2], tmp_path / "list.pt")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("text.pt", "pickle.pt", "empty", "list.pt", "missing", "pipe"):
+        with pytest.raises(UserError):
+            inspect(tmp_path / name)
