@@ -79,7 +79,7 @@ class Native:
             tensors[_OPTIMIZER + name] = _with_padding(name.partition(".")[2], tensor, rows)
         write_distributed(target, tensors, progress)
         run_state = dict(state.run_state or {"step": 0, "consumed_samples": 0})
-        run_state[CONFIG_KEY] = {name: getattr(state.config, name) for name in _FIELDS}
+        run_state[CONFIG_KEY] = {name: getattr(state.config, name) for name in CONFIG_FIELDS}
         (target / STATE_FILE).write_text(json.dumps(run_state, indent=1), encoding="utf-8")
 
 
@@ -94,7 +94,7 @@ def _config(
     sizes = settings.get("model") if isinstance(settings, dict) else None
     if not isinstance(sizes, dict):
         raise UserError(f"{label} holds neither the configuration of an encoder nor the settings of a run")
-    sizes = {key: value for key, value in sizes.items() if value is not None and key in _FIELDS}
+    sizes = {key: value for key, value in sizes.items() if value is not None and key in CONFIG_FIELDS}
     if "intermediate_size" not in sizes and type(sizes.get("hidden_size")) is int:
         sizes["intermediate_size"] = 4 * sizes["hidden_size"]
     sizes |= {"vocab_size": rows, "binary_head": "pair_head.classifier.weight" in model}
@@ -102,7 +102,7 @@ def _config(
 
 
 #: Fields of the configuration that a state carries, with their types.
-_FIELDS = {
+CONFIG_FIELDS = {
     name: type(getattr(MegatronBertConfig, name))
     for name in (
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -125,9 +125,9 @@ def _typed_config(values: dict[str, Any], label: str) -> MegatronBertConfig:
     for key, plain in _PLAIN.items():
         if key in values and values[key] not in plain:
             raise UserError(f"{label} sets {key}: only plain pretraining encoders can be converted")
-    kept = {key: value for key, value in values.items() if key in _FIELDS}
+    kept = {key: value for key, value in values.items() if key in CONFIG_FIELDS}
     for key, value in kept.items():
-        kind = _FIELDS[key]
+        kind = CONFIG_FIELDS[key]
         good = type(value) is kind or (kind is float and type(value) is int)
         if not good or (kind is int and not (0 if key == "pad_token_id" else 1) <= value < 1 << 40):
             raise UserError(f"{label} gives {key} a value that it cannot have: it is damaged")

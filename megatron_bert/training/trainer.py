@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_bert import backends
 from megatron_bert.config import Settings
+from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
 from megatron_bert.convert.opening import load_into
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.tokenizers import Tokenizer
@@ -274,6 +275,7 @@ class Trainer:
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
             "tokenizer": self.tokenizer.fingerprint,
+            CONFIG_KEY: {name: getattr(self.config, name) for name in CONFIG_FIELDS},
             "settings": self.settings.model_dump(mode="json", by_alias=True),
         }
         self.checkpoints.save(self.step, self._tensors(self.parameters), state)
