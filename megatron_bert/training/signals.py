@@ -10,6 +10,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from parallel.errors import UserError
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = -1
 
@@ -37,6 +39,10 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not issubclass(kind, UserError):
+            # This rank failed. A launcher that stops the ranks because another one failed too must not cut off its
+            # report; it ends as soon as that is out.
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -258,11 +258,14 @@ class Outcome:
     copies: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_trainer(case: Case, folder: Path, resume_from: Path | None = None, run_dir: Path | None = None) -> Trainer:
+def make_trainer(
+    case: Case, folder: Path, resume_from: Path | None = None, run_dir: Path | None = None, trace: bool = False
+) -> Trainer:
     """A trainer over the world this is called in."""
     settings = case.settings(folder)
     if run_dir is not None:
         settings = settings.model_copy(update={"training": settings.training.model_copy(update={"run_dir": run_dir})})
+    settings = settings.model_copy(update={"logging": settings.logging.model_copy(update={"trace": trace})})
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = ParallelMesh(check_settings(settings, size), CPU)
     world = World(rank=rank, size=size, local_rank=rank, device=CPU)

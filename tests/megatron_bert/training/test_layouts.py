@@ -6,6 +6,7 @@ another order differs by about sqrt(n) roundings of 6e-8, n is some hundreds her
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from megatron_bert.data.loader import micro_batches
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.training.build import TIED_NAME
+from parallel.pipeline.schedules import build_schedule
 from parallel.sharding import initialize
 from tests.megatron_bert.training.layouts import (
     STEPS,
@@ -160,6 +162,24 @@ def test_bfloat16_stays_close(runs, case):
     torch.testing.assert_close(torch.tensor(mine.losses), wanted, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0)
     for name, copy in mine.copies.items():
         assert torch.equal(copy, mine.weights[name])
+
+
+def _traced(folder: Path, run_dir: Path) -> None:
+    trainer = make_trainer(TRACED, folder, run_dir=run_dir, trace=True)
+    train(trainer, 1, Outcome())
+    trainer._write_timeline()
+
+
+TRACED = Case(pipeline=2, schedule="zero-bubble-h1", microbatches=3)
+
+
+def test_a_step_is_recorded_as_a_picture_and_a_trace(folder, tmp_path):
+    run_world(2, _traced, folder, tmp_path)
+    assert (tmp_path / "traces" / "step_00000001.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads((tmp_path / "traces" / "step_00000001.json").read_text())["traceEvents"]
+    recorded = {(event["pid"], event["name"]) for event in events if event["ph"] == "X"}
+    schedule = build_schedule("zero-bubble-h1", 2, 3)
+    assert recorded == {(rank, str(action)) for rank, run in enumerate(schedule.actions) for action in run}
 
 
 # ---------------------------------------------------------------- resuming

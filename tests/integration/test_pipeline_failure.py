@@ -1,0 +1,144 @@
+"""One rank of a pipeline breaks in the middle of a step of the real command: all of them end soon, and say where."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.megatron_bert.training.layouts import Case, make_data
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = Path(__file__).with_name("dying_rank.py")
+#: Seconds in which every rank must have ended, from the moment at which one broke.
+BOUND = 30.0
+#: What a rank says that fails in its pipeline.
+COMPLAINT = re.compile(
+    r"PipelineError: pipeline rank (\d) \(rank (\d)\) failed at (\d[FBIW]\d) of schedule 1f1b, while (.*)\n"
+    r"((?:rank \d\|.*\n)+)"
+)
+
+
+def _configuration(folder: Path, case: Case, workers: int) -> Path:
+    make_data(folder)
+    path = folder / "config.yaml"
+    settings = case.settings(folder)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": workers})})
+    path.write_text(settings.dump(), encoding="utf-8")
+    return path
+
+
+def _environment(folder: Path, rank: int, action: str, how: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "BREAK_FOLDER": str(folder),
+        "BREAK_RANK": str(rank),
+        "BREAK_ACTION": action,
+        "BREAK_STEP": "2",
+        "BREAK_HOW": how,
+    }
+
+
+def _seconds_since_the_break(folder: Path) -> float:
+    return time.time() - float((folder / "moment").read_text())
+
+
+def _running(folder: Path) -> list[str]:
+    """Ranks whose processes are still there."""
+    return [path.name for path in folder.glob("rank_*") if Path(f"/proc/{path.read_text()}").exists()]
+
+
+def _complaints(text: str) -> dict[int, re.Match[str]]:
+    """By rank; what torchrun puts before each line is taken off."""
+    plain = re.sub(r"^\[rank\d+\]:\s?", "", text, flags=re.MULTILINE)
+    return {int(match.group(2)): match for match in COMPLAINT.finditer(plain)}
+
+
+def _assert_marked(complaint: re.Match[str]) -> None:
+    """The grid marks the action, in the row of the pipeline rank."""
+    pipeline_rank, _, action, _, grid = complaint.groups()
+    rows = grid.splitlines()
+    assert [row.count(f">{action}<") for row in rows] == [int(str(n) == pipeline_rank) for n in range(len(rows))]
+
+
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_under_torchrun(tmp_path, how):
+    # Rank 3 is the second stage of the second data rank: only rank 1 talks to it in the pipeline, and ranks 0 and 2
+    # meet the failure elsewhere. Loader processes, where there are any, must not keep anyone.
+    case = Case(pipeline=2, data=2, microbatches=4, sharding="full")
+    config = _configuration(tmp_path, case, workers=int(how == "kill"))
+    log = tmp_path / "log"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    with log.open("w") as file:
+        done = subprocess.run(
+            [*launch, str(COMMAND), "pretrain", str(config)],
+            env=_environment(tmp_path, 3, "1B1", how),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            timeout=240,
+        )
+    text = log.read_text()
+    assert _seconds_since_the_break(tmp_path) < BOUND, text
+    assert done.returncode != 0, text
+    assert _running(tmp_path) == []
+    complaints = _complaints(text)
+    assert complaints, text
+    for complaint in complaints.values():
+        _assert_marked(complaint)
+    if how == "raise":
+        broken = complaints[3]
+        assert broken.group(1, 3, 4) == ("1", "1B1", "computing: ArithmeticError: this rank breaks here")
+    else:
+        assert 3 not in complaints
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_without_a_launcher_that_stops_the_others(tmp_path):
+    config = _configuration(tmp_path, Case(pipeline=3, microbatches=4), workers=0)
+    port = str(_free_port())
+    logs = [tmp_path / f"log_{rank}" for rank in range(3)]
+    processes = []
+    for rank, log in enumerate(logs):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = _environment(tmp_path, 1, "1F2", "kill") | {name: str(value) for name, value in world.items()}
+        with log.open("w") as file:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(COMMAND), "pretrain", str(config)],
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    cwd=tmp_path,
+                )
+            )
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    texts = [log.read_text() for log in logs]
+    assert _seconds_since_the_break(tmp_path) < BOUND, texts
+    assert codes[1] == -9
+    assert codes[0] > 0, texts[0]
+    assert codes[2] > 0, texts[2]
+    # Both neighbours were in the middle of the pipeline; each names itself, its action and what it waited for.
+    for rank in (0, 2):
+        complaint = _complaints(texts[rank])[rank]
+        assert f"(rank {1})" in complaint.group(4)
+        _assert_marked(complaint)
