@@ -34,7 +34,9 @@ def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatc
     """Full-length sequences with 15 % of the tokens masked."""
     generator = torch.Generator().manual_seed(0)
     slots_each = round(0.15 * length)
-    positions = torch.stack([torch.randperm(length, generator=generator)[:slots_each].sort().values for _ in range(batch)])
+    positions = torch.stack(
+        [torch.randperm(length, generator=generator)[:slots_each].sort().values for _ in range(batch)]
+    )
     starts = torch.arange(batch) * length
     return MicroBatch(
         tokens=torch.randint(5, config.vocab_size, (batch * length,), generator=generator),
@@ -50,7 +52,9 @@ def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatc
     )
 
 
-def our_step(config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+def our_step(
+    config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype
+) -> Callable[[], Tensor]:
     """One training step of this project's model."""
     model = BertForPretraining(config, device=device)
     initialize(model, 0)
@@ -71,7 +75,9 @@ def our_step(config: MegatronBertConfig, batch: MicroBatch, device: torch.device
     return step
 
 
-def their_step(config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+def their_step(
+    config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype
+) -> Callable[[], Tensor]:
     """The same step of transformers' model."""
     rows, length = batch.layout.batch, batch.layout.length
     model = transformers.MegatronBertForPreTraining(
@@ -122,7 +128,9 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +161,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model": {"layers": arguments.layers, "hidden": arguments.hidden, "heads": arguments.heads, "vocab": arguments.vocab_size},
+        "model": {
+            "layers": arguments.layers,
+            "hidden": arguments.hidden,
+            "heads": arguments.heads,
+            "vocab": arguments.vocab_size,
+        },
         "batch": {"sequences": arguments.batch, "tokens_each": arguments.length, "masked": batch.slots.shape[0]},
         "dtype": arguments.dtype,
         "pairs": arguments.pairs,

@@ -7,9 +7,9 @@ from typing import Literal
 
 from megatron_bert.config import Settings, WeightedPrefix
 from megatron_bert.data.indexed import IndexedDataset
-from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.sentence_pairs import PairDataset, split_documents
+from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer
 
 Part = Literal["train", "valid"]

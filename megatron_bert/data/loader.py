@@ -107,7 +107,7 @@ def micro_batches(source: MicroBatchSource, steps: int, device: torch.device) ->
         prefetch_factor=max(2, -(-2 * source.micro_batches_per_step // workers)) if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=_quiet_worker if workers else None,
-        # A fresh interpreter: the training process has threads (collectives, checkpoints) that a fork would not survive.
+        # A fresh interpreter: a fork would not survive the threads of the training process (collectives, checkpoints).
         multiprocessing_context="forkserver" if workers else None,
     )
     for batch in loader:
