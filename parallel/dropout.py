@@ -5,7 +5,7 @@ and on the global column, never on the rank, the layout, the micro batch or a ge
 tensor, data, pipeline or micro batch size drops the same elements, and recomputation needs no saved random state.
 
 The generator is an integer hash: row and column are mixed to 32 bits each, combined, and mixed again by a multiply and
-xor-shift finaliser with full avalanche (the shape of SplitMix and MurmurHash3 finalisers). Arithmetic wraps modulo
+xor-shift finaliser (the shape of those of SplitMix and MurmurHash3). Arithmetic wraps modulo
 2^32 in int32, which CPU, CUDA and compiled kernels do alike.
 """
 
@@ -22,17 +22,16 @@ _KEY_MULTIPLIERS = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
 
 
 def _mix32_(x: Tensor) -> Tensor:
-    """Scramble int32 in place so that each input bit flips each output bit with probability about one half.
+    """Scramble int32 in place so that each input bit flips each high output bit with probability about one half.
 
-    In place because on the CPU fresh memory costs several times the arithmetic. The masks make the shifts logical:
-    torch's shift carries the sign down.
+    The closing xor-shift of such hashes is left out: it changes the low half alone, and what counts here are the high
+    bits. In place because on the CPU fresh memory costs several times the arithmetic. The masks make the shifts
+    logical: torch's shift carries the sign down.
     """
     shifted = x >> 16
     x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(_MULTIPLIERS[0])
     torch.bitwise_right_shift(x, 15, out=shifted)
-    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[1])
-    torch.bitwise_right_shift(x, 16, out=shifted)
-    return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
+    return x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[1])
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
