@@ -48,9 +48,12 @@ class Native:
         if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
             raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
         rows = model[WORD_EMBEDDINGS].shape[0]
-        config, assumptions = _config(run_state, label, model, rows)
+        config = _config(run_state, label, model, rows)
+        assumptions: list[str] = []
         words = true_vocab_size(label, rows, config.vocab_size if CONFIG_KEY in run_state else None, options)
         config = _overridden(replace(config, vocab_size=words or rows), options)
+        if words is None:
+            assumptions.append(f"the number of words is not stored: all {rows} rows of the table were taken")
         optimizer = {name.removeprefix(_OPTIMIZER): t for name, t in stored.items() if name.startswith(_OPTIMIZER)}
         step = run_state.get("step")
         return CanonicalState(
@@ -83,13 +86,11 @@ class Native:
         (target / STATE_FILE).write_text(json.dumps(run_state, indent=1), encoding="utf-8")
 
 
-def _config(
-    run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int
-) -> tuple[MegatronBertConfig, list[str]]:
+def _config(run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int) -> MegatronBertConfig:
     """The encoder's configuration: as stored, or from the settings of the run."""
     stored = run_state.get(CONFIG_KEY)
     if isinstance(stored, dict):
-        return _typed_config(stored, label), []
+        return _typed_config(stored, label)
     settings = run_state.get("settings")
     sizes = settings.get("model") if isinstance(settings, dict) else None
     if not isinstance(sizes, dict):
@@ -98,7 +99,7 @@ def _config(
     if "intermediate_size" not in sizes and type(sizes.get("hidden_size")) is int:
         sizes["intermediate_size"] = 4 * sizes["hidden_size"]
     sizes |= {"vocab_size": rows, "binary_head": "pair_head.classifier.weight" in model}
-    return _typed_config(sizes, label), [f"the number of words is not stored: all {rows} rows of the table were taken"]
+    return _typed_config(sizes, label)
 
 
 #: Fields of the configuration that a state carries, with their types.

@@ -1,0 +1,107 @@
+"""The command line, the script beside the archive, and every command of the documentation."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_bert.convert import commands
+from megatron_bert.convert.formats import FORMATS
+from megatron_bert.convert.state import DTYPES
+from parallel.errors import UserError
+from tests.megatron_bert.convert.generator import Sizes, draw, write_checkpoint, write_zip
+from tests.megatron_bert.convert.support import all_tensors, assert_same_tensors
+
+ROOT = Path(__file__).parents[3]
+#: Heads of 64, as the converter takes them for an archive without arguments.
+SIZES = Sizes(layers=2, hidden=256, heads=4, ffn=32, words=100)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    commands.add_convert_commands(parser.add_subparsers(dest="command"))
+    return parser.parse_args(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    parsed = _parse(arguments)
+    parsed.func(parsed)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the documentation starts from, at a tiny size: an archive and its vocabulary."""
+    source = write_checkpoint(
+        tmp_path / "ngc", draw(SIZES, dtype=torch.float16), SIZES, era="transformer", version=None, args=None
+    )
+    write_zip(tmp_path / "megatron_bert_345m.zip", source)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,"]
+    pieces += [f"##{piece}" for piece in pieces[5:]] + [f"word{i}" for i in range(100)]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces[: SIZES.words]) + "\n")
+    return tmp_path
+
+
+def test_every_command_of_the_documentation_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs/conversion.md").read_text()
+    lines = re.findall(r"^    ((?:megatron-bert|python tools).*)$", text, re.MULTILINE)
+    assert len(lines) == 7
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "python":
+            assert _script().main(words[2:]) == 0
+        else:
+            _run(words[1:])
+    output = capsys.readouterr().out
+    assert "query, key and value rows [3, heads, head_dim]" in output
+    assert "masked-language loss" in output
+    first = all_tensors(Path("megatron_bert_345m.zip"), true_vocab_size=SIZES.words)
+    assert_same_tensors(all_tensors(Path("bert_345m_old.zip")), first)
+    assert_same_tensors(all_tensors(folder), first)  # config.json and model.safetensors beside the archive
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools/convert_checkpoint.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_works_inside_the_folder_and_keeps_what_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), "megatron_bert_345m.zip"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", "megatron_bert_345m.zip"} <= {p.name for p in folder.iterdir()}
+    monkeypatch.chdir(folder)
+    assert _script().main(["megatron_bert_345m.zip"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    source = str(folder / "megatron_bert_345m.zip")
+    _run(["convert", source, str(folder / "out"), "--to", "megatron", "--tensor", "2", "--dry-run"])
+    assert "dry run: nothing was written" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == before
+    with pytest.raises(UserError, match="--tensor 8 does not divide the 4 attention heads"):
+        _run(["convert", source, str(folder / "out"), "--to", "megatron", "--tensor", "8", "--dry-run"])
+
+
+def test_names_that_are_written_out_are_those_of_the_tables() -> None:
+    assert list(FORMATS) == list(commands.FORMAT_NAMES)
+    assert list(DTYPES) == list(commands.DTYPE_NAMES)
