@@ -45,7 +45,10 @@ class AutoTokenizer:
         """Write the vocabulary's files, and what transformers' tokenizers need beside them."""
         folder = Path(directory)
         self.vocabulary.save(folder)
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        }
         for role in ("cls", "sep", "pad", "mask", "unk"):
             settings[f"{role}_token"] = self.vocabulary.id_to_token(getattr(self.vocabulary, f"{role}_id"))
         if self.model_max_length is not None:

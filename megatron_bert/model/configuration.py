@@ -49,6 +49,14 @@ _ALIASES = {"dtype": "torch_dtype", "use_return_dict": "return_dict"}
 _Config = TypeVar("_Config")
 
 
+def _numbered(classes: int) -> dict[int, str]:
+    return {number: f"LABEL_{number}" for number in range(classes)}
+
+
+def _automatic(names: dict[int, str]) -> bool:
+    return names == _numbered(len(names))
+
+
 def unknown_name(name: str, known: Iterable[str], what: str) -> UserError:
     """The error for a name that is not among the known ones, with the one that was probably meant."""
     near = difflib.get_close_matches(name, sorted(known), n=1)
@@ -169,19 +177,23 @@ class MegatronBertConfig:
             raise
 
     def _name_labels(self, changed: str = "") -> None:
-        """Make the three ways to say what the classes are agree: names that were given, else numbers."""
+        """Make the three ways to say what the classes are agree.
+
+        Names that were given count before automatic ones (``LABEL_0``, ..), which may come from a copied configuration.
+        """
         held = self.__dict__
-        names = dict(held["id2label"] or {})
-        if changed == "label2id" or not names:
-            names = {number: name for name, number in (held["label2id"] or {}).items()}
-        names = {int(number): str(name) for number, name in sorted(names.items(), key=lambda item: int(item[0]))}
-        automatic = all(name == f"LABEL_{number}" for number, name in names.items())
-        if changed == "num_labels" or (automatic and held["num_labels"] and not changed):
+        by_number = {int(number): str(name) for number, name in (held["id2label"] or {}).items()}
+        by_name = {int(number): str(name) for name, number in (held["label2id"] or {}).items()}
+        if changed == "label2id" or (changed != "id2label" and _automatic(by_number) and by_name):
+            names, others = by_name, by_number
+        else:
+            names, others = by_number, by_name
+        if changed == "num_labels" or (not changed and held["num_labels"] and _automatic(names)):
             names = names if len(names) == held["num_labels"] else {}
-        elif changed:
+        elif changed or _automatic(others):
             held["num_labels"] = len(names)
         held["num_labels"] = held["num_labels"] or len(names) or _CLASSES
-        held["id2label"] = names or {number: f"LABEL_{number}" for number in range(held["num_labels"])}
+        held["id2label"] = dict(sorted(names.items())) or _numbered(held["num_labels"])
         held["label2id"] = {name: number for number, name in held["id2label"].items()}
 
     @property

@@ -1,0 +1,106 @@
+"""The configuration: fields, names of classes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from megatron_bert import MegatronBertConfig
+from parallel.errors import UserError
+
+
+def test_defaults_are_the_documented_ones():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MegatronBertConfig().to_dict()
+    ours = MegatronBertConfig()
+    for field in fields(ours):
+        if field.name in theirs:
+            assert getattr(ours, field.name) == theirs[field.name], field.name
+    assert (ours.position_embedding_type, ours.num_labels) == ("absolute", 2)
+
+
+def test_files_pass_both_ways(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = MegatronBertConfig(hidden_size=64, num_attention_heads=4, num_labels=3, is_decoder=True, eos_token_id=5)
+    config.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.hidden_size, theirs.num_labels, theirs.eos_token_id) == (64, 3, 5)
+    theirs.save_pretrained(tmp_path)
+    assert MegatronBertConfig.from_pretrained(tmp_path) == config
+    assert MegatronBertConfig.from_pretrained(tmp_path / "config.json", num_labels=4).num_labels == 4
+
+
+def test_files_of_other_versions(tmp_path):
+    old = {
+        "architectures": ["MegatronBertModel"],
+        "gradient_checkpointing": False,
+        "tokenizer_type": "BertWordPieceCase",
+        "transformers_version": "4.6.0",
+        "id2label": {"0": "no", "1": "yes"},
+        "pruned_heads": {"1": [0]},
+        "dtype": "float16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = MegatronBertConfig.from_pretrained(tmp_path)
+    assert (config.label2id, config.torch_dtype) == ({"no": 0, "yes": 1}, "float16")
+    assert config.pruned_heads == {1: [0]}
+    assert MegatronBertConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_names_of_classes_agree():
+    config = MegatronBertConfig(num_labels=4)
+    assert config.id2label[3] == "LABEL_3"
+    assert replace(config, num_labels=2).label2id == {"LABEL_0": 0, "LABEL_1": 1}
+    named = replace(config, id2label={1: "b", 0: "a", 2: "c"})
+    assert (named.num_labels, list(named.id2label)) == (3, [0, 1, 2])
+    assert replace(named, hidden_size=512).label2id == {"a": 0, "b": 1, "c": 2}
+    assert replace(config, label2id={"x": 0}).num_labels == 1
+    named.num_labels = 5
+    assert named.label2id["LABEL_4"] == 4
+    named.label2id = {"x": 0, "y": 1}
+    assert (named.num_labels, named.id2label) == (2, {0: "x", 1: "y"})
+    named.id2label = {0: "p"}
+    assert (named.num_labels, named.label2id) == (1, {"p": 0})
+    with pytest.raises(UserError, match=r"num_labels is 2, but model\.id2label names 1"):
+        replace(named, num_labels=2)
+    with pytest.raises(UserError, match="number them from 0"):
+        MegatronBertConfig(id2label={1: "a", 2: "b"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_nrom_eps": 1e-5}, "'layer_nrom_eps' is no field of MegatronBertConfig: did you mean layer_norm_eps"),
+        ({"colour": 1}, "'colour' is no field of MegatronBertConfig: see docs/models.md"),
+        ({"hidden_size": 0}, "model.hidden_size is 0: give a whole number of 1 or more"),
+        ({"vocab_size": 1.5}, "model.vocab_size is 1.5"),
+        ({"num_labels": -1}, "model.num_labels is -1"),
+        ({"use_cache": "yes"}, "model.use_cache is 'yes': give true or false"),
+        ({"hidden_dropout_prob": 1.0}, "model.hidden_dropout_prob is 1.0: give a probability"),
+        ({"classifier_dropout": -0.1}, "model.classifier_dropout is -0.1"),
+        ({"layer_norm_eps": "tiny"}, "model.layer_norm_eps is 'tiny'"),
+        ({"hidden_act": "relu"}, "model.hidden_act is 'relu': choose one of gelu"),
+        ({"position_embedding_type": "rotary"}, "choose one of absolute, relative_key, relative_key_query"),
+        ({"problem_type": "ranking"}, "choose one of regression, single_label_classification"),
+        ({"torch_dtype": "int8"}, "choose one of float32"),
+        ({"add_cross_attention": True}, "model.add_cross_attention needs model.is_decoder=true"),
+        ({"pad_token_id": -1}, "model.pad_token_id is -1: give the id of a token"),
+        ({"eos_token_id": [1, "x"]}, "model.eos_token_id is 'x'"),
+        ({"pruned_heads": {0: list(range(16))}}, "each layer keeps at least one"),
+        ({"pruned_heads": {24: [0]}}, "layers go to 23"),
+    ],
+)
+def test_what_is_refused(values, message):
+    with pytest.raises(UserError) as error:
+        MegatronBertConfig(**values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    config = MegatronBertConfig()
+    ((name, value),) = values.items()
+    with pytest.raises(UserError):
+        setattr(config, name, value)
+    assert config == MegatronBertConfig()
+    with pytest.raises(UserError):
+        MegatronBertConfig.from_dict(values)
