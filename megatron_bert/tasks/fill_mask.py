@@ -58,7 +58,13 @@ class FillMask:
             raise UserError(
                 f"{path} is neither a run directory with a whole checkpoint nor a checkpoint: train one first"
             )
-        settings: Settings = settings_from(read_state(checkpoint)["settings"], source=str(checkpoint))
+        state = read_state(checkpoint)
+        if "settings" not in state:
+            raise UserError(
+                f"{checkpoint} does not name the tokenizer of its model, as checkpoints of a training run do: start a "
+                "run from it with model.from, and give that run"
+            )
+        settings: Settings = settings_from(state["settings"], source=str(checkpoint))
         tokenizer = load_tokenizer(settings.tokenizer.path, lowercase=settings.tokenizer.lowercase)
         config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         model = BertForPretraining(config)
