@@ -85,6 +85,11 @@ class Case:
         return self.pipeline * self.chunks
 
     @property
+    def work(self) -> int:
+        """Passes through a layer in a step, over all ranks: what a run of so small a model costs."""
+        return self.tensor * self.data * self.microbatches * self.depth
+
+    @property
     def plain(self) -> Case:
         """The same model on one process, all samples of a step in one microbatch."""
         return Case(depth=self.depth, packed=self.packed)
@@ -168,10 +173,8 @@ def triples() -> Iterator[tuple[int, int, int]]:
 
 def options(case: Case) -> dict[str, Any]:
     """What pairs are made of. Larger sizes count as one, and numbers of microbatches by how they fit the ranks."""
-    if case.microbatches < case.pipeline:
-        fit = "fewer"
-    else:
-        fit = "remainder" if case.microbatches % case.pipeline else "multiple"
+    rounds, rest = divmod(case.microbatches, case.pipeline)
+    fit = "fewer" if rounds == 0 else "remainder" if rest else "one round" if rounds == 1 else "rounds"
     return {
         "tensor": min(case.tensor, 3),
         "pipeline": min(case.pipeline, 4),
@@ -198,7 +201,7 @@ def random_case(rng: random.Random, tensor: int, pipeline: int, data: int) -> Ca
     )
     if pipeline * chunks > DEPTHS[-1]:
         schedule, chunks = "interleaved-1f1b", 2
-    microbatches = rng.choice([m for m in range(1, 9) if BATCH // data % m == 0])
+    microbatches = rng.choice([m for m in range(1 if pipeline > 1 else 2, 9) if BATCH // data % m == 0])
     even = BATCH // data // microbatches * LENGTH % tensor == 0
     shardings = {1: ("none",), 2: ("none", "optimizer", "full"), 3: ("none", "optimizer", "full")}
     return Case(
@@ -220,7 +223,7 @@ def random_case(rng: random.Random, tensor: int, pipeline: int, data: int) -> Ca
 def covering_cases() -> list[Case]:
     """Cases in which every triple and every possible pair of options occurs: a greedy choice from many random ones."""
     rng = random.Random(3)
-    pool = [random_case(rng, *triple) for _ in range(60) for triple in triples()]
+    pool = [random_case(rng, *triple) for _ in range(200) for triple in triples()]
     numbers: dict[Any, int] = {}
     masks = []
     for case in pool:
@@ -228,7 +231,7 @@ def covering_cases() -> list[Case]:
     missing = (1 << len(numbers)) - 1
     chosen = []
     while missing:
-        best = max(range(len(pool)), key=lambda index: (masks[index] & missing).bit_count())
+        best = max(range(len(pool)), key=lambda index: ((masks[index] & missing).bit_count(), -pool[index].work))
         missing &= ~masks[best]
         chosen.append(pool[best])
     return sorted(chosen, key=lambda case: case.ranks)

@@ -1,0 +1,69 @@
+"""Tiny runs of the public `pretrain`, in this process or as the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bert.config import Settings
+from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from parallel.checkpoint import STATE_FILE, load_tensors, read_state
+from tests.megatron_bert.training.layouts import Case
+
+#: Depends on how long a step took.
+TIMED = ("tokens_per_second", "step_seconds", "mfu")
+STEPS = 6
+
+
+def run_settings(folder: Path, run_dir: Path, **changes: Any) -> Settings:
+    """Settings of a run over the data that ``layouts.make_data`` put in a folder.
+
+    Args:
+        folder: of the data.
+        run_dir: of the run.
+        **changes: values by ``section__key``.
+    """
+    tree = Case(depth=5).settings(folder).model_dump(by_alias=True)
+    tree["model"] |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tree["training"] |= {"run_dir": run_dir, "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 4}
+    tree["logging"] |= {"every": 1, "tensorboard": False, "progress": False}
+    tree["learning_rate"] |= {"schedule": "linear", "warmup_steps": 2}
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    return Settings.model_validate(tree)
+
+
+def write_config(settings: Settings, path: Path) -> Path:
+    path.write_text(settings.dump(), encoding="utf-8")
+    return path
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, without what depends on the clock."""
+    found = read_metrics(run_dir / METRICS_FILE)
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in found]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint of one process holds."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    whole = {name: torch.full(entry.size, torch.nan) for name, entry in stored.items()}
+    load_tensors(checkpoint, whole)
+    return whole
+
+
+def assert_same_checkpoint(mine: Path, theirs: Path) -> None:
+    """Equal bit for bit, but for the settings."""
+    actual, expected = tensors(mine), tensors(theirs)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+    states = [read_state(path) for path in (mine, theirs)]
+    for state in states:
+        del state["settings"]
+    assert states[0] == states[1], STATE_FILE

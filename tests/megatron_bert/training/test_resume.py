@@ -1,0 +1,154 @@
+"""A run that was stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training.trainer import Trainer
+from parallel.checkpoint import latest_checkpoint
+from parallel.errors import UserError
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import STEPS, assert_same_checkpoint, rows, run_settings
+from tests.worlds import run_world
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Drawing takes longer than training here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the first step to the last, with a checkpoint every two and an evaluation every three."""
+    run = tmp_path_factory.mktemp("whole")
+    pretrain(run_settings(data, run, checkpoint__every=2, training__evaluate_every=3))
+    return run
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Let this process get a signal during one step."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, *args: Any) -> Any:
+        if self.step == step - 1:
+            signal.raise_signal(number)
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def start_loaders() -> None:
+    """Start the server that loader processes are forked from, with torch loaded: they are ready at once."""
+    run_world(1, id, None)
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "workers", "precision"),
+    [(False, 0, "float32"), (True, 0, "float32"), (True, 2, "float32"), (False, 0, "bfloat16")],
+    ids=["synchronous", "asynchronous", "loader processes", "bfloat16"],
+)
+def test_equal_to_the_last_bit(
+    data: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asynchronous: bool,
+    workers: int,
+    precision: str,
+) -> None:
+    if workers:
+        start_loaders()
+    options: dict[str, Any] = {"training__evaluate_every": 3, "precision__compute": precision}
+    if precision != "float32":
+        whole = tmp_path / "whole"
+        pretrain(run_settings(data, whole, **options))
+    run = tmp_path / "run"
+    settings = run_settings(data, run, checkpoint__asynchronous=asynchronous, data__workers=workers, **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        pretrain(settings)
+    newest = latest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step_00000004"
+    assert "stopped by SIGTERM after step 4: the same command goes on from there" in capsys.readouterr().out
+    assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2, 3, 4]
+
+    pretrain(settings)
+    assert f"resuming from {newest}" in capsys.readouterr().out
+    assert rows(run) == rows(whole)
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert_same_checkpoint(run / last, whole / last)
+
+
+def test_an_earlier_checkpoint(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    earlier = run / "checkpoints" / "step_00000002"
+    pretrain(run_settings(data, run, checkpoint__resume=str(earlier), checkpoint__keep=1, training__evaluate_every=3))
+    # No step occurs twice, though the later ones were there already.
+    assert rows(run) == rows(whole)
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert_same_checkpoint(run / last, whole / last)
+
+
+def test_from_the_start(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    pretrain(run_settings(data, run, checkpoint__resume="none", training__steps=3))
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 3]  # training, and an evaluation at the end
+    assert rows(run)[0] == rows(whole)[0]
+
+
+def test_nothing_left_to_do(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    pretrain(run_settings(data, whole, training__evaluate_every=3))
+    out = capsys.readouterr().out
+    assert f"has reached training.steps {STEPS}: nothing left to do" in out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_longer_training_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    pretrain(run_settings(data, run, training__steps=STEPS + 1))
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, STEPS + 2))
+
+
+def test_time_limit(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(run_settings(data, tmp_path / "run", training__max_minutes=1e-9))
+    assert "stopped by training.max_minutes after step 1" in capsys.readouterr().out
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000001"
+
+
+def test_another_tokenizer_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vocab.txt"
+    lines = (data / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    other.write_text("\n".join([*lines[:-1], "different"]) + "\n", encoding="utf-8")
+    settings = run_settings(data, whole, training__steps=9, tokenizer__path=other)
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        pretrain(settings)
+
+
+def test_another_model_is_refused(data: Path, whole: Path) -> None:
+    with pytest.raises(UserError, match=r"in shape .*, but the model settings make it"):
+        pretrain(run_settings(data, whole, training__steps=9, model__intermediate_size=64))
+    with pytest.raises(UserError, match=r"holds no tensor model\.encoder"):
+        pretrain(run_settings(data, whole, training__steps=9, model__num_hidden_layers=2))
