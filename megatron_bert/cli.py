@@ -46,7 +46,12 @@ def _preprocess(arguments: argparse.Namespace) -> None:
         lowercase={"auto": None, "yes": True, "no": False}[arguments.lowercase],
         on_bad_row=arguments.on_bad_row,
     )
-    print(report)
+    skipped = report.skipped_empty + report.skipped_bad
+    print(
+        f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences, {report.tokens:,} tokens "
+        f"in {report.seconds:.1f} s"
+        + (f"; skipped {report.skipped_empty:,} empty documents, {report.skipped_bad:,} bad rows" if skipped else "")
+    )
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -76,14 +76,29 @@ class WeightedPrefix(Section):
     weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other corpora.")
 
 
+def _shorter_corpora(schema: dict[str, Any]) -> None:
+    """A settings file may also name corpora by their prefixes alone; see `config_file`."""
+    if "anyOf" not in schema:
+        schema["anyOf"] = [{key: schema.pop(key) for key in ("type", "items", "minItems")}]
+    options = schema["anyOf"]
+    corpora = options[0]
+    corpora["items"] = {"anyOf": [corpora["items"], {"type": "string"}]}
+    schema["anyOf"] = [{"type": "string"}, *options]
+
+
 class DataSettings(Section):
     """Corpora and how samples are made of them."""
 
     train: list[WeightedPrefix] = Field(
-        min_length=1, description="Corpora: one prefix, or a list of prefixes or of {prefix, weight}."
+        min_length=1,
+        description="Corpora: one prefix, or a list of prefixes or of {prefix, weight}.",
+        json_schema_extra=_shorter_corpora,
     )
     valid: list[WeightedPrefix] | None = Field(
-        None, min_length=1, description="Held-out corpora; by default a part of the training corpora set by `split`."
+        None,
+        min_length=1,
+        description="Held-out corpora; by default a part of the training corpora set by `split`.",
+        json_schema_extra=_shorter_corpora,
     )
     split: str = Field(
         "969,30,1", description="Documents of the training corpora for training, validation, test, in relative parts."
@@ -312,6 +327,12 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
         UserError: two settings, or a setting and the number of processes, do not go together.
     """
     model, data, training = settings.model, settings.data, settings.training
+    sharding, shard_size = settings.parallel.sharding, settings.parallel.shard_size
+    if (sharding == "hybrid") != (shard_size is not None):
+        raise UserError(
+            f"parallel.sharding is {sharding} and parallel.shard_size is {shard_size}: hybrid sharding needs a "
+            "shard_size (ranks a group, for example the GPUs of a node), the others take none"
+        )
     layout = settings.layout(world_size)
     if model.hidden_act not in ACTIVATIONS:
         raise UserError(f"model.hidden_act is {model.hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
@@ -343,12 +364,6 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
         )
     _check_pipeline(settings, layout)
     _check_learning_rate(settings)
-    sharding, shard_size = settings.parallel.sharding, settings.parallel.shard_size
-    if (sharding == "hybrid") != (shard_size is not None):
-        raise UserError(
-            f"parallel.sharding is {sharding} and parallel.shard_size is {shard_size}: hybrid sharding needs a "
-            "shard_size (ranks a group, for example the GPUs of a node), the others take none"
-        )
     if settings.precision.compute == "float16" and training.device == "cpu":
         raise UserError("precision.compute float16 needs a GPU: choose bfloat16 or float32 with training.device=cpu")
     return layout

@@ -23,6 +23,8 @@ def load_settings(path: Path, overrides: list[str]) -> Settings:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the settings file {path} is not text in UTF-8: save it as such") from None
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

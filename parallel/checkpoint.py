@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,14 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: the directory is not a whole checkpoint.
     """
     try:
-        return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{path} is not a checkpoint: it holds no {STATE_FILE}; give a step_... directory") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / STATE_FILE} is damaged at offset {error.pos}: use another checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{path / STATE_FILE} is damaged ({error}): use another checkpoint") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path / STATE_FILE} is damaged (not a JSON object): use another checkpoint")
+    return state
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -82,10 +86,24 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGrou
                 f"{tuple(tensor.shape)}: use the settings it was saved with"
             )
     try:
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            # Loading in one process is what a group of None asks for; torch takes it for an oversight.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
-        failures = "; ".join(str(failure[0]) for failure in error.failures.values())
-        raise UserError(f"checkpoint {path} cannot be read ({failures}): use another one") from None
+        raise UserError(f"checkpoint {path} cannot be read ({_reasons(error)}): use another one") from None
+
+
+def _reasons(error: dcp.CheckpointException) -> str:
+    """What went wrong on any rank, each cause once, on one line."""
+    return "; ".join(dict.fromkeys(" ".join(str(failure[0]).split()) for failure in error.failures.values()))
+
+
+def _not_written(path: Path, error: dcp.CheckpointException) -> UserError:
+    return UserError(
+        f"checkpoint {path} could not be written ({_reasons(error)}): mend that, and the same command goes on from the "
+        "checkpoint before it"
+    )
 
 
 class CheckpointWriter:
@@ -104,7 +122,7 @@ class CheckpointWriter:
         # A group of its own: the background thread's collectives must not interleave with those of training.
         self.group = dist.new_group(backend="gloo")
         self.is_first = dist.get_rank() == 0
-        self._pending: Future[Any] | None = None
+        self._pending: tuple[Path, Future[Any]] | None = None
         if self.is_first:
             root.mkdir(parents=True, exist_ok=True)
             for leftover in root.glob("step_*.partial"):
@@ -115,6 +133,9 @@ class CheckpointWriter:
         """Save tensors by global name, and a JSON-able state, as the checkpoint of a step.
 
         An earlier save still being written is finished first. Returns the directory the checkpoint will have.
+
+        Raises:
+            UserError: this checkpoint, or the one before it, cannot be written.
         """
         self.finish()
         final = self.root / f"step_{step:08d}"
@@ -122,7 +143,10 @@ class CheckpointWriter:
         if self.is_first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            with (partial / STATE_FILE).open("w", encoding="utf-8") as file:
+                json.dump(state, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
         dist.barrier(self.group)
         writer = dcp.FileSystemWriter(partial)
         if self.asynchronous:
@@ -130,32 +154,63 @@ class CheckpointWriter:
             # is on disk, so its completion is the moment to give the directory its name.
             pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
             assert isinstance(pending, Future)
-            self._pending = pending
-            if self.is_first:
-                pending.add_done_callback(lambda done: None if done.exception() else self._commit(partial, final))
+            self._pending = final, self._committed(pending, partial, final) if self.is_first else pending
         else:
-            dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            try:
+                dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            except dcp.CheckpointException as error:
+                raise _not_written(final, error) from None
             if self.is_first:
                 self._commit(partial, final)
             dist.barrier(self.group)
         return final
 
     def finish(self) -> None:
-        """Wait for a save in the background, and raise what went wrong in it."""
+        """Wait for a save in the background, and raise what went wrong in it.
+
+        Raises:
+            UserError: the checkpoint cannot be written.
+        """
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            (final, pending), self._pending = self._pending, None
+            try:
+                pending.result()
+            except dcp.CheckpointException as error:
+                raise _not_written(final, error) from None
             dist.barrier(self.group)
+
+    def _committed(self, written: Future[Any], partial: Path, final: Path) -> Future[None]:
+        """Done when the directory has its final name: a future wakes who waits for it before it calls back."""
+        committed: Future[None] = Future()
+
+        def commit(done: Future[Any]) -> None:
+            try:
+                done.result()
+                self._commit(partial, final)
+            except BaseException as error:
+                committed.set_exception(error)
+            else:
+                committed.set_result(None)
+
+        written.add_done_callback(commit)
+        return committed
 
     def _commit(self, partial: Path, final: Path) -> None:
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         partial.rename(final)
         directory = os.open(self.root, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
-        whole = sorted(path for path in self.root.iterdir() if checkpoint_step(path) is not None)
-        for old in whole[: -self.keep] if self.keep else []:
-            shutil.rmtree(old)
+        # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.
+        others = [path for path in self.root.iterdir() if checkpoint_step(path) is not None and path != final]
+        others.sort(key=lambda path: checkpoint_step(path) or 0)
+        for old in others[: max(0, len(others) - self.keep + 1)] if self.keep else []:
+            self._remove(old)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        """Delete under another name, so that a crash on the way leaves nothing that passes for a whole checkpoint."""
+        shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))

@@ -16,11 +16,13 @@ from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.trainer import Trainer
-from parallel.checkpoint import checkpoint_step, latest_checkpoint, read_state
+from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
 from parallel.process_group import launched_rank, launched_world_size, process_group
 
+#: What a checkpoint says beside its tensors if a run wrote it, and it can be resumed.
+RUN_STATE = ("step", "consumed_samples", "optimizer", "loss_scale", "tokenizer")
 #: Settings that a checkpoint to start from decides.
 CHECKPOINT_SIZES = (
     "hidden_size",
@@ -120,7 +122,7 @@ def find_resume(settings: Settings) -> Path | None:
     """The checkpoint to go on from.
 
     Raises:
-        UserError: a checkpoint is named that is not there.
+        UserError: a checkpoint is named that is not there, or that holds a model without the state of a run.
     """
     wanted = settings.checkpoint.resume
     if wanted == "none":
@@ -135,4 +137,10 @@ def find_resume(settings: Settings) -> Path | None:
             raise UserError(
                 f"checkpoint.resume is {wanted}, which is no whole checkpoint: give auto, none or a step_... directory"
             )
+    missing = [name for name in RUN_STATE if name not in read_state(path)]
+    if missing:
+        raise UserError(
+            f"{path / STATE_FILE} holds no {', '.join(missing)}, so the run that wrote it cannot go on: to start from "
+            "its weights, set model.from to it and checkpoint.resume=none"
+        )
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.trainer import Trainer
@@ -27,11 +28,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """Drawing takes longer than training here."""
+def _quick() -> Iterator[None]:
+    """Drawing takes longer than training here, and so does handing such small matrices to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

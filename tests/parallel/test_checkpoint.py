@@ -1,0 +1,313 @@
+"""Checkpoints: whole or not there, what is kept, what loading refuses, and other layouts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from parallel.checkpoint import (
+    STATE_FILE,
+    CheckpointWriter,
+    checkpoint_step,
+    latest_checkpoint,
+    load_tensors,
+    read_state,
+)
+from parallel.errors import UserError
+from parallel.process_group import process_group
+from tests.worlds import run_world
+
+STATE = {"step": 3, "note": "ä", "nested": {"scale": 0.1}}
+ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+
+
+@pytest.fixture
+def _world() -> Iterator[None]:
+    """A world of this process alone."""
+    with process_group("cpu"):
+        yield
+
+
+def some_tensors(value: float = 0.0) -> dict[str, Tensor]:
+    return {"model.weight": torch.arange(12.0).view(3, 4) + value, "model.bias": torch.full((5,), value)}
+
+
+def empty_tensors() -> dict[str, Tensor]:
+    return {name: torch.full_like(tensor, torch.nan) for name, tensor in some_tensors().items()}
+
+
+def assert_holds(checkpoint: Path, value: float) -> None:
+    loaded = empty_tensors()
+    load_tensors(checkpoint, loaded)
+    for name, tensor in some_tensors(value).items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def save_and_finish(writer: CheckpointWriter) -> None:
+    writer.save(2, some_tensors(2.0), STATE)
+    writer.finish()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, _world: None) -> Path:
+    """One checkpoint in a folder of its own."""
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=0, asynchronous=False)
+    return writer.save(3, some_tensors(), STATE)
+
+
+@pytest.mark.usefixtures("_world")
+class TestWriting:
+    @ASYNCHRONOUS
+    def test_back_and_forth(self, tmp_path: Path, asynchronous: bool) -> None:
+        writer = CheckpointWriter(tmp_path / "new" / "checkpoints", keep=0, asynchronous=asynchronous)
+        path = writer.save(3, some_tensors(2.0), STATE)
+        writer.finish()
+        assert path == tmp_path / "new" / "checkpoints" / "step_00000003"
+        assert names(path.parent) == ["step_00000003"]
+        assert_holds(path, 2.0)
+        assert read_state(path) == STATE
+        assert checkpoint_step(path) == 3
+
+    @pytest.mark.parametrize("attempt", range(3))
+    def test_finish_waits_for_the_final_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int
+    ) -> None:
+        commits: list[str] = []
+        original = CheckpointWriter._commit
+
+        def slow_commit(self: CheckpointWriter, partial: Path, final: Path) -> None:
+            list(range(1_000_000))  # long enough for a waiting thread to be woken
+            original(self, partial, final)
+            commits.append(final.name)
+
+        monkeypatch.setattr(CheckpointWriter, "_commit", slow_commit)
+        writer = CheckpointWriter(tmp_path, keep=0, asynchronous=True)
+        writer.save(1, some_tensors(), STATE)
+        writer.finish()
+        assert commits == ["step_00000001"]
+
+    def test_changes_after_save_do_not_reach_the_file(self, tmp_path: Path) -> None:
+        writer = CheckpointWriter(tmp_path, keep=0, asynchronous=True)
+        tensors = {"large": torch.zeros(500_000)}
+        path = writer.save(1, tensors, STATE)
+        tensors["large"].fill_(1.0)
+        writer.finish()
+        loaded = {"large": torch.full((500_000,), torch.nan)}
+        load_tensors(path, loaded)
+        assert loaded["large"].count_nonzero() == 0
+
+    @ASYNCHRONOUS
+    def test_the_newest_are_kept(self, tmp_path: Path, asynchronous: bool) -> None:
+        writer = CheckpointWriter(tmp_path, keep=2, asynchronous=asynchronous)
+        for step in (1, 2, 10, 11):
+            writer.save(step, some_tensors(step), STATE)
+        writer.finish()
+        assert names(tmp_path) == ["step_00000010", "step_00000011"]
+        assert_holds(tmp_path / "step_00000010", 10.0)
+        assert latest_checkpoint(tmp_path) == tmp_path / "step_00000011"
+
+    def test_keep_zero_keeps_all(self, tmp_path: Path) -> None:
+        writer = CheckpointWriter(tmp_path, keep=0, asynchronous=False)
+        for step in range(4):
+            writer.save(step, some_tensors(), STATE)
+        assert len(names(tmp_path)) == 4
+
+    def test_the_one_just_written_is_kept_beside_later_ones(self, tmp_path: Path) -> None:
+        CheckpointWriter(tmp_path, keep=0, asynchronous=False).save(10, some_tensors(), STATE)
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        path = writer.save(6, some_tensors(6.0), STATE)
+        assert_holds(path, 6.0)
+
+    def test_the_same_step_again_replaces(self, tmp_path: Path) -> None:
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        writer.save(1, some_tensors(1.0), STATE)
+        path = writer.save(1, some_tensors(2.0), STATE)
+        assert names(tmp_path) == ["step_00000001"]
+        assert_holds(path, 2.0)
+
+    @ASYNCHRONOUS
+    def test_an_error_while_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=asynchronous)
+        writer.save(1, some_tensors(1.0), STATE)
+        writer.finish()
+
+        def fail(*_: Any) -> None:
+            raise OSError("no space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp.FileSystemWriter, "write_data", fail)
+            with pytest.raises(UserError, match=r"step_00000002 could not be written \(no space left on device\)"):
+                save_and_finish(writer)
+        assert names(tmp_path) == ["step_00000001", "step_00000002.partial"]
+        assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
+        assert_holds(tmp_path / "step_00000001", 1.0)
+        # The next start clears up.
+        CheckpointWriter(tmp_path, keep=1, asynchronous=asynchronous)
+        assert names(tmp_path) == ["step_00000001"]
+
+    def test_an_error_in_the_final_step_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any) -> None:
+            raise OSError("cannot rename")
+
+        monkeypatch.setattr(CheckpointWriter, "_commit", fail)
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=True)
+        writer.save(1, some_tensors(), STATE)
+        with pytest.raises(OSError, match="cannot rename"):
+            writer.finish()
+
+    def test_a_crash_while_deleting_leaves_no_whole_looking_rest(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        writer.save(1, some_tensors(), STATE)
+
+        def crash(path: Path, *_: Any, **__: Any) -> None:
+            (path / ".metadata").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointWriter, "_remove", staticmethod(lambda path: crash(path)))
+            with pytest.raises(KeyboardInterrupt):
+                writer.save(2, some_tensors(2.0), STATE)
+        assert latest_checkpoint(tmp_path) == tmp_path / "step_00000002"
+        assert_holds(tmp_path / "step_00000002", 2.0)
+
+
+class TestFinding:
+    def test_nothing(self, tmp_path: Path) -> None:
+        assert latest_checkpoint(tmp_path) is None
+        assert latest_checkpoint(tmp_path / "missing") is None
+
+    def test_only_whole_ones(self, saved: Path) -> None:
+        root = saved.parent
+        saved.rename(root / "step_00000003.partial")
+        assert latest_checkpoint(root) is None
+        (root / "step_00000003.partial").rename(saved)
+        for number, missing in enumerate((".metadata", STATE_FILE)):
+            damaged = root / f"step_0000001{number}"
+            damaged.mkdir()
+            for file in {".metadata", STATE_FILE} - {missing}:
+                (damaged / file).write_bytes((saved / file).read_bytes())
+        (root / "step_00000020").write_text("a file")
+        (root / "step_30").mkdir()
+        assert latest_checkpoint(root) == saved
+
+    def test_by_number_not_by_name(self, tmp_path: Path) -> None:
+        for name in ("step_99999999", "step_100000000"):
+            (tmp_path / name).mkdir()
+            for file in (".metadata", STATE_FILE):
+                (tmp_path / name / file).touch()
+        assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
+
+
+class TestLoading:
+    def test_in_one_process_without_warnings(self, saved: Path) -> None:
+        dist.destroy_process_group()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                assert_holds(saved, 0.0)
+        finally:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def test_a_part(self, saved: Path) -> None:
+        bias = torch.full((5,), torch.nan)
+        load_tensors(saved, {"model.bias": bias})
+        assert torch.equal(bias, torch.zeros(5))
+
+    def test_missing_tensor(self, saved: Path) -> None:
+        with pytest.raises(UserError, match=r"holds no tensor model\.other: it was saved from another kind of model"):
+            load_tensors(saved, {"model.other": torch.zeros(1)})
+
+    def test_wrong_shape(self, saved: Path) -> None:
+        with pytest.raises(UserError, match=r"holds model\.weight in shape \(3, 4\), but .* make it \(4, 3\)"):
+            load_tensors(saved, {"model.weight": torch.zeros(4, 3)})
+
+    @pytest.mark.parametrize("size", [0, 1, 100])
+    def test_truncated_data(self, saved: Path, size: int) -> None:
+        (data,) = saved.glob("*.distcp")
+        data.write_bytes(data.read_bytes()[:size])
+        self.assert_refused(saved)
+
+    def test_missing_data(self, saved: Path) -> None:
+        next(saved.glob("*.distcp")).unlink()
+        self.assert_refused(saved)
+
+    @pytest.mark.parametrize("size", [0, 20])
+    def test_truncated_metadata(self, saved: Path, size: int) -> None:
+        data = saved / ".metadata"
+        data.write_bytes(data.read_bytes()[:size])
+        self.assert_refused(saved)
+
+    @staticmethod
+    def assert_refused(path: Path) -> None:
+        with pytest.raises(UserError, match=r"cannot be read .*: use another one") as caught:
+            load_tensors(path, empty_tensors())
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("content", [b"", b'{"step": 3', b"\xff\xfe", b"[1, 2]", b"3"])
+    def test_damaged_state(self, saved: Path, content: bytes) -> None:
+        (saved / STATE_FILE).write_bytes(content)
+        with pytest.raises(UserError, match=r"state\.json is damaged .*: use another checkpoint"):
+            read_state(saved)
+
+    def test_no_state(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"is not a checkpoint: it holds no state\.json"):
+            read_state(tmp_path)
+
+
+# ---------------------------------------------------------------- other layouts
+
+
+def sharded_tensors(value: float) -> dict[str, Tensor]:
+    """The tensors of :func:`some_tensors` over a world: rows (3 over 2 ranks, unevenly), and a copy on each."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = some_tensors(value)
+    return {
+        "model.weight": distribute_tensor(whole["model.weight"], mesh, [Shard(0)]),
+        "model.bias": distribute_tensor(whole["model.bias"], mesh, [Replicate()]),
+    }
+
+
+def save_sharded(root: Path, asynchronous: bool) -> Path:
+    writer = CheckpointWriter(root, keep=1, asynchronous=asynchronous)
+    writer.save(1, sharded_tensors(1.0), STATE)
+    path = writer.save(2, sharded_tensors(2.0), STATE)
+    writer.finish()
+    assert names(root) == ["step_00000002"]  # on every rank, once it has finished
+    return path
+
+
+def load_sharded(path: Path, root: Path) -> list[list[float]]:
+    """Load the other way round: columns instead of rows."""
+    writer = CheckpointWriter(root, keep=1, asynchronous=False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = distribute_tensor(torch.zeros(3, 4), mesh, [Shard(1)])
+    load_tensors(path, {"model.weight": weight}, writer.group)
+    return weight.full_tensor().tolist()
+
+
+@ASYNCHRONOUS
+def test_two_ranks_save_and_any_number_loads(tmp_path: Path, asynchronous: bool) -> None:
+    path, other = run_world(2, save_sharded, tmp_path / "checkpoints", asynchronous)
+    assert path == other
+    assert len(list(path.glob("*.distcp"))) == 2
+    assert json.loads((path / STATE_FILE).read_text(encoding="utf-8")) == STATE
+    assert_holds(path, 2.0)
+    expected = some_tensors(2.0)["model.weight"].tolist()
+    assert run_world(2, load_sharded, path, tmp_path / "checkpoints") == [expected, expected]
