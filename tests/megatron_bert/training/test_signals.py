@@ -1,0 +1,112 @@
+"""Stopping from outside: real signals to real processes, and what ranks agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_bert.cli import main
+from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.trainer import Trainer
+from parallel.checkpoint import latest_checkpoint, read_state
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import run_settings, write_config
+from tests.worlds import run_world
+
+ENDLESS = 10**6
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Of a run that only a signal ends."""
+    make_data(tmp_path)
+    settings = run_settings(tmp_path, tmp_path / "run", training__steps=ENDLESS, checkpoint__asynchronous=True)
+    return write_config(settings, tmp_path / "settings.yaml")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_and_ends_a_process(config: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"step 2/{ENDLESS}"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    newest = latest_checkpoint(config.parent / "run" / "checkpoints")
+    assert newest is not None
+    step = read_state(newest)["step"]
+    assert f"stopped by {number.name} after step {step}: the same command goes on from there" in out
+    assert "Traceback" not in err
+    assert read_metrics(config.parent / "run" / METRICS_FILE)[-1]["step"] == step >= 2
+    assert [path.name for path in newest.parent.iterdir()] == [newest.name]
+
+
+def test_a_second_interrupt_ends_at_once(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, *args: Any) -> Any:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        assert main(["pretrain", str(config)]) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert latest_checkpoint(config.parent / "run" / "checkpoints") is None
+
+
+def agree(signals: dict[int, list[signal.Signals]], limits: dict[int, float]) -> list[str | None]:
+    """What this rank is told before and after it got its signals."""
+    rank = dist.get_rank()
+    with StopRequest(limits.get(rank)) as stop:
+        before = stop.agreed() if not limits else None
+        for number in signals.get(rank, []):
+            signal.raise_signal(number)
+        return [before, stop.agreed(), stop.agreed()]
+
+
+@pytest.mark.parametrize(
+    ("signals", "limits", "expected"),
+    [
+        ({}, {}, None),
+        ({1: [signal.SIGUSR1]}, {}, "SIGUSR1"),
+        ({0: [signal.SIGTERM], 1: [signal.SIGTERM]}, {}, "SIGTERM"),
+        ({0: [signal.SIGINT], 1: [signal.SIGTERM]}, {}, "SIGTERM"),
+        ({}, {1: 0.0}, "training.max_minutes"),
+        ({}, {0: 1000.0, 1: 1000.0}, None),
+        ({0: [signal.SIGUSR1]}, {1: 0.0}, "SIGUSR1"),
+        ({1: [signal.SIGTERM, signal.SIGINT]}, {}, "SIGINT"),
+    ],
+)
+def test_ranks_agree(signals: dict[int, list[signal.Signals]], limits: dict[int, float], expected: str | None) -> None:
+    assert run_world(2, agree, signals, limits) == [[None, expected, expected]] * 2
+
+
+def test_handlers_are_put_back() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopRequest():
+        assert all(signal.getsignal(number) not in before for number in numbers)
+    assert [signal.getsignal(number) for number in numbers] == before
