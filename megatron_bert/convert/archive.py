@@ -94,6 +94,8 @@ def archive_tree(path: Path, stack: ExitStack) -> FileTree:
 
 def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
     name = PurePosixPath(member.filename.replace("\\", "/"))
+    if not member.filename.isprintable():
+        raise UserError(f"{path} holds {member.filename!r}, a name that cannot be printed: do not trust it")
     if name.is_absolute() or ".." in name.parts or ":" in member.filename or "\0" in member.orig_filename:
         raise UserError(f"{path} holds {member.filename!r}, a path that reaches outside the archive: do not trust it")
     if stat.S_ISLNK(member.external_attr >> 16):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_bert.convert.files import FileRange, FileTree
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.pickles import StandIn, Vocabulary, load_pickle
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import StateTensor
@@ -111,15 +112,15 @@ def _state_tensor(tree: FileTree, name: str, state: Any, places: Mapping[Any, An
         file = info["relative_path"]
         if not isinstance(file, str) or "/" in file or file not in tree:
             raise UserError(
-                f"{tree.label} lacks {str(file)[:100]}, which holds {name}: copy all files of the checkpoint"
+                f"{tree.label} lacks {brief(file)}, which holds {brief(name)}: copy all files of the checkpoint"
             )
         place = tree[file].part(info["offset"], info["length"])
         if math.prod(sizes) * dtype.itemsize > place.length:
             raise ValueError("a block larger than its bytes")
         chunks.append(_Chunk(offsets, sizes, place))
     if sum(math.prod(chunk.sizes) for chunk in chunks) < math.prod(shape):
-        raise UserError(f"{tree.label} holds only a part of {name}: it was not written to its end; use another")
-    return StateTensor(shape, dtype, lambda: _assemble(name, shape, dtype, chunks), f"{tree.label}: {name}")
+        raise UserError(f"{tree.label} holds only a part of {brief(name)}: it was not written to its end; use another")
+    return StateTensor(shape, dtype, lambda: _assemble(name, shape, dtype, chunks), f"{tree.label}: {brief(name)}")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def _assemble(name: str, shape: tuple[int, ...], dtype: torch.dtype, chunks: lis
     for chunk in chunks:
         stored = load_torch_file(chunk.place)
         if not isinstance(stored, StoredTensor) or stored.shape != chunk.sizes or stored.dtype != dtype:
-            raise UserError(f"{chunk.place.label} is damaged: a block of {name} is not what it should be")
+            raise UserError(f"{chunk.place.label} is damaged: a block of {brief(name)} is not what it should be")
         block = stored.load()
         if chunk.sizes == shape:
             return block

@@ -15,6 +15,7 @@ from megatron_bert.convert.huggingface_names import fuse, our_name, projection_o
 from megatron_bert.convert.json_files import fraction, integer, read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
@@ -104,7 +105,7 @@ def _check_kind(settings: dict[str, Any], label: str) -> None:
             f"{label} is of a {kind} model, which normalises after each sum (post-layer-norm); Megatron's normalises "
             "before each layer, so its weights would compute something else: use a megatron-bert model"
         )
-    raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected megatron-bert")
+    raise UserError(f"{label} has model_type {brief(kind)!r}: expected megatron-bert")
 
 
 def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
@@ -122,7 +123,7 @@ def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
     found: dict[str, StateTensor] = {}
     for file in sorted(set(index.values())):
         if "/" in file or "\\" in file or file not in tree:
-            raise UserError(f"{tree.label}/{name} names {file[:100]}, which is not beside it: copy all files")
+            raise UserError(f"{tree.label}/{name} names {brief(file)}, which is not beside it: copy all files")
         found |= _open_file(tree, file)
     return found, name
 
@@ -135,7 +136,7 @@ def _open_file(tree: FileTree, name: str) -> dict[str, StateTensor]:
     if not isinstance(content, dict) or not all(isinstance(t, StoredTensor) for t in content.values()):
         raise UserError(f"{place.label} holds something else than tensors by name: give a state dictionary")
     return {
-        str(key): StateTensor(tensor.shape, tensor.dtype, tensor.load, f"{place.label}: {key}")
+        str(key): StateTensor(tensor.shape, tensor.dtype, tensor.load, f"{place.label}: {brief(key)}")
         for key, tensor in content.items()
     }
 
@@ -177,7 +178,7 @@ def _config(
         num_hidden_layers=integer(settings, "num_hidden_layers", label),
         num_attention_heads=options.num_attention_heads or integer(settings, "num_attention_heads", label),
         intermediate_size=integer(settings, "intermediate_size", label),
-        hidden_act=str(activation)[:40],
+        hidden_act=brief(activation, 40),
         hidden_dropout_prob=fraction(settings, "hidden_dropout_prob", label, 0.1),
         attention_probs_dropout_prob=fraction(settings, "attention_probs_dropout_prob", label, 0.1),
         max_position_embeddings=integer(settings, "max_position_embeddings", label),
@@ -203,7 +204,7 @@ def _canonical(
             continue
         name = our_name(key)
         if name is None:
-            raise UserError(f"{label} holds {key[:100]}, which no MegatronBert class has: wrong file?")
+            raise UserError(f"{label} holds {brief(key)}, which no MegatronBert class has: wrong file?")
         if QUERY_KEY_VALUE in name:
             projections.setdefault(name, {})[projection_of(key)] = tensor
         else:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from megatron_bert.convert.files import FileRange
+from megatron_bert.convert.messages import brief
 from parallel.errors import UserError
 
 _LONGEST = 64 << 20
@@ -31,7 +32,7 @@ def parse_json(text: bytes, label: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{label} is no JSON ({str(error)[:80]}): fetch the file again") from None
+        raise UserError(f"{label} is no JSON ({brief(error, 80)}): fetch the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{label} holds a JSON {type(value).__name__} instead of an object: wrong file?")
     return value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bert.convert.files import FileRange, FileTree
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.query_key_value import check_version
 from megatron_bert.convert.stored_tensor import StoredTensor
 from megatron_bert.convert.torch_files import is_torch_file, load_torch_file
@@ -104,7 +105,7 @@ def _lone_file(tree: FileTree) -> dict[tuple[int, int], str]:
 
 
 def _tracked(tree: FileTree, groups: Mapping[str, Any]) -> str:
-    found = ", ".join(sorted(groups))[:200]
+    found = brief(", ".join(sorted(groups)), 200)
     trackers = [name for name in tree if name == TRACKER or name.endswith("/" + TRACKER)]
     if len(trackers) != 1:
         raise UserError(f"{tree.label} holds several checkpoints ({found}): name the folder of one of them")
@@ -185,7 +186,11 @@ def open_shards(tree: FileTree, places: dict[tuple[int, int], str]) -> Checkpoin
         if not isinstance(version, (int, float)) or isinstance(version, bool):
             raise UserError(f"{every[0].label} has a checkpoint version that is no number: expected 0, 1.0, 2.0 or 3.0")
         version = check_version(version, every[0].label)
-    return Checkpoint(tree.label, shards, version, iteration if isinstance(iteration, int) else None)
+    return Checkpoint(tree.label, shards, version, iteration if _is_count(iteration) else None)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 62
 
 
 def first_keys(tree: FileTree) -> list[str]:
@@ -215,7 +220,7 @@ def _agreed(what: str, shards: list[Shard], read: Any) -> Any:
     for shard in shards[1:]:
         if plain(shard) != first:
             raise UserError(
-                f"{shard.label} has {what} {plain(shard)}, but {shards[0].label} has {first}: "
+                f"{shard.label} has {what} {brief(plain(shard))}, but {shards[0].label} has {brief(first)}: "
                 "the folder mixes two checkpoints"
             )
     return first
@@ -230,7 +235,7 @@ def _check_sizes(shard: Shard, ranks: int, stages: int) -> None:
         said = next((args[key] for key in keys if isinstance(args.get(key), int)), None)
         if said is not None and said != found:
             raise UserError(
-                f"{shard.label} was saved at {what} size {said}, but there are files of {found}: "
+                f"{shard.label} was saved at {what} size {brief(said)}, but there are files of {found}: "
                 "give the folder that holds all mp_rank_... folders of the checkpoint"
             )
 
@@ -258,7 +263,7 @@ def flat_tensors(label: str, chunk: dict[Any, Any]) -> dict[str, StoredTensor]:
                     raise UserError(f"{label} holds a model with a key that is no text: it is damaged")
                 walk(f"{prefix}.{key}" if prefix else key, inner, depth + 1)
         else:
-            raise UserError(f"{label} holds {prefix[:100] or 'a model'}, a {type(value).__name__}: expected tensors")
+            raise UserError(f"{label} holds {brief(prefix or 'a model')}, a {type(value).__name__}: expected tensors")
 
     walk("", chunk, 0)
     return found

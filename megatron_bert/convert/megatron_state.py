@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_bert.convert import divisions
 from megatron_bert.convert.megatron_config import encoder_config
 from megatron_bert.convert.megatron_shards import Checkpoint, flat_tensors
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.query_key_value import check_version
 from megatron_bert.convert.state import (
@@ -108,7 +109,7 @@ def _collect(checkpoint: Checkpoint, rename: Renaming, warnings: list[str]) -> d
                 name = rename(key)
                 if name is None:
                     raise UserError(
-                        f"{shard.label} holds {key[:100]}, which no BERT model of Megatron has: wrong file?"
+                        f"{shard.label} holds {brief(key)}, which no BERT model of Megatron has: wrong file?"
                     )
                 if name == SKIPPED:
                     warnings.append(f"{key} in {shard.label} was left out: it is no part of a pretraining model")

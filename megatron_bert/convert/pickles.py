@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from megatron_bert.convert.messages import brief
 from parallel.errors import UserError
 
 #: Opcodes after which a pickle is refused; the largest real ones (sharded optimizers) have a few million.
@@ -63,12 +64,14 @@ class Vocabulary:
         calls: names that may be called, with what to do for the call.
         inert: starts of full names that become stand-ins.
         storage: what a persistent id stands for.
+        copied: elements handed to calls so far; a short file could have a long list copied over and over.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     calls: dict[str, Callable[..., Any]] = field(default_factory=dict)
     inert: tuple[str, ...] = ()
     storage: Callable[[Any], Any] | None = None
+    copied: int = 0
 
     def resolve(self, module: Any, name: Any) -> Any:
         """The value of a global.
@@ -83,7 +86,7 @@ class Vocabulary:
             return self.values[full]
         if full in self.calls or full.startswith(self.inert):
             return Global(module, name)
-        raise RefusedError(full[:200])
+        raise RefusedError(brief(full))
 
     def call(self, function: Any, arguments: Any) -> Any:
         """Carry out a call, by the table or as a stand-in.
@@ -93,6 +96,9 @@ class Vocabulary:
         """
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise RefusedError("a call of something that is not a class")
+        self.copied += sum(len(a) for a in arguments if isinstance(a, (list, tuple, dict, str, bytes)))
+        if self.copied > _MOST_OPCODES:
+            raise ValueError("it copies its parts without end")
         known = self.calls.get(str(function))
         return StandIn(function, arguments) if known is None else known(*arguments)
 
@@ -143,7 +149,7 @@ def load_pickle(file: BinaryIO, vocabulary: Vocabulary, label: str) -> Any:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:120]
+    return brief(f"{type(error).__name__}: {error}", 120)
 
 
 _MARK = object()
@@ -313,6 +319,8 @@ class _Machine:
         state = self._pop()
         target = self.stack[-1]
         if isinstance(target, argparse.Namespace):
+            if target.__dict__:
+                raise ValueError("attributes are set twice")
             target.__dict__.update({str(_key(key)): value for key, value in _expect(state, dict).items()})
         elif isinstance(target, StandIn):
             target.state = state

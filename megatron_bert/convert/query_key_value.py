@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_bert.convert.messages import brief
 from parallel.errors import UserError
 
 #: Checkpoint versions that exist.
@@ -30,7 +31,7 @@ def check_version(version: float, where: str) -> float:
     """
     if version not in VERSIONS:
         raise UserError(
-            f"{where} has checkpoint version {version}, but only 0, 1.0, 2.0 and 3.0 are known: "
+            f"{where} has checkpoint version {brief(version)}, but only 0, 1.0, 2.0 and 3.0 are known: "
             "if you know the order of its rows, give it with --source-checkpoint-version"
         )
     return float(version)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_bert.convert.files import FileRange
 from megatron_bert.convert.json_files import parse_json
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError
 
@@ -54,7 +55,7 @@ def read_safetensors(place: FileRange) -> dict[str, StateTensor]:
             continue
         tensor = _entry(data, name, entry)
         if tensor is None:
-            raise UserError(f"{damaged}: its header gives {name[:100]} no place inside the file; fetch it again")
+            raise UserError(f"{damaged}: its header gives {brief(name)} no place inside the file; fetch it again")
         found[name] = tensor
     return found
 
@@ -76,7 +77,7 @@ def _entry(data: FileRange, name: str, entry: object) -> StateTensor | None:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(data.read(start, end - start), dtype=dtype).view(shape)
 
-    return StateTensor(tuple(shape), dtype, load, f"{data.label}: {name}")
+    return StateTensor(tuple(shape), dtype, load, f"{data.label}: {brief(name)}")
 
 
 class SafetensorsWriter:

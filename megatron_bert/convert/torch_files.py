@@ -13,6 +13,7 @@ import torch
 
 from megatron_bert.convert.archive import open_zip, stored_range
 from megatron_bert.convert.files import FileRange
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.pickles import Vocabulary, load_pickle
 from megatron_bert.convert.stored_tensor import StorageRecord
 from megatron_bert.convert.torch_vocabulary import torch_vocabulary
@@ -75,11 +76,11 @@ def _load_zip(place: FileRange) -> Any:
             key, dtype, numel = _storage_id(persistent_id, 5)
             member = members.get(f"{prefix}data/{key}")
             if member is None:
-                raise UserError(f"{place.label} is damaged: storage {key[:40]} is missing; fetch it again")
+                raise UserError(f"{place.label} is damaged: storage {brief(key)} is missing; fetch it again")
             bytes_there = stored_range(place, member, f"{place.label}/data/{key}")
             if numel * dtype.itemsize > bytes_there.length:
                 raise UserError(
-                    f"{place.label} is damaged: storage {key[:40]} holds {bytes_there.length} bytes instead of "
+                    f"{place.label} is damaged: storage {brief(key)} holds {bytes_there.length} bytes instead of "
                     f"{numel * dtype.itemsize}; fetch it again"
                 )
             return StorageRecord(key, dtype, numel * dtype.itemsize, bytes_there, member.CRC)
@@ -155,7 +156,7 @@ def _place_storages(place: FileRange, keys: Any, records: dict[str, StorageRecor
         (count,) = struct.unpack("<q", place.read(start, 8))
         if count * record.dtype.itemsize != record.nbytes:
             raise UserError(
-                f"{place.label} is damaged: storage {key[:40]} has {count} elements instead of "
+                f"{place.label} is damaged: storage {brief(key)} has {count} elements instead of "
                 f"{record.nbytes // record.dtype.itemsize}; fetch it again"
             )
         record.place = place.part(start + 8, record.nbytes)

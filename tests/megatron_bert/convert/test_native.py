@@ -57,34 +57,32 @@ def _trained_on_this_rank(source: Path, root: Path, layout: dict[str, Any], shar
     }
 
 
-@pytest.mark.parametrize(
-    ("size", "layout", "sharding"),
-    [
-        (2, {"tensor": 2}, "none"),
-        (2, {"data": 2, "data_shard": 2}, "full"),
-        (4, {"tensor": 2, "data": 2, "data_shard": 2}, "full"),
-    ],
-)
-def test_divided_models_are_filled_and_their_checkpoints_read(
-    tmp_path: Path, size: int, layout: dict[str, int], sharding: str
-) -> None:
+def _check_divided(folder: Path, size: int, layout: dict[str, int], sharding: str) -> Path:
+    """Load, save and read back at a layout; the checkpoint saved."""
     weights = draw(SIZES)
-    source = write_checkpoint(tmp_path / "megatron", weights, SIZES, tensor=4, pipeline=2)
-    whole = run_world(size, _trained_on_this_rank, source, tmp_path / "run", layout, sharding)[0]
+    source = write_checkpoint(folder / "megatron", weights, SIZES, tensor=4, pipeline=2)
+    whole = run_world(size, _trained_on_this_rank, source, folder / "run", layout, sharding)[0]
     expected = all_tensors(source, true_vocab_size=SIZES.words)
     for name, tensor in expected.items():
         assert torch.equal(whole[name][: tensor.shape[0]], tensor), name
         assert not whole[name][tensor.shape[0] :].any(), name
-    saved = tmp_path / "run/step_00000007"
+    saved = folder / "run/step_00000007"
     assert_same_tensors(all_tensors(saved), expected)
     inputs = make_inputs(SIZES)
     assert_same_logits(logits_of(saved, SIZES), forward(weights, *inputs), inputs[2])
+    return saved
 
 
-def test_the_optimizer_survives_native_to_native(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
-    run_world(2, _trained_on_this_rank, source, tmp_path / "run", {"tensor": 2}, "none")
-    saved = tmp_path / "run/step_00000007"
+def test_models_divided_over_data_ranks(tmp_path: Path) -> None:
+    _check_divided(tmp_path, 2, {"data": 2, "data_shard": 2}, "full")
+
+
+def test_models_divided_over_tensor_and_data_ranks(tmp_path: Path) -> None:
+    _check_divided(tmp_path, 4, {"tensor": 2, "data": 2, "data_shard": 2}, "full")
+
+
+def test_models_divided_over_tensor_ranks_and_their_optimizer(tmp_path: Path) -> None:
+    saved = _check_divided(tmp_path, 2, {"tensor": 2}, "none")
     copy = tmp_path / "step_00000007"
     convert(saved, copy, to="native")
     assert read_state(copy)["optimizer"] == {"steps": 7}
@@ -95,6 +93,7 @@ def test_the_optimizer_survives_native_to_native(tmp_path: Path) -> None:
     with torch.no_grad():
         load_tensors(copy, tensors)  # what a run does to resume
     with open_checkpoint(saved) as state:
+        assert len(state.optimizer) == 2 * len(state)
         for name, tensor in state.optimizer.items():
             assert torch.equal(tensors[f"optimizer.{name}"][: tensor.shape[0]], tensor.load()), name
             assert bool((tensor.load() == 0.25).all())
