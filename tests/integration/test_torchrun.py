@@ -1,0 +1,42 @@
+"""Two processes of torchrun, sharing every matrix, train as one process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.training.pretrain import pretrain
+from parallel.checkpoint import latest_checkpoint
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import STEPS, rows, run_settings, write_config
+
+
+@pytest.mark.slow
+def test_tensor_parallel_run(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    pretrain(run_settings(tmp_path, tmp_path / "one"))
+    config = write_config(run_settings(tmp_path, tmp_path / "one"), tmp_path / "settings.yaml")
+    overrides = [f"training.run_dir={tmp_path / 'two'}", "parallel.data=1", "parallel.tensor=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "megatron_bert", "pretrain", str(config), *overrides, "parallel.sequence=true"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"step {STEPS}/{STEPS} | loss") == 1  # rank 0 alone reports
+    assert "tensor 2 (sequence parallel)" in done.stdout
+    found, expected = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert len(found) == len(expected) == STEPS + 1
+    for mine, theirs in zip(found, expected, strict=True):
+        # float32 sums in another order; a smooth update (large eps) does not amplify them.
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    newest = latest_checkpoint(tmp_path / "two" / "checkpoints")
+    assert newest is not None
+    assert len(list(newest.glob("*.distcp"))) == 2

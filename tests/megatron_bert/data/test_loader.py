@@ -1,0 +1,96 @@
+"""Which samples a data rank reads, and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bert.config import Settings
+from megatron_bert.data.loader import MicroBatchSource, micro_batches
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import run_settings
+from tests.worlds import CPU, run_world
+
+GLOBAL = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def settings(folder: Path, micro: int = 4, workers: int = 0, packed: bool = False) -> Settings:
+    return run_settings(
+        folder,
+        folder / "run",
+        training__global_batch_size=GLOBAL,
+        training__micro_batch_size=micro,
+        data__workers=workers,
+        data__packed=packed,
+    )
+
+
+def source(wanted: Settings, rank: int = 0, size: int = 1, first: int = 0) -> MicroBatchSource:
+    return MicroBatchSource(wanted, "train", data_rank=rank, data_size=size, first_sample=first)
+
+
+LAYOUTS = [
+    (size, micro) for size in range(1, GLOBAL + 1) for micro in range(1, GLOBAL + 1) if GLOBAL % (size * micro) == 0
+]
+
+
+@pytest.mark.parametrize(("size", "micro"), LAYOUTS)
+def test_ranks_share_every_global_batch(size: int, micro: int) -> None:
+    wanted = settings(Path("unused"), micro)
+    sources = [source(wanted, rank, size, first=2 * GLOBAL) for rank in range(size)]
+    per_step = sources[0].micro_batches_per_step
+    assert per_step * micro * size == GLOBAL
+    for step in range(2):
+        # Micro batch by micro batch, the ranks take turns; together they read the step's samples in order.
+        numbers = [
+            number
+            for index in range(step * per_step, (step + 1) * per_step)
+            for one in sources
+            for number in one.sample_numbers(index).tolist()
+        ]
+        assert numbers == list(range((2 + step) * GLOBAL, (3 + step) * GLOBAL))
+
+
+def assert_equal(mine: list, theirs: list) -> None:
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        for field in fields(one):
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(left, torch.Tensor):
+                assert torch.equal(left, right), field.name
+        assert one.lengths == other.lengths
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_loader_processes_change_nothing(data: Path, packed: bool) -> None:
+    run_world(1, id, None)  # starts the server that loader processes come from, with torch loaded
+    found = {
+        workers: list(micro_batches(source(settings(data, workers=workers, packed=packed)), 2, CPU))
+        for workers in (0, 2)
+    }
+    assert len(found[0]) == 2 * GLOBAL // 4
+    assert_equal(found[2], found[0])
+
+
+def test_going_on_from_a_later_step(data: Path) -> None:
+    wanted = settings(data)
+    three = list(micro_batches(source(wanted), 3, CPU))
+    rest = list(micro_batches(source(wanted, first=GLOBAL), 2, CPU))
+    assert_equal(rest, three[GLOBAL // 4 :])
+
+
+def test_micro_batches_hold_the_same_samples_at_any_size(data: Path) -> None:
+    large = source(settings(data, micro=GLOBAL))[0]
+    small = [source(settings(data, micro=4), rank, 2)[index] for index in range(3) for rank in range(2)]
+    for name in ("tokens", "types", "samples", "slot_labels", "pair_labels"):
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in small]), getattr(large, name)), name

@@ -1,0 +1,80 @@
+"""Guessing masked words with a checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bert.cli import main
+from megatron_bert.tasks.fill_mask import FillMask
+from megatron_bert.training.pretrain import pretrain
+from parallel.errors import UserError
+from tests.megatron_bert.training.layouts import LENGTH, make_data
+from tests.megatron_bert.training.runs import run_settings
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_data(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+        pretrain(run_settings(folder, folder / "run", training__steps=3))
+    return folder / "run"
+
+
+def test_from_a_run_and_from_its_checkpoint(run: Path) -> None:
+    text = "w1 [MASK] w4"
+    guesses = FillMask.from_checkpoint(run)(text, top=4)
+    assert guesses == FillMask.from_checkpoint(run / "checkpoints" / "step_00000003")(text, top=4)
+    chances = [guess.probability for guess in guesses]
+    assert len(chances) == 4
+    assert chances == sorted(chances, reverse=True)
+    assert 0 < sum(chances) <= 1
+    assert not any(guess.token.startswith("[") for guess in guesses)
+    for guess in guesses:
+        if not guess.token.startswith("##"):
+            assert guess.sentence == f"w1 {guess.token} w4"
+
+
+def test_probabilities_of_all_words_sum_to_one(run: Path) -> None:
+    model = FillMask.from_checkpoint(run)
+    words = model.tokenizer.vocab_size - len(model.tokenizer.special_ids)
+    total = sum(guess.probability for guess in model("[MASK]", top=words))
+    assert total == pytest.approx(1.0, abs=words * torch.finfo(torch.float32).eps)
+
+
+def test_several_masks_in_order(run: Path) -> None:
+    model = FillMask.from_checkpoint(run)
+    assert len(model("[MASK] w1 [MASK]", top=3)) == 6
+    assert len(model("[MASK]", top=3)) == 3
+
+
+def test_text_without_mask(run: Path) -> None:
+    with pytest.raises(UserError, match=r"'w1 w2' holds no \[MASK\]: put one"):
+        FillMask.from_checkpoint(run)("w1 w2")
+
+
+def test_too_long(run: Path) -> None:
+    model = FillMask.from_checkpoint(run)
+    fits = " ".join(["[MASK]", *["w1"] * (LENGTH - 3)])  # beside [CLS] and [SEP]
+    assert len(model(fits, top=1)) == 1
+    with pytest.raises(UserError, match=f"the text has {LENGTH + 1} tokens, but the model takes {LENGTH}: shorten it"):
+        model(fits + " w1")
+
+
+def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fill-mask", str(run), "w1 [MASK]", "[MASK] w4", "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[3]] == ["w1 [MASK]", "[MASK] w4"]
+    assert len(lines) == 6
+    assert all("%" in lines[index] for index in (1, 2, 4, 5))
+
+
+def test_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fill-mask", str(tmp_path), "[MASK]"]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path} is neither a run directory with a whole checkpoint nor a checkpoint" in err
+    assert err.count("\n") == 1
