@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.errors import UserError
+from parallel.process_group import new_group
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -120,7 +121,7 @@ class CheckpointWriter:
     def __init__(self, root: Path, *, keep: int, asynchronous: bool) -> None:
         self.root, self.keep, self.asynchronous = root, keep, asynchronous
         # A group of its own: the background thread's collectives must not interleave with those of training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = new_group(backend="gloo")
         self.is_first = dist.get_rank() == 0
         self._pending: tuple[Path, Future[Any]] | None = None
         if self.is_first:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.errors import UserError
+from parallel.process_group import new_group
 
 #: Mesh axes from slowest to fastest varying rank: tensor groups are neighbours, as in Megatron-LM's rank order.
 AXES = ("pipeline", "data_replicate", "data_shard", "tensor")
@@ -120,6 +121,17 @@ class TensorParallel:
 SINGLE = TensorParallel()
 
 
+def _own_line(ranks: torch.Tensor, dim: int) -> dist.ProcessGroup:
+    """The group of this rank's line along a dimension of the mesh; every rank makes the groups of all lines."""
+    mine: dist.ProcessGroup | None = None
+    for line in ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist():
+        group = new_group(line)
+        if dist.get_rank() in line:
+            mine = group
+    assert mine is not None, "every rank stands on a line of every dimension"
+    return mine
+
+
 class ParallelMesh:
     """A layout laid over the processes of a run.
 
@@ -134,11 +146,11 @@ class ParallelMesh:
             )
         self.layout = layout
         self.device = device
-        self.device_mesh = init_device_mesh(
-            device.type,
-            (layout.pipeline, layout.data_replicate, layout.data_shard, layout.tensor),
-            mesh_dim_names=AXES,
-        )
+        shape = (layout.pipeline, layout.data_replicate, layout.data_shard, layout.tensor)
+        ranks = torch.arange(layout.world_size).view(shape)
+        # Groups of our own rather than those a mesh makes, which would ignore the run's timeout.
+        groups = [_own_line(ranks, dim) for dim in range(len(AXES))]
+        self.device_mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=AXES)
         self.coordinate: dict[str, int] = {axis: self.device_mesh.get_local_rank(axis) for axis in AXES}
         self.size: dict[str, int] = {axis: self.device_mesh.size(i) for i, axis in enumerate(AXES)}
 

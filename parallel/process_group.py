@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +67,20 @@ def choose_device(name: str, local_rank: int) -> torch.device:
             "lower --nproc-per-node to that number"
         )
     return torch.device("cuda", local_rank)
+
+
+def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """A group that waits as long as the run's own; torch would give it half an hour. Every rank of the run must call.
+
+    Args:
+        ranks: global ranks of the group; None for all.
+        backend: of the group; None for the run's.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "groups are made of a running world"
+    options = getattr(world._get_backend(torch.device("cpu")), "options", None)  # gloo's; not in every torch
+    timeout = None if options is None else options._timeout
+    return dist.new_group(None if ranks is None else list(ranks), timeout=timeout, backend=backend)
 
 
 @contextmanager

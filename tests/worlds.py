@@ -38,6 +38,7 @@ _PRELOADED = [
     "torch.utils.checkpoint",
     "parallel.data_parallel",
     "megatron_bert.model.pretraining",
+    "megatron_bert.training.trainer",
     "tests.worlds",
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -10,18 +9,7 @@ from torch import Tensor
 
 from parallel.mesh import ParallelMesh
 from parallel.pipeline.communication import Channel
-
-
-def new_group(ranks: Sequence[int], mesh: ParallelMesh) -> dist.ProcessGroup:
-    """A group that waits as long as the run's own; torch would give it half an hour. Every rank of the run must call.
-
-    Args:
-        ranks: global ranks of the group.
-        mesh: where the run is laid out.
-    """
-    world = dist.group.WORLD
-    assert world is not None, "a mesh stands on a process group"
-    return dist.new_group(list(ranks), timeout=world._get_backend(mesh.device).options._timeout)
+from parallel.process_group import new_group
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class PipelineTransport:
             return None
         mine: PipelineTransport | None = None
         for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
-            up, down = new_group(line, mesh), new_group(line, mesh)
+            up, down = new_group(line), new_group(line)
             if dist.get_rank() in line:
                 mine = PipelineTransport(tuple(line), up, down)
         return mine

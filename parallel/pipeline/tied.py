@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from parallel.gradients import raw_local
 from parallel.mesh import ParallelMesh
-from parallel.pipeline.p2p import new_group
+from parallel.process_group import new_group
 
 
 class TiedParameter:
@@ -43,7 +43,7 @@ class TiedParameter:
             return
         for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
             pair = [line[first_rank], line[last_rank]]
-            group = new_group(pair, mesh)
+            group = new_group(pair)
             if dist.get_rank() in pair:
                 self.group = group
 
