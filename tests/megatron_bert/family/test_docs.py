@@ -1,0 +1,56 @@
+"""The examples of docs/models.md, with a small model in the directory they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import megatron_bert
+from megatron_bert import AutoTokenizer, MegatronBertConfig, MegatronBertForPreTraining
+from megatron_bert.data.tokenizers import load_tokenizer
+from tests.megatron_bert.family.support import HEADS
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "models.md"
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def _small_model(folder: Path, text: str) -> None:
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", text)))
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    tokenizer = AutoTokenizer(load_tokenizer(folder), max_length=64)
+    config = MegatronBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    MegatronBertForPreTraining(config).save_pretrained(folder, tokenizer=tokenizer)
+
+
+def test_examples_run(tmp_path, monkeypatch):
+    text = DOCS.read_text(encoding="utf-8")
+    blocks = BLOCK.findall(text)
+    assert len(blocks) >= 8
+    (tmp_path / "megatron-bert-345m").mkdir()
+    _small_model(tmp_path / "megatron-bert-345m", "\n".join(blocks))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{DOCS.name}, example {number}", "exec"), names)
+    assert names["last_hidden_states"].shape[-1] == 32
+    assert names["prediction_logits"].shape[-1] == len(names["tokenizer"])
+    assert names["written"].dim() == 2
+    assert names["loss"].isfinite()
+
+
+def test_every_class_is_in_the_table():
+    text = DOCS.read_text(encoding="utf-8")
+    for head in HEADS:
+        assert f"| `MegatronBert{head}` |" in text
+    assert sorted(megatron_bert.__all__) == megatron_bert.__all__
+    assert all(getattr(megatron_bert, name) is not None for name in megatron_bert.__all__)

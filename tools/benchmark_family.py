@@ -1,0 +1,182 @@
+"""Inference and training steps of the public classes beside transformers' eager ones, in pairs in one process.
+
+Both have the same weights and read the same batch; their steps alternate and the ratio is taken pair by pair, so that a
+machine whose speed drifts does not favour one. ``full`` batches have no padding; ``ragged`` ones have sequences of an
+eighth of the length to all of it, padded to the longest as transformers takes them.
+
+    python -m tools.benchmark_family --output benchmarks/family_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import megatron_bert
+from megatron_bert import MegatronBertConfig
+from tools.benchmark_throughput import processor_name, seconds
+
+#: Name -> class, whether padding is skipped.
+MODELS = {
+    "classification": ("ForSequenceClassification", None),
+    "masked-lm": ("ForMaskedLM", None),
+    "masked-lm, skip_padding": ("ForMaskedLM", True),
+}
+#: Name -> hidden size, heads.
+SHAPES = {"hidden-512": (512, 8), "bert-large": (1024, 16)}
+
+
+def make_batch(head: str, config: MegatronBertConfig, batch: int, length: int, ragged: bool) -> dict[str, Tensor]:
+    """Inputs and labels of a class."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(length / 8, length, batch).long() if ragged else torch.full((batch,), length)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    ids = torch.randint(5, config.vocab_size, (batch, length), generator=generator) * mask
+    if head == "ForSequenceClassification":
+        labels = torch.randint(0, config.num_labels, (batch,), generator=generator)
+    else:
+        chosen = (torch.rand(batch, length, generator=generator) < 0.15) & mask.bool()
+        labels = ids.masked_fill(~chosen, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def make_step(model: Any, batch: dict[str, Tensor], training: bool, dtype: torch.dtype) -> Callable[[], Any]:
+    """A forward pass, or a whole training step with dropout."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    model.train(training)
+    if not training:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+        def infer() -> Any:
+            with torch.inference_mode(), mixed:
+                return model(**inputs)
+
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def train() -> Any:
+        with mixed:
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return train
+
+
+def both_models(head: str, config: MegatronBertConfig, device: torch.device) -> tuple[Any, Any]:
+    """Ours, and transformers' with the same weights."""
+    ours = getattr(megatron_bert, f"MegatronBert{head}")(config)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        kind = getattr(transformers, f"MegatronBert{head}")
+        theirs = kind.from_pretrained(folder, attn_implementation="eager")
+    return ours.to(device), theirs.to(device)
+
+
+def processor_seconds(step: Callable[[], Any]) -> float:
+    """Processor time of one step, over all threads: what to compare where other programs run too."""
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case in turn."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    results = []
+    for shape, (name, (head, skip)) in itertools.product(arguments.shapes, MODELS.items()):
+        hidden, heads = SHAPES[shape]
+        config = MegatronBertConfig(
+            vocab_size=arguments.vocab_size,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_hidden_layers=arguments.layers,
+            intermediate_size=4 * hidden,
+            max_position_embeddings=arguments.length,
+        )
+        ours, theirs = both_models(head, config, device)
+        ours.skip_padding = skip
+        for training, ragged in itertools.product((False, True), (False, True)):
+            if skip and not ragged:
+                continue  # nothing to skip
+            batch = make_batch(head, config, arguments.batch, arguments.length, ragged)
+            steps = [make_step(model, batch, training, dtype) for model in (ours, theirs)]
+            for step in steps * arguments.warmup:
+                step()
+            clock = processor_seconds if arguments.clock == "processor" else partial(seconds, device=device)
+            pairs = [[clock(step) for step in steps] for _ in range(arguments.pairs)]
+            ratios = sorted(b / a for a, b in pairs)
+            results.append(
+                {
+                    "shape": shape,
+                    "model": name,
+                    "step": "training" if training else "inference",
+                    "batch": "ragged" if ragged else "full",
+                    "seconds": {
+                        "megatron_bert": statistics.median(a for a, _ in pairs),
+                        "transformers": statistics.median(b for _, b in pairs),
+                    },
+                    "ratio": {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]},
+                }
+            )
+            print(*(results[-1][key] for key in ("shape", "model", "step", "batch", "ratio")), flush=True)
+    return results
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab-size", type=int, default=29056)
+    parser.add_argument("--length", type=int, default=128, help="tokens of the longest sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--clock", default="wall", choices=("wall", "processor"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--warmup", type=int, default=1, help="pairs not counted")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs counted")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    transformers.logging.disable_progress_bar()
+    cuda = arguments.device.startswith("cuda")
+    result = {
+        "command": "python -m tools.benchmark_family " + " ".join(sys.argv[1:]),
+        "machine": torch.cuda.get_device_name() if cuda else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "layers": arguments.layers,
+        "vocab": arguments.vocab_size,
+        "batch": {"sequences": arguments.batch, "longest": arguments.length},
+        "dtype": arguments.dtype,
+        "pairs": arguments.pairs,
+        "clock": arguments.clock,
+        "cases": measure(arguments),
+    }
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
