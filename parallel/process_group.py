@@ -41,12 +41,19 @@ class World:
 
 def launched_world_size() -> int:
     """Number of processes the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _launcher_number("WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
     """Number of this process among those the launcher started; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return _launcher_number("RANK", 0)
+
+
+def _launcher_number(name: str, absent: int) -> int:
+    text = os.environ.get(name, str(absent))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a number: unset it, or start with torchrun")
+    return int(text)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -97,7 +104,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
     Raises:
         UserError: a launcher variable is missing, or the device cannot be had.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _launcher_number("LOCAL_RANK", 0)
     chosen = choose_device(device, local_rank)
     # Checkpoint planning and signal agreement run over CPU tensors, so gloo is there beside NCCL.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

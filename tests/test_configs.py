@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bert.config import Settings, check_settings
+from megatron_bert.config import Settings
+from megatron_bert.config_checks import check_settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.model.pretraining import BertForPretraining

@@ -20,10 +20,12 @@ MAY_IMPORT = {
 }
 #: Room of megatron_bert -> rooms it may not import, directly or through others.
 FORBIDDEN = {
-    "model": {"config", "config_file", "data", "training", "cli"},
+    "model": {"config", "config_checks", "config_file", "data", "training", "cli"},
     "data": {"training", "cli"},
     "training": {"cli"},
+    "convert": {"training", "cli"},
     "config": {"training", "cli"},
+    "config_checks": {"training", "cli"},
 }
 
 

@@ -94,7 +94,7 @@ class FillMask:
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
         logits = self.model(_one_sequence(tokens, masks)).masked[:, : self.tokenizer.vocab_size]
         logits[:, list(self.tokenizer.special_ids)] = -torch.inf
-        best = logits.float().softmax(dim=1).topk(top, dim=1)
+        best = logits.float().softmax(dim=1).topk(min(top, self.tokenizer.vocab_size), dim=1)
         return [
             self._guess(ids, int(mask), int(token), float(probability))
             for mask, row, chances in zip(masks, best.indices, best.values, strict=True)

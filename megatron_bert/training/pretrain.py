@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_bert.config import Settings, check_settings
+from megatron_bert.config import Settings
+from megatron_bert.config_checks import check_settings
 from megatron_bert.convert.opening import config_from
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sidecar import check_tokenizer
@@ -76,6 +77,8 @@ def pretrain(settings: Settings) -> None:
                     report.say(f"resuming from {resume_from}")
                 elif settings.model.from_ is not None:
                     report.say(f"starting from the weights of {settings.model.from_}")
+                for note in trainer.notes:
+                    report.say(f"note: {note}")
                 reason = trainer.run(stop, report)
                 if reason is not None:
                     report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")

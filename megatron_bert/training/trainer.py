@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_bert import backends
 from megatron_bert.config import Settings
 from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
-from megatron_bert.convert.opening import load_into
+from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch
@@ -73,6 +73,8 @@ class Trainer:
         self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
+        #: What the user should know before the first step.
+        self.notes: list[str] = []
         schedule = settings.schedule(mesh.layout)
         self.model = build_model(settings, self.config, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
@@ -93,8 +95,7 @@ class Trainer:
         if resume_from is not None:
             self._resume(resume_from)
         elif settings.model.from_ is not None:
-            for stage in self.model.stages.values():
-                load_into(stage, settings.model.from_)
+            self._start_from(settings.model.from_)
 
     # ---------------------------------------------------------------- the loop
 
@@ -279,6 +280,16 @@ class Trainer:
             "settings": self.settings.model_dump(mode="json", by_alias=True),
         }
         self.checkpoints.save(self.step, self._tensors(self.parameters), state)
+
+    def _start_from(self, path: Path) -> None:
+        """Take the weights of a checkpoint of any format; what it lacks (a new head) keeps its initial values."""
+        warnings: set[str] = set()
+        with open_checkpoint(path) as checkpoint:
+            for stage in self.model.stages.values():
+                report = load_into(stage, checkpoint)
+                warnings.update(report.warnings)
+                self.notes += [f"{name} is not in {path} and starts anew" for name in report.missing]
+        self.notes += sorted(warnings)
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)

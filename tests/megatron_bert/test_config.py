@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_bert.cli import main
-from megatron_bert.config import Settings, check_settings
+from megatron_bert.config import Settings
+from megatron_bert.config_checks import check_settings
 from megatron_bert.config_file import settings_from
 from parallel.errors import UserError
 

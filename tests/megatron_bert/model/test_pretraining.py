@@ -180,9 +180,7 @@ def test_selective_recomputation_repeats_no_communication(sequence, seed):
     "seed",
     [
         None,
-        pytest.param(
-            42, marks=pytest.mark.xfail(strict=True, reason="dropout saves its mask after the closing collective")
-        ),
+        42,
     ],
     ids=["still", "dropout"],
 )

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_bert.config import Settings, check_settings
+from megatron_bert.config import Settings
+from megatron_bert.config_checks import check_settings
 from megatron_bert.data.corpora import open_corpus
 from megatron_bert.data.loader import micro_batches
 from megatron_bert.data.tokenizers import load_tokenizer
