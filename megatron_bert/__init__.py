@@ -1,4 +1,4 @@
-"""Pretraining, conversion, fine-tuning and quantisation of BERT encoders with Megatron parallelism."""
+"""BERT encoders with Megatron parallelism: pretraining, checkpoint conversion, and the MegatronBERT classes."""
 
 from __future__ import annotations
 
