@@ -97,13 +97,14 @@ def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> T
             "shorten them"
         )
     positions = _positions(given.position_ids, batch, length, past, device)
+    limits: list[tuple[str, Tensor, int, str]] = []
     types = given.token_type_ids
     if types is None:
         types = torch.zeros((batch, length), dtype=torch.int64, device=device)
     else:
         _check_shape("token_type_ids", types, (batch, length))
         _check_ids("token_type_ids", types, "[batch, tokens]", 2)
-    limits = [("token_type_ids", types, config.type_vocab_size, "type_vocab_size")] * (given.token_type_ids is not None)
+        limits.append(("token_type_ids", types, config.type_vocab_size, "type_vocab_size"))
     if given.position_ids is not None:
         limits.append(("position_ids", positions, config.max_position_embeddings, "max_position_embeddings"))
     if tokens is not None:

@@ -181,3 +181,35 @@ def test_gradient_checkpointing_changes_no_bit(both):
     model.gradient_checkpointing_disable()
     assert all(a.equal(b) for a, b in zip(results[0], results[2], strict=True))
     assert all(a.equal(b) for a, b in zip(results[1], results[3], strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_configurations(seed, tmp_path):
+    """Sizes, activation, ties and class at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    head = list(HEADS)[1:][int(torch.randint(len(HEADS) - 1, (1,), generator=generator))]
+    heads = pick(1, 2, 3, 6)
+    config = config_of(
+        head,
+        hidden_size=heads * pick(4, 8, 10),
+        num_attention_heads=heads,
+        num_hidden_layers=pick(1, 2, 4),
+        intermediate_size=pick(24, 50),
+        type_vocab_size=pick(2, 3),
+        hidden_act=pick("gelu", "gelu_new"),
+        layer_norm_eps=pick(1e-12, 1e-5),
+        vocab_size_multiple=pick(1, 32, 128),
+        pad_token_id=pick(0, 3),
+    )
+    model = build(head, config)
+    peer = peer_of(model, tmp_path)
+    batch = batch_for(head) | labels_for(head)
+    ours, theirs = model(**batch), peer(**batch)
+    assert_outputs_close(ours, theirs)
+    ours.loss.backward()
+    theirs.loss.backward()
+    assert_gradients_close(model, peer)
