@@ -74,36 +74,16 @@ def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> T
         UserError: a wrong shape or type, an id outside its table, or more positions than there are.
     """
     tokens, embedded = given.input_ids, given.inputs_embeds
-    if (tokens is None) == (embedded is None):
-        both = "both are" if tokens is not None else "neither is"
-        raise UserError(f"a forward pass takes either input_ids or inputs_embeds, but {both} given")
-    if tokens is not None:
-        _check_ids("input_ids", tokens, "[batch, tokens]", 2)
-        batch, length = tokens.shape
-        device = tokens.device
-    else:
-        assert embedded is not None
-        if embedded.dim() != 3 or embedded.shape[2] != config.hidden_size:
-            raise UserError(
-                f"inputs_embeds has shape {list(embedded.shape)}, expected [batch, tokens, {config.hidden_size}]"
-            )
-        batch, length, _ = embedded.shape
-        device = embedded.device
-    if batch == 0 or length == 0:
-        raise UserError(f"the batch is empty ({batch} sequences of {length} tokens): give at least one token")
+    batch, length, device = _batch_shape(tokens, embedded, config)
     if past + length > config.max_position_embeddings:
         raise UserError(
             f"the sequences have {past + length} tokens, but the model has {config.max_position_embeddings} positions: "
             "shorten them"
         )
     positions = _positions(given.position_ids, batch, length, past, device)
+    types = _types(given.token_type_ids, batch, length, device)
     limits: list[tuple[str, Tensor, int, str]] = []
-    types = given.token_type_ids
-    if types is None:
-        types = torch.zeros((batch, length), dtype=torch.int64, device=device)
-    else:
-        _check_shape("token_type_ids", types, (batch, length))
-        _check_ids("token_type_ids", types, "[batch, tokens]", 2)
+    if given.token_type_ids is not None:
         limits.append(("token_type_ids", types, config.type_vocab_size, "type_vocab_size"))
     if given.position_ids is not None:
         limits.append(("position_ids", positions, config.max_position_embeddings, "max_position_embeddings"))
@@ -120,6 +100,37 @@ def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> T
         types=types.reshape(-1),
         device=device,
     )
+
+
+def _batch_shape(
+    tokens: Tensor | None, embedded: Tensor | None, config: MegatronBertConfig
+) -> tuple[int, int, torch.device]:
+    """B, S and the device of what is given, of which there must be one."""
+    if tokens is not None and embedded is None:
+        _check_ids("input_ids", tokens, "[batch, tokens]", 2)
+        batch, length = tokens.shape
+        device = tokens.device
+    elif embedded is not None and tokens is None:
+        if embedded.dim() != 3 or embedded.shape[2] != config.hidden_size:
+            raise UserError(
+                f"inputs_embeds has shape {list(embedded.shape)}, expected [batch, tokens, {config.hidden_size}]"
+            )
+        batch, length, _ = embedded.shape
+        device = embedded.device
+    else:
+        both = "both are" if tokens is not None else "neither is"
+        raise UserError(f"a forward pass takes either input_ids or inputs_embeds, but {both} given")
+    if batch == 0 or length == 0:
+        raise UserError(f"the batch is empty ({batch} sequences of {length} tokens): give at least one token")
+    return batch, length, device
+
+
+def _types(given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    if given is None:
+        return torch.zeros((batch, length), dtype=torch.int64, device=device)
+    _check_shape("token_type_ids", given, (batch, length))
+    _check_ids("token_type_ids", given, "[batch, tokens]", 2)
+    return given
 
 
 def _positions(given: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
