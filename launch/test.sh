@@ -22,6 +22,8 @@ check() { # run a checker, show its output only where it complains
 check ruff check
 check ruff format --check
 check mypy
-printf 'running pytest\n'
-.venv/bin/python -m pytest "$@" || failed=1 # its closing line stays the last
+workers=$(nproc 2>/dev/null || echo 2)
+workers=$((workers > 4 ? 4 : workers))
+printf 'running pytest with %s workers\n' "$workers"
+.venv/bin/python -m pytest -n "$workers" --dist worksteal "$@" || failed=1 # its closing line stays the last
 exit $failed

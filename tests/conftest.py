@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests run several processes at once, their own and those they start: threads of one get in the way of the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
