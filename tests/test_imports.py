@@ -24,6 +24,7 @@ FORBIDDEN = {
     "data": {"training", "cli"},
     "training": {"cli"},
     "convert": {"training", "cli"},
+    "family": {"training", "cli", "config"},
     "config": {"training", "cli"},
     "config_checks": {"training", "cli"},
 }
