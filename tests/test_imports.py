@@ -24,7 +24,7 @@ FORBIDDEN = {
     "data": {"training", "cli"},
     "training": {"cli"},
     "convert": {"training", "cli"},
-    "family": {"training", "cli", "config"},
+    "family": {"training", "cli"},
     "config": {"training", "cli"},
     "config_checks": {"training", "cli"},
 }
