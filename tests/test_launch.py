@@ -156,6 +156,10 @@ class TestSetup:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+#: Of pytest, as launch/test.sh counts them.
+WORKERS = min(4, len(os.sched_getaffinity(0)))
+
+
 class TestTest:
     @pytest.fixture
     def checkout(self, checkout: Checkout) -> Checkout:
@@ -178,8 +182,8 @@ class TestTest:
             "ok      ruff check",
             "ok      ruff format --check",
             "ok      mypy",
-            "running pytest",
-            "-m pytest tests/parallel -k dropout",
+            f"running pytest with {WORKERS} workers",
+            f"-m pytest -n {WORKERS} --dist worksteal tests/parallel -k dropout",
         ]
 
     @pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy", "pytest"])
@@ -187,7 +191,7 @@ class TestTest:
         self.tools(checkout, failing)
         done = checkout.run("test.sh")
         assert done.returncode == 1
-        assert done.stdout.splitlines()[-1] == "-m pytest"
+        assert done.stdout.splitlines()[-1] == f"-m pytest -n {WORKERS} --dist worksteal"
         assert ("FAILED" in done.stdout) == (failing != "pytest")
 
 
