@@ -1,0 +1,47 @@
+"""Which task a name means, and how tasks are built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks.settings import GLUE_NAMES, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.task import Task
+from parallel.errors import UserError
+
+TASKS: dict[str, type[Task]] = {}
+"""Task name -> its class; one line a task."""
+
+
+def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> Task:
+    """The task the settings name. Reads the training file where labels are to be found in it.
+
+    Raises:
+        UserError: data settings that mean nothing to the task, missing files, or bad rows.
+    """
+    try:
+        data.check_used_by(settings.name)
+    except ValueError as error:
+        raise UserError(f"{error}") from None
+    return TASKS[settings.name](settings, data, tokenizer)
+
+
+def restore_task(described: Mapping[str, Any], tokenizer: Tokenizer, data: TaskDataSettings | None = None) -> Task:
+    """Rebuild a task from `Task.describe()`.
+
+    Args:
+        described: what `describe` returned.
+        tokenizer: the saved model's.
+        data: files to evaluate on; none when unset, for rows of a stream.
+
+    Raises:
+        UserError: `described` is not such a description.
+    """
+    try:
+        settings = TaskSettings.model_validate(described["settings"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"this does not describe a task ({error}): expected what fine-tuning saved") from None
+    return build_task(settings, data or TaskDataSettings(), tokenizer)

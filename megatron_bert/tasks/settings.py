@@ -1,0 +1,203 @@
+"""Settings of fine-tuning tasks: the sections `task` and `data` of a fine-tuning file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from megatron_bert.config import Section
+
+Kind = Literal["sequence", "multiple_choice", "question_answering", "token_classification"]
+
+GLUE_NAMES = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(GLUE_NAMES, "sequence"),
+    "classification": "sequence",
+    "regression": "sequence",
+    "multiple_choice": "multiple_choice",
+    "question_answering": "question_answering",
+    "token_classification": "token_classification",
+}
+"""Task name -> which kind of head and settings it has."""
+
+MAX_LENGTHS: dict[Kind, int] = {
+    "sequence": 128,
+    "multiple_choice": 512,
+    "question_answering": 384,
+    "token_classification": 128,
+}
+
+#: Settings of a task that only some names have: every other name refuses them.
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "labels": ("classification", "token_classification"),
+    "multi_label": ("classification",),
+    "label_threshold": ("classification",),
+    "doc_stride": ("question_answering", "token_classification"),
+    "max_query_length": ("question_answering", "multiple_choice"),
+    "max_answer_length": ("question_answering",),
+    "n_best": ("question_answering",),
+    "no_answer": ("question_answering",),
+    "null_threshold": ("question_answering",),
+    "scheme": ("token_classification",),
+}
+_DATA_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "directory": (*GLUE_NAMES, "multiple_choice"),
+    "format": ("classification", "regression", "multiple_choice"),
+    "columns": ("classification", "regression", "token_classification"),
+    "label_separator": ("classification",),
+    "header": ("classification", "regression"),
+}
+
+
+class TaskSettings(Section):
+    """What is to be learned, and how examples become sequences."""
+
+    name: str = Field(description=f"One of {', '.join(KINDS)}.")
+    max_length: int | None = Field(
+        None,
+        ge=8,
+        description="Longest sequence in tokens, special tokens included; when unset 128 (GLUE, classification, "
+        "regression, token classification), 384 (question answering) or 512 (multiple choice).",
+    )
+    metric: str | None = Field(
+        None, description="Metric that decides which checkpoint is best; the task's own choice when unset."
+    )
+    labels: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Label names in the order of their class numbers (token classification: tags such as B-PER); when "
+        "unset those of the training file: whole numbers ascending, other names in code point order.",
+    )
+    multi_label: bool = Field(False, description="Whether a text may have several labels, or none.")
+    label_threshold: float = Field(
+        0.5, gt=0, lt=1, description="Probability from which on a label of a multi-label task is given."
+    )
+    doc_stride: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens by which a window moves on over a text that is too long; when unset 128 (question "
+        "answering), or half of max_length (token classification).",
+    )
+    max_query_length: int | None = Field(
+        None,
+        gt=0,
+        description="Longest question in tokens; longer ones are cut. When unset 64 (question answering) or 128 "
+        "(multiple choice with a passage: question and choice together).",
+    )
+    max_answer_length: int = Field(30, gt=0, description="Longest answer in tokens.")
+    n_best: int = Field(20, gt=0, description="Number of candidate answers kept for each question.")
+    no_answer: bool = Field(False, description="Whether a question may have no answer in its text, as in SQuAD 2.0.")
+    null_threshold: float | None = Field(
+        None,
+        description="A question has no answer when the score of none exceeds that of the best answer by more than "
+        "this; when unset 0 until the best value on the validation data is found.",
+    )
+    scheme: Literal["BIO", "IO", "BILOU", "IOBES", "IOB1"] = Field(
+        "BIO", description="How tags mark where entities start and end; BIO is also named IOB2."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, name: str) -> str:
+        known = name.lower().replace("-", "")
+        if known not in KINDS:
+            raise ValueError(f'task name "{name}" is unknown: choose {", ".join(KINDS)}')
+        return known
+
+    @field_validator("labels")
+    @classmethod
+    def _different_labels(cls, labels: list[str] | None) -> list[str] | None:
+        if labels is not None and len(set(labels)) != len(labels):
+            raise ValueError(f"labels name one class twice: {', '.join(labels)}")
+        return labels
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        _refuse_unused(self, _ONLY_FOR, self.name, "task")
+        if self.null_threshold is not None and not self.no_answer:
+            raise ValueError("task.null_threshold is for questions without answer: set task.no_answer: true too")
+        if not self.multi_label and self.label_threshold != type(self).model_fields["label_threshold"].default:
+            raise ValueError("task.label_threshold is for multi-label tasks: set task.multi_label: true too")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """Which kind of task this is."""
+        return KINDS[self.name]
+
+
+Column = str | int
+
+
+class ColumnSettings(Section):
+    """Which columns of a file hold what: names, or positions counted from 0 (negative ones from the end)."""
+
+    id: Column | None = Field(None, description="What names a row in predictions; its number from 0 when unset.")
+    text: Column | None = Field(None, description="The text, or the first of a pair; `text` when unset.")
+    text_pair: Column | None = Field(None, description="The second text of a pair.")
+    label: Column | list[Column] | None = Field(
+        None,
+        description="The label or number; `label` when unset. A list (multi label): one column of 0 and 1 for each "
+        "label, which are its names.",
+    )
+    token: Column | None = Field(None, description="Column files: the word's position; 0 when unset.")
+    tag: Column | None = Field(None, description="Column files: the tag's position; -1, the last, when unset.")
+
+
+class TaskDataSettings(Section):
+    """Where examples come from."""
+
+    train: Path | None = Field(None, description="Training file (multiple choice: file or RACE directory).")
+    valid: Path | None = Field(None, description="Validation file, on which the best checkpoint is chosen.")
+    test: Path | None = Field(None, description="Test file, with or without labels.")
+    directory: Path | None = Field(
+        None, description="Directory in the official layout of a GLUE task or RACE, instead of train, valid and test."
+    )
+    format: Literal["tsv", "csv", "jsonl", "race", "swag", "arc"] | None = Field(
+        None,
+        description="Classification and regression: tsv, csv or jsonl; multiple choice: race, swag, arc or jsonl. "
+        "Found from the file's ending, or its content, when unset.",
+    )
+    columns: ColumnSettings = Field(default_factory=lambda: ColumnSettings(), description="Which column holds what.")
+    header: bool = Field(True, description="Whether the first line of a tsv or csv file names its columns.")
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        description='What separates labels in one tsv or csv cell of a multi-label task; "," when unset.',
+    )
+    valid_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Share of the training file held out for validation, where there is no such file."
+    )
+    test_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Share of the training file held out for testing, where there is no such file."
+    )
+    split_seed: int = Field(0, ge=0, description="Which rows are held out by valid_fraction and test_fraction.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="Whether a malformed row stops the run, with file, line and reason, or is counted."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for part in ("valid", "test"):
+            if getattr(self, f"{part}_fraction") is not None and getattr(self, part) is not None:
+                raise ValueError(f"data.{part}_fraction and data.{part} both say what to take: give one of them")
+        if (self.valid_fraction or 0) + (self.test_fraction or 0) >= 1:
+            raise ValueError("data.valid_fraction and data.test_fraction leave nothing to train on")
+        if self.directory is not None and (self.train or self.valid or self.test):
+            raise ValueError(
+                "data.directory has all files in its official layout: leave out data.train, valid and test"
+            )
+        return self
+
+    def check_used_by(self, name: str) -> None:
+        """Refuse settings that a task of this name does not have (ValueError)."""
+        _refuse_unused(self, _DATA_ONLY_FOR, name, "data")
+
+
+def _refuse_unused(section: Section, only_for: dict[str, tuple[str, ...]], name: str, title: str) -> None:
+    for field, names in only_for.items():
+        info: Any = type(section).model_fields[field]
+        if name not in names and getattr(section, field) != info.get_default(call_default_factory=True):
+            raise ValueError(f'{title}.{field} means nothing to the task "{name}": leave it out')

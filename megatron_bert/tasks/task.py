@@ -1,0 +1,222 @@
+"""What a fine-tuning task is: how rows become sequences and labels, and how logits become predictions and metrics.
+
+This room works on numpy arrays alone. The training side turns a `Unit` into a micro batch, runs the encoder with the
+`Head` the task asks for and hands the logits back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import numpy as np
+
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks.rows import BadRows
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from parallel.errors import UserError
+
+IGNORED = -100
+"""Class number of what has no label and enters neither the loss nor a metric."""
+
+Prediction = dict[str, Any]
+"""What a task says of one example: JSON-able."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One encoded sequence.
+
+    Attributes:
+        tokens: int64 [n], with the special tokens, without padding.
+        types: int64 [n], 0 for the first segment and 1 for the second.
+        rows: int64 [R], the positions whose logits the head gives. [0] for heads on the pooled first token; the first
+            piece of each word for token classification; all n positions for question answering.
+    """
+
+    tokens: np.ndarray
+    types: np.ndarray
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one loss term is made of.
+
+    Attributes:
+        features: the choices of a multiple-choice question; one sequence for every other head.
+        label: by head: sequence int64 [1] (single label), float32 [outputs] of 0 and 1 (multi label), float32 [1]
+            (regression); choice int64 [1]; token int64 [R]; span int64 [2], start and end as indices into `rows`, which
+            are positions ((0, 0): no answer in this window). What is not labelled is `IGNORED`, or nan where floating.
+        example: index into the list of examples it was made from.
+    """
+
+    features: tuple[Feature, ...]
+    label: np.ndarray
+    example: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head a task needs on the encoder.
+
+    Attributes:
+        kind: sequence (on the pooled first token), choice (one score a sequence, softmax over the choices), token or
+            span (a start and an end score for every position).
+        outputs: width of its logits: the number of labels; 1 for choice and regression; 2 for span.
+        problem: which loss a sequence head has; None for the others.
+    """
+
+    kind: Literal["sequence", "choice", "token", "span"]
+    outputs: int
+    problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as read.
+
+    Attributes:
+        id: what names it in predictions.
+        where: file and line, or question id, for messages.
+        split: the split it was read from; "predict" for rows of a stream.
+    """
+
+    id: str
+    where: str
+    split: str
+
+
+ExampleT = TypeVar("ExampleT", bound=Example)
+UnitT = TypeVar("UnitT", bound=Unit)
+
+
+class Task(ABC, Generic[ExampleT, UnitT]):
+    """A fine-tuning task.
+
+    Attributes:
+        settings: how examples become sequences.
+        data: where examples come from.
+        tokenizer: the encoder's.
+        head: the head it needs.
+        labels: names by class number; () for regression, spans and choices.
+        max_length: longest sequence it makes, in tokens, special tokens included.
+        metric: the one that decides which checkpoint is best.
+        metrics_names: all it reports. Greater is better, except for names that end in "loss".
+        bad_rows: what was wrong in the files read so far, and how many rows were skipped.
+    """
+
+    head: Head
+    labels: tuple[str, ...] = ()
+    max_length: int
+    metric: str
+    metrics_names: tuple[str, ...]
+
+    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
+        self.settings, self.data, self.tokenizer = settings, data, tokenizer
+        self.bad_rows = BadRows(data.on_bad_row)
+        self._read: dict[str, list[ExampleT]] = {}
+
+    @property
+    def valid_splits(self) -> tuple[str, ...]:
+        """Splits to validate on, the one whose metric decides first; () without validation data."""
+        return tuple(split for split in self.splits() if split.startswith("valid"))
+
+    @property
+    def test_splits(self) -> tuple[str, ...]:
+        """Splits to test on, which may have no labels; () without."""
+        return tuple(split for split in self.splits() if split.startswith("test"))
+
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits the data settings give, in the order train, valid..., test...."""
+
+    def examples(self, split: str) -> list[ExampleT]:
+        """The examples of a split, in file order; read once.
+
+        Raises:
+            UserError: no such split, or a bad row with `on_bad_row: error`.
+        """
+        if split not in self.splits():
+            given = ", ".join(self.splits()) or "none"
+            raise UserError(f'there is no data for "{split}" (there is: {given}): set data.{split.split("_")[0]}')
+        if split not in self._read:
+            self._read[split] = self.read(split)
+        return self._read[split]
+
+    @abstractmethod
+    def read(self, split: str) -> list[ExampleT]:
+        """Read the examples of one of `splits()` from its files."""
+
+    @abstractmethod
+    def files(self) -> dict[str, list[Path]]:
+        """The data files of each split."""
+
+    @abstractmethod
+    def example_from(self, row: Mapping[str, Any], where: str) -> ExampleT:
+        """An example from one JSON object of a stream; see the class for its keys. Labels are not read.
+
+        Raises:
+            UserError: a key is missing or holds something else; names `where`.
+        """
+
+    @abstractmethod
+    def units(self, examples: Sequence[ExampleT], *, train: bool) -> list[UnitT]:
+        """Tokenise examples; every one gives at least one unit, and units are in the order of examples.
+
+        Args:
+            examples: what to tokenise.
+            train: for training, where units without any label may be left out.
+        """
+
+    @abstractmethod
+    def predictions(
+        self, examples: Sequence[ExampleT], units: Sequence[UnitT], logits: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        """What the model says of each example.
+
+        Args:
+            examples: as given to `units`.
+            units: as returned by `units(examples, train=False)`.
+            logits: float32, for units[i]: sequence [outputs], choice [choices], token [R, outputs], span [R, 2].
+        """
+
+    @abstractmethod
+    def metrics(self, examples: Sequence[ExampleT], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """`metrics_names` and their values over the labelled examples; {} where none is labelled."""
+
+    def confusion(
+        self,
+        examples: Sequence[ExampleT],  # noqa: ARG002
+        predictions: Sequence[Prediction],  # noqa: ARG002
+    ) -> tuple[tuple[str, ...], np.ndarray] | None:
+        """Label names and an int64 matrix [labels, labels], rows true and columns predicted; None without classes."""
+        return None
+
+    def write_submission(
+        self,
+        examples: Sequence[ExampleT],  # noqa: ARG002
+        predictions: Sequence[Prediction],  # noqa: ARG002
+        directory: Path,  # noqa: ARG002
+    ) -> list[Path]:
+        """Write predictions in the task's official format; returns the files, [] where there is no such format."""
+        return []
+
+    def calibrated(
+        self,
+        examples: Sequence[ExampleT],  # noqa: ARG002
+        predictions: Sequence[Prediction],  # noqa: ARG002
+    ) -> Self:
+        """The task with what is to be chosen on validation data (a threshold) chosen; itself where there is nothing."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What `registry.restore_task` needs to rebuild the task beside a saved model, JSON-able."""
+        return {"settings": self.settings.model_copy(update=self._found()).model_dump(mode="json")}
+
+    def _found(self) -> dict[str, Any]:
+        """Settings that were found in the data rather than given."""
+        return {"labels": list(self.labels)} if self.labels else {}
