@@ -172,6 +172,9 @@ class LearningRateSettings(Section):
         "linear", description="Shape after warm-up; wsd is warm-up, stable, decay."
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Share of all steps that warm up, in place of warmup_steps."
+    )
     decay_steps: int | None = Field(
         None, gt=0, description="Step at which the minimum is reached; training.steps when unset."
     )
@@ -181,6 +184,17 @@ class LearningRateSettings(Section):
     wsd_decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
         "sqrt", description="Shape of the final decay of wsd; sqrt falls as 1 - sqrt(progress)."
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate from each layer to the one below it; heads have the full rate, the "
+        "embeddings the lowest.",
+    )
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of ``total_steps``."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * total_steps)
 
 
 class PrecisionSettings(Section):
@@ -193,11 +207,10 @@ class PrecisionSettings(Section):
     )
 
 
-class TrainingSettings(Section):
-    """Length, batch and place of a run."""
+class RunTrainingSettings(Section):
+    """Batch and place of a run."""
 
     run_dir: Path = Field(description="Directory of the run's files.")
-    steps: int = Field(gt=0, description="Optimizer steps.")
     global_batch_size: int = Field(gt=0, description="Samples an optimizer step, over all ranks.")
     micro_batch_size: int = Field(gt=0, description="Samples a forward pass on one data rank.")
     seed: int = Field(1234, ge=0, lt=2**62, description="Seed of initial weights, data order, masks and dropout.")
@@ -210,9 +223,15 @@ class TrainingSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; auto takes CUDA if there is any."
     )
+    max_minutes: float | None = Field(None, gt=0, description="Save and stop after this many minutes.")
+
+
+class TrainingSettings(RunTrainingSettings):
+    """Length, batch and place of a pretraining run."""
+
+    steps: int = Field(gt=0, description="Optimizer steps.")
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates at the end only.")
     evaluate_batches: int = Field(20, gt=0, description="Global batches of held-out samples an evaluation.")
-    max_minutes: float | None = Field(None, gt=0, description="Save and stop after this many minutes.")
 
 
 class CheckpointSettings(Section):
@@ -241,32 +260,20 @@ class LoggingSettings(Section):
     )
 
 
-class Settings(Section):
-    """A run of `megatron-bert pretrain`."""
+#: Sections in the order in which a settings file is written.
+_SECTIONS = ("model", "tokenizer", "task", "data")
 
-    model: ModelSettings = Field(default_factory=ModelSettings)
-    tokenizer: TokenizerSettings
-    data: DataSettings
+
+class RunSettings(Section):
+    """What every training run has: how it is laid out, optimised, saved and reported."""
+
     parallel: ParallelSettings = Field(default_factory=ParallelSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     learning_rate: LearningRateSettings = Field(default_factory=LearningRateSettings)
     precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
-    training: TrainingSettings
+    training: RunTrainingSettings
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
-
-    @property
-    def max_predictions(self) -> int:
-        """Slots of masked tokens a sample."""
-        return self.data.max_predictions or max(1, round(self.data.mask_probability * self.data.seq_length))
-
-    def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:
-        """The encoder's configuration, for the vocabulary of the run's tokenizer."""
-        sizes = self.model.model_dump(exclude={"from_"})
-        sizes["intermediate_size"] = self.model.intermediate_size or 4 * self.model.hidden_size
-        return MegatronBertConfig(
-            **sizes, vocab_size=vocab_size, pad_token_id=pad_token_id, binary_head=self.data.pair_objective != "none"
-        )
 
     def layout(self, world_size: int) -> ParallelLayout:
         """How ``world_size`` processes divide the work.
@@ -294,6 +301,34 @@ class Settings(Section):
         wanted = self.parallel
         return build_schedule(wanted.schedule, layout.pipeline, microbatches, wanted.virtual_stages)
 
+    def dump(self) -> str:
+        """The resolved settings as YAML."""
+        values = self.model_dump(mode="json", by_alias=True)
+        ordered = {name: values.pop(name) for name in _SECTIONS if name in values}
+        return yaml.safe_dump(ordered | values, sort_keys=False)
+
+
+class Settings(RunSettings):
+    """A run of `megatron-bert pretrain`."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    tokenizer: TokenizerSettings
+    data: DataSettings
+    training: TrainingSettings
+
+    @property
+    def max_predictions(self) -> int:
+        """Slots of masked tokens a sample."""
+        return self.data.max_predictions or max(1, round(self.data.mask_probability * self.data.seq_length))
+
+    def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:
+        """The encoder's configuration, for the vocabulary of the run's tokenizer."""
+        sizes = self.model.model_dump(exclude={"from_"})
+        sizes["intermediate_size"] = self.model.intermediate_size or 4 * self.model.hidden_size
+        return MegatronBertConfig(
+            **sizes, vocab_size=vocab_size, pad_token_id=pad_token_id, binary_head=self.data.pair_objective != "none"
+        )
+
     def stage_parts(self, schedule: Schedule, padded_vocab_size: int) -> list[StagePart]:
         """What each stage holds of the model.
 
@@ -310,7 +345,3 @@ class Settings(Section):
             last_cost=share * (model.hidden_size + padded_vocab_size) / layer,
             sizes=self.parallel.stage_layers,
         )
-
-    def dump(self) -> str:
-        """The resolved settings as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -116,6 +116,9 @@ class CheckpointWriter:
         root: directory of the checkpoints.
         keep: how many to keep; 0 keeps all.
         asynchronous: return from :meth:`save` when the tensors are copied, and write while training goes on.
+
+    Attributes:
+        protected: step whose checkpoint is kept beside the newest ones; None for none.
     """
 
     def __init__(self, root: Path, *, keep: int, asynchronous: bool) -> None:
@@ -123,6 +126,7 @@ class CheckpointWriter:
         # A group of its own: the background thread's collectives must not interleave with those of training.
         self.group = new_group(backend="gloo")
         self.is_first = dist.get_rank() == 0
+        self.protected: int | None = None
         self._pending: tuple[Path, Future[Any]] | None = None
         if self.is_first:
             root.mkdir(parents=True, exist_ok=True)
@@ -206,7 +210,11 @@ class CheckpointWriter:
         finally:
             os.close(directory)
         # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.
-        others = [path for path in self.root.iterdir() if checkpoint_step(path) is not None and path != final]
+        others = [
+            path
+            for path in self.root.iterdir()
+            if checkpoint_step(path) not in (None, self.protected) and path != final
+        ]
         others.sort(key=lambda path: checkpoint_step(path) or 0)
         for old in others[: max(0, len(others) - self.keep + 1)] if self.keep else []:
             self._remove(old)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from megatron_bert.config import Settings
-from megatron_bert.model.batch import MicroBatch
+from megatron_bert.config import RunSettings
+from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.pretraining import BertForPretraining
+from megatron_bert.training.objective import Objective
 from megatron_bert.training.precision import DTYPES
 from parallel.data_parallel import apply_data_parallel
 from parallel.mesh import ParallelMesh
@@ -26,19 +28,19 @@ class StagedModel:
     """This rank's stages of the model.
 
     Attributes:
-        stages: by global stage index.
-        tied: the word embeddings of the first and last stage.
+        stages: by global stage index; see :meth:`Objective.make_stage`.
+        tied: the word embeddings of the first and last stage; None where the last has no copy.
     """
 
-    stages: dict[int, BertForPretraining]
-    tied: TiedParameter
+    stages: dict[int, Any]
+    tied: TiedParameter | None
 
     @property
     def config(self) -> MegatronBertConfig:
         """Of the whole model."""
         return next(iter(self.stages.values())).config
 
-    def activation_shape(self, batch: MicroBatch) -> tuple[int, int]:
+    def activation_shape(self, batch: TokenBatch) -> tuple[int, int]:
         """Shape of the hidden states between stages: ``[T, H]``, or ``[T/t, H]`` under sequence parallelism."""
         tp = next(iter(self.stages.values())).tp
         tokens = batch.tokens.shape[0]
@@ -55,35 +57,41 @@ class StagedModel:
 
     def copies(self) -> dict[str, nn.Parameter]:
         """Global name -> the last stage's copy, on its rank, if it is another parameter than the first stage's."""
-        copy = self.tied.last
-        return {TIED_NAME: copy} if copy is not None and copy is not self.tied.first else {}
+        copy = None if self.tied is None else self.tied.last
+        return {TIED_NAME: copy} if copy is not None and self._is_copy(copy) else {}
+
+    def sum_tied_gradients(self) -> None:
+        """Give both copies of the word embeddings the sum of their gradients."""
+        if self.tied is not None:
+            self.tied.sum_gradients()
+
+    def reshard(self) -> None:
+        """Give gathered parameters back after a forward pass that no backward pass follows."""
+        for stage in self.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _is_copy(self, parameter: nn.Parameter) -> bool:
-        return parameter is self.tied.last and parameter is not self.tied.first
+        return self.tied is not None and parameter is self.tied.last and parameter is not self.tied.first
 
 
 def build_model(
-    settings: Settings, config: MegatronBertConfig, schedule: Schedule, mesh: ParallelMesh, *, draw: bool
+    settings: RunSettings, objective: Objective, schedule: Schedule, mesh: ParallelMesh, *, draw: bool
 ) -> StagedModel:
     """Build this rank's stages, each directly at its own size.
 
     Args:
         settings: of the run.
-        config: of the encoder.
+        objective: what the run trains.
         schedule: which places the stages.
         mesh: where the run is laid out.
         draw: give the parameters their initial values; a checkpoint about to be loaded needs none.
     """
-    parts = settings.stage_parts(schedule, config.padded_vocab_size)
-    stages: dict[int, BertForPretraining] = {}
+    parts = objective.stage_parts(schedule)
+    stages: dict[int, Any] = {}
     for index in schedule.stages_of(mesh.coordinate["pipeline"]):
-        stage = BertForPretraining(
-            config,
-            tp=mesh.tensor_parallel,
-            part=parts[index],
-            recompute=settings.training.recompute,
-            device=mesh.device,
-        )
+        stage: Any = objective.make_stage(parts[index], mesh.tensor_parallel, settings.training.recompute, mesh.device)
         if draw:
             initialize(stage, settings.training.seed)
         layers = stage.encoder.layer_list()
@@ -98,6 +106,8 @@ def build_model(
             compute_dtype=DTYPES[settings.precision.compute],
         )
         stages[index] = stage
+    if not objective.tied:
+        return StagedModel(stages, None)
     first, last = stages.get(0), stages.get(schedule.stages - 1)
     tied = TiedParameter(
         mesh,

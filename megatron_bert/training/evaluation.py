@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import PretrainingLogits, correct_counts, loss_sums
@@ -39,10 +38,7 @@ def evaluate(
         _score(
             [next(batches) for _ in range(engine.schedule.microbatches)], model, engine, totals, mesh.tensor_parallel
         )
-    for stage in model.stages.values():
-        for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # no backward pass came to give the gathered parameters back
+    model.reshard()
     mesh.all_reduce(totals, (*DATA_AXES, "pipeline"))
     mlm, mlm_right, slots, pair, pair_right, pairs = totals.tolist()
     perplexity = math.exp(min(mlm / slots, 700.0))  # a diverged model's does not fit a float

@@ -16,13 +16,14 @@ def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) ->
         total_steps: length of the run.
     """
     end = rate.decay_steps or total_steps
-    if step <= rate.warmup_steps:
-        return rate.peak * step / rate.warmup_steps
+    warmup = rate.warmup(total_steps)
+    if step <= warmup:
+        return rate.peak * step / warmup
     if rate.schedule == "constant":
         return rate.peak
-    start = rate.warmup_steps
+    start = warmup
     if rate.schedule == "wsd":
-        start = end - (rate.wsd_decay_steps or max(1, (end - rate.warmup_steps) // 10))
+        start = end - (rate.wsd_decay_steps or max(1, (end - warmup) // 10))
     progress = min(1.0, max(0.0, (step - start) / (end - start)))
     shape = rate.wsd_decay_shape if rate.schedule == "wsd" else rate.schedule
     if shape == "cosine":
@@ -32,3 +33,22 @@ def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) ->
     else:
         share = 1.0 - progress
     return rate.minimum + (rate.peak - rate.minimum) * share
+
+
+def layer_scale(name: str, layers: int, decay: float) -> float:
+    """Factor on the learning rate of a parameter under layer-wise decay (Howard and Ruder, arXiv 1801.06146).
+
+    Args:
+        name: global name of the parameter.
+        layers: number of layers of the encoder, L.
+        decay: factor from each layer to the one below it.
+
+    Returns:
+        1 for what comes after the layers, ``decay ** (L - i)`` for layer i, ``decay ** (L + 1)`` for the embeddings.
+    """
+    parts = name.split(".")
+    if parts[0] == "embeddings":
+        return decay ** (layers + 1)
+    if parts[:2] == ["encoder", "layers"]:
+        return decay ** (layers - int(parts[2]))
+    return 1.0

@@ -98,9 +98,8 @@ class Report:
         step = int(row["step"] or 0)
         elapsed = time.monotonic() - self.began
         left = elapsed / max(1, step - self.start) * (self.steps - step)
-        parts = [f"step {step}/{self.steps}", f"loss {row['loss']:.4f}", f"mlm {row['mlm_loss']:.4f}"]
-        if "sop_loss" in row:
-            parts.append(f"sop {row['sop_loss']:.4f}")
+        parts = [f"step {step}/{self.steps}", f"loss {row['loss']:.4f}"]
+        parts += [f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss")]
         parts += [
             f"lr {row['learning_rate']:.2e}",
             f"grad norm {row['grad_norm']:.3f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,18 +32,23 @@ class ShardedAdamW:
     Args:
         parameters: name -> parameter, after wrapping for data parallelism.
         settings: betas, eps and weight decay.
+        scale: factor on the learning rate of the parameter of a name; 1 when None.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: OptimizerSettings) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        settings: OptimizerSettings,
+        scale: Callable[[str], float] | None = None,
+    ) -> None:
         self.local = {parameter: nn.Parameter(raw_local(parameter)) for parameter in parameters.values()}
+        members: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            kind = settings.weight_decay if decays(name, parameter) else 0.0, scale(name) if scale else 1.0
+            members.setdefault(kind, []).append(self.local[parameter])
         groups = [
-            {
-                "params": [self.local[p] for name, p in parameters.items() if decays(name, p) is decay],
-                "weight_decay": settings.weight_decay if decay else 0.0,
-            }
-            for decay in (True, False)
+            {"params": params, "weight_decay": decay, "scale": factor} for (decay, factor), params in members.items()
         ]
-        groups = [group for group in groups if group["params"]]
         betas = (settings.beta1, settings.beta2)
         fused_adam = backends.apex_adam() if any(p.is_cuda for p in self.local.values()) else None
         self.adam: torch.optim.Optimizer
@@ -70,7 +76,7 @@ class ShardedAdamW:
         for parameter, local in self.local.items():
             local.grad = None if parameter.grad is None else raw_local(parameter.grad)
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["scale"]
         self.adam.step()
         self.steps += 1
 

@@ -15,6 +15,7 @@ from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state
@@ -67,8 +68,10 @@ def pretrain(settings: Settings) -> None:
         if world.device.type == "cuda" and settings.precision.compute != "float32":
             torch.set_float32_matmul_precision("high")
         with StopRequest(training.max_minutes) as stop:
-            trainer = Trainer(settings, tokenizer, ParallelMesh(layout, world.device), world, resume_from)
-            trainer.prepare_data()
+            mesh = ParallelMesh(layout, world.device)
+            objective = Pretraining(settings, tokenizer)
+            trainer = Trainer(settings, objective, mesh, world, resume_from, start_from=settings.model.from_)
+            objective.prepare(mesh, world)
             with Report(
                 training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=training.steps
             ) as report:

@@ -1,32 +1,28 @@
-"""The pretraining loop."""
+"""The training loop, of pretraining and of fine-tuning."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert import backends
-from megatron_bert.config import Settings
+from megatron_bert.config import RunSettings
 from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
 from megatron_bert.convert.opening import load_into, open_checkpoint
-from megatron_bert.data.loader import MicroBatchSource, micro_batches
-from megatron_bert.data.tokenizers import Tokenizer
-from megatron_bert.model.batch import MicroBatch
-from megatron_bert.model.pretraining import PretrainingLogits, loss_sums
+from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.training.build import build_model
-from megatron_bert.training.evaluation import evaluate
-from megatron_bert.training.learning_rate import learning_rate_at
+from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import ShardedAdamW
 from megatron_bert.training.precision import DTYPES, LossScale
+from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.timeline import gather_timeline, write_timeline
 from parallel.checkpoint import CheckpointWriter, load_tensors, read_state
@@ -56,30 +52,39 @@ class StepSums(NamedTuple):
 
 
 class Trainer:
-    """Everything a pretraining run keeps between steps.
+    """Everything a run keeps between steps.
 
     Args:
         settings: of the run, checked.
-        tokenizer: of the run.
+        objective: what it trains: the model, its data and its loss.
         mesh: where the run is laid out.
         world: the processes of the run.
-        resume_from: checkpoint to go on from, or None for a new run.
+        resume_from: checkpoint of this run to go on from, or None.
+        start_from: checkpoint of any format whose weights a new run starts with, or None.
     """
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, mesh: ParallelMesh, world: World, resume_from: Path | None
+        self,
+        settings: RunSettings,
+        objective: Objective,
+        mesh: ParallelMesh,
+        world: World,
+        resume_from: Path | None,
+        start_from: Path | None = None,
     ) -> None:
-        self.settings, self.tokenizer, self.mesh, self.world = settings, tokenizer, mesh, world
-        self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
+        self.settings, self.objective, self.mesh, self.world = settings, objective, mesh, world
+        self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
         #: What the user should know before the first step.
         self.notes: list[str] = []
         schedule = settings.schedule(mesh.layout)
-        self.model = build_model(settings, self.config, schedule, mesh, draw=resume_from is None)
+        self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
         self.optimizer = ShardedAdamW(
-            {**self.parameters, **{f"tied.{name}": copy for name, copy in self.copies.items()}}, settings.optimizer
+            {**self.parameters, **{f"tied.{name}": copy for name, copy in self.copies.items()}},
+            settings.optimizer,
+            self._rate_factor,
         )
         self.transport = PipelineTransport.create(mesh)
         self.engine = self._engine(schedule, record=settings.logging.trace)
@@ -87,6 +92,7 @@ class Trainer:
             forward_only(schedule.ranks, schedule.microbatches, schedule.chunks, schedule.placement)
         )
         self.loss_scale = LossScale(settings.precision)
+        self.selection = Selection(objective.metric, objective.patience)
         self.checkpoints = CheckpointWriter(
             settings.training.run_dir / "checkpoints",
             keep=settings.checkpoint.keep,
@@ -94,51 +100,70 @@ class Trainer:
         )
         if resume_from is not None:
             self._resume(resume_from)
-        elif settings.model.from_ is not None:
-            self._start_from(settings.model.from_)
+        elif start_from is not None:
+            self._start_from(start_from)
 
     # ---------------------------------------------------------------- the loop
 
     def run(self, stop: StopRequest, report: Report) -> str | None:
-        """Train to the last step, or until asked to stop; returns why it stopped early, None at the end."""
-        settings = self.settings
-        total, every = settings.training.steps, settings.logging.every
-        source = self._source("train", self.consumed_samples)
-        batches = micro_batches(source, total - self.step, self.world.device)
+        """Train to the last step, or until asked to stop; returns why it stopped early, None at the end.
+
+        A run that follows a score also ends when that has not improved for long enough.
+        """
+        settings, total = self.settings, self.objective.total_steps
+        batches = self.objective.training_batches(
+            self.mesh, self.consumed_samples, total - self.step, self.world.device
+        )
         meter = _Meter(self)
         reason: str | None = None
-        while self.step < total and reason is None:
-            step_batches = [next(batches) for _ in range(source.micro_batches_per_step)]
+        while self.step < total and reason is None and not self.selection.exhausted:
+            step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
             sums = self.train_step(step_batches)
             meter.count(step_batches)
             report.advance()
-            if self.step % every == 0 or self.step == total:
+            if self.step % settings.logging.every == 0 or self.step == total:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
                     self._write_timeline()
             reason = stop.agreed()
-            if self._due(settings.training.evaluate_every) or (self.step == total and reason is None):
-                report.evaluation(self.step, self.evaluate())
+            better = False
+            if self._due(self.objective.evaluate_every) or (self.step == total and reason is None):
+                better = self._evaluate(report)
                 meter.restart()
-            if reason or self.step == total or self._due(settings.checkpoint.every):
+            if reason or better or self.step == total or self._due(settings.checkpoint.every):
                 self._save(sums)
         self.checkpoints.finish()
         return reason
 
-    def train_step(self, batches: list[MicroBatch]) -> StepSums:
+    def _evaluate(self, report: Report) -> bool:
+        """Report held-out scores; whether they are the best of a run that follows one."""
+        scores = self.evaluate()
+        report.evaluation(self.step, scores)
+        better = self.selection.update(self.step, scores)
+        if better:
+            self.checkpoints.protected = self.step
+        elif self.selection.exhausted:
+            report.say(
+                f"{self.selection.metric} has not improved on step {self.selection.best_step} in "
+                f"{self.selection.patience} evaluations: the run ends early"
+            )
+        return better
+
+    def train_step(self, batches: list[TokenBatch]) -> StepSums:
         """One optimizer step on this data rank's micro batches of the global batch."""
         training = self.settings.training
         counts = self._global_counts(batches)
         if self.world.device.type == "cuda":
             # Fused attention draws its dropout from torch's generator: seeded by step and place, so resuming is exact.
             torch.cuda.manual_seed(name_seed(training.seed, f"step {self.step} rank {self.world.rank}"))
-        losses = torch.zeros(2, device=self.world.device)
+        losses = torch.zeros(len(self.objective.loss_names), device=self.world.device)
 
         def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
-            output = self.model.stages[stage](batches[index], self.dropout_seed, received)
-            if not isinstance(output, PretrainingLogits):
+            module = self.model.stages[stage]
+            output = module(batches[index], self.dropout_seed, received)
+            if not module.part.last:
                 return output
-            sums = torch.stack(loss_sums(output, batches[index], self.config.vocab_size, self.mesh.tensor_parallel))
+            sums = self.objective.loss_sums(output, batches[index], self.mesh.tensor_parallel)
             losses.add_(sums.detach())
             return (sums / counts).sum() * self.loss_scale.value
 
@@ -146,7 +171,7 @@ class Trainer:
         grad_norm = self._finish_gradients()
         overflow = self.loss_scale.dynamic and not math.isfinite(grad_norm.item())
         if not overflow:
-            rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, training.steps)
+            rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, self.objective.total_steps)
             self.optimizer.step(rate)
         self.loss_scale.update(overflow)
         self.optimizer.zero_grad()
@@ -156,8 +181,11 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out scores."""
-        rounds = self.settings.training.evaluate_batches
-        return evaluate(self.model, self.evaluation_engine, self._held_out(), rounds, self.mesh)
+        return self.objective.evaluate(self.model, self.evaluation_engine, self.mesh)
+
+    def _rate_factor(self, name: str) -> float:
+        decay = self.settings.learning_rate.layer_decay
+        return layer_scale(name.removeprefix("tied."), self.config.num_hidden_layers, decay)
 
     def _engine(self, schedule: Schedule, record: bool = False) -> PipelineEngine:
         return PipelineEngine(
@@ -170,15 +198,13 @@ class Trainer:
             record=record,
         )
 
-    def _global_counts(self, batches: list[MicroBatch]) -> Tensor:
-        """Masked tokens and sentence pairs of the whole global batch, at least 1 each: ``[2]`` float32."""
-        masked = torch.stack([(batch.slot_labels >= 0).sum() for batch in batches]).sum()
-        pairs = torch.stack([(batch.pair_labels >= 0).sum() for batch in batches]).sum()
-        return self.mesh.all_reduce(torch.stack((masked, pairs)), DATA_AXES).clamp(min=1).float()
+    def _global_counts(self, batches: list[TokenBatch]) -> Tensor:
+        """Terms of each loss over the whole global batch, at least 1 each: ``[losses]`` float32."""
+        return self.mesh.all_reduce(self.objective.counts(batches), DATA_AXES).clamp(min=1).float()
 
     def _finish_gradients(self) -> Tensor:
         """Complete, unscale and clip the gradients; returns their norm before clipping."""
-        self.model.tied.sum_gradients()
+        self.model.sum_tied_gradients()
         for stage in self.model.stages.values():
             sum_token_partial_gradients(stage, self.mesh.tensor_parallel)
         norm = global_gradient_norm(self.parameters.values(), self.mesh) / self.loss_scale.value
@@ -189,54 +215,25 @@ class Trainer:
             scale_gradients(everything, factor / self.loss_scale.value)
         return norm
 
-    # ---------------------------------------------------------------- data
-
-    def _source(self, part: Any, first_sample: int) -> MicroBatchSource:
-        return MicroBatchSource(
-            self.settings,
-            part,
-            data_rank=self.mesh.data_rank,
-            data_size=self.mesh.layout.data,
-            first_sample=first_sample,
-            token_multiple=self.mesh.layout.tensor,
-        )
-
-    def prepare_data(self) -> None:
-        """Build the sample indices once, on rank 0, and let every rank open the data before the first step."""
-        for part in ("train", "valid"):
-            source = self._source(part, 0)
-            if self.world.is_first:
-                source.open()
-            dist.barrier()
-            if not self.world.is_first:
-                source.open()
-
-    def _held_out(self) -> Iterator[MicroBatch]:
-        # Few batches, the same every time: not worth starting loader processes for.
-        quiet = self.settings.data.model_copy(update={"workers": 0})
-        source = self._source("valid", 0)
-        source.settings = self.settings.model_copy(update={"data": quiet})
-        return micro_batches(source, self.settings.training.evaluate_batches, self.world.device)
-
     # ---------------------------------------------------------------- reporting
 
     def _log(self, sums: StepSums, meter: _Meter, report: Report) -> None:
         losses = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
-        mlm, pair = losses.tolist()
+        parts = dict(zip(self.objective.loss_names, losses.tolist(), strict=True))
+        loss = sum(parts.values())
         grad_norm = sums.grad_norm.item()
-        if not math.isfinite(mlm + pair) or not (math.isfinite(grad_norm) or self.loss_scale.dynamic):
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.loss_scale.dynamic):
             raise UserError(
-                f"training diverged: at step {self.step} the loss is {mlm + pair} and the gradient norm {grad_norm}; "
+                f"training diverged: at step {self.step} the loss is {loss} and the gradient norm {grad_norm}; "
                 "go on from an earlier checkpoint with a lower learning_rate.peak or a longer warm-up"
             )
         report.step(
             {
                 "step": self.step,
-                "loss": mlm + pair,
-                "mlm_loss": mlm,
-                "sop_loss": pair if self.config.binary_head else None,
+                "loss": loss,
+                **parts,
                 "learning_rate": learning_rate_at(
-                    self.optimizer.steps, self.settings.learning_rate, self.settings.training.steps
+                    self.optimizer.steps, self.settings.learning_rate, self.objective.total_steps
                 ),
                 "grad_norm": grad_norm,
                 "loss_scale": self.loss_scale.value if self.loss_scale.dynamic else None,
@@ -275,10 +272,12 @@ class Trainer:
             "consumed_samples": self.consumed_samples,
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
-            "tokenizer": self.tokenizer.fingerprint,
+            **self.objective.identity(),
             CONFIG_KEY: {name: getattr(self.config, name) for name in CONFIG_FIELDS},
             "settings": self.settings.model_dump(mode="json", by_alias=True),
         }
+        if self.selection.metric is not None:
+            state["selection"] = self.selection.state()
         self.checkpoints.save(self.step, self._tensors(self.parameters), state)
 
     def _start_from(self, path: Path) -> None:
@@ -293,11 +292,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)
-        if state["tokenizer"] != self.tokenizer.fingerprint:
-            raise UserError(
-                f"checkpoint {path} was trained with another tokenizer than "
-                f"{self.settings.tokenizer.path}: use the same"
-            )
+        self.objective.check_identity(state, str(path))
         # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
         load_tensors(path, self._tensors({**self.copies, **self.parameters}), self.checkpoints.group)
         for name, copy in self.copies.items():
@@ -306,6 +301,9 @@ class Trainer:
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         self.optimizer.load_state(state["optimizer"])
         self.loss_scale.load_state(state["loss_scale"])
+        if self.selection.metric is not None:
+            self.selection.load_state(state["selection"])
+            self.checkpoints.protected = self.selection.best_step
 
     @torch.no_grad()
     def _copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
@@ -339,27 +337,27 @@ class _Meter:
     def restart(self) -> None:
         """Start counting from here."""
         self.began, self.first_step = time.perf_counter(), self.trainer.step
-        self.tokens = self.squares = self.slots = self.pairs = 0
+        self.tokens = self.squares = self.predictions = self.sequences = 0
 
-    def count(self, batches: list[MicroBatch]) -> None:
+    def count(self, batches: list[TokenBatch]) -> None:
         """Micro batches were worked through."""
         for batch in batches:
             self.tokens += sum(batch.lengths)
             self.squares += sum(length * length for length in batch.lengths)
-            self.slots += batch.slots.shape[0]
-            self.pairs += len(batch.lengths)
+            self.predictions += batch.predictions()
+            self.sequences += len(batch.lengths)
 
     def read(self) -> dict[str, float | None]:
         """tokens_per_second, mfu (None without a known peak) and step_seconds since the last reading."""
         seconds = time.perf_counter() - self.began
         steps = max(1, self.trainer.step - self.first_step)
-        work = torch.tensor([self.tokens, self.squares, self.slots, self.pairs], dtype=torch.float64)
-        tokens, squares, slots, pairs = self.trainer.mesh.all_reduce(
+        work = torch.tensor([self.tokens, self.squares, self.predictions, self.sequences], dtype=torch.float64)
+        tokens, squares, predictions, sequences = self.trainer.mesh.all_reduce(
             work.to(self.trainer.world.device), DATA_AXES
         ).tolist()
         mfu = None
         if self.peak is not None:
-            flops = training_flops(self.trainer.config, tokens, squares, slots, pairs)
+            flops = training_flops(self.trainer.config, tokens, squares, predictions, sequences)
             mfu = flops / seconds / (self.trainer.world.size * self.peak * 1e12)
         self.restart()
         return {"tokens_per_second": tokens / seconds, "mfu": mfu, "step_seconds": seconds / steps}

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
 from megatron_bert.data.corpora import open_corpus
-from megatron_bert.data.loader import micro_batches
 from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
 from parallel.data_parallel import Sharding
 from parallel.mesh import DATA_AXES, ParallelMesh
@@ -273,16 +273,16 @@ def make_trainer(
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = ParallelMesh(check_settings(settings, size), CPU)
     world = World(rank=rank, size=size, local_rank=rank, device=CPU)
-    return Trainer(settings, load_tokenizer(settings.tokenizer.path), mesh, world, resume_from)
+    objective = Pretraining(settings, load_tokenizer(settings.tokenizer.path))
+    return Trainer(settings, objective, mesh, world, resume_from)
 
 
 def train(trainer: Trainer, steps: int, outcome: Outcome) -> Any:
     """Take steps and note what they did; returns the sums of the last."""
-    source = trainer._source("train", trainer.consumed_samples)
-    batches = micro_batches(source, steps, CPU)
+    batches = trainer.objective.training_batches(trainer.mesh, trainer.consumed_samples, steps, CPU)
     sums = None
     for _ in range(steps):
-        sums = trainer.train_step([next(batches) for _ in range(source.micro_batches_per_step)])
+        sums = trainer.train_step([next(batches) for _ in range(trainer.engine.schedule.microbatches)])
         losses = trainer.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
         outcome.losses.append(losses.tolist())
         outcome.norms.append(sums.grad_norm.item())

@@ -22,7 +22,7 @@ def test_equals_a_direct_computation(tmp_path: Path, packed: bool) -> None:
         scores = trainer.evaluate()
         model, words = trainer.model.stages[0], trainer.config.vocab_size
         masked, labels, pairs, pair_labels = [], [], [], []
-        for batch in trainer._held_out():
+        for batch in trainer.objective.held_out_batches(trainer.mesh):
             logits = model(batch)
             masked.append(logits.masked[:, :words].double())
             labels.append(batch.slot_labels)

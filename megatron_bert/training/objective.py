@@ -1,0 +1,97 @@
+"""What a run trains: the part of a trainer that differs between pretraining and fine-tuning."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.mesh import ParallelMesh, TensorParallel
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.engine import PipelineEngine
+from parallel.pipeline.stage import StagePart
+from parallel.process_group import World
+from parallel.recompute import Recompute
+
+if TYPE_CHECKING:
+    from megatron_bert.training.build import StagedModel
+
+
+class Objective(ABC):
+    """A model, its data, its loss and its scores; every rank constructs the same.
+
+    Attributes:
+        config: of the encoder.
+        total_steps: optimizer steps of the run.
+        evaluate_every: steps between evaluations; 0 evaluates at the end only.
+        loss_names: what each of the loss sums is called in reports.
+        metric: the score by which the best checkpoint is chosen, higher is better; None keeps the newest only.
+        patience: evaluations without a better score after which the run ends; 0 never ends it.
+    """
+
+    config: MegatronBertConfig
+    total_steps: int
+    evaluate_every: int
+    loss_names: ClassVar[tuple[str, ...]]
+    metric: str | None = None
+    patience: int = 0
+    #: Whether the last stage has a copy of the word embeddings.
+    tied: ClassVar[bool]
+
+    @abstractmethod
+    def stage_parts(self, schedule: Schedule) -> list[StagePart]:
+        """What each stage holds of the model.
+
+        Raises:
+            UserError: more stages than layers, or stage sizes that do not fit.
+        """
+
+    @abstractmethod
+    def make_stage(self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device) -> nn.Module:
+        """One stage: called with (batch, dropout seed or None, received activation), it gives what the next one takes.
+
+        It has ``config``, ``tp``, ``part``, ``word_embeddings`` (None where it has none) and an ``encoder``.
+        """
+
+    @abstractmethod
+    def prepare(self, mesh: ParallelMesh, world: World) -> None:
+        """Open the data, before the first step."""
+
+    @abstractmethod
+    def training_batches(
+        self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device
+    ) -> Iterator[TokenBatch]:
+        """The micro batches of this data rank for ``steps`` steps, from sample ``first_sample`` of the stream."""
+
+    @abstractmethod
+    def counts(self, batches: list[TokenBatch]) -> Tensor:
+        """How many terms each loss sum over the micro batches has: int64 ``[losses]``."""
+
+    @abstractmethod
+    def loss_sums(self, output: Any, batch: TokenBatch, tp: TensorParallel) -> Tensor:
+        """Sums of the last stage's losses over a micro batch: float32 ``[losses]``.
+
+        Sums, not means: they are divided by the counts of the whole global batch, so that the result does not depend
+        on how the batch was cut.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
+        """Held-out scores without dropout; every rank calls and gets the same."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's run and this one must have in common (JSON), such as the tokenizer's fingerprint."""
+
+    @abstractmethod
+    def check_identity(self, stored: dict[str, Any], path: str) -> None:
+        """Refuse to resume from a checkpoint of another identity.
+
+        Raises:
+            UserError: it was trained on something else.
+        """

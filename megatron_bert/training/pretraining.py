@@ -1,0 +1,122 @@
+"""Pretraining as an objective: masked words, and the order of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.config import Settings
+from megatron_bert.data.corpora import Part
+from megatron_bert.data.loader import MicroBatchSource, micro_batches
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.model.batch import MicroBatch, TokenBatch
+from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits, loss_sums
+from megatron_bert.training.build import StagedModel
+from megatron_bert.training.evaluation import evaluate
+from megatron_bert.training.objective import Objective
+from parallel.errors import UserError
+from parallel.mesh import ParallelMesh, TensorParallel
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.engine import PipelineEngine
+from parallel.pipeline.stage import StagePart
+from parallel.process_group import World
+from parallel.recompute import Recompute
+
+
+class Pretraining(Objective):
+    """Masked language modelling with sentence order (or next sentence) prediction.
+
+    Args:
+        settings: of the run.
+        tokenizer: of the run.
+    """
+
+    tied = True
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
+        self.total_steps = settings.training.steps
+        self.evaluate_every = settings.training.evaluate_every
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Both losses; the second only with a sentence-pair head."""
+        return ("mlm_loss", "sop_loss") if self.config.binary_head else ("mlm_loss",)
+
+    def stage_parts(self, schedule: Schedule) -> list[StagePart]:
+        """Layers balanced by the cost of the heads, or as the settings say."""
+        return self.settings.stage_parts(schedule, self.config.padded_vocab_size)
+
+    def make_stage(
+        self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device
+    ) -> BertForPretraining:
+        """The encoder's part with its pretraining heads."""
+        return BertForPretraining(self.config, tp=tp, part=part, recompute=recompute, device=device)
+
+    def prepare(self, mesh: ParallelMesh, world: World) -> None:
+        """Build the sample indices once, on rank 0, and let every rank open the data."""
+        parts: tuple[Part, ...] = ("train", "valid")
+        for part in parts:
+            source = self._source(mesh, part, 0)
+            if world.is_first:
+                source.open()
+            dist.barrier()
+            if not world.is_first:
+                source.open()
+
+    def training_batches(
+        self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device
+    ) -> Iterator[TokenBatch]:
+        """Loaded in the background."""
+        return micro_batches(self._source(mesh, "train", first_sample), steps, device)
+
+    def counts(self, batches: list[TokenBatch]) -> Tensor:
+        """Masked tokens, and sentence pairs."""
+        given = [cast(MicroBatch, batch) for batch in batches]
+        masked = torch.stack([(batch.slot_labels >= 0).sum() for batch in given]).sum()
+        pairs = torch.stack([(batch.pair_labels >= 0).sum() for batch in given]).sum()
+        return torch.stack((masked, pairs)[: len(self.loss_names)])
+
+    def loss_sums(self, output: PretrainingLogits, batch: TokenBatch, tp: TensorParallel) -> Tensor:
+        """Cross entropies of masked tokens, and of sentence pairs."""
+        sums = loss_sums(output, cast(MicroBatch, batch), self.config.vocab_size, tp)
+        return torch.stack(sums[: len(self.loss_names)])
+
+    def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
+        """Loss, perplexity and accuracy on held-out samples, the same every time."""
+        return evaluate(model, engine, self.held_out_batches(mesh), self.settings.training.evaluate_batches, mesh)
+
+    def held_out_batches(self, mesh: ParallelMesh) -> Iterator[MicroBatch]:
+        """The micro batches of an evaluation on this data rank."""
+        # Few batches: not worth starting loader processes for.
+        quiet = self.settings.data.model_copy(update={"workers": 0})
+        source = self._source(mesh, "valid", 0)
+        source.settings = self.settings.model_copy(update={"data": quiet})
+        return micro_batches(source, self.settings.training.evaluate_batches, mesh.device)
+
+    def identity(self) -> dict[str, Any]:
+        """The vocabulary."""
+        return {"tokenizer": self.tokenizer.fingerprint}
+
+    def check_identity(self, stored: dict[str, Any], path: str) -> None:
+        """The vocabulary must be the same."""
+        if stored["tokenizer"] != self.tokenizer.fingerprint:
+            raise UserError(
+                f"checkpoint {path} was trained with another tokenizer than "
+                f"{self.settings.tokenizer.path}: use the same"
+            )
+
+    def _source(self, mesh: ParallelMesh, part: Part, first_sample: int) -> MicroBatchSource:
+        return MicroBatchSource(
+            self.settings,
+            part,
+            data_rank=mesh.data_rank,
+            data_size=mesh.layout.data,
+            first_sample=first_sample,
+            token_multiple=mesh.layout.tensor,
+        )
