@@ -120,6 +120,8 @@ class MegatronBertConfig:
         vocab_size_multiple: the embedding table is padded to a multiple of this many rows.
         scaled_output_init: initialise output projections with initializer_range / sqrt(2 * layers), as Megatron does.
         binary_head: whether there is a pooler and a two-way sentence-pair head.
+        layer_norm_placement: ``pre``, norms before attention and feed-forward and at the end, as MegatronBERT has; or
+            ``post``, after each sum and after the embeddings, as BERT and RoBERTa have.
     """
 
     vocab_size: int = 29056
@@ -155,6 +157,7 @@ class MegatronBertConfig:
     vocab_size_multiple: int = 128
     scaled_output_init: bool = True
     binary_head: bool = True
+    layer_norm_placement: str = "pre"
 
     def __post_init__(self) -> None:
         self._name_labels()
@@ -217,6 +220,8 @@ class MegatronBertConfig:
         """All fields that have a value, and the model type; plain values that JSON can hold."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["num_labels"]  # their number is that of the names
+        if values["layer_norm_placement"] == "pre":
+            del values["layer_norm_placement"]  # MegatronBERT has no other, and no field for it
         return {"model_type": MODEL_TYPE, **{name: value for name, value in values.items() if value is not None}}
 
     @classmethod

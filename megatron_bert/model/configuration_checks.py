@@ -8,6 +8,7 @@ from typing import Any
 from parallel.errors import UserError
 
 POSITION_TYPES = ("absolute", "relative_key", "relative_key_query")
+LAYER_NORM_PLACEMENTS = ("pre", "post")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 #: torch_dtype names.
 NUMBER_FORMATS = ("float32", "float16", "bfloat16", "float64")
@@ -65,6 +66,7 @@ def check_values(config: Any, activations: Iterable[str]) -> None:
         )
     _check_choice("hidden_act", config.hidden_act, tuple(activations))
     _check_choice("position_embedding_type", config.position_embedding_type, POSITION_TYPES)
+    _check_choice("layer_norm_placement", config.layer_norm_placement, LAYER_NORM_PLACEMENTS)
     _check_choice("problem_type", config.problem_type, (None, *PROBLEM_TYPES))
     _check_choice("torch_dtype", config.torch_dtype, (None, *NUMBER_FORMATS))
     if config.add_cross_attention and not config.is_decoder:

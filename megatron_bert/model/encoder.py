@@ -1,4 +1,4 @@
-"""The encoder: embeddings, a range of layers and the final norm."""
+"""The encoder: embeddings, a range of layers and, with pre-layer-norm, the final norm."""
 
 from __future__ import annotations
 
@@ -20,12 +20,28 @@ from parallel.sharding import Normal, ParallelModule
 
 
 class TokenTable(ParallelModule):
-    """A small embedding table (positions, types), whole on every tensor rank."""
+    """A small embedding table (positions, types), whole on every tensor rank.
+
+    Args:
+        rows, size: of the table.
+        init_std: standard deviation of initial values.
+        divided: whether it sees only this rank's tokens (sequence parallelism), so its gradients are partial.
+        padding: row that gets no gradient; None when all do.
+        device: of the parameter.
+    """
 
     def __init__(
-        self, rows: int, size: int, *, init_std: float, divided: bool, device: torch.device | str | None = None
+        self,
+        rows: int,
+        size: int,
+        *,
+        init_std: float,
+        divided: bool,
+        padding: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.padding = padding
         self.weight = nn.Parameter(torch.empty(rows, size, device=device))
         self.initializers["weight"] = Normal(init_std)
         if divided:
@@ -33,11 +49,11 @@ class TokenTable(ParallelModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids ``[T]`` to rows ``[T, H]``."""
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight, self.padding)
 
 
 class BertEmbeddings(nn.Module):
-    """Word, position and type embeddings, summed, with dropout and no norm.
+    """Word, position and type embeddings, summed, with dropout; with post-layer-norm the sum has a norm before it.
 
     With relative position embeddings the position table is there but not used: attention sees distances instead.
 
@@ -45,6 +61,7 @@ class BertEmbeddings(nn.Module):
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
         padding: id whose embedding gets no gradient from where it is looked up; None when all do.
+        position_padding: position whose embedding gets no gradient, that of padding in RoBERTa; None when all do.
         device: of the parameters.
     """
 
@@ -54,6 +71,7 @@ class BertEmbeddings(nn.Module):
         *,
         tp: TensorParallel = SINGLE,
         padding: int | None = None,
+        position_padding: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -62,11 +80,19 @@ class BertEmbeddings(nn.Module):
         size, std = config.hidden_size, config.initializer_range
         self.word_embeddings = _word_embeddings(config, tp, device)
         self.position_embeddings = TokenTable(
-            config.max_position_embeddings, size, init_std=std, divided=tp.sequence, device=device
+            config.max_position_embeddings,
+            size,
+            init_std=std,
+            divided=tp.sequence,
+            padding=position_padding,
+            device=device,
         )
         self.token_type_embeddings = TokenTable(
             config.type_vocab_size, size, init_std=std, divided=tp.sequence, device=device
         )
+        self.norm: LayerNorm | None = None
+        if config.layer_norm_placement == "post":
+            self.norm = LayerNorm(size, config.layer_norm_eps, divided=tp.sequence, device=device)
 
     def forward(
         self,
@@ -90,6 +116,7 @@ class BertEmbeddings(nn.Module):
         if self.absolute:
             hidden = hidden + self.position_embeddings(own_tokens(positions, self.tp))
         hidden = hidden + self.token_type_embeddings(own_tokens(types, self.tp))
+        hidden = hidden if self.norm is None else self.norm(hidden)
         return hidden if keys is None else keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp))
 
     def _words(self, tokens: Tensor | None) -> Tensor:
@@ -130,7 +157,7 @@ def _word_embeddings(
 
 
 class Encoder(nn.Module):
-    """Layers ``first`` to ``last`` of the stack, and the final norm when they include the top.
+    """Layers ``first`` to ``last`` of the stack, and the final norm when they include the top (pre-layer-norm only).
 
     Layers keep their global numbers as names, whatever part of the stack this is.
 
@@ -157,7 +184,7 @@ class Encoder(nn.Module):
             {str(i): TransformerLayer(config, tp=tp, recompute=recompute, device=device) for i in layers}
         )
         self.final_norm: LayerNorm | None = None
-        if layers.stop == config.num_hidden_layers:
+        if layers.stop == config.num_hidden_layers and config.layer_norm_placement == "pre":
             self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, divided=tp.sequence, device=device)
 
     def layer_list(self) -> list[TransformerLayer]:

@@ -1,4 +1,8 @@
-"""One pre-layer-norm transformer layer (Shoeybi et al., arXiv 1909.08053, figure 7b)."""
+"""One transformer layer, with its norms before each part (Shoeybi et al., arXiv 1909.08053, figure 7b) or after.
+
+Pre-layer-norm leaves the residual stream as it is: ``x + part(norm(x))``. Post-layer-norm, that of BERT and RoBERTa,
+normalises each sum: ``norm(x + part(x))``.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +83,7 @@ class Mlp(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))).
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); with post-layer-norm norm(x + dropout(..(x))).
 
     A decoder's layer may have cross-attention between the two, with a norm of its own.
 
@@ -100,6 +104,7 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.recompute, self.dropout = tp, recompute, config.hidden_dropout_prob
+        self.post_norm = config.layer_norm_placement == "post"
         size, eps = config.hidden_size, config.layer_norm_eps
         self.attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
         self.attention = SelfAttention(config, tp=tp, recompute=recompute, device=device)
@@ -135,24 +140,38 @@ class TransformerLayer(nn.Module):
         return recomputed(self._forward, self.recompute, hidden, layout, keys)
 
     def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), layout, _fold(keys, _ATTENTION_PROBABILITIES))
-        hidden = hidden + self._drop(attended, keys, _ATTENTION_OUTPUT)
-        return hidden + self._drop(self.mlp(self.mlp_norm(hidden)), keys, _MLP_OUTPUT)
+        read = self._read(self.attention_norm, hidden)
+        attended = self.attention(read, layout, _fold(keys, _ATTENTION_PROBABILITIES))
+        hidden = self._add(self.attention_norm, hidden, self._drop(attended, keys, _ATTENTION_OUTPUT))
+        return self._mlp(hidden, keys)
+
+    def _mlp(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+        part = self.mlp(self._read(self.mlp_norm, hidden))
+        return self._add(self.mlp_norm, hidden, self._drop(part, keys, _MLP_OUTPUT))
+
+    def _read(self, norm: LayerNorm, hidden: Tensor) -> Tensor:
+        """What a part of the layer reads of the residual stream."""
+        return hidden if self.post_norm else norm(hidden)
+
+    def _add(self, norm: LayerNorm, hidden: Tensor, part: Tensor) -> Tensor:
+        """The residual stream with what a part gives."""
+        return norm(hidden + part) if self.post_norm else hidden + part
 
     def _answer(
         self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
-        attended = self.attention(self.attention_norm(hidden), layout, _fold(keys, _ATTENTION_PROBABILITIES), request)
-        hidden = hidden + self._drop(attended.hidden, keys, _ATTENTION_OUTPUT)
+        read = self._read(self.attention_norm, hidden)
+        attended = self.attention(read, layout, _fold(keys, _ATTENTION_PROBABILITIES), request)
+        hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, keys, _ATTENTION_OUTPUT))
         cache, probabilities = attended.cache, None
         if request.encoder is not None:
             cross_keys = _fold(keys, _CROSS_PROBABILITIES)
-            crossed = self.cross_attention(self.cross_attention_norm(hidden), layout, cross_keys, request)
-            hidden = hidden + self._drop(crossed.hidden, keys, _CROSS_OUTPUT)
+            norm = self.cross_attention_norm
+            crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
+            hidden = self._add(norm, hidden, self._drop(crossed.hidden, keys, _CROSS_OUTPUT))
             probabilities = crossed.probabilities
             cache = None if cache is None else cache + crossed.cache
-        hidden = hidden + self._drop(self.mlp(self.mlp_norm(hidden)), keys, _MLP_OUTPUT)
-        return LayerOutput(hidden, attended.probabilities, probabilities, cache)
+        return LayerOutput(self._mlp(hidden, keys), attended.probabilities, probabilities, cache)
 
     def _drop(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
         if keys is None:

@@ -105,7 +105,7 @@ class EncoderOutput:
     """What the stack of layers gives on request; tuples have an entry a layer, and are empty if not asked for.
 
     Attributes:
-        hidden: ``[T, H]`` after the final norm.
+        hidden: ``[T, H]``, after the final norm where there is one.
         hidden_states: before the first layer, after each layer but the last, and ``hidden``.
         attentions, cross_attentions: ``[B, heads, Q, K or E]``.
         past: keys and values.
