@@ -54,11 +54,13 @@ def _preprocess(arguments: argparse.Namespace) -> None:
     )
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
+def _pretrain(arguments: argparse.Namespace) -> int:
     from megatron_bert.config_file import load_settings
     from megatron_bert.training.pretrain import pretrain
+    from megatron_bert.training.signals import exit_code
 
-    pretrain(load_settings(arguments.config, arguments.overrides))
+    settings = load_settings(arguments.config, arguments.overrides)
+    return exit_code(pretrain(settings, ends_process=arguments.own_process))
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
@@ -149,10 +151,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for mistakes a user can mend."""
+    """Run a command; 0 on success, 2 for mistakes a user can mend, 75 for a run that stopped before its last step.
+
+    Args:
+        arguments: of the command line; None takes those of the process, which then ends with the command.
+    """
     parsed = build_parser().parse_args(arguments)
+    parsed.own_process = arguments is None
     try:
-        parsed.func(parsed)
+        return parsed.func(parsed) or 0
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_HOLD_BACK)
@@ -161,4 +168,3 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

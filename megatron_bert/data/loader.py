@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import numpy as np
 import torch
@@ -90,15 +91,35 @@ class MicroBatchSource(Dataset[MicroBatch]):
         )
 
 
+#: They reach a whole process group, or every process of a Slurm step, and are the trainer's to answer.
+_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 def _quiet_worker(_: int) -> None:
-    """Signals that reach a whole process group are the trainer's to answer; workers end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """Leave signals to the trainer; workers end when it does."""
+    for number in _TRAINERS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _start_quiet_server() -> None:
+    """Start the process that loader processes are forked from, deaf to the trainer's signals.
+
+    Without it the workers would take the run to be over, and end before the trainer has made its last step. It ends
+    when the trainer does.
+    """
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in _TRAINERS_SIGNALS}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def micro_batches(source: MicroBatchSource, steps: int, device: torch.device) -> Iterator[MicroBatch]:
     """The micro batches of ``steps`` steps, in order, loaded in the background by ``data.workers`` processes."""
     workers = source.settings.data.workers
+    if workers:
+        _start_quiet_server()
     loader = DataLoader(
         source,
         batch_size=None,

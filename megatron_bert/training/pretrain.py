@@ -16,7 +16,7 @@ from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.pretraining import Pretraining
-from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.signals import StopRequest, note_start, note_stop
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state
 from parallel.errors import UserError
@@ -38,8 +38,15 @@ CHECKPOINT_SIZES = (
 )
 
 
-def pretrain(settings: Settings) -> None:
+def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     """Train as the settings say, resuming where an earlier run of the same directory stopped.
+
+    Args:
+        settings: of the run.
+        ends_process: whether the process ends after this; see :class:`StopRequest`.
+
+    Returns:
+        Why the run stopped before its last step; None if it is done.
 
     Raises:
         UserError: settings, files or world size do not fit; found before any process group starts where possible.
@@ -55,7 +62,7 @@ def pretrain(settings: Settings) -> None:
             print(
                 f"{resume_from} has reached training.steps {training.steps}: nothing left to do; raise it to train on"
             )
-        return
+        return None
     with process_group(training.device, settings.parallel.timeout_seconds) as world:
         if world.device.type == "cpu" and settings.precision.compute == "float16":
             raise UserError(
@@ -64,10 +71,11 @@ def pretrain(settings: Settings) -> None:
         if world.is_first:
             training.run_dir.mkdir(parents=True, exist_ok=True)
             (training.run_dir / "config.yaml").write_text(settings.dump(), encoding="utf-8")
+            note_start(training.run_dir)
         dist.barrier()
         if world.device.type == "cuda" and settings.precision.compute != "float32":
             torch.set_float32_matmul_precision("high")
-        with StopRequest(training.max_minutes) as stop:
+        with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
             mesh = ParallelMesh(layout, world.device)
             objective = Pretraining(settings, tokenizer)
             trainer = Trainer(settings, objective, mesh, world, resume_from, start_from=settings.model.from_)
@@ -86,7 +94,10 @@ def pretrain(settings: Settings) -> None:
                 if reason is not None:
                     report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
         if world.is_first:
+            if reason is not None:
+                note_stop(training.run_dir, reason, trainer.step)
             draw_curves(training.run_dir)
+    return reason
 
 
 def take_sizes(settings: Settings) -> Settings:

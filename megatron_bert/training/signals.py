@@ -1,9 +1,12 @@
-"""Stopping a run from outside: signals and the time limit, agreed on by all ranks."""
+"""Stopping a run from outside: signals and the time limit, agreed on by all ranks, and what the run says of it."""
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -14,6 +17,11 @@ from parallel.errors import UserError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = -1
+#: Exit code of a run that saved and stopped before its last step: the same command goes on from there. The number is
+#: EX_TEMPFAIL of sysexits.h, "try again later".
+STOPPED_CODE = 75
+#: In a run directory while the run has stopped before its last step: why, and after which step.
+STOPPED_FILE = "stopped.json"
 
 
 class StopRequest:
@@ -24,10 +32,14 @@ class StopRequest:
 
     Args:
         max_minutes: time limit from now, or None.
+        ends_process: whether the process ends soon after the block. Then SIGTERM and SIGUSR1 are ignored from there on:
+            the interpreter puts back the default handlers while it shuts down, and a signal that comes late, or a
+            second time, would make a failure of a run that has ended well.
     """
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    def __init__(self, max_minutes: float | None = None, *, ends_process: bool = False) -> None:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.ends_process = ends_process
         self._received = 0
         self._previous: dict[int, object] = {}
 
@@ -44,6 +56,8 @@ class StopRequest:
             # report; it ends as soon as that is out.
             return
         for number, handler in self._previous.items():
+            if self.ends_process and number != signal.SIGINT:
+                handler = signal.SIG_IGN
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -62,3 +76,23 @@ class StopRequest:
         if asked[0] > 0:
             return signal.Signals(int(asked[0])).name
         return "training.max_minutes" if asked[1] > 0 else None
+
+
+def note_start(run_dir: Path) -> None:
+    """The run goes on: what it said when it stopped is no longer so. Rank 0 calls."""
+    (run_dir / STOPPED_FILE).unlink(missing_ok=True)
+
+
+def note_stop(run_dir: Path, reason: str, step: int) -> None:
+    """Leave word for what started the run that it has stopped before its last step. Rank 0 calls, after the save."""
+    partial = run_dir / f"{STOPPED_FILE}.partial"
+    partial.write_text(json.dumps({"reason": reason, "step": step}) + "\n", encoding="utf-8")
+    partial.rename(run_dir / STOPPED_FILE)
+
+
+def exit_code(reason: str | None) -> int:
+    """What a process ends with whose run ended for a reason, or reached its last step (None).
+
+    torchrun takes any code but 0 for a failure, and would start the run again at once; under it the code is always 0.
+    """
+    return 0 if reason is None or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_CODE

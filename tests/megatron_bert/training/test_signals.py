@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_bert.cli import main
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
-from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.signals import STOPPED_CODE, STOPPED_FILE, StopRequest, exit_code
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import latest_checkpoint, read_state
 from tests.megatron_bert.training.layouts import make_data
@@ -32,7 +34,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(settings, tmp_path / "settings.yaml")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_ends_a_process(config: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -45,7 +47,7 @@ def test_a_signal_saves_and_ends_a_process(config: Path, number: signal.Signals)
                 break
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == STOPPED_CODE == 75, err
     newest = latest_checkpoint(config.parent / "run" / "checkpoints")
     assert newest is not None
     step = read_state(newest)["step"]
@@ -53,6 +55,37 @@ def test_a_signal_saves_and_ends_a_process(config: Path, number: signal.Signals)
     assert "Traceback" not in err
     assert read_metrics(config.parent / "run" / METRICS_FILE)[-1]["step"] == step >= 2
     assert [path.name for path in newest.parent.iterdir()] == [newest.name]
+    assert json.loads((config.parent / "run" / STOPPED_FILE).read_text()) == {"reason": number.name, "step": step}
+
+
+def test_signals_to_every_process_of_the_run_until_it_has_ended(config: Path) -> None:
+    # As a Slurm step gets them: loader processes and what they are forked from as well, again and again, and while the
+    # interpreter shuts down.
+    command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config), "data.workers=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"step 2/{ENDLESS}"):
+                break
+        moment = time.monotonic()
+        while process.poll() is None:
+            os.killpg(process.pid, signal.SIGUSR1)
+            time.sleep(0.005)
+            assert time.monotonic() - moment < 30
+        out, err = process.communicate()
+    assert process.returncode == STOPPED_CODE, err
+    assert err == ""
+    assert "stopped by SIGUSR1" in out
+
+
+def test_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exit_code(None) == 0
+    assert exit_code("SIGTERM") == os.EX_TEMPFAIL
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert exit_code("SIGTERM") == 0
 
 
 def test_a_second_interrupt_ends_at_once(
