@@ -8,11 +8,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks.classification import ClassificationTask
+from megatron_bert.tasks.glue import GlueTask
 from megatron_bert.tasks.settings import GLUE_NAMES, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.task import Task
 from parallel.errors import UserError
 
-TASKS: dict[str, type[Task]] = {}
+TASKS: dict[str, type[Task]] = {
+    **dict.fromkeys(GLUE_NAMES, GlueTask),
+    "classification": ClassificationTask,
+    "regression": ClassificationTask,
+}
 """Task name -> its class; one line a task."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ KEPT_REASONS = 5
 """Reasons of skipped rows that are kept for the report; the others are only counted."""
 
 
-class BadRow(Exception):
+class RowError(Exception):
     """A row cannot be used; the text says why."""
 
 
@@ -39,7 +40,7 @@ class BadRows:
         """Rows skipped in all files."""
         return sum(self.skipped.values())
 
-    def add(self, path: Path, place: str, reason: BadRow) -> None:
+    def add(self, path: Path, place: str, reason: RowError) -> None:
         """Stop at a bad row, or count it.
 
         Raises:
@@ -86,11 +87,11 @@ class Row:
         """The value in a column.
 
         Raises:
-            BadRow: there is no such column.
+            RowError: there is no such column.
         """
         if not self.has(column):
             found = ", ".join(self.names[:12]) if self.names is not None else f"{len(self.cells)} columns without names"
-            raise BadRow(f"it has no column {column!r} (found: {found})")
+            raise RowError(f"it has no column {column!r} (found: {found})")
         if isinstance(column, str):
             assert self.names is not None
             column = self.names.index(column)
@@ -100,11 +101,11 @@ class Row:
         """The text in a column.
 
         Raises:
-            BadRow: there is no such column, or it does not hold text.
+            RowError: there is no such column, or it does not hold text.
         """
         value = self.value(column)
         if not isinstance(value, str):
-            raise BadRow(f"column {column!r} holds {json.dumps(value)[:40]}, expected text")
+            raise RowError(f"column {column!r} holds {json.dumps(value)[:40]}, expected text")
         return value
 
 
@@ -128,18 +129,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path} cannot be read ({error.strerror}): give an existing file") from None
 
 
+def file_fingerprint(path: Path) -> dict[str, Any]:
+    """Path, sha256 (64 hex digits) and size in bytes of a file, by which to tell whether two runs had the same data."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path), "sha256": digest, "bytes": path.stat().st_size}
+
+
 def check_text(text: str) -> None:
     """Refuse text that was not UTF-8, and NUL characters, which no text holds.
 
     Raises:
-        BadRow: with the column, in characters from 1.
+        RowError: with the column, in characters from 1.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRow(f"it is not UTF-8 at character {error.start + 1}: convert the file") from None
+        raise RowError(f"it is not UTF-8 at character {error.start + 1}: convert the file") from None
     if "\0" in text:
-        raise BadRow(f"it holds a NUL character at character {text.index(chr(0)) + 1}")
+        raise RowError(f"it holds a NUL character at character {text.index(chr(0)) + 1}")
 
 
 def read_table(path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, bad: BadRows) -> Iterator[Row]:
@@ -170,8 +178,8 @@ def read_table(path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, b
             for cell in cells:
                 check_text(cell)
             if width and len(cells) != width:
-                raise BadRow(f"it has {len(cells)} columns, expected {width}")
-        except BadRow as reason:
+                raise RowError(f"it has {len(cells)} columns, expected {width}")
+        except RowError as reason:
             bad.add(path, f"line {line}", reason)
             continue
         width = width or len(cells)
@@ -183,7 +191,7 @@ def _names(path: Path, line: int, cells: list[str]) -> tuple[str, ...]:
     try:
         for cell in cells:
             check_text(cell)
-    except BadRow as reason:
+    except RowError as reason:
         raise UserError(f"{path} line {line}, the names of the columns, cannot be used: {reason}") from None
     if len(set(cells)) != len(cells):
         raise UserError(f"{path} line {line} names a column twice: {', '.join(cells)}")
@@ -203,7 +211,7 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            bad.add(path, f"line {line}", BadRow(f"it is not CSV ({error})"))
+            bad.add(path, f"line {line}", RowError(f"it is not CSV ({error})"))
             continue
         if cells is None:
             return
@@ -219,7 +227,7 @@ def _read_json_lines(path: Path, bad: BadRows) -> Iterator[Row]:
         number += 1
         try:
             values = parse_object(text)
-        except BadRow as reason:
+        except RowError as reason:
             bad.add(path, f"line {line}", reason)
             continue
         yield Row(path, line, number, list(values.values()), tuple(values))
@@ -229,16 +237,16 @@ def parse_object(text: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        BadRow: it is not UTF-8, JSON or an object, or holds half of a surrogate pair.
+        RowError: it is not UTF-8, JSON or an object, or holds half of a surrogate pair.
     """
     check_text(text)
     try:
         values = json.loads(text)
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow("it holds half of a surrogate pair, which is no valid text") from None
+        raise RowError("it holds half of a surrogate pair, which is no valid text") from None
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"it is not JSON ({error})") from None
+        raise RowError(f"it is not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise BadRow(f"it is a JSON {type(values).__name__}, expected an object")
+        raise RowError(f"it is a JSON {type(values).__name__}, expected an object")
     return values

@@ -186,9 +186,7 @@ class TaskDataSettings(Section):
         if (self.valid_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise ValueError("data.valid_fraction and data.test_fraction leave nothing to train on")
         if self.directory is not None and (self.train or self.valid or self.test):
-            raise ValueError(
-                "data.directory has all files in its official layout: leave out data.train, valid and test"
-            )
+            raise ValueError("data.directory names all files: leave out data.train, data.valid and data.test")
         return self
 
     def check_used_by(self, name: str) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
 from megatron_bert.data.tokenizers import Tokenizer
-from megatron_bert.tasks.rows import BadRows
-from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from megatron_bert.tasks.rows import BadRows, file_fingerprint
+from megatron_bert.tasks.settings import MAX_LENGTHS, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.splits import divide, held_out_splits
 from parallel.errors import UserError
 
 IGNORED = -100
@@ -117,43 +118,90 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
         self.settings, self.data, self.tokenizer = settings, data, tokenizer
+        self.max_length = settings.max_length or MAX_LENGTHS[settings.kind]
         self.bad_rows = BadRows(data.on_bad_row)
         self._read: dict[str, list[ExampleT]] = {}
+        self._rows_used: dict[tuple[str, Path], int] = {}
+
+    def choose_metric(self, names: tuple[str, ...]) -> None:
+        """Set `metrics_names`, and as `metric` the settings' choice or else the first of them."""
+        self.metrics_names = names
+        self.metric = self.settings.metric or names[0]
+        if self.metric not in names or self.metric.endswith("loss"):
+            choices = ", ".join(name for name in names if not name.endswith("loss"))
+            raise UserError(f'task.metric "{self.metric}" cannot decide: the task "{self.settings.name}" has {choices}')
+
+    def files(self) -> dict[str, list[Path]]:
+        """The data files of each split, as the settings give them."""
+        given = {split: getattr(self.data, split) for split in ("train", "valid", "test")}
+        return {split: [path] for split, path in given.items() if path is not None}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits there are: of files, and held out of the training file."""
+        files = self.files()
+        return (*files, *(split for split in held_out_splits(self.data) if "train" in files))
 
     @property
     def valid_splits(self) -> tuple[str, ...]:
         """Splits to validate on, the one whose metric decides first; () without validation data."""
-        return tuple(split for split in self.splits() if split.startswith("valid"))
+        return tuple(split for split in self.splits if split.startswith("valid"))
 
     @property
     def test_splits(self) -> tuple[str, ...]:
         """Splits to test on, which may have no labels; () without."""
-        return tuple(split for split in self.splits() if split.startswith("test"))
-
-    @abstractmethod
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits the data settings give, in the order train, valid..., test...."""
+        return tuple(split for split in self.splits if split.startswith("test"))
 
     def examples(self, split: str) -> list[ExampleT]:
-        """The examples of a split, in file order; read once.
+        """The examples of a split, in file order; files are read once.
 
         Raises:
-            UserError: no such split, or a bad row with `on_bad_row: error`.
+            UserError: no such split or file, no usable row in it, or a bad row with `on_bad_row: error`.
         """
-        if split not in self.splits():
-            given = ", ".join(self.splits()) or "none"
+        if split not in self.splits:
+            given = ", ".join(self.splits) or "none"
             raise UserError(f'there is no data for "{split}" (there is: {given}): set data.{split.split("_")[0]}')
-        if split not in self._read:
-            self._read[split] = self.read(split)
+        if split in self._read:
+            return self._read[split]
+        files = self.files()
+        source = split if split in files else "train"
+        found: list[ExampleT] = []
+        for path in files[source]:
+            examples = self.read(path, source)
+            self._rows_used[source, path] = len(examples)
+            found += examples
+        if not found:
+            paths = ", ".join(str(path) for path in files[source])
+            raise UserError(f"{paths} holds no usable row: give a file in the format of the task")
+        if source == "train":
+            groups = [self.group(example) for example in found]
+            for part, places in divide(groups, self.data).items():
+                self._read[part] = [replace(found[place], split=part) for place in places]
+        else:
+            self._read[split] = found
         return self._read[split]
 
-    @abstractmethod
-    def read(self, split: str) -> list[ExampleT]:
-        """Read the examples of one of `splits()` from its files."""
+    def data_fingerprints(self) -> dict[str, list[dict[str, Any]]]:
+        """For each split of files: path, sha256, bytes, and examples and rows skipped where it was read by now."""
+        return {
+            split: [
+                {
+                    **file_fingerprint(path),
+                    "examples": self._rows_used.get((split, path)),
+                    "skipped": self.bad_rows.skipped.get(str(path), 0),
+                }
+                for path in paths
+            ]
+            for split, paths in self.files().items()
+        }
 
     @abstractmethod
-    def files(self) -> dict[str, list[Path]]:
-        """The data files of each split."""
+    def read(self, path: Path, split: str) -> list[ExampleT]:
+        """The examples of one file; bad rows go to `bad_rows`."""
+
+    def group(self, example: ExampleT) -> str:
+        """What keeps examples in one part when the training file is divided."""
+        return example.id
 
     @abstractmethod
     def example_from(self, row: Mapping[str, Any], where: str) -> ExampleT:
@@ -169,7 +217,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
         Args:
             examples: what to tokenise.
-            train: for training, where units without any label may be left out.
+            train: for training, where every example must be labelled.
         """
 
     @abstractmethod
@@ -219,4 +267,4 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     def _found(self) -> dict[str, Any]:
         """Settings that were found in the data rather than given."""
-        return {"labels": list(self.labels)} if self.labels else {}
+        return {"max_length": self.max_length}

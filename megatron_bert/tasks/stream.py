@@ -1,0 +1,35 @@
+"""Values of a JSON object that a user sends for prediction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from parallel.errors import UserError
+
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
+    """The text under a key.
+
+    Raises:
+        UserError: it is missing or no text.
+    """
+    if key not in row:
+        found = ", ".join(list(row)[:8]) or "nothing"
+        raise UserError(f'{where} has no "{key}" (found: {found}): give each row a text under this key')
+    if not isinstance(row[key], str):
+        raise UserError(f'{where} holds {json.dumps(row[key])[:40]} under "{key}": expected a text')
+    return row[key]
+
+
+def texts_of(row: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """The list of texts under a key.
+
+    Raises:
+        UserError: it is missing or no list of texts.
+    """
+    values = row.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise UserError(f'{where} needs a list of texts under "{key}"')
+    return values
