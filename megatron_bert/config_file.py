@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -12,12 +12,32 @@ from pydantic import BaseModel, ValidationError
 from megatron_bert.config import Settings, WeightedPrefix
 from parallel.errors import UserError
 
+Kind = TypeVar("Kind", bound=BaseModel)
+
 
 def load_settings(path: Path, overrides: list[str]) -> Settings:
+    """The settings of a pretraining run; see :func:`read_tree`.
+
+    Raises:
+        UserError: as there, a key is unknown (with the nearest known one), or a value does not fit.
+    """
+    return settings_from(read_tree(path, overrides), source=str(path))
+
+
+def load_sections(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
+    """The settings of another kind of run, from a file and overrides.
+
+    Raises:
+        UserError: as for a pretraining run.
+    """
+    return validated(read_tree(path, overrides), kind, source=str(path))
+
+
+def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Read a YAML file and apply ``section.key=value`` overrides, whose values are YAML too.
 
     Raises:
-        UserError: the file cannot be read, a key is unknown (with the nearest known one), or a value does not fit.
+        UserError: the file cannot be read, or an override is none.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -32,11 +52,16 @@ def load_settings(path: Path, overrides: list[str]) -> Settings:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a mapping of sections: see configs/ for examples")
     for override in overrides:
-        _apply_override(tree, override)
-    return settings_from(tree, source=str(path))
+        apply_override(tree, override)
+    return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put the value of ``section.key=value`` into nested dictionaries.
+
+    Raises:
+        UserError: it is not of that form.
+    """
     key, equals, value = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts) or len(parts) < 2:
@@ -63,10 +88,19 @@ def settings_from(tree: dict[str, Any], source: str) -> Settings:
         for name in ("train", "valid"):
             if name in tree["data"]:
                 tree["data"][name] = _corpora(tree["data"][name])
+    return validated(tree, Settings, source)
+
+
+def validated(tree: dict[str, Any], kind: type[Kind], source: str) -> Kind:
+    """A settings model from nested dictionaries.
+
+    Raises:
+        UserError: a key is unknown (with the nearest known one), or a value does not fit.
+    """
     try:
-        return Settings.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {_explain(error, kind)}") from None
 
 
 def _corpora(value: Any) -> Any:
@@ -77,25 +111,27 @@ def _corpora(value: Any) -> Any:
     return [{"prefix": item} if isinstance(item, str) else item for item in items]
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = _known_keys(first["loc"][:-1], kind)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown setting {location}; {hint}"
     if first["type"] == "missing":
         return f"{location} is required and not set"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
     return f"{location} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Settings
+def _known_keys(location: tuple[Any, ...], section: type[BaseModel]) -> list[str]:
     for part in location:
         field = section.model_fields.get(str(part))
         if isinstance(part, int):
             section = WeightedPrefix
-        elif field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            section = field.annotation
+        elif field is not None:
+            models = (field.annotation, *get_args(field.annotation))
+            section = next((m for m in models if isinstance(m, type) and issubclass(m, BaseModel)), section)
     return [field.alias or name for name, field in section.model_fields.items()]

@@ -141,7 +141,7 @@ class TestMistakes:
 
     def test_empty_file(self, file: Path) -> None:
         file.write_text("", encoding="utf-8")
-        assert "tokenizer is required" in refusal(file)
+        assert "training is required" in refusal(file)
 
     def test_not_a_mapping(self, file: Path) -> None:
         file.write_text("- training\n- data\n", encoding="utf-8")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_bert.data.loader import micro_batches
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.training.build import TIED_NAME
 from parallel.pipeline.schedules import build_schedule
@@ -120,7 +119,7 @@ def _by_hand(folder: Path) -> tuple[list[list[float]], list[float], dict[str, to
         eps=settings.optimizer.eps,
     )
     losses, norms = [], []
-    for batch in micro_batches(trainer._source("train", 0), STEPS, CPU):
+    for batch in trainer.objective.training_batches(trainer.mesh, 0, STEPS, CPU):
         sums = loss_sums(model(batch, trainer.dropout_seed), batch, config.vocab_size)
         masked, pairs = (batch.slot_labels >= 0).sum(), (batch.pair_labels >= 0).sum()
         loss = sums.masked / masked, sums.pair / pairs

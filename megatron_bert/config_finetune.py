@@ -1,0 +1,74 @@
+"""All settings of a fine-tuning run as validated models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, Section, TokenizerSettings
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+
+
+class FinetuneModelSettings(Section):
+    """The encoder to start from; its sizes are the checkpoint's."""
+
+    from_: Path = Field(
+        alias="from",
+        description="Checkpoint to start from, of any format `megatron-bert inspect` knows: a run directory of this "
+        "project, a Hugging Face or Megatron directory, an NGC zip.",
+    )
+    hidden_dropout_prob: float | None = Field(
+        None, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output; the checkpoint's when unset."
+    )
+    attention_probs_dropout_prob: float | None = Field(
+        None, ge=0, lt=1, description="Dropout of attention probabilities; the checkpoint's when unset."
+    )
+    classifier_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout before the task's head; hidden_dropout_prob when unset."
+    )
+
+
+class FinetuneTrainingSettings(RunTrainingSettings):
+    """Length, batch and place of a fine-tuning run."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    steps: int | None = Field(None, gt=0, description="Optimizer steps, in place of epochs.")
+    evaluate_every: int | None = Field(None, ge=0, description="Steps between evaluations; once an epoch when unset.")
+    evaluate_batch_size: int = Field(32, gt=0, description="Units (texts, questions) a forward pass of an evaluation.")
+    patience: int = Field(
+        0, ge=0, description="Evaluations without a better score after which a run ends early; 0 never does."
+    )
+    seeds: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="Train once with each of these in place of training.seed, in a directory each, and report the "
+        "median and spread.",
+    )
+
+    @model_validator(mode="after")
+    def _different_seeds(self) -> Self:
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"training.seeds names one seed twice: {', '.join(map(str, self.seeds))}")
+        return self
+
+
+class FinetuneCheckpointSettings(CheckpointSettings):
+    """Saving and resuming; the best checkpoint is kept whatever its age."""
+
+    every: int = Field(0, ge=0, description="Steps between checkpoints beside those that are the best so far.")
+    keep: int = Field(1, ge=0, description="Newest checkpoints kept beside the best; 0 keeps all.")
+
+
+class FinetuneSettings(RunSettings):
+    """A run of `megatron-bert finetune`."""
+
+    model: FinetuneModelSettings
+    tokenizer: TokenizerSettings | None = Field(
+        None, description="The vocabulary; the one beside the checkpoint, or of the run that wrote it, when unset."
+    )
+    task: TaskSettings
+    data: TaskDataSettings
+    training: FinetuneTrainingSettings
+    checkpoint: FinetuneCheckpointSettings = Field(default_factory=FinetuneCheckpointSettings)

@@ -1,0 +1,96 @@
+"""Units of a fine-tuning task to micro batches, without padding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_bert.model.finetuning import TaskBatch
+from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.tasks.task import Head, Unit
+
+
+def unit_tokens(unit: Unit) -> int:
+    """Tokens of all sequences of a unit."""
+    return sum(len(feature.tokens) for feature in unit.features)
+
+
+def collate_units(
+    units: Sequence[Unit], numbers: Sequence[int], head: Head, *, pad_id: int, most_features: int, multiple: int = 1
+) -> TaskBatch:
+    """Put the sequences of units end to end.
+
+    Args:
+        units: at least one.
+        numbers: their numbers in the training stream, which dropout masks depend on.
+        head: of the task.
+        pad_id: token id of the filling.
+        most_features: most sequences of a unit of the task; their dropout masks differ.
+        multiple: the token axis is filled up to a multiple of this (one padding sequence), so that tensor ranks can
+            divide it.
+    """
+    features = [feature for unit in units for feature in unit.features]
+    owners = [number for number, unit in enumerate(units) for _ in unit.features]
+    samples = [n * most_features + i for n, unit in zip(numbers, units) for i in range(len(unit.features))]
+    lengths = np.array([len(feature.tokens) for feature in features], dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    fill = int(-lengths.sum() % multiple)
+    rows = np.concatenate([start + feature.rows for start, feature in zip(starts, features)])
+    row_owners = np.concatenate([np.full(len(f.rows), owner) for owner, f in zip(owners, features)])
+    counts = np.bincount(row_owners, minlength=len(units))
+    places = np.concatenate([np.arange(count) for count in counts])
+    all_lengths = np.append(lengths, fill) if fill else lengths
+    return TaskBatch(
+        tokens=_joined([f.tokens for f in features], fill, pad_id),
+        positions=_joined([np.arange(n) for n in all_lengths]),
+        types=_joined([f.types for f in features], fill),
+        samples=_joined([np.full(n, number) for n, number in zip(lengths, samples)], fill),
+        layout=SequenceLayout.packed(torch.from_numpy(all_lengths), int(all_lengths.max())),
+        first_tokens=torch.from_numpy(starts),
+        lengths=tuple(int(length) for length in lengths),
+        rows=torch.from_numpy(rows),
+        owners=torch.from_numpy(row_owners.astype(np.int64)),
+        places=torch.from_numpy(places.astype(np.int64)),
+        widest=int(counts.max()),
+        labels=_labels(units, head),
+    )
+
+
+def _joined(parts: list[np.ndarray], fill: int = 0, value: int = 0) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.full(fill, value)]).astype(np.int64))
+
+
+def _labels(units: Sequence[Unit], head: Head) -> Tensor:
+    if head.kind == "token":
+        return torch.from_numpy(np.concatenate([unit.label for unit in units]))
+    labels = torch.from_numpy(np.stack([unit.label for unit in units]))
+    whole = head.kind == "choice" or head.problem == "single_label_classification"
+    return labels.squeeze(1) if whole else labels
+
+
+def shuffled(numbers: range, count: int, seed: int) -> list[int]:
+    """Which of ``count`` units stand at places ``numbers`` of an endless stream that shuffles them every epoch."""
+    return [int(_epoch_order(count, seed, number // count)[number % count]) for number in numbers]
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def step_places(
+    first_sample: int, steps: int, *, batch: int, micro: int, data_rank: int, data_size: int
+) -> Iterator[range]:
+    """Places in the stream of the units of each micro batch of a data rank, for ``steps`` steps.
+
+    Micro batch k of a step holds units ``(k * data + rank) * M`` and the M - 1 that follow of the step's G, for a
+    global batch of G and a micro batch of M: the units of a step are the same at every data and micro batch size.
+    """
+    for step in range(steps):
+        for offset in range(data_rank * micro, batch, data_size * micro):
+            start = first_sample + step * batch + offset
+            yield range(start, start + micro)
