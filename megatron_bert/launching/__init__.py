@@ -1,0 +1,1 @@
+"""Starting runs: Slurm jobs, what a launched process needs and leaves behind, and a check of the machines."""

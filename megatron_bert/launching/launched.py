@@ -1,0 +1,146 @@
+"""A process of a launched run: which rank it is, a log file of its own, and a record of how it ended."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.launching.slurm_environment import adopt_slurm
+from parallel.errors import UserError
+from parallel.hosts import host_name
+
+#: Names the directory for the log files and records of a start; launchers set it.
+LOG_VARIABLE = "MEGATRON_BERT_LOG_DIR"
+#: Seconds that leftover loader processes, and the last lines of rank 0, may take at the end.
+_PATIENCE = 5.0
+
+
+def rank_file(folder: Path, rank: int, ending: str) -> Path:
+    """The log (``log``) or the record (``jsonl``) of a rank."""
+    return folder / f"rank_{rank:05d}.{ending}"
+
+
+@contextmanager
+def launched_process() -> Iterator[None]:
+    """What a rank of a run does around its work, under torchrun, under srun and alone.
+
+    Tasks that srun started learn their rank. Where :data:`LOG_VARIABLE` names a directory, everything the process
+    writes goes to a log file of the rank, for rank 0 also to where it went before, and a record says when the rank
+    started and how it ended. Loader processes that are still there at the end are removed.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    adopt_slurm()
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    named = os.environ.get(LOG_VARIABLE)
+    record = None
+    if named is not None:
+        folder = Path(named)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _log_to(rank_file(folder, rank, "log"), echo=rank == 0)
+            record = _Record(rank_file(folder, rank, "jsonl"), rank)
+            record.write("started", size=size)
+        except OSError as error:
+            raise UserError(f"{LOG_VARIABLE} is {named}, which cannot be written ({error.strerror})") from None
+    before = multiprocessing.active_children()
+    try:
+        yield
+    except BaseException as error:
+        if record is not None:
+            record.write("failed", **_description(error))
+        raise
+    else:
+        if record is not None:
+            record.write("ended")
+    finally:
+        _end_children([child for child in multiprocessing.active_children() if child not in before])
+
+
+class _Record:
+    """A file of JSON lines, one an event."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank = path, rank
+
+    def write(self, event: str, **details: Any) -> None:
+        line = {"event": event, "rank": self.rank, "host": host_name(), "pid": os.getpid(), "time": time.time()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | details) + "\n")
+
+
+def _description(error: BaseException) -> dict[str, Any]:
+    """An error, where it was raised, and the first of those it came from."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    frames = traceback.extract_tb(cause.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else None
+    return {
+        "error": type(error).__name__,
+        "message": str(error),
+        "cause": type(cause).__name__,
+        "cause_message": str(cause),
+        "place": place,
+    }
+
+
+def _log_to(path: Path, *, echo: bool) -> None:
+    """Send this process's standard output and error, of native code too, to a file, and back to where it went."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    if echo:
+        originals = os.dup(1), os.dup(2)
+        tee = subprocess.Popen(["tee", "-a", str(path)], stdin=subprocess.PIPE, preexec_fn=_ignore_signals)
+        assert tee.stdin is not None
+        os.dup2(tee.stdin.fileno(), 1)
+        os.dup2(tee.stdin.fileno(), 2)
+        tee.stdin.close()
+        atexit.register(_finish_echo, tee, originals)
+    else:
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    os.close(file)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    faulthandler.enable()  # a crash of native code shows where Python was
+
+
+def _ignore_signals() -> None:
+    """What ends the run must not end its last words."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _finish_echo(tee: subprocess.Popen[bytes], originals: tuple[int, int]) -> None:
+    """Close the pipe, and let the last lines through before a launcher takes the process for gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for target, original in zip((1, 2), originals, strict=True):
+        os.dup2(original, target)
+    with suppress(subprocess.TimeoutExpired):  # a process that inherited the pipe lives on; tee ends with it
+        tee.wait(_PATIENCE)
+
+
+def _end_children(children: list[BaseProcess]) -> None:
+    """Loader processes end by themselves; one that hangs, on a file system say, must not keep the run."""
+    until = time.monotonic() + _PATIENCE
+    for child in children:
+        child.join(max(0.0, until - time.monotonic()))
+        if child.is_alive():
+            child.kill()
