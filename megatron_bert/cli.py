@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 from megatron_bert.convert.commands import add_convert_commands
+from megatron_bert.launching.failures import add_failures_command
+from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.schedule_command import add_schedule_command
 from parallel.errors import UserError
 
@@ -59,8 +61,9 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from megatron_bert.training.pretrain import pretrain
     from megatron_bert.training.signals import exit_code
 
-    settings = load_settings(arguments.config, arguments.overrides)
-    return exit_code(pretrain(settings, ends_process=arguments.own_process))
+    with launched_process():
+        settings = load_settings(arguments.config, arguments.overrides)
+        return exit_code(pretrain(settings, ends_process=arguments.own_process))
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
@@ -144,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_schedule_command(commands)
     add_convert_commands(commands)
+    add_failures_command(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
     schema.set_defaults(func=_config_schema)
