@@ -7,9 +7,11 @@ about a vocabulary (its special tokens, which pieces start a word) and refuses v
 import hashlib
 import json
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -32,6 +34,22 @@ ROLES = {
 """Special tokens by role: BERT's names, then those of RoBERTa and SentencePiece."""
 
 JSON_NAME, VOCAB_NAME, MODEL_NAME = "tokenizer.json", "vocab.txt", "tokenizer.model"
+
+
+WORD_MARKS = ("\u2581", "\u0120")
+"""What SentencePiece and byte-level BPE write for the space before a word."""
+
+
+class SpannedTokens(NamedTuple):
+    """Tokens of a text and where they come from.
+
+    Attributes:
+        ids: Token ids.
+        spans: Begin and end of each token in the text, in characters (code points); `character_spans` says more.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class Tokenizer(ABC):
@@ -75,6 +93,18 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, without special tokens."""
 
+    def encode_batch_with_spans(self, texts: Sequence[str]) -> list[SpannedTokens]:
+        """Token ids of several texts, as `encode_batch` gives them, and where in the text each token comes from."""
+        found = self._encode_batch_with_offsets(texts)
+        return [
+            SpannedTokens(ids, character_spans(text, offsets, [self._pieces[i] for i in ids]))
+            for text, (ids, offsets) in zip(texts, found, strict=True)
+        ]
+
+    @abstractmethod
+    def _encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Sequence[tuple[int, int]]]]:
+        """Token ids, and begin and end of each in characters, as the library gives them."""
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of token ids; special tokens are left out."""
@@ -117,6 +147,10 @@ class JsonTokenizer(Tokenizer):
         """Token ids of several texts, without special tokens."""
         return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Sequence[tuple[int, int]]]]:
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in found]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of token ids; special tokens are left out."""
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
@@ -148,6 +182,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Token ids of several texts, without special tokens."""
         return self._backend.encode(list(texts), out_type=int, num_threads=1)
 
+    def _encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Sequence[tuple[int, int]]]]:
+        found = self._backend.encode(list(texts), return_type="offset_mapping", num_threads=1)
+        return [(encoding["ids"], encoding["offsets"]) for encoding in found]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of token ids; special tokens are left out."""
         hidden = set(self.special_ids)
@@ -158,6 +196,40 @@ class SentencePieceTokenizer(Tokenizer):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_NAME).write_bytes(self._content)
+
+
+def character_spans(text: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """Where tokens come from, alike for all kinds of tokenizers.
+
+    Args:
+        text: The text.
+        offsets: Begin and end of each token as a library gives them: with the space before a word or without, empty for
+            pieces of a character that normalisation made several of, without combining marks that it removed.
+        pieces: The tokens.
+
+    Returns:
+        For each token begin and end, begins ascending: without white space at either end, with combining marks that follow.
+        Tokens of one character all have its span; tokens that stand for white space have an empty one.
+    """
+    spans = []
+    for (begin, end), piece in zip(offsets, pieces, strict=True):
+        may_lack = piece not in WORD_MARKS and (begin == end or piece[0] in WORD_MARKS)
+        while begin < end and text[begin].isspace():
+            begin += 1
+        while begin < end and text[end - 1].isspace():
+            end -= 1
+        if may_lack and begin == end < len(text) and not text[end].isspace():
+            end += 1
+        spans.append((begin, end))
+    following = len(text)  # where the next token begins that lies wholly behind
+    for place in range(len(spans) - 1, -1, -1):
+        begin, end = spans[place]
+        if place + 1 < len(spans) and spans[place + 1][0] >= end:
+            following = spans[place + 1][0]
+        while begin < end < following and unicodedata.category(text[end]).startswith("M"):
+            end += 1
+        spans[place] = (begin, end)
+    return spans
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, lowercase: bool | None = None) -> Tokenizer:

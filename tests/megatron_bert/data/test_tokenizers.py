@@ -11,7 +11,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import BertTokenizerFast
 
-from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.data.tokenizers import Tokenizer, character_spans, load_tokenizer
+from megatron_bert.data.train_tokenizer import train_tokenizer
 from parallel.errors import UserError
 
 from .support import SPECIAL, WORDS, small_vocabulary
@@ -207,3 +208,61 @@ def test_padding_and_truncation_of_a_file_do_not_touch_a_corpus(tmp_path: Path) 
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert len(load_tokenizer(tmp_path).encode("the cat sat on the mat")) == 6
+
+
+SPANNED = [
+    *UNICODE,
+    "\u0130stanbul is \U0001d4b3 \U0001f600na\u00efve \ufb01ne",
+    "a\u0301b\u200dc\ufe0f e\u0301 \u0301",
+    "  x \u3000 y\u3000\u4e2d\u56fd\n  z",
+    "\ufdfa \u00bd \u338f \u0130x \u338f\u338f",
+]
+
+
+def spanning_tokenizers(folder: Path) -> dict[str, Tokenizer]:
+    """One of each kind, small, that normalise: lower-casing, NFC, NFKC."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(["the cat sat on a mat", "naïve café Straße ½ kg İx fine", *SPANNED]) + "\n")
+    made = {"cased": load_tokenizer(unicode_vocabulary(folder, True))}
+    made["wordpiece"] = load_tokenizer(unicode_vocabulary(folder, False))
+    for kind, size in (("bpe", 290), ("sentencepiece", 100)):
+        made[kind] = train_tokenizer([corpus], kind, size, folder / kind, progress=False)
+    return made
+
+
+def test_spans_of_every_kind(tmp_path: Path) -> None:
+    for kind, tokenizer in spanning_tokenizers(tmp_path).items():
+        encoded = tokenizer.encode_batch_with_spans(SPANNED)
+        assert [found.ids for found in encoded] == tokenizer.encode_batch(SPANNED), kind
+        for text, (ids, spans) in zip(SPANNED, encoded, strict=True):
+            assert len(ids) == len(spans)
+            assert [begin for begin, _ in spans] == sorted(begin for begin, _ in spans)
+            covered = {place for begin, end in spans for place in range(begin, end)}
+            assert all(text[begin:end] == text[begin:end].strip() for begin, end in spans)
+            # What no token comes from is white space, or was removed by normalisation.
+            missing = {text[place] for place in range(len(text)) if place not in covered}
+            assert {c for c in missing if not c.isspace()} <= {"\0", "\ufffd", "\u200b", "\u200d", "\u0301"}, kind
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "sentencepiece"])
+def test_spans_survive_normalisation(tmp_path: Path, kind: str) -> None:
+    text = "x \u0130stanbul cafe\u0301 \U0001f600 \ufb01ne \u00bd\u338f"
+    words = text.split()
+    begins = [text.index(word) for word in words]
+    _, spans = spanning_tokenizers(tmp_path)[kind].encode_batch_with_spans([text])[0]
+    for begin, word in zip(begins, words, strict=True):
+        inside = [span for span in spans if span[0] < span[1] and begin <= span[0] < begin + len(word)]
+        assert (inside[0][0], inside[-1][1]) == (begin, begin + len(word)), (word, spans)
+
+
+def test_span_rules() -> None:
+    # The space before a word goes, also where it is all that is left of the first of several pieces of a character.
+    assert character_spans("a b", [(0, 1), (1, 3)], ["\u0120a", "\u0120b"]) == [(0, 1), (2, 3)]
+    assert character_spans(" \u00bd", [(0, 1), (1, 1), (1, 2)], ["\u25811", "\u2044", "2"]) == [(1, 2)] * 3
+    # The mark of a space alone has no characters, nor has any other white space.
+    assert character_spans("x", [(0, 0), (0, 1)], ["\u2581", "x"]) == [(0, 0), (0, 1)]
+    assert character_spans("\u3000x", [(0, 1), (0, 1), (1, 2)], ["a", "b", "x"]) == [(1, 1), (1, 1), (1, 2)]
+    # Combining marks that normalisation removed belong to the character before, unless they are tokens.
+    assert character_spans("e\u0301\u0302 x", [(0, 1), (4, 5)], ["e", "x"]) == [(0, 3), (4, 5)]
+    assert character_spans("e\u0301\u0302", [(0, 1), (2, 3)], ["e", "\u0302"]) == [(0, 2), (2, 3)]
+    assert character_spans("", [], []) == []
