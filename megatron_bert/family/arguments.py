@@ -5,7 +5,7 @@ Shapes: B sequences, S tokens of each, P tokens in the cache, E tokens of the en
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,6 +31,14 @@ class Arguments:
     use_cache: bool | None = None
     output_attentions: bool | None = None
     output_hidden_states: bool | None = None
+
+
+_SHARED = {field.name for field in fields(Arguments)}
+
+
+def shared_arguments(given: dict[str, Any]) -> Arguments:
+    """Those of a forward method's arguments that all classes share."""
+    return Arguments(**{name: value for name, value in given.items() if name in _SHARED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +70,28 @@ def batch_size(given: Arguments) -> int:
     return either.shape[0] if isinstance(either, Tensor) and either.dim() else 0
 
 
-def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> TokenInputs:
+def checked_inputs(
+    given: Arguments, config: MegatronBertConfig, past: int, padding_position: int | None = None
+) -> TokenInputs:
     """Check ids, positions and types.
 
     Args:
         given: by the caller.
         config: of the model.
         past: P.
+        padding_position: where padding stands; real tokens are counted from the next position on, as RoBERTa does.
+            None counts all tokens from 0.
 
     Raises:
         UserError: a wrong shape or type, an id outside its table, or more positions than there are.
     """
     tokens, embedded = given.input_ids, given.inputs_embeds
     batch, length, device = _batch_shape(tokens, embedded, config)
-    if past + length > config.max_position_embeddings:
-        raise UserError(
-            f"the sequences have {past + length} tokens, but the model has {config.max_position_embeddings} positions: "
-            "shorten them"
-        )
-    positions = _positions(given.position_ids, batch, length, past, device)
+    if padding_position is None or given.position_ids is not None:
+        _check_length(past + length, config.max_position_embeddings)
+        positions = _positions(given.position_ids, batch, length, past, device)
+    else:
+        positions = _positions_after_padding(tokens, length, padding_position, config, device)
     types = _types(given.token_type_ids, batch, length, device)
     limits: list[tuple[str, Tensor, int, str]] = []
     if given.token_type_ids is not None:
@@ -140,6 +151,29 @@ def _positions(given: Tensor | None, batch: int, length: int, past: int, device:
     if given.shape[1] != length or given.shape[0] not in (1, batch):
         raise UserError(f"position_ids has shape {list(given.shape)}, expected [{batch}, {length}] or [1, {length}]")
     return given
+
+
+def _positions_after_padding(
+    tokens: Tensor | None, length: int, padding_position: int, config: MegatronBertConfig, device: torch.device
+) -> Tensor:
+    """Each real token's place among the real tokens, after the position of padding, where padding stays.
+
+    Embeddings do not tell which are padding: they count all.
+    """
+    places = config.max_position_embeddings - padding_position - 1
+    if tokens is None:
+        _check_length(length, places)
+        return torch.arange(padding_position + 1, padding_position + 1 + length, device=device)[None]
+    real = tokens != config.pad_token_id
+    counts = real.cumsum(dim=1)
+    if length > places:
+        _check_length(int(counts[:, -1].max()), places)
+    return counts * real + padding_position
+
+
+def _check_length(tokens: int, positions: int) -> None:
+    if tokens > positions:
+        raise UserError(f"the sequences have {tokens} tokens, but the model has {positions} positions: shorten them")
 
 
 def _check_ids(name: str, ids: Tensor, form: str, dims: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.family.arguments import Arguments
+from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.cache import KeyValueCache
 from megatron_bert.family.generation import Sampling, generate
 from megatron_bert.family.language import LanguageModel
@@ -17,7 +18,7 @@ from parallel.cross_entropy import IGNORED
 from parallel.mesh import SINGLE, TensorParallel
 
 
-class MegatronBertForCausalLM(LanguageModel):
+class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
     """Logits of the next word after every token; ``config.is_decoder`` makes tokens see only those before them.
 
     Args:
@@ -77,7 +78,7 @@ class MegatronBertForCausalLM(LanguageModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        encoded = self.bert.encode(given, needed=self.labelled(given, labels))
+        encoded = self.base_model.encode(given, needed=self.labelled(given, labels))
         loss = None
         hidden = encoded.rectangle(encoded.hidden)
         if labels is not None:

@@ -5,14 +5,17 @@ Shapes: B sequences, S tokens of each, T tokens without skipped padding, H hidde
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from megatron_bert.family.arguments import Arguments, check_labels
-from megatron_bert.family.bert import Encoded, MegatronBertModel
+from megatron_bert.family.arguments import Arguments, check_labels, shared_arguments
+from megatron_bert.family.bert import MegatronBertHeadModel
+from megatron_bert.family.encoder import Encoded
+from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.losses import mean_cross_entropy
 from megatron_bert.family.outputs import MaskedLMOutput, MegatronBertForPreTrainingOutput
-from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.heads import Dense, MaskedLanguageHead
 from parallel.collectives import gather_from_ranks
@@ -22,13 +25,13 @@ from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 
 
-class LanguageModel(MegatronBertPreTrainedModel):
+class LanguageModel(HeadModel):
     """The encoder and a head over the vocabulary, whose output matrix is the word embeddings or one of its own.
 
     Args:
         config: sizes and options.
         pooled: whether the encoder has a pooler.
-        tp, skip_padding, device: as in MegatronBertModel.
+        tp, skip_padding, device: as in EncoderModel.
     """
 
     def __init__(
@@ -39,8 +42,7 @@ class LanguageModel(MegatronBertPreTrainedModel):
         skip_padding: bool | None,
         device: torch.device | str | None,
     ) -> None:
-        super().__init__(config, tp, None)
-        self.bert = MegatronBertModel(config, pooled, tp=tp, skip_padding=skip_padding, initial=False, device=device)
+        super().__init__(config, pooled, tp, skip_padding, device)
         self.masked_head = MaskedLanguageHead(config, tp=tp, device=device)
         self.output_embeddings: VocabParallelEmbedding | None = None
         if not config.tie_word_embeddings:
@@ -80,6 +82,10 @@ class LanguageModel(MegatronBertPreTrainedModel):
         )
         return losses.mean()
 
+    def encoded(self, given: Arguments, labels: Tensor | None) -> Encoded:
+        """Run the encoder, without a cache, and with every token that has a label."""
+        return self.base_model.encode(replace(given, use_cache=False), needed=self.labelled(given, labels))
+
     def masked_loss(self, encoded: Encoded, labels: Tensor | None) -> Tensor | None:
         """The loss of masked words, where there are ``labels`` ``[B, S]``."""
         return None if labels is None else self.language_loss(encoded.hidden, encoded.of_tokens(labels))
@@ -93,8 +99,13 @@ class LanguageModel(MegatronBertPreTrainedModel):
         return labels != IGNORED
 
 
-class MegatronBertForMaskedLM(LanguageModel):
-    """Logits over the vocabulary for every token; arguments as of MegatronBertModel."""
+class MaskedLanguageModel(LanguageModel):
+    """A language model that predicts the words at every token.
+
+    Args:
+        config: sizes and options.
+        tp, skip_padding, initial, device: as in EncoderModel.
+    """
 
     def __init__(
         self,
@@ -107,6 +118,23 @@ class MegatronBertForMaskedLM(LanguageModel):
     ) -> None:
         super().__init__(config, False, tp, skip_padding, device)
         self._begin(initial)
+
+    def predicted(
+        self, given: Arguments, labels: Tensor | None, return_dict: bool | None
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
+        """Logits over the vocabulary, and the loss where there are ``labels`` ``[B, S]``."""
+        encoded = self.encoded(given, labels)
+        output = MaskedLMOutput(
+            loss=self.masked_loss(encoded, labels),
+            logits=encoded.rectangle(self.logits(encoded.hidden)),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return self.returned(output, return_dict)
+
+
+class MegatronBertForMaskedLM(MegatronBertHeadModel, MaskedLanguageModel):
+    """Logits over the vocabulary for every token; arguments as of MegatronBertModel."""
 
     def forward(
         self,
@@ -124,30 +152,10 @@ class MegatronBertForMaskedLM(LanguageModel):
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Predict words; ``labels`` int64 ``[B, S]`` holds the true ids, -100 where nothing is to be predicted."""
-        given = Arguments(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        encoded = self.bert.encode(given, needed=self.labelled(given, labels))
-        output = MaskedLMOutput(
-            loss=self.masked_loss(encoded, labels),
-            logits=encoded.rectangle(self.logits(encoded.hidden)),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
-        return self.returned(output, return_dict)
+        return self.predicted(shared_arguments(locals()), labels, return_dict)
 
 
-class MegatronBertForPreTraining(LanguageModel):
+class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
     """The two heads of pretraining: masked words and sentence pairs.
 
     Args:
@@ -193,19 +201,8 @@ class MegatronBertForPreTraining(LanguageModel):
         ``labels`` int64 ``[B, S]`` as for masked words; ``next_sentence_label`` int64 ``[B]``, 0 if it follows, 1 if it
         is another. The loss is the sum of those whose labels are given.
         """
-        given = Arguments(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        encoded = self.bert.encode(given, needed=self.labelled(given, labels))
-        pair = None if self.pair_classifier is None else self.pair_classifier(self.bert.pooled(encoded))
+        encoded = self.encoded(shared_arguments(locals()), labels)
+        pair = None if self.pair_classifier is None else self.pair_classifier(self.base_model.pooled(encoded))
         losses = [self.masked_loss(encoded, labels)]
         if next_sentence_label is not None:
             if pair is None:

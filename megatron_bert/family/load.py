@@ -13,19 +13,17 @@ from torch import Tensor, nn
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import WEIGHTS, open_weights
 from megatron_bert.convert.state import StateTensor
-from megatron_bert.family.names import canonical_name, fuse, huggingface_names
+from megatron_bert.family.names import Names, fuse
 from megatron_bert.model.configuration_checks import NUMBER_FORMATS
 from megatron_bert.model.resharding import fill
 from parallel.errors import UserError
 from parallel.sharding import ParallelModule, initialize
 
 if TYPE_CHECKING:
-    from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
+    from megatron_bert.family.pretrained import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-_OUTPUT_BIAS, _OUTPUT_BIAS_COPY = "cls.predictions.bias", "cls.predictions.decoder.bias"
-_OUTPUT_MATRIX = "cls.predictions.decoder.weight"
 #: Buffers of older versions.
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -38,11 +36,13 @@ class LoadingReport:
         missing: parameters that the files do not hold; they have initial values.
         unexpected: what the files hold beyond the model.
         mismatched: parameters of another shape than the files'; they have initial values.
+        quantization: buffers of transformers' quantised layers, which a model in floating point does not use.
     """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    quantization: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[str]]:
         """By kind."""
@@ -50,6 +50,7 @@ class LoadingReport:
             "missing_keys": self.missing,
             "unexpected_keys": self.unexpected,
             "mismatched_keys": self.mismatched,
+            "quantization_keys": self.quantization,
         }
 
     def warn(self, model: str, source: Path) -> None:
@@ -57,6 +58,8 @@ class LoadingReport:
         if self.missing or self.mismatched:
             names = _some(self.missing + self.mismatched)
             logger.warning("%s: not in %s, so they have initial values; train them: %s", model, source, names)
+        if self.quantization:
+            logger.info("%s: %d quantisation buffers of %s are not used", model, len(self.quantization), source)
         if self.unexpected:
             logger.warning("%s: not used of %s: %s", model, source, _some(self.unexpected))
 
@@ -67,7 +70,7 @@ def _some(names: list[str]) -> str:
 
 
 def load_model(
-    model: MegatronBertPreTrainedModel, directory: Path, dtype: torch.dtype | str | None, allow_mismatch: bool
+    model: PreTrainedModel, directory: Path, dtype: torch.dtype | str | None, allow_mismatch: bool
 ) -> LoadingReport:
     """Fill a model whose parameters hold no values.
 
@@ -85,11 +88,11 @@ def load_model(
     tree = FileTree(str(directory), {path.name: path for path in directory.iterdir() if path.is_file()}, directory)
     if not any(name in tree for name in WEIGHTS):
         raise UserError(f"{directory} holds no weights: expected one of {', '.join(WEIGHTS)}")
-    stored = _normalised(open_weights(tree)[0], model.config.tie_word_embeddings)
+    stored = _normalised(open_weights(tree)[0], model.names, model.config.tie_word_embeddings)
     model.to(_number_format(dtype, stored))
     report, plan = LoadingReport(), {}
     for name, parameter in model.named_parameters():
-        keys = huggingface_names(name)
+        keys = model.names.theirs(name)
         found = [stored[key] for key in keys if key in stored]
         if len(found) < len(keys):
             report.missing += [key for key in keys if key not in stored]
@@ -97,8 +100,9 @@ def load_model(
             plan[name] = (parameter, found)
         else:
             report.mismatched += keys
-    used = {key for name, _ in model.named_parameters() for key in huggingface_names(name)}
-    report.unexpected = [key for key in stored if key not in used]
+    used = {key for name, _ in model.named_parameters() for key in model.names.theirs(name)}
+    for key in (key for key in stored if key not in used):
+        (report.quantization if model.names.of_quantization(key) else report.unexpected).append(key)
     _initialize_rest(model, plan.keys())
     for parameter, found in plan.values():
         values = fuse([tensor.load() for tensor in found], model.config.head_dim)
@@ -107,18 +111,18 @@ def load_model(
     return report
 
 
-def _normalised(stored: dict[str, StateTensor], tied: bool) -> dict[str, StateTensor]:
+def _normalised(stored: dict[str, StateTensor], names: Names, tied: bool) -> dict[str, StateTensor]:
     """Tensors under the names of the classes with heads, without buffers and second names of one tensor."""
     named = {}
     for key, tensor in stored.items():
-        key = f"bert.{key}" if key.split(".")[0] in ("embeddings", "encoder", "pooler") else key
+        key = names.with_prefix(key)
         if not key.endswith(_BUFFERS):
             named[key] = tensor
-    copy = named.pop(_OUTPUT_BIAS_COPY, None)
-    if copy is not None and (not tied or _OUTPUT_BIAS not in named):
-        named[_OUTPUT_BIAS] = copy  # the one that an untied head adds
+    copy = named.pop(names.output_bias_copy, None)
+    if copy is not None and (not tied or names.output_bias not in named):
+        named[names.output_bias] = copy  # the one that an untied head adds
     if tied:
-        named.pop(_OUTPUT_MATRIX, None)
+        named.pop(names.output_matrix, None)
     return named
 
 
@@ -134,7 +138,7 @@ def _number_format(dtype: torch.dtype | str | None, stored: dict[str, StateTenso
 
 
 def _fits(
-    model: MegatronBertPreTrainedModel,
+    model: PreTrainedModel,
     parameter: nn.Parameter,
     name: str,
     keys: tuple[str, ...],
@@ -152,7 +156,7 @@ def _fits(
     return not wrong
 
 
-def _initialize_rest(model: MegatronBertPreTrainedModel, loaded: object) -> None:
+def _initialize_rest(model: PreTrainedModel, loaded: object) -> None:
     """Draw initial values for every module with a parameter that is not about to be loaded."""
     names = {name for name, _ in model.named_parameters()} - set(loaded)  # type: ignore[call-overload]
     if not names:
@@ -161,7 +165,7 @@ def _initialize_rest(model: MegatronBertPreTrainedModel, loaded: object) -> None
     for prefix, module in model.named_modules():
         own = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
         if isinstance(module, ParallelModule) and own & names:
-            initialize(module, seed, prefix=canonical_name(f"{prefix}."))
+            initialize(module, seed, prefix=model.names.canonical(f"{prefix}."))
 
 
 def _padded(values: Tensor, rows: int) -> Tensor:

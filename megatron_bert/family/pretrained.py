@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_bert.family.load import LoadingReport, load_model
-from megatron_bert.family.names import canonical_name
+from megatron_bert.family.names import MEGATRON_BERT, Names
 from megatron_bert.family.outputs import ModelOutput
 from megatron_bert.family.save import save_model
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -24,23 +24,34 @@ from parallel.mesh import TensorParallel
 from parallel.sharding import initialize
 
 
-class MegatronBertPreTrainedModel(nn.Module):
-    """The base of every class; heads hold the encoder as ``bert``.
+class PreTrainedModel(nn.Module):
+    """The base of every class; those with a head hold the encoder under the name ``base_model_prefix``.
 
     Attributes:
         config: sizes and options.
         tp: the tensor-parallel handle.
     """
 
-    base_model_prefix: ClassVar[str] = "bert"
-    config_class: ClassVar[type[MegatronBertConfig]] = MegatronBertConfig
+    base_model_prefix: ClassVar[str]
+    config_class: ClassVar[type[MegatronBertConfig]]
+    #: Of parameters, in files.
+    names: ClassVar[Names]
+    #: Where the encoder's norms are.
+    layer_norm_placement: ClassVar[str]
     #: Keyword arguments of the constructor that from_pretrained passes on, beside those of every class.
     own_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MegatronBertConfig, tp: TensorParallel, skip_padding: bool | None) -> None:
         super().__init__()
-        if not isinstance(config, MegatronBertConfig):
-            raise UserError(f"{type(self).__name__} takes a MegatronBertConfig, but got a {type(config).__name__}")
+        if not isinstance(config, self.config_class) or config.model_type != self.config_class.model_type:
+            raise UserError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, but got a {type(config).__name__}"
+            )
+        if config.layer_norm_placement != self.layer_norm_placement:
+            raise UserError(
+                f"model.layer_norm_placement is {config.layer_norm_placement!r}, but that of {type(self).__name__} is "
+                f"{self.layer_norm_placement!r}: use a class that has its norms there"
+            )
         if tp.sequence:
             raise UserError("these classes divide matrices, not tokens: give a handle without sequence parallelism")
         self.config, self.tp = config, tp
@@ -55,7 +66,7 @@ class MegatronBertPreTrainedModel(nn.Module):
 
     @property
     def skip_padding(self) -> bool | None:
-        """Whether padding is skipped; see :class:`~megatron_bert.family.bert.MegatronBertModel`."""
+        """Whether padding is skipped; see :class:`~megatron_bert.family.encoder.EncoderModel`."""
         return self.base_model._skip_padding
 
     @skip_padding.setter
@@ -84,7 +95,7 @@ class MegatronBertPreTrainedModel(nn.Module):
 
     def has_words(self, name: str) -> bool:
         """Whether a parameter has a row for each word, so that it is padded with the vocabulary."""
-        return canonical_name(name) in (
+        return self.names.canonical(name) in (
             "embeddings.word_embeddings.weight",
             "masked_head.bias",
             "output_embeddings.weight",
@@ -111,10 +122,10 @@ class MegatronBertPreTrainedModel(nn.Module):
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules under their names in a pretraining checkpoint, each ending in a dot."""
         for name, child in self.named_children():
-            if isinstance(child, MegatronBertPreTrainedModel):
+            if isinstance(child, PreTrainedModel):
                 yield from child.parts()
             else:
-                yield canonical_name(f"{name}."), child
+                yield self.names.canonical(f"{name}."), child
 
     def _begin(self, initial: bool) -> None:
         """Draw initial weights: as the pretraining model's, they depend on the seed and on names, not on ranks."""
@@ -264,10 +275,19 @@ class MegatronBertPreTrainedModel(nn.Module):
         names = ("tp", "skip_padding", "device", *cls.own_arguments)
         construct = {name: changes.pop(name) for name in names if name in changes}
         if config is None:
-            config = MegatronBertConfig.from_pretrained(directory, **changes)
+            config = cls.config_class.from_pretrained(directory, **changes)
         elif changes:
-            config = MegatronBertConfig.from_dict(config.to_dict(), **changes)
+            config = cls.config_class.from_dict(config.to_dict(), **changes)
         model = cls(config, initial=False, **construct)  # type: ignore[call-arg]
         report: LoadingReport = load_model(model, Path(directory), torch_dtype, ignore_mismatched_sizes)
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model
+
+
+class MegatronBertPreTrainedModel(PreTrainedModel):
+    """The base of every MegatronBERT class."""
+
+    base_model_prefix = "bert"
+    config_class = MegatronBertConfig
+    names = MEGATRON_BERT
+    layer_norm_placement = "pre"

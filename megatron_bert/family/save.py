@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bert.family.names import huggingface_names, separate
+from megatron_bert.family.names import separate
 from megatron_bert.model.resharding import undivided
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
+    from megatron_bert.family.pretrained import PreTrainedModel
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "B": 1, "": 1}
@@ -32,7 +32,7 @@ class _Shard:
     nbytes: int = 0
 
 
-def save_model(model: MegatronBertPreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
+def save_model(model: PreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
     """Write ``config.json`` and safetensors; every tensor rank calls, the first writes.
 
     Raises:
@@ -64,19 +64,19 @@ def save_model(model: MegatronBertPreTrainedModel, directory: Path, max_shard_si
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _theirs(model: MegatronBertPreTrainedModel, name: str, whole: Tensor) -> dict[str, Tensor]:
+def _theirs(model: PreTrainedModel, name: str, whole: Tensor) -> dict[str, Tensor]:
     """A parameter under transformers' names, without padding of the vocabulary."""
-    keys = huggingface_names(name)
+    keys = model.names.theirs(name)
     whole = whole[: model.config.vocab_size] if model.has_words(name) else whole
     tensors = dict(zip(keys, separate(whole, len(keys), model.config.head_dim), strict=True))
-    if keys == ("cls.predictions.bias",) and not model.config.tie_word_embeddings:
-        tensors["cls.predictions.decoder.bias"] = whole
+    if keys == (model.names.output_bias,) and not model.config.tie_word_embeddings:
+        tensors[model.names.output_bias_copy] = whole
     # The bare encoder's names have no prefix.
-    cut = "bert." if model.base_model is model else ""
+    cut = f"{model.names.prefix}." if model.base_model is model else ""
     return {key.removeprefix(cut): tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
-def _divide(model: MegatronBertPreTrainedModel, limit: int) -> list[_Shard]:
+def _divide(model: PreTrainedModel, limit: int) -> list[_Shard]:
     shards = [_Shard()]
     for name, parameter in model.named_parameters():
         nbytes = parameter.numel() * parameter.element_size()

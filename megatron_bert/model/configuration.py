@@ -64,7 +64,7 @@ def unknown_name(name: str, known: Iterable[str], what: str) -> UserError:
     return UserError(f"{name[:60]!r} is no {what}: {hint}")
 
 
-def _explaining_names(cls: type[_Config]) -> type[_Config]:
+def explaining_names(cls: type[_Config]) -> type[_Config]:
     """Make the constructor of a dataclass answer unknown names with the nearest known one."""
     construct: Callable[..., None] = cls.__init__
 
@@ -72,14 +72,14 @@ def _explaining_names(cls: type[_Config]) -> type[_Config]:
     def checked(self: _Config, **values: Any) -> None:
         for name in values:
             if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-                raise unknown_name(name, cls.__dataclass_fields__, "field of MegatronBertConfig")  # type: ignore[attr-defined]
+                raise unknown_name(name, cls.__dataclass_fields__, f"field of {cls.__name__}")  # type: ignore[attr-defined]
         construct(self, **values)
 
     cls.__init__ = checked  # type: ignore[method-assign,assignment]
     return cls
 
 
-@_explaining_names
+@explaining_names
 @dataclass(kw_only=True)
 class MegatronBertConfig:
     """Sizes and constants of a Megatron BERT encoder.
@@ -124,6 +124,9 @@ class MegatronBertConfig:
             ``post``, after each sum and after the embeddings, as BERT and RoBERTa have.
     """
 
+    #: What config.json calls this kind of model.
+    model_type = MODEL_TYPE
+
     vocab_size: int = 29056
     hidden_size: int = 1024
     num_hidden_layers: int = 24
@@ -161,23 +164,31 @@ class MegatronBertConfig:
 
     def __post_init__(self) -> None:
         self._name_labels()
-        check_values(self, ACTIVATIONS)
+        self.check()
         self.__dict__["_complete"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dataclass_fields__:
-            raise unknown_name(name, self.__dataclass_fields__, "field of MegatronBertConfig")
+            raise unknown_name(name, self.__dataclass_fields__, f"field of {type(self).__name__}")
         before = dict(self.__dict__)
         self.__dict__[name] = value
         if "_complete" not in before:
             return
         try:
             self._name_labels(changed=name)
-            check_values(self, ACTIVATIONS)
+            self.check()
         except UserError:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
+
+    def check(self) -> None:
+        """Check every field.
+
+        Raises:
+            UserError: for the first that is wrong, with what it may be.
+        """
+        check_values(self, ACTIVATIONS)
 
     def _name_labels(self, changed: str = "") -> None:
         """Make the three ways to say what the classes are agree.
@@ -222,7 +233,7 @@ class MegatronBertConfig:
         del values["num_labels"]  # their number is that of the names
         if values["layer_norm_placement"] == "pre":
             del values["layer_norm_placement"]  # MegatronBERT has no other, and no field for it
-        return {"model_type": MODEL_TYPE, **{name: value for name, value in values.items() if value is not None}}
+        return {"model_type": self.model_type, **{name: value for name, value in values.items() if value is not None}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, label: str = "the configuration", **changes: Any) -> Self:
@@ -236,16 +247,16 @@ class MegatronBertConfig:
         Raises:
             UserError: another type of model, an unknown field, or a value that a field cannot have.
         """
-        kind = values.get("model_type", MODEL_TYPE)
-        if kind != MODEL_TYPE:
-            raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected {MODEL_TYPE}")
+        kind = values.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected {cls.model_type}")
         known = {}
         for name, value in values.items():
             name = _ALIASES.get(name, name)
             if name in cls.__dataclass_fields__:
                 known[name] = value
             elif name not in _WITHOUT_MEANING:
-                raise unknown_name(name, cls.__dataclass_fields__, f"field of MegatronBertConfig, but {label} holds it")
+                raise unknown_name(name, cls.__dataclass_fields__, f"field of {cls.__name__}, but {label} holds it")
         if "num_labels" in changes and "id2label" not in changes:
             known.pop("id2label", None)
             known.pop("label2id", None)

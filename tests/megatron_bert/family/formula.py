@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bert.family.names import huggingface_names, separate
+from megatron_bert.family.names import separate
 from megatron_bert.model.resharding import undivided
 
 
@@ -21,7 +21,7 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     """Parameters in float64 by transformers' names, to take gradients of."""
     weights = {}
     for name, parameter in model.named_parameters():
-        keys = huggingface_names(name)
+        keys = model.names.theirs(name)
         whole = undivided(parameter).double()
         whole = whole[: model.config.vocab_size] if model.has_words(name) else whole
         weights |= dict(zip(keys, separate(whole, len(keys), model.config.head_dim), strict=True))

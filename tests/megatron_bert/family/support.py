@@ -11,7 +11,7 @@ from torch import Tensor
 
 import megatron_bert
 from megatron_bert import MegatronBertConfig
-from megatron_bert.family.names import huggingface_names, separate
+from megatron_bert.family.names import separate
 from megatron_bert.model.resharding import undivided
 from parallel.mesh import SINGLE, TensorParallel
 
@@ -164,7 +164,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     """Gradients under transformers' names, whole and without padding of the vocabulary."""
     found = {}
     for name, parameter in model.named_parameters():
-        keys = huggingface_names(name)
+        keys = model.names.theirs(name)
         gradient = torch.zeros_like(undivided(parameter)) if parameter.grad is None else undivided(parameter.grad)
         gradient = gradient[: model.config.vocab_size] if model.has_words(name) else gradient
         found |= dict(zip(keys, separate(gradient, len(keys), model.config.head_dim), strict=True))

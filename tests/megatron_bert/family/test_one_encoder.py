@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_bert import MegatronBertForPreTraining
-from megatron_bert.family.names import canonical_name
+from megatron_bert.family.names import MEGATRON_BERT
 from megatron_bert.model.pretraining import BertForPretraining
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import CONFIG, LENGTH, make_batch, make_model
@@ -16,10 +16,10 @@ def test_pretraining_weights_fit_by_name():
     trained, batch = make_model(), make_batch()
     model = MegatronBertForPreTraining(CONFIG, initial=False).eval()
     weights = dict(trained.named_parameters())
-    assert {canonical_name(name) for name, _ in model.named_parameters()} == weights.keys()
+    assert {MEGATRON_BERT.canonical(name) for name, _ in model.named_parameters()} == weights.keys()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[canonical_name(name)])
+            parameter.copy_(weights[MEGATRON_BERT.canonical(name)])
     out = model(
         batch.tokens.view(-1, LENGTH),
         batch.layout.key_mask,
@@ -41,7 +41,7 @@ def test_initial_weights_are_those_of_pretraining():
     model = MegatronBertForPreTraining(CONFIG)
     weights = dict(pretraining.named_parameters())
     for name, parameter in model.named_parameters():
-        assert parameter.equal(weights[canonical_name(name)]), name
+        assert parameter.equal(weights[MEGATRON_BERT.canonical(name)]), name
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

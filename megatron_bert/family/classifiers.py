@@ -1,0 +1,191 @@
+"""What classes with a classification head do, whatever their family: sequences, choices, tokens and answer spans.
+
+Shapes: B sequences, S tokens of each, C classes or choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.family.arguments import Arguments
+from megatron_bert.family.encoder import Encoded
+from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.losses import mean_cross_entropy, problem_loss
+from megatron_bert.family.outputs import (
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.heads import Dense
+from parallel.dropout import keyed_dropout
+from parallel.errors import UserError
+from parallel.mesh import SINGLE, TensorParallel
+
+
+class Classifier(HeadModel):
+    """The encoder and a head that every tensor rank repeats, dense unless a class has another.
+
+    Args:
+        config: sizes and options.
+        tp, skip_padding, initial, device: as in EncoderModel.
+    """
+
+    #: Whether the head reads one vector of every sequence, or every token.
+    by_sequence: ClassVar[bool] = True
+    #: Whether the encoder has a pooler, whose output is that vector.
+    pooled: ClassVar[bool] = True
+    #: Name of the head.
+    head: ClassVar[str] = "classifier"
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        skip_padding: bool | None = None,
+        initial: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, self.pooled, tp, skip_padding, device)
+        self.add_module(self.head, self.head_module(config, device))
+        self._begin(initial)
+
+    def head_module(self, config: MegatronBertConfig, device: torch.device | str | None) -> nn.Module:
+        """The head."""
+        return Dense(config.hidden_size, self.outputs(config), init_std=config.initializer_range, device=device)
+
+    def outputs(self, config: MegatronBertConfig) -> int:
+        """Width of the head."""
+        return config.num_labels
+
+    def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
+        """Dropout at the head, ``[N, H]`` with a key a row."""
+        if keys is None:
+            return features
+        config = self.config
+        chance = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        return keyed_dropout(features, chance, keys)
+
+    def vectors(self, encoded: Encoded) -> Tensor:
+        """What the head reads of every sequence, ``[B, H]``."""
+        return self.base_model.pooled(encoded)
+
+    def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
+        """The head: ``[N, H]`` to ``[N, C]``."""
+        head: Dense = getattr(self, self.head)
+        return head(self.dropped(features, keys))
+
+    def classified(self, given: Arguments) -> tuple[Encoded, Tensor]:
+        """Run the encoder and the head: logits ``[B, C]`` of sequences, or ``[T, C]`` of every token."""
+        encoded = self.base_model.encode(given, shown=not self.by_sequence)
+        if not self.by_sequence:
+            return encoded, self.scores(encoded.hidden, encoded.keys)
+        keys = None if encoded.keys is None else encoded.keys.index_select(0, encoded.first)
+        return encoded, self.scores(self.vectors(encoded), keys)
+
+    def finished(self, output: ModelOutput, encoded: Encoded, return_dict: bool | None) -> Any:
+        """An output with what was asked of the encoder besides, in the form asked for."""
+        whole = replace(output, hidden_states=encoded.hidden_states, attentions=encoded.attentions)  # type: ignore[type-var]
+        return self.returned(whole, return_dict)
+
+
+class SequenceClassifier(Classifier):
+    """A class, several labels, or values for each sequence."""
+
+    def labelled_sequences(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
+        """Logits ``[B, num_labels]``, and the loss of the problem that the configuration or the labels say."""
+        encoded, logits = self.classified(given)
+        loss = None if labels is None else problem_loss(self.config.problem_type, logits, labels)
+        return self.finished(SequenceClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
+
+
+class ChoiceClassifier(Classifier):
+    """Which of several continuations is right."""
+
+    def outputs(self, config: MegatronBertConfig) -> int:
+        """One score a choice."""
+        del config
+        return 1
+
+    def chosen(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
+        """Logits ``[B, choices]`` of inputs ``[B, choices, S]``, and the loss where there are ``labels`` ``[B]``."""
+        either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        if either is not None and either.dim() != (3 if given.input_ids is not None else 4):
+            raise UserError(f"the inputs have shape {list(either.shape)}, expected [batch, choices, tokens]")
+        encoded, scores = self.classified(_flattened(given))
+        assert either is not None
+        logits = scores.view(-1, either.shape[1])
+        loss = None if labels is None else mean_cross_entropy("labels", logits, labels.reshape(-1))
+        return self.finished(MultipleChoiceModelOutput(loss=loss, logits=logits), encoded, return_dict)
+
+
+class TokenClassifier(Classifier):
+    """A class for each token."""
+
+    by_sequence = False
+    pooled = False
+
+    def tagged(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
+        """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
+        encoded, scores = self.classified(given)
+        logits = encoded.rectangle(scores)
+        loss = None
+        if labels is not None:
+            _check_shape("labels", labels, (encoded.batch, encoded.length))
+            loss = mean_cross_entropy("labels", logits.flatten(0, 1), labels.reshape(-1))
+        return self.finished(TokenClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
+
+
+class SpanClassifier(Classifier):
+    """Where an answer starts and ends."""
+
+    by_sequence = False
+    pooled = False
+    head = "qa_outputs"
+
+    def outputs(self, config: MegatronBertConfig) -> int:
+        """Start and end."""
+        if config.num_labels != 2:
+            raise UserError(f"num_labels is {config.num_labels}, but an answer has a start and an end: leave it at 2")
+        return 2
+
+    def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
+        """No dropout before this head."""
+        del keys
+        return features
+
+    def answered(self, given: Arguments, starts: Tensor | None, ends: Tensor | None, return_dict: bool | None) -> Any:
+        """Logits ``[B, S]`` of start and end, and the mean loss of those whose positions ``[B]`` are given."""
+        encoded, scores = self.classified(given)
+        start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
+        losses = [
+            mean_cross_entropy(name, logits, positions.reshape(-1).clamp(0, encoded.length), ignored=encoded.length)
+            for name, logits, positions in (("start_positions", start, starts), ("end_positions", end, ends))
+            if positions is not None
+        ]
+        loss = sum(losses[1:], losses[0]) / len(losses) if losses else None
+        output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
+        return self.finished(output, encoded, return_dict)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def _flattened(given: Arguments) -> Arguments:
+    """Choices as further sequences of the batch."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+    tensors = {name: getattr(given, name) for name in names}
+    for name, tensor in tensors.items():
+        least = 4 if name == "inputs_embeds" else 3
+        if tensor is not None and tensor.dim() < least:
+            raise UserError(f"{name} has shape {list(tensor.shape)}, expected [batch, choices, tokens]")
+    return replace(given, **{name: None if t is None else t.flatten(0, 1) for name, t in tensors.items()})
