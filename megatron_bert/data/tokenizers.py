@@ -208,8 +208,8 @@ def character_spans(text: str, offsets: Sequence[tuple[int, int]], pieces: Seque
         pieces: The tokens.
 
     Returns:
-        For each token begin and end, begins ascending: without white space at either end, with combining marks that follow.
-        Tokens of one character all have its span; tokens that stand for white space have an empty one.
+        For each token begin and end, begins ascending: without white space at either end, with combining marks that
+        follow. Tokens of one character all have its span; tokens that stand for white space have an empty one.
     """
     spans = []
     for (begin, end), piece in zip(offsets, pieces, strict=True):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.classification import ClassificationTask
 from megatron_bert.tasks.glue import GlueTask
+from megatron_bert.tasks.multiple_choice import MultipleChoiceTask
 from megatron_bert.tasks.settings import GLUE_NAMES, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.task import Task
 from parallel.errors import UserError
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     **dict.fromkeys(GLUE_NAMES, GlueTask),
     "classification": ClassificationTask,
     "regression": ClassificationTask,
+    "multiple_choice": MultipleChoiceTask,
 }
 """Task name -> its class; one line a task."""
 

@@ -150,7 +150,9 @@ def check_text(text: str) -> None:
         raise RowError(f"it holds a NUL character at character {text.index(chr(0)) + 1}")
 
 
-def read_table(path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, bad: BadRows) -> Iterator[Row]:
+def read_table(
+    path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, bad: BadRows, *, equal_widths: bool = True
+) -> Iterator[Row]:
     r"""Rows of a table; blank lines are passed over.
 
     Args:
@@ -159,6 +161,7 @@ def read_table(path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, b
             commas, doubled quotes and line ends. "jsonl": one JSON object a line.
         header: whether the first line of a tsv or csv file names the columns.
         bad: told of rows that cannot be read.
+        equal_widths: whether all rows of a tsv or csv file must have the same number of columns.
 
     Raises:
         UserError: the file cannot be read, or its header names a column twice.
@@ -177,7 +180,7 @@ def read_table(path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, b
         try:
             for cell in cells:
                 check_text(cell)
-            if width and len(cells) != width:
+            if equal_widths and width and len(cells) != width:
                 raise RowError(f"it has {len(cells)} columns, expected {width}")
         except RowError as reason:
             bad.add(path, f"line {line}", reason)

@@ -1,0 +1,145 @@
+"""Multiple choice: RACE, SWAG, ARC and a user's own questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bert.data.tokenizers import SpannedTokens, Tokenizer
+from megatron_bert.tasks import metrics
+from megatron_bert.tasks.choice_files import FEWEST_CHOICES, ChoiceExample, official_choice_files, read_choices
+from megatron_bert.tasks.encoding import PAIR_SPECIALS, feature, pooled_feature
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from megatron_bert.tasks.stream import text_of, texts_of
+from megatron_bert.tasks.task import IGNORED, Feature, Head, Prediction, Task, Unit
+from parallel.errors import UserError
+
+MAX_QUERY_LENGTH = 128
+BLANK = re.compile("_+")
+
+
+class MultipleChoiceTask(Task[ChoiceExample, Unit]):
+    """One score for each choice, softmax over the choices of a question, whose number may differ.
+
+    With a passage a sequence is [CLS] question with choice [SEP] passage [SEP], as Megatron does for RACE: the choice
+    takes the place of the blank "_" in the question, or follows it. Without, it is [CLS] question [SEP] choice [SEP].
+
+    Rows of a stream have `question`, `choices`, and `context` where there is a passage. Predictions have `label`, the
+    index of the choice, its text as `choice`, and `probabilities` in the order of the choices. Where the data have
+    parts, as RACE has middle and high, there is an `accuracy_PART` for each beside `accuracy`.
+    """
+
+    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
+        super().__init__(settings, data, tokenizer)
+        self.head = Head("choice", 1)
+        self.choose_metric(("accuracy",))
+        room = self.max_length - PAIR_SPECIALS
+        self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
+        if self.max_query_length >= room:
+            raise UserError(
+                f"task.max_query_length {self.max_query_length} leaves no room for the passage in sequences of "
+                f"{self.max_length}: make it smaller, or task.max_length larger"
+            )
+
+    def files(self) -> dict[str, list[Path]]:
+        """The files of the directory, or those given."""
+        return official_choice_files(self.data.directory) if self.data.directory is not None else super().files()
+
+    def read(self, path: Path, split: str) -> list[ChoiceExample]:
+        """The questions of one file or directory."""
+        return list(read_choices(path, split, self.data.format, self.bad_rows))
+
+    def group(self, example: ChoiceExample) -> str:
+        """Questions on one passage stay together."""
+        return example.passage or example.id
+
+    def example_from(self, row: Mapping[str, Any], where: str) -> ChoiceExample:
+        """An example from `question`, `choices` and, with a passage, `context`."""
+        choices = texts_of(row, "choices", where)
+        if len(choices) < FEWEST_CHOICES:
+            raise UserError(f'{where} has {len(choices)} "choices", expected {FEWEST_CHOICES} or more')
+        context = text_of(row, "context", where) if row.get("context") is not None else None
+        name = str(row.get("id", where))
+        return ChoiceExample(name, where, "predict", text_of(row, "question", where), tuple(choices), context)
+
+    def units(self, examples: Sequence[ChoiceExample], *, train: bool) -> list[Unit]:
+        """One unit a question."""
+        units = []
+        for place, example in enumerate(examples):
+            assert example.answer is not None or not train, f"{example.where} has no answer to train on"
+            features = self._features(example) if example.context is None else self._with_passage(example)
+            label = IGNORED if example.answer is None else example.answer
+            units.append(Unit(features, np.array([label], dtype=np.int64), place))
+        return units
+
+    def _features(self, example: ChoiceExample) -> tuple[Feature, ...]:
+        question, *choices = self.tokenizer.encode_batch([example.question, *example.choices])
+        return tuple(pooled_feature(self.tokenizer, question, choice, self.max_length) for choice in choices)
+
+    def _with_passage(self, example: ChoiceExample) -> tuple[Feature, ...]:
+        assert example.context is not None
+        filled = [fill(example.question, choice) for choice in example.choices]
+        encoded = self.tokenizer.encode_batch_with_spans([text for text, _ in filled])
+        passage = self.tokenizer.encode(example.context)
+        features = []
+        for (_, place), found in zip(filled, encoded, strict=True):
+            query = cut_around(found, place, self.max_query_length)
+            room = self.max_length - PAIR_SPECIALS - len(query)
+            features.append(feature(self.tokenizer, query, passage[:room], rows=[0]))
+        return tuple(features)
+
+    def predictions(
+        self, examples: Sequence[ChoiceExample], units: Sequence[Unit], logits: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        """The choice and the probability of each."""
+        predictions = []
+        for unit, scores in zip(units, logits, strict=True):
+            example = examples[unit.example]
+            chances = metrics.softmax(scores)
+            best = int(chances.argmax())
+            predictions.append(
+                {
+                    "id": example.id,
+                    "label": best,
+                    "choice": example.choices[best],
+                    "probabilities": chances.tolist(),
+                }
+            )
+        return predictions
+
+    def metrics(self, examples: Sequence[ChoiceExample], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Share of right choices, of all questions and of each part."""
+        pairs = [(e, p["label"]) for e, p in zip(examples, predictions, strict=True) if e.answer is not None]
+        found = {"accuracy": pairs}
+        parts = sorted({example.part for example, _ in pairs} - {""})
+        if len(parts) > 1:
+            found |= {f"accuracy_{part}": [pair for pair in pairs if pair[0].part == part] for part in parts}
+        return {
+            name: metrics.accuracy([e.answer for e, _ in some], [label for _, label in some])  # type: ignore[misc]
+            for name, some in found.items()
+            if some
+        }
+
+
+def fill(question: str, choice: str) -> tuple[str, tuple[int, int]]:
+    """Question and choice as one text, and where the choice is in it: in place of the blank, or behind."""
+    blank = BLANK.search(question)
+    if blank is None:
+        text = f"{question} {choice}"
+        return text, (len(text) - len(choice), len(text))
+    text = BLANK.sub(lambda _: choice, question)
+    return text, (blank.start(), blank.start() + len(choice))
+
+
+def cut_around(found: SpannedTokens, place: tuple[int, int], limit: int) -> list[int]:
+    """At most `limit` tokens: the first, unless some of the choice would be lost, which alone tells choices apart."""
+    if len(found.ids) <= limit:
+        return found.ids
+    inside = [number for number, (begin, end) in enumerate(found.spans) if end > place[0] and begin < place[1]]
+    first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    begin = 0 if last <= limit else min(first, last - limit)
+    return found.ids[begin : begin + limit]
