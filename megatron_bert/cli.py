@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_bert.convert.commands import add_convert_commands
-from megatron_bert.launching.failures import add_failures_command
+from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.schedule_command import add_schedule_command
 from parallel.errors import UserError
@@ -64,6 +64,17 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     with launched_process():
         settings = load_settings(arguments.config, arguments.overrides)
         return exit_code(pretrain(settings, ends_process=arguments.own_process))
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from megatron_bert.config_file import load_sections
+    from megatron_bert.finetuning.finetune import finetune
+    from megatron_bert.finetuning.settings import FinetuneSettings
+    from megatron_bert.training.signals import exit_code
+
+    with launched_process():
+        settings = load_sections(arguments.config, arguments.overrides, FinetuneSettings)
+        return exit_code(finetune(settings, ends_process=arguments.own_process))
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
@@ -139,6 +150,11 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("overrides", nargs="*", metavar="section.key=value")
     pretrain.set_defaults(func=_pretrain)
 
+    finetune = commands.add_parser("finetune", help="train an encoder for a task (alone, or under torchrun)")
+    finetune.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    finetune.add_argument("overrides", nargs="*", metavar="section.key=value")
+    finetune.set_defaults(func=_finetune)
+
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
     fill.add_argument("model", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     fill.add_argument("text", nargs="+", help="sentences with a mask token, such as [MASK], for each missing word")
@@ -147,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_schedule_command(commands)
     add_convert_commands(commands)
-    add_failures_command(commands)
+    add_launch_commands(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
     schema.set_defaults(func=_config_schema)

@@ -1,8 +1,7 @@
-"""``megatron-bert failures``: which rank of a run failed first, and why, from the records that the ranks left."""
+"""Which rank of a run failed first, and why, from the records that the ranks left."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable
@@ -181,12 +180,3 @@ def _last_lines(folder: Path, rank: int) -> list[str]:
     except OSError:
         return []
     return [line[:200] for line in text.splitlines() if line.strip()][-_LAST_LINES:]
-
-
-def add_failures_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand to the command line's parser."""
-    parser = subparsers.add_parser(
-        "failures", help="say which rank of a failed run failed first, and why, from its log directory"
-    )
-    parser.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="directory of the rank_*.log files")
-    parser.set_defaults(func=lambda arguments: print(summary(arguments.log_dir)))

@@ -1,0 +1,67 @@
+"""The subcommands of launching: submit and failures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_SUBMIT = """\
+Check that the settings fit the nodes, write a batch script, and submit it to Slurm. The job saves before its time limit
+and is queued again by itself until the run is done; preemption and lost nodes end the same way."""
+
+
+def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("submit", help="submit a run to Slurm", description=_SUBMIT)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="processes a node, a GPU each")
+    parser.add_argument("--time", required=True, metavar="T", help="time limit: minutes, HH:MM:SS or D-HH:MM:SS")
+    parser.add_argument(
+        "--min-nodes", type=int, metavar="N", help="start on fewer nodes, down to N, when no more are free or left"
+    )
+    parser.add_argument("--command", dest="subcommand", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument(
+        "--style",
+        choices=("torchrun", "srun"),
+        default="torchrun",
+        help="a torchrun on each node, or each process a task of srun (default: torchrun)",
+    )
+    parser.add_argument("--name", help="of the job (default: the run directory's)")
+    parser.add_argument("--partition", help="default: the site's")
+    parser.add_argument("--account", help="default: the site's")
+    parser.add_argument("--dependency", help="as sbatch takes it, such as afterok:1234 or singleton")
+    parser.add_argument(
+        "--array",
+        metavar="TASKS",
+        help="task numbers: 0-9%%1 for ten parts of one run, 0-9 for ten runs with %%a in training.run_dir",
+    )
+    parser.add_argument("--site", type=Path, metavar="FILE", help="the cluster (default: $MEGATRON_BERT_SITE)")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
+    parser.set_defaults(func=_submit)
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from megatron_bert.launching.submit import run_submit
+
+    run_submit(arguments)
+
+
+def _add_failures(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "failures", help="say which rank of a failed run failed first, and why, from its log directory"
+    )
+    parser.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="directory of the rank_*.log files")
+    parser.set_defaults(func=_failures)
+
+
+def _failures(arguments: argparse.Namespace) -> None:
+    from megatron_bert.launching.failures import summary
+
+    print(summary(arguments.log_dir))
+
+
+def add_launch_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommands to the command line's parser."""
+    _add_submit(subparsers)
+    _add_failures(subparsers)

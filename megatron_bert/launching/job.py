@@ -1,0 +1,212 @@
+"""A Slurm job that is to be submitted, and the checks before it is queued."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_bert.config import RunSettings, Settings
+from megatron_bert.config_checks import check_settings
+from megatron_bert.config_file import load_settings
+from parallel.errors import UserError
+from parallel.mesh import ParallelLayout
+
+Style = Literal["torchrun", "srun"]
+#: Stands for the number of the array task in settings of a job array, as in file names of sbatch.
+TASK = "%a"
+_RUN_DIR = "training.run_dir="
+#: Times as sbatch takes them: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """What the user asks for.
+
+    Attributes:
+        command: subcommand to run on the nodes.
+        config: its settings file.
+        overrides: ``section.key=value`` settings.
+        nodes: number of nodes.
+        min_nodes: fewest nodes to start with; equal to nodes for a job of one size.
+        gpus_per_node: processes a node, each with a GPU.
+        time: time limit, as sbatch takes it.
+        style: one torchrun a node that starts its processes, or one task of srun a process.
+        name: of the job; the run directory's when None.
+        partition, account: override the site's.
+        dependency: as sbatch takes it.
+        array: task numbers as sbatch takes them, such as ``0-9%1``.
+    """
+
+    command: str
+    config: Path
+    overrides: list[str]
+    nodes: int
+    min_nodes: int
+    gpus_per_node: int
+    time: str
+    style: Style = "torchrun"
+    name: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    dependency: str | None = None
+    array: str | None = None
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the tasks of the array run one after the other: parts of one run."""
+        return self.array is not None and self.array.endswith("%1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedJob:
+    """A request that fits.
+
+    Attributes:
+        request: the request.
+        run_dir: directory of the run, with :data:`TASK` where tasks of an array differ.
+        overrides: of the request and those the request implies, without the run directory.
+        node_counts: numbers of nodes the job can run on, largest first.
+        layout: with all nodes.
+        notes: what the user should know.
+    """
+
+    request: JobRequest
+    run_dir: str
+    overrides: list[str]
+    node_counts: list[int]
+    layout: ParallelLayout
+    notes: list[str]
+
+
+Check = Callable[[Path, list[str], int], tuple[RunSettings, ParallelLayout]]
+
+
+def _check_pretrain(config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
+    settings: Settings = load_settings(config, overrides)
+    return settings, check_settings(settings, world_size)
+
+
+#: Subcommand -> reads its settings and checks them for a number of processes.
+COMMANDS: dict[str, Check] = {"pretrain": _check_pretrain}
+
+
+def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:
+    """Every check that needs no Slurm.
+
+    Args:
+        request: what the user asks for.
+        stop_seconds: how long before the time limit the run is to stop.
+
+    Raises:
+        UserError: the settings do not fit the number of processes, or two parts of the request do not go together.
+    """
+    for name, value in (("nodes", request.nodes), ("gpus-per-node", request.gpus_per_node)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more")
+    if not 1 <= request.min_nodes <= request.nodes:
+        raise UserError(f"--min-nodes is {request.min_nodes}: give 1 to --nodes ({request.nodes})")
+    limit = seconds_of(request.time)
+    if limit <= stop_seconds:
+        raise UserError(
+            f"--time {request.time} is {limit} seconds, but the run is to save and stop {stop_seconds} seconds before "
+            "it is over: give more time, or lower stop_seconds in the site's file"
+        )
+    overrides = [text for text in request.overrides if not text.startswith(_RUN_DIR)]
+    if request.min_nodes < request.nodes:
+        overrides.append("parallel.elastic=true")
+    check = COMMANDS[request.command]
+    # With every task its own number there is nothing to read: the first stands for all.
+    sample = [text.replace(TASK, "0") for text in request.overrides if text.startswith(_RUN_DIR)]
+    sample += [text.replace(TASK, "0") for text in overrides]
+    settings, layout = check(request.config, sample, request.nodes * request.gpus_per_node)
+    named = [text.removeprefix(_RUN_DIR) for text in request.overrides if text.startswith(_RUN_DIR)]
+    run_dir = named[-1] if named else str(settings.training.run_dir)
+    if request.array is not None:
+        check_array(request.array)
+        if not request.is_chain and TASK not in run_dir:
+            raise UserError(
+                f"all tasks of the array {request.array} would write to {run_dir}: for parts of one run, one after the "
+                f"other, use --array={request.array.split('%')[0]}%1; for runs of their own put {TASK} into "
+                "training.run_dir and the settings that differ"
+            )
+    elif any(TASK in text for text in request.overrides):
+        raise UserError(f"a setting holds {TASK}, the number of an array task, but there is no --array: add it")
+    return CheckedJob(
+        request=request,
+        run_dir=run_dir,
+        overrides=overrides,
+        node_counts=_node_counts(request, sample, check),
+        layout=layout,
+        notes=_notes(request, layout),
+    )
+
+
+def _node_counts(request: JobRequest, sample: list[str], check: Check) -> list[int]:
+    """Numbers of nodes whose every process has a place."""
+    counts = [request.nodes]
+    for nodes in range(request.nodes - 1, request.min_nodes - 1, -1):
+        world_size = nodes * request.gpus_per_node
+        try:
+            layout = check(request.config, sample, world_size)[1]
+        except UserError:
+            continue
+        if layout.world_size == world_size:
+            counts.append(nodes)
+    if request.min_nodes < request.nodes == counts[-1]:
+        raise UserError(
+            f"no number of nodes from {request.min_nodes} to {request.nodes - 1} fits the settings, whose data axis "
+            f"must divide training.global_batch_size / micro_batch_size: lower --min-nodes, or leave it out"
+        )
+    return counts
+
+
+def _notes(request: JobRequest, layout: ParallelLayout) -> list[str]:
+    notes = []
+    if request.gpus_per_node % layout.tensor:
+        notes.append(
+            f"warning: parallel.tensor {layout.tensor} does not divide the {request.gpus_per_node} processes of a "
+            "node, so tensor groups reach over the network: choose a size that does"
+        )
+    if request.array is not None and not request.is_chain:
+        notes.append(f"the tasks of the array are runs of their own; {TASK} is the task's number")
+    return notes
+
+
+def seconds_of(time: str) -> int:
+    """A time limit of sbatch in seconds.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = _CLOCK.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time is {time!r}: give minutes, HH:MM:SS, or days as D-HH:MM:SS")
+    days, first, second, third = (None if part is None else int(part) for part in match.groups())
+    if days is not None:
+        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    if second is None:
+        return (first or 0) * 60
+    if third is None:
+        return (first or 0) * 60 + second
+    return ((first or 0) * 60 + second) * 60 + third
+
+
+def check_array(array: str) -> list[int]:
+    """The task numbers of an array such as ``0-9%1`` or ``1,3,8-20:4``.
+
+    Raises:
+        UserError: it is none.
+    """
+    numbers: list[int] = []
+    tasks, _, at_once = array.partition("%")
+    for part in tasks.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
+        if match is None or (at_once and not at_once.isdecimal()):
+            raise UserError(f"--array is {array!r}: give task numbers such as 0-9, 1,3,5 or 0-9%1")
+        first, last, step = match.groups()
+        numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return numbers

@@ -1,0 +1,136 @@
+"""The batch script of a job: its options, its values, and what every job does with them."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import resources
+
+from megatron_bert.launching.job import TASK, CheckedJob
+from megatron_bert.launching.site import ContainerSettings, SiteSettings
+
+#: What Slurm has in the environment for the number of an array task.
+_TASK_VARIABLE = '"$SLURM_ARRAY_TASK_ID"'
+
+
+def render(job: CheckedJob, site: SiteSettings, command_line: str) -> str:
+    """The batch script.
+
+    Args:
+        job: what to run.
+        site: where.
+        command_line: what the script is made by, for its first comment.
+    """
+    sections = [
+        f"#!/usr/bin/env bash\n# {command_line}",
+        "\n".join(f"#SBATCH {option}" for option in sbatch_options(job, site)),
+        "\n".join(_values(job, site)),
+        "\n".join(_surroundings(site)),
+        "# ---- from here on the same for every job ----\n" + job_body().rstrip("\n"),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def job_body() -> str:
+    """What every job does with the values that stand above it."""
+    return resources.files("megatron_bert.launching").joinpath("job.sh").read_text(encoding="utf-8")
+
+
+def log_directory(job: CheckedJob) -> str:
+    """Directory of the logs, with :data:`TASK` where tasks of an array differ."""
+    return f"{job.run_dir}/logs"
+
+
+def sbatch_options(job: CheckedJob, site: SiteSettings) -> list[str]:
+    """Options of sbatch, one each."""
+    request = job.request
+    counts = job.node_counts
+    tasks = 1 if request.style == "torchrun" else request.gpus_per_node
+    number = "%A_%a" if request.array else "%j"
+    options = [
+        f"--job-name={request.name or job_name(job.run_dir)}",
+        f"--nodes={counts[-1]}-{counts[0]}" if len(counts) > 1 else f"--nodes={counts[0]}",
+        f"--ntasks-per-node={tasks}",
+    ]
+    kind = f"{site.gpu_type}:" if site.gpu_type else ""
+    if site.gpu_request == "gpus-per-node":
+        options.append(f"--gpus-per-node={kind}{request.gpus_per_node}")
+    elif site.gpu_request == "gres":
+        options.append(f"--gres=gpu:{kind}{request.gpus_per_node}")
+    if site.cpus_per_gpu is None:
+        options.append("--exclusive")
+    else:
+        options.append(f"--cpus-per-task={site.cpus_per_gpu * request.gpus_per_node // tasks}")
+    named = {
+        "mem": site.memory,
+        "partition": request.partition or site.partition,
+        "account": request.account or site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "dependency": request.dependency,
+        "array": request.array,
+    }
+    options += [f"--{name}={value}" for name, value in named.items() if value is not None]
+    options += [
+        f"--time={request.time}",
+        f"--signal=B:USR1@{site.stop_seconds}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={log_directory(job)}/slurm-{number}.out",
+    ]
+    return options + site.options
+
+
+def job_name(run_dir: str) -> str:
+    """A name for the job of a run directory."""
+    return next((part for part in reversed(run_dir.split("/")) if part and TASK not in part), "megatron-bert")
+
+
+def _values(job: CheckedJob, site: SiteSettings) -> list[str]:
+    request = job.request
+    container, srun_options = _container(site.container)
+    after = "0 # the next task of the array goes on" if request.is_chain else "1"
+    return [
+        f"COMMAND={request.command}",
+        f"CONFIG={_quoted(str(request.config))}",
+        f"RUN_DIR={_quoted(job.run_dir)}",
+        _array("OVERRIDES", job.overrides),
+        f"STYLE={request.style}",
+        f"NODE_COUNTS=({' '.join(str(count) for count in job.node_counts)})",
+        f"GPUS_PER_NODE={request.gpus_per_node}",
+        f"MAX_RESTARTS={site.max_restarts}",
+        f"REQUEUE={after}",
+        f"PYTHON={_quoted(site.python)}",
+        _array("CONTAINER", container),
+        _array("SRUN_OPTIONS", [*site.srun_options, *srun_options]),
+    ]
+
+
+def _surroundings(site: SiteSettings) -> list[str]:
+    """Modules, set-up and environment."""
+    lines = [f"module load {_quoted(name)}" for name in site.modules] + site.setup
+    variables = dict(site.environment)
+    if site.network_interface is not None:
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            variables.setdefault(name, site.network_interface)
+    return lines + [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+
+
+def _container(container: ContainerSettings | None) -> tuple[list[str], list[str]]:
+    """What stands before the interpreter, and options of srun."""
+    if container is None:
+        return [], []
+    mounts = ",".join(container.mounts)
+    if container.runtime == "pyxis":
+        options = [f"--container-image={container.image}"]
+        return [], options + ([f"--container-mounts={mounts}"] if mounts else [])
+    return ["apptainer", "exec", "--nv", *(["--bind", mounts] if mounts else []), container.image], []
+
+
+def _array(name: str, values: list[str]) -> str:
+    return f"{name}=({' '.join(_quoted(value) for value in values)})"
+
+
+def _quoted(text: str) -> str:
+    """A word of bash; :data:`TASK` becomes the number of the array task."""
+    parts = [shlex.quote(part) if part else "" for part in text.split(TASK)]
+    return _TASK_VARIABLE.join(parts) if text else "''"

@@ -1,0 +1,109 @@
+"""Submitting a run to Slurm: check that it fits, write its batch script, queue it, and say how to watch it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_bert.launching.job import TASK, CheckedJob, JobRequest, check_array, check_job
+from megatron_bert.launching.script import log_directory, render
+from megatron_bert.launching.site import load_site
+from parallel.errors import UserError
+
+
+def run_submit(arguments: argparse.Namespace) -> None:
+    """Run the subcommand.
+
+    Raises:
+        UserError: the request does not fit, or Slurm refuses it.
+    """
+    site = load_site(arguments.site)
+    request = JobRequest(
+        command=arguments.subcommand,
+        config=arguments.config,
+        overrides=arguments.overrides,
+        nodes=arguments.nodes,
+        min_nodes=arguments.min_nodes if arguments.min_nodes is not None else arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        time=arguments.time,
+        style=arguments.style,
+        name=arguments.name,
+        partition=arguments.partition,
+        account=arguments.account,
+        dependency=arguments.dependency,
+        array=arguments.array,
+    )
+    job = check_job(request, site.stop_seconds)
+    for note in job.notes:
+        print(note, file=sys.stderr)
+    script = render(job, site, command_line(arguments))
+    if arguments.dry_run:
+        print(script, end="")
+        return
+    number = submit(job, script)
+    print("\n".join(_how_to_watch(job, number)))
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command that makes the same script."""
+    words = ["megatron-bert", "submit", str(arguments.config), *arguments.overrides]
+    values = {
+        "nodes": arguments.nodes,
+        "min-nodes": arguments.min_nodes,
+        "gpus-per-node": arguments.gpus_per_node,
+        "time": arguments.time,
+        "command": arguments.subcommand if arguments.subcommand != "pretrain" else None,
+        "style": arguments.style if arguments.style != "torchrun" else None,
+        "name": arguments.name,
+        "partition": arguments.partition,
+        "account": arguments.account,
+        "dependency": arguments.dependency,
+        "array": arguments.array,
+        "site": arguments.site,
+    }
+    for name, value in values.items():
+        words += [f"--{name}", str(value)] if value is not None else []
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def submit(job: CheckedJob, script: str) -> str:
+    """Queue the script, and keep a copy in the log directory; returns the job's number.
+
+    Raises:
+        UserError: there is no Slurm, or it refuses the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no sbatch here: run this where jobs are submitted from, or use --dry-run to see the script"
+        )
+    tasks = check_array(job.request.array) if job.request.array else [0]
+    folders = [Path(log_directory(job).replace(TASK, str(task))) for task in tasks]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)  # Slurm would not, and the job would leave no output
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    number = done.stdout.strip().split(";")[0]
+    for folder in folders:
+        (folder / f"job-{number}.sbatch").write_text(script, encoding="utf-8")
+    return number
+
+
+def _how_to_watch(job: CheckedJob, number: str) -> list[str]:
+    request, folder = job.request, log_directory(job)
+    output = f"{folder}/slurm-{f'{number}_{TASK}' if request.array else number}.out"
+    layout = job.layout
+    nodes = f"{job.node_counts[-1]} to {request.nodes}" if len(job.node_counts) > 1 else f"{request.nodes}"
+    return [
+        f"job {number}: {request.command} on {nodes} x {request.gpus_per_node} by {request.style}, tensor "
+        f"{layout.tensor}, pipeline {layout.pipeline}, data {layout.data}",
+        f"  state:            squeue --job {number}",
+        f"  output of rank 0: tail -F {output}",
+        f"  all ranks:        {folder}/{number}.*/rank_*.log",
+        f"  script:           {folder}/job-{number}.sbatch",
+        f"  stop for now:     scancel {number}   (saves first; submit again to go on)",
+    ]
