@@ -21,6 +21,7 @@ from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
 from megatron_bert.convert.state import (
     QUERY_KEY_VALUE,
+    TASK_HEADS,
     VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
@@ -40,7 +41,6 @@ _COPIES = {
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "masked_head.bias",
 }
-_LEFT_OUT = ("classifier.", "qa_outputs.")
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 
 
@@ -199,7 +199,7 @@ def _canonical(
     for key, tensor in stored.items():
         if key in _BUFFERS or key in _COPIES:
             continue
-        if key.startswith(_LEFT_OUT):
+        if key.startswith(TASK_HEADS):
             warnings.append(f"{key} was left out: it is no part of a pretraining model")
             continue
         name = our_name(key)

@@ -20,7 +20,14 @@ from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
-from megatron_bert.convert.state import VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, SourceFacts, StateTensor
+from megatron_bert.convert.state import (
+    TASK_HEADS,
+    VOCABULARY_TENSORS,
+    WORD_EMBEDDINGS,
+    CanonicalState,
+    SourceFacts,
+    StateTensor,
+)
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError
@@ -45,6 +52,8 @@ class Native:
         run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
         stored = read_distributed(tree)
         model = {name.removeprefix(_MODEL): t for name, t in stored.items() if name.startswith(_MODEL)}
+        heads = [name for name in model if name.startswith(TASK_HEADS)]
+        model = {name: tensor for name, tensor in model.items() if name not in heads}
         if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
             raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
         rows = model[WORD_EMBEDDINGS].shape[0]
@@ -55,6 +64,8 @@ class Native:
         if words is None:
             assumptions.append(f"the number of words is not stored: all {rows} rows of the table were taken")
         optimizer = {name.removeprefix(_OPTIMIZER): t for name, t in stored.items() if name.startswith(_OPTIMIZER)}
+        if heads:
+            optimizer = {}  # of a task, whose head it would lack
         step = run_state.get("step")
         return CanonicalState(
             config=config,
@@ -69,7 +80,8 @@ class Native:
             ),
             tensors=_without_padding(model, config),
             optimizer=_without_padding(optimizer, config),
-            run_state=run_state,
+            run_state=None if heads else run_state,
+            warnings=[f"{name} was left out: it is no part of a pretraining model" for name in heads],
         )
 
     def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:

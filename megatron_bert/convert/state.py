@@ -22,6 +22,8 @@ TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 VOCABULARY_BIAS = "masked_head.bias"
 #: Tensors with a row for each word; they are padded and trimmed together.
 VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
+#: Beginnings of the names of a fine-tuned model's head, which is no part of a pretraining model.
+TASK_HEADS = ("classifier.", "qa_outputs.")
 QUERY_KEY_VALUE = "attention.query_key_value"
 #: Number formats a checkpoint may hold and be written in.
 DTYPES = {

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
 from megatron_bert.convert.opening import config_from
@@ -16,15 +11,14 @@ from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.pretraining import Pretraining
-from megatron_bert.training.signals import StopRequest, note_start, note_stop
+from megatron_bert.training.run import find_resume, open_run
+from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
-from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state
+from parallel.checkpoint import read_state
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
 from parallel.process_group import launched_rank, launched_world_size, process_group
 
-#: What a checkpoint says beside its tensors if a run wrote it, and it can be resumed.
-RUN_STATE = ("step", "consumed_samples", "optimizer", "loss_scale", "tokenizer")
 #: Settings that a checkpoint to start from decides.
 CHECKPOINT_SIZES = (
     "hidden_size",
@@ -64,17 +58,7 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
             )
         return None
     with process_group(training.device, settings.parallel.timeout_seconds) as world:
-        if world.device.type == "cpu" and settings.precision.compute == "float16":
-            raise UserError(
-                "precision.compute float16 needs a GPU and this machine has none: choose bfloat16 or float32"
-            )
-        if world.is_first:
-            training.run_dir.mkdir(parents=True, exist_ok=True)
-            (training.run_dir / "config.yaml").write_text(settings.dump(), encoding="utf-8")
-            note_start(training.run_dir)
-        dist.barrier()
-        if world.device.type == "cuda" and settings.precision.compute != "float32":
-            torch.set_float32_matmul_precision("high")
+        open_run(settings, world)
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
             mesh = ParallelMesh(layout, world.device)
             objective = Pretraining(settings, tokenizer)
@@ -133,31 +117,3 @@ def check_inputs(settings: Settings) -> Tokenizer:
         IndexedDataset(corpus.prefix)
         check_tokenizer(corpus.prefix, tokenizer)
     return tokenizer
-
-
-def find_resume(settings: Settings) -> Path | None:
-    """The checkpoint to go on from.
-
-    Raises:
-        UserError: a checkpoint is named that is not there, or that holds a model without the state of a run.
-    """
-    wanted = settings.checkpoint.resume
-    if wanted == "none":
-        return None
-    if wanted == "auto":
-        path = latest_checkpoint(settings.training.run_dir / "checkpoints")
-        if path is None:
-            return None
-    else:
-        path = Path(wanted)
-        if checkpoint_step(path) is None:
-            raise UserError(
-                f"checkpoint.resume is {wanted}, which is no whole checkpoint: give auto, none or a step_... directory"
-            )
-    missing = [name for name in RUN_STATE if name not in read_state(path)]
-    if missing:
-        raise UserError(
-            f"{path / STATE_FILE} holds no {', '.join(missing)}, so the run that wrote it cannot go on: to start from "
-            "its weights, set model.from to it and checkpoint.resume=none"
-        )
-    return path

@@ -290,6 +290,16 @@ class Trainer:
                 self.notes += [f"{name} is not in {path} and starts anew" for name in report.missing]
         self.notes += sorted(warnings)
 
+    def load_weights(self, path: Path) -> None:
+        """Take the weights of another checkpoint of the run, to evaluate them."""
+        everything = {**self.copies, **self.parameters}
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in everything.items()}
+        load_tensors(path, tensors, self.checkpoints.group)
+        with torch.no_grad():
+            for name, copy in self.copies.items():
+                if name in self.parameters:
+                    raw_local(copy).copy_(raw_local(self.parameters[name]))
+
     def _resume(self, path: Path) -> None:
         state = read_state(path)
         self.objective.check_identity(state, str(path))

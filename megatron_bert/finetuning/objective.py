@@ -1,0 +1,180 @@
+"""A fine-tuning task as an objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
+from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.finetuning.scoring import score_units
+from megatron_bert.finetuning.settings import FinetuneSettings
+from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.finetuning import BertForTask, TaskBatch
+from megatron_bert.tasks.task import Prediction, Task, Unit
+from megatron_bert.training.build import StagedModel
+from megatron_bert.training.objective import Objective
+from parallel.errors import UserError
+from parallel.mesh import ParallelMesh, TensorParallel
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.engine import PipelineEngine
+from parallel.pipeline.stage import StagePart, split_layers
+from parallel.process_group import World
+from parallel.recompute import Recompute
+from parallel.sharding import name_seed
+
+
+class SplitResult(NamedTuple):
+    """What a model does on one split.
+
+    Attributes:
+        examples: of the split.
+        units: made of them.
+        logits: of each unit, on rank 0; empty on others.
+        predictions: of each example, on rank 0; empty on others.
+        scores: ``loss`` and the task's metrics, the same on every rank; {} where nothing is labelled.
+    """
+
+    examples: list[Any]
+    units: list[Unit]
+    logits: list[np.ndarray]
+    predictions: list[Prediction]
+    scores: dict[str, float]
+
+
+class Finetuning(Objective):
+    """Training and scoring of a task.
+
+    Args:
+        settings: of the run.
+        config: of the encoder, with the task's classes.
+        task: reads and tokenises the data here.
+        seed: of the order of the units.
+    """
+
+    tied = False
+    loss_names = ("loss",)
+
+    def __init__(self, settings: FinetuneSettings, config: MegatronBertConfig, task: Task, seed: int) -> None:
+        self.settings, self.config, self.task = settings, config, task
+        self.order_seed = name_seed(seed, "order of the training units")
+        training = settings.training
+        self.units: list[Unit] = task.units(task.examples("train"), train=True)
+        if not self.units:
+            raise UserError("there is nothing to train on: data.train holds no labelled example")
+        self.most_features = max(len(unit.features) for unit in self.units)
+        epoch = math.ceil(len(self.units) / training.global_batch_size)
+        self.total_steps = training.steps or math.ceil(training.epochs * len(self.units) / training.global_batch_size)
+        self.evaluate_every = epoch if training.evaluate_every is None else training.evaluate_every
+        self.metric = task.metric if task.valid_splits else None
+        self.patience = training.patience
+        self._valid_units: dict[str, list[Unit]] = {}
+
+    def stage_parts(self, schedule: Schedule) -> list[StagePart]:
+        """Layers in equal parts, or as the settings say: the head costs next to nothing."""
+        layers = self.config.num_hidden_layers
+        return split_layers(layers, schedule.stages, last_cost=0.0, sizes=self.settings.parallel.stage_layers)
+
+    def make_stage(
+        self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device
+    ) -> BertForTask:
+        """The encoder's part with the task's head."""
+        head = self.task.head
+        return BertForTask(self.config, head.kind, head.outputs, tp=tp, part=part, recompute=recompute, device=device)
+
+    def prepare(self, mesh: ParallelMesh, world: World) -> None:
+        """Nothing: the constructor has read the data."""
+
+    def training_batches(
+        self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device
+    ) -> Iterator[TokenBatch]:
+        """Units in an order that is new every epoch."""
+        training = self.settings.training
+        for places in step_places(
+            first_sample,
+            steps,
+            batch=training.global_batch_size,
+            micro=training.micro_batch_size,
+            data_rank=mesh.data_rank,
+            data_size=mesh.layout.data,
+        ):
+            chosen = shuffled(places, len(self.units), self.order_seed)
+            yield collate_units(
+                [self.units[index] for index in chosen],
+                list(places),
+                self.task.head,
+                pad_id=self.task.tokenizer.pad_id,
+                most_features=self.most_features,
+                multiple=mesh.layout.tensor,
+            ).to(device)
+
+    def counts(self, batches: list[TokenBatch]) -> Tensor:
+        """Labelled units, or tokens."""
+        found = [labelled(cast(TaskBatch, batch), self.task.head).sum() for batch in batches]
+        return torch.stack(found).sum()[None]
+
+    def loss_sums(self, output: Tensor, batch: TokenBatch, tp: TensorParallel) -> Tensor:
+        """The task's loss."""
+        del tp
+        return task_loss_sum(output, cast(TaskBatch, batch), self.task.head)[None]
+
+    def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
+        """Scores on the validation splits; the first one's under the metrics' own names."""
+        scores: dict[str, float] = {}
+        for number, split in enumerate(self.task.valid_splits):
+            found = self.run_split(split, model, engine, mesh).scores
+            prefix = f"{split.removeprefix('valid').strip('_')}_" if number else ""
+            scores |= {prefix + name: value for name, value in found.items()}
+        return scores
+
+    def run_split(self, split: str, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> SplitResult:
+        """Predict a split; every rank calls."""
+        examples = self.task.examples(split)
+        if split not in self._valid_units:
+            self._valid_units[split] = self.task.units(examples, train=False)
+        units = self._valid_units[split]
+        if not units:
+            raise UserError(f"data.{split} holds no example: give one with some, or leave it out")
+        scored = score_units(
+            model,
+            engine,
+            mesh,
+            units,
+            self.task.head,
+            pad_id=self.task.tokenizer.pad_id,
+            batch_size=self.settings.training.evaluate_batch_size,
+        )
+        predictions: list[Prediction] = []
+        answer: list[Any] = [None]
+        if dist.get_rank() == 0:
+            # What goes wrong here must reach the ranks that wait for the answer.
+            try:
+                predictions = self.task.predictions(examples, units, scored.logits)
+                answer = [self.task.metrics(examples, predictions)]
+            except UserError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        loss = {} if scored.loss is None else {"loss": scored.loss}
+        return SplitResult(examples, units, scored.logits, predictions, loss | answer[0])
+
+    def identity(self) -> dict[str, Any]:
+        """The vocabulary and the task."""
+        return {"tokenizer": self.task.tokenizer.fingerprint, "task": self.task.describe(), "units": len(self.units)}
+
+    def check_identity(self, stored: dict[str, Any], path: str) -> None:
+        """Vocabulary, task and amount of data must be the same."""
+        mine = self.identity()
+        for name, what in (("tokenizer", "tokenizer"), ("task", "task settings or labels"), ("units", "training data")):
+            if stored.get(name) != mine[name]:
+                raise UserError(
+                    f"checkpoint {path} was trained with other {what}: use the same, or another training.run_dir"
+                )

@@ -1,0 +1,108 @@
+"""Pictures of fine-tuning: curves of a run, confusion matrices, scores by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+
+_BLUE, _ORANGE, _GREEN = "#4c78a8", "#f58518", "#54a24b"
+#: Above as many classes, numbers in the cells of a confusion matrix could not be read.
+_MOST_NUMBERS = 20
+
+
+def draw_run(run_dir: Path, metric: str | None) -> Path | None:
+    """Draw ``curves.png``: losses on the left, the held-out score on the right.
+
+    Args:
+        run_dir: directory of the run.
+        metric: the score; None where there is no held-out data.
+
+    Returns:
+        The file, or None when there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run_dir / METRICS_FILE)
+    train = [row for row in rows if "loss" in row]
+    if not train:
+        return None
+    held_out = [row for row in rows if "valid_loss" in row]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(
+        [row["step"] for row in train], [row["loss"] for row in train], color=_BLUE, linewidth=1, label="training"
+    )
+    steps = [row["step"] for row in held_out]
+    if held_out:
+        losses = [row["valid_loss"] for row in held_out]
+        left.plot(steps, losses, "o-", color=_ORANGE, markersize=4, label="held out")
+    left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    if held_out and metric is not None:
+        values = [row[f"valid_{metric}"] for row in held_out]
+        right.plot(steps, values, "o-", color=_GREEN, markersize=4)
+        best = int(np.argmax(values))
+        right.plot(steps[best], values[best], "o", color=_GREEN, markersize=10, fillstyle="none")
+        right.set(xlabel="step", ylabel=metric, title=f"Held-out {metric}: best {values[best]:.4f}")
+    else:
+        right.set_axis_off()
+    return _saved(figure, run_dir / "curves.png")
+
+
+def draw_confusion(target: Path, labels: tuple[str, ...], counts: np.ndarray) -> Path:
+    """Draw a confusion matrix, each row as shares of its class.
+
+    Args:
+        target: file to write.
+        labels: names of the classes.
+        counts: int64 ``[classes, classes]``, rows true and columns predicted.
+    """
+    from matplotlib.figure import Figure
+
+    classes = len(labels)
+    side = min(14.0, 2.5 + 0.5 * classes)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_xticks(range(classes), labels, rotation=90 if classes > 4 else 0)
+    axes.set_yticks(range(classes), labels)
+    if classes <= _MOST_NUMBERS:
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+    return _saved(figure, target)
+
+
+def draw_seeds(run_dir: Path, metric: str, runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Path:
+    """Draw ``seeds.png``: the score of every seed on every split, with the median.
+
+    Args:
+        run_dir: directory of the runs.
+        metric: the score.
+        runs: seed -> split -> scores.
+    """
+    from matplotlib.figure import Figure
+
+    scored = [split for split in next(iter(runs.values())) if all(metric in run[split] for run in runs.values())]
+    figure = Figure(figsize=(2.5 + 1.5 * max(1, len(scored)), 4), layout="constrained")
+    axes = figure.subplots()
+    for place, split in enumerate(scored):
+        values = [run[split][metric] for run in runs.values()]
+        axes.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.6)
+        axes.plot([place - 0.2, place + 0.2], [np.median(values)] * 2, color=_ORANGE, linewidth=2)
+    axes.set_xticks(range(len(scored)), scored)
+    axes.set(ylabel=metric, title=f"{len(runs)} seeds; bar: median", xlim=(-0.5, max(1, len(scored)) - 0.5))
+    return _saved(figure, run_dir / "seeds.png")
+
+
+def _saved(figure: Any, target: Path) -> Path:
+    figure.savefig(target, dpi=130)
+    return target

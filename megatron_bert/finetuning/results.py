@@ -1,0 +1,102 @@
+"""What a fine-tuning run leaves behind beside the model: scores, predictions, files to submit."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.finetuning.objective import SplitResult
+from megatron_bert.finetuning.pictures import draw_confusion
+from megatron_bert.finetuning.settings import FinetuneSettings
+from megatron_bert.tasks.task import Prediction, Task
+
+RESULTS_FILE = "results.json"
+
+
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """The results of a finished run; None of any other."""
+    path = run_dir / RESULTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """One JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+
+
+def write_split(
+    directory: Path, task: Task, split: str, examples: list[Any], predictions: list[Prediction]
+) -> list[str]:
+    """Write a split's predictions, its files to submit and its confusion matrix; their names in the directory."""
+    path = directory / f"predictions_{split}.jsonl"
+    write_predictions(path, predictions)
+    paths = [path]
+    submission = directory / f"submission_{split}"
+    submission.mkdir(exist_ok=True)
+    submitted = task.write_submission(examples, predictions, submission)
+    paths += submitted
+    if not submitted:
+        submission.rmdir()
+    if (confusion := task.confusion(examples, predictions)) is not None:
+        paths.append(draw_confusion(directory / f"confusion_{split}.png", *confusion))
+    return [str(path.relative_to(directory)) for path in paths]
+
+
+def write_results(
+    run_dir: Path, settings: FinetuneSettings, task: Task, splits: Mapping[str, SplitResult], *, step: int, steps: int
+) -> Task:
+    """Write the files of a finished run; rank 0 calls.
+
+    What a task is to choose on validation data (a threshold) is chosen here, on the first of the splits.
+
+    Args:
+        run_dir: directory of the run.
+        settings: of the run.
+        task: of the run.
+        splits: by name, the validation split that decides first.
+        step: of the checkpoint that was scored.
+        steps: taken in all.
+
+    Returns:
+        The task with what was chosen.
+    """
+    first = next(iter(splits), "")
+    if first.startswith("valid"):
+        task = task.calibrated(splits[first].examples, splits[first].predictions)
+    scores: dict[str, dict[str, float]] = {}
+    files: list[str] = []
+    for split, found in splits.items():
+        predictions = task.predictions(found.examples, found.units, found.logits)
+        loss = {name: value for name, value in found.scores.items() if name == "loss"}
+        scores[split] = loss | task.metrics(found.examples, predictions)
+        files += write_split(run_dir, task, split, found.examples, predictions)
+    packages = ("torch", "numpy", "scikit-learn", "scipy", "seqeval", "tokenizers")
+    write_json(
+        run_dir / RESULTS_FILE,
+        {
+            "task": settings.task.name,
+            "metric": task.metric,
+            "best_step": step,
+            "steps": steps,
+            "splits": scores,
+            "files": files,
+            "data": task.data_fingerprints(),
+            "tokenizer": task.tokenizer.fingerprint,
+            "settings": settings.model_dump(mode="json", by_alias=True),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        },
+    )
+    return task

@@ -1,0 +1,126 @@
+"""A fine-tuned model as a directory: weights and settings that transformers reads, the vocabulary and the task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.family.classification import (
+    MegatronBertForMultipleChoice,
+    MegatronBertForQuestionAnswering,
+    MegatronBertForSequenceClassification,
+    MegatronBertForTokenClassification,
+)
+from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.finetuning import BertForTask, HeadKind
+from megatron_bert.tasks.registry import restore_task
+from megatron_bert.tasks.settings import TaskDataSettings
+from megatron_bert.tasks.task import Task
+from parallel.checkpoint import load_tensors
+from parallel.errors import UserError
+
+#: File that says what the model was fine-tuned for.
+TASK_FILE = "task.json"
+#: Folder of a fine-tuning run with the model of its best checkpoint.
+MODEL_FOLDER = "model"
+
+_CLASSES: dict[HeadKind, Any] = {
+    "sequence": MegatronBertForSequenceClassification,
+    "choice": MegatronBertForMultipleChoice,
+    "token": MegatronBertForTokenClassification,
+    "span": MegatronBertForQuestionAnswering,
+}
+
+
+class SavedTask(NamedTuple):
+    """A fine-tuned model, ready to predict.
+
+    Attributes:
+        model: with its weights.
+        task: with the model's tokenizer.
+        directory: it was loaded from.
+    """
+
+    model: BertForTask
+    task: Task
+    directory: Path
+
+
+def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> MegatronBertConfig:
+    """The configuration of an encoder with a task's tokenizer and classes.
+
+    Args:
+        config: of the encoder.
+        task: whose head it gets.
+        **changes: further fields that replace those of ``config``.
+    """
+    head, labels = task.head, dict(enumerate(task.labels))
+    classes: dict[str, Any] = {"id2label": labels} if labels else {"num_labels": max(head.outputs, 1)}
+    fields = changes | classes | {"problem_type": head.problem}
+    values = {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")}
+    vocabulary = {"vocab_size": task.tokenizer.vocab_size, "pad_token_id": task.tokenizer.pad_id}
+    return MegatronBertConfig.from_dict(values, **(vocabulary | fields))
+
+
+@torch.no_grad()
+def save_task(checkpoint: Path, config: MegatronBertConfig, task: Task, directory: Path) -> None:
+    """Write the model of a checkpoint of a fine-tuning run as a directory; one process, whatever layout trained it.
+
+    Args:
+        checkpoint: of the run.
+        config: of the model.
+        task: it was trained for.
+        directory: to write.
+    """
+    model = _CLASSES[task.head.kind](config, initial=False)
+    names = {f"model.{model.names.canonical(name)}": p.detach() for name, p in model.named_parameters()}
+    load_tensors(checkpoint, names)
+    model.save_pretrained(directory)
+    AutoTokenizer(task.tokenizer, config.max_position_embeddings).save_pretrained(directory)
+    described = task.describe() | {"columns": _how_to_read(task.data)}
+    (directory / TASK_FILE).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _how_to_read(data: TaskDataSettings) -> dict[str, Any]:
+    """The data settings that a file to evaluate on shares with the training file."""
+    kept = {"format", "columns", "header", "label_separator", "on_bad_row"}
+    return data.model_dump(mode="json", include=kept, exclude_defaults=True)
+
+
+@torch.no_grad()
+def load_task(source: Path, data: dict[str, Any] | None = None) -> SavedTask:
+    """Load a fine-tuned model.
+
+    Args:
+        source: a directory of :func:`save_task`, or a fine-tuning run with one.
+        data: settings of the section ``data`` of a run, for files to evaluate on.
+
+    Raises:
+        UserError: it is none.
+    """
+    directory = source / MODEL_FOLDER if (source / MODEL_FOLDER / TASK_FILE).is_file() else source
+    path = directory / TASK_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, or the "
+            f"{MODEL_FOLDER} folder in it"
+        )
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        how = dict(described.pop("columns"))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
+    tokenizer: Tokenizer = load_tokenizer(directory)
+    settings = TaskDataSettings.model_validate(how | (data or {}))
+    task = restore_task(described, tokenizer, settings)
+    public = _CLASSES[task.head.kind].from_pretrained(directory)
+    model = BertForTask(public.config, task.head.kind, task.head.outputs)
+    weights = {public.names.canonical(name): parameter for name, parameter in public.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    return SavedTask(model.eval(), task, directory)

@@ -1,0 +1,118 @@
+"""Logits of a task's units, computed by all ranks of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.finetuning.batches import collate_units, unit_tokens
+from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.model.finetuning import TaskBatch
+from megatron_bert.tasks.task import Head, Unit
+from megatron_bert.training.build import StagedModel
+from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.pipeline.engine import PipelineEngine
+
+
+class Scored(NamedTuple):
+    """What a model says of units.
+
+    Attributes:
+        logits: on rank 0, for each unit float32 ``[outputs]``, ``[choices]``, ``[R, outputs]`` or ``[R, 2]`` by kind
+            of head; empty on other ranks.
+        loss: mean loss over the labelled units (tokens), the same on every rank; None where nothing is labelled.
+    """
+
+    logits: list[np.ndarray]
+    loss: float | None
+
+
+@torch.no_grad()
+def score_units(
+    model: StagedModel,
+    engine: PipelineEngine,
+    mesh: ParallelMesh,
+    units: Sequence[Unit],
+    head: Head,
+    *,
+    pad_id: int,
+    batch_size: int,
+) -> Scored:
+    """Run the model over units without dropout; every rank calls with the same units.
+
+    Units of similar length go together, the longest first, so that what does not fit in memory shows at once.
+
+    Args:
+        model: this rank's stages.
+        engine: runs a forward-only schedule.
+        mesh: where the run is laid out.
+        units: at least one.
+        head: of the task.
+        pad_id: token id of padding.
+        batch_size: most units of a forward pass.
+    """
+    order = sorted(range(len(units)), key=lambda index: -unit_tokens(units[index]))
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    microbatches, data = engine.schedule.microbatches, mesh.layout.data
+    rounds = -(-len(chunks) // (microbatches * data))
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    mine: list[tuple[int, np.ndarray]] = []
+    for round_number in range(rounds):
+        # Every data rank runs equally often, as sharded parameters are gathered together: some repeat the last chunk.
+        numbers = [(round_number * microbatches + k) * data + mesh.data_rank for k in range(microbatches)]
+        chosen = [chunks[min(number, len(chunks) - 1)] for number in numbers]
+        batches = [
+            collate_units(
+                [units[index] for index in chunk],
+                chunk,
+                head,
+                pad_id=pad_id,
+                most_features=1,
+                multiple=mesh.layout.tensor,
+            ).to(mesh.device)
+            for chunk in chosen
+        ]
+
+        def forward(
+            stage: int, received: Tensor | None, index: int, batches=batches, numbers=numbers, chosen=chosen
+        ) -> Tensor:
+            module = model.stages[stage]
+            output = module(batches[index], None, received)
+            if module.part.last and numbers[index] < len(chunks):
+                counted = labelled(batches[index], head).sum()
+                sums.add_(torch.stack((task_loss_sum(output, batches[index], head).double(), counted.double())))
+                mine.extend(zip(chosen[index], _by_unit(output, batches[index], head), strict=True))
+            return output
+
+        engine.run(forward, lambda index, batches=batches: model.activation_shape(batches[index]))  # type: ignore[misc]
+    model.reshard()
+    mesh.all_reduce(sums, (*DATA_AXES, "pipeline"))
+    total, count = sums.tolist()
+    return Scored(_gathered(mine, mesh, len(units)), total / count if count else None)
+
+
+def _by_unit(logits: Tensor, batch: TaskBatch, head: Head) -> list[np.ndarray]:
+    values = logits.float().cpu().numpy()
+    counts = torch.bincount(batch.owners, minlength=len(batch.lengths) if head.kind != "choice" else 0).cpu()
+    parts = np.split(values, np.cumsum(counts.numpy())[:-1])
+    if head.kind == "sequence":
+        return [part[0] for part in parts]
+    return [part[:, 0] for part in parts] if head.kind == "choice" else parts
+
+
+def _gathered(mine: list[tuple[int, np.ndarray]], mesh: ParallelMesh, count: int) -> list[np.ndarray]:
+    """All units' logits in their order on rank 0, from one tensor rank of each last stage."""
+    mine = mine if mesh.coordinate["tensor"] == 0 else []
+    parts: list[list[tuple[int, np.ndarray]]] | None = None
+    if dist.get_rank() == 0:
+        parts = [[] for _ in range(dist.get_world_size())]
+    dist.gather_object(mine, parts)
+    if parts is None:
+        return []
+    found = dict(pair for part in parts for pair in part)
+    return [found[index] for index in range(count)]
