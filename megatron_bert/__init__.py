@@ -1,4 +1,4 @@
-"""BERT encoders with Megatron parallelism: pretraining, checkpoint conversion, and the MegatronBERT classes."""
+"""BERT encoders with Megatron parallelism: pretraining, checkpoint conversion, MegatronBERT and I-BERT classes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from megatron_bert.family.language import MegatronBertForMaskedLM, MegatronBertForPreTraining
     from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
     from megatron_bert.family.tokenizer import AutoTokenizer
+    from megatron_bert.ibert.configuration import IBertConfig
+    from megatron_bert.ibert.family.encoder import IBertModel, IBertPreTrainedModel
+    from megatron_bert.ibert.family.heads import (
+        IBertForMaskedLM,
+        IBertForMultipleChoice,
+        IBertForQuestionAnswering,
+        IBertForSequenceClassification,
+        IBertForTokenClassification,
+    )
     from megatron_bert.model.configuration import MegatronBertConfig
 
 __version__ = "0.1.0"
@@ -25,6 +34,14 @@ __version__ = "0.1.0"
 #: Where the public classes live. They are imported on first use: the command line needs none of them.
 _HOMES = {
     "AutoTokenizer": "family.tokenizer",
+    "IBertConfig": "ibert.configuration",
+    "IBertForMaskedLM": "ibert.family.heads",
+    "IBertForMultipleChoice": "ibert.family.heads",
+    "IBertForQuestionAnswering": "ibert.family.heads",
+    "IBertForSequenceClassification": "ibert.family.heads",
+    "IBertForTokenClassification": "ibert.family.heads",
+    "IBertModel": "ibert.family.encoder",
+    "IBertPreTrainedModel": "ibert.family.encoder",
     "MegatronBertConfig": "model.configuration",
     "MegatronBertForCausalLM": "family.causal",
     "MegatronBertForMaskedLM": "family.language",
@@ -40,6 +57,14 @@ _HOMES = {
 
 __all__ = [
     "AutoTokenizer",
+    "IBertConfig",
+    "IBertForMaskedLM",
+    "IBertForMultipleChoice",
+    "IBertForQuestionAnswering",
+    "IBertForSequenceClassification",
+    "IBertForTokenClassification",
+    "IBertModel",
+    "IBertPreTrainedModel",
     "MegatronBertConfig",
     "MegatronBertForCausalLM",
     "MegatronBertForMaskedLM",

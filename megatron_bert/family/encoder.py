@@ -274,7 +274,8 @@ class EncoderModel(PreTrainedModel):
     def _dropout_keys(self, inputs: TokenInputs) -> Tensor | None:
         """int64 ``[B * S]``: a key for each token, from a fresh seed and its place in the batch alone."""
         config = self.config
-        if not self.training or not (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
+        chances = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout)
+        if not self.training or not any(chances):
             return None
         seed = torch.randint(1 << 62, (1,), device=inputs.device)
         if self.tp.size > 1:

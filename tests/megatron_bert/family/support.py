@@ -63,6 +63,12 @@ def build(head: str, config: MegatronBertConfig | None = None, *, tp: TensorPara
     """A model of a class, in evaluation mode, with biases and norms that are not just zeros and ones."""
     torch.manual_seed(3)
     model = getattr(megatron_bert, f"MegatronBert{head}")(config or config_of(head), tp=tp, **arguments)
+    return noisy(model).eval()
+
+
+def noisy(model: Any) -> Any:
+    """The model with noise on its biases and norms."""
+    tp = model.tp
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +77,7 @@ def build(head: str, config: MegatronBertConfig | None = None, *, tp: TensorPara
                 noise[model.config.vocab_size if model.has_words(name) else len(noise) :] = 0.0
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 local.add_(noise.chunk(tp.size)[tp.rank] if local is not parameter else noise)
-    return model.eval()
+    return model
 
 
 def peer_of(model: Any, directory: Path) -> Any:
@@ -174,7 +180,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def assert_gradients_close(model: Any, peer: Any) -> None:
     """Gradients of a model and of transformers' are close, relative to the largest of each parameter."""
     ours = gradients(model)
-    cut = "" if model.base_model is not model else "bert."
+    cut = "" if model.base_model is not model else f"{model.names.prefix}."
     for name, parameter in peer.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         largest = max(1.0, float(expected.abs().max()))

@@ -1,0 +1,77 @@
+"""IBertModel: the encoder without a head.
+
+Shapes: B sequences, S tokens of each, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megatron_bert.family.arguments import shared_arguments
+from megatron_bert.family.encoder import EncoderModel
+from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from megatron_bert.family.pretrained import PreTrainedModel
+from megatron_bert.ibert.configuration import IBertConfig
+from megatron_bert.ibert.family.names import IBERT
+from parallel.errors import UserError
+
+
+class IBertPreTrainedModel(PreTrainedModel):
+    """The base of every I-BERT class."""
+
+    base_model_prefix = "ibert"
+    config_class = IBertConfig
+    names = IBERT
+    layer_norm_placement = "post"
+
+
+class IBertModel(IBertPreTrainedModel, EncoderModel):
+    """Hidden states of every token, and the pooled first token of every sequence; arguments as of EncoderModel."""
+
+    positions_after_padding = True
+
+    def __init__(self, config: IBertConfig, *arguments: Any, **named: Any) -> None:
+        if config.quant_mode:
+            raise UserError("model.quant_mode is true, but these classes compute in floating point only: leave it out")
+        super().__init__(config, *arguments, **named)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Tensor | None, ...]:
+        """Encode a batch.
+
+        Args:
+            input_ids: int64 ``[B, S]``; this or ``inputs_embeds``.
+            attention_mask: 1 for tokens that count: ``[B, S]``; or for pairs that may attend: ``[B, S, S]``.
+            token_type_ids: int64 ``[B, S]``; 0 by default.
+            position_ids: int64 ``[B, S]`` or ``[1, S]``. By default padding (by its id) has the position
+                ``pad_token_id``, and other tokens are counted from the next; embeddings are all counted.
+            head_mask: ``[heads]`` or ``[layers, heads]``; what the probabilities of a head are multiplied with.
+            inputs_embeds: ``[B, S, H]``, in place of word embeddings.
+            output_attentions, output_hidden_states, return_dict: by default what ``config`` says.
+
+        Returns:
+            The fields of the output; as a tuple without ``return_dict``.
+
+        Raises:
+            UserError: an argument of a wrong shape, or out of range.
+        """
+        return self.output(shared_arguments(locals()), return_dict)
+
+
+class IBertHeadModel(IBertPreTrainedModel, HeadModel):
+    """The base of the classes with a head, on an IBertModel."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = IBertModel

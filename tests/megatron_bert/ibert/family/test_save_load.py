@@ -1,0 +1,150 @@
+"""I-BERT directories: written here and read by transformers, written there and read here, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import megatron_bert
+from megatron_bert import IBertConfig, IBertForMaskedLM, IBertModel, MegatronBertModel
+from parallel.errors import UserError
+from tests.megatron_bert.family.support import assert_outputs_close
+from tests.megatron_bert.ibert.family.support import CONFIG, HEADS, batch_for, build, config_of
+from tests.worlds import make_tensor_parallel, run_world
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def _class(head):
+    return getattr(megatron_bert, f"IBert{head}")
+
+
+def _equal(one, other) -> bool:
+    mine, yours = one.state_dict(), other.state_dict()
+    return mine.keys() == yours.keys() and all(tensor.equal(yours[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_round_trips(head, tmp_path):
+    """Ours, theirs from ours, theirs again, and ours from theirs: no bit of a weight changes."""
+    model = build(head)
+    model.save_pretrained(tmp_path / "ours")
+    again, info = _class(head).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert _equal(again, model)
+    assert not any(info.values())
+    auto = getattr(transformers, f"Auto{head if head == 'Model' else 'Model' + head}")
+    peer, info = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(peer).__name__ == type(model).__name__
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    # What they have beyond are buffers of their quantised layers, which they fill themselves.
+    parameters = {name for name, _ in peer.named_parameters()}
+    assert not parameters & set(info["missing_keys"])
+    assert sum(parameter.numel() for parameter in peer.parameters()) == model.num_parameters()
+    batch = batch_for(head)
+    assert_outputs_close(model(**batch), peer.eval()(**batch))
+
+    peer.save_pretrained(tmp_path / "theirs")
+    again, info = _class(head).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    buffers = {
+        name if "." in name and name.startswith("ibert.") else f"ibert.{name}" for name, _ in peer.named_buffers()
+    }
+    assert set(info.pop("quantization_keys")) == {name for name in buffers if not name.endswith("position_ids")}
+    assert not any(info.values())
+    assert _equal(again, model)
+    assert_outputs_close(again(**batch), model(**batch), (), **EXACT)
+
+
+def test_untied_heads(tmp_path):
+    """The output matrix and its bias are those of the decoder, both ways."""
+    model = build("ForMaskedLM", config_of("ForMaskedLM", tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "ours")
+    peer = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        peer.lm_head.decoder.bias.normal_()
+        peer.lm_head.decoder.weight.normal_()
+    peer.save_pretrained(tmp_path / "theirs")
+    batch = batch_for("ForMaskedLM")
+    again = IBertForMaskedLM.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(again(**batch).logits, peer.eval()(**batch).logits, rtol=1e-5, atol=1e-4)
+
+
+def test_files_of_torch_save(tmp_path):
+    """pytorch_model.bin, as the published models have it: by the restricted unpickler."""
+    model = build("ForMaskedLM")
+    model.save_pretrained(tmp_path)
+    peer = transformers.IBertForMaskedLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = peer.state_dict() | {"ibert.embeddings.position_ids": torch.arange(20)[None]}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    again, info = IBertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert _equal(again, model)
+    assert len(info["quantization_keys"]) > 3 * 40
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
+    with pytest.raises(UserError):
+        IBertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_another_head_and_shards(tmp_path, caplog):
+    model = build("ForMaskedLM")
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    other, info = _class("ForSequenceClassification").from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    assert set(info["missing_keys"]) == {
+        f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")
+    }
+    assert "lm_head.dense.weight" in info["unexpected_keys"]
+    assert "classifier.out_proj.weight" in caplog.text
+    assert other.config.num_labels == 3
+    assert other.ibert.embeddings.norm.weight.equal(model.ibert.embeddings.norm.weight)
+
+
+def test_configurations_pass_both_ways(tmp_path):
+    theirs = transformers.IBertConfig(vocab_size=77, quant_mode=True, force_dequant="gelu", num_labels=3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = IBertConfig.from_pretrained(tmp_path / "theirs")
+    assert (ours.vocab_size, ours.quant_mode, ours.force_dequant, ours.num_labels) == (77, True, "gelu", 3)
+    ours.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert type(again) is transformers.IBertConfig
+    shared = theirs.to_dict().keys() & ours.to_dict().keys() - {"architectures", "transformers_version", "dtype"}
+    assert shared >= {"pad_token_id", "quant_mode", "layer_norm_eps", "id2label"}
+    for name in shared:
+        assert again.to_dict()[name] == theirs.to_dict()[name], name
+    assert IBertConfig.from_pretrained(tmp_path / "ours") == ours
+
+
+def test_directories_of_another_kind(tmp_path):
+    build("Model").save_pretrained(tmp_path / "ibert")
+    with pytest.raises(UserError, match="model_type 'ibert': expected megatron-bert"):
+        MegatronBertModel.from_pretrained(tmp_path / "ibert")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+    with pytest.raises(UserError, match="model_type 'roberta': expected ibert"):
+        IBertModel.from_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        IBertModel.from_pretrained("kssteven/ibert-roberta-base")
+    with pytest.raises(UserError, match="IBertModel takes a IBertConfig, but got a MegatronBertConfig"):
+        IBertModel(megatron_bert.MegatronBertConfig())
+    with pytest.raises(UserError, match="MegatronBertModel takes a MegatronBertConfig, but got a IBertConfig"):
+        MegatronBertModel(CONFIG)
+
+
+def _divided_round_trip(source, target):
+    model = IBertForMaskedLM.from_pretrained(source, tp=make_tensor_parallel())
+    model.save_pretrained(target)
+    return model.num_parameters()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_divided_models_save_and_load(size, tmp_path):
+    model = build("ForMaskedLM")
+    model.save_pretrained(tmp_path / "one")
+    counts = run_world(size, _divided_round_trip, tmp_path / "one", tmp_path / "many")
+    assert counts == [model.num_parameters()] * size
+    assert _equal(IBertForMaskedLM.from_pretrained(tmp_path / "many"), model)
