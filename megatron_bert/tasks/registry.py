@@ -11,6 +11,7 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.classification import ClassificationTask
 from megatron_bert.tasks.glue import GlueTask
 from megatron_bert.tasks.multiple_choice import MultipleChoiceTask
+from megatron_bert.tasks.question_answering import QuestionAnsweringTask
 from megatron_bert.tasks.settings import GLUE_NAMES, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.task import Task
 from parallel.errors import UserError
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "regression": ClassificationTask,
     "multiple_choice": MultipleChoiceTask,
+    "question_answering": QuestionAnsweringTask,
 }
 """Task name -> its class; one line a task."""
 

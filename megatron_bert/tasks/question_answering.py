@@ -1,0 +1,216 @@
+"""Question answering: the answer is a part of a text, or there is none (SQuAD 1.1 and 2.0)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from megatron_bert.data.tokenizers import SpannedTokens, Tokenizer
+from megatron_bert.tasks.answer_windows import (
+    Candidate,
+    WindowUnit,
+    answer_tokens,
+    candidates,
+    widest_context,
+    windows,
+)
+from megatron_bert.tasks.encoding import PAIR_SPECIALS, feature
+from megatron_bert.tasks.metrics import softmax
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from megatron_bert.tasks.squad_files import SpanExample, read_squad
+from megatron_bert.tasks.squad_metrics import Judged, best_threshold, squad_metrics
+from megatron_bert.tasks.stream import text_of
+from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task
+from parallel.errors import UserError
+
+DOC_STRIDE, MAX_QUERY_LENGTH = 128, 64
+NO_CANDIDATE_ODDS = 1e9
+"""`null_odds` of a text in which no answer is possible, such as an empty one."""
+
+
+class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
+    """Start and end of the answer in a text, which is read in overlapping windows: [CLS] question [SEP] text [SEP].
+
+    Rows of a stream have `question` and `context`. Predictions have `answer` (an exact part of the context, or ""),
+    its characters `start` and `end` (None without answer), its `probability` among the candidates, and the candidates
+    as `nbest`. With `no_answer` also `null_odds`, the score of no answer less that of the best one, and that one as
+    `best_answer`; the answer is "" where the odds exceed the threshold.
+    """
+
+    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
+        super().__init__(settings, data, tokenizer)
+        self.head = Head("span", 2)
+        parts = ("HasAns_f1", "HasAns_exact", "NoAns_f1", "NoAns_exact", "best_f1", "best_exact")
+        self.choose_metric(("f1", "exact_match", *(parts if settings.no_answer else ())))
+        self.null_threshold = settings.null_threshold or 0.0
+        self.doc_stride = settings.doc_stride or DOC_STRIDE
+        room = self.max_length - PAIR_SPECIALS
+        self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
+        if self.max_query_length >= room:
+            raise UserError(
+                f"task.max_query_length {self.max_query_length} leaves no room for the text in sequences of "
+                f"{self.max_length}: make it smaller, or task.max_length larger"
+            )
+
+    def read(self, path: Path, split: str) -> list[SpanExample]:
+        """The questions of one file."""
+        return list(read_squad(path, split, self.settings.no_answer, self.bad_rows))
+
+    def group(self, example: SpanExample) -> str:
+        """Questions on one article stay together."""
+        return example.article
+
+    def example_from(self, row: Mapping[str, Any], where: str) -> SpanExample:
+        """An example from `question` and `context`."""
+        question, context = text_of(row, "question", where), text_of(row, "context", where)
+        return SpanExample(str(row.get("id", where)), where, "predict", question, context)
+
+    def units(self, examples: Sequence[SpanExample], *, train: bool) -> list[WindowUnit]:
+        """One unit a window; windows without the (first) answer are labelled (0, 0), also for training."""
+        contexts = list(dict.fromkeys(example.context for example in examples))
+        encoded = dict(zip(contexts, self.tokenizer.encode_batch_with_spans(contexts), strict=True))
+        questions = self.tokenizer.encode_batch([example.question for example in examples])
+        units = []
+        for place, (example, question) in enumerate(zip(examples, questions, strict=True)):
+            assert example.labelled or not train, f"{example.where} has no answer to train on"
+            units += self._windows(place, example, question[: self.max_query_length], encoded[example.context])
+        return units
+
+    def _windows(self, place: int, example: SpanExample, question: list[int], found: SpannedTokens) -> list[WindowUnit]:
+        room = self.max_length - PAIR_SPECIALS - len(question)
+        offset = len(question) + 2
+        answer = None
+        if example.answers:
+            first = example.answers[0]
+            answer = answer_tokens(found, first.start, first.start + len(first.text))
+        spans = np.array(found.spans, dtype=np.int64).reshape(-1, 2)
+        places = windows(len(found.ids), room, self.doc_stride)
+        units = []
+        for (begin, end), widest in zip(places, widest_context(places), strict=True):
+            label = (0, 0) if example.labelled else (IGNORED, IGNORED)
+            if answer is not None and begin <= answer[0] and answer[1] < end:
+                label = (answer[0] - begin + offset, answer[1] - begin + offset)
+            sequence = feature(self.tokenizer, question, found.ids[begin:end])
+            units.append(
+                WindowUnit((sequence,), np.array(label, dtype=np.int64), place, offset, spans[begin:end], widest)
+            )
+        return units
+
+    def predictions(
+        self, examples: Sequence[SpanExample], units: Sequence[WindowUnit], logits: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        """The answer of each question, from all its windows."""
+        found: list[list[Candidate]] = [[] for _ in examples]
+        nothing: list[list[Candidate]] = [[] for _ in examples]
+        for unit, given in zip(units, logits, strict=True):
+            # A model that has diverged still gives some answer.
+            scores = np.nan_to_num(given.astype(np.float64), nan=-1e30, posinf=1e30, neginf=-1e30)
+            found[unit.example] += candidates(unit, scores, self.settings.max_answer_length, self.settings.n_best)
+            nothing[unit.example].append(Candidate(0, 0, float(scores[0, 0]), float(scores[0, 1])))
+        return [
+            self._prediction(
+                example,
+                ranked(options, example.context, self.settings.n_best),
+                min(nulls, key=lambda null: null.score),
+            )
+            for example, options, nulls in zip(examples, found, nothing, strict=True)
+        ]
+
+    def _prediction(self, example: SpanExample, options: list[Candidate], null: Candidate) -> Prediction:
+        entries: list[dict[str, Any]] = [
+            {
+                "text": example.context[option.begin : option.end],
+                "start": option.begin,
+                "end": option.end,
+                "start_logit": option.start_logit,
+                "end_logit": option.end_logit,
+            }
+            for option in options
+        ]
+        best = entries[0] if entries else None
+        nothing: dict[str, Any] = {
+            "text": "",
+            "start": None,
+            "end": None,
+            "start_logit": null.start_logit,
+            "end_logit": null.end_logit,
+        }
+        if self.settings.no_answer or not entries:
+            entries.append(nothing)
+        chances = softmax(np.array([entry["start_logit"] + entry["end_logit"] for entry in entries]))
+        for entry, chance in zip(entries, chances.tolist(), strict=True):
+            entry["probability"] = chance
+        odds = null.score - options[0].score if options else NO_CANDIDATE_ODDS
+        given = nothing if best is None or (self.settings.no_answer and odds > self.null_threshold) else best
+        entries.sort(key=lambda entry: -entry["probability"])
+        prediction: Prediction = {
+            "id": example.id,
+            "answer": given["text"],
+            "start": given["start"],
+            "end": given["end"],
+            "probability": given["probability"],
+            "nbest": entries,
+        }
+        if self.settings.no_answer:
+            prediction |= {"null_odds": odds, "best_answer": best["text"] if best else ""}
+        return prediction
+
+    def metrics(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Exact match and F1, 0 to 100, as SQuAD's scripts report them."""
+        judged = self._judged(examples, predictions)
+        return squad_metrics(judged, no_answer=self.settings.no_answer) if judged else {}
+
+    def _judged(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> list[Judged]:
+        return [
+            Judged(
+                tuple(answer.text for answer in example.answers),
+                prediction["answer"],
+                prediction["best_answer"] if self.settings.no_answer else prediction["answer"],
+                prediction["null_odds"] if self.settings.no_answer else 0.0,
+            )
+            for example, prediction in zip(examples, predictions, strict=True)
+            if example.labelled
+        ]
+
+    def calibrated(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> Self:
+        """The task with the null threshold of the best F1, unless the settings give one."""
+        judged = self._judged(examples, predictions)
+        if not self.settings.no_answer or self.settings.null_threshold is not None or not judged:
+            return self
+        task = copy.copy(self)
+        task.null_threshold = best_threshold(judged, "f1")[1]
+        return task
+
+    def _found(self) -> dict[str, Any]:
+        return {**super()._found(), "null_threshold": self.null_threshold if self.settings.no_answer else None}
+
+    def write_submission(
+        self, examples: Sequence[SpanExample], predictions: Sequence[Prediction], directory: Path
+    ) -> list[Path]:
+        """Write SPLIT_predictions.json and SPLIT_nbest_predictions.json, and SPLIT_null_odds.json with `no_answer`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        keys = {"predictions": "answer", "nbest_predictions": "nbest"}
+        if self.settings.no_answer:
+            keys["null_odds"] = "null_odds"
+        written = []
+        for split in dict.fromkeys(example.split for example in examples):
+            chosen = [p for e, p in zip(examples, predictions, strict=True) if e.split == split]
+            for name, key in keys.items():
+                path = directory / f"{split}_{name}.json"
+                content = {prediction["id"]: prediction[key] for prediction in chosen}
+                path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                written.append(path)
+        return written
+
+
+def ranked(options: list[Candidate], context: str, count: int) -> list[Candidate]:
+    """The best candidates of all windows, best first, each text once."""
+    by_text: dict[str, Candidate] = {}
+    for option in sorted(options, key=lambda option: (-option.score, option.begin, option.end)):
+        by_text.setdefault(context[option.begin : option.end], option)
+    return list(by_text.values())[:count]
