@@ -1,0 +1,201 @@
+"""`megatron-bert evaluate` and `predict`: what a fine-tuned model says of files, and of a stream."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_bert.config_file import apply_override
+from megatron_bert.finetuning.results import write_json, write_split
+from megatron_bert.finetuning.saved import SavedTask, load_task
+from megatron_bert.finetuning.scoring import Scored, score_units
+from megatron_bert.tasks.task import Example, Prediction, Unit
+from megatron_bert.training.build import StagedModel
+from parallel.errors import UserError
+from parallel.mesh import ParallelLayout, ParallelMesh
+from parallel.pipeline.engine import PipelineEngine
+from parallel.pipeline.schedules import forward_only
+from parallel.process_group import World, launched_world_size, process_group
+
+#: Rows of a stream that are put in order of length together, in batches.
+_BUFFERED_BATCHES = 32
+
+
+class Scorer:
+    """A saved model on this process's device, or on those of all data ranks.
+
+    Args:
+        saved: the model.
+        world: the processes; all of them hold the whole model.
+        batch_size: most units of a forward pass.
+    """
+
+    def __init__(self, saved: SavedTask, world: World, batch_size: int) -> None:
+        self.saved, self.batch_size = saved, batch_size
+        self.mesh = ParallelMesh(ParallelLayout(data=world.size), world.device)
+        stage = saved.model.to(world.device)
+        self.model = StagedModel({0: stage}, None)
+        self.engine = PipelineEngine(
+            forward_only(1, 1),
+            0,
+            {0: stage},
+            None,
+            dtype=torch.float32,
+            device=world.device,
+        )
+
+    def score(self, units: Sequence[Unit]) -> Scored:
+        """Logits on rank 0 and the mean loss; every rank calls with the same units."""
+        task = self.saved.task
+        pad = task.tokenizer.pad_id
+        return score_units(self.model, self.engine, self.mesh, units, task.head, pad_id=pad, batch_size=self.batch_size)
+
+    def predict(self, examples: list[Any]) -> list[Prediction]:
+        """What the model says of each example; every rank calls, rank 0 gets the answer."""
+        task = self.saved.task
+        units = task.units(examples, train=False)
+        logits = self.score(units).logits
+        return task.predictions(examples, units, logits) if logits else []
+
+
+def evaluate_files(
+    source: Path, overrides: list[str], *, output: Path | None, batch_size: int, device: str = "auto"
+) -> dict[str, dict[str, float]]:
+    """Score a fine-tuned model on labelled files, alone or on all ranks of torchrun.
+
+    Args:
+        source: directory of the model, or its run.
+        overrides: ``data.valid=FILE``, ``data.test=FILE`` and whatever else the section ``data`` of a run has; what is
+            not given is as it was in training.
+        output: directory for results, predictions and files to submit; None prints only.
+        batch_size: most units of a forward pass.
+        device: auto, cpu or cuda.
+
+    Returns:
+        Split -> scores.
+
+    Raises:
+        UserError: no model, no files, or bad rows in them.
+    """
+    saved = load_task(source, _data_settings(overrides))
+    task = saved.task
+    splits = (*task.valid_splits, *task.test_splits)
+    if not splits:
+        raise UserError("no file to evaluate on: give one as data.valid=FILE, data.test=FILE or data.directory=DIR")
+    scores: dict[str, dict[str, float]] = {}
+    files: list[str] = []
+    with process_group(device, 600.0) as world:
+        scorer = Scorer(saved, world, batch_size)
+        if output is not None and world.is_first:
+            output.mkdir(parents=True, exist_ok=True)
+        for split in splits:
+            examples = task.examples(split)
+            units = task.units(examples, train=False)
+            scored = scorer.score(units)
+            if not world.is_first:
+                continue
+            predictions = task.predictions(examples, units, scored.logits)
+            loss = {} if scored.loss is None else {"loss": scored.loss}
+            scores[split] = loss | task.metrics(examples, predictions)
+            said = ", ".join(f"{name} {value:.4f}" for name, value in scores[split].items())
+            print(f"{split}: {len(examples):,} examples; {said or 'not labelled'}")
+            if output is not None:
+                files += write_split(output, task, split, examples, predictions)
+        if task.bad_rows.count and world.is_first:
+            print(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
+        if output is not None and world.is_first:
+            results = {"model": str(saved.directory), "splits": scores, "files": files}
+            write_json(output / "results.json", results | {"data": task.data_fingerprints()})
+            print(f"results are in {output}")
+    return scores
+
+
+def _data_settings(overrides: list[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("data."):
+            raise UserError(f"{override!r} is no setting of the data: give such as data.test=FILE")
+        apply_override(tree, override)
+    return tree.get("data", {})
+
+
+def predict_stream(
+    source: Path,
+    rows: IO[str],
+    answers: IO[str],
+    *,
+    batch_size: int,
+    on_bad_row: str = "error",
+    device: str = "auto",
+    progress: bool = False,
+) -> int:
+    """Answer JSON lines with JSON lines, in their order.
+
+    Rows are worked on in the order of their length, a few batches at a time, so that little is padded and a long
+    stream needs little memory.
+
+    Args:
+        source: directory of the model, or its run.
+        rows: one JSON object a line, with the keys that the task reads.
+        answers: where to write.
+        batch_size: most texts of a forward pass.
+        on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
+        device: auto, cpu or cuda.
+        progress: show a progress bar.
+
+    Returns:
+        How many rows could not be read.
+
+    Raises:
+        UserError: no model, or a bad row.
+    """
+    if launched_world_size() > 1:
+        raise UserError("predict works in one process: divide the input into files and start one for each")
+    saved = load_task(source)
+    bad = 0
+    numbered = enumerate(rows, 1)
+    with process_group(device, 600.0) as world, _bar(progress) as bar:
+        scorer = Scorer(saved, world, batch_size)
+        while lines := list(islice(numbered, batch_size * _BUFFERED_BATCHES)):
+            read = [
+                _example(saved, number, line, on_bad_row) for number, line in lines if line.strip().lstrip("\ufeff")
+            ]
+            good = [example for example in read if isinstance(example, Example)]
+            found = iter(scorer.predict(good) if good else [])
+            for example in read:
+                answer = next(found) if isinstance(example, Example) else {"error": example}
+                bad += "error" in answer
+                answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            answers.flush()
+            bar.update(len(lines))
+    return bad
+
+
+def _example(saved: SavedTask, number: int, line: str, on_bad_row: str) -> Example | str:
+    where = f"line {number}"
+    try:
+        try:
+            row = json.loads(line.lstrip("\ufeff"))
+        except ValueError as error:
+            raise UserError(f"{where} is no JSON ({error}): give one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} holds a {type(row).__name__}: give one JSON object a line")
+        return saved.task.example_from(row, where)
+    except UserError as error:
+        if on_bad_row == "error":
+            raise UserError(f"{error} (--on-bad-row skip goes on)") from None
+        return str(error)
+
+
+@contextmanager
+def _bar(progress: bool) -> Iterator[Any]:
+    with tqdm(unit="row", disable=not progress, file=sys.stderr, dynamic_ncols=True) as bar:
+        yield bar
