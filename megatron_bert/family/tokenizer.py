@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
 from parallel.errors import UserError
 
 CONFIG_NAME = "tokenizer_config.json"
+#: Model types whose inputs are laid out as RoBERTa's.
+_LIKE_ROBERTA = ("ibert", "roberta")
 
 
 class AutoTokenizer:
@@ -22,10 +25,11 @@ class AutoTokenizer:
     Args:
         vocabulary: turns text into ids.
         max_length: tokens of the longest input of the model; None where it is not known.
+        roberta: lay inputs out as RoBERTa does: two separators between a text and its pair, and no token types.
     """
 
-    def __init__(self, vocabulary: Tokenizer, max_length: int | None = None) -> None:
-        self.vocabulary, self.model_max_length = vocabulary, max_length
+    def __init__(self, vocabulary: Tokenizer, max_length: int | None = None, *, roberta: bool = False) -> None:
+        self.vocabulary, self.model_max_length, self.roberta = vocabulary, max_length, roberta
         self.mask_token_id, self.pad_token_id = vocabulary.mask_id, vocabulary.pad_id
         self.mask_token = vocabulary.id_to_token(vocabulary.mask_id)
 
@@ -33,13 +37,17 @@ class AutoTokenizer:
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
         """Load from a directory with tokenizer.json, vocab.txt or a .model file.
 
+        Inputs are laid out as RoBERTa's where the model beside it is an I-BERT or RoBERTa.
+
         Raises:
             UserError: it holds none of them.
         """
-        config = Path(directory) / CONFIG_NAME
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        length = settings.get("model_max_length")
-        return cls(load_tokenizer(directory), length if type(length) is int and length < 1 << 20 else None)
+        length = _read(Path(directory) / CONFIG_NAME).get("model_max_length")
+        return cls(
+            load_tokenizer(directory),
+            length if type(length) is int and length < 1 << 20 else None,
+            roberta=_read(Path(directory) / MODEL_CONFIG_NAME).get("model_type") in _LIKE_ROBERTA,
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the vocabulary's files, and what transformers' tokenizers need beside them."""
@@ -47,7 +55,7 @@ class AutoTokenizer:
         self.vocabulary.save(folder)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            "model_input_names": ["input_ids", *([] if self.roberta else ["token_type_ids"]), "attention_mask"],
         }
         for role in ("cls", "sep", "pad", "mask", "unk"):
             settings[f"{role}_token"] = self.vocabulary.id_to_token(getattr(self.vocabulary, f"{role}_id"))
@@ -70,7 +78,8 @@ class AutoTokenizer:
     ) -> dict[str, Tensor]:
         """Inputs of a batch: ``[CLS] text [SEP]`` or ``[CLS] text [SEP] pair [SEP]``, padded on the right.
 
-        Mask tokens in a text (``[MASK]``) stand for themselves; other special tokens are ordinary characters.
+        RoBERTa's are ``<s> text </s>`` and ``<s> text </s></s> pair </s>``. Mask tokens in a text (``[MASK]``) stand
+        for themselves; other special tokens are ordinary characters.
 
         Args:
             text: one or several.
@@ -81,7 +90,7 @@ class AutoTokenizer:
             return_tensors: ``pt``; there are no others.
 
         Returns:
-            ``input_ids``, ``token_type_ids`` and ``attention_mask``, int64 ``[B, S]``.
+            ``input_ids``, ``token_type_ids`` (not RoBERTa's) and ``attention_mask``, int64 ``[B, S]``.
 
         Raises:
             UserError: texts that do not match, or are too long.
@@ -106,12 +115,15 @@ class AutoTokenizer:
             tensors["input_ids"][number, : len(ids)] = torch.tensor(ids)
             tensors["token_type_ids"][number, : len(ids)] = torch.tensor(types)
             tensors["attention_mask"][number, : len(ids)] = 1
+        if self.roberta:
+            del tensors["token_type_ids"]
         return tensors
 
     def _row(self, text: str, pair: str | None, limit: int | None, truncation: bool) -> tuple[list[int], list[int]]:
         """Ids and types of one input."""
         segments = [self._encode(part) for part in (text, pair) if part is not None]
-        special = 1 + len(segments)
+        between = 2 if self.roberta else 1
+        special = 2 + between * (len(segments) - 1)
         while limit is not None and special + sum(map(len, segments)) > limit:
             if not truncation or not any(segments):
                 count = special + sum(map(len, segments))
@@ -119,17 +131,25 @@ class AutoTokenizer:
             max(segments, key=len).pop()
         ids, types = [self.vocabulary.cls_id], [0]
         for number, segment in enumerate(segments):
-            ids += [*segment, self.vocabulary.sep_id]
-            types += [number] * (len(segment) + 1)
+            last = number == len(segments) - 1
+            separators = [self.vocabulary.sep_id] * (1 if last else between)
+            ids += [*segment, *separators]
+            types += [number] * (len(segment) + len(separators))
         return ids, types
 
     def _encode(self, text: str) -> list[int]:
-        first, *rest = text.split(self.mask_token)
-        ids = self.vocabulary.encode(first)
-        for piece in rest:
-            ids += [self.mask_token_id, *self.vocabulary.encode(piece)]
-        return ids
+        *before, last = text.split(self.mask_token)
+        ids: list[int] = []
+        for piece in before:
+            # The space before a mask is the mask's, as before a word; alone it would be a token of some vocabularies.
+            ids += [*self.vocabulary.encode(piece.rstrip()), self.mask_token_id]
+        return [*ids, *self.vocabulary.encode(last)]
 
     def decode(self, ids: Tensor | list[int]) -> str:
         """Readable text of token ids, without special tokens."""
         return self.vocabulary.decode([int(token) for token in ids])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -34,7 +34,7 @@ class IBertModel(IBertPreTrainedModel, EncoderModel):
     positions_after_padding = True
 
     def __init__(self, config: IBertConfig, *arguments: Any, **named: Any) -> None:
-        if config.quant_mode:
+        if getattr(config, "quant_mode", False):
             raise UserError("model.quant_mode is true, but these classes compute in floating point only: leave it out")
         super().__init__(config, *arguments, **named)
 
