@@ -21,7 +21,7 @@ from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAtten
 from megatron_bert.family.pretrained import PreTrainedModel
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
-from megatron_bert.model.heads import Dense
+from megatron_bert.model.heads import Pooler
 from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in
@@ -108,10 +108,10 @@ class EncoderModel(PreTrainedModel):
             config, tp=tp, padding=config.pad_token_id, position_padding=self.padding_position, device=device
         )
         self.encoder = Encoder(config, tp=tp, device=device)
-        self.pooler: Dense | None = None
+        self.pooler: Pooler | None = None
         if add_pooling_layer:
             size = config.hidden_size
-            self.pooler = Dense(size, size, init_std=config.initializer_range, device=device)
+            self.pooler = Pooler(size, size, init_std=config.initializer_range, device=device)
         for layer, heads in (config.pruned_heads or {}).items():
             self.encoder.layer_list()[layer].attention.prune(heads)
         self._begin(initial)
@@ -142,7 +142,7 @@ class EncoderModel(PreTrainedModel):
     def pooled(self, encoded: Encoded) -> Tensor:
         """``[B, H]`` of the first tokens."""
         assert self.pooler is not None, "a class with a pooled head has a pooler"
-        return torch.tanh(self.pooler(encoded.hidden.index_select(0, encoded.first)))
+        return self.pooler(encoded.hidden.index_select(0, encoded.first))
 
     def encode(self, given: Arguments, *, shown: bool = True, needed: Tensor | None = None) -> Encoded:
         """Check the arguments and run the encoder.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
-from megatron_bert.model.heads import Dense
+from megatron_bert.model.heads import Dense, Pooler
 from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
@@ -58,11 +58,11 @@ class PooledToken(nn.Module):
     def __init__(self, config: MegatronBertConfig, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         size = config.hidden_size
-        self.pooler = Dense(size, size, init_std=config.initializer_range, device=device)
+        self.pooler = Pooler(size, size, init_std=config.initializer_range, device=device)
 
     def forward(self, first_tokens: Tensor) -> Tensor:
         """``[N, H]`` to the same."""
-        return torch.tanh(self.pooler(first_tokens))
+        return self.pooler(first_tokens)
 
 
 class BertForTask(nn.Module):

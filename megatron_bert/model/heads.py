@@ -29,6 +29,14 @@ class Dense(ParallelModule):
         return F.linear(x, self.weight, self.bias)
 
 
+class Pooler(Dense):
+    """Dense and tanh, on the first token of a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, K]`` to ``[N, out_features]``."""
+        return torch.tanh(super().forward(x))
+
+
 class MaskedLanguageHead(ParallelModule):
     """Dense, GELU, norm, then the word embeddings as output matrix with a bias of its own.
 
@@ -74,9 +82,9 @@ class SentencePairHead(nn.Module):
     def __init__(self, config: MegatronBertConfig, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         std = config.initializer_range
-        self.pooler = Dense(config.hidden_size, config.hidden_size, init_std=std, device=device)
+        self.pooler = Pooler(config.hidden_size, config.hidden_size, init_std=std, device=device)
         self.classifier = Dense(config.hidden_size, 2, init_std=std, device=device)
 
     def forward(self, first_tokens: Tensor) -> Tensor:
         """Final hidden states of the first tokens ``[B, H]`` to logits ``[B, 2]``."""
-        return self.classifier(torch.tanh(self.pooler(first_tokens)))
+        return self.classifier(self.pooler(first_tokens))
