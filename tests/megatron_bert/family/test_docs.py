@@ -8,9 +8,18 @@ from pathlib import Path
 import torch
 
 import megatron_bert
-from megatron_bert import AutoTokenizer, MegatronBertConfig, MegatronBertForPreTraining
+from megatron_bert import (
+    AutoTokenizer,
+    IBertConfig,
+    IBertForMaskedLM,
+    IBertModel,
+    MegatronBertConfig,
+    MegatronBertForPreTraining,
+)
 from megatron_bert.data.tokenizers import load_tokenizer
 from tests.megatron_bert.family.support import HEADS
+from tests.megatron_bert.ibert.family import support as ibert
+from tests.megatron_bert.ibert.family.test_tokenizer import write_roberta_tokenizer
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -32,12 +41,22 @@ def _small_model(folder: Path, text: str) -> None:
     MegatronBertForPreTraining(config).save_pretrained(folder, tokenizer=tokenizer)
 
 
+def _small_ibert(folder: Path, text: str) -> None:
+    folder.mkdir()
+    write_roberta_tokenizer(folder, text.splitlines())
+    words = len(AutoTokenizer.from_pretrained(folder))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    IBertForMaskedLM(IBertConfig(vocab_size=words, max_position_embeddings=66, **sizes)).save_pretrained(folder)
+
+
 def test_examples_run(tmp_path, monkeypatch):
     text = DOCS.read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)
     assert len(blocks) >= 8
     (tmp_path / "megatron-bert-345m").mkdir()
     _small_model(tmp_path / "megatron-bert-345m", "\n".join(blocks))
+    _small_ibert(tmp_path / "ibert-roberta-base", "\n".join(blocks))
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for number, block in enumerate(blocks):
@@ -45,6 +64,7 @@ def test_examples_run(tmp_path, monkeypatch):
     assert names["last_hidden_states"].shape[-1] == 32
     assert names["prediction_logits"].shape[-1] == len(names["tokenizer"])
     assert names["written"].dim() == 2
+    assert isinstance(names["model"], IBertModel)
     assert names["loss"].isfinite()
 
 
@@ -52,5 +72,7 @@ def test_every_class_is_in_the_table():
     text = DOCS.read_text(encoding="utf-8")
     for head in HEADS:
         assert f"| `MegatronBert{head}` |" in text
+    for head in ibert.HEADS:
+        assert f"| `IBert{head}` |" in text
     assert sorted(megatron_bert.__all__) == megatron_bert.__all__
     assert all(getattr(megatron_bert, name) is not None for name in megatron_bert.__all__)
