@@ -43,11 +43,11 @@ def _small_model(folder: Path, text: str) -> None:
 
 def _small_ibert(folder: Path, text: str) -> None:
     folder.mkdir()
-    write_roberta_tokenizer(folder, text.splitlines())
+    write_roberta_tokenizer(folder, text.splitlines(), max_length=256)
     words = len(AutoTokenizer.from_pretrained(folder))
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
-    IBertForMaskedLM(IBertConfig(vocab_size=words, max_position_embeddings=66, **sizes)).save_pretrained(folder)
+    IBertForMaskedLM(IBertConfig(vocab_size=words, max_position_embeddings=258, **sizes)).save_pretrained(folder)
 
 
 def test_examples_run(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ TEXTS = ["Hello, my dog is cute", "The capital of France is Paris.", "a nice pup
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def write_roberta_tokenizer(folder, texts) -> None:
+def write_roberta_tokenizer(folder, texts, max_length=64) -> None:
     """A byte-level BPE vocabulary as RoBERTa's, with its special tokens and ids, and the settings beside it."""
     tokenizer = ByteLevelBPETokenizer(add_prefix_space=False)
     tokenizer.train_from_iterator(texts, vocab_size=320, special_tokens=SPECIAL[:-1], show_progress=False)
@@ -24,7 +24,7 @@ def write_roberta_tokenizer(folder, texts) -> None:
     tokenizer._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"cls": "<s>", "bos": "<s>", "sep": "</s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     settings |= {f"{role}_token": name for role, name in names.items()}
     settings |= {"model_input_names": ["input_ids", "attention_mask"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
