@@ -21,7 +21,7 @@ from megatron_bert.family.outputs import (
 )
 from megatron_bert.ibert.family.encoder import IBertHeadModel
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import Dense
+from megatron_bert.model.heads import Dense, Pooler
 from parallel.dropout import fold_in
 
 # What dropout keys are folded with before the second layer of the sequence head, so that its mask is another.
@@ -39,7 +39,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: MegatronBertConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         size, std = config.hidden_size, config.initializer_range
-        self.dense = Dense(size, size, init_std=std, device=device)
+        self.dense = Pooler(size, size, init_std=std, device=device)
         self.out_proj = Dense(size, config.num_labels, init_std=std, device=device)
 
 
@@ -79,7 +79,7 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
     def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """The head: ``[B, H]`` to ``[B, num_labels]``."""
         head: ClassificationHead = getattr(self, self.head)
-        inner = torch.tanh(head.dense(self.dropped(features, keys)))
+        inner = head.dense(self.dropped(features, keys))
         return head.out_proj(self.dropped(inner, None if keys is None else fold_in(keys, _SECOND)))
 
     def forward(
