@@ -14,6 +14,7 @@ from megatron_bert.tasks.multiple_choice import MultipleChoiceTask
 from megatron_bert.tasks.question_answering import QuestionAnsweringTask
 from megatron_bert.tasks.settings import GLUE_NAMES, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.task import Task
+from megatron_bert.tasks.token_classification import TokenClassificationTask
 from parallel.errors import UserError
 
 TASKS: dict[str, type[Task]] = {
@@ -22,6 +23,7 @@ TASKS: dict[str, type[Task]] = {
     "regression": ClassificationTask,
     "multiple_choice": MultipleChoiceTask,
     "question_answering": QuestionAnsweringTask,
+    "token_classification": TokenClassificationTask,
 }
 """Task name -> its class; one line a task."""
 

@@ -1,0 +1,112 @@
+"""How tags mark entities: BIO, IO, IOB1, BILOU and IOBES."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from seqeval import scheme as seqeval_scheme
+
+from megatron_bert.tasks.rows import RowError
+
+Scheme = Literal["BIO", "IO", "BILOU", "IOBES", "IOB1"]
+
+OUTSIDE = "O"
+PREFIXES: dict[Scheme, str] = {"BIO": "BI", "IO": "I", "BILOU": "BILU", "IOBES": "BIES", "IOB1": "BI"}
+"""Scheme -> letters that stand before the type of an entity."""
+
+_SEQEVAL: dict[Scheme, Any] = {
+    "BIO": seqeval_scheme.IOB2,
+    "IO": seqeval_scheme.IOB2,
+    "IOB1": seqeval_scheme.IOB1,
+    "BILOU": seqeval_scheme.BILOU,
+    "IOBES": seqeval_scheme.IOBES,
+}
+
+_LETTERS: dict[Scheme, tuple[str, str, str, str]] = {
+    "BIO": ("B", "I", "I", "B"),
+    "IO": ("I", "I", "I", "I"),
+    "IOB1": ("I", "I", "I", "I"),
+    "BILOU": ("B", "I", "L", "U"),
+    "IOBES": ("B", "I", "E", "S"),
+}
+"""Letters of the first, inner and last word of an entity, and of an entity of one word."""
+
+
+class WordSpan(NamedTuple):
+    """An entity as words: [begin, end)."""
+
+    begin: int
+    end: int
+    type: str
+
+
+def all_tags(types: set[str], scheme: Scheme) -> tuple[str, ...]:
+    """All tags of some types of entity: "O", then by type in code point order, in the order of the scheme's letters."""
+    return (OUTSIDE, *(f"{prefix}-{name}" for name in sorted(types) for prefix in PREFIXES[scheme]))
+
+
+def entity_type(tag: str, scheme: Scheme) -> str | None:
+    """The type in a tag; None for "O".
+
+    Raises:
+        RowError: it is no tag of the scheme.
+    """
+    if tag == OUTSIDE:
+        return None
+    prefix, _, name = tag.partition("-")
+    if len(prefix) != 1 or prefix not in PREFIXES[scheme] or not name.strip("-"):
+        allowed = ", ".join(f"{letter}-TYPE" for letter in PREFIXES[scheme])
+        raise RowError(f'its tag "{tag[:40]}" is none of {scheme}: expected O, {allowed}')
+    return name
+
+
+def scored(tags: Sequence[str], scheme: Scheme) -> tuple[list[str], Any]:
+    """Tags as seqeval takes them, with its name of the scheme.
+
+    In IO neighbours of one type are one entity, so the tags are those of BIO with B where the type changes.
+    """
+    if scheme == "IO":
+        before = [OUTSIDE, *tags[:-1]]
+        tags = [f"B{tag[1:]}" if tag not in (OUTSIDE, last) else tag for last, tag in zip(before, tags, strict=True)]
+    return list(tags), _SEQEVAL[scheme]
+
+
+def entities(tags: Sequence[str], scheme: Scheme) -> list[WordSpan]:
+    """The entities that tags mark; what does not follow the scheme marks none, as when entities are scored."""
+    if not tags:
+        return []
+    converted, seqeval_class = scored(tags, scheme)
+    found = seqeval_scheme.Entities([converted], seqeval_class).entities[0]
+    return [WordSpan(entity.start, entity.end, entity.tag) for entity in found]
+
+
+def tags_of(spans: Sequence[WordSpan], words: int, scheme: Scheme) -> list[str]:
+    """The tags that mark some entities, which do not overlap and are in order."""
+    first, inside, last, single = _LETTERS[scheme]
+    tags = [OUTSIDE] * words
+    before = WordSpan(-1, -1, "")
+    for span in spans:
+        length = span.end - span.begin
+        letters = single if length == 1 else first + inside * (length - 2) + last
+        if scheme == "IOB1" and (before.end, before.type) == (span.begin, span.type):
+            letters = "B" + letters[1:]
+        for place, letter in enumerate(letters, start=span.begin):
+            tags[place] = f"{letter}-{span.type}"
+        before = span
+    return tags
+
+
+def check_tags(tags: Sequence[str], scheme: Scheme) -> None:
+    """Refuse tags that do not follow the scheme, such as an I-TYPE after O in BIO.
+
+    Raises:
+        RowError: names the first tag that is wrong.
+    """
+    for tag in tags:
+        entity_type(tag, scheme)
+    right = tags_of(entities(tags, scheme), len(tags), scheme)
+    for place, (tag, expected) in enumerate(zip(tags, right, strict=True)):
+        if tag != expected:
+            before = tags[place - 1] if place else "the beginning"
+            raise RowError(f'tag "{tag}" of word {place + 1} after {before} does not follow {scheme}: see task.scheme')

@@ -1,0 +1,222 @@
+"""Token classification: a tag for every word, and the entities that tags mark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seqeval.metrics
+
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks import metrics
+from megatron_bert.tasks.conll_files import Sentence, WordsExample, joined, read_sentences
+from megatron_bert.tasks.encoding import feature
+from megatron_bert.tasks.rows import BadRows, RowError
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from megatron_bert.tasks.stream import text_of, texts_of
+from megatron_bert.tasks.tag_schemes import OUTSIDE, all_tags, check_tags, entities, entity_type, scored
+from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
+from megatron_bert.tasks.words import pieces_of_words, split_words, word_windows
+from parallel.errors import UserError
+
+
+@dataclass(frozen=True)
+class WordsUnit(Unit):
+    """A window of a sentence.
+
+    Attributes:
+        words: int64 [R], the word of the sentence that each of the feature's rows stands for.
+    """
+
+    words: np.ndarray
+
+
+class TokenClassificationTask(Task[WordsExample, WordsUnit]):
+    """A tag for every word, from its first piece; sentences that are too long are read in overlapping windows.
+
+    Rows of a stream have `text`, which is split into words at white space and punctuation, or the words as `tokens`.
+    Predictions have `text`, `tokens`, `tags`, their `probabilities`, and `entities`: `type`, `text`, its characters
+    `start` and `end`, and `probability`, the mean of its tags'. Tokens given as a list are joined by spaces.
+
+    The labels are "O" and all tags of the scheme for the types of entity in the training file.
+    """
+
+    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
+        super().__init__(settings, data, tokenizer)
+        self.doc_stride = settings.doc_stride or self.max_length // 2
+        self.labels = self._given_labels() if settings.labels is not None else self._find_labels()
+        self.head = Head("token", len(self.labels))
+        types = sorted({tag[2:] for tag in self.labels if tag != OUTSIDE})
+        self.choose_metric(("f1", "precision", "recall", "accuracy", *(f"f1_{name}" for name in types)))
+
+    def _given_labels(self) -> tuple[str, ...]:
+        labels = self.settings.labels or []
+        try:
+            for tag in labels:
+                entity_type(tag, self.settings.scheme)
+        except RowError as reason:
+            raise UserError(f"task.labels: {reason}") from None
+        if OUTSIDE not in labels:
+            raise UserError('task.labels has no "O", the tag of words outside of entities: add it')
+        return tuple(labels)
+
+    def _find_labels(self) -> tuple[str, ...]:
+        if self.data.train is None:
+            raise UserError("there is no training file to find tags in: set task.labels or data.train")
+        types: set[str] = set()
+        for sentence in self._sentences(self.data.train, "train", BadRows("skip")):
+            try:
+                check_tags(sentence.tags or (), self.settings.scheme)
+            except RowError:
+                continue  # reported when the sentence is read for training
+            types |= {tag[2:] for tag in sentence.tags or () if tag != OUTSIDE}
+        if not types:
+            raise UserError(f"{self.data.train} marks no entity in the scheme {self.settings.scheme}: see task.scheme")
+        return all_tags(types, self.settings.scheme)
+
+    def _sentences(self, path: Path, split: str, bad: BadRows) -> Any:
+        columns = self.data.columns
+        token = 0 if columns.token is None else columns.token
+        tag = -1 if columns.tag is None else columns.tag
+        if isinstance(token, str) or isinstance(tag, str):
+            raise UserError("data.columns.token and data.columns.tag of column files are positions: give whole numbers")
+        return read_sentences(path, token, tag, split.startswith("test"), bad)
+
+    def read(self, path: Path, split: str) -> list[WordsExample]:
+        """The sentences of one file."""
+        examples = []
+        for number, sentence in enumerate(self._sentences(path, split, self.bad_rows)):
+            try:
+                self._check(sentence)
+            except RowError as reason:
+                self.bad_rows.add(path, f"line {sentence.line} (the sentence that begins there)", reason)
+                continue
+            text, words = joined(sentence.words)
+            where = f"{path} line {sentence.line}"
+            examples.append(WordsExample(str(number), where, split, text, words, sentence.tags))
+        return examples
+
+    def _check(self, sentence: Sentence) -> None:
+        tags = sentence.tags or ()
+        check_tags(tags, self.settings.scheme)
+        unknown = next((tag for tag in tags if tag not in self.labels), None)
+        if unknown is not None:
+            raise RowError(f'its tag "{unknown}" is unknown (known: {", ".join(self.labels)})')
+
+    def example_from(self, row: Mapping[str, Any], where: str) -> WordsExample:
+        """An example from `tokens`, or from `text`."""
+        name = str(row.get("id", where))
+        if row.get("tokens") is None:
+            text = text_of(row, "text", where)
+            return WordsExample(name, where, "predict", text, split_words(text))
+        return WordsExample(name, where, "predict", *joined(texts_of(row, "tokens", where)))
+
+    def units(self, examples: Sequence[WordsExample], *, train: bool) -> list[WordsUnit]:
+        """One unit a window; every word is in the rows of exactly one of them."""
+        encoded = self.tokenizer.encode_batch_with_spans([example.text for example in examples])
+        number = {tag: place for place, tag in enumerate(self.labels)}
+        room = self.max_length - 2
+        units = []
+        for place, (example, found) in enumerate(zip(examples, encoded, strict=True)):
+            assert example.tags is not None or not train, f"{example.where} has no tags to train on"
+            # A word of endless pieces must leave room for its neighbours.
+            pieces = pieces_of_words(found, example.words, self.tokenizer.unk_id, max(1, room // 2))
+            for window in word_windows([len(word.ids) for word in pieces], room, self.doc_stride):
+                ids: list[int] = []
+                first = {}
+                for word in range(window.begin, window.end):
+                    first[word] = 1 + len(ids) + pieces[word].first
+                    ids += pieces[word].ids
+                sequence = feature(self.tokenizer, ids, None, rows=[first[word] for word in window.own])
+                label = [IGNORED if example.tags is None else number[example.tags[word]] for word in window.own]
+                words = np.array(window.own, dtype=np.int64)
+                units.append(WordsUnit((sequence,), np.array(label, dtype=np.int64), place, words))
+        return units
+
+    def predictions(
+        self, examples: Sequence[WordsExample], units: Sequence[WordsUnit], logits: Sequence[np.ndarray]
+    ) -> list[Prediction]:
+        """Tags and entities of each sentence."""
+        tags = [[OUTSIDE] * len(example.words) for example in examples]
+        chances = [[0.0] * len(example.words) for example in examples]
+        for unit, scores in zip(units, logits, strict=True):
+            if not len(unit.words):
+                continue
+            probabilities = metrics.softmax(scores)
+            for word, best, row in zip(unit.words.tolist(), probabilities.argmax(axis=1), probabilities, strict=True):
+                tags[unit.example][word] = self.labels[int(best)]
+                chances[unit.example][word] = float(row[best])
+        return [self._prediction(*of_one) for of_one in zip(examples, tags, chances, strict=True)]
+
+    def _prediction(self, example: WordsExample, tags: list[str], chances: list[float]) -> Prediction:
+        found = []
+        for span in entities(tags, self.settings.scheme):
+            begin, end = example.words[span.begin][0], example.words[span.end - 1][1]
+            mean = sum(chances[span.begin : span.end]) / (span.end - span.begin)
+            text = example.text[begin:end]
+            found.append({"type": span.type, "text": text, "start": begin, "end": end, "probability": mean})
+        return {
+            "id": example.id,
+            "text": example.text,
+            "tokens": [example.text[begin:end] for begin, end in example.words],
+            "tags": tags,
+            "probabilities": chances,
+            "entities": found,
+        }
+
+    def metrics(self, examples: Sequence[WordsExample], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Precision, recall and F1 of whole entities by seqeval, strict for the scheme, and accuracy of the tags."""
+        pairs = [(e.tags, p["tags"]) for e, p in zip(examples, predictions, strict=True) if e.tags]
+        if not pairs:
+            return {}
+        scheme = self.settings.scheme
+        kind = scored([], scheme)[1]
+        true, given = [scored(t, scheme)[0] for t, _ in pairs], [scored(p, scheme)[0] for _, p in pairs]
+        report = seqeval.metrics.classification_report(
+            true, given, mode="strict", scheme=kind, output_dict=True, zero_division=0
+        )
+        overall = report["micro avg"]
+        same = [tag == predicted for tags, p in pairs for tag, predicted in zip(tags, p, strict=True)]
+        found = {
+            "f1": float(overall["f1-score"]),
+            "precision": float(overall["precision"]),
+            "recall": float(overall["recall"]),
+            "accuracy": sum(same) / len(same),
+        }
+        by_type = (name for name in self.metrics_names if name.startswith("f1_"))
+        return found | {name: float(report.get(name[3:], {}).get("f1-score", 0.0)) for name in by_type}
+
+    def confusion(
+        self, examples: Sequence[WordsExample], predictions: Sequence[Prediction]
+    ) -> tuple[tuple[str, ...], np.ndarray] | None:
+        """Counts of true and predicted tags of words."""
+        pairs = [(e.tags, p["tags"]) for e, p in zip(examples, predictions, strict=True) if e.tags]
+        if not pairs:
+            return None
+        true = [self.labels.index(tag) for tags, _ in pairs for tag in tags]
+        given = [self.labels.index(tag) for _, tags in pairs for tag in tags]
+        return self.labels, metrics.confusion_matrix(true, given, len(self.labels))
+
+    def _found(self) -> dict[str, Any]:
+        return {**super()._found(), "labels": list(self.labels)}
+
+    def write_submission(
+        self, examples: Sequence[WordsExample], predictions: Sequence[Prediction], directory: Path
+    ) -> list[Path]:
+        """Write SPLIT.conll: columns word, tag where known, predicted tag, separated by tabs."""
+        directory.mkdir(parents=True, exist_ok=True)
+        written = []
+        for split in dict.fromkeys(example.split for example in examples):
+            path = directory / f"{split}.conll"
+            with path.open("w", encoding="utf-8", newline="\n") as file:
+                for example, prediction in zip(examples, predictions, strict=True):
+                    if example.split != split:
+                        continue
+                    columns = [prediction["tokens"], *([example.tags] if example.tags else []), prediction["tags"]]
+                    file.writelines("\t".join(cells) + "\n" for cells in zip(*columns, strict=True))
+                    file.write("\n")
+            written.append(path)
+        return written
