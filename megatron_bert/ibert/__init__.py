@@ -1,0 +1,29 @@
+"""I-BERT: BERT encoders in integer arithmetic, and training that is aware of it.
+
+The arithmetic is written down in ``specification.md``.
+"""
+
+from megatron_bert.ibert.calibration import calibrate, freeze_ranges, unfreeze_ranges, update_ranges
+from megatron_bert.ibert.quantization import in_mode, named_ranges, quantize_model, quantized_modules, quantizers
+from megatron_bert.ibert.quantizer import Quantizer
+from megatron_bert.ibert.report import QuantizerReport, as_table, compare_with_float, plot
+from megatron_bert.ibert.settings import FORCE_DEQUANT, QuantizationConfig
+
+__all__ = [
+    "FORCE_DEQUANT",
+    "QuantizationConfig",
+    "Quantizer",
+    "QuantizerReport",
+    "as_table",
+    "calibrate",
+    "compare_with_float",
+    "freeze_ranges",
+    "in_mode",
+    "named_ranges",
+    "plot",
+    "quantize_model",
+    "quantized_modules",
+    "quantizers",
+    "unfreeze_ranges",
+    "update_ranges",
+]

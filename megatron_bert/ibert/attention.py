@@ -1,0 +1,144 @@
+"""Attention of integers, with the gradient of the real function.
+
+Shapes: G sequences times heads, Q queries, K keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_bert.ibert.blocks import blocks
+from megatron_bert.ibert.epilogues import Target, Watch
+from megatron_bert.ibert.exponential import ARGUMENT_BITS
+from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
+from megatron_bert.ibert.products import EXACT, exact_attended
+from megatron_bert.ibert.softmax import MEAN_BITS, inverse_sums, softmax_numerators, weighted_mean
+from parallel.errors import UserError
+
+
+class AttentionScales(NamedTuple):
+    """Real values of one step of the tensors of attention."""
+
+    query: float
+    key: float
+    value: float
+    context: float
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kept: Tensor | None,
+        keep_factor: float,
+        scales: AttentionScales,
+        target: Target,
+        watch: Watch | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dim = query.shape[-1]
+        scores = torch.bmm(query, key.transpose(1, 2))
+        numerators = torch.empty_like(scores)
+        factor = _scalar(scales.query * scales.key * score_factor(dim), query)
+        for rows in blocks(scores):
+            numerators[rows].copy_(softmax_numerators(scores[rows], factor, None if mask is None else mask[rows]))
+        sums = numerators.sum(-1, keepdim=True)  # below 2^24, so exact
+        products = exact_attended(numerators if kept is None else numerators * kept, value)
+        out = torch.empty_like(query)
+        inside = torch.empty(query.shape, dtype=torch.bool, device=query.device)
+        onward = _scalar(scales.value * keep_factor * 2.0**-MEAN_BITS / scales.context, query).value()
+        half = torch.full_like(onward, 0.5)
+        inverses = inverse_sums(sums.long())
+        for rows in blocks(out):
+            inverse = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
+            rounded = carried(weighted_mean(products[rows], inverse), onward, half)
+            if watch is not None:
+                watch(rounded)
+            clamped = rounded.clamp(target.low, target.high)
+            torch.eq(clamped, rounded, out=inside[rows])
+            out[rows].copy_(clamped)
+        ctx.mark_non_differentiable(numerators, sums)
+        ctx.save_for_backward(query, key, value, numerators, sums, kept, inside)
+        ctx.scales, ctx.keep_factor = scales, keep_factor
+        return out, numerators, sums
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None, None, None, None]:
+        query, key, value, numerators, sums, kept, inside = ctx.saved_tensors
+        scales: AttentionScales = ctx.scales
+        gradient = gradient * inside
+        probabilities = numerators / sums.clamp(min=1.0)
+        of_probabilities = torch.bmm(gradient, (value * scales.value).transpose(1, 2))
+        dropped = probabilities
+        if kept is not None:
+            dropped = (probabilities * kept).mul_(ctx.keep_factor)
+            of_probabilities.mul_(kept).mul_(ctx.keep_factor)
+        of_value = torch.bmm(dropped.transpose(1, 2), gradient)
+        of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, torch.float32)
+        root = query.shape[-1] ** -0.5
+        of_query = torch.bmm(of_scores, key * (scales.key * root))
+        of_key = torch.bmm(of_scores.transpose(1, 2), query * (scales.query * root))
+        return of_query, of_key, of_value, None, None, None, None, None, None
+
+
+def score_factor(dim: int) -> float:
+    """What (scale of queries) * (scale of keys) is multiplied with to be the factor of softmax's argument."""
+    return 2**ARGUMENT_BITS * math.log2(math.e) / math.sqrt(dim)
+
+
+def _scalar(value: float, like: Tensor) -> Dyadic:
+    return dyadic(torch.tensor(value, dtype=torch.float64, device=like.device))
+
+
+def integer_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scales: AttentionScales,
+    target: Target,
+    *,
+    kept: Tensor | None = None,
+    keep_factor: float = 1.0,
+    watch: Watch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D)) v in integers.
+
+    Args:
+        query, key, value: ``[B, A, Q or K, D]`` integers of 8 bits.
+        mask: bool ``[B, K]`` or broadcastable to ``[B, A, Q, K]``, true where a key may be attended to; a query without
+            any has the result 0.
+        scales: of the four tensors.
+        target: bounds of the result.
+        kept: bool ``[B, A, Q, K]``, probabilities that dropout keeps.
+        keep_factor: 1 / (1 - probability of dropout).
+        watch: sees the results before they are clamped.
+
+    Returns:
+        ``[B, A, Q, D]`` integers of scale ``scales.context``; the numerators ``[B, A, Q, K]`` before dropout, and their
+        sums ``[B, A, Q, 1]``.
+    """
+    batch, heads, queries, dim = query.shape
+    keys = key.shape[2]
+    if dim * 127 * 127 >= EXACT or keys * 255 >= EXACT:
+        raise UserError(
+            f"attention of head dimension {dim} to {keys} keys is not exact in integers: at most 1040 dimensions and "
+            "65792 keys are"
+        )
+    if mask is not None:
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask
+        mask = mask.expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
+    flat = [t.reshape(batch * heads, t.shape[2], dim).contiguous() for t in (query, key, value)]
+    kept = None if kept is None else kept.reshape(batch * heads, queries, keys)
+    out, numerators, sums = _Attention.apply(*flat, mask, kept, keep_factor, scales, target, watch)
+    result, above, below = (t.unflatten(0, (batch, heads)) for t in (out, numerators, sums))
+    return result, above, below

@@ -1,0 +1,245 @@
+"""What follows a matrix product: bias, requantisation and activation, with straight-through gradients.
+
+Each takes accumulators ``[T, N]`` and the bias as integers of the accumulators' scale, runs the integer function, and
+in the backward pass the derivative of the real function at the rounded argument, times 1 where the result was not
+clamped and 0 where it was. Gradients are those of real values: see :mod:`megatron_bert.ibert.products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_bert.ibert import gelu as integer_gelu
+from megatron_bert.ibert import tanh as integer_tanh
+from megatron_bert.ibert.blocks import blocks
+from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
+
+#: Largest magnitude of a bias in accumulator units: with accumulators below 2^28 the sum is below 2^29.
+_LARGEST_BIAS = 2**28 - 1
+
+#: Called with blocks of results before they are clamped, in units of their scale.
+Watch = Callable[[Tensor], None]
+
+
+class Target(NamedTuple):
+    """Where a requantisation goes.
+
+    Attributes:
+        low, high: bounds of the integers.
+        unit: what the integers are multiplied with in the tensor that is returned: 1 for carried integers, a power of
+            two (their scale) for tensors of the residual stream and logits.
+    """
+
+    low: int
+    high: int
+    unit: float = 1.0
+
+
+class Rescale(NamedTuple):
+    """A requantisation of accumulators with their bias, prepared: ``floor(a * factor + constant)``.
+
+    Attributes:
+        factor: float64 ``[N]`` or a scalar; multiplier / 2^shift.
+        constant: float64 ``[N]`` or a scalar; bias * factor + 1/2.
+    """
+
+    factor: Tensor
+    constant: Tensor
+
+
+@torch.no_grad()
+def rescale(factor: Dyadic, bias: Tensor | None, accumulator_scale: Tensor) -> Rescale:
+    """Prepare a requantisation.
+
+    Args:
+        factor: accumulator scale / result scale.
+        bias: float ``[N]`` of the layer, or None.
+        accumulator_scale: float64 ``[N]``.
+    """
+    value = factor.value()
+    if bias is None:
+        return Rescale(value, torch.full_like(value, 0.5))
+    return Rescale(value, integer_bias(bias, accumulator_scale) * value + 0.5)
+
+
+def integer_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
+    """``floor(bias / scale + 1/2)``, within 28 bits; carried in float64."""
+    return (bias.double() / accumulator_scale + 0.5).floor_().clamp_(-_LARGEST_BIAS, _LARGEST_BIAS)
+
+
+def _clamp_into(out: Tensor, kept: Tensor | None, rounded: Tensor, target: Target, watch: Watch | None) -> None:
+    """Clamp a block into its place of the result, and note where nothing was clamped."""
+    if watch is not None:
+        watch(rounded)
+    inside = rounded.clamp(target.low, target.high)
+    if kept is not None:
+        torch.eq(inside, rounded, out=kept)
+    out.copy_(inside if target.unit == 1.0 else inside.mul_(target.unit))
+
+
+def _empty_mask(ctx: Any, like: Tensor) -> Tensor | None:
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device) if any(ctx.needs_input_grad) else None
+
+
+def _bias_gradient(ctx: Any, gradient: Tensor) -> Tensor | None:
+    return gradient.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+
+
+class _Requantise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None
+    ) -> Tensor:
+        out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+        kept = _empty_mask(ctx, a)
+        for rows in blocks(a):
+            rounded = carried(a[rows], prepared.factor, prepared.constant)
+            _clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
+        ctx.save_for_backward(kept)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        gradient = gradient * ctx.saved_tensors[0]
+        return gradient, _bias_gradient(ctx, gradient), None, None, None
+
+
+def requantised(
+    a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None = None
+) -> Tensor:
+    """Accumulators (or any real values) to integers of another scale.
+
+    Args:
+        a: ``[T, N]`` accumulators; or real values, with 1 / scale as factor.
+        bias: float ``[N]``, only for its gradient: ``prepared`` holds its integers. None without.
+        prepared: of :func:`rescale`.
+        target: bounds and unit of the result.
+        watch: sees the results before they are clamped.
+
+    Returns:
+        ``[T, N]`` float32: integers, or multiples of ``target.unit``.
+    """
+    return _Requantise.apply(a, bias, prepared, target, watch)
+
+
+def quantised(x: Tensor, scale: float, target: Target, watch: Watch | None = None) -> Tensor:
+    """Real values to integers of a scale: ``clamp(floor(x * d + 1/2))``, d the dyadic number nearest to 1 / scale.
+
+    For values of the residual stream the product is exact: they have at most 18 bits, and d has 23. A power of two as
+    scale makes d exact too.
+    """
+    factor = dyadic(torch.tensor(1.0 / scale, dtype=torch.float64, device=x.device))
+    return requantised(x, None, rescale(factor, None, factor.value()), target, watch)
+
+
+class _Dequantise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, scale: Tensor, bias_integers: Tensor | None) -> Tensor:
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return ((a if bias_integers is None else a + bias_integers) * scale).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        return gradient, _bias_gradient(ctx, gradient), None, None
+
+
+def dequantised(a: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The real values that integers (with an integer bias) stand for.
+
+    Args:
+        a: integers.
+        scale: float64, of a step; a scalar or ``[N]``.
+        bias: float ``[N]``, rounded to the scale.
+    """
+    return _Dequantise.apply(a, bias, scale, None if bias is None else integer_bias(bias.detach(), scale))
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        bias: Tensor | None,
+        prepared: Rescale,
+        out_factor: Tensor,
+        target: Target,
+        approximate: str,
+        watch: Watch | None,
+    ) -> Tensor:
+        out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+        kept = _empty_mask(ctx, a)
+        argument = None if kept is None else torch.empty_like(out)
+        bound, half = integer_gelu.LARGEST_ARGUMENT, torch.full_like(out_factor, 0.5)
+        for rows in blocks(a):
+            x = carried(a[rows], prepared.factor, prepared.constant).clamp_(-bound, bound).int()
+            rounded = carried(integer_gelu.gelu(x), out_factor, half)
+            if kept is None or argument is None:
+                _clamp_into(out[rows], None, rounded, target, watch)
+            else:
+                _clamp_into(out[rows], kept[rows], rounded, target, watch)
+                torch.mul(x, 2.0**-integer_gelu.ARGUMENT_BITS, out=argument[rows])
+        ctx.save_for_backward(argument, kept)
+        ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+        argument, kept = ctx.saved_tensors
+        gradient = torch.ops.aten.gelu_backward(gradient * kept, argument, approximate=ctx.approximate)
+        return gradient, _bias_gradient(ctx, gradient), None, None, None, None, None
+
+
+def gelu_requantised(
+    a: Tensor,
+    bias: Tensor | None,
+    accumulator_scale: Tensor,
+    result_scale: float,
+    target: Target,
+    *,
+    approximate: str = "none",
+    watch: Watch | None = None,
+) -> Tensor:
+    """Bias, GELU and requantisation of accumulators ``[T, N]``.
+
+    The argument is rounded to 16 bits of scale 2^-9, whatever the data. Where it is clamped, at 64, GELU is linear.
+
+    Args:
+        a, bias: as in :func:`requantised`.
+        accumulator_scale: float64 ``[N]``.
+        result_scale: of the result's integers.
+        target: bounds and unit of the result.
+        approximate: whose derivative is taken, ``none`` or ``tanh``.
+        watch: sees the results before they are clamped.
+    """
+    into = dyadic(accumulator_scale * 2.0**integer_gelu.ARGUMENT_BITS)
+    out = dyadic(torch.tensor(2.0**-integer_gelu.RESULT_BITS / result_scale, dtype=torch.float64, device=a.device))
+    prepared = rescale(into, bias, accumulator_scale)
+    return _Gelu.apply(a, bias, prepared, out.value(), target, approximate, watch)
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale) -> Tensor:
+        bound = integer_tanh.LARGEST_ARGUMENT
+        argument = carried(a, prepared.factor, prepared.constant).clamp_(-bound, bound).int()
+        out = integer_tanh.tanh(argument).float().mul_(2.0**-integer_tanh.RESULT_BITS)
+        ctx.save_for_backward(out)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (out,) = ctx.saved_tensors
+        gradient = torch.ops.aten.tanh_backward(gradient, out)
+        return gradient, _bias_gradient(ctx, gradient), None
+
+
+def tanh_requantised(a: Tensor, bias: Tensor | None, accumulator_scale: Tensor) -> Tensor:
+    """Bias and tanh of accumulators ``[N, H]``: multiples of 2^-15."""
+    into = dyadic(accumulator_scale * integer_tanh.ARGUMENT_FACTOR)
+    return _Tanh.apply(a, bias, rescale(into, bias, accumulator_scale))

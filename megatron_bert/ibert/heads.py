@@ -1,0 +1,100 @@
+"""Heads in integer arithmetic: pooler, dense heads and the masked-language head.
+
+Each reads the residual stream (or the pooler's output), rounds it to 8 bits, and gives multiples of a power of two:
+logits have 12 fraction bits whatever the scale of a row of weights, so that their order is that of int32 numbers.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bert.ibert.epilogues import (
+    Target,
+    dequantised,
+    gelu_requantised,
+    requantised,
+    rescale,
+    tanh_requantised,
+)
+from megatron_bert.ibert.fixed_point import dyadic
+from megatron_bert.ibert.modules import Quantized
+from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
+from parallel.collectives import copy_to_ranks
+from parallel.sharding import local_tensor
+
+#: Fraction bits and bounds of logits: 25 bits with the sign, which float32 holds.
+LOGIT_BITS = 12
+_LOGITS = Target(-(2**24) + 1, 2**24 - 1, 2.0**-LOGIT_BITS)
+
+
+def logits(sums: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """Accumulators of scale ``scale`` to multiples of 2^-12."""
+    factor = dyadic(scale * 2.0**LOGIT_BITS)
+    return requantised(sums, bias, rescale(factor, None if bias is None else bias.detach(), scale), _LOGITS)
+
+
+class QuantizedDense(Quantized, Dense):
+    """A dense head: logits."""
+
+    def quantise(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantised module."""
+        self.adopt(settings, {"input": "signed"}, settings.dequantised())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, K]`` real values to ``[N, out_features]``, multiples of 2^-12."""
+        if self.mode != "integer":
+            return Dense.forward(self, self.observe("input", x) if self.mode == "observe" else x)
+        sums, scale = self.multiply(self.read(x, "input"), self.weight, "input")
+        return logits(sums, self.bias, scale)
+
+
+class QuantizedPooler(Quantized, Pooler):
+    """Dense and tanh of first tokens."""
+
+    def quantise(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantised module."""
+        self.adopt(settings, {"input": "signed"}, settings.dequantised())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, H]`` real values to ``[N, H]``, multiples of 2^-15."""
+        if self.mode != "integer":
+            return Pooler.forward(self, self.observe("input", x) if self.mode == "observe" else x)
+        sums, scale = self.multiply(self.read(x, "input"), self.weight, "input")
+        return tanh_requantised(sums, self.bias, scale)
+
+
+class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
+    """Dense, GELU, norm and the product with the word embeddings."""
+
+    def quantise(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantised module."""
+        self.adopt(settings, {"input": "signed", "gelu": "stream", "features": "signed"}, settings.dequantised())
+
+    def forward(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
+        """As MaskedLanguageHead; multiples of 2^-12."""
+        if self.mode == "float":
+            return MaskedLanguageHead.forward(self, selected, word_embeddings)
+        if self.mode == "observe":
+            wide = F.gelu(self.dense(self.observe("input", selected)), approximate=self.approximate)
+            features = self.observe("features", self.norm(self.observe("gelu", wide)))
+            return F.linear(copy_to_ranks(features, self.tp), local_tensor(word_embeddings), local_tensor(self.bias))
+        gelu = self.quantizer("gelu")
+        sums, scale = self.multiply(self.read(selected, "input"), self.dense.weight, "input")
+        if "gelu" in self.force:
+            wide = self.read(F.gelu(dequantised(sums, scale, self.dense.bias), approximate=self.approximate), "gelu")
+        else:
+            wide = gelu_requantised(
+                sums,
+                self.dense.bias,
+                scale,
+                gelu.scale(),
+                gelu.target(),
+                approximate=self.approximate,
+                watch=gelu.watch(),
+            )
+            gelu.used(wide)
+        features = self.normalise(self.norm, wide, "gelu", "features")
+        sums, scale = self.multiply(copy_to_ranks(features, self.tp), word_embeddings, "features")
+        return logits(sums, local_tensor(self.bias), scale)

@@ -1,0 +1,282 @@
+"""The transformer layer in integer arithmetic, for both places of the norms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bert.ibert.attention import AttentionScales, integer_attention
+from megatron_bert.ibert.epilogues import dequantised, gelu_requantised, quantised, requantised, rescale
+from megatron_bert.ibert.fixed_point import dyadic
+from megatron_bert.ibert.modules import Quantized
+from megatron_bert.ibert.quantizer import Kind
+from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.ibert.stream import added_to_stream
+from megatron_bert.model.attention_functions import explicit_attention
+from megatron_bert.model.layer import (
+    _ATTENTION_OUTPUT,
+    _ATTENTION_PROBABILITIES,
+    _MLP_OUTPUT,
+    LayerNorm,
+    TransformerLayer,
+    own_tokens,
+)
+from megatron_bert.model.requests import AttentionRequest, LayerOutput
+from megatron_bert.model.sequences import SequenceLayout
+from parallel.collectives import all_gather_tokens, copy_to_ranks, gather_from_ranks
+from parallel.dropout import fold_in, keep_mask
+from parallel.errors import UserError
+from parallel.layers import RowParallelLinear
+from parallel.recompute import recomputed
+from parallel.sharding import local_tensor
+
+_MATRIX_INPUTS: dict[str, Kind] = {
+    "attention_input": "signed",
+    "query": "signed",
+    "key": "signed",
+    "value": "signed",
+    "context": "signed",
+    "mlp_input": "signed",
+    "gelu": "gelu",
+}
+#: Points of the residual stream: with pre-layer-norm what the norms read, with post-layer-norm what they give too.
+_PRE_STREAM: dict[str, Kind] = {"input": "stream", "middle": "stream", "output": "stream"}
+_POST_STREAM: dict[str, Kind] = {
+    "attention_sum": "stream",
+    "middle": "stream",
+    "mlp_sum": "stream",
+    "output": "stream",
+}
+
+
+def check_layer(layer: TransformerLayer) -> None:
+    """Refuse what the specification does not cover.
+
+    Raises:
+        UserError: cross-attention or relative positions.
+    """
+    if hasattr(layer, "cross_attention"):
+        raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantise an encoder")
+    if layer.attention.distance is not None:
+        raise UserError(
+            "the model has relative position embeddings, which integer arithmetic does not cover: quantise a model "
+            "with position_embedding_type absolute"
+        )
+
+
+class QuantizedTransformerLayer(Quantized, TransformerLayer):
+    """A transformer layer whose forward pass is the integer specification; its backward pass goes straight through.
+
+    The parameters are those of the float layer. See ``specification.md``.
+    """
+
+    def quantise(self, settings: QuantizationConfig, number: int) -> None:
+        """Begin as a quantised module."""
+        kinds = _MATRIX_INPUTS | (_POST_STREAM if self.post_norm else _PRE_STREAM)
+        self.adopt(settings, kinds, settings.dequantised(number))
+
+    def compile_forward(self) -> None:
+        """Not possible.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("a quantised layer is not compiled: set training.compile to false")
+
+    # ---------------------------------------------------------------- which way
+
+    def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+        if self.mode == "float":
+            return super()._forward(hidden, layout, keys)
+        output = (self._observed if self.mode == "observe" else self._integer)(
+            hidden, layout, keys, AttentionRequest(mask=layout.rectangle_mask())
+        )
+        return output.hidden
+
+    def _answer(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+    ) -> LayerOutput:
+        if self.mode == "float":
+            return super()._answer(hidden, layout, keys, request)
+        if request.head_mask is not None:
+            raise UserError("head_mask is given, but integer attention has no masks of heads: prune the heads instead")
+        return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, keys, request)
+
+    # ---------------------------------------------------------------- in integers
+
+    def _integer(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+    ) -> LayerOutput:
+        attention = self.attention
+        read = self._integer_read(self.attention_norm, hidden, "input", "attention_input")
+        qkv = self._query_key_value(self._entered(read))
+        query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
+        if request.past is not None:
+            key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
+        token_keys = None if keys is None else layout.to_rectangle(fold_in(keys, _ATTENTION_PROBABILITIES))
+        context, probabilities = recomputed(
+            self._attend, self.recompute, query, key, value, request, token_keys, at="selective"
+        )
+        rows = layout.from_rectangle(context.transpose(1, 2))
+        self.quantizer("context").used(rows)
+        part = self.multiply(rows.flatten(-2), attention.output.weight, "context", divided=self.tp)
+        where = ("attention_sum", "middle") if self.post_norm else ("middle", "middle")
+        hidden = self._integer_add(self.attention_norm, hidden, part, attention.output, keys, _ATTENTION_OUTPUT, where)
+        read = self._integer_read(self.mlp_norm, hidden, "middle", "mlp_input")
+        sums = self.multiply(self._entered(read), self.mlp.intermediate.weight, "mlp_input")
+        part = recomputed(self._activated, self.recompute, *sums, at="selective")
+        where = ("mlp_sum", "output") if self.post_norm else ("output", "output")
+        hidden = self._integer_add(self.mlp_norm, hidden, part, self.mlp.output, keys, _MLP_OUTPUT, where)
+        return LayerOutput(hidden, probabilities, None, (key, value) if request.keep else None)
+
+    def _integer_read(self, norm: LayerNorm, hidden: Tensor, source: str, result: str) -> Tensor:
+        """What a part of the layer reads of the stream, as the integers its first matrix product takes."""
+        if self.post_norm:
+            return self.read(hidden, result)
+        if source == "input":
+            self.quantizer(source).note(hidden)
+        return self.normalise(norm, hidden, source, result)
+
+    def _entered(self, read: Tensor) -> Tensor:
+        """All tokens, for matrices whose rows are divided over the tensor ranks."""
+        return all_gather_tokens(read, self.tp) if self.tp.sequence else copy_to_ranks(read, self.tp)
+
+    def _query_key_value(self, x: Tensor) -> Tensor:
+        """Integers ``[T, A, 3, D]``, each of the three of its own scale."""
+        heads, dim = self.attention.heads, self.attention.head_dim
+        linear = self.attention.query_key_value
+        sums, scale = self.multiply(x, linear.weight, "attention_input")
+        quantizers = [self.quantizer(name) for name in ("query", "key", "value")]
+        scales = torch.tensor([q.scale() for q in quantizers], dtype=torch.float64, device=x.device)
+        bias = None if linear.bias is None else local_tensor(linear.bias)
+        factor = dyadic(scale / scales[None, :, None].expand(heads, 3, dim).flatten())
+        watches = [q.watch() for q in quantizers]
+
+        def watch(rounded: Tensor) -> None:
+            for one, part in zip(watches, rounded.unflatten(-1, (heads, 3, dim)).unbind(2), strict=True):
+                if one is not None:
+                    one(part)
+
+        prepared = rescale(factor, None if bias is None else bias.detach(), scale)
+        any_watch = watch if any(one is not None for one in watches) else None
+        qkv = requantised(sums, bias, prepared, quantizers[0].target(), any_watch).unflatten(-1, (heads, 3, dim))
+        for quantizer, part in zip(quantizers, qkv.unbind(2), strict=True):
+            quantizer.used(part)
+        return qkv
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, request: AttentionRequest, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Context ``[B, A, Q, D]`` in integers, and on request the probabilities ``[B, heads, Q, K]``."""
+        attention, context = self.attention, self.quantizer("context")
+        dropout = attention.dropout if keys is not None else 0.0
+        head_keys = None
+        if dropout > 0.0:
+            assert keys is not None
+            head_keys = fold_in(keys[:, None, :], attention._own_numbers(query.device)[None, :, None])
+        scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value", "context")))
+        if "softmax" in self.force:
+            parts = zip((query, key, value), scales[:3], strict=True)
+            real = [dequantised(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
+            mixed = explicit_attention(real[0], real[1], real[2], request.mask, dropout, head_keys)
+            return quantised(mixed.contiguous(), scales.context, context.target(), context.watch()), None
+        kept = None if head_keys is None else keep_mask(head_keys, key.shape[2], dropout)
+        result, numerators, sums = integer_attention(
+            query,
+            key,
+            value,
+            request.mask,
+            scales,
+            context.target(),
+            kept=kept,
+            keep_factor=1.0 / (1.0 - dropout),
+            watch=context.watch(),
+        )
+        if not request.probabilities:
+            return result, None
+        return result, gather_from_ranks(numerators / sums.clamp(min=1.0), self.tp, dim=1)
+
+    def _activated(self, sums: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """GELU of the wide accumulators, and the product with the second matrix."""
+        gelu, linear = self.quantizer("gelu"), self.mlp.intermediate
+        bias = None if linear.bias is None else local_tensor(linear.bias)
+        if "gelu" in self.force:
+            real = F.gelu(dequantised(sums, scale, bias), approximate=self.mlp.approximate)
+            q = quantised(real, gelu.scale(), gelu.target(), gelu.watch())
+        else:
+            q = gelu_requantised(
+                sums,
+                bias,
+                scale,
+                gelu.scale(),
+                gelu.target(),
+                approximate=self.mlp.approximate,
+                watch=gelu.watch(),
+            )
+        gelu.used(q)
+        return self.multiply(q, self.mlp.output.weight, "gelu", divided=self.tp)
+
+    def _integer_add(
+        self,
+        norm: LayerNorm,
+        hidden: Tensor,
+        part: tuple[Tensor, Tensor],
+        linear: RowParallelLinear,
+        keys: Tensor | None,
+        place: int,
+        where: tuple[str, str],
+    ) -> Tensor:
+        """The stream with what a part of the layer gives: its accumulators and their scale."""
+        sums, scale = part
+        total, after = where
+        target = self.quantizer(total).target()
+        kept, factor = None, 1.0
+        if keys is not None and self.dropout > 0.0:
+            row_keys = fold_in(own_tokens(keys, self.tp), place)
+            kept, factor = keep_mask(row_keys, hidden.shape[-1], self.dropout), 1.0 / (1.0 - self.dropout)
+        bias = linear.bias
+        prepared = rescale(dyadic(scale * (factor / target.unit)), None if bias is None else bias.detach(), scale)
+        watch = self.quantizer(total).watch()
+        hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=factor, watch=watch)
+        self.quantizer(total).used(hidden)
+        return self.normalise(norm, hidden, total, after) if self.post_norm else hidden
+
+    # ---------------------------------------------------------------- in floating point, observed
+
+    def _observed(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+    ) -> LayerOutput:
+        if keys is not None:
+            raise UserError("ranges are observed with dropout switched on: put the model into evaluation mode first")
+        if request.past is not None:
+            raise UserError("ranges are observed with cached keys and values: give whole sequences to calibrate on")
+        everywhere = None if layout.key_mask is None else layout.key_mask.flatten()
+        real = None if everywhere is None else own_tokens(everywhere, self.tp)
+        if not self.post_norm:
+            self.observe("input", hidden, real)
+        read = self.observe("attention_input", self._read(self.attention_norm, hidden), real)
+        attention = self.attention
+        qkv = attention.query_key_value(read).unflatten(-1, (attention.heads, 3, attention.head_dim))
+        for name, one in zip(("query", "key", "value"), qkv.unbind(2), strict=True):
+            self.observe(name, one, everywhere)
+        query, key, value = (one.transpose(1, 2) for one in layout.to_rectangle(qkv).unbind(3))
+        context, probabilities = attention._attend(
+            query, key, value, request.mask, None, explicit=request.probabilities or request.unattended
+        )
+        rows = layout.from_rectangle(context.transpose(1, 2))
+        part = attention.output(self.observe("context", rows, everywhere).flatten(-2))
+        hidden = self._observed_add(self.attention_norm, hidden, part, real, ("attention_sum", "middle"))
+        read = self.observe("mlp_input", self._read(self.mlp_norm, hidden), real)
+        wide = F.gelu(self.mlp.intermediate(read), approximate=self.mlp.approximate)
+        part = self.mlp.output(self.observe("gelu", wide, everywhere))
+        hidden = self._observed_add(self.mlp_norm, hidden, part, real, ("mlp_sum", "output"))
+        shown = attention._all_heads(probabilities, request.probabilities)
+        return LayerOutput(hidden, shown, None, (key, value) if request.keep else None)
+
+    def _observed_add(
+        self, norm: LayerNorm, hidden: Tensor, part: Tensor, real: Tensor | None, where: tuple[str, str]
+    ) -> Tensor:
+        if self.post_norm:
+            self.observe(where[0], hidden + part, real)
+        return self.observe(where[1], self._add(norm, hidden, part), real)

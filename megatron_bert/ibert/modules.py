@@ -1,0 +1,147 @@
+"""What quantised modules share: their ranges, their mode, and linear layers and norms of integers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bert.ibert.epilogues import quantised
+from megatron_bert.ibert.products import integer_product, quantise_weight, sum_over_ranks
+from megatron_bert.ibert.quantizer import Kind, Quantizer
+from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.ibert.stream import normalised_stream
+from megatron_bert.model.layer import LayerNorm
+from parallel.errors import UserError
+from parallel.mesh import TensorParallel
+from parallel.sharding import local_tensor
+
+#: ``integer``: as the specification says. ``float``: as before quantisation. ``observe``: the same, and quantisers see
+#: the tensors they stand for.
+Mode = Literal["integer", "float", "observe"]
+
+
+class Quantized(nn.Module):
+    """A module that was quantised in place: its class changed, its parameters and its place in the model did not.
+
+    Attributes:
+        settings: bit widths and exceptions.
+        mode: what the forward pass computes.
+        ranges: quantisers by name.
+    """
+
+    settings: QuantizationConfig
+    mode: Mode
+    ranges: nn.ModuleDict
+
+    def adopt(self, settings: QuantizationConfig, kinds: dict[str, Kind], force: frozenset[str]) -> None:
+        """Begin as a quantised module.
+
+        Args:
+            settings: of the model.
+            kinds: quantisers to make.
+            force: what is computed in floating point.
+        """
+        self.settings, self.mode, self.force = settings, "integer", force
+        device = next(self.parameters()).device
+        self.ranges = nn.ModuleDict({name: Quantizer(kind, settings, device) for name, kind in kinds.items()})
+        self.train(self.training)
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The quantiser of that name."""
+        found = self.ranges[name]
+        assert isinstance(found, Quantizer)
+        return found
+
+    def read(self, x: Tensor, name: str) -> Tensor:
+        """Real values of the stream to integers of a quantiser."""
+        quantizer = self.quantizer(name)
+        q = quantised(checked(x), quantizer.scale(), quantizer.target(), quantizer.watch())
+        quantizer.used(q)
+        return q
+
+    def normalise(self, norm: LayerNorm, x: Tensor, source: str, result: str) -> Tensor:
+        """Layer norm of the stream, from the integers of one quantiser to those of another."""
+        before, after = self.quantizer(source), self.quantizer(result)
+        if "layernorm" in self.force:
+            real = F.layer_norm(checked(x), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
+            return self.read(real, result)
+        q = normalised_stream(
+            checked(x),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            before.target(),
+            after.scale(),
+            after.bits,
+            after.target(),
+            after.watch(),
+        )
+        after.used(q)
+        return q
+
+    def multiply(
+        self, x: Tensor, weight: Tensor, source: str, *, divided: TensorParallel | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A linear layer's accumulators.
+
+        Args:
+            x: ``[T, K]`` integers of a quantiser.
+            weight: float parameter ``[N, K]``, of which this rank may hold a part.
+            source: the quantiser.
+            divided: the handle, where the ranks share the summed dimension; their accumulators are then summed.
+
+        Returns:
+            ``[T, N]`` (under sequence parallelism ``[T/t, N]`` where they were summed), and its float64 scale ``[N]``.
+        """
+        quantizer = self.quantizer(source)
+        integers = quantise_weight(local_tensor(weight).detach(), self.settings.weight_bits, divided)
+        scale = quantizer.scale()
+        sums = integer_product(x, weight, integers, input_scale=scale, largest_input=quantizer.largest_integer())
+        if divided is not None:
+            sums = sum_over_ranks(sums, divided)
+        return sums, integers.scale.double() * scale
+
+    def observe(self, name: str, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """Show a quantiser the real values it stands for, and return them.
+
+        Args:
+            name: of the quantiser.
+            x: ``[T, ..]``.
+            real: bool ``[T]``, tokens that are no padding; None when all are.
+        """
+        self.quantizer(name).observe(x, real)
+        return x
+
+
+def checked(stream: Tensor) -> Tensor:
+    """The stream, which only float32 holds exactly.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if stream.dtype != torch.float32:
+        raise UserError(
+            f"a quantised module got hidden states in {stream.dtype}: the residual stream is float32, so let mixed "
+            "precision not cast the inputs of modules"
+        )
+    return stream
+
+
+class QuantizedLayerNorm(Quantized, LayerNorm):
+    """The encoder's final norm: from the stream to the stream."""
+
+    def quantise(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantised module."""
+        self.adopt(settings, {"input": "stream", "output": "stream"}, settings.dequantised())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, H]`` to the same, a multiple of the output's scale."""
+        if self.mode == "float":
+            return LayerNorm.forward(self, x)
+        if self.mode == "observe":
+            return self.observe("output", LayerNorm.forward(self, self.observe("input", x)))
+        self.quantizer("input").note(x)
+        return self.normalise(self, x, "input", "output")

@@ -1,0 +1,115 @@
+"""From a float model to a quantised one, and back and forth between its modes.
+
+The modules of the model change their class in place, as PyTorch's own fully sharded data parallelism does it:
+parameters, their names, hooks and references to modules stay, and each quantised module gains quantisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from megatron_bert.ibert.embeddings import QuantizedEmbeddings
+from megatron_bert.ibert.equalisation import equalise_model
+from megatron_bert.ibert.heads import QuantizedDense, QuantizedMaskedLanguageHead, QuantizedPooler
+from megatron_bert.ibert.layer import QuantizedTransformerLayer, check_layer
+from megatron_bert.ibert.modules import Mode, Quantized, QuantizedLayerNorm
+from megatron_bert.ibert.quantizer import Quantizer
+from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.model.encoder import BertEmbeddings, Encoder
+from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
+from parallel.errors import UserError
+
+#: Modules that are replaced whole: what is inside of them is not looked at.
+_SIMPLE: dict[type[nn.Module], type[Quantized]] = {
+    BertEmbeddings: QuantizedEmbeddings,
+    MaskedLanguageHead: QuantizedMaskedLanguageHead,
+    Pooler: QuantizedPooler,
+    Dense: QuantizedDense,
+}
+
+
+def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: bool = True) -> nn.Module:
+    """Make a model compute in integers: its embeddings, layers, final norm, pooler and heads.
+
+    Its ranges are to be calibrated next. Data parallelism is applied after this, not before.
+
+    Args:
+        model: any that is built of ``megatron_bert.model``'s encoder, embeddings and heads, or a pipeline stage of one.
+        settings: bit widths and exceptions.
+        equalise: do what ``settings.equalisation`` says, which changes parameters; False where they are about to be
+            loaded from a quantised model's checkpoint.
+
+    Returns:
+        ``model`` itself, changed.
+
+    Raises:
+        UserError: it is quantised already, holds no encoder, or has what integers do not cover; it is then unchanged.
+    """
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        raise UserError("the model is quantised already: quantise a float model")
+    encoders = [module for module in model.modules() if isinstance(module, Encoder)]
+    if not encoders:
+        raise UserError(f"{type(model).__name__} holds no encoder: quantise a model with one")
+    for encoder in encoders:
+        for layer in encoder.layer_list():
+            check_layer(layer)
+    if equalise:
+        equalise_model(encoders, settings.equalisation)
+    for encoder in encoders:
+        for number, module in encoder.layers.items():
+            module.__class__ = QuantizedTransformerLayer
+            module.quantise(settings, int(number))  # type: ignore[operator]
+        if encoder.final_norm is not None:
+            encoder.final_norm.__class__ = QuantizedLayerNorm
+            encoder.final_norm.quantise(settings)  # type: ignore[operator]
+    _change(model, settings)
+    return model
+
+
+def _change(module: nn.Module, settings: QuantizationConfig) -> None:
+    for child in module.children():
+        replacement = _SIMPLE.get(type(child))
+        if replacement is not None:
+            child.__class__ = replacement
+            child.quantise(settings)  # type: ignore[operator]
+        elif not isinstance(child, Quantized):
+            _change(child, settings)
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
+    """Quantised modules with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            yield name, module
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Quantisers with their names, in the order of the model: the same on ranks that hold the same modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def named_ranges(model: nn.Module) -> dict[str, Tensor]:
+    """The ranges by global name, for checkpoints; whole on every rank."""
+    return {f"{name}.range": quantizer.range for name, quantizer in quantizers(model)}
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Let quantised modules compute in ``integer``, ``float`` or ``observe`` mode while the block lasts.
+
+    ``float`` is the model as it was before, with the weights it has now: a reference, or a teacher.
+    """
+    modules = [module for _, module in quantized_modules(model)]
+    before = [module.mode for module in modules]
+    for module in modules:
+        module.mode = mode
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            module.mode = old

@@ -1,0 +1,166 @@
+"""Quantisers: the range of one place of a model, the scale that follows from it, and what was seen there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import floor, log2
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.ibert.epilogues import Target, Watch
+from megatron_bert.ibert.fixed_point import largest
+from megatron_bert.ibert.gelu import LEAST
+from megatron_bert.ibert.observers import histogram, least_error_range, percentile_range
+from megatron_bert.ibert.settings import QuantizationConfig
+from parallel.errors import UserError
+
+#: ``signed``: symmetric, for inputs of matrix products. ``gelu``: asymmetric, from the least value of GELU up.
+#: ``stream``: symmetric, with a power of two as scale.
+Kind = Literal["signed", "gelu", "stream"]
+#: Given a quantiser and its tensor: real values of the float model, or the integers as they are carried.
+Tap = Callable[["Quantizer", Tensor], None]
+
+
+class Quantizer(nn.Module):
+    """The range of one tensor.
+
+    Attributes:
+        range: float32 scalar buffer, the largest magnitude (``gelu``: value) that is represented; 0 until calibrated.
+        frozen: whether observations leave the range as it is.
+        tap: called with the tensor at each use, integers as they are carried; None mostly.
+    """
+
+    range: Tensor
+
+    def __init__(self, kind: Kind, settings: QuantizationConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.kind, self.settings = kind, settings
+        self.bits = settings.residual_bits if kind == "stream" else settings.activation_bits
+        self.observer = "min_max" if kind == "stream" else settings.observer
+        self.register_buffer("range", torch.zeros((), dtype=torch.float32, device=device))
+        self.frozen = False
+        self.tap: Tap | None = None
+        #: Of the step in progress: the largest magnitude, or a histogram; None when nothing was seen.
+        self.pending: Tensor | None = None
+        #: Of all batches of a calibration.
+        self.counts: Tensor | None = None
+        self._known: tuple[int, int, float] | None = None
+
+    # ---------------------------------------------------------------- scale
+
+    def limit(self) -> float:
+        """The range as a number."""
+        key = (id(self.range), self.range._version)
+        if self._known is None or self._known[:2] != key:
+            self._known = (*key, float(self.range))
+        return self._known[2]
+
+    def scale(self) -> float:
+        """The real value of one step.
+
+        Raises:
+            UserError: the range was never calibrated.
+        """
+        limit = self.limit()
+        if not limit > 0.0:
+            raise UserError(
+                "a quantised model was run before its ranges were calibrated: run calibrate(), or load a checkpoint "
+                "that holds ranges"
+            )
+        if self.kind == "stream":
+            return 2.0 ** -floor(log2(largest(self.bits) / limit))
+        if self.kind == "gelu":
+            return (limit - LEAST) / (2**self.bits - 1)
+        return limit / largest(self.bits)
+
+    def target(self) -> Target:
+        """Bounds of the integers, and the unit of the tensors that carry them."""
+        if self.kind == "gelu":
+            zero_point = floor(-LEAST / self.scale() + 0.5)
+            return Target(-zero_point, 2**self.bits - 1 - zero_point)
+        limit = largest(self.bits)
+        return Target(-limit, limit, self.scale() if self.kind == "stream" else 1.0)
+
+    def largest_integer(self) -> int:
+        """Largest magnitude of the integers."""
+        target = self.target()
+        return max(-target.low, target.high)
+
+    # ---------------------------------------------------------------- observation
+
+    def observe(self, x: Tensor, real: Tensor | None = None) -> None:
+        """Take note of real values, where the float model runs (calibration, or a float pass for comparison).
+
+        Args:
+            x: ``[T, ..]``.
+            real: bool ``[T]``, tokens that are no padding, whose values count; None when all are.
+        """
+        if self.tap is not None:
+            self.tap(self, x.detach())
+        if self.frozen:
+            return
+        x = x if real is None else x[real]
+        magnitudes = x.detach().clamp(min=0.0) if self.kind == "gelu" else x.detach().abs()
+        if self.observer == "min_max":
+            self._note(magnitudes.max().float() if magnitudes.numel() else self.range * 0.0)
+        else:
+            counts = histogram(magnitudes)
+            self.pending = counts if self.pending is None else self.pending + counts
+
+    def _note(self, peak: Tensor) -> None:
+        self.pending = peak if self.pending is None else torch.maximum(self.pending, peak)
+
+    def used(self, q: Tensor) -> None:
+        """Show a tap the integers (or multiples of the unit) of integer arithmetic."""
+        if self.tap is not None:
+            self.tap(self, q.detach())
+
+    def watch(self) -> Watch | None:
+        """What notes the magnitude of integers before they are clamped; None while the range is fixed."""
+        if self.frozen or self.observer != "min_max" or not self.training:
+            return None
+        scale = self.scale()
+
+        def note(rounded: Tensor) -> None:
+            low, high = torch.aminmax(rounded)
+            peak = high if self.kind == "gelu" else torch.maximum(-low, high)
+            self._note((peak.double().clamp_(min=0.0) * scale).float())
+
+        return note
+
+    def restart(self) -> None:
+        """Forget the range and what it came from, for a calibration."""
+        self.range.zero_()
+        self.pending = self.counts = None
+        self.frozen = False
+
+    def note(self, x: Tensor) -> None:
+        """Take note of real values of the stream where integer arithmetic reads them; nothing while it is fixed."""
+        if self.watch() is not None:
+            self._note(x.detach().abs().max().float())
+
+    def follow(self) -> None:
+        """Move the range to what was observed since the last call; ranks must have agreed on it before."""
+        if self.pending is None or self.frozen:
+            self.pending = None
+            return
+        if self.observer == "min_max":
+            peak = self.pending
+            momentum = self.settings.momentum if self.limit() > 0.0 else 0.0
+            self.range.copy_(self.range.float() * momentum + peak * (1.0 - momentum))
+        else:
+            self.counts = self.pending if self.counts is None else self.counts + self.pending
+            counts = self.counts.cpu()
+            if self.observer == "percentile":
+                self.range.fill_(percentile_range(counts, self.settings.percentile))
+            else:
+                self.range.fill_(
+                    least_error_range(counts, 2**self.bits - 1 if self.kind == "gelu" else largest(self.bits))
+                )
+        self.pending = None
+
+    def extra_repr(self) -> str:
+        """Kind and range."""
+        return f"{self.kind}, bits={self.bits}, range={self.limit():.4g}"

@@ -1,0 +1,62 @@
+"""Softmax in integers: numerators of 8 bits relative to the row's largest, and their sum.
+
+I-BERT divides first and rounds probabilities to 8 bits, so that attention spread over more than 256 keys rounds to
+nothing. Here the numerators 0..255 go into the product with the values as they are, and the one division a row comes
+after it: no mass is lost however flat the attention. The result needs no element-wise division either.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_bert.ibert.exponential import LARGEST_ARGUMENT, RESULT_BITS, exponential
+from megatron_bert.ibert.fixed_point import Dyadic, reciprocal, requantise
+
+#: Largest numerator, of the key with the largest score.
+LARGEST_NUMERATOR = 255
+#: Fraction bits of a weighted mean of values before it is requantised.
+MEAN_BITS = 16
+_DROPPED_BITS = RESULT_BITS - 8
+
+
+def softmax_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> Tensor:
+    """exp(score - largest score of the row), in 255ths.
+
+    Args:
+        scores: ``[.., K]``, |score| < 2^24: integers, or carried.
+        factor: (scale of a score) * log2(e) * 2^10.
+        mask: bool, broadcastable to ``scores``, true for keys that count; the others have part in neither maximum nor
+            sum. None when all count.
+
+    Returns:
+        int32 ``[.., K]``, 0 to 255, and 0 where the mask says so. Off by at most 0.6 from 255 exp(..) of the rounded
+        argument. Outside :func:`requantise` the widest intermediate has 27 bits.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -(2**24))
+    distance = scores.amax(-1, keepdim=True) - scores
+    argument = requantise(distance, factor, 0, LARGEST_ARGUMENT).int()
+    numerators = ((exponential(argument) + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS).clamp(max=LARGEST_NUMERATOR)
+    return numerators if mask is None else numerators.masked_fill(~mask, 0)
+
+
+def inverse_sums(sums: Tensor) -> Dyadic:
+    """The factor of :func:`weighted_mean`: 1 / sum with 16 fraction bits.
+
+    Args:
+        sums: int64, sums of numerators, below 2^24; of a row that attends to nothing 0, which counts as 1.
+    """
+    return reciprocal(sums.clamp(min=1)).shifted(MEAN_BITS)
+
+
+def weighted_mean(products: Tensor, inverse: Dyadic) -> Tensor:
+    """Sums of numerator * value divided by the sum of numerators, with 16 fraction bits.
+
+    Args:
+        products: ``[.., D]``, |product| <= 127 * sum: integers, or carried.
+        inverse: ``[.., 1]``, of :func:`inverse_sums`; a row that attends to nothing has products and a result of 0.
+
+    Returns:
+        Like :func:`requantise`, scale 2^-16, magnitude at most 127 * 2^16. The relative error is below 2^-22.
+    """
+    return requantise(products, inverse, -(2**23), 2**23)

@@ -1,0 +1,183 @@
+"""The residual stream: integers of 16 bits (or more) whose scale is a power of two.
+
+A tensor that leaves a module holds the real values n 2^-k, which float32 represents exactly, so that whatever stands
+between the modules (pipeline stages, gathers over tokens, selections, additions of zeros) needs to know nothing of
+scales. A module that reads the stream recovers the integers without knowing its writer's k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bert.ibert import layer_norm as integer_norm
+from megatron_bert.ibert.blocks import blocks
+from megatron_bert.ibert.epilogues import Rescale, Target, Watch
+from megatron_bert.ibert.fixed_point import Dyadic, carried, reciprocal
+
+
+class _AddToStream(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: Tensor,
+        a: Tensor,
+        bias: Tensor | None,
+        prepared: Rescale,
+        target: Target,
+        kept_of_part: Tensor | None,
+        keep_factor: float,
+        watch: Watch | None,
+    ) -> Tensor:
+        out = torch.empty(stream.shape, dtype=torch.float32, device=a.device)
+        inside = torch.empty(stream.shape, dtype=torch.bool, device=a.device) if any(ctx.needs_input_grad) else None
+        steps = torch.tensor(1.0 / target.unit, dtype=torch.float64, device=a.device)
+        half = torch.full_like(steps, 0.5)
+        for rows in blocks(out):
+            part = carried(a[rows], prepared.factor, prepared.constant)
+            if kept_of_part is not None:
+                part.mul_(kept_of_part[rows])
+            total = part.add_(carried(stream[rows], steps, half))
+            if watch is not None:
+                watch(total)
+            clamped = total.clamp(target.low, target.high)
+            if inside is not None:
+                torch.eq(clamped, total, out=inside[rows])
+            out[rows].copy_(clamped.mul_(target.unit))
+        ctx.save_for_backward(inside, kept_of_part)
+        ctx.keep_factor, ctx.bias_dtype = keep_factor, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None, None, None]:
+        inside, kept_of_part = ctx.saved_tensors
+        gradient = gradient * inside
+        part = gradient
+        if kept_of_part is not None:
+            part = (gradient * kept_of_part).mul_(ctx.keep_factor)
+        of_bias = part.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return gradient, part, of_bias, None, None, None, None, None
+
+
+def added_to_stream(
+    stream: Tensor,
+    a: Tensor,
+    bias: Tensor | None,
+    prepared: Rescale,
+    target: Target,
+    *,
+    kept: Tensor | None = None,
+    keep_factor: float = 1.0,
+    watch: Watch | None = None,
+) -> Tensor:
+    """The residual sum: ``clamp(floor(stream / unit + 1/2) + floor((a + b) * factor + 1/2)) * unit``.
+
+    Args:
+        stream: ``[T, H]`` real values of the stream.
+        a: ``[T, H]`` accumulators of the part that is added.
+        bias: float ``[H]`` of that part, for its gradient.
+        prepared: accumulator scale (times ``keep_factor``) / unit, with the bias.
+        target: bounds and unit of the result.
+        kept: bool ``[T, H]``, elements of the part that dropout keeps; None without dropout.
+        keep_factor: 1 / (1 - probability of dropout).
+        watch: sees the sums before they are clamped.
+    """
+    return _AddToStream.apply(stream, a, bias, prepared, target, kept, keep_factor, watch)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        source: Target,
+        eps: float,
+        parameters: integer_norm.Affine,
+        target: Target,
+        watch: Watch | None,
+    ) -> Tensor:
+        width = stream.shape[-1]
+        out = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
+        wanted = any(ctx.needs_input_grad)
+        inside = torch.empty(stream.shape, dtype=torch.bool, device=stream.device) if wanted else None
+        steps = torch.tensor(1.0 / source.unit, dtype=torch.float64, device=stream.device)
+        half = torch.full_like(steps, 0.5)
+        epsilon = torch.tensor(epsilon_steps(eps, width, source.unit), device=stream.device)
+
+        def integers(rows: slice) -> Tensor:
+            return carried(stream[rows], steps, half).clamp_(source.low, source.high).long()
+
+        # What is done once a row is done for all rows at once.
+        sums = [integer_norm.moments(integers(rows)) for rows in blocks(stream)]
+        totals, squares = (torch.cat(parts) for parts in zip(*sums, strict=True))
+        deviations = integer_norm.deviation(totals, squares, width, epsilon)
+        inverses = reciprocal(deviations)
+        for rows in blocks(stream):
+            own = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
+            normal = integer_norm.normalised(integers(rows), totals[rows], own, width)
+            result = integer_norm.scaled(normal, parameters)
+            if watch is not None:
+                watch(result)
+            clamped = result.clamp(target.low, target.high)
+            if inside is not None:
+                torch.eq(clamped, result, out=inside[rows])
+            out[rows].copy_(clamped if target.unit == 1.0 else clamped.double().mul_(target.unit))
+        if wanted:
+            mean = totals.double().mul_(source.unit / width).float()
+            inverse = deviations.double().reciprocal_().mul_(width / source.unit).float()
+            ctx.save_for_backward(stream, weight, bias, inside, mean, inverse)
+        return out
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+        stream, weight, bias, inside, mean, inverse = ctx.saved_tensors
+        of_stream, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient * inside,
+            stream,
+            list(weight.shape),
+            mean,
+            inverse,
+            weight.float(),
+            bias.float(),
+            ctx.needs_input_grad[:3],
+        )
+        as_given = [None if g is None else g.to(p.dtype) for g, p in ((of_weight, weight), (of_bias, bias))]
+        return of_stream, as_given[0], as_given[1], None, None, None, None, None
+
+
+def epsilon_steps(eps: float, width: int, unit: float) -> int:
+    """Epsilon of a layer norm in units of N^2 variance / unit^2."""
+    return min(int(eps * width * width / unit**2 + 0.5), 2**60)
+
+
+def normalised_stream(
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    source: Target,
+    scale: float,
+    bits: int,
+    target: Target,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Layer norm of the stream.
+
+    Args:
+        stream: ``[T, H]`` real values.
+        weight, bias: ``[H]``.
+        eps: added to the variance.
+        source: bounds and unit that the stream is rounded to first; it already is, if its writer used the same.
+        scale, bits: of the result's integers.
+        target: bounds and unit of the result.
+        watch: sees the results before they are clamped.
+    """
+    step = torch.tensor(scale, dtype=torch.float64, device=stream.device)
+    parameters = integer_norm.affine(weight.detach(), bias.detach(), step, bits)
+    return _LayerNorm.apply(stream, weight, bias, source, eps, parameters, target, watch)
