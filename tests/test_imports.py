@@ -20,9 +20,11 @@ MAY_IMPORT = {
 }
 #: Room of megatron_bert -> rooms it may not import, directly or through others.
 FORBIDDEN = {
-    "model": {"config", "config_checks", "config_file", "data", "training", "cli"},
+    "model": {"config", "config_checks", "config_file", "data", "tasks", "training", "finetuning", "cli"},
     "data": {"training", "cli"},
-    "training": {"cli"},
+    "tasks": {"training", "finetuning", "cli"},
+    "training": {"tasks", "finetuning", "cli"},
+    "finetuning": {"cli"},
     "convert": {"training", "cli"},
     "family": {"training", "cli"},
     "config": {"training", "cli"},

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_bert.config_file import validated
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.classification import (
     MegatronBertForMultipleChoice,
@@ -116,7 +117,7 @@ def load_task(source: Path, data: dict[str, Any] | None = None) -> SavedTask:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
     tokenizer: Tokenizer = load_tokenizer(directory)
-    settings = TaskDataSettings.model_validate(how | (data or {}))
+    settings = validated(how | (data or {}), TaskDataSettings, source="the settings of the data")
     task = restore_task(described, tokenizer, settings)
     public = _CLASSES[task.head.kind].from_pretrained(directory)
     model = BertForTask(public.config, task.head.kind, task.head.outputs)

@@ -1,0 +1,50 @@
+"""Which units stand in which batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
+from tests.megatron_bert.finetuning.support import HEADS, random_units
+
+
+def test_every_epoch_has_every_unit_once_in_another_order() -> None:
+    epochs = [shuffled(range(start, start + 10), 10, 3) for start in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert shuffled(range(5, 15), 10, 3) == epochs[0][5:] + epochs[1][:5]
+    assert shuffled(range(10), 10, 4) != epochs[0]
+
+
+def test_a_step_has_the_same_units_at_every_layout() -> None:
+    def units_of_steps(data: int, micro: int) -> list[list[int]]:
+        per_rank = []
+        for rank in range(data):
+            places = list(step_places(6, 3, batch=12, micro=micro, data_rank=rank, data_size=data))
+            share = len(places) // 3
+            per_rank.append([[n for place in places[s * share : (s + 1) * share] for n in place] for s in range(3)])
+        return [sorted(n for steps in per_rank for n in steps[s]) for s in range(3)]
+
+    expected = [list(range(6 + 12 * step, 18 + 12 * step)) for step in range(3)]
+    for data, micro in ((1, 12), (1, 4), (2, 6), (2, 3), (3, 2), (4, 1)):
+        assert units_of_steps(data, micro) == expected
+
+
+def test_sequences_stand_end_to_end() -> None:
+    units = random_units("choice", 3)
+    batch = collate_units(units, [5, 6, 7], HEADS["choice"], pad_id=0, most_features=4, multiple=8)
+    features = [feature for unit in units for feature in unit.features]
+    lengths = [len(feature.tokens) for feature in features]
+    assert batch.lengths == tuple(lengths)
+    assert batch.tokens.shape[0] % 8 == 0
+    assert batch.tokens.shape[0] - sum(lengths) < 8
+    for start, feature in zip(batch.first_tokens.tolist(), features, strict=True):
+        assert np.array_equal(batch.tokens[start : start + len(feature.tokens)], feature.tokens)
+        assert np.array_equal(batch.types[start : start + len(feature.tokens)], feature.types)
+        assert batch.positions[start] == 0
+    samples = [batch.samples[start].item() for start in batch.first_tokens.tolist()]
+    assert len(set(samples)) == len(features), "dropout masks of choices differ"
+    scores = batch.by_unit(torch.arange(len(features), dtype=torch.float32))
+    assert [int((row > -torch.inf).sum()) for row in scores] == [len(unit.features) for unit in units]
+    assert scores[scores > -torch.inf].tolist() == list(range(len(features)))

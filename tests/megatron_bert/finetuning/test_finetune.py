@@ -1,0 +1,182 @@
+"""Whole fine-tuning runs: learning, stopping, going on, what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megatron_bert.finetuning.finetune import finetune
+from megatron_bert.finetuning.objective import Finetuning
+from megatron_bert.finetuning.results import read_results
+from megatron_bert.training.trainer import Trainer
+from parallel.errors import UserError
+from tests.megatron_bert.finetuning.support import make_run, rows, run_settings, write_classes
+from tests.megatron_bert.training.runs import assert_same_checkpoint
+
+
+class KilledError(Exception):
+    """Stands for a killed process."""
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, *args: Any) -> Any:
+        if self.step == step:
+            raise KilledError
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_learns_and_leaves_a_model_that_transformers_reads(tmp_path: Path) -> None:
+    settings = make_run(
+        tmp_path,
+        training__epochs=8,
+        training__micro_batch_size=16,
+        learning_rate__peak=1e-3,
+        model__hidden_dropout_prob=0.0,
+        model__attention_probs_dropout_prob=0.0,
+        data__test=tmp_path / "test.jsonl",
+        logging__every=10,
+    )
+    write_classes(tmp_path / "test.jsonl", 30, 3)
+    finetune(settings)
+    results = read_results(tmp_path / "run")
+    assert results is not None
+    assert results["splits"]["valid"]["accuracy"] > 0.7, "a third is chance"
+    assert results["splits"]["test"]["accuracy"] > 0.7
+    assert [entry["examples"] for entry in results["data"]["train"]] == [120]
+    assert {"curves.png", "confusion_valid.png", "confusion_test.png", "config.yaml"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+
+    model_directory = tmp_path / "run" / "model"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(model_directory).eval()
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory)
+    predicted = [json.loads(line) for line in (tmp_path / "run" / "predictions_valid.jsonl").open(encoding="utf-8")]
+    rows_read = [json.loads(line) for line in (tmp_path / "valid.jsonl").open(encoding="utf-8")]
+    with torch.no_grad():
+        for row, prediction in zip(rows_read, predicted, strict=True):
+            assert prediction["id"] == row["id"]
+            logits = theirs(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+            expected = logits.softmax(dim=0)
+            for number, name in theirs.config.id2label.items():
+                assert prediction["probabilities"][name] == pytest.approx(float(expected[number]), abs=1e-5)
+
+
+def test_the_best_checkpoint_is_kept_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are forced: the second evaluation is the best."""
+    scores = iter([0.2, 0.9, 0.3, 0.4, 0.5])
+    monkeypatch.setattr(Finetuning, "evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    settings = make_run(tmp_path, training__steps=10, training__evaluate_every=2, checkpoint__every=2)
+    finetune(settings)
+    results = read_results(tmp_path / "run")
+    assert results is not None
+    assert (results["best_step"], results["steps"]) == (4, 10)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000010",
+    ]
+
+
+def test_stops_early_and_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = iter([0.5, 0.6, 0.4, 0.6])
+    monkeypatch.setattr(Finetuning, "evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    settings = make_run(tmp_path, training__steps=20, training__evaluate_every=2, training__patience=2)
+    finetune(settings)
+    results = read_results(tmp_path / "run")
+    assert results is not None
+    assert (results["best_step"], results["steps"]) == (4, 8)
+    assert "the run ends early" in capsys.readouterr().out
+    finetune(settings)
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"checkpoint__every": 3, "training__evaluate_every": 4, "checkpoint__keep": 0, "training__steps": 12}
+    finetune(make_run(tmp_path, **changes))
+    other = run_settings(tmp_path, training__run_dir=tmp_path / "killed", **changes)
+    with monkeypatch.context() as patched:
+        interrupt_after(7, patched)
+        with pytest.raises(KilledError):
+            finetune(other)
+    finetune(other)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "run")
+    last = Path("checkpoints") / "step_00000012"
+    assert_same_checkpoint(tmp_path / "killed" / last, tmp_path / "run" / last)
+
+
+def test_seeds_are_reported_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = make_run(tmp_path, training__steps=3, training__seeds=[1, 2, 3])
+    with monkeypatch.context() as patched:
+        interrupt_after(2, patched)
+        with pytest.raises(KilledError):
+            finetune(settings)
+    finetune(settings)
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    single = [read_results(tmp_path / "run" / f"seed_{seed}") for seed in (1, 2, 3)]
+    losses = sorted(run["splits"]["valid"]["loss"] for run in single if run is not None)
+    assert len(set(losses)) == 3
+    summary = results["splits"]["valid"]["loss"]
+    assert (summary["lowest"], summary["median"], summary["highest"]) == tuple(losses)
+    assert (tmp_path / "run" / "seeds.png").is_file()
+    assert "of 3 seeds" in capsys.readouterr().out
+
+
+def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = make_run(tmp_path, training__steps=1, data__on_bad_row="skip")
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "w1"\n')
+    finetune(settings)
+    assert "skipped 1 bad rows" in capsys.readouterr().out
+    results = read_results(tmp_path / "run")
+    assert results is not None
+    assert results["data"]["train"][0]["skipped"] == 1
+
+
+class TestMistakes:
+    """Each is one sentence, before anything is written."""
+
+    def refusal(self, folder: Path, **changes: Any) -> str:
+        settings = make_run(folder, **changes)
+        with pytest.raises(UserError) as caught:
+            finetune(settings)
+        assert not (folder / "run" / "checkpoints").exists() or not list((folder / "run" / "checkpoints").iterdir())
+        return str(caught.value)
+
+    def test_too_long_for_the_model(self, tmp_path: Path) -> None:
+        assert "task.max_length is 64, but the model takes at most 24" in self.refusal(tmp_path, task__max_length=64)
+
+    def test_tensor_size(self, tmp_path: Path) -> None:
+        assert "processes" in self.refusal(tmp_path, parallel__tensor=3)
+
+    def test_no_training_data(self, tmp_path: Path) -> None:
+        assert "data.train" in self.refusal(tmp_path, data__train=None, task__labels=["a", "b", "c"])
+
+    def test_no_vocabulary(self, tmp_path: Path) -> None:
+        settings = make_run(tmp_path)
+        for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "encoder" / name).unlink()
+        with pytest.raises(UserError, match=r"set tokenizer\.path"):
+            finetune(settings)
+
+    def test_warm_up_said_twice(self, tmp_path: Path) -> None:
+        text = self.refusal(tmp_path, learning_rate__warmup_fraction=0.1, learning_rate__warmup_steps=4)
+        assert "both say how long the warm-up is" in text
+
+    def test_resume_with_another_task(self, tmp_path: Path) -> None:
+        finetune(make_run(tmp_path, training__steps=2))
+        (tmp_path / "run" / "results.json").unlink()
+        with pytest.raises(UserError, match="task settings or labels"):
+            finetune(run_settings(tmp_path, training__steps=2, task__max_length=12))

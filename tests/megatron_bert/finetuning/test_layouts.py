@@ -1,0 +1,140 @@
+"""Fine-tuning at any layout is the fine-tuning of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bert.finetuning.finetune import finetune
+from megatron_bert.finetuning.results import read_results
+from tests.megatron_bert.finetuning.support import (
+    join_world,
+    make_encoder,
+    rows,
+    run_settings,
+    write_answers,
+    write_classes,
+    write_entities,
+    write_questions,
+)
+from tests.worlds import run_world
+
+#: Sums in another order, in float32, carried through a few steps of an optimizer with a large eps.
+CLOSE = 2e-5
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"parallel__tensor": 2},
+    "sequence": {"parallel__tensor": 2, "parallel__sequence": True},
+    "pipeline": {"parallel__pipeline": 2, "training__micro_batch_size": 4},
+    "interleaved": {
+        "parallel__pipeline": 2,
+        "parallel__schedule": "interleaved-1f1b",
+        "training__micro_batch_size": 4,
+        "training__recompute": "full",
+    },
+    "zero_bubble": {"parallel__pipeline": 2, "parallel__schedule": "zero-bubble-h1", "training__micro_batch_size": 4},
+    "data": {"training__micro_batch_size": 4},
+    "sharded": {"parallel__sharding": "full", "training__micro_batch_size": 4},
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "classification": {},
+    "multiple_choice": {
+        "task": {"name": "multiple_choice", "max_length": 24},
+        "data": {"train": "questions.jsonl", "valid": "questions.jsonl", "format": "arc"},
+    },
+    "question_answering": {
+        "task": {"name": "question_answering", "max_length": 12, "doc_stride": 4},
+        "data": {"train": "answers.json", "valid": "answers.json"},
+    },
+    "token_classification": {
+        "task": {"name": "token_classification", "max_length": 12, "doc_stride": 3},
+        "data": {"train": "entities.conll", "valid": "entities.conll"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetuning")
+    make_encoder(folder)
+    write_classes(folder / "train.jsonl", 40, 1)
+    write_classes(folder / "valid.jsonl", 20, 2)
+    write_questions(folder / "questions.jsonl", 24, 3)
+    write_answers(folder / "answers.json", 24, 4)
+    write_entities(folder / "entities.conll", 24, 5)
+    return folder
+
+
+def run(folder: Path, run_dir: Path, task: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses of every step and the scores after the last; the same on every rank."""
+    settings = run_settings(
+        folder,
+        optimizer__eps=1e-3,
+        training__steps=4,
+        training__evaluate_every=2,
+        training__evaluate_batch_size=3,
+        training__run_dir=run_dir,
+        **changes,
+    ).model_dump(by_alias=True)
+    for section, values in TASKS[task].items():
+        given = {k: folder / v if k in ("train", "valid") else v for k, v in values.items()}
+        settings[section] = given if section == "data" else values
+    finetune(type(run_settings(folder)).model_validate(settings))
+    return rows(run_dir)
+
+
+def run_rank(folder: Path, out: Path, task: str, layouts: dict[str, dict[str, Any]]) -> None:
+    join_world()
+    for name, changes in layouts.items():
+        run(folder, out / name, task, changes)
+
+
+def compare(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(actual) == len(expected)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=CLOSE, abs=1e-6), (mine["step"], name)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_layout_gives_the_curve_of_one_process(folder: Path, tmp_path: Path, task: str) -> None:
+    expected = run(folder, tmp_path / "one", task, {})
+    assert sum("loss" in row for row in expected) == 4
+    assert sum("valid_loss" in row for row in expected) == 2
+    chosen = LAYOUTS if task == "classification" else {k: LAYOUTS[k] for k in ("sequence", "interleaved", "sharded")}
+    run_world(2, run_rank, folder, tmp_path, task, chosen)
+    for name in chosen:
+        compare(rows(tmp_path / name), expected)
+
+
+def test_a_run_goes_on_at_another_layout(folder: Path, tmp_path: Path) -> None:
+    """And what it leaves behind is the same."""
+    expected = run(folder, tmp_path / "one", "classification", {"learning_rate__layer_decay": 0.8})
+    half = {"learning_rate__layer_decay": 0.8, "checkpoint__every": 2, "checkpoint__keep": 0}
+    run(folder, tmp_path / "two", "classification", half)
+    run_dir = tmp_path / "two"
+    (run_dir / "results.json").unlink()
+    for step in (3, 4):
+        path = run_dir / "checkpoints" / f"step_{step:08d}"
+        if path.is_dir():
+            path.rename(tmp_path / path.name)
+    half |= {"parallel__tensor": 2, "parallel__sequence": True}
+    run_world(2, run_rank, folder, tmp_path, "classification", {"two": half})
+    compare(rows(run_dir), expected)
+    found, wanted = read_results(run_dir), read_results(tmp_path / "one")
+    assert found is not None
+    assert wanted is not None
+    assert found["best_step"] == wanted["best_step"]
+    mine, theirs = _weights(run_dir), _weights(tmp_path / "one")
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "model" / "model.safetensors")

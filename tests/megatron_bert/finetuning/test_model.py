@@ -1,0 +1,123 @@
+"""The task model and its losses beside transformers' classes, on the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import megatron_bert
+from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.tasks.task import Unit
+from tests.megatron_bert.finetuning.support import CONFIG, HEADS, random_units
+
+THEIRS = {"sequence": "SequenceClassification", "choice": "MultipleChoice", "token": "TokenClassification"}
+
+
+def models(kind: str, folder: Any) -> tuple[BertForTask, Any, Any]:
+    """Ours, the public class with the same weights, and transformers' class."""
+    head = HEADS[kind]
+    name = f"MegatronBertFor{THEIRS.get(head.kind, 'QuestionAnswering')}"
+    config = replace(CONFIG, id2label=None, label2id=None, num_labels=head.outputs, problem_type=head.problem)
+    torch.manual_seed(3)
+    public = getattr(megatron_bert, name)(config).eval()
+    public.save_pretrained(folder)
+    theirs = getattr(transformers, name).from_pretrained(folder).eval()
+    ours = BertForTask(config, head.kind, head.outputs)
+    weights = {public.names.canonical(key): value for key, value in public.named_parameters()}
+    with torch.no_grad():
+        for key, parameter in ours.named_parameters():
+            parameter.copy_(weights[key])
+    return ours, public, theirs
+
+
+def padded(units: list[Unit]) -> dict[str, Tensor]:
+    """transformers' arguments for the sequences of units, in a rectangle."""
+    features = [feature for unit in units for feature in unit.features]
+    longest = max(len(feature.tokens) for feature in features)
+    ids, types, mask = np.zeros((3, len(features), longest), dtype=np.int64)
+    for row, feature in enumerate(features):
+        length = len(feature.tokens)
+        ids[row, :length], types[row, :length], mask[row, :length] = feature.tokens, feature.types, 1
+    arrays = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def their_loss(kind: str, theirs: Any, unit: Unit) -> tuple[Tensor, Tensor]:
+    """transformers' loss and logits of one unit alone, without padding."""
+    head, given = HEADS[kind], padded([unit])
+    label = torch.from_numpy(unit.label)
+    if head.kind == "choice":
+        output = theirs(**{name: value[None] for name, value in given.items()}, labels=label)
+        return output.loss, output.logits.reshape(-1, 1)
+    if head.kind == "span":
+        output = theirs(**given, start_positions=label[:1], end_positions=label[1:])
+        return output.loss, torch.stack((output.start_logits[0], output.end_logits[0]), dim=1)
+    if head.kind == "token":
+        tags = torch.full_like(given["input_ids"], -100)
+        tags[0, torch.from_numpy(unit.features[0].rows)] = label
+        output = theirs(**given, labels=tags)
+        return output.loss, output.logits[0, torch.from_numpy(unit.features[0].rows)]
+    whole = head.problem == "single_label_classification"
+    output = theirs(**given, labels=label if whole else label[None])
+    return output.loss, output.logits
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_loss_logits_and_gradients_equal_transformers(kind: str, tmp_path: Any) -> None:
+    ours, public, theirs = models(kind, tmp_path)
+    units = random_units(kind, 6)
+    batch = collate_units(units, range(6), HEADS[kind], pad_id=0, most_features=4, multiple=4)
+    logits = ours(batch)
+    total = task_loss_sum(logits, batch, HEADS[kind])
+    total.backward()
+    expected, their_logits = torch.zeros(()), []
+    for unit in units[:-1]:  # the last has no label
+        loss, scores = their_loss(kind, theirs, unit)
+        # Their loss of a unit is the mean over its tokens for a token head, and over labels for several: ours too, but
+        # for the token head, whose sum is over tokens.
+        expected = expected + loss * (len(unit.label) if kind == "token" else 1)
+        their_logits.append(scores)
+    expected.backward()
+    count = sum(len(scores) for scores in their_logits)
+    torch.testing.assert_close(logits[:count], torch.cat(their_logits), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    assert labelled(batch, HEADS[kind]).sum() == (sum(len(u.label) for u in units[:-1]) if kind == "token" else 5)
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        keys = public.names.theirs(name)
+        if len(keys) > 1:
+            continue  # the fused matrix: covered by what flows through it
+        mine, reference = parameter.grad, gradients[keys[0]].grad
+        assert mine is not None
+        assert reference is not None, name
+        torch.testing.assert_close(mine[: len(reference)], reference, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_loss_does_not_depend_on_how_units_are_batched(kind: str) -> None:
+    head, units = HEADS[kind], random_units(kind, 6)
+    torch.manual_seed(3)
+    model = BertForTask(CONFIG, head.kind, head.outputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+
+    def loss(groups: list[list[int]]) -> float:
+        """With dropout, whose masks belong to the unit."""
+        total = 0.0
+        for group in groups:
+            batch = collate_units([units[i] for i in group], group, head, pad_id=0, most_features=4)
+            total += task_loss_sum(model(batch, 11), batch, head).item()
+        return total
+
+    whole = loss([[0, 1, 2, 3, 4, 5]])
+    assert loss([[0, 1], [2, 3], [4, 5]]) == pytest.approx(whole, rel=1e-5)
+    assert loss([[4, 2], [5, 3, 0], [1]]) == pytest.approx(whole, rel=1e-5)
