@@ -16,7 +16,7 @@ from megatron_bert.ibert.epilogues import Target, Watch
 from megatron_bert.ibert.exponential import ARGUMENT_BITS
 from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
 from megatron_bert.ibert.products import EXACT, exact_attended
-from megatron_bert.ibert.softmax import MEAN_BITS, inverse_sums, softmax_numerators, weighted_mean
+from megatron_bert.ibert.softmax import MEAN_BITS, MOST_KEYS, inverse_sums, softmax_numerators, weighted_mean
 from parallel.errors import UserError
 
 
@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
         factor = _scalar(scales.query * scales.key * score_factor(dim), query)
         for rows in blocks(scores):
             numerators[rows].copy_(softmax_numerators(scores[rows], factor, None if mask is None else mask[rows]))
-        sums = numerators.sum(-1, keepdim=True)  # below 2^24, so exact
+        sums = numerators.sum(-1, keepdim=True)  # below 2^22, so exact
         products = exact_attended(numerators if kept is None else numerators * kept, value)
         out = torch.empty_like(query)
         inside = torch.empty(query.shape, dtype=torch.bool, device=query.device)
@@ -129,10 +129,10 @@ def integer_attention(
     """
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
-    if dim * 127 * 127 >= EXACT or keys * 255 >= EXACT:
+    if dim * 127 * 127 >= EXACT or keys > MOST_KEYS:
         raise UserError(
             f"attention of head dimension {dim} to {keys} keys is not exact in integers: at most 1040 dimensions and "
-            "65792 keys are"
+            f"{MOST_KEYS} keys are"
         )
     if mask is not None:
         mask = mask[:, None, None, :] if mask.dim() == 2 else mask

@@ -18,8 +18,8 @@ from megatron_bert.ibert import tanh as integer_tanh
 from megatron_bert.ibert.blocks import blocks
 from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
 
-#: Largest magnitude of a bias in accumulator units: with accumulators below 2^28 the sum is below 2^29.
-_LARGEST_BIAS = 2**28 - 1
+#: Largest magnitude of a bias in accumulator units: with at most 12288 products of 255 * 127 the sum is below 2^29.
+_LARGEST_BIAS = 2**27 - 1
 
 #: Called with blocks of results before they are clamped, in units of their scale.
 Watch = Callable[[Tensor], None]
@@ -67,7 +67,7 @@ def rescale(factor: Dyadic, bias: Tensor | None, accumulator_scale: Tensor) -> R
 
 
 def integer_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
-    """``floor(bias / scale + 1/2)``, within 28 bits; carried in float64."""
+    """``floor(bias / scale + 1/2)``, below 2^27 in magnitude; carried in float64."""
     return (bias.double() / accumulator_scale + 0.5).floor_().clamp_(-_LARGEST_BIAS, _LARGEST_BIAS)
 
 

@@ -44,8 +44,8 @@ def equalise_model(encoders: Iterable[Encoder], kind: str) -> None:
         for layer in encoder.layer_list():
             if layer.post_norm:
                 raise UserError(
-                    f"equalisation is {kind!r}, but post-layer-norm feeds its norms to the residual stream too: set it to "
-                    "none"
+                    f"equalisation is {kind!r}, but the norms of post-layer-norm feed the residual stream too: set it "
+                    "to none"
                 )
             for norm, linear in (
                 (layer.attention_norm, layer.attention.query_key_value),

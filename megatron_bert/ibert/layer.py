@@ -50,12 +50,24 @@ _POST_STREAM: dict[str, Kind] = {
 }
 
 
-def check_layer(layer: TransformerLayer) -> None:
+#: Limits of exactness: N |x| < 2^28 for layer norm, 12288 products of 255 * 127 in an accumulator.
+_LARGEST_ROW, _MOST_PRODUCTS = 2**28, 12288
+
+
+def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
     """Refuse what the specification does not cover.
 
     Raises:
-        UserError: cross-attention or relative positions.
+        UserError: cross-attention, relative positions, or a layer too wide for exact sums.
     """
+    width, products = layer.attention_norm.weight.shape[0], layer.mlp.output.in_features
+    if width * 2 ** (settings.residual_bits - 1) > _LARGEST_ROW:
+        raise UserError(
+            f"a residual stream of {settings.residual_bits} bits and {width} columns overflows layer norm's sums: set "
+            f"residual_bits to {(_LARGEST_ROW // width).bit_length()} or less"
+        )
+    if products > _MOST_PRODUCTS:
+        raise UserError(f"the intermediate size is {products}, but accumulators hold {_MOST_PRODUCTS} products at most")
     if hasattr(layer, "cross_attention"):
         raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantise an encoder")
     if layer.attention.distance is not None:

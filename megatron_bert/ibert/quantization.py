@@ -55,7 +55,7 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: 
         raise UserError(f"{type(model).__name__} holds no encoder: quantise a model with one")
     for encoder in encoders:
         for layer in encoder.layer_list():
-            check_layer(layer)
+            check_layer(layer, settings)
     if equalise:
         equalise_model(encoders, settings.equalisation)
     for encoder in encoders:

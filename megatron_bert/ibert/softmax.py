@@ -16,7 +16,8 @@ from megatron_bert.ibert.fixed_point import Dyadic, reciprocal, requantise
 LARGEST_NUMERATOR = 255
 #: Fraction bits of a weighted mean of values before it is requantised.
 MEAN_BITS = 16
-_DROPPED_BITS = RESULT_BITS - 8
+#: A row may have this many keys: sums of numerators are below 2^22, and of numerator * value below 2^29.
+MOST_KEYS = 2**14
 
 
 def softmax_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> Tensor:
@@ -29,14 +30,15 @@ def softmax_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> T
             sum. None when all count.
 
     Returns:
-        int32 ``[.., K]``, 0 to 255, and 0 where the mask says so. Off by at most 0.6 from 255 exp(..) of the rounded
-        argument. Outside :func:`requantise` the widest intermediate has 27 bits.
+        int32 ``[.., K]``, 0 to 255, and 0 where the mask says so. Off by at most 0.63 from 255 exp(..): 0.5 of
+        rounding, 0.09 of the argument's 2^-11, 0.04 of the exponential. Outside :func:`requantise` the widest
+        intermediate has 27 bits.
     """
     if mask is not None:
         scores = scores.masked_fill(~mask, -(2**24))
     distance = scores.amax(-1, keepdim=True) - scores
     argument = requantise(distance, factor, 0, LARGEST_ARGUMENT).int()
-    numerators = ((exponential(argument) + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS).clamp(max=LARGEST_NUMERATOR)
+    numerators = (exponential(argument) * LARGEST_NUMERATOR + (1 << (RESULT_BITS - 1))) >> RESULT_BITS
     return numerators if mask is None else numerators.masked_fill(~mask, 0)
 
 
@@ -44,7 +46,7 @@ def inverse_sums(sums: Tensor) -> Dyadic:
     """The factor of :func:`weighted_mean`: 1 / sum with 16 fraction bits.
 
     Args:
-        sums: int64, sums of numerators, below 2^24; of a row that attends to nothing 0, which counts as 1.
+        sums: int64, sums of numerators, below 2^22; of a row that attends to nothing 0, which counts as 1.
     """
     return reciprocal(sums.clamp(min=1)).shifted(MEAN_BITS)
 
@@ -53,7 +55,7 @@ def weighted_mean(products: Tensor, inverse: Dyadic) -> Tensor:
     """Sums of numerator * value divided by the sum of numerators, with 16 fraction bits.
 
     Args:
-        products: ``[.., D]``, |product| <= 127 * sum: integers, or carried.
+        products: ``[.., D]``, |product| <= 127 * sum < 2^29: integers, or carried.
         inverse: ``[.., 1]``, of :func:`inverse_sums`; a row that attends to nothing has products and a result of 0.
 
     Returns:
