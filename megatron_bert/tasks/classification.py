@@ -42,6 +42,11 @@ class ClassificationTask(SequenceTask):
         if isinstance(label, list):
             if not self.settings.multi_label:
                 raise UserError("data.columns.label is a list, as multi-label tasks have: set task.multi_label: true")
+            if self.settings.labels is not None and len(self.settings.labels) != len(label):
+                raise UserError(
+                    f"task.labels has {len(self.settings.labels)} names, but data.columns.label has {len(label)} "
+                    "columns: give a name for each"
+                )
             return tuple(self.settings.labels or map(str, label))
         if self.problem == "regression" or self.settings.labels is not None:
             return tuple(self.settings.labels or ())
@@ -84,7 +89,9 @@ class ClassificationTask(SequenceTask):
 
     def _unlabelled(self, row: Row, split: str) -> bool:
         """Whether a test row has no label, as test files may."""
-        return split.startswith("test") and not any(row.has(column) for column in self._label_columns())
+        nothing = (None,) if self.settings.multi_label else (None, "")
+        columns = self._label_columns()
+        return split.startswith("test") and all(not row.has(c) or row.value(c) in nothing for c in columns)
 
     def _label_columns(self) -> list[Column]:
         label = self.data.columns.label

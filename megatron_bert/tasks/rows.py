@@ -130,10 +130,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def file_fingerprint(path: Path) -> dict[str, Any]:
-    """Path, sha256 (64 hex digits) and size in bytes of a file, by which to tell whether two runs had the same data."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(path), "sha256": digest, "bytes": path.stat().st_size}
+    """Path, sha256 (64 hex digits) and size in bytes, by which to tell whether two runs had the same data.
+
+    Of a directory: of the relative names and the contents of all *.txt files below it.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"path": str(path), "sha256": digest, "bytes": path.stat().st_size}
+    together, size = hashlib.sha256(), 0
+    for part in sorted(path.rglob("*.txt")):
+        found = file_fingerprint(part)
+        together.update(f"{part.relative_to(path).as_posix()}\0{found['sha256']}\n".encode())
+        size += found["bytes"]
+    return {"path": str(path), "sha256": together.hexdigest(), "bytes": size}
 
 
 def check_text(text: str) -> None:

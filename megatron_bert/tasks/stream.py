@@ -20,7 +20,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f'{where} has no "{key}" (found: {found}): give each row a text under this key')
     if not isinstance(row[key], str):
         raise UserError(f'{where} holds {json.dumps(row[key])[:40]} under "{key}": expected a text')
-    return row[key]
+    return _valid(row[key], key, where)
 
 
 def texts_of(row: Mapping[str, Any], key: str, where: str) -> list[str]:
@@ -32,4 +32,12 @@ def texts_of(row: Mapping[str, Any], key: str, where: str) -> list[str]:
     values = row.get(key)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UserError(f'{where} needs a list of texts under "{key}"')
-    return values
+    return [_valid(value, key, where) for value in values]
+
+
+def _valid(text: str, key: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f'{where} holds half of a surrogate pair under "{key}", which is no valid text') from None
+    return text

@@ -140,7 +140,11 @@ class Task(ABC, Generic[ExampleT, UnitT]):
     def splits(self) -> tuple[str, ...]:
         """Names of the splits there are: of files, and held out of the training file."""
         files = self.files()
-        return (*files, *(split for split in held_out_splits(self.data) if "train" in files))
+        held_out = held_out_splits(self.data) if "train" in files else ()
+        for part in held_out:
+            if any(split.startswith(part) for split in files):
+                raise UserError(f"there are files for {part} in {self.data.directory}: leave out data.{part}_fraction")
+        return (*files, *held_out)
 
     @property
     def valid_splits(self) -> tuple[str, ...]:
