@@ -36,13 +36,13 @@ class LoadingReport:
         missing: parameters that the files do not hold; they have initial values.
         unexpected: what the files hold beyond the model.
         mismatched: parameters of another shape than the files'; they have initial values.
-        quantization: buffers of transformers' quantised layers, which a model in floating point does not use.
+        quantization: buffers of transformers' quantised layers, which no parameter is filled from.
     """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
-    quantization: list[str] = field(default_factory=list)
+    quantization: dict[str, StateTensor] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, list[str]]:
         """By kind."""
@@ -50,7 +50,7 @@ class LoadingReport:
             "missing_keys": self.missing,
             "unexpected_keys": self.unexpected,
             "mismatched_keys": self.mismatched,
-            "quantization_keys": self.quantization,
+            "quantization_keys": list(self.quantization),
         }
 
     def warn(self, model: str, source: Path) -> None:
@@ -58,8 +58,6 @@ class LoadingReport:
         if self.missing or self.mismatched:
             names = _some(self.missing + self.mismatched)
             logger.warning("%s: not in %s, so they have initial values; train them: %s", model, source, names)
-        if self.quantization:
-            logger.info("%s: %d quantisation buffers of %s are not used", model, len(self.quantization), source)
         if self.unexpected:
             logger.warning("%s: not used of %s: %s", model, source, _some(self.unexpected))
 
@@ -101,8 +99,9 @@ def load_model(
         else:
             report.mismatched += keys
     used = {key for name, _ in model.named_parameters() for key in model.names.theirs(name)}
-    for key in (key for key in stored if key not in used):
-        (report.quantization if model.names.of_quantization(key) else report.unexpected).append(key)
+    beyond = {key: tensor for key, tensor in stored.items() if key not in used}
+    report.quantization = {key: t for key, t in beyond.items() if model.names.of_quantization(key)}
+    report.unexpected = [key for key in beyond if key not in report.quantization]
     _initialize_rest(model, plan.keys())
     for parameter, found in plan.values():
         values = fuse([tensor.load() for tensor in found], model.config.head_dim)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_bert.family.load import LoadingReport, load_model
 from megatron_bert.family.names import MEGATRON_BERT, Names
@@ -22,6 +23,8 @@ from parallel.errors import UserError
 from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import TensorParallel
 from parallel.sharding import initialize
+
+logger = logging.getLogger(__name__)
 
 
 class PreTrainedModel(nn.Module):
@@ -222,6 +225,23 @@ class PreTrainedModel(nn.Module):
 
     # ---------------------------------------------------------------- files
 
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What is saved beside the parameters, by transformers' names of a class with a head."""
+        return {}
+
+    def save_beside(self, directory: Path) -> None:
+        """Write what a directory holds besides configuration and weights; the first tensor rank calls."""
+        if any(True for _ in self.buffers()):
+            logger.warning(
+                "%s has buffers, as those that hold the ranges of a quantised model, which %s does not: save_ranges "
+                "writes them, and load_ranges quantises the loaded model as they say",
+                type(self).__name__,
+                directory,
+            )
+
+    def finish_loading(self, directory: Path, report: LoadingReport) -> None:
+        """Do what is to be done once the parameters are loaded."""
+
     def save_pretrained(
         self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None
     ) -> None:
@@ -280,6 +300,7 @@ class PreTrainedModel(nn.Module):
             config = cls.config_class.from_dict(config.to_dict(), **changes)
         model = cls(config, initial=False, **construct)  # type: ignore[call-arg]
         report: LoadingReport = load_model(model, Path(directory), torch_dtype, ignore_mismatched_sizes)
+        model.finish_loading(Path(directory), report)
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model
 

@@ -47,6 +47,7 @@ def save_model(model: PreTrainedModel, directory: Path, max_shard_size: int | st
                 path.unlink()  # else a reader would mix the shards of two models
         kind = str(model.dtype).removeprefix("torch.")
         replace(model.config, torch_dtype=kind).save_pretrained(directory, architecture=type(model).__name__)
+        model.save_beside(directory)
     parameters = dict(model.named_parameters())
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -57,6 +58,8 @@ def save_model(model: PreTrainedModel, directory: Path, max_shard_size: int | st
             if first:
                 tensors |= _theirs(model, name, whole)
         if first:
+            if number == len(shards):
+                tensors |= _own_names(model, model.extra_tensors())
             save_file(tensors, directory / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
     if first and len(shards) > 1:
@@ -71,7 +74,11 @@ def _theirs(model: PreTrainedModel, name: str, whole: Tensor) -> dict[str, Tenso
     tensors = dict(zip(keys, separate(whole, len(keys), model.config.head_dim), strict=True))
     if keys == (model.names.output_bias,) and not model.config.tie_word_embeddings:
         tensors[model.names.output_bias_copy] = whole
-    # The bare encoder's names have no prefix.
+    return _own_names(model, tensors)
+
+
+def _own_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are written; the names of the bare encoder have no prefix."""
     cut = f"{model.names.prefix}." if model.base_model is model else ""
     return {key.removeprefix(cut): tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_bert.ibert.settings import FORCE_DEQUANT
 from megatron_bert.model.configuration import MegatronBertConfig, explaining_names
 from parallel.errors import UserError
 
-#: What force_dequant may leave in floating point: nothing, one kind of function, or all of them.
-FORCE_DEQUANT = ("none", "gelu", "softmax", "layernorm", "nonlinear")
 #: Fields that have one value, and why.
 _FIXED = {
     "layer_norm_placement": ("post", "I-BERT normalises after each sum"),

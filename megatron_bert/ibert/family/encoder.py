@@ -5,38 +5,70 @@ Shapes: B sequences, S tokens of each, H hidden size.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.load import LoadingReport
 from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from megatron_bert.family.pretrained import PreTrainedModel
 from megatron_bert.ibert.configuration import IBertConfig
 from megatron_bert.ibert.family.names import IBERT
-from parallel.errors import UserError
+from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, their_ranges
+from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
+from megatron_bert.ibert.quantization import quantize_model, quantizers
+from megatron_bert.ibert.settings import QuantizationConfig
 
 
 class IBertPreTrainedModel(PreTrainedModel):
     """The base of every I-BERT class."""
 
     base_model_prefix = "ibert"
+    config: IBertConfig
     config_class = IBertConfig
     names = IBERT
     layer_norm_placement = "post"
+
+    def _begin(self, initial: bool) -> None:
+        super()._begin(initial)
+        if initial and self.config.quant_mode:  # otherwise a checkpoint comes first, or it is a part of another
+            self._quantise()
+
+    def _quantise(self) -> None:
+        quantize_model(self, QuantizationConfig(force_dequant=self.config.force_dequant))
+        follow_training(self)
+
+    def finish_loading(self, directory: Path, report: LoadingReport) -> None:
+        """With quant_mode: as the directory says, or with the ranges that transformers' layers have left there."""
+        if not self.config.quant_mode:
+            return
+        if (directory / RANGES_NAME).is_file():
+            load_ranges(self, directory)
+            follow_training(self)
+        else:
+            self._quantise()
+            read_their_ranges(self, self.names, report.quantization)
+
+    def save_beside(self, directory: Path) -> None:
+        """Write the ranges of a quantised model; an older model's file is removed."""
+        if any(True for _ in quantizers(self)):
+            save_ranges(self, directory)
+        else:
+            (directory / RANGES_NAME).unlink(missing_ok=True)
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The ranges of a quantised model, as transformers' layers have them."""
+        return their_ranges(self, self.names)
 
 
 class IBertModel(IBertPreTrainedModel, EncoderModel):
     """Hidden states of every token, and the pooled first token of every sequence; arguments as of EncoderModel."""
 
     positions_after_padding = True
-
-    def __init__(self, config: IBertConfig, *arguments: Any, **named: Any) -> None:
-        if getattr(config, "quant_mode", False):
-            raise UserError("model.quant_mode is true, but these classes compute in floating point only: leave it out")
-        super().__init__(config, *arguments, **named)
 
     def forward(
         self,

@@ -1,0 +1,105 @@
+"""quant_mode: integer arithmetic that finds its own ranges in training, and the ranges that transformers' files hold.
+
+| here                              | transformers' IBert                                        |
+|-----------------------------------|------------------------------------------------------------|
+| embeddings: sum, output           | embeddings_act1, output_activation                         |
+| layer: query, key, value, context | attention.self.{query,key,value,output}_activation         |
+| attention_sum, middle             | attention.output.{ln_input_act,output_activation}          |
+| mlp_input                         | pre_intermediate_act                                       |
+| gelu                              | intermediate.output_activation                             |
+| mlp_sum, output                   | output.{ln_input_act,output_activation}                    |
+| attention_input                   | the output_activation of what is below                     |
+
+Their heads stay in floating point, so there are no ranges for ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.convert.state import StateTensor
+from megatron_bert.family.names import Names
+from megatron_bert.ibert.calibration import update_ranges
+from megatron_bert.ibert.gelu import LEAST
+from megatron_bert.ibert.quantization import in_mode, quantizers
+from megatron_bert.ibert.quantizer import Quantizer
+
+_EMBEDDINGS = {"sum": "embeddings_act1", "output": "output_activation"}
+_LAYER = {
+    "query": "attention.self.query_activation",
+    "key": "attention.self.key_activation",
+    "value": "attention.self.value_activation",
+    "context": "attention.self.output_activation",
+    "attention_sum": "attention.output.ln_input_act",
+    "middle": "attention.output.output_activation",
+    "mlp_input": "pre_intermediate_act",
+    "gelu": "intermediate.output_activation",
+    "mlp_sum": "output.ln_input_act",
+    "output": "output.output_activation",
+}
+#: Their ranges before anything was seen.
+_UNSEEN = 1.1e-5
+
+
+def follow_training(model: nn.Module) -> None:
+    """Let the ranges of a quantised model follow its forward passes in training; in evaluation they stay.
+
+    The first pass in training finds ranges that are not known, from its batch in floating point and without dropout.
+    """
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    if not model.training:
+        return
+    groups = () if model.tp.size == 1 else (model.tp.group,)
+    if any(quantizer.limit() == 0.0 and not quantizer.frozen for _, quantizer in quantizers(model)):
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        with torch.no_grad(), in_mode(model, "observe"):
+            model.forward(*arguments, **named)
+        for module in training:
+            module.training = True
+    update_ranges(model, groups)
+
+
+def _places(model: nn.Module, names: Names) -> Iterator[tuple[Quantizer, str]]:
+    """Quantisers of the encoder and the places of transformers' that have the same tensor."""
+    prefix = names.prefix
+    for name, quantizer in quantizers(model):
+        owner, _, place = names.canonical(name).rpartition(".ranges.")
+        if owner == "embeddings":
+            yield quantizer, f"{prefix}.embeddings.{_EMBEDDINGS[place]}"
+        elif owner.startswith("encoder.layers."):
+            number = int(owner.split(".")[2])
+            if place in _LAYER:
+                yield quantizer, f"{prefix}.encoder.layer.{number}.{_LAYER[place]}"
+            else:
+                below = f"encoder.layer.{number - 1}.output" if number else "embeddings"
+                yield quantizer, f"{prefix}.{below}.output_activation"
+
+
+def read_their_ranges(model: nn.Module, names: Names, stored: Mapping[str, StateTensor]) -> None:
+    """Take over the ranges of transformers' quantised layers, where they have seen anything."""
+    for quantizer, place in _places(model, names):
+        if f"{place}.x_min" in stored and f"{place}.x_max" in stored:
+            least, most = (float(stored[f"{place}.{end}"].load()) for end in ("x_min", "x_max"))
+            limit = most if quantizer.kind == "gelu" else max(-least, most)
+            if limit > _UNSEEN:
+                quantizer.range.fill_(limit)
+
+
+def their_ranges(model: nn.Module, names: Names) -> dict[str, Tensor]:
+    """The ranges as transformers' quantised layers have them, by their names."""
+    tensors = {}
+    for quantizer, place in _places(model, names):
+        limit = quantizer.limit()
+        if limit > 0.0:
+            least = LEAST if quantizer.kind == "gelu" else -limit
+            tensors[f"{place}.x_min"] = torch.tensor([least])
+            tensors[f"{place}.x_max"] = torch.tensor([limit])
+    return tensors

@@ -1,0 +1,74 @@
+"""The ranges of a quantised model in a file beside its weights.
+
+The weights stay those of the float model, with the names that transformers' classes read; ``quantization.json`` holds
+how they were quantised and the range of every quantiser, by its name in a pretraining checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.family.pretrained import PreTrainedModel
+from megatron_bert.ibert.quantization import quantize_model, quantizers
+from megatron_bert.ibert.settings import QuantizationConfig
+from parallel.errors import UserError
+
+RANGES_NAME = "quantization.json"
+
+
+def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write the file beside the weights that ``save_pretrained`` writes; under tensor parallelism on one rank.
+
+    Raises:
+        UserError: the model is not quantised.
+    """
+    found = dict(quantizers(model))
+    if not found:
+        raise UserError(f"{type(model).__name__} has no ranges to save: quantise it first")
+    content = {
+        "settings": asdict(next(iter(found.values())).settings),
+        "frozen": all(quantizer.frozen for quantizer in found.values()),
+        # A float32 number is exact as a Python float, and that as its shortest text.
+        "ranges": {model.names.canonical(name): quantizer.limit() for name, quantizer in found.items()},
+    }
+    (Path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_ranges(model: PreTrainedModel, directory: str | Path) -> None:
+    """Quantise a model in floating point as the file in a directory says.
+
+    Ranges that the file does not hold, those of another head, stay to be calibrated.
+
+    Raises:
+        UserError: there is none, it is damaged, or the model is quantised already.
+    """
+    path = Path(directory) / RANGES_NAME
+    if not path.is_file():
+        raise UserError(f"{directory} holds no {RANGES_NAME}: quantise the model with quantize_model, and calibrate it")
+    settings, ranges, frozen = _read(path)
+    quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
+    for name, quantizer in quantizers(model):
+        quantizer.frozen = frozen
+        limit = ranges.get(model.names.canonical(name))
+        if limit is not None:
+            quantizer.range.fill_(limit)
+
+
+def _read(path: Path) -> tuple[QuantizationConfig, dict[str, float], bool]:
+    known = {field.name for field in fields(QuantizationConfig)}
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        settings = dict(content["settings"])
+        ranges = {str(name): float(limit) for name, limit in content["ranges"].items()}
+        by_layer = {int(layer): kind for layer, kind in settings.pop("layer_force_dequant", {}).items()}
+        if not settings.keys() <= known or not all(0 <= limit < inf for limit in ranges.values()):
+            raise ValueError("unknown settings, or a range that is none")
+        return QuantizationConfig(**settings, layer_force_dequant=by_layer), ranges, content["frozen"] is True
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({type(error).__name__}): save the quantised model again") from None
