@@ -30,6 +30,8 @@ def macro_f1(true: Sequence[int], predicted: Sequence[int]) -> float:
 
 def matthews(true: Sequence[int], predicted: Sequence[int]) -> float:
     """Matthews' correlation; 0 where one side is constant."""
+    if len(set(true)) < 2 or len(set(predicted)) < 2:
+        return 0.0
     return float(sklearn.metrics.matthews_corrcoef(true, predicted))
 
 

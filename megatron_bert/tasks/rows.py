@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -181,34 +181,41 @@ def read_table(
         return
     names: tuple[str, ...] | None = None
     width, number = 0, -1
-    for line, cells in _read_csv(path, bad) if kind == "csv" else _read_tsv(path):
+    read: Iterable[tuple[int, list[str] | RowError]] = _read_csv(path) if kind == "csv" else _read_tsv(path)
+    for line, cells in read:
         if header and names is None:
             names = _names(path, line, cells)
             width = len(names)
             continue
         number += 1
         try:
-            for cell in cells:
-                check_text(cell)
-            if equal_widths and width and len(cells) != width:
-                raise RowError(f"it has {len(cells)} columns, expected {width}")
+            values = _checked(cells)
+            if equal_widths and width and len(values) != width:
+                raise RowError(f"it has {len(values)} columns, expected {width}")
         except RowError as reason:
             bad.add(path, f"line {line}", reason)
             continue
-        width = width or len(cells)
-        yield Row(path, line, number, cells, names)
+        width = width or len(values)
+        yield Row(path, line, number, values, names)
 
 
-def _names(path: Path, line: int, cells: list[str]) -> tuple[str, ...]:
+def _names(path: Path, line: int, cells: list[str] | RowError) -> tuple[str, ...]:
     """The columns' names, from the first line."""
     try:
-        for cell in cells:
-            check_text(cell)
+        cells = _checked(cells)
     except RowError as reason:
         raise UserError(f"{path} line {line}, the names of the columns, cannot be used: {reason}") from None
     if len(set(cells)) != len(cells):
         raise UserError(f"{path} line {line} names a column twice: {', '.join(cells)}")
     return tuple(cells)
+
+
+def _checked(cells: list[str] | RowError) -> list[str]:
+    if isinstance(cells, RowError):
+        raise cells
+    for cell in cells:
+        check_text(cell)
+    return cells
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -217,14 +224,14 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield line, text.split("\t")
 
 
-def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
+def _read_csv(path: Path) -> Iterator[tuple[int, list[str] | RowError]]:
     reader = csv.reader((text + "\n" for _, text in read_lines(path)), strict=True)
     while True:
         line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            bad.add(path, f"line {line}", RowError(f"it is not CSV ({error})"))
+            yield line, RowError(f"it is not CSV ({error})")
             continue
         if cells is None:
             return
