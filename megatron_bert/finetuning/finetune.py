@@ -12,9 +12,9 @@ from megatron_bert.config_checks import check_layout, check_learning_rate, check
 from megatron_bert.finetuning.objective import Finetuning
 from megatron_bert.finetuning.pictures import draw_run, draw_seeds
 from megatron_bert.finetuning.results import RESULTS_FILE, read_results, write_json, write_results
-from megatron_bert.finetuning.saved import MODEL_FOLDER, save_task, task_config
+from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+from megatron_bert.finetuning.start import MODEL_FOLDER, encoder_config, find_tokenizer
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
@@ -106,7 +106,7 @@ def _train(
     resume_from = find_resume(settings)
     objective = Finetuning(settings, config, task, training.seed)
     check_learning_rate(settings.learning_rate, objective.total_steps)
-    trainer = Trainer(settings, objective, mesh, world, resume_from, start_from=settings.model.from_)
+    trainer = Trainer(settings, objective, mesh, world, resume_from)
     steps = objective.total_steps
     with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
         report.say(trainer.describe())
@@ -114,7 +114,7 @@ def _train(
         if task.bad_rows.count:
             report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
         report.say(f"resuming from {resume_from}" if resume_from else f"starting from {settings.model.from_}")
-        for note in trainer.notes:
+        for note in trainer.model.notes:
             report.say(f"note: {note}")
         reason = trainer.run(stop, report)
         if reason is not None:

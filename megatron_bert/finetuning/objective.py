@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bert.convert.opening import load_into
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
 from megatron_bert.finetuning.losses import labelled, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
+from megatron_bert.finetuning.start import finetuned_directory, load_finetuned
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
@@ -88,6 +90,15 @@ class Finetuning(Objective):
         """The encoder's part with the task's head."""
         head = self.task.head
         return BertForTask(self.config, head.kind, head.outputs, tp=tp, part=part, recompute=recompute, device=device)
+
+    def fill(self, stage: BertForTask) -> list[str]:
+        """With the weights of ``model.from``."""
+        wanted = self.settings.model
+        if wanted.keep_head:
+            load_finetuned(stage, wanted.from_)
+            return []
+        report = load_into(stage, finetuned_directory(wanted.from_))
+        return [f"{name} is not in {wanted.from_} and starts anew" for name in report.missing]
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Nothing: the constructor has read the data."""

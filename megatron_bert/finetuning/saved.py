@@ -17,6 +17,7 @@ from megatron_bert.family.classification import (
     MegatronBertForTokenClassification,
 )
 from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.finetuning.start import MODEL_FOLDER
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
 from megatron_bert.tasks.registry import restore_task
@@ -27,8 +28,6 @@ from parallel.errors import UserError
 
 #: File that says what the model was fine-tuned for.
 TASK_FILE = "task.json"
-#: Folder of a fine-tuning run with the model of its best checkpoint.
-MODEL_FOLDER = "model"
 
 _CLASSES: dict[HeadKind, Any] = {
     "sequence": MegatronBertForSequenceClassification,

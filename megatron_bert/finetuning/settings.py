@@ -19,6 +19,9 @@ class FinetuneModelSettings(Section):
         description="Checkpoint to start from, of any format `megatron-bert inspect` knows: a run directory of this "
         "project, a Hugging Face or Megatron directory, an NGC zip.",
     )
+    keep_head: bool = Field(
+        False, description="Take the head too, from a model that was fine-tuned for the same classes."
+    )
     hidden_dropout_prob: float | None = Field(
         None, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output; the checkpoint's when unset."
     )

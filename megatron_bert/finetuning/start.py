@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from megatron_bert.config import TokenizerSettings
-from megatron_bert.convert.opening import config_from
+from megatron_bert.convert.divisions import pad_vocabulary
+from megatron_bert.convert.huggingface import WEIGHTS, open_weights
+from megatron_bert.convert.opening import config_from, copy_whole, source_tree
+from megatron_bert.convert.state import VOCABULARY_TENSORS
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.family.names import MEGATRON_BERT, fuse
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
+from megatron_bert.model.finetuning import BertForTask
 from parallel.checkpoint import STATE_FILE, latest_checkpoint, read_state
 from parallel.errors import UserError
+
+#: Folder of a fine-tuning run with the model of its best checkpoint.
+MODEL_FOLDER = "model"
 
 
 def find_tokenizer(settings: FinetuneSettings) -> Tokenizer:
@@ -19,7 +30,7 @@ def find_tokenizer(settings: FinetuneSettings) -> Tokenizer:
     Raises:
         UserError: there is none.
     """
-    wanted, source = settings.tokenizer, settings.model.from_
+    wanted, source = settings.tokenizer, finetuned_directory(settings.model.from_)
     if wanted is None:
         wanted = _of_run(source)
         if wanted is not None and not wanted.path.exists():
@@ -46,17 +57,58 @@ def _of_run(source: Path) -> TokenizerSettings | None:
     return TokenizerSettings.model_validate(stored) if stored else None
 
 
+def finetuned_directory(source: Path) -> Path:
+    """The directory of a fine-tuned model's weights: of a fine-tuning run that in it."""
+    inside = source / MODEL_FOLDER
+    return inside if (inside / CONFIG_NAME).is_file() else source
+
+
+@torch.no_grad()
+def load_finetuned(stage: BertForTask, source: Path) -> None:
+    """Fill a stage, its head included, from a fine-tuned model in transformers' layout.
+
+    Each rank reads the tensors it has a part of, one at a time, and keeps its part.
+
+    Args:
+        stage: its parameters may be DTensors over any mesh.
+        source: the model's directory, or the fine-tuning run.
+
+    Raises:
+        UserError: it holds no such model, or one for other classes.
+    """
+    with ExitStack() as stack:
+        tree = source_tree(finetuned_directory(source), stack)
+        if not any(name in tree for name in WEIGHTS):
+            raise UserError(
+                f"{source} holds no fine-tuned model: give a fine-tuning run, or a directory with its model"
+            )
+        stored = open_weights(tree)[0]
+        for name, parameter in stage.named_parameters():
+            keys = MEGATRON_BERT.theirs(name)
+            if any(key not in stored for key in keys):
+                raise UserError(f"{source} holds no {keys[0]}: it was not fine-tuned with this kind of head")
+            values = fuse([stored[key].load() for key in keys], stage.config.head_dim)
+            if name in VOCABULARY_TENSORS:
+                values = pad_vocabulary(name, values, parameter.shape[0], bias=0.0)
+            if values.shape != parameter.shape:
+                raise UserError(
+                    f"{source} holds {keys[0]} in shape {list(values.shape)}, but the task makes it "
+                    f"{list(parameter.shape)}: it was fine-tuned for other classes"
+                )
+            copy_whole(parameter, values)
+
+
 def encoder_config(settings: FinetuneSettings, tokenizer: Tokenizer) -> MegatronBertConfig:
     """The configuration of the encoder to start from, with the dropout the settings ask for.
 
     Raises:
         UserError: the checkpoint cannot be read, or its vocabulary is smaller than the tokenizer's.
     """
-    config = config_from(settings.model.from_)
+    config = config_from(finetuned_directory(settings.model.from_))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} words, but the model in {settings.model.from_} "
             f"{config.vocab_size}: use the vocabulary that the model was trained with"
         )
-    chances = settings.model.model_dump(exclude={"from_"}, exclude_none=True)
+    chances = settings.model.model_dump(exclude={"from_", "keep_head"}, exclude_none=True)
     return MegatronBertConfig.from_dict(config.to_dict(), **chances)

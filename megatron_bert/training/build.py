@@ -30,10 +30,12 @@ class StagedModel:
     Attributes:
         stages: by global stage index; see :meth:`Objective.make_stage`.
         tied: the word embeddings of the first and last stage; None where the last has no copy.
+        notes: what the user should know of the weights they start from.
     """
 
     stages: dict[int, Any]
     tied: TiedParameter | None
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> MegatronBertConfig:
@@ -86,14 +88,17 @@ def build_model(
         objective: what the run trains.
         schedule: which places the stages.
         mesh: where the run is laid out.
-        draw: give the parameters their initial values; a checkpoint about to be loaded needs none.
+        draw: give the parameters the values they start from; a checkpoint about to be loaded needs none.
     """
+    notes: dict[str, None] = {}  # in order, each once
     parts = objective.stage_parts(schedule)
     stages: dict[int, Any] = {}
     for index in schedule.stages_of(mesh.coordinate["pipeline"]):
         stage: Any = objective.make_stage(parts[index], mesh.tensor_parallel, settings.training.recompute, mesh.device)
         if draw:
             initialize(stage, settings.training.seed)
+            notes |= dict.fromkeys(objective.fill(stage))
+        objective.change(stage, fresh=draw)
         layers = stage.encoder.layer_list()
         if settings.training.compile:
             for layer in layers:
@@ -107,7 +112,7 @@ def build_model(
         )
         stages[index] = stage
     if not objective.tied:
-        return StagedModel(stages, None)
+        return StagedModel(stages, None, tuple(notes))
     first, last = stages.get(0), stages.get(schedule.stages - 1)
     tied = TiedParameter(
         mesh,
@@ -116,4 +121,4 @@ def build_model(
         first=None if first is None else first.word_embeddings,
         last=None if last is None else last.word_embeddings,
     )
-    return StagedModel(stages, tied)
+    return StagedModel(stages, tied, tuple(notes))

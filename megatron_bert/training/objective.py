@@ -58,6 +58,24 @@ class Objective(ABC):
         It has ``config``, ``tp``, ``part``, ``word_embeddings`` (None where it has none) and an ``encoder``.
         """
 
+    def fill(self, stage: Any) -> list[str]:  # noqa: ARG002
+        """Give a new stage the weights it starts from; what is not among them keeps its initial values.
+
+        Called before data parallelism divides the parameters.
+
+        Returns:
+            What the user should know.
+        """
+        return []
+
+    def change(self, stage: Any, *, fresh: bool) -> None:  # noqa: B027
+        """Make of a stage what is trained, before data parallelism wraps it; nothing by default.
+
+        Args:
+            stage: filled, or about to be loaded from a checkpoint of the run.
+            fresh: whether it is filled.
+        """
+
     @abstractmethod
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Open the data, before the first step."""

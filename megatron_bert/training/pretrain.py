@@ -62,7 +62,7 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
             mesh = ParallelMesh(layout, world.device)
             objective = Pretraining(settings, tokenizer)
-            trainer = Trainer(settings, objective, mesh, world, resume_from, start_from=settings.model.from_)
+            trainer = Trainer(settings, objective, mesh, world, resume_from)
             objective.prepare(mesh, world)
             with Report(
                 training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=training.steps
@@ -72,7 +72,7 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
                     report.say(f"resuming from {resume_from}")
                 elif settings.model.from_ is not None:
                     report.say(f"starting from the weights of {settings.model.from_}")
-                for note in trainer.notes:
+                for note in trainer.model.notes:
                     report.say(f"note: {note}")
                 reason = trainer.run(stop, report)
                 if reason is not None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.config import Settings
+from megatron_bert.convert.opening import load_into
 from megatron_bert.data.corpora import Part
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.tokenizers import Tokenizer
@@ -57,6 +58,14 @@ class Pretraining(Objective):
     ) -> BertForPretraining:
         """The encoder's part with its pretraining heads."""
         return BertForPretraining(self.config, tp=tp, part=part, recompute=recompute, device=device)
+
+    def fill(self, stage: BertForPretraining) -> list[str]:
+        """With the weights of ``model.from``, where it is set."""
+        source = self.settings.model.from_
+        if source is None:
+            return []
+        report = load_into(stage, source)
+        return [f"{name} is not in {source} and starts anew" for name in report.missing] + list(report.warnings)
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Build the sample indices once, on rank 0, and let every rank open the data."""

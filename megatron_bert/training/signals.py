@@ -17,8 +17,8 @@ from parallel.errors import UserError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = -1
-#: Exit code of a run that saved and stopped before its last step: the same command goes on from there. The number is
-#: EX_TEMPFAIL of sysexits.h, "try again later".
+#: Exit code of a process alone whose run saved and stopped before its last step: the same command goes on from there.
+#: The number is EX_TEMPFAIL of sysexits.h, "try again later".
 STOPPED_CODE = 75
 #: In a run directory while the run has stopped before its last step: why, and after which step.
 STOPPED_FILE = "stopped.json"
@@ -93,6 +93,7 @@ def note_stop(run_dir: Path, reason: str, step: int) -> None:
 def exit_code(reason: str | None) -> int:
     """What a process ends with whose run ended for a reason, or reached its last step (None).
 
-    torchrun takes any code but 0 for a failure, and would start the run again at once; under it the code is always 0.
+    Launchers take any code but 0 for a failure, and start the ranks again or end the others before they are done. So a
+    rank of several always ends with 0, and :data:`STOPPED_FILE` says the rest.
     """
-    return 0 if reason is None or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED_CODE
+    return 0 if reason is None or "RANK" in os.environ else STOPPED_CODE

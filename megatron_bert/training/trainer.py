@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from megatron_bert import backends
 from megatron_bert.config import RunSettings
 from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
-from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.training.build import build_model
@@ -60,7 +59,6 @@ class Trainer:
         mesh: where the run is laid out.
         world: the processes of the run.
         resume_from: checkpoint of this run to go on from, or None.
-        start_from: checkpoint of any format whose weights a new run starts with, or None.
     """
 
     def __init__(
@@ -70,14 +68,11 @@ class Trainer:
         mesh: ParallelMesh,
         world: World,
         resume_from: Path | None,
-        start_from: Path | None = None,
     ) -> None:
         self.settings, self.objective, self.mesh, self.world = settings, objective, mesh, world
         self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
-        #: What the user should know before the first step.
-        self.notes: list[str] = []
         schedule = settings.schedule(mesh.layout)
         self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
@@ -100,8 +95,6 @@ class Trainer:
         )
         if resume_from is not None:
             self._resume(resume_from)
-        elif start_from is not None:
-            self._start_from(start_from)
 
     # ---------------------------------------------------------------- the loop
 
@@ -279,16 +272,6 @@ class Trainer:
         if self.selection.metric is not None:
             state["selection"] = self.selection.state()
         self.checkpoints.save(self.step, self._tensors(self.parameters), state)
-
-    def _start_from(self, path: Path) -> None:
-        """Take the weights of a checkpoint of any format; what it lacks (a new head) keeps its initial values."""
-        warnings: set[str] = set()
-        with open_checkpoint(path) as checkpoint:
-            for stage in self.model.stages.values():
-                report = load_into(stage, checkpoint)
-                warnings.update(report.warnings)
-                self.notes += [f"{name} is not in {path} and starts anew" for name in report.missing]
-        self.notes += sorted(warnings)
 
     def load_weights(self, path: Path) -> None:
         """Take the weights of another checkpoint of the run, to evaluate them."""

@@ -180,3 +180,28 @@ class TestMistakes:
         (tmp_path / "run" / "results.json").unlink()
         with pytest.raises(UserError, match="task settings or labels"):
             finetune(run_settings(tmp_path, training__steps=2, task__max_length=12))
+
+
+def test_goes_on_from_a_fine_tuned_model_with_its_head(tmp_path: Path) -> None:
+    finetune(make_run(tmp_path, training__steps=4))
+    before = read_results(tmp_path / "run")
+    for source in ("run", "run/model"):
+        model = {"from": tmp_path / source, "keep_head": True}
+        again = run_settings(
+            tmp_path,
+            training__steps=1,
+            training__run_dir=tmp_path / f"again_{source.replace('/', '_')}",
+            learning_rate__peak=1e-12,
+        ).model_dump(by_alias=True) | {"model": model}
+        settings = type(run_settings(tmp_path)).model_validate(again)
+        finetune(settings)
+        after = read_results(settings.training.run_dir)
+        assert before is not None
+        assert after is not None
+        assert after["splits"]["valid"] == pytest.approx(before["splits"]["valid"], rel=1e-4)
+
+
+def test_keeping_a_head_that_is_none(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(UserError, match="was not fine-tuned with this kind of head"):
+        finetune(run_settings(tmp_path, model__keep_head=True))
