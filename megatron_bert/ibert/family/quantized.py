@@ -10,7 +10,8 @@
 | mlp_sum, output                   | output.{ln_input_act,output_activation}                    |
 | attention_input                   | the output_activation of what is below                     |
 
-Their heads stay in floating point, so there are no ranges for ours.
+Their heads stay in floating point, so there are no ranges for ours; and embeddings_act1 averages the ranges of two
+tensors (words with types, and those with positions), so it is written but not taken over.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from megatron_bert.ibert.gelu import LEAST
 from megatron_bert.ibert.quantization import in_mode, quantizers
 from megatron_bert.ibert.quantizer import Quantizer
 
-_EMBEDDINGS = {"sum": "embeddings_act1", "output": "output_activation"}
+_SUM = "embeddings_act1"
+_EMBEDDINGS = {"sum": _SUM, "output": "output_activation"}
 _LAYER = {
     "query": "attention.self.query_activation",
     "key": "attention.self.key_activation",
@@ -86,7 +88,7 @@ def _places(model: nn.Module, names: Names) -> Iterator[tuple[Quantizer, str]]:
 def read_their_ranges(model: nn.Module, names: Names, stored: Mapping[str, StateTensor]) -> None:
     """Take over the ranges of transformers' quantised layers, where they have seen anything."""
     for quantizer, place in _places(model, names):
-        if f"{place}.x_min" in stored and f"{place}.x_max" in stored:
+        if not place.endswith(_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
             least, most = (float(stored[f"{place}.{end}"].load()) for end in ("x_min", "x_max"))
             limit = most if quantizer.kind == "gelu" else max(-least, most)
             if limit > _UNSEEN:

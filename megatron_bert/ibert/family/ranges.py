@@ -41,7 +41,7 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
 def load_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     """Quantise a model in floating point as the file in a directory says.
 
-    Ranges that the file does not hold, those of another head, stay to be calibrated.
+    Ranges that the file does not hold, those of another head, stay to be calibrated; they are not frozen.
 
     Raises:
         UserError: there is none, it is damaged, or the model is quantised already.
@@ -52,10 +52,9 @@ def load_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     settings, ranges, frozen = _read(path)
     quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
     for name, quantizer in quantizers(model):
-        quantizer.frozen = frozen
-        limit = ranges.get(model.names.canonical(name))
-        if limit is not None:
-            quantizer.range.fill_(limit)
+        limit = ranges.get(model.names.canonical(name), 0.0)
+        quantizer.range.fill_(limit)
+        quantizer.frozen = frozen and limit > 0.0
 
 
 def _read(path: Path) -> tuple[QuantizationConfig, dict[str, float], bool]:

@@ -1,0 +1,167 @@
+"""Directories of quantised models: here bit for bit, and the ranges of transformers' quantised layers both ways."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megatron_bert import (
+    IBertForMaskedLM,
+    IBertForSequenceClassification,
+    MegatronBertForMaskedLM,
+    MegatronBertForTokenClassification,
+)
+from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, named_ranges, quantize_model, quantizers
+from megatron_bert.ibert.family import load_ranges, save_ranges
+from parallel.errors import UserError
+from tests.megatron_bert.family import support as megatron
+from tests.megatron_bert.family.support import labels_for
+from tests.megatron_bert.ibert.family.support import batch_for, build, config_of
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+SMALL = {"initializer_range": 0.08}
+HEAD = "ForMaskedLM"
+
+
+@pytest.fixture
+def trained():
+    """A model that has found its ranges in a step of training."""
+    model = build(HEAD, config_of(HEAD, **SMALL, quant_mode=True)).train()
+    model(**batch_for(HEAD), **labels_for(HEAD))
+    model(**batch_for(HEAD))
+    return model.eval()
+
+
+def test_saved_and_loaded(trained, tmp_path):
+    freeze_ranges(trained)
+    trained.save_pretrained(tmp_path)
+    again, info = IBertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.quant_mode
+    assert all(quantizer.frozen for _, quantizer in quantizers(again))
+    assert named_ranges(again) == named_ranges(trained)
+    assert again(**batch_for(HEAD)).logits.equal(trained(**batch_for(HEAD)).logits)
+
+    float_model = IBertForMaskedLM.from_pretrained(tmp_path, quant_mode=False)
+    assert not named_ranges(float_model)
+    float_model.save_pretrained(tmp_path)  # what was quantised there is gone
+    assert not (tmp_path / "quantization.json").exists()
+    with pytest.raises(UserError, match=r"holds no quantization\.json"):
+        load_ranges(float_model, tmp_path)
+
+
+def test_another_head_keeps_the_ranges_of_the_encoder(trained, tmp_path):
+    freeze_ranges(trained)
+    trained.save_pretrained(tmp_path)
+    other = IBertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    ranges = {name: float(limit) for name, limit in named_ranges(other).items()}
+    expected = {name: float(limit) for name, limit in named_ranges(trained).items() if "ibert." in name}
+    assert {name: ranges.pop(name) for name in expected} == expected
+    assert set(ranges.values()) == {0.0}
+    head = "ForSequenceClassification"
+    other.train()(**batch_for(head), **labels_for(head)).loss.backward()
+    assert {name: float(named_ranges(other)[name]) for name in expected} == expected
+    assert other.eval()(**batch_for(head)).logits.isfinite().all()
+
+
+def test_transformers_reads_the_ranges(trained, tmp_path):
+    """Its layers hold them in buffers of their own."""
+    trained.save_pretrained(tmp_path)
+    peer, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert peer.config.quant_mode
+    assert not info["unexpected_keys"]
+    layer = peer.ibert.encoder.layer[1]
+    for name, act in {
+        "query": layer.attention.self.query_activation,
+        "context": layer.attention.self.output_activation,
+        "middle": layer.attention.output.output_activation,
+        "mlp_sum": layer.output.ln_input_act,
+        "gelu": layer.intermediate.output_activation,
+    }.items():
+        limit = float(named_ranges(trained)[f"ibert.encoder.layers.1.ranges.{name}.range"])
+        assert float(act.x_max) == limit, name
+        assert float(act.x_min) == (pytest.approx(-0.17) if name == "gelu" else -limit), name
+
+
+def test_the_ranges_of_transformers_are_taken_over(tmp_path):
+    """Those its training has left in its buffers. Our heads and the sum of embeddings are still to see data."""
+    source = build(HEAD, config_of(HEAD, **SMALL))
+    source.save_pretrained(tmp_path / "float")
+    peer = transformers.IBertForMaskedLM.from_pretrained(tmp_path / "float").train()
+    batch = batch_for(HEAD)
+    peer(**batch)
+    peer.config.quant_mode = True
+    peer.save_pretrained(tmp_path / "theirs")
+
+    model, info = IBertForMaskedLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert len(info["quantization_keys"]) > 100
+    unknown = {name for name, limit in named_ranges(model).items() if not float(limit)}
+    in_head = {name for name in named_ranges(model) if name.startswith("masked_head.")}
+    assert unknown == in_head | {"ibert.embeddings.ranges.sum.range"}
+    ranges = named_ranges(model)
+    act = peer.ibert.encoder.layer[0].output.output_activation
+    expected = float(torch.maximum(-act.x_min, act.x_max))
+    assert float(ranges["ibert.encoder.layers.0.ranges.output.range"]) == expected
+    assert float(ranges["ibert.encoder.layers.1.ranges.attention_input.range"]) == expected
+    calibrated = quantize_model(build(HEAD, config_of(HEAD, **SMALL)), QuantizationConfig())
+    calibrate(calibrated, [batch], lambda batch: calibrated(**batch))
+    for name, limit in named_ranges(calibrated).items():
+        if name not in unknown:
+            assert float(ranges[name]) == pytest.approx(float(limit), rel=0.01), name
+    model.train()(**batch)
+    logits = model.eval()(**batch).logits
+    exact = source(**batch).logits
+    torch.testing.assert_close(logits, exact, rtol=0, atol=0.1 * float(exact.detach().abs().max()))
+
+
+def test_ranges_beside_a_megatron_bert_model(tmp_path, caplog):
+    head = "ForTokenClassification"
+    model = quantize_model(
+        megatron.build(head, megatron.config_of(head, **SMALL)),
+        QuantizationConfig(
+            weight_bits=7, force_dequant="softmax", layer_force_dequant={1: "gelu"}, equalisation="smooth"
+        ),
+    )
+    batch = megatron.batch_for(head)
+    calibrate(model, [batch], lambda batch: model(**batch))
+    model.save_pretrained(tmp_path)
+    assert "save_ranges" in caplog.text
+    save_ranges(model, tmp_path)
+    again = MegatronBertForTokenClassification.from_pretrained(tmp_path)
+    load_ranges(again, tmp_path)
+    assert next(quantizers(again))[1].settings == next(quantizers(model))[1].settings
+    assert again(**batch).logits.equal(model(**batch).logits)
+    with pytest.raises(UserError, match="quantised already"):
+        load_ranges(again, tmp_path)
+    with pytest.raises(UserError, match="MegatronBertForMaskedLM has no ranges to save"):
+        save_ranges(MegatronBertForMaskedLM(megatron.CONFIG), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("settings"),
+        lambda content: content["settings"].update(colour="red"),
+        lambda content: content["ranges"].update(x="wide"),
+        lambda content: content["ranges"].update(x=-1.0),
+        lambda content: content["ranges"].update(x=float("nan")),
+        lambda content: content.update(ranges=[1, 2]),
+        lambda content: content["settings"].update(layer_force_dequant=3),
+    ],
+)
+def test_damaged_files(damage, trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "quantization.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"quantization\.json is damaged"):
+        IBertForMaskedLM.from_pretrained(tmp_path)
+    content = {"settings": {"weight_bits": 9}, "ranges": {}, "frozen": True}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="weight_bits is 9: give 8 or 7"):
+        IBertForMaskedLM.from_pretrained(tmp_path)
