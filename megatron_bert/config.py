@@ -141,6 +141,11 @@ class ParallelSettings(Section):
     data: int | None = Field(
         None, gt=0, description="Ranks that share the batch; what the other axes leave when unset."
     )
+    elastic: bool = Field(
+        False,
+        description="Take fewer data ranks, the most that divide the batch, when fewer processes are there than before "
+        "(a host was lost); `data` is then the most. Processes left over wait.",
+    )
     sequence: bool = Field(False, description="Divide activations by token over the tensor ranks between the matrices.")
     sharding: Sharding = Field(
         "none",
@@ -282,7 +287,13 @@ class RunSettings(Section):
             UserError: the axes do not multiply to the world size, or the data axis cannot be sharded as asked.
         """
         wanted = self.parallel
-        data = fit_data_size(world_size, tensor=wanted.tensor, pipeline=wanted.pipeline, data=wanted.data)
+        data = fit_data_size(
+            world_size,
+            tensor=wanted.tensor,
+            pipeline=wanted.pipeline,
+            data=wanted.data,
+            choices=self._elastic_sizes() if wanted.elastic else None,
+        )
         return ParallelLayout(
             tensor=wanted.tensor,
             pipeline=wanted.pipeline,
@@ -290,6 +301,12 @@ class RunSettings(Section):
             data_shard=data_shard_size(wanted.sharding, data, wanted.shard_size),
             sequence=wanted.sequence,
         )
+
+    def _elastic_sizes(self) -> list[int]:
+        """Data sizes that divide the batch and, where it is sharded in groups, hold whole groups."""
+        group = self.parallel.shard_size or 1
+        rounds = self.training.global_batch_size // self.training.micro_batch_size
+        return [size for size in range(group, rounds + 1, group) if rounds % size == 0]
 
     def schedule(self, layout: ParallelLayout) -> Schedule:
         """The pipeline schedule of a training step.

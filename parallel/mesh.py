@@ -60,19 +60,33 @@ class ParallelLayout:
         return self.data // self.data_shard
 
 
-def fit_data_size(world_size: int, *, tensor: int, pipeline: int, data: int | None = None) -> int:
-    """The data-parallel size that makes tensor x pipeline x data the world size.
+def fit_data_size(
+    world_size: int, *, tensor: int, pipeline: int, data: int | None = None, choices: list[int] | None = None
+) -> int:
+    """The data-parallel size that makes tensor x pipeline x data the world size, or with choices at most that.
 
     Args:
         world_size: number of processes.
         tensor: tensor-parallel size.
         pipeline: pipeline-parallel size.
         data: the size asked for, or None for whatever is left.
+        choices: sizes to choose the largest of that fits, with data as the most; None for one that fits exactly.
 
     Raises:
-        UserError: the sizes do not multiply to the world size.
+        UserError: the sizes do not multiply to the world size, or no choice fits in it.
     """
     model = tensor * pipeline
+    if choices is not None:
+        most = min(world_size // model, data or world_size)
+        fitting = [size for size in choices if size <= most]
+        if not fitting:
+            least = f"at least {min(choices) * model}" if choices else "none"
+            raise UserError(
+                f"{world_size} processes are too few for tensor {tensor} x pipeline {pipeline} x a data size that the "
+                f"batch allows: {least} would do; wait for more hosts, or start on a smaller layout, which loads the "
+                "same checkpoints"
+            )
+        return max(fitting)
     if data is None:
         if world_size % model:
             raise UserError(

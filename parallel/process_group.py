@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from parallel.errors import UserError
 
 #: Environment variables torchrun sets for every process.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+#: Keys of the launcher's store by which spare processes learn that the run is over, and count who did.
+_OVER, _SEEN = "run/over", "run/spares_told"
+_RELEASE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +95,34 @@ def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) ->
     return dist.new_group(None if ranks is None else list(ranks), timeout=timeout, backend=backend)
 
 
+def wait_as_spare() -> None:
+    """Wait until the run is over: what a launched process does that has no place in it.
+
+    It stays with the launcher, which can start it again as a rank when another process is lost.
+
+    Raises:
+        RuntimeError: the run ended without a word.
+    """
+    store = _launchers_store()
+    store.wait([_OVER], timedelta(days=365))
+    store.add(_SEEN, 1)
+
+
+def _release_spares(count: int) -> None:
+    """Tell the spares that the run is over, and stay until they know: this process may keep the store."""
+    store = _launchers_store()
+    store.set(_OVER, "")
+    deadline = time.monotonic() + _RELEASE_SECONDS
+    while store.add(_SEEN, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _launchers_store() -> dist.TCPStore:
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+
+
 @contextmanager
-def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[World]:
+def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: int | None = None) -> Iterator[World]:
     """Join the processes of a run, and leave them when the block ends.
 
     Under a launcher (torchrun) all its processes meet. Without one the world is this process alone,
@@ -100,6 +131,8 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
     Args:
         device: ``cpu``, ``cuda`` or ``auto``.
         timeout_seconds: how long a collective may wait for the other ranks before it fails.
+        size: how many of the launched processes take part, the first ones; None for all. The others must not come here
+            but call :func:`wait_as_spare`.
 
     Raises:
         UserError: a launcher variable is missing, or the device cannot be had.
@@ -117,10 +150,17 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
             raise UserError(
                 f"the launcher left {', '.join(missing)} unset: start with torchrun, or unset RANK/WORLD_SIZE"
             )
-        dist.init_process_group(backend, timeout=timeout)
+        spares = 0 if size is None else launched_world_size() - size
+        if spares:
+            dist.init_process_group(backend, timeout=timeout, rank=launched_rank(), world_size=size)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     else:
+        spares = 0
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=chosen)
     finally:
         dist.destroy_process_group()
+    if spares and launched_rank() == 0:
+        _release_spares(spares)

@@ -62,7 +62,7 @@ for ((try = 0; try < tries; try++)); do
         code=$?
         kill -0 "$srun_pid" 2>/dev/null || break # else it was a signal that ended the wait
     done
-    # 0: done, or stopped under torchrun. 75: stopped.
+    # 0: done or stopped; 75: stopped, of a process alone.
     case $code in 0 | 75) break ;; esac
     [ -z "$ended" ] || break
     echo "job $run_id: the run failed with code $code"

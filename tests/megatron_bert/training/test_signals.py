@@ -84,7 +84,7 @@ def test_signals_to_every_process_of_the_run_until_it_has_ended(config: Path) ->
 def test_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exit_code(None) == 0
     assert exit_code("SIGTERM") == os.EX_TEMPFAIL
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("RANK", "0")
     assert exit_code("SIGTERM") == 0
 
 
