@@ -19,12 +19,13 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.run import find_resume, open_run
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
-from parallel.process_group import World, launched_world_size, process_group
+from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
 
 
 class Stopped(NamedTuple):
@@ -48,6 +49,9 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
         UserError: settings, files or world size do not fit; found before any process group starts where possible.
     """
     layout = check_layout(settings, launched_world_size())
+    if launched_rank() >= layout.world_size:
+        wait_as_spare()
+        return None
     tokenizer = find_tokenizer(settings)
     config = encoder_config(settings, tokenizer)
     check_tensor_size(layout.tensor, config.num_attention_heads, config.intermediate_size, config.vocab_size_multiple)
@@ -55,7 +59,7 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
     _check_lengths(task, config)
     config = task_config(config, task)
     training = settings.training
-    with process_group(training.device, settings.parallel.timeout_seconds) as world:
+    with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         open_run(settings, world)
         mesh = ParallelMesh(layout, world.device)
         found: dict[int, dict[str, Any]] = {}
@@ -114,7 +118,7 @@ def _train(
         if task.bad_rows.count:
             report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
         report.say(f"resuming from {resume_from}" if resume_from else f"starting from {settings.model.from_}")
-        for note in trainer.model.notes:
+        for note in (*trainer.model.notes, *placement_notes(mesh.layout, resume_from)):
             report.say(f"note: {note}")
         reason = trainer.run(stop, report)
         if reason is not None:

@@ -10,6 +10,7 @@ from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.run import find_resume, open_run
 from megatron_bert.training.signals import StopRequest, note_stop
@@ -17,7 +18,7 @@ from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import read_state
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
-from parallel.process_group import launched_rank, launched_world_size, process_group
+from parallel.process_group import launched_rank, launched_world_size, process_group, wait_as_spare
 
 #: Settings that a checkpoint to start from decides.
 CHECKPOINT_SIZES = (
@@ -47,6 +48,9 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     """
     settings = take_sizes(settings)
     layout = check_settings(settings, launched_world_size())
+    if launched_rank() >= layout.world_size:
+        wait_as_spare()
+        return None
     tokenizer = check_inputs(settings)
     resume_from = find_resume(settings)
     training = settings.training
@@ -57,10 +61,11 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
                 f"{resume_from} has reached training.steps {training.steps}: nothing left to do; raise it to train on"
             )
         return None
-    with process_group(training.device, settings.parallel.timeout_seconds) as world:
+    with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         open_run(settings, world)
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
             mesh = ParallelMesh(layout, world.device)
+            placement = placement_notes(layout, resume_from)
             objective = Pretraining(settings, tokenizer)
             trainer = Trainer(settings, objective, mesh, world, resume_from)
             objective.prepare(mesh, world)
@@ -72,7 +77,7 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
                     report.say(f"resuming from {resume_from}")
                 elif settings.model.from_ is not None:
                     report.say(f"starting from the weights of {settings.model.from_}")
-                for note in trainer.model.notes:
+                for note in (*trainer.model.notes, *placement):
                     report.say(f"note: {note}")
                 reason = trainer.run(stop, report)
                 if reason is not None:

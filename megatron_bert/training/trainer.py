@@ -265,6 +265,7 @@ class Trainer:
             "consumed_samples": self.consumed_samples,
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
+            "data_size": self.mesh.layout.data,
             **self.objective.identity(),
             CONFIG_KEY: {name: getattr(self.config, name) for name in CONFIG_FIELDS},
             "settings": self.settings.model_dump(mode="json", by_alias=True),
