@@ -12,11 +12,12 @@ from megatron_bert import (
     AutoTokenizer,
     IBertConfig,
     IBertForMaskedLM,
-    IBertModel,
+    IBertForSequenceClassification,
     MegatronBertConfig,
     MegatronBertForPreTraining,
 )
 from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.ibert import named_ranges
 from tests.megatron_bert.family.support import HEADS
 from tests.megatron_bert.ibert.family import support as ibert
 from tests.megatron_bert.ibert.family.test_tokenizer import write_roberta_tokenizer
@@ -64,7 +65,9 @@ def test_examples_run(tmp_path, monkeypatch):
     assert names["last_hidden_states"].shape[-1] == 32
     assert names["prediction_logits"].shape[-1] == len(AutoTokenizer.from_pretrained("megatron-bert-345m"))
     assert names["written"].dim() == 2
-    assert isinstance(names["model"], IBertModel)
+    assert isinstance(names["float_model"], IBertForSequenceClassification)
+    assert not named_ranges(names["float_model"])
+    assert all(float(limit) > 0 for limit in named_ranges(names["model"]).values())
     assert names["loss"].isfinite()
 
 
