@@ -38,6 +38,7 @@ def apply_data_parallel(
     *,
     sharding: Sharding,
     compute_dtype: torch.dtype,
+    cast_inputs: bool = True,
 ) -> None:
     """Wrap a model so that its gradients are summed (not averaged) over the data axis.
 
@@ -51,11 +52,14 @@ def apply_data_parallel(
         sharding: ``full`` and ``hybrid`` gather each unit's parameters anew in the backward pass; ``optimizer``
             keeps them from forward to backward, so that only gradients and optimizer states are divided.
         compute_dtype: float32, bfloat16 or float16.
+        cast_inputs: give units their inputs in that format too; False leaves activations as they are.
     """
     if mesh.layout.data == 1 and compute_dtype == torch.float32:
         return
     policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=cast_inputs,
     )
     reshard = sharding in ("full", "hybrid")
     for unit in units:

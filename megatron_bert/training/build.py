@@ -109,6 +109,7 @@ def build_model(
             mesh,
             sharding=settings.parallel.sharding,
             compute_dtype=DTYPES[settings.precision.compute],
+            cast_inputs=not objective.float32_activations,
         )
         stages[index] = stage
     if not objective.tied:

@@ -32,6 +32,7 @@ class Objective(ABC):
         loss_names: what each of the loss sums is called in reports.
         metric: the score by which the best checkpoint is chosen, higher is better; None keeps the newest only.
         patience: evaluations without a better score after which the run ends; 0 never ends it.
+        float32_activations: keep what goes between modules in float32, whatever the format of matrix products.
     """
 
     config: MegatronBertConfig
@@ -40,6 +41,7 @@ class Objective(ABC):
     loss_names: ClassVar[tuple[str, ...]]
     metric: str | None = None
     patience: int = 0
+    float32_activations: ClassVar[bool] = False
     #: Whether the last stage has a copy of the word embeddings.
     tied: ClassVar[bool]
 
@@ -75,6 +77,16 @@ class Objective(ABC):
             stage: filled, or about to be loaded from a checkpoint of the run.
             fresh: whether it is filled.
         """
+
+    def extra_tensors(self, stage: Any) -> dict[str, Tensor]:  # noqa: ARG002
+        """What checkpoints hold of a stage beside its parameters: global name -> tensor, the same on every rank."""
+        return {}
+
+    def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> None:  # noqa: B027
+        """Called with the micro batches of a step before it; nothing by default."""
+
+    def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:  # noqa: B027
+        """Called after a step; nothing by default."""
 
     @abstractmethod
     def prepare(self, mesh: ParallelMesh, world: World) -> None:

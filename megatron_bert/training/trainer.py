@@ -124,7 +124,7 @@ class Trainer:
                 better = self._evaluate(report)
                 meter.restart()
             if reason or better or self.step == total or self._due(settings.checkpoint.every):
-                self._save(sums)
+                self._save_finite(sums)
         self.checkpoints.finish()
         return reason
 
@@ -145,6 +145,7 @@ class Trainer:
     def train_step(self, batches: list[TokenBatch]) -> StepSums:
         """One optimizer step on this data rank's micro batches of the global batch."""
         training = self.settings.training
+        self.objective.before_step(self.model, batches)
         counts = self._global_counts(batches)
         if self.world.device.type == "cuda":
             # Fused attention draws its dropout from torch's generator: seeded by step and place, so resuming is exact.
@@ -168,6 +169,7 @@ class Trainer:
             self.optimizer.step(rate)
         self.loss_scale.update(overflow)
         self.optimizer.zero_grad()
+        self.objective.after_step(self.model, self.mesh)
         self.step += 1
         self.consumed_samples += training.global_batch_size
         return StepSums(losses, counts, grad_norm)
@@ -186,7 +188,7 @@ class Trainer:
             self.mesh.coordinate["pipeline"],
             self.model.stages,
             self.transport,
-            dtype=DTYPES[self.settings.precision.compute],
+            dtype=torch.float32 if self.objective.float32_activations else DTYPES[self.settings.precision.compute],
             device=self.world.device,
             record=record,
         )
@@ -252,14 +254,22 @@ class Trainer:
             tensors[f"model.{name}"] = parameter.detach()
             for moment, tensor in self.optimizer.moments(parameter).items():
                 tensors[f"optimizer.{moment}.{name}"] = tensor
-        return tensors
+        return tensors | self._extra_tensors()
 
-    def _save(self, sums: StepSums) -> None:
+    def _extra_tensors(self) -> dict[str, Tensor]:
+        stages = self.model.stages.values()
+        return {f"model.{name}": t for stage in stages for name, t in self.objective.extra_tensors(stage).items()}
+
+    def _save_finite(self, sums: StepSums) -> None:
         if not self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item()):
             raise UserError(
                 f"training diverged: the gradient norm at step {self.step} is not finite, so no checkpoint was "
                 "written; go on from an earlier one with a lower learning_rate.peak or a longer warm-up"
             )
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
         state = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -278,7 +288,7 @@ class Trainer:
         """Take the weights of another checkpoint of the run, to evaluate them."""
         everything = {**self.copies, **self.parameters}
         tensors = {f"model.{name}": parameter.detach() for name, parameter in everything.items()}
-        load_tensors(path, tensors, self.checkpoints.group)
+        load_tensors(path, tensors | self._extra_tensors(), self.checkpoints.group)
         with torch.no_grad():
             for name, copy in self.copies.items():
                 if name in self.parameters:
