@@ -48,8 +48,8 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
                 hidden = self.norm(self.observe("sum", hidden))
             return self.observe("output", hidden)
         summed = "output" if self.norm is None else "sum"
-        scale, target = self.quantizer(summed).scale(), self.quantizer(summed).target()
-        rounded = [quantised(checked(part), scale, target) for part in parts]
+        quantizer = self.quantizer(summed)
+        rounded = [quantised(checked(part), quantizer.scale(), quantizer.target(), quantizer.watch()) for part in parts]
         hidden = self.read(sum(rounded[1:], rounded[0]), summed)
         if self.norm is not None:
             hidden = self.normalise(self.norm, hidden, "sum", "output")

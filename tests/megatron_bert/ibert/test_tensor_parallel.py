@@ -1,0 +1,102 @@
+"""Tensor parallelism: the same bits at every size, and ranges that ranks agree on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bert.ibert import (
+    QuantizationConfig,
+    calibrate,
+    named_ranges,
+    quantize_model,
+    update_ranges,
+)
+from parallel.collectives import gather_from_ranks
+from tests.megatron_bert.model.support import make_batch, make_model, step, total_loss
+from tests.worlds import make_tensor_parallel, run_world
+
+CONFIGS = ({}, {"weight_bits": 7, "observer": "percentile"})
+
+
+def _forward(placement: str, packed: bool, sequence: bool, ranges: dict | None, settings: dict, dropout: float):
+    """Logits, gradients and ranges; calibrated here unless ranges are given."""
+    tp = make_tensor_parallel(sequence=sequence)
+    chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model = make_model(tp=tp, layer_norm_placement=placement, **chances)
+    quantize_model(model, QuantizationConfig(**settings))
+    batch = make_batch(packed=packed)
+    if ranges is None:
+        calibrate(model, [batch], model, [tp.group] if tp.size > 1 else [])
+    else:
+        for name, value in named_ranges(model).items():
+            value.copy_(ranges[name])
+    seed = 3 if dropout else None
+    out = model(batch, seed)
+    masked = gather_from_ranks(out.masked, tp)
+    results = step(model, batch, seed)
+    return {"masked": masked.detach(), "pair": out.pair.detach()}, results, named_ranges(model)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_the_same_bits_at_every_size(placement):
+    for packed, sequence, settings, dropout in (
+        (False, False, CONFIGS[0], 0.0),
+        (True, True, CONFIGS[1], 0.1),
+    ):
+        logits, gradients, ranges = _forward(placement, packed, False, None, settings, dropout)
+        for size in (2, 4):
+            arguments = (placement, packed, sequence, ranges, settings, dropout)
+            for found, found_gradients, _ in run_world(size, _forward, *arguments):
+                for name, value in logits.items():
+                    assert torch.equal(found[name], value), (size, name)
+                for name, value in gradients.items():
+                    torch.testing.assert_close(
+                        found_gradients[name], value, rtol=0, atol=1e-5 * max(1.0, float(value.abs().max()))
+                    )
+
+
+def _calibrated(settings: dict):
+    tp = make_tensor_parallel()
+    model = make_model(tp=tp)
+    quantize_model(model, QuantizationConfig(**settings))
+    # Each rank sees other data, as data-parallel ranks do.
+    batch = make_batch(samples=100)
+    group = dist.group.WORLD
+    calibrate(model, [batch], model, [group])
+    calibrated = {name: float(value) for name, value in named_ranges(model).items()}
+    model.train()
+    total_loss(model, batch).backward()
+    update_ranges(model, [group])
+    return calibrated, {name: float(value) for name, value in named_ranges(model).items()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"observer": "mse"}])
+def test_ranks_agree_on_ranges(settings):
+    alone = make_model()
+    quantize_model(alone, QuantizationConfig(**settings))
+    calibrate(alone, [make_batch()], alone)
+    expected = {name: float(value) for name, value in named_ranges(alone).items()}
+    results = run_world(2, _calibrated, settings)
+    assert results[0] == results[1]
+    for name, value in results[0][0].items():
+        # Histogram bins are 2.2% wide: a sum that rounds otherwise may fall into the next.
+        assert math.isclose(value, expected[name], rel_tol=1e-5 if not settings else 0.045), name
+    moved = [name for name, value in results[0][1].items() if value != results[0][0][name]]
+    assert bool(moved)
+
+
+def _bits(size_of_parts: int):
+    from megatron_bert.ibert.products import sum_over_ranks
+
+    tp = make_tensor_parallel()
+    sums = torch.full((2, 3), float(2**23 + size_of_parts + tp.rank))
+    return sum_over_ranks(sums, tp)
+
+
+def test_sums_over_ranks_are_exact_beyond_float32():
+    for found in run_world(4, _bits, 1):
+        assert found.flatten().tolist() == [float(4 * (2**23 + 1) + 6)] * 6
