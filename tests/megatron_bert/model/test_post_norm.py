@@ -150,6 +150,16 @@ def test_parts_of_a_pipeline(seed):
                 assert parameter.grad.equal(gradients[name]), name
 
 
+def test_dropout_of_the_embeddings_follows_their_norm():
+    model, batch = make_model(**POST, hidden_dropout_prob=0.5), make_batch()
+    still, dropped = (
+        model.embeddings(batch.tokens, batch.positions, batch.types, keys) for keys in (None, batch.dropout_keys(42))
+    )
+    kept = dropped != 0
+    assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(dropped[kept], 2 * still[kept], rtol=1e-6, atol=0)
+
+
 def test_configuration_keeps_its_layout():
     assert "layer_norm_placement" not in CONFIG.to_dict()
     post = replace(CONFIG, **POST)
