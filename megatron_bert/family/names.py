@@ -36,6 +36,7 @@ class Names:
         in_layers: the same inside a layer; several for a fused matrix.
         output: transformers' owner of the language-model head's bias; the output matrix is in its ``decoder``.
         quantization: last parts of buffers of transformers' quantised layers.
+        aliases: names of the encoder in other families of transformers whose weights are the same.
     """
 
     prefix: str
@@ -43,6 +44,7 @@ class Names:
     in_layers: Mapping[str, tuple[str, ...]]
     output: str
     quantization: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
 
     @property
     def output_bias(self) -> str:
@@ -84,7 +86,10 @@ class Names:
 
     def with_prefix(self, key: str) -> str:
         """A key of any of transformers' classes as those with a head have it."""
-        return f"{self.prefix}.{key}" if key.split(".")[0] in _ENCODER else key
+        first, _, rest = key.partition(".")
+        if first in self.aliases:
+            return f"{self.prefix}.{rest}"
+        return f"{self.prefix}.{key}" if first in _ENCODER else key
 
     def of_quantization(self, key: str) -> bool:
         """Whether a key is a buffer of transformers' quantised layers."""

@@ -16,7 +16,7 @@ from parallel.errors import UserError
 
 CONFIG_NAME = "tokenizer_config.json"
 #: Model types whose inputs are laid out as RoBERTa's.
-_LIKE_ROBERTA = ("ibert", "roberta")
+_LIKE_ROBERTA = ("ibert", "roberta", "xlm-roberta")
 
 
 class AutoTokenizer:

@@ -49,6 +49,7 @@ class IBertConfig(MegatronBertConfig):
     """
 
     model_type = "ibert"
+    also_reads = frozenset({"roberta", "xlm-roberta"})
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -126,6 +126,8 @@ class MegatronBertConfig:
 
     #: What config.json calls this kind of model.
     model_type = MODEL_TYPE
+    #: What it calls other kinds whose fields mean the same.
+    also_reads = frozenset[str]()
 
     vocab_size: int = 29056
     hidden_size: int = 1024
@@ -248,7 +250,7 @@ class MegatronBertConfig:
             UserError: another type of model, an unknown field, or a value that a field cannot have.
         """
         kind = values.get("model_type", cls.model_type)
-        if kind != cls.model_type:
+        if kind != cls.model_type and kind not in cls.also_reads:
             raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected {cls.model_type}")
         known = {}
         for name, value in values.items():

@@ -9,7 +9,8 @@
 | output_embeddings       | lm_head.decoder                                                |
 | classifier, qa_outputs  | the same; of sequences classifier.dense, classifier.out_proj   |
 
-The others are those of MegatronBert, with ``ibert.`` in front in place of ``bert.``.
+The others are those of MegatronBert, with ``ibert.`` in front in place of ``bert.``. RoBERTa's are the same as IBert's,
+with ``roberta.`` in front.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ IBERT = Names(
         "mlp_norm": ("output.LayerNorm",),
     },
     output="lm_head",
+    aliases=("roberta",),
     quantization=frozenset(
         {
             "x_min",

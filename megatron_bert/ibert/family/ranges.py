@@ -12,6 +12,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from megatron_bert.family.pretrained import PreTrainedModel
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
@@ -38,10 +40,10 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     (Path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_ranges(model: PreTrainedModel, directory: str | Path) -> None:
+def load_ranges(model: nn.Module, directory: str | Path) -> None:
     """Quantise a model in floating point as the file in a directory says.
 
-    Ranges that the file does not hold, those of another head, stay to be calibrated; they are not frozen.
+    The model is of a public class, or has the names of a pretraining checkpoint. Ranges that the file does not hold, those of another head, stay to be calibrated; they are not frozen.
 
     Raises:
         UserError: there is none, it is damaged, or the model is quantised already.
@@ -50,6 +52,7 @@ def load_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     if not path.is_file():
         raise UserError(f"{directory} holds no {RANGES_NAME}: quantise the model with quantize_model, and calibrate it")
     settings, ranges, frozen = _read(path)
+    public = model if isinstance(model, PreTrainedModel) else None
     quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
     for name, quantizer in quantizers(model):
         limit = ranges.get(model.names.canonical(name), 0.0)

@@ -60,6 +60,33 @@ def test_round_trips(head, tmp_path):
     assert_outputs_close(again(**batch), model(**batch), (), **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta"])
+@pytest.mark.parametrize("head", HEADS)
+def test_models_of_roberta_are_read(head, kind, tmp_path):
+    """Its encoder and heads are the same, so that a fine-tuned one can be quantised."""
+    config = config_of(head, type_vocab_size=1)
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels")
+    names += ("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id", "initializer_range")
+    torch.manual_seed(1)
+    theirs = getattr(transformers, f"{kind}Config")(**{name: getattr(config, name) for name in names})
+    peer = getattr(transformers, f"{kind}{head}")(theirs).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    peer.save_pretrained(tmp_path)
+    model, info = _class(head).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    batch = batch_for(head)
+    del batch["token_type_ids"]
+    assert_outputs_close(model(**batch), peer(**batch))
+    quantised = _class(head).from_pretrained(tmp_path, quant_mode=True).train()
+    quantised(**batch)
+    exact = model(**batch)[0]
+    atol = 0.15 * float(exact.detach().abs().max())
+    torch.testing.assert_close(quantised.eval()(**batch)[0], exact, rtol=0, atol=atol)
+
+
 def test_untied_heads(tmp_path):
     """The output matrix and its bias are those of the decoder, both ways."""
     model = build("ForMaskedLM", config_of("ForMaskedLM", tie_word_embeddings=False))
@@ -124,8 +151,8 @@ def test_directories_of_another_kind(tmp_path):
     with pytest.raises(UserError, match="model_type 'ibert': expected megatron-bert"):
         MegatronBertModel.from_pretrained(tmp_path / "ibert")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    with pytest.raises(UserError, match="model_type 'roberta': expected ibert"):
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "electra"}))
+    with pytest.raises(UserError, match="model_type 'electra': expected ibert"):
         IBertModel.from_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"holds no config\.json"):
         IBertModel.from_pretrained("kssteven/ibert-roberta-base")
