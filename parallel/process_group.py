@@ -150,11 +150,9 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
             raise UserError(
                 f"the launcher left {', '.join(missing)} unset: start with torchrun, or unset RANK/WORLD_SIZE"
             )
-        spares = 0 if size is None else launched_world_size() - size
-        if spares:
-            dist.init_process_group(backend, timeout=timeout, rank=launched_rank(), world_size=size)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        size = launched_world_size() if size is None else size
+        spares = launched_world_size() - size
+        dist.init_process_group(backend, timeout=timeout, rank=launched_rank(), world_size=size)
     else:
         spares = 0
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

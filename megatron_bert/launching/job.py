@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_bert.config import RunSettings, Settings
-from megatron_bert.config_checks import check_settings
-from megatron_bert.config_file import load_settings
+from megatron_bert.config_checks import check_layout, check_settings
+from megatron_bert.config_file import load_sections, load_settings
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout
 
@@ -90,8 +90,15 @@ def _check_pretrain(config: Path, overrides: list[str], world_size: int) -> tupl
     return settings, check_settings(settings, world_size)
 
 
+def _check_finetune(config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
+    from megatron_bert.finetuning.settings import FinetuneSettings
+
+    settings = load_sections(config, overrides, FinetuneSettings)
+    return settings, check_layout(settings, world_size)
+
+
 #: Subcommand -> reads its settings and checks them for a number of processes.
-COMMANDS: dict[str, Check] = {"pretrain": _check_pretrain}
+COMMANDS: dict[str, Check] = {"pretrain": _check_pretrain, "finetune": _check_finetune}
 
 
 def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:

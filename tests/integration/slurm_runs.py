@@ -1,0 +1,282 @@
+"""Runs through `megatron-bert submit` on a private Slurm, each disturbed in its own way, all in one session."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megatron_bert.cli import main
+from megatron_bert.config import Settings
+from megatron_bert.training.pretrain import pretrain
+from tests.integration.slurm_cluster import free_ports
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import run_settings, write_config
+from tests.worlds import run_world
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+HOLD_STEP = 4
+NODES = 16
+#: What one scenario does to its nodes must not disturb another by accident. The documented jobs need all of them.
+PARTITIONS = """
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=low Nodes=n[1-4] MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=high Nodes=n[1-4] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=steady Nodes=n[5-8] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=fragile Nodes=n[9-12] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+#: Seconds that anything may take.
+PATIENCE = 200.0
+DOCUMENTED = {
+    "345m": ["configs/bert_345m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--time", "24:00:00"],
+    "1.3b": ["configs/bert_1.3b.yaml", "--nodes", "4", "--gpus-per-node", "8", "--time", "2-00:00:00"],
+    "3.9b": ["configs/bert_3.9b.yaml", "--nodes", "16", "--gpus-per-node", "8", "--time", "2-00:00:00"],
+}
+
+
+class Session:
+    """A running cluster, and a folder for the runs.
+
+    Args:
+        folder: exists; holds data, settings files and run directories.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = threading.Lock()
+        #: Set when a scenario has failed: the others need not go on.
+        self.over = False
+        self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.root.rmdir()
+        self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
+
+    def __enter__(self) -> Session:
+        program = Path(__file__).with_name("slurm_cluster.py")
+        self.keeper = subprocess.Popen(
+            [sys.executable, str(program), str(self.root), str(NODES), PARTITIONS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.keeper.stdout is not None
+        if self.keeper.stdout.readline() != "ready\n":
+            raise RuntimeError(f"Slurm did not start: {self.keeper.communicate()[0]}")
+        os.environ["SLURM_CONF"] = self.environment["SLURM_CONF"]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del os.environ["SLURM_CONF"]
+        self.keeper.communicate(timeout=60)  # closes its input
+
+    def call(self, *command: str) -> str:
+        """What a program of Slurm prints."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def command(self, *arguments: str, cwd: Path | None = None) -> str:
+        """What `megatron-bert` prints; in this process, which has loaded it already."""
+        with self.lock, contextlib.chdir(cwd or self.folder), contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(list(arguments)) == 0, arguments
+        return out.getvalue()
+
+    def site(self, name: str, cores: int = 1, **variables: str) -> Path:
+        """A site file whose jobs have these environment variables and cores a process."""
+        (self.folder / f"hold_{name}").mkdir()
+        tree = {
+            "python": sys.executable,
+            "cpus_per_gpu": cores,
+            "network_interface": "lo",
+            "stop_seconds": 75,
+            "environment": {
+                "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
+                "OMP_NUM_THREADS": "1",
+                "HOLD_FOLDER": str(self.folder / f"hold_{name}"),
+                **variables,
+            },
+        }
+        path = self.folder / f"site_{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def submit(self, name: str, site: Path, *arguments: str, run_dir: str | None = None, minutes: int = 20) -> str:
+        """Submit a run with settings and options; returns the job's number."""
+        settings = [text for text in arguments if re.match(r"\w+\.", text)]
+        options = [text for text in arguments if text not in settings]
+        said = self.command(
+            *("submit", "settings.yaml", f"training.run_dir={run_dir or name}", *settings, *options),
+            *("--site", str(site), "--time", str(minutes)),
+        )
+        (self.folder / f"{name}.said").write_text(said)
+        match = re.match(r"job (\d+): ", said)
+        assert match is not None, said
+        return match.group(1)
+
+    def until(self, done: Callable[[], Any], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not done():
+            assert time.monotonic() < deadline, f"{what} did not happen in time"
+            assert not self.over, f"{what} is not waited for, since something else failed"
+            time.sleep(0.2)
+
+    def until_held(self, name: str, ranks: int) -> None:
+        folder = self.folder / f"hold_{name}"
+        self.until(lambda: len(list(folder.glob("rank_*"))) == ranks, f"step {HOLD_STEP} of {name}")
+
+    def job(self, number: str) -> list[dict[str, str]]:
+        """What Slurm knows of a job, or of each task of an array."""
+        records = self.call("scontrol", "show", "job", number).strip().split("\n\n")
+        return [dict(re.findall(r"(\w+)=(\S*)", record)) for record in records]
+
+    def until_ended(self, number: str) -> list[dict[str, str]]:
+        self.until(
+            lambda: all(
+                record["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+                for record in self.job(number)
+            ),
+            f"the end of job {number}",
+        )
+        return self.job(number)
+
+
+def time_limit(session: Session) -> Any:
+    """Two nodes by torchrun, in the middle of a step when the time is almost up."""
+    site = session.site("time_limit", HOLD_STEP=str(HOLD_STEP))
+    arguments = ["parallel.pipeline=2", "data.workers=1", "--nodes", "2", "--gpus-per-node", "1"]
+    return session.until_ended(session.submit("time_limit", site, *arguments, "--partition", "steady", minutes=2))
+
+
+def preemption(session: Session) -> Any:
+    """Four nodes by srun, which a run of four nodes by torchrun in a higher partition takes away."""
+    layout = ["parallel.pipeline=2", "--nodes", "4", "--gpus-per-node", "1"]
+    site = session.site("preempted", cores=10, HOLD_STEP=str(HOLD_STEP))
+    low = session.submit("preempted", site, *layout, "--style", "srun", "--partition", "low")
+    session.until_held("preempted", 4)
+    high = session.submit("preempting", session.site("preempting", cores=10), *layout, "--partition", "high")
+    return session.until_ended(high) + session.until_ended(low)
+
+
+def lost_node(session: Session) -> Any:
+    """Two processes on each of two nodes by srun, of which one goes down; then a run that takes what is left."""
+    site = session.site("lost_node", HOLD_STEP=str(HOLD_STEP))
+    layout = ["parallel.pipeline=2", "--style", "srun", "--partition", "fragile"]
+    number = session.submit("lost_node", site, *layout, "--nodes", "2", "--gpus-per-node", "2")
+    session.until_held("lost_node", 4)
+    lost = session.call("scontrol", "show", "hostnames", session.job(number)[0]["NodeList"]).split()[1]
+    session.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    elastic = session.submit(
+        "elastic", session.site("elastic"), *layout, "--nodes", "4", "--min-nodes", "2", "--gpus-per-node", "1"
+    )
+    return [{"lost": lost}, *session.until_ended(number), *session.until_ended(elastic)]
+
+
+def arrays(session: Session) -> Any:
+    """A run in two parts, one after the other, of which the first is stopped by the clock; then two runs at once."""
+    one = ["--nodes", "1", "--gpus-per-node", "1", "--partition", "high"]
+    site = session.site("chain", HOLD_STEP=str(HOLD_STEP))
+    chain = session.submit("chain", site, *one, "training.max_minutes=0.1", "--array", "0-2%1")
+    sweep = session.submit(
+        "sweep", session.site("sweep"), *one, "training.seed=%a", "--array", "7-8", run_dir="sweep/%a"
+    )
+    return session.until_ended(chain) + session.until_ended(sweep)
+
+
+def failure(session: Session) -> Any:
+    """One rank of two fails; the next try goes on."""
+    site = session.site("failure", HOLD_STEP=str(HOLD_STEP), FAIL_RANK="1")
+    arguments = [
+        "parallel.pipeline=2",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "1",
+        "--style",
+        "srun",
+        "--partition",
+        "steady",
+    ]
+    return session.until_ended(session.submit("failure", site, *arguments))
+
+
+def documented_scripts(session: Session) -> Any:
+    """What sbatch says of the scripts in the documentation."""
+    said = {}
+    for name, arguments in DOCUMENTED.items():
+        script = session.command("submit", *arguments, "--dry-run", cwd=ROOT)
+        path = session.folder / f"{name}.sbatch"
+        path.write_text(script)
+        done = subprocess.run(
+            ["sbatch", "--test-only", str(path)], env=session.environment, capture_output=True, text=True, timeout=60
+        )
+        said[name] = [done.returncode, done.stderr]
+    return said
+
+
+SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, documented_scripts)
+
+
+def undisturbed(settings: Settings, port: int) -> None:
+    """A whole run on the ranks of the world this is called in."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # every rank has come
+    dist.destroy_process_group()
+    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    pretrain(settings)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the world to leave
+
+
+def undisturbed_runs(settings: Settings) -> None:
+    """The same run on one, two and four ranks, without Slurm."""
+    for size in (1, 2, 4):
+        training = {"run_dir": settings.training.run_dir.with_name(f"whole_{size}")}
+        changes = {
+            "training": settings.training.model_copy(update=training),
+            "parallel": settings.parallel.model_copy(update={"pipeline": min(size, 2)}),
+        }
+        run_world(size, undisturbed, settings.model_copy(update=changes), free_ports(1)[0])
+
+
+def run_everything(folder: Path) -> dict[str, Any]:
+    """All scenarios at once; returns what Slurm said of their jobs, and how long they took."""
+    make_data(folder)
+    changes = {"training__steps": STEPS, "parallel__data": None, "checkpoint__every": 0, "model__num_hidden_layers": 2}
+    settings = run_settings(folder, folder / "run", **changes)
+    write_config(settings, folder / "settings.yaml")
+    results: dict[str, Any] = {}
+    failures: list[BaseException] = []
+    began = time.monotonic()
+
+    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            results[name] = work(*arguments)
+            results[f"{name} seconds"] = round(time.monotonic() - began, 1)
+        except BaseException as error:
+            if not session.over:
+                failures.append(error)
+            session.over = True
+
+    with Session(folder) as session, ThreadPoolExecutor(len(SCENARIOS) + 1) as pool:
+        for scenario in SCENARIOS:
+            pool.submit(timed, scenario.__name__, scenario, session)
+        pool.submit(timed, "undisturbed", undisturbed_runs, settings)
+    if failures:
+        raise failures[0]
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    return results
