@@ -27,6 +27,7 @@ FORBIDDEN = {
     "finetuning": {"cli"},
     "convert": {"training", "cli"},
     "family": {"training", "cli"},
+    "ibert": {"tasks", "training", "finetuning", "cli"},
     "config": {"training", "cli"},
     "config_checks": {"training", "cli"},
 }

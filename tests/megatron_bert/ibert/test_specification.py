@@ -27,7 +27,7 @@ def test_layers(placement, narrow):
     for value in named_ranges(stack).values():
         value.mul_(narrow)
     if placement == "pre":  # read at another scale than it was written at
-        named_ranges(stack)["encoder.layers.1.ranges.input"].mul_(4)
+        named_ranges(stack)["encoder.layers.1.ranges.input.range"].mul_(4)
     (ids,), longest = sequences(37)
     found: dict[str, torch.Tensor] = {}
     with torch.no_grad():
