@@ -78,6 +78,17 @@ def _finetune(arguments: argparse.Namespace) -> int:
         return exit_code(finetune(settings, ends_process=arguments.own_process))
 
 
+def _quantize(arguments: argparse.Namespace) -> int:
+    from megatron_bert.config_file import load_sections
+    from megatron_bert.quantizing.quantize import quantize
+    from megatron_bert.quantizing.settings import QuantizeSettings
+    from megatron_bert.training.signals import exit_code
+
+    with launched_process():
+        settings = load_sections(arguments.config, arguments.overrides, QuantizeSettings)
+        return exit_code(quantize(settings, ends_process=arguments.own_process))
+
+
 def _fill_mask(arguments: argparse.Namespace) -> None:
     from megatron_bert.tasks.fill_mask import FillMask
 
@@ -155,6 +166,11 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("config", type=Path, metavar="CONFIG.yaml")
     finetune.add_argument("overrides", nargs="*", metavar="section.key=value")
     finetune.set_defaults(func=_finetune)
+
+    quantize = commands.add_parser("quantize", help="make a fine-tuned encoder compute in integers, and train it so")
+    quantize.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    quantize.add_argument("overrides", nargs="*", metavar="section.key=value")
+    quantize.set_defaults(func=_quantize)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
     fill.add_argument("model", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
-from megatron_bert.finetuning.objective import Finetuning
+from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run, draw_seeds
 from megatron_bert.finetuning.results import RESULTS_FILE, read_results, write_json, write_results
 from megatron_bert.finetuning.saved import save_task, task_config
@@ -19,13 +20,13 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
-from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.run import find_resume, open_run
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
+from parallel.checkpoint import checkpoint_step
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
-from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
+from parallel.process_group import World, launched_world_size, process_group
 
 
 class Stopped(NamedTuple):
@@ -48,32 +49,119 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
     Raises:
         UserError: settings, files or world size do not fit; found before any process group starts where possible.
     """
-    layout = check_layout(settings, launched_world_size())
-    if launched_rank() >= layout.world_size:
-        wait_as_spare()
-        return None
-    tokenizer = find_tokenizer(settings)
-    config = encoder_config(settings, tokenizer)
-    check_tensor_size(layout.tensor, config.num_attention_heads, config.intermediate_size, config.vocab_size_multiple)
-    task = build_task(settings.task, settings.data, tokenizer)
-    _check_lengths(task, config)
-    config = task_config(config, task)
+    return run_all(settings, seed_variants(settings), FinetuneStage(), ends_process=ends_process)
+
+
+class FinetuneStage:
+    """What one run of the command does around training; quantisation does more."""
+
+    def objective(self, settings: FinetuneSettings, config: MegatronBertConfig, task: Task, seed: int) -> Finetuning:
+        """What is trained."""
+        return Finetuning(settings, config, task, seed)
+
+    def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
+        """Before the first step of a new run, or when one goes on."""
+
+    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
+        """Score the best checkpoint on every split, and write what a run leaves behind; every rank calls."""
+        run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
+        checkpoint = self.take_best(settings, trainer)
+        splits = score_splits(trainer)
+        if trainer.world.is_first:
+            step = checkpoint_step(checkpoint) or 0
+            task = write_results(run_dir, settings, objective.task, splits, step=step, steps=trainer.step)
+            save_task(checkpoint, objective.config, task, run_dir / MODEL_FOLDER)
+            report_results(settings, trainer, report)
+
+    def take_best(self, settings: FinetuneSettings, trainer: Trainer) -> Path:
+        """Load the weights of the best checkpoint; its path."""
+        best = trainer.selection.best_step or trainer.step
+        checkpoint = settings.training.run_dir / "checkpoints" / f"step_{best:08d}"
+        if best != trainer.step:
+            trainer.load_weights(checkpoint)
+        return checkpoint
+
+
+def score_splits(trainer: Trainer) -> dict[str, SplitResult]:
+    """What the model does on every split that there is; every rank calls."""
+    objective = cast(Finetuning, trainer.objective)
+    return {
+        split: objective.run_split(split, trainer.model, trainer.evaluation_engine, trainer.mesh)
+        for split in (*objective.task.valid_splits, *objective.task.test_splits)
+    }
+
+
+def report_results(settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
+    """Draw the curves and say the scores; rank 0 calls."""
+    run_dir = settings.training.run_dir
+    draw_run(run_dir, trainer.objective.metric)
+    results = read_results(run_dir) or {}
+    for split, found in results["splits"].items():
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        report.say(f"{split}: {scores or 'not labelled; see the predictions'}")
+    report.say(f"the model of step {results['best_step']}, predictions and {RESULTS_FILE} are in {run_dir}")
+
+
+SettingsT = TypeVar("SettingsT", bound=FinetuneSettings)
+
+
+def seed_variants(settings: SettingsT) -> dict[str, SettingsT]:
+    """Name of a seed's directory -> settings of its run; one without a name where there is one seed."""
     training = settings.training
-    with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
+    if not training.seeds:
+        return {"": settings}
+    variants = {}
+    for seed in training.seeds:
+        name = f"seed_{seed}"
+        changed = training.model_copy(update={"seed": seed, "run_dir": training.run_dir / name, "seeds": None})
+        variants[name] = settings.model_copy(update={"training": changed})
+    return variants
+
+
+def run_all(
+    settings: FinetuneSettings,
+    variants: Mapping[str, FinetuneSettings],
+    stage: FinetuneStage,
+    *,
+    ends_process: bool = False,
+) -> str | None:
+    """Run the variants of a command one after the other, in one world.
+
+    Args:
+        settings: of the command.
+        variants: by the name that they have in the summary.
+        stage: what a run does.
+        ends_process: as for :func:`finetune`.
+
+    Returns:
+        Why a run stopped before its end; None if all are done.
+
+    Raises:
+        UserError: settings, files or world size do not fit.
+    """
+    layout = check_layout(settings, launched_world_size())
+    tokenizer = find_tokenizer(settings)
+    encoder = encoder_config(settings, tokenizer)
+    check_tensor_size(
+        layout.tensor, encoder.num_attention_heads, encoder.intermediate_size, encoder.vocab_size_multiple
+    )
+    task = build_task(settings.task, settings.data, tokenizer)
+    _check_lengths(task, encoder)
+    training = settings.training
+    with process_group(training.device, settings.parallel.timeout_seconds) as world:
         open_run(settings, world)
         mesh = ParallelMesh(layout, world.device)
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
-            for seed in training.seeds or [training.seed]:
-                run_dir = training.run_dir / f"seed_{seed}" if training.seeds else training.run_dir
-                changed = training.model_copy(update={"seed": seed, "run_dir": run_dir, "seeds": None})
-                results = _train(settings.model_copy(update={"training": changed}), config, task, mesh, world, stop)
+            for name, variant in variants.items():
+                config = task_config(encoder_config(variant, tokenizer), task)
+                results = _run_one(variant, config, task, stage, mesh, world, stop)
                 if isinstance(results, Stopped):
                     if world.is_first:
                         note_stop(training.run_dir, *results)
                     return results.reason
-                found[seed] = results
-        if training.seeds and world.is_first:
+                found[name] = results
+        if len(found) > 1 and world.is_first:
             _summarise(training.run_dir, found, task.metric)
     return None
 
@@ -91,67 +179,48 @@ def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
         )
 
 
-def _train(
+def _run_one(
     settings: FinetuneSettings,
     config: MegatronBertConfig,
     task: Task,
+    stage: FinetuneStage,
     mesh: ParallelMesh,
     world: World,
     stop: StopRequest,
 ) -> dict[str, Any] | Stopped:
-    """One run with one seed: what it found."""
+    """One run: what it found."""
     training = settings.training
     if settings.checkpoint.resume == "auto" and (done := read_results(training.run_dir)) is not None:
         if world.is_first:
             print(f"{training.run_dir / RESULTS_FILE} is there: nothing left to do; remove it to train on")
         return done
-    if settings.training.run_dir.name.startswith("seed_"):
-        open_run(settings, world)
+    open_run(settings, world)
     resume_from = find_resume(settings)
-    objective = Finetuning(settings, config, task, training.seed)
-    check_learning_rate(settings.learning_rate, objective.total_steps)
-    trainer = Trainer(settings, objective, mesh, world, resume_from)
+    objective = stage.objective(settings, config, task, training.seed)
     steps = objective.total_steps
+    if steps > 0:
+        check_learning_rate(settings.learning_rate, steps)
+    trainer = Trainer(settings, objective, mesh, world, resume_from)
     with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
         report.say(trainer.describe())
         report.say(f"{task.settings.name}: {len(objective.units):,} training sequences, {steps:,} steps")
         if task.bad_rows.count:
             report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
         report.say(f"resuming from {resume_from}" if resume_from else f"starting from {settings.model.from_}")
-        for note in (*trainer.model.notes, *placement_notes(mesh.layout, resume_from)):
+        for note in trainer.model.notes:
             report.say(f"note: {note}")
+        stage.begin(settings, trainer, report)
         reason = trainer.run(stop, report)
         if reason is not None:
             report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
             return Stopped(reason, trainer.step)
-        return _finish(settings, trainer, objective, report)
-
-
-def _finish(settings: FinetuneSettings, trainer: Trainer, objective: Finetuning, report: Report) -> dict[str, Any]:
-    """Score the best checkpoint on every split, and write what a run leaves behind."""
-    run_dir, task = settings.training.run_dir, objective.task
-    best = trainer.selection.best_step or trainer.step
-    checkpoint = run_dir / "checkpoints" / f"step_{best:08d}"
-    if best != trainer.step:
-        trainer.load_weights(checkpoint)
-    splits = {
-        split: objective.run_split(split, trainer.model, trainer.evaluation_engine, trainer.mesh)
-        for split in (*task.valid_splits, *task.test_splits)
-    }
-    if trainer.world.is_first:
-        task = write_results(run_dir, settings, task, splits, step=best, steps=trainer.step)
-        save_task(checkpoint, objective.config, task, run_dir / MODEL_FOLDER)
-        draw_run(run_dir, objective.metric)
-        for split, found in (read_results(run_dir) or {})["splits"].items():
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-            report.say(f"{split}, step {best}: {scores or 'not labelled; see the predictions'}")
-        report.say(f"model, predictions and {RESULTS_FILE} are in {run_dir}")
+        stage.finish(settings, trainer, report)
     dist.barrier()
-    return read_results(run_dir) or {}
+    return read_results(training.run_dir) or {}
 
 
-def _summarise(run_dir: Path, found: dict[int, dict[str, Any]], metric: str) -> None:
-    """Median and spread of every score over the seeds."""
+def _summarise(run_dir: Path, found: dict[str, dict[str, Any]], metric: str) -> None:
+    """Median and spread of every score over the runs, by what is in their names."""
     splits: dict[str, dict[str, dict[str, Any]]] = {}
     for split, scores in next(iter(found.values()))["splits"].items():
         splits[split] = {}
@@ -163,12 +232,12 @@ def _summarise(run_dir: Path, found: dict[int, dict[str, Any]], metric: str) -> 
                 "highest": max(values),
                 "standard_deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
             }
-    runs = {str(seed): results["splits"] for seed, results in found.items()}
-    write_json(run_dir / RESULTS_FILE, {"seeds": list(found), "metric": metric, "splits": splits, "runs": runs})
+    runs = {name: results["splits"] for name, results in found.items()}
+    write_json(run_dir / RESULTS_FILE, {"metric": metric, "splits": splits, "runs": runs})
     draw_seeds(run_dir, metric, runs)
     for split, scores in splits.items():
         for name, value in scores.items():
             print(
-                f"{split} {name}: median {value['median']:.4f} of {len(found)} seeds, "
+                f"{split} {name}: median {value['median']:.4f} of {len(found)} runs, "
                 f"{value['lowest']:.4f} to {value['highest']:.4f}"
             )

@@ -56,7 +56,14 @@ def write_split(
 
 
 def write_results(
-    run_dir: Path, settings: FinetuneSettings, task: Task, splits: Mapping[str, SplitResult], *, step: int, steps: int
+    run_dir: Path,
+    settings: FinetuneSettings,
+    task: Task,
+    splits: Mapping[str, SplitResult],
+    *,
+    step: int,
+    steps: int,
+    beside: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Task:
     """Write the files of a finished run; rank 0 calls.
 
@@ -69,6 +76,7 @@ def write_results(
         splits: by name, the validation split that decides first.
         step: of the checkpoint that was scored.
         steps: taken in all.
+        beside: scores of other models on the splits, by a name for both.
 
     Returns:
         The task with what was chosen.
@@ -91,7 +99,7 @@ def write_results(
             "metric": task.metric,
             "best_step": step,
             "steps": steps,
-            "splits": scores,
+            "splits": scores | dict(beside or {}),
             "files": files,
             "data": task.data_fingerprints(),
             "tokenizer": task.tokenizer.fingerprint,

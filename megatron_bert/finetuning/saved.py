@@ -18,6 +18,8 @@ from megatron_bert.family.classification import (
 )
 from megatron_bert.family.tokenizer import AutoTokenizer
 from megatron_bert.finetuning.start import MODEL_FOLDER
+from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
+from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
 from megatron_bert.tasks.registry import restore_task
@@ -68,7 +70,13 @@ def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> Megat
 
 
 @torch.no_grad()
-def save_task(checkpoint: Path, config: MegatronBertConfig, task: Task, directory: Path) -> None:
+def save_task(
+    checkpoint: Path,
+    config: MegatronBertConfig,
+    task: Task,
+    directory: Path,
+    quantization: QuantizationConfig | None = None,
+) -> None:
     """Write the model of a checkpoint of a fine-tuning run as a directory; one process, whatever layout trained it.
 
     Args:
@@ -76,10 +84,20 @@ def save_task(checkpoint: Path, config: MegatronBertConfig, task: Task, director
         config: of the model.
         task: it was trained for.
         directory: to write.
+        quantization: how the model is quantised; None for a float model.
     """
     model = _CLASSES[task.head.kind](config, initial=False)
-    names = {f"model.{model.names.canonical(name)}": p.detach() for name, p in model.named_parameters()}
-    load_tensors(checkpoint, names)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if quantization is not None:
+        quantize_model(model, quantization, equalise=False)
+        freeze_ranges(model)
+        tensors |= named_ranges(model)
+    load_tensors(checkpoint, {f"model.{model.names.canonical(name)}": tensor for name, tensor in tensors.items()})
+    directory.mkdir(parents=True, exist_ok=True)
+    if quantization is not None:
+        save_ranges(model, directory)
+    else:
+        (directory / RANGES_NAME).unlink(missing_ok=True)
     model.save_pretrained(directory)
     AutoTokenizer(task.tokenizer, config.max_position_embeddings).save_pretrained(directory)
     described = task.describe() | {"columns": _how_to_read(task.data)}
@@ -123,4 +141,6 @@ def load_task(source: Path, data: dict[str, Any] | None = None) -> SavedTask:
     weights = {public.names.canonical(name): parameter for name, parameter in public.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
+    if (directory / RANGES_NAME).is_file():
+        load_ranges(model, directory)
     return SavedTask(model.eval(), task, directory)

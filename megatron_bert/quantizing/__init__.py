@@ -1,0 +1,1 @@
+"""Quantisation of fine-tuned models: calibration, quantisation-aware training, and what it costs."""

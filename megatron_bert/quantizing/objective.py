@@ -1,0 +1,198 @@
+"""Quantisation-aware training as an objective: fine-tuning in integer arithmetic, with ranges that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_bert.finetuning.objective import Finetuning, SplitResult
+from megatron_bert.ibert import (
+    calibrate,
+    compare_with_float,
+    freeze_ranges,
+    in_mode,
+    named_ranges,
+    quantize_model,
+    unfreeze_ranges,
+    update_ranges,
+)
+from megatron_bert.ibert.report import QuantizerReport
+from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.finetuning import BertForTask, TaskBatch
+from megatron_bert.quantizing.distillation import distillation_sum
+from megatron_bert.quantizing.settings import QuantizeSettings
+from megatron_bert.tasks.task import Task
+from megatron_bert.training.build import StagedModel
+from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
+from parallel.pipeline.engine import PipelineEngine
+
+
+class QuantizationAware(Finetuning):
+    """Fine-tuning whose forward pass is the integer specification.
+
+    Args:
+        settings: of the run.
+        config: of the encoder, with the task's classes.
+        task: reads and tokenises the data here.
+        seed: of the order of the units.
+    """
+
+    # Tensors between modules are integers times a power of two, which bfloat16 would round.
+    float32_activations: ClassVar[bool] = True
+
+    def __init__(self, settings: QuantizeSettings, config: MegatronBertConfig, task: Task, seed: int) -> None:
+        super().__init__(settings, config, task, seed)
+        if settings.training.steps is None and settings.training.epochs == 0:
+            self.metric = None  # nothing is trained, so there is nothing to choose from
+        self.quantization, self.distillation = settings.quantization, settings.distillation
+        self.teachers: dict[int, BertForTask] = {}
+        self.teaching_engine: PipelineEngine | None = None
+        self._taught: dict[int, Tensor] = {}
+
+    def change(self, stage: BertForTask, *, fresh: bool) -> None:
+        """Quantise the stage."""
+        quantize_model(stage, self.quantization.config(), equalise=fresh)
+
+    def extra_tensors(self, stage: BertForTask) -> dict[str, Tensor]:
+        """Its ranges."""
+        return named_ranges(stage)
+
+    # ---------------------------------------------------------------- training
+
+    def add_teacher(self, model: StagedModel, engine: PipelineEngine, device: torch.device) -> None:
+        """Let the float model teach, with the weights that the run starts from.
+
+        Args:
+            model: whose stages the teacher's are like.
+            engine: runs a forward-only schedule.
+            device: of the teacher's parameters, which every data rank holds whole.
+        """
+        for index, stage in model.stages.items():
+            teacher = self.make_stage(stage.part, stage.tp, "none", device)
+            self.fill(teacher)
+            self.teachers[index] = teacher.requires_grad_(False).eval()
+        self.teaching_engine = engine
+
+    @torch.no_grad()
+    def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> None:
+        """The teacher's logits."""
+        self._taught.clear()
+        if self.teaching_engine is None:
+            return
+
+        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
+            output = self.teachers[stage](batches[index], None, received)
+            if self.teachers[stage].part.last:
+                self._taught[id(batches[index])] = output
+            return output
+
+        self.teaching_engine.run(forward, lambda index: model.activation_shape(batches[index]))
+
+    def loss_sums(self, output: Tensor, batch: TokenBatch, tp: TensorParallel) -> Tensor:
+        """The task's loss, blended with the distance to the teacher."""
+        loss = super().loss_sums(output, batch, tp)
+        share = self.distillation.weight
+        if self.teaching_engine is None or share == 0.0:
+            return loss
+        taught, temperature = self._taught[id(batch)], self.distillation.temperature
+        apart = distillation_sum(output, taught, cast(TaskBatch, batch), self.task.head, temperature)
+        return (1.0 - share) * loss + share * apart
+
+    def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:
+        """Ranges move to what the step has seen, on all ranks alike."""
+        for stage in model.stages.values():
+            update_ranges(stage, range_groups(mesh))
+
+    # ---------------------------------------------------------------- evaluation
+
+    def run_split(
+        self, split: str, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh, *, floating: bool = False
+    ) -> SplitResult:
+        """Predict a split in integers, or in floating point with the same weights; every rank calls."""
+        with evaluating(model, floating=floating):
+            return super().run_split(split, model, engine, mesh)
+
+    def calibrate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> None:
+        """Find the ranges on training data; every rank calls."""
+        rounds = self._rounds(self.quantization.calibration_steps, engine, mesh)
+        with torch.no_grad(), evaluating(model):
+            calibrate(_together(model), rounds, _runner(model, engine), range_groups(mesh))
+        model.reshard()
+
+    def report(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> list[QuantizerReport]:
+        """Every quantiser beside the float model of the same weights on training data, in the order of the model.
+
+        Every rank calls; rank 0 gets what its data rank saw in all stages.
+        """
+        rounds = self._rounds(self.quantization.report_steps, engine, mesh)
+        with torch.no_grad(), evaluating(model):
+            rows = compare_with_float(_together(model), rounds, _runner(model, engine))
+        model.reshard()
+        # Names of several stages on a rank begin with the number of the stage on it.
+        rows = [replace(row, name=row.name.lstrip("0123456789.")) for row in rows]
+        mine = [(_stage_order(row), row) for row in rows]
+        everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        first = all(mesh.coordinate[axis] == 0 for axis in (*DATA_AXES, "tensor"))
+        dist.gather_object(mine if first else [], everyone)
+        found = [pair for part in everyone or [] for pair in part]
+        return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+    def _rounds(self, steps: int, engine: PipelineEngine, mesh: ParallelMesh) -> list[list[TokenBatch]]:
+        """The micro batches of the first steps of training, step by step."""
+        batches = self.training_batches(mesh, 0, steps, mesh.device)
+        return [[next(batches) for _ in range(engine.schedule.microbatches)] for _ in range(steps)]
+
+
+def range_groups(mesh: ParallelMesh) -> list[dist.ProcessGroup]:
+    """The ranks whose observations count as one: those of the data and tensor axes."""
+    return [mesh.device_mesh.get_group(axis) for axis in (*DATA_AXES, "tensor") if mesh.size[axis] > 1]
+
+
+@contextmanager
+def evaluating(model: StagedModel, *, floating: bool = False) -> Iterator[None]:
+    """Ranges stay as they are while the block lasts; ``floating`` computes the float function of the weights."""
+    stages = list(model.stages.values())
+    with ExitStack() as stack:
+        for stage in stages:
+            stack.callback(stage.train, stage.training)
+            stage.eval()
+            if floating:
+                stack.enter_context(in_mode(stage, "float"))
+        yield
+
+
+def freeze(model: StagedModel, *, frozen: bool = True) -> None:
+    """Fix the ranges of all stages, or let them follow training again."""
+    for stage in model.stages.values():
+        (freeze_ranges if frozen else unfreeze_ranges)(stage)
+
+
+def _together(model: StagedModel) -> nn.Module:
+    """This rank's stages as one module, whose parts keep their names."""
+    stages = list(model.stages.values())
+    return stages[0] if len(stages) == 1 else nn.ModuleList(stages)
+
+
+def _runner(model: StagedModel, engine: PipelineEngine) -> Callable[[Sequence[TokenBatch]], None]:
+    def run(batches: Sequence[TokenBatch]) -> None:
+        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
+            return model.stages[stage](batches[index], None, received)
+
+        engine.run(forward, lambda index: model.activation_shape(batches[index]))
+
+    return run
+
+
+def _stage_order(row: QuantizerReport) -> tuple[int, str]:
+    """Embeddings, layers, then what comes after them."""
+    layer = row.layer
+    if layer is not None:
+        return layer + 1, ""
+    return (0, "") if "embeddings" in row.name else (1 << 20, "")

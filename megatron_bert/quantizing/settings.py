@@ -1,0 +1,90 @@
+"""All settings of a quantisation run as validated models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_bert.config import LearningRateSettings, Section
+from megatron_bert.finetuning.settings import FinetuneModelSettings, FinetuneSettings, FinetuneTrainingSettings
+from megatron_bert.ibert.settings import QuantizationConfig
+
+Dequantised = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]
+
+
+class QuantizeModelSettings(FinetuneModelSettings):
+    """The fine-tuned model to quantise; its head comes with it."""
+
+    keep_head: Literal[True] = Field(True, description="Always: the head is part of what is quantised.")
+
+
+class QuantizationSettings(Section):
+    """Bit widths and ranges; see docs/ibert.md."""
+
+    weight_bits: Literal[7, 8] = Field(
+        8, description="Of weights; with 7, CPUs without dot-product instructions add products exactly in 16 bits."
+    )
+    activation_bits: Literal[7, 8] = Field(8, description="Of the inputs of matrix products.")
+    residual_bits: int = Field(16, ge=10, le=18, description="Of the residual stream and tensors between modules.")
+    observer: Literal["min_max", "percentile", "mse"] = Field(
+        "min_max",
+        description="What makes ranges of what is seen: largest magnitude averaged over batches, a percentile, or the "
+        "least squared error. Only min_max ranges follow training.",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="min_max: of the average over batches.")
+    percentile: float = Field(99.99, gt=50, le=100, description="percentile: per cent of elements inside the range.")
+    equalisation: Literal["none", "gamma", "smooth"] = Field(
+        "none", description="Balance channels first: move norms' gains into the next matrix, or per-channel factors."
+    )
+    force_dequant: Dequantised = Field(
+        "none", description="Kind of function computed in floating point, to find out what costs accuracy."
+    )
+    layer_force_dequant: dict[int, Dequantised] = Field(
+        default_factory=dict, description="The same for single layers: {number: kind}."
+    )
+    calibration_steps: int = Field(16, gt=0, description="Global batches of training data that calibrate the ranges.")
+    report_steps: int = Field(4, gt=0, description="Global batches on which tensors are compared with the float model.")
+
+    def config(self) -> QuantizationConfig:
+        """What quantises a model."""
+        return QuantizationConfig(**self.model_dump(exclude={"calibration_steps", "report_steps"}))
+
+
+class DistillationSettings(Section):
+    """Learning from the float model beside the labels (Hinton et al., arXiv 1503.02531)."""
+
+    weight: float = Field(0.0, ge=0, le=1, description="Share of the float model's outputs in the loss; 0 is without.")
+    temperature: float = Field(1.0, gt=0, description="Divides the logits of classes before they are compared.")
+
+
+class SearchSettings(Section):
+    """Train with every combination of these and take the best; the defaults are the paper's ranges (section 1.7)."""
+
+    enabled: bool = Field(False, description="Whether to search.")
+    learning_rate: list[float] = Field([5e-7, 1e-6, 1.5e-6, 2e-6], min_length=1, description="Peak learning rates.")
+    attention_probs_dropout_prob: list[float] = Field([0.0, 0.1], min_length=1, description="Attention dropout.")
+    hidden_dropout_prob: list[float] = Field([0.1, 0.2], min_length=1, description="Dropout of the other layers.")
+
+
+class QuantizeLearningRateSettings(LearningRateSettings):
+    """Warm-up, then a decay; the peak is far below that of fine-tuning."""
+
+    peak: float = Field(1e-6, gt=0, description="Learning rate at the end of the warm-up.")
+
+
+class QuantizeTrainingSettings(FinetuneTrainingSettings):
+    """Length, batch and place of a quantisation run."""
+
+    epochs: float = Field(3.0, ge=0, description="Passes over the training data; 0 calibrates only.")
+
+
+class QuantizeSettings(FinetuneSettings):
+    """A run of `megatron-bert quantize`."""
+
+    model: QuantizeModelSettings
+    quantization: QuantizationSettings = Field(default_factory=QuantizationSettings)
+    distillation: DistillationSettings = Field(default_factory=DistillationSettings)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+    learning_rate: QuantizeLearningRateSettings = Field(default_factory=QuantizeLearningRateSettings)
+    training: QuantizeTrainingSettings
