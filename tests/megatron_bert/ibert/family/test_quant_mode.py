@@ -73,7 +73,8 @@ def test_integers_in_every_class(family, head):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.count_nonzero() > 0, name
+        if (head, name) != ("ForMultipleChoice", "classifier.bias"):  # which moves all choices alike
+            assert parameter.grad.count_nonzero() > 0, name
 
 
 def test_quant_mode_finds_its_ranges_in_training():
