@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 
 from megatron_bert.family.pretrained import PreTrainedModel
+from megatron_bert.family.save import RANGES_NAME
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
 from parallel.errors import UserError
 
-RANGES_NAME = "quantization.json"
 
 
 def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
@@ -43,7 +43,8 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
 def load_ranges(model: nn.Module, directory: str | Path) -> None:
     """Quantise a model in floating point as the file in a directory says.
 
-    The model is of a public class, or has the names of a pretraining checkpoint. Ranges that the file does not hold, those of another head, stay to be calibrated; they are not frozen.
+    The model is of a public class, or has the names of a pretraining checkpoint. Ranges that the file does not hold,
+    those of another head, stay to be calibrated; they are not frozen.
 
     Raises:
         UserError: there is none, it is damaged, or the model is quantised already.
@@ -52,10 +53,9 @@ def load_ranges(model: nn.Module, directory: str | Path) -> None:
     if not path.is_file():
         raise UserError(f"{directory} holds no {RANGES_NAME}: quantise the model with quantize_model, and calibrate it")
     settings, ranges, frozen = _read(path)
-    public = model if isinstance(model, PreTrainedModel) else None
     quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
     for name, quantizer in quantizers(model):
-        limit = ranges.get(model.names.canonical(name), 0.0)
+        limit = ranges.get(model.names.canonical(name) if isinstance(model, PreTrainedModel) else name, 0.0)
         quantizer.range.fill_(limit)
         quantizer.frozen = frozen and limit > 0.0
 
