@@ -67,8 +67,8 @@ def scored(tags: Sequence[str], scheme: Scheme) -> tuple[list[str], Any]:
     In IO neighbours of one type are one entity, so the tags are those of BIO with B where the type changes.
     """
     if scheme == "IO":
-        before = [OUTSIDE, *tags[:-1]]
-        tags = [f"B{tag[1:]}" if tag not in (OUTSIDE, last) else tag for last, tag in zip(before, tags, strict=True)]
+        before = [OUTSIDE, *tags]
+        tags = [f"B{tag[1:]}" if tag not in (OUTSIDE, last) else tag for last, tag in zip(before, tags)]
     return list(tags), _SEQEVAL[scheme]
 
 

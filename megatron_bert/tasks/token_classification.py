@@ -169,21 +169,25 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
 
     def metrics(self, examples: Sequence[WordsExample], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Precision, recall and F1 of whole entities by seqeval, strict for the scheme, and accuracy of the tags."""
-        pairs = [(e.tags, p["tags"]) for e, p in zip(examples, predictions, strict=True) if e.tags]
-        if not pairs:
+        labelled = [(e.tags, p) for e, p in zip(examples, predictions, strict=True) if e.tags]
+        if not labelled:
             return {}
+        pairs = [(tags, p["tags"]) for tags, p in labelled]
         scheme = self.settings.scheme
         kind = scored([], scheme)[1]
         true, given = [scored(t, scheme)[0] for t, _ in pairs], [scored(p, scheme)[0] for _, p in pairs]
-        report = seqeval.metrics.classification_report(
-            true, given, mode="strict", scheme=kind, output_dict=True, zero_division=0
-        )
-        overall = report["micro avg"]
+        report: dict[str, dict[str, float]] = {}
+        # Without any entity there is nothing to average over.
+        if any(set(tags) - {OUTSIDE} or p["entities"] for tags, p in labelled):
+            report = seqeval.metrics.classification_report(
+                true, given, mode="strict", scheme=kind, output_dict=True, zero_division=0
+            )
+        overall = report.get("micro avg", {})
         same = [tag == predicted for tags, p in pairs for tag, predicted in zip(tags, p, strict=True)]
         found = {
-            "f1": float(overall["f1-score"]),
-            "precision": float(overall["precision"]),
-            "recall": float(overall["recall"]),
+            "f1": float(overall.get("f1-score", 0.0)),
+            "precision": float(overall.get("precision", 0.0)),
+            "recall": float(overall.get("recall", 0.0)),
             "accuracy": sum(same) / len(same),
         }
         by_type = (name for name in self.metrics_names if name.startswith("f1_"))
