@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_bert.family.load import LoadingReport, load_model
 from megatron_bert.family.names import MEGATRON_BERT, Names
 from megatron_bert.family.outputs import ModelOutput
-from megatron_bert.family.save import save_model
+from megatron_bert.family.save import RANGES_NAME, save_model
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.heads import MaskedLanguageHead
 from megatron_bert.model.layer import TransformerLayer
@@ -231,10 +231,13 @@ class PreTrainedModel(nn.Module):
 
     def save_beside(self, directory: Path) -> None:
         """Write what a directory holds besides configuration and weights; the first tensor rank calls."""
-        if any(True for _ in self.buffers()):
+        path = directory / RANGES_NAME
+        if not any(True for _ in self.buffers()):
+            path.unlink(missing_ok=True)  # of an older model
+        elif not path.is_file():
             logger.warning(
-                "%s has buffers, as those that hold the ranges of a quantised model, which %s does not: save_ranges "
-                "writes them, and load_ranges quantises the loaded model as they say",
+                "%s is quantised, and %s holds only its float weights: save_ranges of megatron_bert.ibert.family "
+                "writes its ranges beside them, for load_ranges to quantise the loaded model",
                 type(self).__name__,
                 directory,
             )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron_bert.family.pretrained import PreTrainedModel
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+#: File of a quantised model's ranges, which megatron_bert.ibert writes and reads.
+RANGES_NAME = "quantization.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "B": 1, "": 1}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
 _OLD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")

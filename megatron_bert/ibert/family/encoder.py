@@ -16,10 +16,11 @@ from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.load import LoadingReport
 from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from megatron_bert.family.pretrained import PreTrainedModel
+from megatron_bert.family.save import RANGES_NAME
 from megatron_bert.ibert.configuration import IBertConfig
 from megatron_bert.ibert.family.names import IBERT
 from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, their_ranges
-from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
+from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
 
@@ -58,7 +59,7 @@ class IBertPreTrainedModel(PreTrainedModel):
         if any(True for _ in quantizers(self)):
             save_ranges(self, directory)
         else:
-            (directory / RANGES_NAME).unlink(missing_ok=True)
+            super().save_beside(directory)
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The ranges of a quantised model, as transformers' layers have them."""

@@ -21,7 +21,6 @@ from megatron_bert.ibert.settings import QuantizationConfig
 from parallel.errors import UserError
 
 
-
 def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     """Write the file beside the weights that ``save_pretrained`` writes; under tensor parallelism on one rank.
 

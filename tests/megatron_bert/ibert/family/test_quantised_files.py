@@ -15,6 +15,7 @@ from megatron_bert import (
 )
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, named_ranges, quantize_model, quantizers
 from megatron_bert.ibert.family import load_ranges, save_ranges
+from megatron_bert.model.finetuning import BertForTask
 from parallel.errors import UserError
 from tests.megatron_bert.family import support as megatron
 from tests.megatron_bert.family.support import labels_for
@@ -137,6 +138,14 @@ def test_ranges_beside_a_megatron_bert_model(tmp_path, caplog):
     assert again(**batch).logits.equal(model(**batch).logits)
     with pytest.raises(UserError, match="quantised already"):
         load_ranges(again, tmp_path)
+    encoder = BertForTask(model.config, "token", model.config.num_labels)  # its names are those of checkpoints
+    load_ranges(encoder, tmp_path)
+    assert named_ranges(encoder) == {model.names.canonical(name): t for name, t in named_ranges(model).items()}
+    caplog.clear()
+    model.save_pretrained(tmp_path)
+    assert not caplog.text
+    MegatronBertForTokenClassification(model.config).save_pretrained(tmp_path)  # what was quantised there is gone
+    assert not (tmp_path / "quantization.json").exists()
     with pytest.raises(UserError, match="MegatronBertForMaskedLM has no ranges to save"):
         save_ranges(MegatronBertForMaskedLM(megatron.CONFIG), tmp_path)
 
