@@ -1,0 +1,141 @@
+"""Training steps of quantised models beside the float models they come from, and beside transformers' IBert.
+
+All models have the same sizes and read the same batch, in one process; their steps alternate, so that a machine whose
+speed drifts does not favour one, and ratios are taken step by step. transformers' IBert with ``quant_mode`` simulates
+integers in float32; ours computes them.
+
+    python -m tools.benchmark_quantised --output benchmarks/quantised_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
+from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
+from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
+from tools.benchmark_throughput import processor_name
+
+#: Shared by all models.
+_SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 130,
+    "num_labels": 2,
+}
+
+
+def _quantised(model: Any, batch: dict[str, Any]) -> Any:
+    """A float model, calibrated on the batch, with fixed ranges."""
+    model.eval()
+    quantize_model(model, QuantizationConfig())
+    calibrate(model, [batch], lambda inputs: model(**inputs))
+    freeze_ranges(model)
+    return model
+
+
+def make_models(dropout: float, batch: dict[str, Any]) -> dict[str, Any]:
+    """Models by the name they have in the report."""
+    chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    pre, post = MegatronBertConfig(**_SIZES, **chances), IBertConfig(**_SIZES, **chances)
+    theirs = transformers.IBertForSequenceClassification
+    their_config = transformers.IBertConfig(**_SIZES, **chances, type_vocab_size=2)
+    return {
+        "pre-layer-norm, float": MegatronBert(pre),
+        "pre-layer-norm, integer": _quantised(MegatronBert(pre), batch),
+        "post-layer-norm, float": IBertForSequenceClassification(post),
+        "post-layer-norm, integer": _quantised(IBertForSequenceClassification(post), batch),
+        "transformers IBert, float": theirs(their_config),
+        "transformers IBert, quant_mode": theirs(
+            transformers.IBertConfig(**_SIZES, **chances, type_vocab_size=2, quant_mode=True)
+        ),
+    }
+
+
+def make_step(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    """Forward, backward and optimizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+    model.train()
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(dropout: float, arguments: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+    """Seconds of each model's step, and its ratio to its float model's."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, _SIZES["vocab_size"], (arguments.batch, arguments.length))
+    batch = {"input_ids": ids, "labels": torch.randint(0, 2, (arguments.batch,))}
+    steps = {name: make_step(model, batch) for name, model in make_models(dropout, batch).items()}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(arguments.steps + 1):
+        for name, step in steps.items():
+            started = clock()
+            step()
+            if round_number:  # the first warms up
+                taken[name].append(clock() - started)
+    names = list(taken)
+    results = {}
+    for base, name in zip(names[::2], names[1::2], strict=True):
+        ratios = sorted(mine / float_step for mine, float_step in zip(taken[name], taken[base], strict=True))
+        results[name] = {
+            "float_seconds": round(statistics.median(taken[base]), 4),
+            "seconds": round(statistics.median(taken[name]), 4),
+            "ratio": {
+                "min": round(ratios[0], 3),
+                "median": round(statistics.median(ratios), 3),
+                "max": round(ratios[-1], 3),
+            },
+        }
+    return results
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--batch", type=int, default=32, help="sequences")
+    parser.add_argument("--length", type=int, default=64, help="tokens of each")
+    parser.add_argument("--steps", type=int, default=9, help="measured steps of each model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor leaves waiting out")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/quantised_cpu.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    report = {
+        "command": f"python -m tools.benchmark_quantised {' '.join(sys.argv[1:])}".strip(),
+        "machine": processor_name(),
+        "threads": arguments.threads,
+        "clock": arguments.clock,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "sizes": _SIZES,
+        "batch": {"sequences": arguments.batch, "length": arguments.length},
+        "steps": arguments.steps,
+        "dropout 0": measure(0.0, arguments, clock),
+        "dropout 0.1": measure(0.1, arguments, clock),
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    arguments.output.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
