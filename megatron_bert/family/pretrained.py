@@ -225,6 +225,10 @@ class PreTrainedModel(nn.Module):
 
     # ---------------------------------------------------------------- files
 
+    def saved_config(self) -> MegatronBertConfig:
+        """The configuration that describes the model as it is now."""
+        return self.config
+
     def extra_tensors(self) -> dict[str, Tensor]:
         """What is saved beside the parameters, by transformers' names of a class with a head."""
         return {}

@@ -48,7 +48,8 @@ def save_model(model: PreTrainedModel, directory: Path, max_shard_size: int | st
             if _OLD.fullmatch(path.name):
                 path.unlink()  # else a reader would mix the shards of two models
         kind = str(model.dtype).removeprefix("torch.")
-        replace(model.config, torch_dtype=kind).save_pretrained(directory, architecture=type(model).__name__)
+        config = replace(model.saved_config(), torch_dtype=kind)
+        config.save_pretrained(directory, architecture=type(model).__name__)
         model.save_beside(directory)
     parameters = dict(model.named_parameters())
     weight_map: dict[str, str] = {}

@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens of each, H hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -48,11 +49,18 @@ class IBertPreTrainedModel(PreTrainedModel):
         if not self.config.quant_mode:
             return
         if (directory / RANGES_NAME).is_file():
-            load_ranges(self, directory)
+            load_ranges(self, directory, force_dequant=self.config.force_dequant)
             follow_training(self)
         else:
             self._quantise()
             read_their_ranges(self, self.names, report.quantization)
+
+    def saved_config(self) -> IBertConfig:
+        """The configuration, which says so if quantize_model has changed the model."""
+        found = [quantizer.settings for _, quantizer in quantizers(self)]
+        if not found:
+            return self.config
+        return replace(self.config, quant_mode=True, force_dequant=found[0].force_dequant)
 
     def save_beside(self, directory: Path) -> None:
         """Write the ranges of a quantised model; an older model's file is removed."""

@@ -7,7 +7,7 @@ how they were quantised and the range of every quantiser, by its name in a pretr
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,16 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     (Path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_ranges(model: nn.Module, directory: str | Path) -> None:
+def load_ranges(model: nn.Module, directory: str | Path, *, force_dequant: str | None = None) -> None:
     """Quantise a model in floating point as the file in a directory says.
 
     The model is of a public class, or has the names of a pretraining checkpoint. Ranges that the file does not hold,
     those of another head, stay to be calibrated; they are not frozen.
+
+    Args:
+        model: in floating point.
+        directory: with the file.
+        force_dequant: in place of that of the file, which it was quantised with.
 
     Raises:
         UserError: there is none, it is damaged, or the model is quantised already.
@@ -52,6 +57,8 @@ def load_ranges(model: nn.Module, directory: str | Path) -> None:
     if not path.is_file():
         raise UserError(f"{directory} holds no {RANGES_NAME}: quantise the model with quantize_model, and calibrate it")
     settings, ranges, frozen = _read(path)
+    if force_dequant is not None:
+        settings = replace(settings, force_dequant=force_dequant)
     quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
     for name, quantizer in quantizers(model):
         limit = ranges.get(model.names.canonical(name) if isinstance(model, PreTrainedModel) else name, 0.0)

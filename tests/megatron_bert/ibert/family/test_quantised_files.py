@@ -13,7 +13,15 @@ from megatron_bert import (
     MegatronBertForMaskedLM,
     MegatronBertForTokenClassification,
 )
-from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, named_ranges, quantize_model, quantizers
+from megatron_bert.ibert import (
+    QuantizationConfig,
+    calibrate,
+    freeze_ranges,
+    named_ranges,
+    quantize_model,
+    quantized_modules,
+    quantizers,
+)
 from megatron_bert.ibert.family import load_ranges, save_ranges
 from megatron_bert.model.finetuning import BertForTask
 from parallel.errors import UserError
@@ -53,6 +61,21 @@ def test_saved_and_loaded(trained, tmp_path):
     assert not (tmp_path / "quantization.json").exists()
     with pytest.raises(UserError, match=r"holds no quantization\.json"):
         load_ranges(float_model, tmp_path)
+
+
+def test_force_dequant_of_a_saved_model(trained, tmp_path):
+    """The argument counts, not what it was saved with; and the configuration follows what quantize_model did."""
+    batch = batch_for(HEAD)
+    trained.save_pretrained(tmp_path)
+    other = IBertForMaskedLM.from_pretrained(tmp_path, force_dequant="softmax")
+    assert all(module.force == {"softmax"} for _, module in quantized_modules(other))
+    assert not other(**batch).logits.equal(trained(**batch).logits)
+    model = quantize_model(build(HEAD, config_of(HEAD, **SMALL)), QuantizationConfig(force_dequant="gelu"))
+    calibrate(model, [batch], lambda batch: model(**batch))
+    model.save_pretrained(tmp_path)
+    again = IBertForMaskedLM.from_pretrained(tmp_path)
+    assert (again.config.quant_mode, again.config.force_dequant) == (True, "gelu")
+    assert again(**batch).logits.equal(model(**batch).logits)
 
 
 def test_another_head_keeps_the_ranges_of_the_encoder(trained, tmp_path):
