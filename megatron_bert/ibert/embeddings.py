@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_bert.ibert.epilogues import quantised
-from megatron_bert.ibert.modules import Quantized, checked
+from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.quantizer import Kind
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.model.encoder import BertEmbeddings
@@ -37,7 +37,7 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
     ) -> Tensor:
         """Arguments and result as of BertEmbeddings; the result is a multiple of the output's scale."""
         if self.mode == "float":
-            return super().forward(tokens, positions, types, keys, embedded)
+            return super().forward(tokens, positions, types, keys, embedded).float()
         parts = [self._words(tokens) if embedded is None else embedded]
         if self.absolute:
             parts.append(self.position_embeddings(own_tokens(positions, self.tp)))
@@ -46,10 +46,10 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
             hidden = sum(parts[1:], parts[0])
             if self.norm is not None:
                 hidden = self.norm(self.observe("sum", hidden))
-            return self.observe("output", hidden)
+            return self.observe("output", hidden).float()
         summed = "output" if self.norm is None else "sum"
         quantizer = self.quantizer(summed)
-        rounded = [quantised(checked(part), quantizer.scale(), quantizer.target(), quantizer.watch()) for part in parts]
+        rounded = [quantised(part.float(), quantizer.scale(), quantizer.target(), quantizer.watch()) for part in parts]
         hidden = self.read(sum(rounded[1:], rounded[0]), summed)
         if self.norm is not None:
             hidden = self.normalise(self.norm, hidden, "sum", "output")

@@ -45,7 +45,7 @@ class QuantizedDense(Quantized, Dense):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, K]`` real values to ``[N, out_features]``, multiples of 2^-12."""
         if self.mode != "integer":
-            return Dense.forward(self, self.observe("input", x) if self.mode == "observe" else x)
+            return Dense.forward(self, self.floating(self.observe("input", x) if self.mode == "observe" else x)).float()
         sums, scale = self.multiply(self.read(x, "input"), self.weight, "input")
         return logits(sums, self.bias, scale)
 
@@ -60,7 +60,9 @@ class QuantizedPooler(Quantized, Pooler):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H]`` real values to ``[N, H]``, multiples of 2^-15."""
         if self.mode != "integer":
-            return Pooler.forward(self, self.observe("input", x) if self.mode == "observe" else x)
+            return Pooler.forward(
+                self, self.floating(self.observe("input", x) if self.mode == "observe" else x)
+            ).float()
         sums, scale = self.multiply(self.read(x, "input"), self.weight, "input")
         return tanh_requantised(sums, self.bias, scale)
 
@@ -75,11 +77,12 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
     def forward(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
         """As MaskedLanguageHead; multiples of 2^-12."""
         if self.mode == "float":
-            return MaskedLanguageHead.forward(self, selected, word_embeddings)
+            return MaskedLanguageHead.forward(self, self.floating(selected), word_embeddings).float()
         if self.mode == "observe":
-            wide = F.gelu(self.dense(self.observe("input", selected)), approximate=self.approximate)
+            wide = F.gelu(self.dense(self.floating(self.observe("input", selected))), approximate=self.approximate)
             features = self.observe("features", self.norm(self.observe("gelu", wide)))
-            return F.linear(copy_to_ranks(features, self.tp), local_tensor(word_embeddings), local_tensor(self.bias))
+            entered = copy_to_ranks(features, self.tp)
+            return F.linear(entered, local_tensor(word_embeddings), local_tensor(self.bias)).float()
         gelu = self.quantizer("gelu")
         sums, scale = self.multiply(self.read(selected, "input"), self.dense.weight, "input")
         if "gelu" in self.force:

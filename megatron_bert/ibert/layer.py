@@ -100,7 +100,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
 
     def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
         if self.mode == "float":
-            return super()._forward(hidden, layout, keys)
+            return super()._forward(self.floating(hidden), layout, keys).float()
         output = (self._observed if self.mode == "observe" else self._integer)(
             hidden, layout, keys, AttentionRequest(mask=layout.rectangle_mask())
         )
@@ -110,7 +110,8 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
         if self.mode == "float":
-            return super()._answer(hidden, layout, keys, request)
+            answer = super()._answer(self.floating(hidden), layout, keys, request)
+            return answer._replace(hidden=answer.hidden.float())
         if request.head_mask is not None:
             raise UserError("head_mask is given, but integer attention has no masks of heads: prune the heads instead")
         return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, keys, request)
@@ -263,6 +264,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             raise UserError("ranges are observed with dropout switched on: put the model into evaluation mode first")
         if request.past is not None:
             raise UserError("ranges are observed with cached keys and values: give whole sequences to calibrate on")
+        hidden = self.floating(hidden)
         everywhere = None if layout.key_mask is None else layout.key_mask.flatten()
         real = None if everywhere is None else own_tokens(everywhere, self.tp)
         if not self.post_norm:
@@ -284,7 +286,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         part = self.mlp.output(self.observe("gelu", wide, everywhere))
         hidden = self._observed_add(self.mlp_norm, hidden, part, real, ("mlp_sum", "output"))
         shown = attention._all_heads(probabilities, request.probabilities)
-        return LayerOutput(hidden, shown, None, (key, value) if request.keep else None)
+        return LayerOutput(hidden.float(), shown, None, (key, value) if request.keep else None)
 
     def _observed_add(
         self, norm: LayerNorm, hidden: Tensor, part: Tensor, real: Tensor | None, where: tuple[str, str]

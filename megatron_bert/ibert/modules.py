@@ -49,6 +49,10 @@ class Quantized(nn.Module):
         self.ranges = nn.ModuleDict({name: Quantizer(kind, settings, device) for name, kind in kinds.items()})
         self.train(self.training)
 
+    def floating(self, x: Tensor) -> Tensor:
+        """The stream in the number format of the parameters, which mixed precision may have changed."""
+        return x.to(next(self.parameters()).dtype)
+
     def quantizer(self, name: str) -> Quantizer:
         """The quantiser of that name."""
         found = self.ranges[name]
@@ -140,8 +144,8 @@ class QuantizedLayerNorm(Quantized, LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, H]`` to the same, a multiple of the output's scale."""
         if self.mode == "float":
-            return LayerNorm.forward(self, x)
+            return LayerNorm.forward(self, self.floating(x)).float()
         if self.mode == "observe":
-            return self.observe("output", LayerNorm.forward(self, self.observe("input", x)))
+            return self.observe("output", LayerNorm.forward(self, self.floating(self.observe("input", x))).float())
         self.quantizer("input").note(x)
         return self.normalise(self, x, "input", "output")

@@ -16,8 +16,9 @@ from megatron_bert.ibert import (
     update_ranges,
 )
 from parallel.collectives import gather_from_ranks
+from parallel.data_parallel import apply_data_parallel
 from tests.megatron_bert.model.support import make_batch, make_model, step, total_loss
-from tests.worlds import make_tensor_parallel, run_world
+from tests.worlds import make_mesh, make_tensor_parallel, run_world
 
 CONFIGS = ({}, {"weight_bits": 7, "observer": "percentile"})
 
@@ -43,12 +44,12 @@ def _forward(placement: str, packed: bool, sequence: bool, ranges: dict | None, 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_the_same_bits_at_every_size(placement):
-    for packed, sequence, settings, dropout in (
-        (False, False, CONFIGS[0], 0.0),
-        (True, True, CONFIGS[1], 0.1),
+    for sizes, packed, sequence, settings, dropout in (
+        ((2, 4), False, False, CONFIGS[0], 0.0),
+        ((4,), True, True, CONFIGS[1], 0.1),
     ):
         logits, gradients, ranges = _forward(placement, packed, False, None, settings, dropout)
-        for size in (2, 4):
+        for size in sizes:
             arguments = (placement, packed, sequence, ranges, settings, dropout)
             for found, found_gradients, _ in run_world(size, _forward, *arguments):
                 for name, value in logits.items():
@@ -87,6 +88,31 @@ def test_ranks_agree_on_ranges(settings):
         assert math.isclose(value, expected[name], rel_tol=1e-5 if not settings else 0.045), name
     moved = [name for name, value in results[0][1].items() if value != results[0][0][name]]
     assert bool(moved)
+
+
+def _sharded_step(dtype: torch.dtype):
+    """Loss and gradients of a step whose parameters are divided over two data ranks that read the same batch."""
+    mesh = make_mesh(data=2, data_shard=2)
+    model, batch = make_model(), make_batch()
+    quantize_model(model, QuantizationConfig())
+    layers = model.encoder.layer_list()
+    apply_data_parallel(model, layers, mesh, sharding="full", compute_dtype=dtype, cast_inputs=False)
+    calibrate(model, [batch], model, [mesh.device_mesh.get_group("data_shard")])
+    return step(model, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_sharded_data_parallelism(dtype):
+    model, batch = make_model(), make_batch()
+    quantize_model(model, QuantizationConfig())
+    calibrate(model, [batch], model)
+    alone = step(model, batch)
+    for found in run_world(2, _sharded_step, dtype):
+        for name, value in alone.items():
+            # Two ranks' gradients of the same batch are summed. bfloat16 rounds weights and gradients to 8 bits.
+            double = value if name == "loss" else 2 * value
+            error = (found[name] - double).norm() / double.norm()
+            assert float(error) <= (0.0 if dtype == torch.float32 else 0.25), name
 
 
 def _bits(size_of_parts: int):
