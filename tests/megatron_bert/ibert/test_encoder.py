@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from megatron_bert.ibert import QuantizationConfig, in_mode, quantizers
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
@@ -131,3 +132,33 @@ def test_widths(settings):
         else:
             limit = 2**config.activation_bits - 1 if kind == "gelu" else 2 ** (config.activation_bits - 1) - 1
         assert limit / 8 < float(q.abs().max()) <= limit, name
+
+
+def test_the_published_code_does_not_hold_integers():
+    """transformers' IBert, over the scale it hands each layer: integers in the first layer, anything after it."""
+    torch.manual_seed(0)
+    config = transformers.IBertConfig(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        quant_mode=True,
+    )
+    model, ids, fractions = transformers.IBertModel(config), torch.randint(2, 90, (2, 20)), []
+
+    def look(module, arguments):
+        hidden, scale = arguments[:2]
+        q = (hidden / scale).detach().double()
+        fractions.append(float((q - q.round()).abs().max()))
+
+    for layer in model.encoder.layer:
+        layer.register_forward_pre_hook(look)
+    model.train()
+    model(ids)  # finds its ranges
+    fractions.clear()
+    model.eval()
+    model(ids)
+    assert fractions[0] < 1e-4
+    assert min(fractions[1:]) > 0.4
