@@ -45,6 +45,9 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
                 f"{self.max_length}: make it smaller, or task.max_length larger"
             )
 
+    def _found(self) -> dict[str, Any]:
+        return {**super()._found(), "max_query_length": self.max_query_length}
+
     def files(self) -> dict[str, list[Path]]:
         """The files of the directory, or those given."""
         return official_choice_files(self.data.directory) if self.data.directory is not None else super().files()

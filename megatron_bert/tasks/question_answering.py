@@ -187,7 +187,12 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         return task
 
     def _found(self) -> dict[str, Any]:
-        return {**super()._found(), "null_threshold": self.null_threshold if self.settings.no_answer else None}
+        lengths = {"doc_stride": self.doc_stride, "max_query_length": self.max_query_length}
+        return {
+            **super()._found(),
+            **lengths,
+            "null_threshold": self.null_threshold if self.settings.no_answer else None,
+        }
 
     def write_submission(
         self, examples: Sequence[SpanExample], predictions: Sequence[Prediction], directory: Path

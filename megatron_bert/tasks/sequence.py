@@ -45,8 +45,9 @@ class SequenceTask(Task[TextExample, Unit]):
     def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
         super().__init__(settings, data, tokenizer)
         self.labels = self.find_labels()
-        if self.problem == "single_label_classification" and len(self.labels) < 2:
-            raise UserError(f"a classification needs two labels or more, not {list(self.labels)}: set task.labels")
+        fewest = {"single_label_classification": 2, "multi_label_classification": 1, "regression": 0}[self.problem]
+        if len(self.labels) < fewest:
+            raise UserError(f"the task needs {fewest} labels or more, not {list(self.labels)}: set task.labels")
         self.head = Head("sequence", max(1, len(self.labels)), self.problem)
         self.choose_metric(self.default_metrics())
 

@@ -205,7 +205,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         return self.labels, metrics.confusion_matrix(true, given, len(self.labels))
 
     def _found(self) -> dict[str, Any]:
-        return {**super()._found(), "labels": list(self.labels)}
+        return {**super()._found(), "labels": list(self.labels), "doc_stride": self.doc_stride}
 
     def write_submission(
         self, examples: Sequence[WordsExample], predictions: Sequence[Prediction], directory: Path
