@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_bert.ibert.layer import QuantizedTransformerLayer
 from megatron_bert.ibert.observers import BINS
 from megatron_bert.ibert.quantization import in_mode, quantizers
 from megatron_bert.ibert.quantizer import Quantizer
@@ -30,7 +31,7 @@ def calibrate(
         model: quantised; its ranges are overwritten.
         batches: of data like that of training; a few hundred sequences suffice.
         forward: runs the model on one of them.
-        groups: over whose ranks what was seen is put together (data, tensor): see :func:`update_ranges`.
+        groups: over whose ranks what was seen is put together: see :func:`update_ranges`.
 
     Returns:
         The number of batches.
@@ -60,15 +61,24 @@ def update_ranges(model: nn.Module, groups: Sequence[dist.ProcessGroup] = ()) ->
 
     Args:
         model: quantised.
-        groups: one after another, the ranks whose observations count as one: those of the data axes and of the tensor
-            axis. Two small reductions each, whatever the number of quantisers.
+        groups: one after another, the ranks whose observations count as one: those of the data axes. The model's tensor
+            ranks always do. Two small reductions each, whatever the number of quantisers.
     """
+    groups = [*groups, *(group for group in _tensor_groups(model) if group not in groups)]
     found = [quantizer for _, quantizer in quantizers(model) if not quantizer.frozen]
     for kind, op in (("min_max", dist.ReduceOp.MAX), ("histogram", dist.ReduceOp.SUM)):
         chosen = [q for q in found if (q.observer == "min_max") == (kind == "min_max")]
         _agree(chosen, kind, op, groups)
     for quantizer in found:
         quantizer.follow()
+
+
+def _tensor_groups(model: nn.Module) -> list[dist.ProcessGroup]:
+    """The group of the model's tensor ranks, whose layers must have the same ranges; none if there is one rank."""
+    for module in model.modules():
+        if isinstance(module, QuantizedTransformerLayer):
+            return [module.tp.group] if module.tp.size > 1 else []
+    return []
 
 
 def _agree(

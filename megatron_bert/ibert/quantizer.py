@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import floor, log2
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +46,19 @@ class Quantizer(nn.Module):
         self.pending: Tensor | None = None
         #: Of all batches of a calibration.
         self.counts: Tensor | None = None
-        self._known: tuple[int, int, float] | None = None
+        #: The range as a number, for the tensor and its version: reading it waits for an accelerator.
+        self._known: tuple[Tensor, int, float] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # versions of a copied tensor begin anew
 
     # ---------------------------------------------------------------- scale
 
     def limit(self) -> float:
         """The range as a number."""
-        key = (id(self.range), self.range._version)
-        if self._known is None or self._known[:2] != key:
-            self._known = (*key, float(self.range))
+        held, version = self.range, self.range._version
+        if self._known is None or self._known[0] is not held or self._known[1] != version:
+            self._known = (held, version, float(held))
         return self._known[2]
 
     def scale(self) -> float:

@@ -30,7 +30,8 @@ from megatron_bert.ibert.products import (
 )
 from megatron_bert.ibert.stream import added_to_stream, normalised_stream
 from megatron_bert.model.attention_functions import explicit_attention
-from tests.megatron_bert.model.support import make_batch, make_model, step
+from parallel.weight_gradients import WeightGradientQueue, deferring
+from tests.megatron_bert.model.support import make_batch, make_model, step, total_loss
 
 SIGNED = Target(-127, 127)
 
@@ -220,6 +221,23 @@ def test_every_parameter_gets_its_gradient(placement, dropout):
         if gradient.dim() > 0:
             cosine = F.cosine_similarity(integer[name].flatten(), gradient.flatten(), dim=0)
             assert float(cosine) > 0.97, name
+
+
+def test_deferred_weight_gradients_are_the_same():
+    """What zero-bubble schedules do: weight gradients run after the backward pass."""
+    model, batch = make_model(), make_batch()
+    quantize_model(model, QuantizationConfig())
+    calibrate(model, [batch], model)
+    at_once = step(model, batch)
+    model.zero_grad()
+    queue = WeightGradientQueue()
+    with deferring(queue):
+        total_loss(model, batch).backward()
+    weight = model.encoder.layers["1"].mlp.output.weight
+    assert weight.grad is None
+    queue.run()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, at_once[name]), name
 
 
 def test_recomputation_changes_nothing():

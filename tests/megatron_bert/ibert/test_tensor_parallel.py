@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_bert.ibert import (
     QuantizationConfig,
@@ -31,7 +31,7 @@ def _forward(placement: str, packed: bool, sequence: bool, ranges: dict | None, 
     quantize_model(model, QuantizationConfig(**settings))
     batch = make_batch(packed=packed)
     if ranges is None:
-        calibrate(model, [batch], model, [tp.group] if tp.size > 1 else [])
+        calibrate(model, [batch], model)
     else:
         for name, value in named_ranges(model).items():
             value.copy_(ranges[name])
@@ -64,14 +64,12 @@ def _calibrated(settings: dict):
     tp = make_tensor_parallel()
     model = make_model(tp=tp)
     quantize_model(model, QuantizationConfig(**settings))
-    # Each rank sees other data, as data-parallel ranks do.
     batch = make_batch(samples=100)
-    group = dist.group.WORLD
-    calibrate(model, [batch], model, [group])
+    calibrate(model, [batch], model)
     calibrated = {name: float(value) for name, value in named_ranges(model).items()}
     model.train()
     total_loss(model, batch).backward()
-    update_ranges(model, [group])
+    update_ranges(model)
     return calibrated, {name: float(value) for name, value in named_ranges(model).items()}
 
 
@@ -88,6 +86,28 @@ def test_ranks_agree_on_ranges(settings):
         assert math.isclose(value, expected[name], rel_tol=1e-5 if not settings else 0.045), name
     moved = [name for name, value in results[0][1].items() if value != results[0][0][name]]
     assert bool(moved)
+
+
+def _calibrated_on_other_data():
+    mesh = make_mesh(data=2)
+    model, batch = make_model(), make_batch()
+    quantize_model(model, QuantizationConfig())
+    if mesh.data_rank == 1:
+        batch = replace(batch, tokens=batch.tokens.flip(0))
+    calibrate(model, [batch], model, [mesh.device_mesh.get_group("data_replicate")])
+    return {name: float(value) for name, value in named_ranges(model).items()}
+
+
+def test_data_ranks_put_together_what_they_saw():
+    ranges = []
+    for flip in (False, True):
+        model, batch = make_model(), make_batch()
+        quantize_model(model, QuantizationConfig())
+        calibrate(model, [replace(batch, tokens=batch.tokens.flip(0)) if flip else batch], model)
+        ranges.append({name: float(value) for name, value in named_ranges(model).items()})
+    results = run_world(2, _calibrated_on_other_data)
+    assert results[0] == results[1] == {name: max(value, ranges[1][name]) for name, value in ranges[0].items()}
+    assert results[0] not in ranges
 
 
 def _sharded_step(dtype: torch.dtype):
