@@ -83,7 +83,8 @@ def best_threshold(judged: Sequence[Judged], measure: str) -> tuple[float, float
     """The best "f1" or "exact" that any threshold on `null_odds` gives, and that threshold.
 
     A question has no answer when its odds exceed the threshold. As in the official script questions get their answers
-    one after the other, those with the least odds first; the threshold is the odds of the last of them.
+    one after the other, those with the least odds first; the threshold is the odds of the last of them, or less than
+    all odds where it is best to answer none (the script says 0 there).
     """
     place = ("exact", "f1").index(measure)
     current = best = float(sum(not item.golds for item in judged))
