@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import BertTokenizerFast
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.data.train_tokenizer import train_tokenizer
@@ -117,6 +118,30 @@ def test_sequences(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert feature.types.tolist() == [0] * (len(query) + 2) + [1] * 4
     assert unit.label.tolist() == [IGNORED, IGNORED]
     assert (task.head.kind, task.head.outputs) == ("span", 2)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(24, 5), (16, 11), (64, 20)])
+def test_windows_equal_transformers(tmp_path: Path, tokenizer: Tokenizer, length: int, stride: int) -> None:
+    peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=True)
+    query, context = "who?", "The cat sat on a (big) MAT, 12.5 km; then nothing."
+    task = task_of(tokenizer, NAME | {"max_length": length, "doc_stride": stride})
+    units = task.units([task.example_from({"question": query, "context": context}, "line 1")], train=False)
+    expected = peer(
+        query,
+        context,
+        truncation="only_second",
+        max_length=length,
+        stride=max(0, length - 3 - 4 - stride),  # there, by how much windows overlap
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    assert [unit.features[0].tokens.tolist() for unit in units] == expected["input_ids"]
+    assert [unit.features[0].types.tolist() for unit in units] == expected["token_type_ids"]
+    for number, unit in enumerate(units):
+        offsets = [
+            span for span, part in zip(expected["offset_mapping"][number], expected.sequence_ids(number)) if part
+        ]
+        assert unit.spans.tolist() == [list(span) for span in offsets]
 
 
 def test_candidates_and_probabilities(tmp_path: Path, tokenizer: Tokenizer) -> None:
