@@ -123,7 +123,7 @@ class Finetuning(Objective):
                 self.task.head,
                 pad_id=self.task.tokenizer.pad_id,
                 most_features=self.most_features,
-                multiple=mesh.layout.tensor,
+                multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
             ).to(device)
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:

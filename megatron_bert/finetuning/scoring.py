@@ -73,7 +73,7 @@ def score_units(
                 head,
                 pad_id=pad_id,
                 most_features=1,
-                multiple=mesh.layout.tensor,
+                multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
             ).to(mesh.device)
             for chunk in chosen
         ]
