@@ -41,6 +41,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "no_answer": ("question_answering",),
     "null_threshold": ("question_answering",),
     "scheme": ("token_classification",),
+    "decoding": ("token_classification",),
 }
 _DATA_ONLY_FOR: dict[str, tuple[str, ...]] = {
     "directory": (*GLUE_NAMES, "multiple_choice"),
@@ -96,6 +97,10 @@ class TaskSettings(Section):
     )
     scheme: Literal["BIO", "IO", "BILOU", "IOBES", "IOB1"] = Field(
         "BIO", description="How tags mark where entities start and end; BIO is also named IOB2."
+    )
+    decoding: Literal["argmax", "constrained"] = Field(
+        "argmax",
+        description="Each word's likeliest tag, or the likeliest sequence of tags that follows the scheme (Viterbi).",
     )
 
     @field_validator("name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from seqeval import scheme as seqeval_scheme
 
 from megatron_bert.tasks.rows import RowError
@@ -110,3 +111,40 @@ def check_tags(tags: Sequence[str], scheme: Scheme) -> None:
         if tag != expected:
             before = tags[place - 1] if place else "the beginning"
             raise RowError(f'tag "{tag}" of word {place + 1} after {before} does not follow {scheme}: see task.scheme')
+
+
+def may_follow(before: str, tag: str, scheme: Scheme) -> bool:
+    """Whether a tag may come after another; "O" stands for the beginning and the end of a sentence too."""
+    if scheme == "IO":
+        return True
+    same_type = before[1:] == tag[1:]
+    if scheme == "IOB1":  # B only parts neighbours of one type
+        return tag[0] != "B" or (before != OUTSIDE and same_type)
+    first, inside, last, _ = _LETTERS[scheme]
+    open_before, goes_on = before[0] in (first, inside), tag[0] in (inside, last)
+    if scheme == "BIO":  # an entity may end anywhere
+        return not goes_on or (open_before and same_type)
+    return (open_before and same_type) if goes_on else not open_before
+
+
+def best_tags(log_probabilities: np.ndarray, tags: Sequence[str], scheme: Scheme) -> list[int]:
+    """The most likely sequence of tags that follows the scheme (Viterbi), as indices into `tags`.
+
+    Args:
+        log_probabilities: float [words, tags], finite.
+        tags: the names, with "O" among them, so that some sequence follows the scheme.
+        scheme: to follow.
+    """
+    if not len(log_probabilities):
+        return []
+    refused = np.array([[0.0 if may_follow(a, b, scheme) else -np.inf for b in tags] for a in tags])
+    best = log_probabilities[0] + refused[tags.index(OUTSIDE)]
+    pointers = []
+    for row in log_probabilities[1:]:
+        paths = best[:, None] + refused
+        pointers.append(paths.argmax(axis=0))
+        best = paths.max(axis=0) + row
+    chosen = [int((best + refused[:, tags.index(OUTSIDE)]).argmax())]
+    for pointer in reversed(pointers):
+        chosen.append(int(pointer[chosen[-1]]))
+    return chosen[::-1]

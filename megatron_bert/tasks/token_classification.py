@@ -17,10 +17,13 @@ from megatron_bert.tasks.encoding import feature
 from megatron_bert.tasks.rows import BadRows, RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import text_of, texts_of
-from megatron_bert.tasks.tag_schemes import OUTSIDE, all_tags, check_tags, entities, entity_type, scored
+from megatron_bert.tasks.tag_schemes import OUTSIDE, all_tags, best_tags, check_tags, entities, entity_type, scored
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
 from megatron_bert.tasks.words import pieces_of_words, split_words, word_windows
 from parallel.errors import UserError
+
+TINY = 1e-30
+"""Least probability of a tag when sequences of tags are compared."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,19 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         self, examples: Sequence[WordsExample], units: Sequence[WordsUnit], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """Tags and entities of each sentence."""
-        tags = [[OUTSIDE] * len(example.words) for example in examples]
-        chances = [[0.0] * len(example.words) for example in examples]
+        chances = [np.zeros((len(example.words), self.head.outputs)) for example in examples]
         for unit, scores in zip(units, logits, strict=True):
-            if not len(unit.words):
-                continue
-            probabilities = metrics.softmax(scores)
-            for word, best, row in zip(unit.words.tolist(), probabilities.argmax(axis=1), probabilities, strict=True):
-                tags[unit.example][word] = self.labels[int(best)]
-                chances[unit.example][word] = float(row[best])
-        return [self._prediction(*of_one) for of_one in zip(examples, tags, chances, strict=True)]
+            if len(unit.words):
+                chances[unit.example][unit.words] = metrics.softmax(scores)
+        return [self._prediction(*of_one) for of_one in zip(examples, chances, strict=True)]
 
-    def _prediction(self, example: WordsExample, tags: list[str], chances: list[float]) -> Prediction:
+    def _prediction(self, example: WordsExample, table: np.ndarray) -> Prediction:
+        if self.settings.decoding == "constrained":
+            numbers = best_tags(np.log(np.maximum(table, TINY)), self.labels, self.settings.scheme)
+        else:
+            numbers = table.argmax(axis=1).tolist()
+        tags = [self.labels[number] for number in numbers]
+        chances = [float(row[number]) for row, number in zip(table, numbers, strict=True)]
         found = []
         for span in entities(tags, self.settings.scheme):
             begin, end = example.words[span.begin][0], example.words[span.end - 1][1]

@@ -13,6 +13,7 @@ from megatron_bert.tasks.tag_schemes import (
     Scheme,
     WordSpan,
     all_tags,
+    best_tags,
     check_tags,
     entities,
     entity_type,
@@ -76,6 +77,28 @@ def test_all_sequences_of_three_tags(scheme: Scheme) -> None:
         else:
             with pytest.raises(RowError, match="does not follow"):
                 check_tags(tags, scheme)
+
+
+@pytest.mark.parametrize("scheme", PREFIXES)
+def test_the_best_sequence_of_all_that_follow_the_scheme(scheme: Scheme) -> None:
+    tags = all_tags({"a", "b"}, scheme)
+    rng = np.random.default_rng(5)
+    sequences = []
+    for numbers in itertools.product(range(len(tags)), repeat=3):
+        try:
+            check_tags([tags[number] for number in numbers], scheme)
+        except RowError:
+            continue
+        sequences.append(numbers)
+    assert 1 < len(sequences) <= len(tags) ** 3
+    differs = 0
+    for _ in range(40):
+        scores = rng.normal(size=(3, len(tags)))
+        best = max(sequences, key=lambda numbers: sum(scores[place, number] for place, number in enumerate(numbers)))
+        assert tuple(best_tags(scores, tags, scheme)) == best
+        differs += best != tuple(scores.argmax(axis=1))
+    assert (differs == 0) == (scheme == "IO")
+    assert best_tags(np.zeros((0, len(tags))), tags, scheme) == []
 
 
 def test_what_does_not_follow_the_scheme_marks_nothing() -> None:

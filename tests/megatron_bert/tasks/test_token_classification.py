@@ -134,6 +134,20 @@ def test_entities_with_characters(tokenizer: Tokenizer) -> None:
     assert [e["probability"] for e in prediction["entities"]] == pytest.approx([one, (one + two) / 2, (one + two) / 2])
 
 
+def test_constrained_decoding(tokenizer: Tokenizer) -> None:
+    """Each word alone would be O, I-x, I-x; as a sequence B-x takes the place of the first I-x."""
+    scores = np.log(np.array([[0.8, 0.1, 0.1], [0.2, 0.35, 0.45], [0.1, 0.1, 0.8]]))
+    found = {}
+    for decoding in ("argmax", "constrained"):
+        task = task_of(tokenizer, NAME | {"labels": ["O", "B-x", "I-x"], "decoding": decoding})
+        example = task.example_from({"text": "the cat sat"}, "line 1")
+        (found[decoding],) = task.predictions([example], task.units([example], train=False), [scores])
+    assert (found["argmax"]["tags"], found["argmax"]["entities"]) == (["O", "I-x", "I-x"], [])
+    assert found["constrained"]["tags"] == ["O", "B-x", "I-x"]
+    assert found["constrained"]["probabilities"] == pytest.approx([0.8, 0.35, 0.8])
+    assert [entity["text"] for entity in found["constrained"]["entities"]] == ["cat sat"]
+
+
 def test_words_given_as_a_list(tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, NAME | {"labels": ["O", "B-x", "I-x"]})
     example = task.example_from({"tokens": ["can't", "stop"]}, "line 1")
