@@ -8,7 +8,7 @@
 #                         its settings have parallel.elastic=true. Hosts above MAX wait to replace a lost one.
 #   --head HOST[:PORT]    host at which the others meet, the same for all (port: 29500)
 #   --interface NAME      network interface between the hosts, such as ib0 (default: what NCCL and gloo find)
-#   --restarts N          how often the processes are started again after a failure (default 3)
+#   --restarts N          how often the processes are started again after a failure (default 10)
 #   --wait SECONDS        how long a host waits for enough others, or as a spare (default 600)
 #   --logs DIR            a log file for each rank, seen by all hosts (default: logs/ and the time)
 #
@@ -18,7 +18,7 @@ set -uo pipefail
 fail() { printf 'torchrun.sh: %s\n' "$*" >&2; exit 2; }
 number() { [[ ${2-} =~ ^[0-9]+$ ]] || fail "$1 is '${2-}': give a number"; }
 
-processes="" hosts=1 head="" interface="" restarts=3 seconds=600 logs=""
+processes="" hosts=1 head="" interface="" restarts=10 seconds=600 logs=""
 while [ $# -gt 0 ]; do
     case $1 in
         --processes) number "$@" && processes=$2 ;;
@@ -57,9 +57,15 @@ else
     case $head in *:*) ;; *) head=$head:29500 ;; esac
     # Without a store of each start's own, a process that is started again can find the address of one that is gone.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    meeting=(--nnodes="$hosts" --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id=megatron-bert
-        --rdzv-conf="join_timeout=$seconds,${RDZV_CONF-}")
-    meeting[-1]=${meeting[-1]%,}
+    settings=join_timeout=$seconds${RDZV_CONF:+,$RDZV_CONF}
+    meeting=(--nnodes="$hosts" --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id=megatron-bert)
+    if [ -n "$interface" ]; then # hosts need not know each other's names
+        own=$(ip -o -4 addr show dev "$interface" | awk 'NR == 1 {sub("/.*", "", $4); print $4}')
+        [ -n "$own" ] || fail "--interface $interface has no IPv4 address on this host"
+        meeting+=(--local-addr="$own")
+        [[ $head != [0-9]*.*.*.*:* ]] || settings+=,is_host=$([ "$own" = "${head%:*}" ] && echo 1 || echo 0)
+    fi
+    meeting+=(--rdzv-conf="$settings")
 fi
 
 # In a session of its own, so that Control-C reaches this script alone. The ranks ignore SIGUSR1 until they can take it.

@@ -1,9 +1,11 @@
-"""The subcommands of launching: submit and failures."""
+"""The subcommands of launching: submit, failures and doctor."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from megatron_bert.launching.launched import launched_process
 
 _SUBMIT = """\
 Check that the settings fit the nodes, write a batch script, and submit it to Slurm. The job saves before its time limit
@@ -61,7 +63,36 @@ def _failures(arguments: argparse.Namespace) -> None:
     print(summary(arguments.log_dir))
 
 
+def _add_doctor(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check machines before a run: versions, GPUs, network, shared files, clocks",
+        description="Check the machines that a run is to start on, in under a minute: alone, or as a run is started, "
+        "with torchrun or srun, on all of them. Ends with 1 if something would keep a run from working.",
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs"), help="directory that runs write to, seen by all hosts (default: runs)"
+    )
+    parser.add_argument(
+        "--megabytes",
+        type=int,
+        default=64,
+        metavar="N",
+        help="size of what is sent to measure the network (default: 64)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(func=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatron_bert.launching.doctor.examination import run_doctor
+
+    with launched_process():
+        return run_doctor(arguments)
+
+
 def add_launch_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommands to the command line's parser."""
     _add_submit(subparsers)
     _add_failures(subparsers)
+    _add_doctor(subparsers)

@@ -2,7 +2,8 @@
 
 HOLD_STEP names the step, and HOLD_FOLDER takes a file for each rank that waits. A rank waits for a signal or the run's
 time limit; when it has come to one rank, no other waits any longer. Only the first start of a job, and the first task
-of an array, waits. With FAIL_RANK no rank waits, and that one raises an error, once.
+of an array, waits. With FAIL_RANK no rank waits, and that one raises an error, once. With PACE every step of every
+start takes that many seconds longer.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ def _hold(module):
     module.StopRequest.agreed = agreed
 
 
+def _slow_down(module):
+    original = module.StopRequest.agreed
+
+    def agreed(self):
+        time.sleep(float(os.environ["PACE"]))
+        return original(self)
+
+    module.StopRequest.agreed = agreed
+
+
 def _draw_nothing(module):
     module.draw_curves = lambda run_dir: None
 
@@ -48,6 +59,8 @@ if "HOLD_STEP" in os.environ and not any(
     os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID")
 ):
     _CHANGES["megatron_bert.training.signals"] = _hold
+if "PACE" in os.environ:
+    _CHANGES["megatron_bert.training.signals"] = _slow_down
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -1,0 +1,1 @@
+"""`megatron-bert doctor`: whether machines are fit for a run, found out before it is started."""
