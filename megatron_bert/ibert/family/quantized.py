@@ -51,6 +51,7 @@ def follow_training(model: nn.Module) -> None:
     """Let the ranges of a quantised model follow its forward passes in training; in evaluation they stay.
 
     The first pass in training finds ranges that are not known, from its batch in floating point and without dropout.
+    Tensor ranks agree on them; data ranks do not, as forward passes do not know of them.
     """
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
@@ -58,7 +59,6 @@ def follow_training(model: nn.Module) -> None:
 def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     if not model.training:
         return
-    groups = () if model.tp.size == 1 else (model.tp.group,)
     if any(quantizer.limit() == 0.0 and not quantizer.frozen for _, quantizer in quantizers(model)):
         training = [module for module in model.modules() if module.training]
         model.eval()
@@ -66,7 +66,7 @@ def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any
             model.forward(*arguments, **named)
         for module in training:
             module.training = True
-    update_ranges(model, groups)
+    update_ranges(model)
 
 
 def _places(model: nn.Module, names: Names) -> Iterator[tuple[Quantizer, str]]:
