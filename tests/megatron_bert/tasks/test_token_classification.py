@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import seqeval.metrics
 from seqeval.scheme import BILOU, IOB2
+from transformers import BertTokenizerFast
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.registry import restore_task
@@ -83,6 +84,27 @@ def test_rows_are_first_pieces(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert pieces[-1] == "[SEP]"
     assert pieces[2:9] == ["n", "##e", "##w", "y", "##o", "##r", "##k"]
     assert not units[1].features[0].types.any()
+
+
+def test_alignment_equals_transformers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=True)
+    words = [
+        "The",
+        "cat's",
+        "(mat),",
+        "\u0130zmir",
+        "\U0001f600\U0001f600",
+        "caf\u00e9",
+        "12.5",
+        "\u4e2d\u6587",
+        "x" * 120,
+    ]
+    task = task_of(tokenizer, NAME | {"labels": ["O", "B-x", "I-x"]})
+    (unit,) = task.units([task.example_from({"tokens": words}, "line 1")], train=False)
+    expected = peer(words, is_split_into_words=True)
+    assert unit.features[0].tokens.tolist() == expected["input_ids"]
+    of_word = expected.word_ids()
+    assert unit.features[0].rows.tolist() == [of_word.index(number) for number in range(len(words))]
 
 
 @pytest.mark.parametrize("length", [8, 12, 64])
