@@ -36,6 +36,17 @@ TINY = [
     "logging.every=1",
 ]
 
+#: The same for runs on labelled data.
+TINY_TASK = [
+    "task.max_length=32",
+    "training.device=cpu",
+    "training.steps=2",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+    "precision.compute=float32",
+    "logging.every=1",
+]
+
 #: What is replaced in a command, in this order; everything else runs as it stands.
 SUBSTITUTIONS = [
     (r"--vocab-size 30522", "--vocab-size 120"),
@@ -43,6 +54,7 @@ SUBSTITUTIONS = [
     (r"--nnodes 4", "--nnodes 1"),
     (r"--rdzv-endpoint node1:29500", "--rdzv-endpoint localhost:0"),
     (r"(pretrain configs/\w+(?:\.\w+)?\.yaml)", r"\1 " + " ".join(TINY)),
+    (r"((?:finetune|quantize) configs/\w+/\w+\.yaml)", r"\1 " + " ".join(TINY_TASK)),
     (r"(checkpoint\.resume=\S+)/step_00100000", r"\1/step_00000002 training.steps=3"),
     (r"^tensorboard ", "tensorboard --inspect "),  # prints what it finds instead of serving it
 ]
@@ -80,6 +92,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     for s in range(10)
                 ]
                 file.write(f'{{"text": "{" ".join(sentences)}"}}\n')
+    (folder / "data" / "texts").mkdir(parents=True)
+    for name, rows in (("train", 60), ("test", 20), ("new", 20)):
+        texts = [f'{{"text": "{words[n % 20]} {words[n % 7]}", "label": "{"ab"[n % 2]}"}}' for n in range(rows)]
+        (folder / "data" / "texts" / f"{name}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return folder
 
 
@@ -119,6 +135,11 @@ def test_every_command_runs(place: Path) -> None:
     # A few things the README says are there afterwards.
     for name in ("config.yaml", "metrics.jsonl", "tensorboard", "curves.png", "checkpoints", "cache"):
         assert (place / "runs" / "one" / name).exists()
+    for run in ("texts", "float", "int8"):
+        assert (place / "runs" / run / "results.json").exists()
+    assert (place / "runs" / "int8" / "model" / "quantization.json").exists()
+    answers = [(place / name).read_text(encoding="utf-8").splitlines() for name in ("answers.jsonl", "integers.jsonl")]
+    assert [len(lines) for lines in answers] == [20, 20]
     assert (place / "configs" / "schema.json").stat().st_size > 1000
 
 
