@@ -7,6 +7,7 @@ integers; the bounds that this rests on are stated at each function, and tested.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,12 @@ MULTIPLIER_BITS = 23
 LARGEST_ACCUMULATOR = 2**29 - 1
 #: Largest shift: half a unit, 2^(shift - 1), is added to a product without leaving 53 bits.
 LARGEST_SHIFT = 52
+
+
+@cache
+def _inverse_powers(device: torch.device) -> Tensor:
+    """2^-shift by shift, float64 ``[54]``: exact, as a power function need not be on every device."""
+    return torch.tensor([2.0**-shift for shift in range(LARGEST_SHIFT + 2)], dtype=torch.float64, device=device)
 
 
 class Dyadic(NamedTuple):
@@ -33,7 +40,7 @@ class Dyadic(NamedTuple):
 
     def value(self) -> Tensor:
         """The number itself in float64, exact."""
-        return torch.ldexp(self.multiplier.double(), -self.shift)
+        return self.multiplier.double() * _inverse_powers(self.shift.device)[self.shift]
 
     def shifted(self, bits: int) -> Dyadic:
         """The number times 2^bits; its shift must stay in range."""
@@ -69,12 +76,12 @@ def dyadic(scale: Tensor) -> Dyadic:
         scale: float64, above 0 and below 2^21.
     """
     fraction, exponent = torch.frexp(scale.double())
-    multiplier = torch.ldexp(fraction, torch.tensor(MULTIPLIER_BITS)).add_(0.5).floor_()
+    multiplier = (fraction * 2.0**MULTIPLIER_BITS).add_(0.5).floor_()
     shift = MULTIPLIER_BITS - exponent.long()
     full = multiplier == 2.0**MULTIPLIER_BITS  # rounded up to the next power of two
     multiplier, shift = torch.where(full, multiplier / 2, multiplier), shift - full.long()
     small = shift > LARGEST_SHIFT
-    coarse = torch.ldexp(scale.double(), torch.tensor(LARGEST_SHIFT)).add_(0.5).floor_()
+    coarse = (scale.double() * 2.0**LARGEST_SHIFT).add_(0.5).floor_()
     multiplier = torch.where(small, coarse, multiplier)
     return Dyadic(multiplier.long(), shift.clamp(max=LARGEST_SHIFT))
 
@@ -93,12 +100,14 @@ def requantise(a: Tensor, factor: Dyadic, low: int, high: int) -> Tensor:
         int64; carried in float64 if ``a`` was carried. The widest intermediate, product and half a unit, has 53 bits.
     """
     if a.is_floating_point():
-        return carried(a, factor.value(), _HALF).clamp_(low, high)
+        return carried(a, factor.value(), _half(a.device)).clamp_(low, high)
     one = factor.multiplier * 0 + 1
     return ((a.long() * factor.multiplier + (one << (factor.shift - 1))) >> factor.shift).clamp(low, high)
 
 
-_HALF = torch.tensor(0.5, dtype=torch.float64)
+@cache
+def _half(device: torch.device) -> Tensor:
+    return torch.tensor(0.5, dtype=torch.float64, device=device)
 
 
 def carried(a: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
