@@ -18,7 +18,7 @@ class WindowUnit(Unit):
 
     Attributes:
         offset: position in the sequence of the window's first token of the text.
-        spans: int64 [m, 2], begin and end in the text of each of its tokens of the text, in characters.
+        spans: int32 [m, 2], begin and end in the text of each of its tokens of the text, in characters.
         widest: bool [m], whether no other window has more context around the token.
     """
 

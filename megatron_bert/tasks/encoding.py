@@ -39,9 +39,9 @@ def feature(
 ) -> Feature:
     """A sequence of texts that fit; `rows` are all positions when unset."""
     tokens = [tokenizer.cls_id, *first, tokenizer.sep_id]
-    types = np.zeros(len(tokens) if second is None else len(tokens) + len(second) + 1, dtype=np.int64)
+    types = np.zeros(len(tokens) if second is None else len(tokens) + len(second) + 1, dtype=np.int8)
     types[len(tokens) :] = 1
     if second is not None:
         tokens += [*second, tokenizer.sep_id]
-    places = np.arange(len(tokens)) if rows is None else np.array(rows, dtype=np.int64)
-    return Feature(np.array(tokens, dtype=np.int64), types, places)
+    places = np.array(range(len(tokens)) if rows is None else rows, dtype=np.int32)
+    return Feature(np.array(tokens, dtype=np.int32), types, places)

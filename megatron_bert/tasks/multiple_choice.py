@@ -71,23 +71,26 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
 
     def units(self, examples: Sequence[ChoiceExample], *, train: bool) -> list[Unit]:
         """One unit a question."""
+        passages = list(dict.fromkeys(example.context for example in examples if example.context is not None))
+        encoded = dict(zip(passages, self.tokenizer.encode_batch(passages), strict=True))
         units = []
         for place, example in enumerate(examples):
             assert example.answer is not None or not train, f"{example.where} has no answer to train on"
-            features = self._features(example) if example.context is None else self._with_passage(example)
+            if example.context is None:
+                features = self._without_passage(example)
+            else:
+                features = self._with_passage(example, encoded[example.context])
             label = IGNORED if example.answer is None else example.answer
             units.append(Unit(features, np.array([label], dtype=np.int64), place))
         return units
 
-    def _features(self, example: ChoiceExample) -> tuple[Feature, ...]:
+    def _without_passage(self, example: ChoiceExample) -> tuple[Feature, ...]:
         question, *choices = self.tokenizer.encode_batch([example.question, *example.choices])
         return tuple(pooled_feature(self.tokenizer, question, choice, self.max_length) for choice in choices)
 
-    def _with_passage(self, example: ChoiceExample) -> tuple[Feature, ...]:
-        assert example.context is not None
+    def _with_passage(self, example: ChoiceExample, passage: list[int]) -> tuple[Feature, ...]:
         filled = [fill(example.question, choice) for choice in example.choices]
         encoded = self.tokenizer.encode_batch_with_spans([text for text, _ in filled])
-        passage = self.tokenizer.encode(example.context)
         features = []
         for (_, place), found in zip(filled, encoded, strict=True):
             query = cut_around(found, place, self.max_query_length)

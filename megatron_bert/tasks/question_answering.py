@@ -88,7 +88,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         if example.answers:
             first = example.answers[0]
             answer = answer_tokens(found, first.start, first.start + len(first.text))
-        spans = np.array(found.spans, dtype=np.int64).reshape(-1, 2)
+        spans = np.array(found.spans, dtype=np.int32).reshape(-1, 2)
         places = windows(len(found.ids), room, self.doc_stride)
         units = []
         for (begin, end), widest in zip(places, widest_context(places), strict=True):

@@ -29,12 +29,12 @@ Prediction = dict[str, Any]
 
 @dataclass(frozen=True)
 class Feature:
-    """One encoded sequence.
+    """One encoded sequence; narrow integers, for there are millions of tokens.
 
     Attributes:
-        tokens: int64 [n], with the special tokens, without padding.
-        types: int64 [n], 0 for the first segment and 1 for the second.
-        rows: int64 [R], the positions whose logits the head gives. [0] for heads on the pooled first token; the first
+        tokens: int32 [n], with the special tokens, without padding.
+        types: int8 [n], 0 for the first segment and 1 for the second.
+        rows: int32 [R], the positions whose logits the head gives. [0] for heads on the pooled first token; the first
             piece of each word for token classification; all n positions for question answering.
     """
 

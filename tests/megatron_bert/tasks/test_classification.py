@@ -52,7 +52,7 @@ def test_sequences_equal_transformers(tmp_path: Path, tokenizer: Tokenizer) -> N
             assert feature.tokens.tolist() == expected["input_ids"]
             assert feature.types.tolist() == expected["token_type_ids"]
             assert feature.rows.tolist() == [0]
-            assert (feature.tokens.dtype, feature.types.dtype) == (np.int64, np.int64)
+            assert (feature.tokens.dtype, feature.types.dtype) == (np.int32, np.int8)
 
 
 @pytest.mark.parametrize(
