@@ -158,7 +158,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=chosen)
+        if spares and dist.get_rank() == 0:
+            _release_spares(spares)  # while the store is there, which may be this process's
     finally:
         dist.destroy_process_group()
-    if spares and launched_rank() == 0:
-        _release_spares(spares)

@@ -23,7 +23,7 @@ FORBIDDEN = {
     "model": {"config", "config_checks", "config_file", "data", "tasks", "training", "finetuning", "cli"},
     "data": {"training", "cli"},
     "tasks": {"training", "finetuning", "cli"},
-    "training": {"tasks", "finetuning", "cli"},
+    "training": {"tasks", "finetuning", "launching", "cli"},
     "finetuning": {"cli"},
     "convert": {"training", "cli"},
     "family": {"training", "cli"},

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from megatron_bert.config import Section
 from megatron_bert.config_file import load_sections
@@ -30,6 +30,8 @@ class ContainerSettings(Section):
 
 class SiteSettings(Section):
     """A cluster. Everything has a default; most sites need a partition and an account."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     partition: str | None = Field(None, description="Partition (queue); --partition overrides it.")
     account: str | None = Field(None, description="Account that is charged; --account overrides it.")
@@ -67,11 +69,10 @@ class SiteSettings(Section):
     @field_validator("environment", mode="before")
     @classmethod
     def _as_text(cls, value: object) -> object:
-        """YAML reads 1 and true as what they look like."""
+        """What YAML takes for true and false are words here."""
         if not isinstance(value, dict):
             return value
-        words = {True: "true", False: "false"}
-        return {name: words[v] if isinstance(v, bool) else str(v) for name, v in value.items()}
+        return {name: str(item).lower() if isinstance(item, bool) else item for name, item in value.items()}
 
     @field_validator("environment")
     @classmethod

@@ -86,7 +86,7 @@ def test_lost_worker_lost_host_and_no_spare(tmp_path: Path) -> None:
             "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
             "OMP_NUM_THREADS": "1",
             "PACE": "0.1",
-            "RDZV_CONF": "last_call_timeout=20,keep_alive_interval=1",
+            "RDZV_CONF": "last_call_timeout=12,keep_alive_interval=1",
         }
 
         def start(name: str) -> None:
