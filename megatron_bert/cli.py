@@ -99,10 +99,13 @@ def _fill_mask(arguments: argparse.Namespace) -> None:
             print(f"  {guess.probability:6.1%}  {guess.token:<16} {guess.sentence}")
 
 
-def _config_schema(_: argparse.Namespace) -> None:
+def _config_schema(arguments: argparse.Namespace) -> None:
     from megatron_bert.config import Settings
+    from megatron_bert.finetuning.settings import FinetuneSettings
+    from megatron_bert.quantizing.settings import QuantizeSettings
 
-    print(json.dumps(Settings.model_json_schema(), indent=2))
+    kinds = {"pretrain": Settings, "finetune": FinetuneSettings, "quantize": QuantizeSettings}
+    print(json.dumps(kinds[arguments.of].model_json_schema(), indent=2))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_launch_commands(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
+    schema.add_argument("of", nargs="?", choices=("pretrain", "finetune", "quantize"), default="pretrain")
     schema.set_defaults(func=_config_schema)
     return parser
 
