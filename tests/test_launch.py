@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch").glob("*.sbatch")), ROOT / ".ci" / "run"]
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 #: Programs the scripts may use; tests run them with these and no others in PATH.
@@ -193,6 +193,68 @@ class TestTest:
         assert done.returncode == 1
         assert done.stdout.splitlines()[-1] == f"-m pytest -n {WORKERS} --dist worksteal"
         assert ("FAILED" in done.stdout) == (failing != "pytest")
+
+
+class TestTorchrun:
+    """What it makes of its arguments: a program in the interpreter's place prints what it gets."""
+
+    @pytest.fixture
+    def checkout(self, checkout: Checkout) -> Checkout:
+        for name in ("awk", "date", "ip", "ps", "setsid"):
+            found = shutil.which(name)
+            assert found is not None
+            (checkout.bin / name).symlink_to(found)
+        checkout.program("python3", 'echo "$@"\necho "$MEGATRON_BERT_LOG_DIR $GLOO_SOCKET_IFNAME"')
+        return checkout
+
+    def test_one_node(self, checkout: Checkout) -> None:
+        checkout.program("nvidia-smi", "echo GPU 0\necho GPU 1")
+        done = checkout.run("torchrun.sh", "--logs", "here", "pretrain", "a.yaml", "data.train=a b")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [
+            "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=10 -m megatron_bert pretrain "
+            "a.yaml data.train=a b",
+            "here ",
+        ]
+
+    def test_hosts(self, checkout: Checkout) -> None:
+        options = ["--hosts", "2:4", "--head", "node1", "--interface", "lo", "--processes", "8", "--restarts", "3"]
+        done = checkout.run("torchrun.sh", *options, "--wait", "60", "finetune", "a.yaml", RDZV_CONF="read_timeout=9")
+        assert done.returncode == 0, done.stderr
+        command, variables = done.stdout.splitlines()
+        assert command == (
+            "-m torch.distributed.run --nnodes=2:4 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 "
+            "--rdzv-id=megatron-bert --local-addr=127.0.0.1 --rdzv-conf=join_timeout=60,read_timeout=9 "
+            "--nproc-per-node=8 --max-restarts=3 -m megatron_bert finetune a.yaml"
+        )
+        assert variables.endswith(" lo")
+
+    def test_code_of_a_failure(self, checkout: Checkout) -> None:
+        checkout.program("python3", "exit 3")
+        assert checkout.run("torchrun.sh", "pretrain", "a.yaml").returncode == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["pretrain"], "give a command and its settings file"),
+            (["--hosts", "2", "pretrain", "a.yaml"], "--hosts 2 needs --head"),
+            (["--hosts", "none", "pretrain", "a.yaml"], "--hosts is 'none'"),
+            (["--processes", "", "pretrain", "a.yaml"], "--processes is ''"),
+            (["--fast", "pretrain", "a.yaml"], "unknown option --fast"),
+            (["--hosts", "2", "--head", "a", "--interface", "none", "pretrain", "a.yaml"], "none has no IPv4 address"),
+        ],
+    )
+    def test_refusals(self, checkout: Checkout, arguments: list[str], words: str) -> None:
+        done = checkout.run("torchrun.sh", *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
+def test_batch_scripts_differ_in_their_command_alone() -> None:
+    pretraining, finetuning = (
+        (ROOT / "launch" / f"slurm_{name}.sbatch").read_text(encoding="utf-8") for name in ("pretrain", "finetune")
+    )
+    assert pretraining.replace("# Pretraining", "# Fine-tuning").replace("pretrain", "finetune") == finetuning
 
 
 class TestQuickstart:

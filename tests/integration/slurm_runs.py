@@ -42,11 +42,8 @@ PartitionName=fragile Nodes=n[9-12] MaxTime=INFINITE State=UP PriorityTier=10 Pr
 """
 #: Seconds that anything may take.
 PATIENCE = 200.0
-DOCUMENTED = {
-    "345m": ["configs/bert_345m.yaml", "--nodes", "1", "--gpus-per-node", "8", "--time", "24:00:00"],
-    "1.3b": ["configs/bert_1.3b.yaml", "--nodes", "4", "--gpus-per-node", "8", "--time", "2-00:00:00"],
-    "3.9b": ["configs/bert_3.9b.yaml", "--nodes", "16", "--gpus-per-node", "8", "--time", "2-00:00:00"],
-}
+#: Batch scripts of the documentation, and how many nodes they take.
+DOCUMENTED = {"bert_345m_1x8": 1, "bert_1.3b_4x8": 4, "bert_3.9b_16x8": 16}
 
 
 class Session:
@@ -217,10 +214,8 @@ def failure(session: Session) -> Any:
 def documented_scripts(session: Session) -> Any:
     """What sbatch says of the scripts in the documentation."""
     said = {}
-    for name, arguments in DOCUMENTED.items():
-        script = session.command("submit", *arguments, "--dry-run", cwd=ROOT)
-        path = session.folder / f"{name}.sbatch"
-        path.write_text(script)
+    for name in DOCUMENTED:
+        path = ROOT / "docs" / "scripts" / f"{name}.sbatch"
         done = subprocess.run(
             ["sbatch", "--test-only", str(path)], env=session.environment, capture_output=True, text=True, timeout=60
         )
@@ -228,7 +223,21 @@ def documented_scripts(session: Session) -> Any:
     return said
 
 
-SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, documented_scripts)
+def without_submit(session: Session) -> Any:
+    """The batch script of the checkout, and the doctor as a task on each of two nodes."""
+    run = session.folder / "by_hand"
+    run.mkdir()
+    session.environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = ["--nodes=1", "--nodelist=n13", "--gpus-per-node=1", f"--chdir={ROOT}", f"--output={run}/slurm-%j.out"]
+    script = str(ROOT / "launch" / "slurm_pretrain.sbatch")
+    said = session.call("sbatch", "--parsable", *options, script, str(session.folder / "settings.yaml"), str(run))
+    doctor = ["doctor", "--megabytes", "1", "--dir", str(session.folder / "doctor")]
+    step = ["srun", "--nodes=2", "--nodelist=n[14-15]", "--ntasks=2", "--ntasks-per-node=1"]
+    report = session.call(*step, sys.executable, "-m", "megatron_bert", *doctor)
+    return [*session.until_ended(said.strip()), {"doctor": report}]
+
+
+SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, documented_scripts, without_submit)
 
 
 def undisturbed(settings: Settings, port: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from parallel.checkpoint import latest_checkpoint
 from tests.integration.cluster_support import need, once
-from tests.integration.slurm_cluster import PROGRAMS
+from tests.integration.slurm_cluster import CORES, PROGRAMS
 from tests.integration.slurm_runs import DOCUMENTED, HOLD_STEP, STEPS, run_everything
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
 
@@ -140,9 +140,19 @@ def test_array_of_runs(folder: Path, results: dict[str, Any]) -> None:
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("size", DOCUMENTED)
-def test_documented_scripts_are_accepted(results: dict[str, Any], size: str) -> None:
-    code, said = results["documented_scripts"][size]
+def test_batch_script_of_the_checkout(folder: Path, results: dict[str, Any]) -> None:
+    assert_completed(results["without_submit"][0])
+    assert_undisturbed(folder, "by_hand", 1)
+
+
+def test_doctor_as_tasks_of_srun(results: dict[str, Any]) -> None:
+    report = results["without_submit"][1]["doctor"]
+    assert "ok      processes     2 on 2 hosts: n14, n15" in report
+    assert "1 of 1 pairs of hosts" in report
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_scripts_are_accepted(results: dict[str, Any], name: str) -> None:
+    code, said = results["documented_scripts"][name]
     assert code == 0, said
-    nodes = DOCUMENTED[size][2]
-    assert f"using {int(nodes) * 16} processors" in said  # whole nodes
+    assert f"using {DOCUMENTED[name] * CORES} processors" in said  # whole nodes

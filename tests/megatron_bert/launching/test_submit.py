@@ -235,3 +235,19 @@ def test_array_numbers() -> None:
     for wrong in ("", "3-", "1-4:0", "1%x"):
         with pytest.raises(UserError):
             check_array(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "scripts").glob("*.sbatch")), ids=lambda path: path.stem)
+def test_documented_script_is_what_its_command_makes(
+    submit: Submit, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = path.read_text(encoding="utf-8")
+    command = shlex.split(text.splitlines()[1].removeprefix("# "))
+    assert main([*command[1:], "--dry-run"]) == 0
+    assert submit.capsys.readouterr().out == text, f"make it again: {shlex.join(command)} --dry-run >{path}"
+
+
+def test_example_of_a_site(submit: Submit) -> None:
+    script = submit.dry(*SIZE, "--site", str(ROOT / "launch" / "site_example.yaml"))
+    assert {"--partition=gpu", "--account=my_project", "--cpus-per-task=96", "--mem=0"} <= set(options(script))
