@@ -15,9 +15,9 @@ from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.ibert.stream import added_to_stream
 from megatron_bert.model.attention_functions import explicit_attention
 from megatron_bert.model.layer import (
-    _ATTENTION_OUTPUT,
-    _ATTENTION_PROBABILITIES,
-    _MLP_OUTPUT,
+    ATTENTION_OUTPUT,
+    ATTENTION_PROBABILITIES,
+    MLP_OUTPUT,
     LayerNorm,
     TransformerLayer,
     own_tokens,
@@ -127,7 +127,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
         if request.past is not None:
             key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
-        token_keys = None if keys is None else layout.to_rectangle(fold_in(keys, _ATTENTION_PROBABILITIES))
+        token_keys = None if keys is None else layout.to_rectangle(fold_in(keys, ATTENTION_PROBABILITIES))
         context, probabilities = recomputed(
             self._attend, self.recompute, query, key, value, request, token_keys, at="selective"
         )
@@ -135,12 +135,12 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         self.quantizer("context").used(rows)
         part = self.multiply(rows.flatten(-2), attention.output.weight, "context", divided=self.tp)
         where = ("attention_sum", "middle") if self.post_norm else ("middle", "middle")
-        hidden = self._integer_add(self.attention_norm, hidden, part, attention.output, keys, _ATTENTION_OUTPUT, where)
+        hidden = self._integer_add(self.attention_norm, hidden, part, attention.output, keys, ATTENTION_OUTPUT, where)
         read = self._integer_read(self.mlp_norm, hidden, "middle", "mlp_input")
         sums = self.multiply(self._entered(read), self.mlp.intermediate.weight, "mlp_input")
         part = recomputed(self._activated, self.recompute, *sums, at="selective")
         where = ("mlp_sum", "output") if self.post_norm else ("output", "output")
-        hidden = self._integer_add(self.mlp_norm, hidden, part, self.mlp.output, keys, _MLP_OUTPUT, where)
+        hidden = self._integer_add(self.mlp_norm, hidden, part, self.mlp.output, keys, MLP_OUTPUT, where)
         return LayerOutput(hidden, probabilities, None, (key, value) if request.keep else None)
 
     def _integer_read(self, norm: LayerNorm, hidden: Tensor, source: str, result: str) -> Tensor:
@@ -187,7 +187,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         head_keys = None
         if dropout > 0.0:
             assert keys is not None
-            head_keys = fold_in(keys[:, None, :], attention._own_numbers(query.device)[None, :, None])
+            head_keys = fold_in(keys[:, None, :], attention.own_numbers(query.device)[None, :, None])
         scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value", "context")))
         if "softmax" in self.force:
             parts = zip((query, key, value), scales[:3], strict=True)
@@ -275,7 +275,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         for name, one in zip(("query", "key", "value"), qkv.unbind(2), strict=True):
             self.observe(name, one, everywhere)
         query, key, value = (one.transpose(1, 2) for one in layout.to_rectangle(qkv).unbind(3))
-        context, probabilities = attention._attend(
+        context, probabilities = attention.attend(
             query, key, value, request.mask, None, explicit=request.probabilities or request.unattended
         )
         rows = layout.from_rectangle(context.transpose(1, 2))
@@ -285,7 +285,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         wide = F.gelu(self.mlp.intermediate(read), approximate=self.mlp.approximate)
         part = self.mlp.output(self.observe("gelu", wide, everywhere))
         hidden = self._observed_add(self.mlp_norm, hidden, part, real, ("mlp_sum", "output"))
-        shown = attention._all_heads(probabilities, request.probabilities)
+        shown = attention.all_heads(probabilities, request.probabilities)
         return LayerOutput(hidden.float(), shown, None, (key, value) if request.keep else None)
 
     def _observed_add(

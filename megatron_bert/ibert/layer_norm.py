@@ -100,9 +100,9 @@ def layer_norm(x: Tensor, epsilon: Tensor, parameters: Affine, limit: int) -> Te
         limit: largest magnitude of the result.
 
     Returns:
-        int64 ``[.., N]``: before the clamp within 0.51 + 0.004 |normalised| steps of the real function for 8 bits (half
-        a step is the rounding), 0.6 + (0.07 + gain / 8192 steps) |normalised| for wider results. A row of equal
-        elements gives the bias.
+        int64 ``[.., N]``. Before the clamp it is within 0.501 + |normalised| / 2^(g+1) + gain / 4096 of the real
+        function, the gain in steps of the result and g as in :func:`affine`: half a step of rounding, the rounded gain,
+        and the 12 bits of a normalised element. A row of equal elements gives its bias.
     """
     total, squares = moments(x)
     inverse = reciprocal(deviation(total, squares, x.shape[-1], epsilon))

@@ -92,14 +92,14 @@ class AttentionHeads(nn.Module):
         if config.position_embedding_type != "absolute":
             self.distance = DistanceTable(config, tp=tp, device=device)
 
-    def _own_numbers(self, device: torch.device) -> Tensor:
+    def own_numbers(self, device: torch.device) -> Tensor:
         """int64 ``[A]``, numbers of this rank's heads."""
         end = self.first_head + self.heads
         if self.numbers[-1] == len(self.numbers) - 1:
             return torch.arange(self.first_head, end, device=device)
         return torch.tensor(self.numbers[self.first_head : end], device=device)
 
-    def _attend(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,
@@ -145,7 +145,7 @@ class AttentionHeads(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         head_keys = None
         if self.dropout > 0.0 and keys is not None:
-            head_keys = fold_in(keys[:, None, :], self._own_numbers(query.device)[None, :, None])
+            head_keys = fold_in(keys[:, None, :], self.own_numbers(query.device)[None, :, None])
         probabilities = attention_probabilities(
             query,
             key,
@@ -160,9 +160,9 @@ class AttentionHeads(nn.Module):
     def _own_mask(self, head_mask: Tensor | None) -> Tensor | None:
         if head_mask is None or head_mask.shape[1] == 1:
             return head_mask
-        return copy_to_ranks(head_mask, self.tp).index_select(1, self._own_numbers(head_mask.device))
+        return copy_to_ranks(head_mask, self.tp).index_select(1, self.own_numbers(head_mask.device))
 
-    def _all_heads(self, probabilities: Tensor | None, wanted: bool) -> Tensor | None:
+    def all_heads(self, probabilities: Tensor | None, wanted: bool) -> Tensor | None:
         """Probabilities of every rank's heads, ``[B, heads, Q, K]``."""
         if not wanted or probabilities is None:
             return None
@@ -223,7 +223,7 @@ class SelfAttention(AttentionHeads):
         else:
             query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
             rectangle_keys = None if keys is None else layout.to_rectangle(keys)
-            context, _ = self._attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
+            context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
             context = layout.from_rectangle(context.transpose(1, 2))
         return self.output(context.flatten(-2))
 
@@ -235,7 +235,7 @@ class SelfAttention(AttentionHeads):
         if request.past is not None:
             first = request.past[0].shape[2]
             key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
-        context, probabilities = self._attend(
+        context, probabilities = self.attend(
             query,
             key,
             value,
@@ -247,7 +247,7 @@ class SelfAttention(AttentionHeads):
         )
         return AttentionOutput(
             self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
-            self._all_heads(probabilities, request.probabilities),
+            self.all_heads(probabilities, request.probabilities),
             (key, value) if request.keep else None,
         )
 

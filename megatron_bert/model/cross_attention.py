@@ -56,7 +56,7 @@ class CrossAttention(AttentionHeads):
             assert encoder.hidden is not None
             both = self.key_value(encoder.hidden).unflatten(-1, (self.heads, 2, self.head_dim))
             key, value = (t.transpose(1, 2) for t in both.unflatten(0, (layout.batch, encoder.length)).unbind(3))
-        context, probabilities = self._attend(
+        context, probabilities = self.attend(
             query,
             key,
             value,
@@ -68,6 +68,6 @@ class CrossAttention(AttentionHeads):
         )
         return AttentionOutput(
             self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
-            self._all_heads(probabilities, request.probabilities),
+            self.all_heads(probabilities, request.probabilities),
             (key, value) if request.keep else None,
         )

@@ -23,7 +23,7 @@ from parallel.recompute import Recompute, recomputed
 from parallel.sharding import Constant, ParallelModule
 
 # What dropout keys are folded with at each place of a layer, so that their masks are independent.
-_ATTENTION_PROBABILITIES, _ATTENTION_OUTPUT, _MLP_OUTPUT, _CROSS_PROBABILITIES, _CROSS_OUTPUT = range(5)
+ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, CROSS_PROBABILITIES, CROSS_OUTPUT = range(5)
 
 
 class LayerNorm(ParallelModule):
@@ -141,13 +141,13 @@ class TransformerLayer(nn.Module):
 
     def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
         read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(keys, _ATTENTION_PROBABILITIES))
-        hidden = self._add(self.attention_norm, hidden, self._drop(attended, keys, _ATTENTION_OUTPUT))
+        attended = self.attention(read, layout, _fold(keys, ATTENTION_PROBABILITIES))
+        hidden = self._add(self.attention_norm, hidden, self._drop(attended, keys, ATTENTION_OUTPUT))
         return self._mlp(hidden, keys)
 
     def _mlp(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
         part = self.mlp(self._read(self.mlp_norm, hidden))
-        return self._add(self.mlp_norm, hidden, self._drop(part, keys, _MLP_OUTPUT))
+        return self._add(self.mlp_norm, hidden, self._drop(part, keys, MLP_OUTPUT))
 
     def _read(self, norm: LayerNorm, hidden: Tensor) -> Tensor:
         """What a part of the layer reads of the residual stream."""
@@ -161,14 +161,14 @@ class TransformerLayer(nn.Module):
         self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
         read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(keys, _ATTENTION_PROBABILITIES), request)
-        hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, keys, _ATTENTION_OUTPUT))
+        attended = self.attention(read, layout, _fold(keys, ATTENTION_PROBABILITIES), request)
+        hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, keys, ATTENTION_OUTPUT))
         cache, probabilities = attended.cache, None
         if request.encoder is not None:
-            cross_keys = _fold(keys, _CROSS_PROBABILITIES)
+            cross_keys = _fold(keys, CROSS_PROBABILITIES)
             norm = self.cross_attention_norm
             crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
-            hidden = self._add(norm, hidden, self._drop(crossed.hidden, keys, _CROSS_OUTPUT))
+            hidden = self._add(norm, hidden, self._drop(crossed.hidden, keys, CROSS_OUTPUT))
             probabilities = crossed.probabilities
             cache = None if cache is None else cache + crossed.cache
         return LayerOutput(self._mlp(hidden, keys), attended.probabilities, probabilities, cache)
