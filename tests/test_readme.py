@@ -51,8 +51,8 @@ TINY_TASK = [
 SUBSTITUTIONS = [
     (r"--vocab-size 30522", "--vocab-size 120"),
     (r"--nproc-per-node 8", "--nproc-per-node 2"),
-    (r"--nnodes 4", "--nnodes 1"),
-    (r"--rdzv-endpoint node1:29500", "--rdzv-endpoint localhost:0"),
+    (r"--processes 8", "--processes 2"),
+    (r"--hosts 4 --head node1 --interface ib0", "--processes 1"),
     (r"(pretrain configs/\w+(?:\.\w+)?\.yaml)", r"\1 " + " ".join(TINY)),
     (r"((?:finetune|quantize) configs/\w+/\w+\.yaml)", r"\1 " + " ".join(TINY_TASK)),
     (r"(checkpoint\.resume=\S+)/step_00100000", r"\1/step_00000002 training.steps=3"),
@@ -80,7 +80,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the README takes for granted: text, a second corpus, and the settings files and tools."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    (folder / "tools").symlink_to(ROOT / "tools")
+    for name in ("tools", "launch"):
+        (folder / name).symlink_to(ROOT / name)
     (folder / "text").mkdir()
     line = "quick brown foxes jump over the very lazy dogs while a zebra was in some other house of this big world"
     words = line.split()
