@@ -28,7 +28,9 @@ from megatron_bert.ibert.layer import check_layer
 from megatron_bert.ibert.observers import BINS, bin_edges, histogram, least_error_range, percentile_range
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import TransformerLayer
+from megatron_bert.model.pretraining import BertForPretraining
 from parallel.errors import UserError
+from parallel.pipeline.stage import StagePart
 from tests.megatron_bert.ibert.support import make_stack, padded, quantised_stack, sequences
 from tests.megatron_bert.model.support import CONFIG, make_batch, make_model, total_loss
 
@@ -56,6 +58,19 @@ def test_parameters_stay_the_same_objects_under_the_same_names():
     with in_mode(model, "float"):
         assert torch.equal(model(make_batch()).masked, float_output.masked)
     assert set(model.state_dict()) == set(before) | set(named_ranges(model))
+
+
+def test_pipeline_stages_give_the_bits_of_the_whole_model():
+    whole, batch = _calibrated(), make_batch()
+    expected, state, hidden = whole(batch, 3), whole.state_dict(), None
+    for part in (StagePart(range(1), first=True, last=False), StagePart(range(1, 2), first=False, last=True)):
+        stage = BertForPretraining(CONFIG, part=part)
+        quantize_model(stage, SETTINGS)
+        assert set(stage.state_dict()) < set(state)
+        stage.load_state_dict({name: state[name] for name in stage.state_dict()})
+        hidden = stage(batch, 3, hidden)
+    assert torch.equal(hidden.masked, expected.masked)
+    assert torch.equal(hidden.pair, expected.pair)
 
 
 def _small(**changes) -> MegatronBertConfig:
