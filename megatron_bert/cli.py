@@ -100,11 +100,17 @@ def _fill_mask(arguments: argparse.Namespace) -> None:
 
 
 def _config_schema(arguments: argparse.Namespace) -> None:
+    from pydantic import BaseModel
+
     from megatron_bert.config import Settings
     from megatron_bert.finetuning.settings import FinetuneSettings
     from megatron_bert.quantizing.settings import QuantizeSettings
 
-    kinds = {"pretrain": Settings, "finetune": FinetuneSettings, "quantize": QuantizeSettings}
+    kinds: dict[str, type[BaseModel]] = {
+        "pretrain": Settings,
+        "finetune": FinetuneSettings,
+        "quantize": QuantizeSettings,
+    }
     print(json.dumps(kinds[arguments.of].model_json_schema(), indent=2))
 
 

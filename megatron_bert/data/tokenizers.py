@@ -263,6 +263,15 @@ def load_tokenizer(path: str | os.PathLike[str], *, lowercase: bool | None = Non
     return tokenizer
 
 
+RUN_FOLDER = "tokenizer"
+"""Folder of a training run with a copy of its tokenizer."""
+
+
+def tokenizer_of_run(source: Path) -> Path | None:
+    """The copy of its tokenizer that a training run keeps, given its directory or a checkpoint in it; None without."""
+    return next((run / RUN_FOLDER for run in (source, source.parent.parent) if (run / RUN_FOLDER).is_dir()), None)
+
+
 def wordpiece(vocabulary: dict[str, int], lowercase: bool | None = None) -> tokenizers.Tokenizer:
     """Build BERT's WordPiece tokenizer from its vocabulary; `lowercase` as in `load_tokenizer`."""
     if lowercase is None:

@@ -69,7 +69,7 @@ class FinetuneSettings(RunSettings):
 
     model: FinetuneModelSettings
     tokenizer: TokenizerSettings | None = Field(
-        None, description="The vocabulary; the one beside the checkpoint, or of the run that wrote it, when unset."
+        None, description="The vocabulary; the one beside the checkpoint, or in the run that wrote it, when unset."
     )
     task: TaskSettings
     data: TaskDataSettings

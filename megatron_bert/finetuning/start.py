@@ -7,17 +7,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_bert.config import TokenizerSettings
 from megatron_bert.convert.divisions import pad_vocabulary
 from megatron_bert.convert.huggingface import WEIGHTS, open_weights
 from megatron_bert.convert.opening import config_from, copy_whole, source_tree
 from megatron_bert.convert.state import VOCABULARY_TENSORS
-from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.family.names import MEGATRON_BERT, fuse
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
-from parallel.checkpoint import STATE_FILE, latest_checkpoint, read_state
 from parallel.errors import UserError
 
 #: Folder of a fine-tuning run with the model of its best checkpoint.
@@ -25,36 +23,21 @@ MODEL_FOLDER = "model"
 
 
 def find_tokenizer(settings: FinetuneSettings) -> Tokenizer:
-    """The vocabulary that is set, lies beside the checkpoint, or is named by the run that wrote it.
+    """The vocabulary that is set, lies beside the checkpoint, or in the run that wrote it.
 
     Raises:
         UserError: there is none.
     """
     wanted, source = settings.tokenizer, finetuned_directory(settings.model.from_)
-    if wanted is None:
-        wanted = _of_run(source)
-        if wanted is not None and not wanted.path.exists():
-            raise UserError(
-                f"the run of {source} was trained with the vocabulary {wanted.path}, which is not there: set "
-                "tokenizer.path to where it is now"
-            )
     if wanted is not None:
         return load_tokenizer(wanted.path, lowercase=wanted.lowercase)
-    if source.is_dir():
+    place = tokenizer_of_run(source) or (source if source.is_dir() else None)
+    if place is not None:
         try:
-            return load_tokenizer(source)
+            return load_tokenizer(place)
         except UserError:
             pass  # said better below
     raise UserError(f"{source} holds no vocabulary: set tokenizer.path to the one that its model was trained with")
-
-
-def _of_run(source: Path) -> TokenizerSettings | None:
-    checkpoint = latest_checkpoint(source / "checkpoints") if source.is_dir() else None
-    checkpoint = checkpoint or source
-    if not (checkpoint / STATE_FILE).is_file():
-        return None
-    stored = read_state(checkpoint).get("settings", {}).get("tokenizer")
-    return TokenizerSettings.model_validate(stored) if stored else None
 
 
 def finetuned_directory(source: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_bert.config import Settings
 from megatron_bert.config_file import settings_from
-from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
@@ -65,7 +65,8 @@ class FillMask:
                 "run from it with model.from, and give that run"
             )
         settings: Settings = settings_from(state["settings"], source=str(checkpoint))
-        tokenizer = load_tokenizer(settings.tokenizer.path, lowercase=settings.tokenizer.lowercase)
+        copy, wanted = tokenizer_of_run(checkpoint), settings.tokenizer
+        tokenizer = load_tokenizer(wanted.path, lowercase=wanted.lowercase) if copy is None else load_tokenizer(copy)
         config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         model = BertForPretraining(config)
         with torch.no_grad():

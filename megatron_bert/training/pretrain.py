@@ -7,7 +7,7 @@ from megatron_bert.config_checks import check_settings
 from megatron_bert.convert.opening import config_from
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sidecar import check_tokenizer
-from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.data.tokenizers import RUN_FOLDER, Tokenizer, load_tokenizer
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.placement import placement_notes
@@ -63,6 +63,8 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
         return None
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         open_run(settings, world)
+        if world.is_first:
+            tokenizer.save(training.run_dir / RUN_FOLDER)
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
             mesh = ParallelMesh(layout, world.device)
             placement = placement_notes(layout, resume_from)

@@ -127,7 +127,7 @@ def run_settings(folder: Path, **changes: Any) -> FinetuneSettings:
 
     Args:
         folder: made by :func:`make_encoder` and a ``write_..`` function.
-        **changes: values by ``section__key``.
+        **changes: values by ``section__key``, or whole sections.
     """
     tree: dict[str, Any] = {
         "model": {"from": folder / "encoder"},
@@ -148,8 +148,11 @@ def run_settings(folder: Path, **changes: Any) -> FinetuneSettings:
         "logging": {"every": 1, "tensorboard": False, "progress": False},
     }
     for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
+        section, _, key = name.partition("__")
+        if key:
+            tree[section][key] = value
+        else:
+            tree[section] = value
     return FinetuneSettings.model_validate(tree)
 
 

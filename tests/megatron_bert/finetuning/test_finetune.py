@@ -13,10 +13,13 @@ import transformers
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.objective import Finetuning
 from megatron_bert.finetuning.results import read_results
+from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from tests.megatron_bert.finetuning.support import make_run, rows, run_settings, write_classes
+from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import assert_same_checkpoint
+from tests.megatron_bert.training.runs import run_settings as run_settings_of_pretraining
 
 
 class KilledError(Exception):
@@ -131,7 +134,7 @@ def test_seeds_are_reported_together(
     summary = results["splits"]["valid"]["loss"]
     assert (summary["lowest"], summary["median"], summary["highest"]) == tuple(losses)
     assert (tmp_path / "run" / "seeds.png").is_file()
-    assert "of 3 seeds" in capsys.readouterr().out
+    assert "of 3 runs" in capsys.readouterr().out
 
 
 def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +202,27 @@ def test_goes_on_from_a_fine_tuned_model_with_its_head(tmp_path: Path) -> None:
         assert before is not None
         assert after is not None
         assert after["splits"]["valid"] == pytest.approx(before["splits"]["valid"], rel=1e-4)
+
+
+def test_starts_from_a_pretraining_run_with_its_tokenizer(tmp_path: Path) -> None:
+    """And from one of its checkpoints; the vocabulary it was trained with may be gone."""
+    make_data(tmp_path)
+    pretrain(run_settings_of_pretraining(tmp_path, tmp_path / "pretrained", training__steps=3))
+    (tmp_path / "vocab.txt").unlink()
+    write_classes(tmp_path / "train.jsonl", 20, 1)
+    write_classes(tmp_path / "valid.jsonl", 10, 2)
+    for number, source in enumerate(("pretrained", "pretrained/checkpoints/step_00000003")):
+        settings = run_settings(
+            tmp_path,
+            model={"from": tmp_path / source},
+            task__max_length=12,
+            training__steps=1,
+            training__run_dir=tmp_path / f"run{number}",
+        )
+        finetune(settings)
+        results = read_results(tmp_path / f"run{number}")
+        assert results is not None
+        assert results["splits"]["valid"]["loss"] > 0
 
 
 def test_keeping_a_head_that_is_none(tmp_path: Path) -> None:

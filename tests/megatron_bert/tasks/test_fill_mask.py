@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_bert.cli import main
+from megatron_bert.data.tokenizers import load_tokenizer, tokenizer_of_run
 from megatron_bert.tasks.fill_mask import FillMask
 from megatron_bert.training.pretrain import pretrain
 from parallel.errors import UserError
@@ -37,6 +38,19 @@ def test_from_a_run_and_from_its_checkpoint(run: Path) -> None:
     for guess in guesses:
         if not guess.token.startswith("##"):
             assert guess.sentence == f"w1 {guess.token} w4"
+
+
+def test_the_run_keeps_its_tokenizer(run: Path) -> None:
+    """The vocabulary it was trained with may be gone."""
+    copy = tokenizer_of_run(run / "checkpoints" / "step_00000003")
+    assert copy == run / "tokenizer"
+    original = run.parent / "vocab.txt"
+    assert load_tokenizer(copy).fingerprint == load_tokenizer(original).fingerprint
+    original.rename(run.parent / "moved.txt")
+    try:
+        assert FillMask.from_checkpoint(run)("w1 [MASK]")
+    finally:
+        (run.parent / "moved.txt").rename(original)
 
 
 def test_probabilities_of_all_words_sum_to_one(run: Path) -> None:
