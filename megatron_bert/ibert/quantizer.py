@@ -23,6 +23,10 @@ Kind = Literal["signed", "gelu", "stream"]
 Tap = Callable[["Quantizer", Tensor], None]
 
 
+#: No scale is finer than 2^-20: its inverse is a dyadic number then.
+_FINEST = 20
+
+
 class Quantizer(nn.Module):
     """The range of one tensor.
 
@@ -74,10 +78,10 @@ class Quantizer(nn.Module):
                 "that holds ranges"
             )
         if self.kind == "stream":
-            return 2.0 ** -floor(log2(largest(self.bits) / limit))
+            return 2.0 ** -min(_FINEST, floor(log2(largest(self.bits) / limit)))
         if self.kind == "gelu":
             return (limit - LEAST) / (2**self.bits - 1)
-        return limit / largest(self.bits)
+        return max(2.0**-_FINEST, limit / largest(self.bits))
 
     def target(self) -> Target:
         """Bounds of the integers, and the unit of the tensors that carry them."""

@@ -12,6 +12,7 @@ from megatron_bert.family.classification import MegatronBertForSequenceClassific
 from megatron_bert.family.language import MegatronBertForMaskedLM
 from megatron_bert.ibert import (
     QuantizationConfig,
+    Quantizer,
     as_table,
     calibrate,
     compare_with_float,
@@ -24,6 +25,7 @@ from megatron_bert.ibert import (
     unfreeze_ranges,
     update_ranges,
 )
+from megatron_bert.ibert.fixed_point import dyadic
 from megatron_bert.ibert.layer import check_layer
 from megatron_bert.ibert.observers import BINS, bin_edges, histogram, least_error_range, percentile_range
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -151,6 +153,18 @@ def test_calibration_finds_the_largest_magnitude():
     quantize_model(stack, SETTINGS)
     assert calibrate(stack, [batch], lambda b: stack(*b)) == 1
     assert float(named_ranges(stack)["encoder.final_norm.ranges.output.range"]) == float(hidden.abs().max())
+
+
+def test_scales_of_vanishing_ranges_have_an_inverse():
+    for bits in (10, 16, 18):
+        for kind in ("signed", "stream", "gelu"):
+            quantizer = Quantizer(kind, QuantizationConfig(residual_bits=bits))
+            for limit in (1e-30, 1e-6, 0.01, 1.0, 1e4):
+                quantizer.range.fill_(limit)
+                scale, target = quantizer.scale(), quantizer.target()
+                assert int(dyadic(torch.tensor(1 / scale, dtype=torch.float64)).shift) >= 1
+                if limit >= 1.0:  # represented, with less than a bit to spare
+                    assert 0.995 * limit <= target.high * scale < 2.0 * limit
 
 
 def test_padding_does_not_count_inside_of_layers():
