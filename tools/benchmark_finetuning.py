@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import tempfile
@@ -131,12 +132,13 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
             model.train()
             evaluating += time.perf_counter() - began
 
+    units = task.units(task.examples("train"), train=True)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.global_batch_size,
         learning_rate=rate.peak,
-        warmup_ratio=rate.warmup_fraction or 0.0,
+        warmup_steps=rate.warmup(math.ceil(training.epochs * len(units) / training.global_batch_size)),
         lr_scheduler_type=rate.schedule,
         weight_decay=settings.optimizer.weight_decay,
         max_grad_norm=settings.optimizer.clip_grad_norm,
@@ -148,7 +150,6 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
         remove_unused_columns=False,
         use_cpu=training.device != "cuda" and not torch.cuda.is_available(),
     )
-    units = task.units(task.examples("train"), train=True)
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
