@@ -52,7 +52,9 @@ class _Attention(torch.autograd.Function):
         sums = numerators.sum(-1, keepdim=True)  # below 2^22, so exact
         products = exact_attended(numerators if kept is None else numerators * kept, value)
         out = torch.empty_like(query)
-        inside = torch.empty(query.shape, dtype=torch.bool, device=query.device)
+        inside = None
+        if any(ctx.needs_input_grad):
+            inside = torch.empty(query.shape, dtype=torch.bool, device=query.device)
         onward = _scalar(scales.value * keep_factor * 2.0**-MEAN_BITS / scales.context, query).value()
         half = torch.full_like(onward, 0.5)
         inverses = inverse_sums(sums.long())
@@ -62,7 +64,8 @@ class _Attention(torch.autograd.Function):
             if watch is not None:
                 watch(rounded)
             clamped = rounded.clamp(target.low, target.high)
-            torch.eq(clamped, rounded, out=inside[rows])
+            if inside is not None:
+                torch.eq(clamped, rounded, out=inside[rows])
             out[rows].copy_(clamped)
         ctx.mark_non_differentiable(numerators, sums)
         ctx.save_for_backward(query, key, value, numerators, sums, kept, inside)

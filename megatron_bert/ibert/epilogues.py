@@ -81,6 +81,11 @@ def _clamp_into(out: Tensor, kept: Tensor | None, rounded: Tensor, target: Targe
     out.copy_(inside if target.unit == 1.0 else inside.mul_(target.unit))
 
 
+def tracked(parameter: Tensor | None) -> Tensor | None:
+    """A parameter, outside of autograd where no gradients are wanted: functions then keep nothing for them."""
+    return parameter if parameter is None or torch.is_grad_enabled() else parameter.detach()
+
+
 def _empty_mask(ctx: Any, like: Tensor) -> Tensor | None:
     return torch.empty(like.shape, dtype=torch.bool, device=like.device) if any(ctx.needs_input_grad) else None
 
@@ -124,7 +129,7 @@ def requantised(
     Returns:
         ``[T, N]`` float32: integers, or multiples of ``target.unit``.
     """
-    return _Requantise.apply(a, bias, prepared, target, watch)
+    return _Requantise.apply(a, tracked(bias), prepared, target, watch)
 
 
 def quantised(x: Tensor, scale: float, target: Target, watch: Watch | None = None) -> Tensor:
@@ -219,7 +224,7 @@ def gelu_requantised(
     into = dyadic(accumulator_scale * 2.0**integer_gelu.ARGUMENT_BITS)
     out = dyadic(torch.tensor(2.0**-integer_gelu.RESULT_BITS / result_scale, dtype=torch.float64, device=a.device))
     prepared = rescale(into, bias, accumulator_scale)
-    return _Gelu.apply(a, bias, prepared, out.value(), target, approximate, watch)
+    return _Gelu.apply(a, tracked(bias), prepared, out.value(), target, approximate, watch)
 
 
 class _Tanh(torch.autograd.Function):
@@ -242,4 +247,4 @@ class _Tanh(torch.autograd.Function):
 def tanh_requantised(a: Tensor, bias: Tensor | None, accumulator_scale: Tensor) -> Tensor:
     """Bias and tanh of accumulators ``[N, H]``: multiples of 2^-15."""
     into = dyadic(accumulator_scale * integer_tanh.ARGUMENT_FACTOR)
-    return _Tanh.apply(a, bias, rescale(into, bias, accumulator_scale))
+    return _Tanh.apply(a, tracked(bias), rescale(into, bias, accumulator_scale))

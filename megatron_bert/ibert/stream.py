@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_bert.ibert import layer_norm as integer_norm
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.epilogues import Rescale, Target, Watch
+from megatron_bert.ibert.epilogues import Rescale, Target, Watch, tracked
 from megatron_bert.ibert.fixed_point import Dyadic, carried, reciprocal
 
 
@@ -84,7 +84,7 @@ def added_to_stream(
         keep_factor: 1 / (1 - probability of dropout).
         watch: sees the sums before they are clamped.
     """
-    return _AddToStream.apply(stream, a, bias, prepared, target, kept, keep_factor, watch)
+    return _AddToStream.apply(stream, a, tracked(bias), prepared, target, kept, keep_factor, watch)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -180,4 +180,4 @@ def normalised_stream(
     """
     step = torch.tensor(scale, dtype=torch.float64, device=stream.device)
     parameters = integer_norm.affine(weight.detach(), bias.detach(), step, bits)
-    return _LayerNorm.apply(stream, weight, bias, source, eps, parameters, target, watch)
+    return _LayerNorm.apply(stream, tracked(weight), tracked(bias), source, eps, parameters, target, watch)
