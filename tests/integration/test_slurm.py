@@ -57,12 +57,12 @@ def assert_completed(record: dict[str, Any]) -> None:
 def test_time_limit_on_two_nodes_by_torchrun(folder: Path, results: dict[str, Any]) -> None:
     (job,) = results["time_limit"]
     assert_completed(job)
-    assert int(job["Restarts"]) >= 1
+    assert int(job["Restarts"]) == 1
     text = output(folder, "time_limit")
     assert "asked to stop; the ranks save a checkpoint" in text
     assert "stopped by SIGUSR1 after step" in text
-    assert text.count("there is more to do; requeued") == int(job["Restarts"])
-    assert text.count("resuming from time_limit/checkpoints/step_") == int(job["Restarts"])
+    assert text.count("there is more to do; requeued") == 1
+    assert text.count("resuming from time_limit/checkpoints/step_") == 1
     assert_undisturbed(folder, "time_limit", 2)
 
 
@@ -124,9 +124,11 @@ def test_array_of_parts_of_one_run(folder: Path, results: dict[str, Any]) -> Non
     for part in parts:
         assert_completed(part)
     text = output(folder, "chain")
-    assert f"stopped by training.max_minutes after step {HOLD_STEP}" in text
+    # Where the machine is slow, the clock comes before the step that the first part would wait in.
+    stopped = re.search(r"stopped by training.max_minutes after step (\d+)", text)
+    assert stopped is not None
+    assert f"resuming from chain/checkpoints/step_{int(stopped[1]):08d}" in text
     assert "requeued" not in text
-    assert f"resuming from chain/checkpoints/step_{HOLD_STEP:08d}" in text
     assert_undisturbed(folder, "chain", 1)
 
 
