@@ -306,8 +306,3 @@ def select_tokens(hidden: Tensor, index: Tensor, tp: TensorParallel) -> Tensor:
     elsewhere = (local_index < 0) | (local_index >= share)
     rows = hidden.index_select(0, local_index.masked_fill(elsewhere, 0))
     return reduce_from_ranks(rows.masked_fill(elsewhere[:, None], 0.0), tp)
-
-
-def gather_tokens(hidden: Tensor, tp: TensorParallel) -> Tensor:
-    """All tokens on every rank for computation that every rank repeats: ``[T, H]`` from ``[T/t, H]`` where divided."""
-    return gather_from_ranks(hidden, tp, dim=0) if tp.sequence else hidden

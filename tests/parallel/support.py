@@ -13,8 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.collectives import gather_from_ranks
 from parallel.dropout import fold_in, keyed_dropout
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, gather_tokens
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
 from parallel.sharding import Constant, ParallelModule
@@ -149,7 +150,7 @@ class ToyModel(nn.Module):
         hidden = self.embedding(ids)
         for number, layer in enumerate(self.layers):
             hidden = hidden + layer(hidden, fold_in(ids, number))
-        return gather_tokens(hidden, self.tp)
+        return gather_from_ranks(hidden, self.tp, dim=0) if self.tp.sequence else hidden
 
     def loss(self, ids: Tensor) -> Tensor:
         """A sum over tokens that differs by feature."""

@@ -16,7 +16,6 @@ from parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
-    gather_tokens,
     select_tokens,
 )
 from parallel.mesh import SINGLE, TensorParallel
@@ -193,22 +192,6 @@ def _select(sequence: bool) -> None:
 @SIZES
 def test_select_tokens(size, sequence):
     run_world(size, _select, sequence)
-
-
-def _gather(sequence: bool) -> None:
-    tp = make_tensor_parallel(sequence=sequence)
-    hidden, gradient = uniform(T, K, seed=1), uniform(T, K, seed=2)
-    own = _own_input(hidden, tp)
-    rows = gather_tokens(own, tp)
-    torch.testing.assert_close(rows.detach(), hidden, rtol=0, atol=0)
-    rows.backward(gradient)
-    torch.testing.assert_close(own.grad, own_share(gradient, tp) if tp.sequence else gradient, rtol=0, atol=0)
-
-
-@SEQUENCE
-@SIZES
-def test_gather_tokens(size, sequence):
-    run_world(size, _gather, sequence)
 
 
 def _order_of_backward(sequence: bool) -> list[str]:
