@@ -72,15 +72,16 @@ def pair_bandwidths(leaders: list[int], device: torch.device, megabytes: int) ->
     found: dict[tuple[int, int], float] = {}
     began = time.monotonic()
     for pairs in rounds_of_pairs(len(leaders)):
-        speed = torch.zeros(len(leaders), len(leaders), dtype=torch.float64)
+        # The slower of both ends: the other's part may still lie in buffers when its own is done.
+        seconds = torch.zeros(len(leaders), len(leaders), dtype=torch.float64)
         for a, b in pairs:
             if rank in (leaders[a], leaders[b]):
                 partner = leaders[b] if rank == leaders[a] else leaders[a]
-                speed[a, b] = mine.nbytes / _exchange_seconds(mine, other, partner, device) / 1e9
+                seconds[a, b] = _exchange_seconds(mine, other, partner, device)
         spent = torch.tensor([time.monotonic() - began], dtype=torch.float64)
-        dist.all_reduce(speed, op=dist.ReduceOp.MAX)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         dist.all_reduce(spent, op=dist.ReduceOp.MAX)
-        found |= {(a, b): speed[a, b].item() for a, b in pairs}
+        found |= {(a, b): mine.nbytes / seconds[a, b].item() / 1e9 for a, b in pairs}
         if spent.item() > _PAIR_BUDGET:
             break
     return found
