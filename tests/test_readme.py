@@ -52,7 +52,7 @@ SUBSTITUTIONS = [
     (r"--vocab-size 30522", "--vocab-size 120"),
     (r"--nproc-per-node 8", "--nproc-per-node 2"),
     (r"--processes 8", "--processes 2"),
-    (r"--hosts 4 --head node1 --interface ib0", "--processes 1"),
+    (r"--hosts 4 --head node1 --interface ib0", "--processes 2"),
     (r"(pretrain configs/\w+(?:\.\w+)?\.yaml)", r"\1 " + " ".join(TINY)),
     (r"((?:finetune|quantize) configs/\w+/\w+\.yaml)", r"\1 " + " ".join(TINY_TASK)),
     (r"(checkpoint\.resume=\S+)/step_00100000", r"\1/step_00000002 training.steps=3"),
