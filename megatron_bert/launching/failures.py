@@ -23,6 +23,8 @@ _FOLLOWED = re.compile(
     r"remote process|store|heartbeat",
     re.IGNORECASE,
 )
+#: What is a rank's own trouble, although torch raises it as one of the network.
+_OWN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _NETWORK_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 
 
@@ -52,7 +54,7 @@ class RankEnd:
     def followed(self) -> bool:
         """Whether it failed because another rank had gone."""
         error = self.error
-        if error is None:
+        if error is None or _OWN.search(error["cause_message"]):
             return False
         return error["cause"] in _NETWORK_ERRORS or (
             error["cause"] == "RuntimeError" and _FOLLOWED.search(error["cause_message"]) is not None

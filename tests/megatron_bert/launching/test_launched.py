@@ -133,6 +133,12 @@ class TestSummary:
         records.fail(1, 1, "RuntimeError", "Connection reset by peer")
         assert summary(tmp_path).startswith("failed first: rank 1 on n0")
 
+    def test_port_that_is_taken(self, tmp_path: Path) -> None:
+        records = Records(tmp_path, 2)
+        records.fail(0, 2, "DistNetworkError", "The server socket has failed to listen: EADDRINUSE")
+        records.fail(1, 1, "DistNetworkError", "Connection reset by peer")
+        assert summary(tmp_path).startswith("failed first: rank 0 on n0")
+
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["failures", str(tmp_path)]) == 2
         assert "holds no records of ranks" in capsys.readouterr().err
