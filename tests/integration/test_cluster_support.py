@@ -34,6 +34,6 @@ def test_once(tmp_path: Path) -> None:
 
     with pytest.raises(ArithmeticError):
         once(tmp_path / "bad", fail)
-    with pytest.raises(RuntimeError, match="(?s)failed in another process.*broken"):
+    with pytest.raises(RuntimeError, match=r"(?s)failed in another process.*broken"):
         once(tmp_path / "bad", fail)
     assert len(calls) == 2
