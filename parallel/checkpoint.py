@@ -118,7 +118,7 @@ class CheckpointWriter:
         asynchronous: return from :meth:`save` when the tensors are copied, and write while training goes on.
 
     Attributes:
-        protected: step whose checkpoint is kept beside the newest ones; None for none.
+        protected: step whose checkpoint those saved from now on leave beside the newest ones; None for none.
     """
 
     def __init__(self, root: Path, *, keep: int, asynchronous: bool) -> None:
@@ -159,16 +159,23 @@ class CheckpointWriter:
             # is on disk, so its completion is the moment to give the directory its name.
             pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
             assert isinstance(pending, Future)
-            self._pending = final, self._committed(pending, partial, final) if self.is_first else pending
+            self._pending = (
+                final,
+                self._committed(pending, partial, final, self.protected) if self.is_first else pending,
+            )
         else:
             try:
                 dcp.save(tensors, storage_writer=writer, process_group=self.group)
             except dcp.CheckpointException as error:
                 raise _not_written(final, error) from None
             if self.is_first:
-                self._commit(partial, final)
+                self._commit(partial, final, self.protected)
             dist.barrier(self.group)
         return final
+
+    def close(self) -> None:
+        """Give up the group, after :meth:`finish`; every rank calls."""
+        dist.destroy_process_group(self.group)
 
     def finish(self) -> None:
         """Wait for a save in the background, and raise what went wrong in it.
@@ -184,14 +191,14 @@ class CheckpointWriter:
                 raise _not_written(final, error) from None
             dist.barrier(self.group)
 
-    def _committed(self, written: Future[Any], partial: Path, final: Path) -> Future[None]:
+    def _committed(self, written: Future[Any], partial: Path, final: Path, protected: int | None) -> Future[None]:
         """Done when the directory has its final name: a future wakes who waits for it before it calls back."""
         committed: Future[None] = Future()
 
         def commit(done: Future[Any]) -> None:
             try:
                 done.result()
-                self._commit(partial, final)
+                self._commit(partial, final, protected)
             except BaseException as error:
                 committed.set_exception(error)
             else:
@@ -200,7 +207,7 @@ class CheckpointWriter:
         written.add_done_callback(commit)
         return committed
 
-    def _commit(self, partial: Path, final: Path) -> None:
+    def _commit(self, partial: Path, final: Path, protected: int | None) -> None:
         if final.exists():
             self._remove(final)
         partial.rename(final)
@@ -211,9 +218,7 @@ class CheckpointWriter:
             os.close(directory)
         # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.
         others = [
-            path
-            for path in self.root.iterdir()
-            if checkpoint_step(path) not in (None, self.protected) and path != final
+            path for path in self.root.iterdir() if checkpoint_step(path) not in (None, protected) and path != final
         ]
         others.sort(key=lambda path: checkpoint_step(path) or 0)
         for old in others[: max(0, len(others) - self.keep + 1)] if self.keep else []:

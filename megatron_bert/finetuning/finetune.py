@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-import torch.distributed as dist
-
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
+from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
-from megatron_bert.finetuning.pictures import draw_run, draw_seeds
-from megatron_bert.finetuning.results import RESULTS_FILE, read_results, write_json, write_results
+from megatron_bert.finetuning.pictures import draw_run
+from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
 from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER, encoder_config, find_tokenizer
+from megatron_bert.finetuning.summary import SEED, summarise
+from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.run import find_resume, open_run
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
-from parallel.process_group import World, launched_world_size, process_group
+from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
 
 
 class Stopped(NamedTuple):
@@ -55,23 +56,20 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
 class FinetuneStage:
     """What one run of the command does around training; quantisation does more."""
 
-    def objective(self, settings: FinetuneSettings, config: MegatronBertConfig, task: Task, seed: int) -> Finetuning:
+    def objective(
+        self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int
+    ) -> Finetuning:
         """What is trained."""
-        return Finetuning(settings, config, task, seed)
+        return Finetuning(settings, config, data, seed)
 
     def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
         """Before the first step of a new run, or when one goes on."""
 
-    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
+    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> dict[str, Any]:
         """Score the best checkpoint on every split, and write what a run leaves behind; every rank calls."""
-        run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
         checkpoint = self.take_best(settings, trainer)
         splits = score_splits(trainer)
-        if trainer.world.is_first:
-            step = checkpoint_step(checkpoint) or 0
-            task = write_results(run_dir, settings, objective.task, splits, step=step, steps=trainer.step)
-            save_task(checkpoint, objective.config, task, run_dir / MODEL_FOLDER)
-            report_results(settings, trainer, report)
+        return on_first_rank(lambda: self.leave(settings, trainer, report, checkpoint, splits))
 
     def take_best(self, settings: FinetuneSettings, trainer: Trainer) -> Path:
         """Load the weights of the best checkpoint; its path."""
@@ -81,6 +79,35 @@ class FinetuneStage:
             trainer.load_weights(checkpoint)
         return checkpoint
 
+    def leave(
+        self,
+        settings: FinetuneSettings,
+        trainer: Trainer,
+        report: Report,
+        checkpoint: Path,
+        splits: Mapping[str, SplitResult],
+    ) -> dict[str, Any]:
+        """Write the model, pictures and, last of all, the results, which say that the run is finished; rank 0 calls."""
+        run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
+        task = settled(objective.task, splits)
+        self.save(settings, trainer, checkpoint, task)
+        draw_run(run_dir, objective.metric)
+        step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside(settings)
+        results = write_results(run_dir, settings, task, splits, step=step, steps=trainer.step, beside=beside)
+        for split, found in results["splits"].items():
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            report.say(f"{split}: {scores or 'not labelled; see the predictions'}")
+        report.say(f"the model of step {step}, predictions and {RESULTS_FILE} are in {run_dir}")
+        return results
+
+    def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
+        """Write the model of a checkpoint; rank 0 calls."""
+        save_task(checkpoint, trainer.objective.config, task, settings.training.run_dir / MODEL_FOLDER)
+
+    def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:  # noqa: ARG002
+        """Scores of other models that stand in the results too."""
+        return {}
+
 
 def score_splits(trainer: Trainer) -> dict[str, SplitResult]:
     """What the model does on every split that there is; every rank calls."""
@@ -89,17 +116,6 @@ def score_splits(trainer: Trainer) -> dict[str, SplitResult]:
         split: objective.run_split(split, trainer.model, trainer.evaluation_engine, trainer.mesh)
         for split in (*objective.task.valid_splits, *objective.task.test_splits)
     }
-
-
-def report_results(settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
-    """Draw the curves and say the scores; rank 0 calls."""
-    run_dir = settings.training.run_dir
-    draw_run(run_dir, trainer.objective.metric)
-    results = read_results(run_dir) or {}
-    for split, found in results["splits"].items():
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        report.say(f"{split}: {scores or 'not labelled; see the predictions'}")
-    report.say(f"the model of step {results['best_step']}, predictions and {RESULTS_FILE} are in {run_dir}")
 
 
 SettingsT = TypeVar("SettingsT", bound=FinetuneSettings)
@@ -112,7 +128,7 @@ def seed_variants(settings: SettingsT) -> dict[str, SettingsT]:
         return {"": settings}
     variants = {}
     for seed in training.seeds:
-        name = f"seed_{seed}"
+        name = f"{SEED}{seed}"
         changed = training.model_copy(update={"seed": seed, "run_dir": training.run_dir / name, "seeds": None})
         variants[name] = settings.model_copy(update={"training": changed})
     return variants
@@ -129,7 +145,7 @@ def run_all(
 
     Args:
         settings: of the command.
-        variants: by the name that they have in the summary.
+        variants: by directory below the command's.
         stage: what a run does.
         ends_process: as for :func:`finetune`.
 
@@ -140,29 +156,45 @@ def run_all(
         UserError: settings, files or world size do not fit.
     """
     layout = check_layout(settings, launched_world_size())
+    if launched_rank() >= layout.world_size:
+        wait_as_spare()
+        return None
+    if len(variants) > 1 and settings.checkpoint.resume not in ("auto", "none"):
+        raise UserError(
+            f"checkpoint.resume is {settings.checkpoint.resume}, but there are {len(variants)} runs: give auto or "
+            "none, or a single seed"
+        )
     tokenizer = find_tokenizer(settings)
     encoder = encoder_config(settings, tokenizer)
     check_tensor_size(
         layout.tensor, encoder.num_attention_heads, encoder.intermediate_size, encoder.vocab_size_multiple
     )
-    task = build_task(settings.task, settings.data, tokenizer)
-    _check_lengths(task, encoder)
+    data = TaskUnits(build_task(settings.task, settings.data, tokenizer))
+    _check_lengths(data.task, encoder)
     training = settings.training
-    with process_group(training.device, settings.parallel.timeout_seconds) as world:
+    resumes = settings.checkpoint.resume == "auto"
+    done = {name: finished(variant) if resumes else None for name, variant in variants.items()}
+    if done.get("") is not None:
+        if launched_rank() == 0:
+            print(f"{training.run_dir / RESULTS_FILE} is there: nothing left to do; remove it to train on")
+        return None
+    with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         open_run(settings, world)
         mesh = ParallelMesh(layout, world.device)
         found: dict[str, dict[str, Any]] = {}
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
             for name, variant in variants.items():
-                config = task_config(encoder_config(variant, tokenizer), task)
-                results = _run_one(variant, config, task, stage, mesh, world, stop)
+                results: dict[str, Any] | Stopped | None = done[name]
+                if results is None:
+                    config = task_config(encoder_config(variant, tokenizer), data.task)
+                    results = _run_one(variant, config, data, stage, mesh, world, stop)
                 if isinstance(results, Stopped):
                     if world.is_first:
                         note_stop(training.run_dir, *results)
                     return results.reason
                 found[name] = results
-        if len(found) > 1 and world.is_first:
-            _summarise(training.run_dir, found, task.metric)
+        if len(found) > 1:
+            on_first_rank(lambda: summarise(training.run_dir, found, data.task))
     return None
 
 
@@ -182,62 +214,37 @@ def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
 def _run_one(
     settings: FinetuneSettings,
     config: MegatronBertConfig,
-    task: Task,
+    data: TaskUnits,
     stage: FinetuneStage,
     mesh: ParallelMesh,
     world: World,
     stop: StopRequest,
 ) -> dict[str, Any] | Stopped:
     """One run: what it found."""
-    training = settings.training
-    if settings.checkpoint.resume == "auto" and (done := read_results(training.run_dir)) is not None:
-        if world.is_first:
-            print(f"{training.run_dir / RESULTS_FILE} is there: nothing left to do; remove it to train on")
-        return done
-    open_run(settings, world)
+    training, task = settings.training, data.task
     resume_from = find_resume(settings)
-    objective = stage.objective(settings, config, task, training.seed)
+    open_run(settings, world)
+    objective = stage.objective(settings, config, data, training.seed)
     steps = objective.total_steps
     if steps > 0:
         check_learning_rate(settings.learning_rate, steps)
+    placement = placement_notes(mesh.layout, resume_from)
     trainer = Trainer(settings, objective, mesh, world, resume_from)
+    if world.is_first:
+        (training.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run, if one begins anew
     with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
         report.say(trainer.describe())
         report.say(f"{task.settings.name}: {len(objective.units):,} training sequences, {steps:,} steps")
         if task.bad_rows.count:
             report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
         report.say(f"resuming from {resume_from}" if resume_from else f"starting from {settings.model.from_}")
-        for note in trainer.model.notes:
+        for note in (*trainer.model.notes, *placement):
             report.say(f"note: {note}")
         stage.begin(settings, trainer, report)
         reason = trainer.run(stop, report)
         if reason is not None:
             report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
             return Stopped(reason, trainer.step)
-        stage.finish(settings, trainer, report)
-    dist.barrier()
-    return read_results(training.run_dir) or {}
-
-
-def _summarise(run_dir: Path, found: dict[str, dict[str, Any]], metric: str) -> None:
-    """Median and spread of every score over the runs, by what is in their names."""
-    splits: dict[str, dict[str, dict[str, Any]]] = {}
-    for split, scores in next(iter(found.values()))["splits"].items():
-        splits[split] = {}
-        for name in scores:
-            values = [results["splits"][split][name] for results in found.values()]
-            splits[split][name] = {
-                "median": statistics.median(values),
-                "lowest": min(values),
-                "highest": max(values),
-                "standard_deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-            }
-    runs = {name: results["splits"] for name, results in found.items()}
-    write_json(run_dir / RESULTS_FILE, {"metric": metric, "splits": splits, "runs": runs})
-    draw_seeds(run_dir, metric, runs)
-    for split, scores in splits.items():
-        for name, value in scores.items():
-            print(
-                f"{split} {name}: median {value['median']:.4f} of {len(found)} runs, "
-                f"{value['lowest']:.4f} to {value['highest']:.4f}"
-            )
+        results = stage.finish(settings, trainer, report)
+    trainer.close()
+    return results

@@ -8,19 +8,20 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.convert.opening import load_into
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
+from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.losses import labelled, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import finetuned_directory, load_finetuned
+from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
-from megatron_bert.tasks.task import Prediction, Task, Unit
+from megatron_bert.tasks.task import Prediction, Unit
 from megatron_bert.training.build import StagedModel
 from megatron_bert.training.objective import Objective
 from parallel.errors import UserError
@@ -57,27 +58,31 @@ class Finetuning(Objective):
     Args:
         settings: of the run.
         config: of the encoder, with the task's classes.
-        task: reads and tokenises the data here.
+        data: the task's.
         seed: of the order of the units.
     """
 
     tied = False
     loss_names = ("loss",)
 
-    def __init__(self, settings: FinetuneSettings, config: MegatronBertConfig, task: Task, seed: int) -> None:
-        self.settings, self.config, self.task = settings, config, task
+    def __init__(self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int) -> None:
+        self.settings, self.config, self.data, self.task = settings, config, data, data.task
         self.order_seed = name_seed(seed, "order of the training units")
         training = settings.training
-        self.units: list[Unit] = task.units(task.examples("train"), train=True)
-        if not self.units:
-            raise UserError("there is nothing to train on: data.train holds no labelled example")
+        self.units: list[Unit] = data.train
         self.most_features = max(len(unit.features) for unit in self.units)
         epoch = math.ceil(len(self.units) / training.global_batch_size)
         self.total_steps = training.steps or math.ceil(training.epochs * len(self.units) / training.global_batch_size)
         self.evaluate_every = epoch if training.evaluate_every is None else training.evaluate_every
-        self.metric = task.metric if task.valid_splits else None
+        self.evaluates = bool(self.task.valid_splits)
+        self.metric = self.task.metric if self.evaluates else None
         self.patience = training.patience
-        self._valid_units: dict[str, list[Unit]] = {}
+        for name, value in (("patience", training.patience or None), ("evaluate_every", training.evaluate_every)):
+            if value is not None and not self.evaluates:
+                raise UserError(
+                    f"training.{name} is {value}, but there is nothing to evaluate on: set data.valid or "
+                    f"data.valid_fraction, or leave training.{name} out"
+                )
 
     def stage_parts(self, schedule: Schedule) -> list[StagePart]:
         """Layers in equal parts, or as the settings say: the head costs next to nothing."""
@@ -98,7 +103,8 @@ class Finetuning(Objective):
             load_finetuned(stage, wanted.from_)
             return []
         report = load_into(stage, finetuned_directory(wanted.from_))
-        return [f"{name} is not in {wanted.from_} and starts anew" for name in report.missing]
+        notes = [warning for warning in report.warnings if "left out" not in warning]
+        return notes + [f"{name} is not in {wanted.from_} and starts anew" for name in report.missing]
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Nothing: the constructor has read the data."""
@@ -143,16 +149,16 @@ class Finetuning(Objective):
             found = self.run_split(split, model, engine, mesh).scores
             prefix = f"{split.removeprefix('valid').strip('_')}_" if number else ""
             scores |= {prefix + name: value for name, value in found.items()}
+        if self.metric is not None and self.metric not in scores:
+            raise UserError(
+                f"task.metric is {self.metric}, which the validation data do not yield: choose one of those that they "
+                f"do, {', '.join(scores)}"
+            )
         return scores
 
     def run_split(self, split: str, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> SplitResult:
         """Predict a split; every rank calls."""
-        examples = self.task.examples(split)
-        if split not in self._valid_units:
-            self._valid_units[split] = self.task.units(examples, train=False)
-        units = self._valid_units[split]
-        if not units:
-            raise UserError(f"data.{split} holds no example: give one with some, or leave it out")
+        examples, units = self.task.examples(split), self.data.of(split)
         scored = score_units(
             model,
             engine,
@@ -163,28 +169,23 @@ class Finetuning(Objective):
             batch_size=self.settings.training.evaluate_batch_size,
         )
         predictions: list[Prediction] = []
-        answer: list[Any] = [None]
-        if dist.get_rank() == 0:
-            # What goes wrong here must reach the ranks that wait for the answer.
-            try:
-                predictions = self.task.predictions(examples, units, scored.logits)
-                answer = [self.task.metrics(examples, predictions)]
-            except UserError as error:
-                answer = [error]
-        dist.broadcast_object_list(answer)
-        if isinstance(answer[0], UserError):
-            raise answer[0]
+
+        def measure() -> dict[str, float]:
+            predictions.extend(self.task.predictions(examples, units, scored.logits))
+            return self.task.metrics(examples, predictions)
+
+        metrics = on_first_rank(measure)
         loss = {} if scored.loss is None else {"loss": scored.loss}
-        return SplitResult(examples, units, scored.logits, predictions, loss | answer[0])
+        return SplitResult(examples, units, scored.logits, predictions, loss | metrics)
 
     def identity(self) -> dict[str, Any]:
-        """The vocabulary and the task."""
-        return {"tokenizer": self.task.tokenizer.fingerprint, "task": self.task.describe(), "units": len(self.units)}
+        """The vocabulary, the task and the training data."""
+        return {"tokenizer": self.task.tokenizer.fingerprint, "task": self.task.describe(), "data": self.data.identity}
 
     def check_identity(self, stored: dict[str, Any], path: str) -> None:
-        """Vocabulary, task and amount of data must be the same."""
+        """Vocabulary, task and training data must be the same."""
         mine = self.identity()
-        for name, what in (("tokenizer", "tokenizer"), ("task", "task settings or labels"), ("units", "training data")):
+        for name, what in (("tokenizer", "tokenizer"), ("task", "task settings or labels"), ("data", "training data")):
             if stored.get(name) != mine[name]:
                 raise UserError(
                     f"checkpoint {path} was trained with other {what}: use the same, or another training.run_dir"

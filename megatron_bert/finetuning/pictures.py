@@ -72,8 +72,9 @@ def draw_confusion(target: Path, labels: tuple[str, ...], counts: np.ndarray) ->
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(classes), labels, rotation=90 if classes > 4 else 0)
-    axes.set_yticks(range(classes), labels)
+    # A dollar sign in a name is one, not the begin of a formula.
+    axes.set_xticks(range(classes), labels, rotation=90 if classes > 4 else 0, parse_math=False)
+    axes.set_yticks(range(classes), labels, parse_math=False)
     if classes <= _MOST_NUMBERS:
         for (row, column), count in np.ndenumerate(counts):
             color = "white" if shares[row, column] > 0.5 else "black"
@@ -81,26 +82,28 @@ def draw_confusion(target: Path, labels: tuple[str, ...], counts: np.ndarray) ->
     return _saved(figure, target)
 
 
-def draw_seeds(run_dir: Path, metric: str, runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Path:
-    """Draw ``seeds.png``: the score of every seed on every split, with the median.
+def draw_runs(run_dir: Path, metric: str, runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Path:
+    """Draw ``runs.png``: the score of every run on every split, with the median.
 
     Args:
         run_dir: directory of the runs.
         metric: the score.
-        runs: seed -> split -> scores.
+        runs: name -> split -> scores.
     """
     from matplotlib.figure import Figure
 
-    scored = [split for split in next(iter(runs.values())) if all(metric in run[split] for run in runs.values())]
-    figure = Figure(figsize=(2.5 + 1.5 * max(1, len(scored)), 4), layout="constrained")
+    splits = [
+        split for split in next(iter(runs.values())) if all(metric in run.get(split, ()) for run in runs.values())
+    ]
+    figure = Figure(figsize=(2.5 + 1.5 * max(1, len(splits)), 4), layout="constrained")
     axes = figure.subplots()
-    for place, split in enumerate(scored):
+    for place, split in enumerate(splits):
         values = [run[split][metric] for run in runs.values()]
         axes.plot([place] * len(values), values, "o", color=_BLUE, alpha=0.6)
         axes.plot([place - 0.2, place + 0.2], [np.median(values)] * 2, color=_ORANGE, linewidth=2)
-    axes.set_xticks(range(len(scored)), scored)
-    axes.set(ylabel=metric, title=f"{len(runs)} seeds; bar: median", xlim=(-0.5, max(1, len(scored)) - 0.5))
-    return _saved(figure, run_dir / "seeds.png")
+    axes.set_xticks(range(len(splits)), splits)
+    axes.set(ylabel=metric, title=f"{len(runs)} runs; bar: median", xlim=(-0.5, max(1, len(splits)) - 0.5))
+    return _saved(figure, run_dir / "runs.png")
 
 
 def _saved(figure: Any, target: Path) -> Path:

@@ -13,6 +13,7 @@ from megatron_bert.finetuning.objective import SplitResult
 from megatron_bert.finetuning.pictures import draw_confusion
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
+from parallel.errors import UserError
 
 RESULTS_FILE = "results.json"
 
@@ -55,6 +56,14 @@ def write_split(
     return [str(path.relative_to(directory)) for path in paths]
 
 
+def settled(task: Task, splits: Mapping[str, SplitResult]) -> Task:
+    """The task with what is to be chosen on validation data (a threshold) chosen on the first split; rank 0 calls."""
+    first = next(iter(splits), "")
+    if not first.startswith("valid"):
+        return task
+    return task.calibrated(splits[first].examples, splits[first].predictions)
+
+
 def write_results(
     run_dir: Path,
     settings: FinetuneSettings,
@@ -64,26 +73,21 @@ def write_results(
     step: int,
     steps: int,
     beside: Mapping[str, Mapping[str, float]] | None = None,
-) -> Task:
-    """Write the files of a finished run; rank 0 calls.
-
-    What a task is to choose on validation data (a threshold) is chosen here, on the first of the splits.
+) -> dict[str, Any]:
+    """Write predictions and, as the last file of a run, its results; rank 0 calls.
 
     Args:
         run_dir: directory of the run.
         settings: of the run.
-        task: of the run.
+        task: of the run, settled.
         splits: by name, the validation split that decides first.
         step: of the checkpoint that was scored.
         steps: taken in all.
         beside: scores of other models on the splits, by a name for both.
 
     Returns:
-        The task with what was chosen.
+        The results.
     """
-    first = next(iter(splits), "")
-    if first.startswith("valid"):
-        task = task.calibrated(splits[first].examples, splits[first].predictions)
     scores: dict[str, dict[str, float]] = {}
     files: list[str] = []
     for split, found in splits.items():
@@ -92,19 +96,54 @@ def write_results(
         scores[split] = loss | task.metrics(found.examples, predictions)
         files += write_split(run_dir, task, split, found.examples, predictions)
     packages = ("torch", "numpy", "scikit-learn", "scipy", "seqeval", "tokenizers")
-    write_json(
-        run_dir / RESULTS_FILE,
-        {
-            "task": settings.task.name,
-            "metric": task.metric,
-            "best_step": step,
-            "steps": steps,
-            "splits": scores | dict(beside or {}),
-            "files": files,
-            "data": task.data_fingerprints(),
-            "tokenizer": task.tokenizer.fingerprint,
-            "settings": settings.model_dump(mode="json", by_alias=True),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        },
-    )
-    return task
+    results = {
+        "task": settings.task.name,
+        "metric": task.metric,
+        "best_step": step,
+        "steps": steps,
+        "splits": scores | dict(beside or {}),
+        "files": files,
+        "data": task.data_fingerprints(),
+        "tokenizer": task.tokenizer.fingerprint,
+        "settings": settings.model_dump(mode="json", by_alias=True),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+    write_json(run_dir / RESULTS_FILE, results)
+    return results
+
+
+def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
+    """The results of the run of these settings if it is finished; None if it is not.
+
+    Raises:
+        UserError: the run directory holds the results of other settings.
+    """
+    run_dir = settings.training.run_dir
+    results = read_results(run_dir)
+    if results is None:
+        return None
+    if "settings" not in results:
+        raise UserError(f"{run_dir} holds the summary of several runs: choose another training.run_dir")
+    mine, theirs = _decisive(settings.model_dump(mode="json", by_alias=True)), _decisive(results["settings"])
+    different = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{run_dir} holds the results of a run with {name} {theirs.get(name)!r}, but now it is {mine.get(name)!r}: "
+            f"choose another training.run_dir, or remove {RESULTS_FILE} there"
+        )
+    return results
+
+
+#: Settings that change nothing in what comes out.
+_INCIDENTAL = ("parallel", "logging", "checkpoint", "training.run_dir", "training.device", "training.max_minutes")
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``section.key`` -> value, without what changes no result."""
+    flat = {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        for key, value in (values if isinstance(values, dict) else {"": values}).items()
+    }
+    return {name: value for name, value in flat.items() if not name.startswith(_INCIDENTAL)}

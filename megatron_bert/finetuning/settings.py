@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -43,7 +43,7 @@ class FinetuneTrainingSettings(RunTrainingSettings):
     patience: int = Field(
         0, ge=0, description="Evaluations without a better score after which a run ends early; 0 never does."
     )
-    seeds: list[int] | None = Field(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**62)]] | None = Field(
         None,
         min_length=1,
         description="Train once with each of these in place of training.seed, in a directory each, and report the "

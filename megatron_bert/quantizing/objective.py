@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
+from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import (
     calibrate,
     compare_with_float,
@@ -19,7 +20,6 @@ from megatron_bert.ibert import (
     in_mode,
     named_ranges,
     quantize_model,
-    unfreeze_ranges,
     update_ranges,
 )
 from megatron_bert.ibert.report import QuantizerReport
@@ -28,7 +28,6 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
 from megatron_bert.quantizing.distillation import distillation_sum
 from megatron_bert.quantizing.settings import QuantizeSettings
-from megatron_bert.tasks.task import Task
 from megatron_bert.training.build import StagedModel
 from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
 from parallel.pipeline.engine import PipelineEngine
@@ -40,16 +39,16 @@ class QuantizationAware(Finetuning):
     Args:
         settings: of the run.
         config: of the encoder, with the task's classes.
-        task: reads and tokenises the data here.
+        data: the task's.
         seed: of the order of the units.
     """
 
     # Tensors between modules are integers times a power of two, which bfloat16 would round.
     float32_activations: ClassVar[bool] = True
 
-    def __init__(self, settings: QuantizeSettings, config: MegatronBertConfig, task: Task, seed: int) -> None:
-        super().__init__(settings, config, task, seed)
-        if settings.training.steps is None and settings.training.epochs == 0:
+    def __init__(self, settings: QuantizeSettings, config: MegatronBertConfig, data: TaskUnits, seed: int) -> None:
+        super().__init__(settings, config, data, seed)
+        if self.total_steps == 0:
             self.metric = None  # nothing is trained, so there is nothing to choose from
         self.quantization, self.distillation = settings.quantization, settings.distillation
         self.teachers: dict[int, BertForTask] = {}
@@ -112,11 +111,9 @@ class QuantizationAware(Finetuning):
 
     # ---------------------------------------------------------------- evaluation
 
-    def run_split(
-        self, split: str, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh, *, floating: bool = False
-    ) -> SplitResult:
-        """Predict a split in integers, or in floating point with the same weights; every rank calls."""
-        with evaluating(model, floating=floating):
+    def run_split(self, split: str, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> SplitResult:
+        """Predict a split while ranges stay; every rank calls."""
+        with evaluating(model):
             return super().run_split(split, model, engine, mesh)
 
     def calibrate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> None:
@@ -168,10 +165,10 @@ def evaluating(model: StagedModel, *, floating: bool = False) -> Iterator[None]:
         yield
 
 
-def freeze(model: StagedModel, *, frozen: bool = True) -> None:
-    """Fix the ranges of all stages, or let them follow training again."""
+def freeze(model: StagedModel) -> None:
+    """Fix the ranges of all stages."""
     for stage in model.stages.values():
-        (freeze_ranges if frozen else unfreeze_ranges)(stage)
+        freeze_ranges(stage)
 
 
 def _together(model: StagedModel) -> nn.Module:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
-import torch.distributed as dist
-
-from megatron_bert.finetuning.finetune import FinetuneStage, report_results, run_all, score_splits, seed_variants
-from megatron_bert.finetuning.results import write_json, write_results
+from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
+from megatron_bert.finetuning.first_rank import on_first_rank
+from megatron_bert.finetuning.results import write_json
 from megatron_bert.finetuning.saved import save_task
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER
-from megatron_bert.ibert import as_table, plot
+from megatron_bert.finetuning.units import TaskUnits
+from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.trainer import Trainer
-from parallel.checkpoint import checkpoint_step
 from parallel.errors import UserError
 
 #: Scores of the float model and of the calibrated one, in a run directory from before its first step.
@@ -48,9 +48,9 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
         raise UserError("quantisation trains in float32 or bfloat16: set precision.compute to one of them")
     settings.quantization.config()
     variants = {
-        "_".join(filter(None, (seed, combination))): variant
-        for seed, of_seed in seed_variants(settings).items()
-        for combination, variant in _combinations(of_seed).items()
+        "/".join(filter(None, (combination, seed))): variant
+        for combination, of_combination in _combinations(settings).items()
+        for seed, variant in seed_variants(of_combination).items()
     }
     return run_all(settings, variants, QuantizeStage(), ends_process=ends_process)
 
@@ -80,10 +80,10 @@ class QuantizeStage(FinetuneStage):
     """Scores before training, ranges that are fixed after it, and the report."""
 
     def objective(
-        self, settings: FinetuneSettings, config: MegatronBertConfig, task: Task, seed: int
+        self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int
     ) -> QuantizationAware:
         """Training in integers."""
-        return QuantizationAware(cast(QuantizeSettings, settings), config, task, seed)
+        return QuantizationAware(cast(QuantizeSettings, settings), config, data, seed)
 
     def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
         """Score the float model, calibrate, and score what came out; a run that goes on has done so."""
@@ -91,7 +91,12 @@ class QuantizeStage(FinetuneStage):
         if cast(QuantizeSettings, settings).distillation.weight > 0.0:
             objective.add_teacher(trainer.model, trainer.evaluation_engine, trainer.world.device)
         path = settings.training.run_dir / BASELINE_FILE
-        if trainer.step > 0 and path.is_file():
+        if trainer.step > 0:
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is missing, which the run wrote before its first step: quantisation goes on in its own "
+                    "training.run_dir only"
+                )
             return
         before: dict[str, dict[str, float]] = {}
         with evaluating(trainer.model, floating=True):
@@ -100,28 +105,37 @@ class QuantizeStage(FinetuneStage):
         before |= {f"{split}_calibrated": found.scores for split, found in score_splits(trainer).items()}
         for split, scores in before.items():
             report.say(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        if trainer.world.is_first:
-            write_json(path, before)
-        dist.barrier()
+        on_first_rank(lambda: write_json(path, before))
         if objective.total_steps == 0:
             trainer.save()
             trainer.checkpoints.finish()
 
-    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
+    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> dict[str, Any]:
         """Fix the ranges, score, compare every tensor with the float model, and save; every rank calls."""
-        run_dir, objective = settings.training.run_dir, cast(QuantizationAware, trainer.objective)
+        objective = cast(QuantizationAware, trainer.objective)
         checkpoint = self.take_best(settings, trainer)
         freeze(trainer.model)
         splits = score_splits(trainer)
         rows = objective.report(trainer.model, trainer.evaluation_engine, trainer.mesh)
-        if not trainer.world.is_first:
-            return
-        before = json.loads((run_dir / BASELINE_FILE).read_text(encoding="utf-8"))
-        step = checkpoint_step(checkpoint) or 0
-        task = write_results(run_dir, settings, objective.task, splits, step=step, steps=trainer.step, beside=before)
-        config = cast(QuantizeSettings, settings).quantization.config()
-        save_task(checkpoint, objective.config, task, run_dir / MODEL_FOLDER, config)
-        write_json(run_dir / f"{REPORT_NAME}.json", {"tensors": [asdict(row) for row in rows]})
-        (run_dir / f"{REPORT_NAME}.txt").write_text(as_table(rows) + "\n", encoding="utf-8")
-        plot(rows, run_dir / f"{REPORT_NAME}.png")
-        report_results(settings, trainer, report)
+
+        def leave() -> dict[str, Any]:
+            _write_report(settings.training.run_dir / REPORT_NAME, rows)
+            return self.leave(settings, trainer, report, checkpoint, splits)
+
+        return on_first_rank(leave)
+
+    def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
+        """Write the model of a checkpoint, with its ranges."""
+        quantization = cast(QuantizeSettings, settings).quantization.config()
+        directory = settings.training.run_dir / MODEL_FOLDER
+        save_task(checkpoint, trainer.objective.config, task, directory, quantization)
+
+    def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:
+        """Those of the float and of the calibrated model."""
+        return json.loads((settings.training.run_dir / BASELINE_FILE).read_text(encoding="utf-8"))
+
+
+def _write_report(path: Path, rows: list[QuantizerReport]) -> None:
+    write_json(path.with_suffix(".json"), {"tensors": [asdict(row) for row in rows]})
+    path.with_suffix(".txt").write_text(as_table(rows) + "\n", encoding="utf-8")
+    plot(rows, path.with_suffix(".png"))

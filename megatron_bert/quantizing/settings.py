@@ -59,7 +59,7 @@ class DistillationSettings(Section):
 
 
 class SearchSettings(Section):
-    """Train with every combination of these and take the best; the defaults are the paper's ranges (section 1.7)."""
+    """Train with every combination of these and name the best; the defaults are the paper's (section 4.2)."""
 
     enabled: bool = Field(False, description="Whether to search.")
     learning_rate: list[float] = Field([5e-7, 1e-6, 1.5e-6, 2e-6], min_length=1, description="Peak learning rates.")

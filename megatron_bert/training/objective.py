@@ -28,6 +28,7 @@ class Objective(ABC):
     Attributes:
         config: of the encoder.
         total_steps: optimizer steps of the run.
+        evaluates: whether there is anything to evaluate on.
         evaluate_every: steps between evaluations; 0 evaluates at the end only.
         loss_names: what each of the loss sums is called in reports.
         metric: the score by which the best checkpoint is chosen, higher is better; None keeps the newest only.
@@ -37,6 +38,7 @@ class Objective(ABC):
 
     config: MegatronBertConfig
     total_steps: int
+    evaluates: bool = True
     evaluate_every: int
     loss_names: ClassVar[tuple[str, ...]]
     metric: str | None = None

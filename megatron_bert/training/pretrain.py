@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
 from megatron_bert.convert.opening import config_from
@@ -54,7 +56,7 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     tokenizer = check_inputs(settings)
     resume_from = find_resume(settings)
     training = settings.training
-    if resume_from is not None and read_state(resume_from)["step"] >= training.steps:
+    if resume_from is not None and _has_nothing_left(read_state(resume_from), training.steps):
         # Not an error: a job that is started again after it finished has nothing left to do.
         if launched_rank() == 0:
             print(
@@ -89,6 +91,11 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
                 note_stop(training.run_dir, reason, trainer.step)
             draw_curves(training.run_dir)
     return reason
+
+
+def _has_nothing_left(state: dict[str, Any], steps: int) -> bool:
+    """Whether a checkpoint is of the last step, and that was evaluated."""
+    return state["step"] >= steps and state.get("evaluated_step", state["step"]) == state["step"]
 
 
 def take_sizes(settings: Settings) -> Settings:

@@ -73,6 +73,8 @@ class Trainer:
         self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
+        #: The last step whose weights were evaluated.
+        self.evaluated_step = 0
         schedule = settings.schedule(mesh.layout)
         self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
@@ -109,6 +111,8 @@ class Trainer:
         )
         meter = _Meter(self)
         reason: str | None = None
+        if self.step > 0 and self._evaluation_due() and self.evaluated_step != self.step and self._evaluate(report):
+            self.save()  # the run was stopped before it could evaluate this step
         while self.step < total and reason is None and not self.selection.exhausted:
             step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
             sums = self.train_step(step_batches)
@@ -120,7 +124,7 @@ class Trainer:
                     self._write_timeline()
             reason = stop.agreed()
             better = False
-            if self._due(self.objective.evaluate_every) or (self.step == total and reason is None):
+            if reason is None and self._evaluation_due():
                 better = self._evaluate(report)
                 meter.restart()
             if reason or better or self.step == total or self._due(settings.checkpoint.every):
@@ -131,6 +135,7 @@ class Trainer:
     def _evaluate(self, report: Report) -> bool:
         """Report held-out scores; whether they are the best of a run that follows one."""
         scores = self.evaluate()
+        self.evaluated_step = self.step
         report.evaluation(self.step, scores)
         better = self.selection.update(self.step, scores)
         if better:
@@ -242,6 +247,10 @@ class Trainer:
         if self.world.is_first:
             write_timeline(timeline, self.engine, self.settings.training.run_dir / "traces", self.step)
 
+    def _evaluation_due(self) -> bool:
+        last = self.step == self.objective.total_steps
+        return self.objective.evaluates and (last or self._due(self.objective.evaluate_every))
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
@@ -273,6 +282,7 @@ class Trainer:
         state = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
+            "evaluated_step": self.evaluated_step,
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
             "data_size": self.mesh.layout.data,
@@ -303,9 +313,11 @@ class Trainer:
             if name in self.parameters:
                 self._copy_state(self.parameters[name], copy)
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
+        self.evaluated_step = state.get("evaluated_step", self.step)
         self.optimizer.load_state(state["optimizer"])
         self.loss_scale.load_state(state["loss_scale"])
-        if self.selection.metric is not None:
+        # The best checkpoint of another run is not in this one's directory: its scores do not count here.
+        if self.selection.metric is not None and path.resolve().parent == self.checkpoints.root.resolve():
             self.selection.load_state(state["selection"])
             self.checkpoints.protected = self.selection.best_step
 
@@ -314,6 +326,12 @@ class Trainer:
         raw_local(target).copy_(raw_local(source))
         for moment, tensor in self.optimizer.moments(source).items():
             raw_local(self.optimizer.moments(target)[moment]).copy_(raw_local(tensor))
+
+    def close(self) -> None:
+        """Give up the groups of the run, before another one begins; every rank calls."""
+        self.checkpoints.close()
+        if self.transport is not None:
+            self.transport.close()
 
     def describe(self) -> str:
         """What is about to be trained, where and how."""

@@ -41,6 +41,11 @@ class PipelineTransport:
                 mine = PipelineTransport(tuple(line), up, down)
         return mine
 
+    def close(self) -> None:
+        """Give up the groups; every rank calls."""
+        for group in (self.up, self.down):
+            dist.destroy_process_group(group)
+
     def _group(self, channel: Channel) -> dist.ProcessGroup:
         return self.up if channel.destination > channel.source else self.down
 

@@ -90,9 +90,9 @@ class TestWriting:
         commits: list[str] = []
         original = CheckpointWriter._commit
 
-        def slow_commit(self: CheckpointWriter, partial: Path, final: Path) -> None:
+        def slow_commit(self: CheckpointWriter, partial: Path, final: Path, protected: int | None) -> None:
             list(range(1_000_000))  # long enough for a waiting thread to be woken
-            original(self, partial, final)
+            original(self, partial, final, protected)
             commits.append(final.name)
 
         monkeypatch.setattr(CheckpointWriter, "_commit", slow_commit)

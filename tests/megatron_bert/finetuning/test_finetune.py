@@ -13,7 +13,9 @@ import transformers
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.objective import Finetuning
 from megatron_bert.finetuning.results import read_results
+from megatron_bert.tasks.classification import ClassificationTask
 from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from tests.megatron_bert.finetuning.support import make_run, rows, run_settings, write_classes
@@ -133,8 +135,10 @@ def test_seeds_are_reported_together(
     assert len(set(losses)) == 3
     summary = results["splits"]["valid"]["loss"]
     assert (summary["lowest"], summary["median"], summary["highest"]) == tuple(losses)
-    assert (tmp_path / "run" / "seeds.png").is_file()
+    assert (tmp_path / "run" / "runs.png").is_file()
     assert "of 3 runs" in capsys.readouterr().out
+    accuracy = {name: scores["valid"]["accuracy"] for name, scores in results["runs"].items()}
+    assert results["best"]["score"] == max(accuracy.values()) == accuracy[results["best"]["name"]]
 
 
 def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +150,60 @@ def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     results = read_results(tmp_path / "run")
     assert results is not None
     assert results["data"]["train"][0]["skipped"] == 1
+
+
+def test_a_run_that_could_not_save_its_model_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_run(tmp_path, training__steps=2)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_bert.finetuning.finetune.save_task", full)
+        with pytest.raises(UserError, match=r"cannot use model\.safetensors: No space left on device"):
+            finetune(settings)
+    assert read_results(tmp_path / "run") is None
+    finetune(settings)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_a_stop_at_the_last_step_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one at a step that is to be evaluated: the run that goes on evaluates it first."""
+    changes = {"training__steps": 5, "training__evaluate_every": 2, "checkpoint__keep": 0}
+    finetune(make_run(tmp_path, **changes))
+    settings = run_settings(tmp_path, training__run_dir=tmp_path / "stopped", **changes)
+    for step in (2, 5):
+        with monkeypatch.context() as patched:
+            asked = iter(range(10))
+            begun = step - 3 if step == 5 else 0
+            patched.setattr(
+                StopRequest, "agreed", lambda _, n=asked, at=step - begun: "SIGTERM" if next(n) + 1 == at else None
+            )
+            assert finetune(settings) == "SIGTERM"
+    assert finetune(settings) is None
+    found, expected = read_results(tmp_path / "stopped"), read_results(tmp_path / "run")
+    assert found is not None
+    assert expected is not None
+    assert (found["best_step"], found["splits"]) == (expected["best_step"], expected["splits"])
+    assert [row for row in rows(tmp_path / "stopped") if "valid_loss" in row] == [
+        row for row in rows(tmp_path / "run") if "valid_loss" in row
+    ]
+
+
+def test_going_on_from_a_checkpoint_of_another_run(tmp_path: Path) -> None:
+    """The other run's best checkpoint does not count: it is elsewhere."""
+    finetune(make_run(tmp_path, training__steps=2, training__evaluate_every=1))
+    source = next((tmp_path / "run" / "checkpoints").iterdir())
+    settings = run_settings(
+        tmp_path, training__steps=3, training__run_dir=tmp_path / "other", checkpoint__resume=str(source)
+    )
+    finetune(settings)
+    results = read_results(tmp_path / "other")
+    assert results is not None
+    assert results["best_step"] == 3
+    several = run_settings(tmp_path, training__seeds=[1, 2], checkpoint__resume=str(source))
+    with pytest.raises(UserError, match="there are 2 runs: give auto or none"):
+        finetune(several)
 
 
 class TestMistakes:
@@ -229,3 +287,44 @@ def test_keeping_a_head_that_is_none(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(UserError, match="was not fine-tuned with this kind of head"):
         finetune(run_settings(tmp_path, model__keep_head=True))
+
+
+class TestSettingsThatDoNotFitTheRun:
+    def test_results_of_other_settings(self, tmp_path: Path) -> None:
+        finetune(make_run(tmp_path, training__steps=1))
+        with pytest.raises(UserError, match=r"learning_rate\.peak 0\.003, but now it is 0\.001"):
+            finetune(run_settings(tmp_path, training__steps=1, learning_rate__peak=1e-3))
+        finetune(run_settings(tmp_path, training__steps=1, logging__every=7))  # which changes no result
+
+    @pytest.mark.parametrize("name", ["patience", "evaluate_every"])
+    def test_nothing_to_evaluate_on(self, tmp_path: Path, name: str) -> None:
+        settings = make_run(tmp_path, data__valid=None, **{f"training__{name}": 2})
+        with pytest.raises(UserError, match=f"training.{name} is 2, but there is nothing to evaluate on"):
+            finetune(settings)
+
+    def test_without_validation_data_the_last_step_is_kept(self, tmp_path: Path) -> None:
+        finetune(make_run(tmp_path, data__valid=None, training__steps=2))
+        results = read_results(tmp_path / "run")
+        assert results is not None
+        assert (results["best_step"], results["splits"]) == (2, {})
+
+    def test_a_metric_that_the_data_do_not_yield(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings = make_run(tmp_path, training__steps=1)
+        monkeypatch.setattr(ClassificationTask, "metrics", lambda *_: {"f1_macro": 1.0})
+        with pytest.raises(UserError, match=r"task\.metric is accuracy, which the validation data do not yield"):
+            finetune(settings)
+
+    def test_training_data_that_changed(self, tmp_path: Path) -> None:
+        finetune(make_run(tmp_path, training__steps=1))
+        (tmp_path / "run" / "results.json").unlink()
+        write_classes(tmp_path / "train.jsonl", 120, 9)
+        with pytest.raises(UserError, match="was trained with other training data"):
+            finetune(run_settings(tmp_path, training__steps=1))
+
+    def test_names_with_dollar_signs_are_drawn(self, tmp_path: Path) -> None:
+        settings = make_run(tmp_path, training__steps=1)
+        for name in ("train", "valid"):
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text(path.read_text(encoding="utf-8").replace('"label": "a"', '"label": "$a_$"'), "utf-8")
+        finetune(settings)
+        assert (tmp_path / "run" / "confusion_valid.png").is_file()

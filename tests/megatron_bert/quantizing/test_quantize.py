@@ -163,6 +163,7 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         folder,
         training__run_dir=tmp_path,
         training__steps=1,
+        training__seeds=[1, 2],
         training__evaluate_every=None,
         search__enabled=True,
         search__learning_rate=[1e-5, 1e-4],
@@ -173,11 +174,16 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     original = finetune_module._run_one
     monkeypatch.setattr(finetune_module, "_run_one", lambda s, *a: (seen.append(s), original(s, *a))[1])
     quantize(settings)
-    assert [s.learning_rate.peak for s in seen] == [1e-5, 1e-4]
+    pairs = [(s.learning_rate.peak, s.training.seed) for s in seen]
+    assert pairs == [(1e-5, 1), (1e-5, 2), (1e-4, 1), (1e-4, 2)]
     assert all((s.model.hidden_dropout_prob, s.model.attention_probs_dropout_prob) == (0.1, 0.0) for s in seen)
     results = read_results(tmp_path)
     assert results is not None
-    assert set(results["runs"]) == {"rate_1e-05_attention_0_hidden_0.1", "rate_0.0001_attention_0_hidden_0.1"}
+    combinations = {f"rate_{rate}_attention_0_hidden_0.1" for rate in ("1e-05", "0.0001")}
+    assert set(results["runs"]) == {f"{name}/seed_{seed}" for name in combinations for seed in (1, 2)}
+    medians = {name: results["groups"][name]["valid"]["accuracy"]["median"] for name in combinations}
+    best = results["best"]
+    assert best["median_of_group"] == max(medians.values()) == medians[best["name"].split("/")[0]]
 
 
 @pytest.mark.parametrize(

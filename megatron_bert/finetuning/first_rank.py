@@ -1,0 +1,43 @@
+"""Work that rank 0 does for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from parallel.errors import UserError
+
+T = TypeVar("T")
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Run a function on rank 0 and give its result to every rank; every rank calls.
+
+    What goes wrong on rank 0 is raised on all of them, so that none waits for the others.
+
+    Args:
+        work: returns what can be pickled.
+
+    Raises:
+        UserError: the work raised one, or a file could not be read or written.
+    """
+    answer: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer = [work(), None]
+        except UserError as error:
+            answer = [None, error]
+        except OSError as error:
+            answer = [None, UserError(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")]
+        except Exception as error:
+            failure = error
+            answer = [None, UserError(f"rank 0 failed: {type(error).__name__}: {error}")]
+    dist.broadcast_object_list(answer)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

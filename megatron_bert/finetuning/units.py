@@ -1,0 +1,55 @@
+"""The tokenised data of a command, made once for all of its runs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from megatron_bert.tasks.task import Task, Unit
+from parallel.errors import UserError
+
+
+class TaskUnits:
+    """Units of the splits of a task, tokenised when they are first asked for.
+
+    Args:
+        task: reads and tokenises the data.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._splits: dict[str, list[Unit]] = {}
+
+    @cached_property
+    def train(self) -> list[Unit]:
+        """To train on.
+
+        Raises:
+            UserError: there are none.
+        """
+        units = self.task.units(self.task.examples("train"), train=True)
+        if not units:
+            raise UserError("there is nothing to train on: data.train holds no labelled example")
+        return units
+
+    def of(self, split: str) -> list[Unit]:
+        """To score a split.
+
+        Raises:
+            UserError: there are none.
+        """
+        if split not in self._splits:
+            self._splits[split] = self.task.units(self.task.examples(split), train=False)
+        if not self._splits[split]:
+            raise UserError(f"data.{split} holds no example: give one with some, or leave it out")
+        return self._splits[split]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes the training data what they are: the files' contents, and which part of them is used."""
+        data = self.task.data
+        return {
+            "files": [entry["sha256"] for entry in self.task.data_fingerprints().get("train", [])],
+            "held_out": [data.valid_fraction, data.test_fraction, data.split_seed],
+            "units": len(self.train),
+        }
