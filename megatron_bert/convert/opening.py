@@ -119,7 +119,7 @@ def load_into(
     parameters = {name.removeprefix(prefix): p for name, p in model.named_parameters() if name.startswith(prefix)}
     words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     if VOCABULARY_TENSORS & parameters.keys():
-        _check_words(source, words)
+        check_words(source.config.vocab_size, words)
     for name, parameter in parameters.items():
         if name not in source:
             continue
@@ -140,9 +140,16 @@ def load_into(
     )
 
 
-def _check_words(state: CanonicalState, words: int) -> None:
-    """The words of the checkpoint must be those of the model, or those with Megatron's padding."""
-    there = state.config.vocab_size
+def check_words(there: int, words: int) -> None:
+    """The words of a checkpoint must be those of the model, or those with Megatron's padding.
+
+    Args:
+        there: number of words of the checkpoint.
+        words: of the model, and its tokenizer.
+
+    Raises:
+        UserError: they are not.
+    """
     if there != words and there not in {padded_rows(words, size) for size in _TENSOR_SIZES}:
         raise UserError(
             f"the checkpoint has {there} words, but the tokenizer has {words}: use the vocabulary that the model was "
