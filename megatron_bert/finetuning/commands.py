@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 from parallel.errors import UserError
 
@@ -59,32 +61,60 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from megatron_bert.finetuning.inference import predict_stream
 
-    target = arguments.output
-    partial = None if target is None else target.with_name(target.name + ".partial")
+    batch_size = _checked_batch_size(arguments)
     try:
-        with ExitStack() as stack:
+        with _input(arguments.input) as rows, _output(arguments.output) as answers:
             bad = predict_stream(
                 arguments.model,
-                _opened(arguments.input, "r", sys.stdin, stack),
-                _opened(partial, "w", sys.stdout, stack),
-                batch_size=_checked_batch_size(arguments),
+                rows,
+                answers,
+                batch_size=batch_size,
                 on_bad_row=arguments.on_bad_row,
                 device=arguments.device,
-                progress=target is not None and sys.stderr.isatty(),
+                progress=arguments.output is not None and sys.stderr.isatty(),
             )
-        if partial is not None:
-            partial.rename(target)
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+    except OSError as error:
+        place = error.filename or "the input or the output"
+        raise UserError(f"cannot use {place}: {error.strerror or error}") from None
     if bad:
         print(f"{bad} rows could not be read: their answers hold the error", file=sys.stderr)
 
 
-def _opened(path: Path | None, mode: str, otherwise: TextIO, stack: ExitStack) -> IO[str]:
+@contextmanager
+def _input(path: Path | None) -> Iterator[IO[str]]:
+    """Lines of a file or of standard input; bytes that are not UTF-8 come as lone surrogates."""
     if path is None:
-        return otherwise
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+        yield sys.stdin
+        return
+    with _opened(path, "r", path) as file:
+        yield file
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[IO[str]]:
+    """A file that is there once it is whole, or standard output."""
+    if path is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+        yield sys.stdout
+        return
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output is {path}, which is no regular file: give a file, or leave it out to use a pipe")
+    partial = path.with_name(path.name + ".partial")
+    file = _opened(partial, "w", path)
     try:
-        return stack.enter_context(path.open(mode, encoding="utf-8"))
+        with file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _opened(path: Path, mode: str, named: Path) -> IO[str]:
+    errors = "surrogateescape" if mode == "r" else "strict"
+    try:
+        return path.open(mode, encoding="utf-8", errors=errors, newline="\n")
     except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from None
+        raise UserError(f"cannot open {named}: {error.strerror}") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -14,10 +16,12 @@ import torch
 from tqdm import tqdm
 
 from megatron_bert.config_file import apply_override
-from megatron_bert.finetuning.results import write_json, write_split
+from megatron_bert.finetuning.first_rank import on_first_rank
+from megatron_bert.finetuning.results import RESULTS_FILE, write_json, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
 from megatron_bert.finetuning.scoring import Scored, score_units
-from megatron_bert.tasks.task import Example, Prediction, Unit
+from megatron_bert.tasks.rows import RowError, parse_object
+from megatron_bert.tasks.task import Example, Prediction, Task, Unit
 from megatron_bert.training.build import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout, ParallelMesh
@@ -72,19 +76,23 @@ def evaluate_files(
     """Score a fine-tuned model on labelled files, alone or on all ranks of torchrun.
 
     Args:
-        source: directory of the model, or its run.
-        overrides: ``data.valid=FILE``, ``data.test=FILE`` and whatever else the section ``data`` of a run has; what is
-            not given is as it was in training.
+        source: directory of the model, its run, or several runs, whose best is taken.
+        overrides: ``data.valid=FILE``, ``data.test=FILE`` and whatever else the section ``data`` of a run has. How
+            files are read (``format``, ``columns``, ``header``, ``label_separator``, ``on_bad_row``) is as it was in
+            training where it is not given.
         output: directory for results, predictions and files to submit; None prints only.
         batch_size: most units of a forward pass.
         device: auto, cpu or cuda.
 
     Returns:
-        Split -> scores.
+        Split -> scores, on every rank.
 
     Raises:
-        UserError: no model, no files, or bad rows in them.
+        UserError: no model, no files, bad rows in them, or an output that cannot be written; on every rank.
     """
+    _check_device(device)
+    if output is not None:
+        _check_directory(output)
     saved = load_task(source, _data_settings(overrides))
     task = saved.task
     splits = (*task.valid_splits, *task.test_splits)
@@ -94,28 +102,61 @@ def evaluate_files(
     files: list[str] = []
     with process_group(device, 600.0) as world:
         scorer = Scorer(saved, world, batch_size)
-        if output is not None and world.is_first:
-            output.mkdir(parents=True, exist_ok=True)
         for split in splits:
             examples = task.examples(split)
             units = task.units(examples, train=False)
             scored = scorer.score(units)
-            if not world.is_first:
-                continue
-            predictions = task.predictions(examples, units, scored.logits)
-            loss = {} if scored.loss is None else {"loss": scored.loss}
-            scores[split] = loss | task.metrics(examples, predictions)
-            said = ", ".join(f"{name} {value:.4f}" for name, value in scores[split].items())
-            print(f"{split}: {len(examples):,} examples; {said or 'not labelled'}")
-            if output is not None:
-                files += write_split(output, task, split, examples, predictions)
-        if task.bad_rows.count and world.is_first:
-            print(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
-        if output is not None and world.is_first:
-            results = {"model": str(saved.directory), "splits": scores, "files": files}
-            write_json(output / "results.json", results | {"data": task.data_fingerprints()})
-            print(f"results are in {output}")
+            leave = partial(_leave_split, task, split, examples, units, scored, output)
+            scores[split], written = on_first_rank(leave)
+            files += written
+        on_first_rank(lambda: _leave_results(saved, scores, files, output))
     return scores
+
+
+def _leave_split(
+    task: Task, split: str, examples: list[Any], units: list[Unit], scored: Scored, output: Path | None
+) -> tuple[dict[str, float], list[str]]:
+    """Say, and write, what the model does on a split; its scores and the files."""
+    predictions = task.predictions(examples, units, scored.logits)
+    loss = {} if scored.loss is None else {"loss": scored.loss}
+    scores = loss | task.metrics(examples, predictions)
+    said = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    print(f"{split}: {len(examples):,} examples; {said or 'not labelled'}")
+    if output is None:
+        return scores, []
+    output.mkdir(parents=True, exist_ok=True)
+    return scores, write_split(output, task, split, examples, predictions)
+
+
+def _leave_results(
+    saved: SavedTask, scores: dict[str, dict[str, float]], files: list[str], output: Path | None
+) -> None:
+    """Say, and write, what holds for all splits."""
+    bad = saved.task.bad_rows
+    if bad.count:
+        print(f"skipped {bad.count} bad rows, such as {bad.reasons[0]}")
+    print(f"the model is {saved.directory}")
+    if output is not None:
+        results = {"model": str(saved.directory), "splits": scores, "files": files}
+        write_json(output / RESULTS_FILE, results | {"data": saved.task.data_fingerprints()})
+        print(f"results are in {output}")
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but this machine has no usable CUDA device: give --device cpu")
+
+
+def _check_directory(output: Path) -> None:
+    """Refuse what can be no directory of this user, before anything is computed."""
+    try:
+        there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"--output is {output}, which cannot be used: {error.strerror}") from None
+    if not there.is_dir():
+        raise UserError(f"--output is {output}, but {there} is a file: give a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output is {output}, but {there} may not be written to: give another directory")
 
 
 def _data_settings(overrides: list[str]) -> dict[str, Any]:
@@ -140,11 +181,12 @@ def predict_stream(
     """Answer JSON lines with JSON lines, in their order.
 
     Rows are worked on in the order of their length, a few batches at a time, so that little is padded and a long
-    stream needs little memory.
+    stream needs little memory. Answers are written each time, so those of a pipe come some rows after their questions.
 
     Args:
-        source: directory of the model, or its run.
-        rows: one JSON object a line, with the keys that the task reads.
+        source: directory of the model, its run, or several runs, whose best is taken.
+        rows: one JSON object a line, with the keys that the task reads. Bytes that are not UTF-8 come as lone
+            surrogates, which are found.
         answers: where to write.
         batch_size: most texts of a forward pass.
         on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
@@ -159,6 +201,7 @@ def predict_stream(
     """
     if launched_world_size() > 1:
         raise UserError("predict works in one process: divide the input into files and start one for each")
+    _check_device(device)
     saved = load_task(source)
     bad = 0
     numbered = enumerate(rows, 1)
@@ -182,17 +225,14 @@ def predict_stream(
 def _example(saved: SavedTask, number: int, line: str, on_bad_row: str) -> Example | str:
     where = f"line {number}"
     try:
-        try:
-            row = json.loads(line.lstrip("\ufeff"))
-        except ValueError as error:
-            raise UserError(f"{where} is no JSON ({error}): give one object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} holds a {type(row).__name__}: give one JSON object a line")
-        return saved.task.example_from(row, where)
+        return saved.task.example_from(parse_object(line.lstrip("\ufeff")), where)
+    except RowError as error:
+        reason = f"{where}: {error}"
     except UserError as error:
-        if on_bad_row == "error":
-            raise UserError(f"{error} (--on-bad-row skip goes on)") from None
-        return str(error)
+        reason = str(error)
+    if on_bad_row == "error":
+        raise UserError(f"{reason} (--on-bad-row skip goes on)")
+    return reason
 
 
 @contextmanager

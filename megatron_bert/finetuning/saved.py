@@ -17,6 +17,7 @@ from megatron_bert.family.classification import (
     MegatronBertForTokenClassification,
 )
 from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.finetuning.results import RESULTS_FILE, read_results
 from megatron_bert.finetuning.start import MODEL_FOLDER
 from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
@@ -110,31 +111,61 @@ def _how_to_read(data: TaskDataSettings) -> dict[str, Any]:
     return data.model_dump(mode="json", include=kept, exclude_defaults=True)
 
 
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with some of them changed."""
+    found = dict(settings)
+    for name, value in changes.items():
+        before = found.get(name)
+        found[name] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return found
+
+
+def _model_directory(source: Path) -> Path:
+    """The directory of a fine-tuned model: itself, that of a run, or that of the best of several runs.
+
+    Raises:
+        UserError: there is none, or it is not known which run is meant.
+    """
+    for directory in (source / MODEL_FOLDER, source):
+        if (directory / TASK_FILE).is_file():
+            return directory
+    try:
+        results = read_results(source) or {}
+        runs, best = list(results.get("runs", ())), results.get("best")
+        directory = source / best["name"] / MODEL_FOLDER if best else source
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{source / RESULTS_FILE} is damaged ({error}): give the directory of one run") from None
+    if (directory / TASK_FILE).is_file():
+        return directory
+    if runs:
+        raise UserError(f"{source} holds several runs, and no best one: give one of {', '.join(runs)} in it")
+    raise UserError(
+        f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, or the "
+        f"{MODEL_FOLDER} folder in it"
+    )
+
+
 @torch.no_grad()
 def load_task(source: Path, data: dict[str, Any] | None = None) -> SavedTask:
     """Load a fine-tuned model.
 
     Args:
-        source: a directory of :func:`save_task`, or a fine-tuning run with one.
+        source: a directory of :func:`save_task`, a fine-tuning run with one, or several runs of one command, whose
+            best is taken.
         data: settings of the section ``data`` of a run, for files to evaluate on.
 
     Raises:
         UserError: it is none.
     """
-    directory = source / MODEL_FOLDER if (source / MODEL_FOLDER / TASK_FILE).is_file() else source
+    directory = _model_directory(source)
     path = directory / TASK_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, or the "
-            f"{MODEL_FOLDER} folder in it"
-        )
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         how = dict(described.pop("columns"))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
     tokenizer: Tokenizer = load_tokenizer(directory)
-    settings = validated(how | (data or {}), TaskDataSettings, source="the settings of the data")
+    settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
     task = restore_task(described, tokenizer, settings)
     public = _CLASSES[task.head.kind].from_pretrained(directory)
     model = BertForTask(public.config, task.head.kind, task.head.outputs)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_bert.cli import main
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
-from megatron_bert.finetuning.results import read_results
+from megatron_bert.finetuning.results import read_results, write_json
+from megatron_bert.finetuning.saved import load_task
+from parallel.errors import UserError
 from tests.megatron_bert.finetuning.support import join_world, make_run
 from tests.worlds import run_world
 
@@ -55,7 +63,53 @@ def test_evaluate_on_three_ranks(trained: Path) -> None:
     alone = _scores(trained)
     first, *others = run_world(3, _scores_of_rank, trained)
     assert first["valid"] == pytest.approx(alone["valid"], rel=1e-5)
-    assert others == [{}, {}]
+    assert others == [first, first]
+
+
+def _failure_of_rank(trained: Path, output: Path) -> str:
+    join_world()
+    (output / "predictions_valid.jsonl").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError) as caught:
+        evaluate_files(
+            trained / "run", [f"data.valid={trained / 'valid.jsonl'}"], output=output, batch_size=6, device="cpu"
+        )
+    return str(caught.value)
+
+
+def test_what_rank_0_cannot_write_ends_all_ranks(trained: Path, tmp_path: Path) -> None:
+    first, second = run_world(2, _failure_of_rank, trained, tmp_path)
+    assert "predictions_valid.jsonl: Is a directory" in first
+    assert second == first
+
+
+def test_settings_of_the_data_are_merged_with_those_of_training(trained: Path, tmp_path: Path) -> None:
+    """``data.columns.text`` leaves ``data.columns.id`` as it was."""
+    renamed = (trained / "valid.jsonl").read_text(encoding="utf-8").replace('"text"', '"body"')
+    (tmp_path / "valid.jsonl").write_text(renamed, encoding="utf-8")
+    overrides = [f"data.valid={tmp_path / 'valid.jsonl'}", "data.columns.text=body"]
+    found = evaluate_files(trained / "run", overrides, output=tmp_path / "out", batch_size=6, device="cpu")
+    assert found["valid"] == pytest.approx(_scores(trained)["valid"], rel=1e-5)
+    assert [row["id"] for row in predictions(tmp_path / "out")] == [row["id"] for row in predictions(trained / "run")]
+
+
+class TestSeveralRuns:
+    def runs(self, trained: Path, folder: Path, **summary: Any) -> Path:
+        for name in ("seed_1", "seed_2"):
+            shutil.copytree(trained / "run" / "model", folder / name / "model")
+        write_json(folder / "results.json", {"runs": {"seed_1": {}, "seed_2": {}}} | summary)
+        return folder
+
+    def test_the_best_is_taken(self, trained: Path, tmp_path: Path) -> None:
+        folder = self.runs(trained, tmp_path, best={"name": "seed_2", "score": 0.5})
+        assert load_task(folder).directory == folder / "seed_2" / "model"
+
+    def test_without_a_best_one(self, trained: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no best one: give one of seed_1, seed_2"):
+            load_task(self.runs(trained, tmp_path, best=None))
+
+    def test_damaged_summary(self, trained: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"results\.json is damaged"):
+            load_task(self.runs(trained, tmp_path, best="seed_1"))
 
 
 def test_predict_answers_in_order(trained: Path) -> None:
@@ -85,6 +139,81 @@ def test_predict_skips_bad_rows(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([*command, "--output", str(tmp_path / "other.jsonl")]) == 2
     assert "line 2" in capsys.readouterr().err
     assert not list(tmp_path.glob("other*")), "nothing half-written"
+
+
+#: Rows that are no JSON object in UTF-8, and what their answers say.
+MALFORMED = {
+    b'{"text": "caf\xe9"}': "not UTF-8 at character 14",
+    rb'{"text": "w1", "id": "\ud800"}': "half of a surrogate pair",
+    rb'{"text": "w1", "\udfff": 1}': "half of a surrogate pair",
+    b"[" * 100_000: "not JSON",
+    b'{"text": "w1\0"}': "NUL",
+}
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_malformed_rows_are_answered(
+    trained: Path, tmp_path: Path, piped: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = b"\n".join([*MALFORMED, b'{"text": "w1", "id": "good"}'])
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    command = ["predict", str(trained / "run"), "--device", "cpu", "--output", str(tmp_path / "answers.jsonl")]
+    if piped:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    else:
+        command += ["--input", str(tmp_path / "rows.jsonl")]
+    assert main([*command, "--on-bad-row", "skip"]) == 0
+    *bad, good = [json.loads(line) for line in (tmp_path / "answers.jsonl").open(encoding="utf-8")]
+    assert good["id"] == "good"
+    for number, (answer, reason) in enumerate(zip(bad, MALFORMED.values(), strict=True), 1):
+        assert answer["error"].startswith(f"line {number}: ")
+        assert reason in answer["error"]
+    if not piped:
+        assert main(command) == 2
+        assert "line 1: it is not UTF-8" in capsys.readouterr().err
+
+
+class FullDisk(io.StringIO):
+    """Standard output that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_answers_that_cannot_be_written(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    command = ["predict", str(trained / "run"), "--input", str(trained / "valid.jsonl"), "--device", "cpu"]
+    assert main(command) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["predict", "--output", "{here}"], "which is no regular file"),
+        (["predict", "--output", "{here}/none/answers.jsonl"], "none/answers.jsonl: No such file"),
+        (["predict", "--input", "{here}"], "Is a directory"),
+        (["evaluate", "--output", "{here}/file"], "file is a file: give a directory"),
+        (["evaluate", "--output", "{here}/file/below"], "give a directory"),
+    ],
+)
+def test_paths_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    command, *options = [argument.replace("{here}", str(tmp_path)) for argument in arguments]
+    assert main([command, "no_model", *options]) == 2
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_no_such_device(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, "no_model", "--device", "cuda"]) == 2
+    assert "--device is cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
