@@ -178,7 +178,14 @@ def test_control_c_stops_all_processes_and_leaves_nothing(tmp_path: Path) -> Non
     vocabulary = small_vocabulary(tmp_path)
     arguments = [sys.executable, tmp_path / "run.py", source, vocabulary, tmp_path / "out" / "corpus"]
     environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
-    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        arguments,
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # A test run in the background of a shell has Control-C ignored, and its processes would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 30
     while not any(path.stat().st_size for path in tmp_path.glob("out/*.tmp")):
         assert process.poll() is None, process.communicate()

@@ -198,7 +198,8 @@ def _interrupted(case: Case, folder: Path, run_dir: Path) -> None:
 
     parts = Outcome()
     first = make_trainer(case, folder, run_dir=run_dir)
-    first._save(train(first, 2, parts))
+    train(first, 2, parts)
+    first.save()
     second = make_trainer(case, folder, run_dir / "checkpoints" / "step_00000002", run_dir)
     assert (second.step, second.consumed_samples) == (2, first.consumed_samples)
     train(second, 2, parts)
@@ -233,7 +234,8 @@ def _leg(case: Case, folder: Path, run_dir: Path, step: int) -> Outcome:
     outcome = Outcome()
     resume_from = run_dir / "checkpoints" / f"step_{step:08d}" if step else None
     trainer = make_trainer(case, folder, resume_from, run_dir)
-    trainer._save(train(trainer, 1, outcome))
+    train(trainer, 1, outcome)
+    trainer.save()
     note_weights(trainer, outcome)
     return outcome
 
