@@ -7,7 +7,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_bert.convert.commands import add_convert_commands
 from megatron_bert.finetuning.commands import add_finetuned_commands
@@ -60,33 +63,33 @@ def _preprocess(arguments: argparse.Namespace) -> None:
 def _pretrain(arguments: argparse.Namespace) -> int:
     from megatron_bert.config_file import load_settings
     from megatron_bert.training.pretrain import pretrain
-    from megatron_bert.training.signals import exit_code
 
-    with launched_process():
-        settings = load_settings(arguments.config, arguments.overrides)
-        return exit_code(pretrain(settings, ends_process=arguments.own_process))
+    return _run(arguments, load_settings, pretrain)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from megatron_bert.config_file import load_sections
     from megatron_bert.finetuning.finetune import finetune
     from megatron_bert.finetuning.settings import FinetuneSettings
-    from megatron_bert.training.signals import exit_code
 
-    with launched_process():
-        settings = load_sections(arguments.config, arguments.overrides, FinetuneSettings)
-        return exit_code(finetune(settings, ends_process=arguments.own_process))
+    return _run(arguments, partial(load_sections, kind=FinetuneSettings), finetune)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from megatron_bert.config_file import load_sections
     from megatron_bert.quantizing.quantize import quantize
     from megatron_bert.quantizing.settings import QuantizeSettings
+
+    return _run(arguments, partial(load_sections, kind=QuantizeSettings), quantize)
+
+
+def _run(arguments: argparse.Namespace, load: Callable[..., Any], command: Callable[..., str | None]) -> int:
+    """Read the settings of a run, run it, and say by the exit code how it ended."""
     from megatron_bert.training.signals import exit_code
 
     with launched_process():
-        settings = load_sections(arguments.config, arguments.overrides, QuantizeSettings)
-        return exit_code(quantize(settings, ends_process=arguments.own_process))
+        settings = load(arguments.config, arguments.overrides)
+        return exit_code(command(settings, ends_process=arguments.own_process))
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
@@ -166,20 +169,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     preprocess.set_defaults(func=_preprocess)
 
-    pretrain = commands.add_parser("pretrain", help="pretrain an encoder (alone, or under torchrun)")
-    pretrain.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    pretrain.add_argument("overrides", nargs="*", metavar="section.key=value")
-    pretrain.set_defaults(func=_pretrain)
-
-    finetune = commands.add_parser("finetune", help="train an encoder for a task (alone, or under torchrun)")
-    finetune.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    finetune.add_argument("overrides", nargs="*", metavar="section.key=value")
-    finetune.set_defaults(func=_finetune)
-
-    quantize = commands.add_parser("quantize", help="make a fine-tuned encoder compute in integers, and train it so")
-    quantize.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    quantize.add_argument("overrides", nargs="*", metavar="section.key=value")
-    quantize.set_defaults(func=_quantize)
+    for name, help_text, function in (
+        ("pretrain", "pretrain an encoder (alone, or under torchrun)", _pretrain),
+        ("finetune", "train an encoder for a task (alone, or under torchrun)", _finetune),
+        ("quantize", "make a fine-tuned encoder compute in integers, and train it so", _quantize),
+    ):
+        run = commands.add_parser(name, help=help_text)
+        run.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        run.add_argument("overrides", nargs="*", metavar="section.key=value")
+        run.set_defaults(func=function)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
     fill.add_argument("model", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
