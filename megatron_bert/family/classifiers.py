@@ -24,6 +24,7 @@ from megatron_bert.family.outputs import (
 )
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.heads import Dense
+from parallel.cross_entropy import IGNORED
 from parallel.dropout import keyed_dropout
 from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
@@ -82,9 +83,16 @@ class Classifier(HeadModel):
         head: Dense = getattr(self, self.head)
         return head(self.dropped(features, keys))
 
-    def classified(self, given: Arguments) -> tuple[Encoded, Tensor]:
-        """Run the encoder and the head: logits ``[B, C]`` of sequences, or ``[T, C]`` of every token."""
-        encoded = self.base_model.encode(given, shown=not self.by_sequence)
+    def classified(
+        self, given: Arguments, *, shown: bool = False, needed: Tensor | None = None
+    ) -> tuple[Encoded, Tensor]:
+        """Run the encoder and the head: logits ``[B, C]`` of sequences, or ``[T, C]`` of every token.
+
+        Args:
+            given: by the caller.
+            shown, needed: as in EncoderModel.encode.
+        """
+        encoded = self.base_model.encode(given, shown=shown, needed=needed)
         if not self.by_sequence:
             return encoded, self.scores(encoded.hidden, encoded.keys)
         keys = None if encoded.keys is None else encoded.keys.index_select(0, encoded.first)
@@ -134,11 +142,15 @@ class TokenClassifier(Classifier):
 
     def tagged(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
-        encoded, scores = self.classified(given)
+        either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        needed = None
+        if labels is not None and either is not None:
+            _check_shape("labels", labels, tuple(either.shape[:2]))
+            needed = labels != IGNORED
+        encoded, scores = self.classified(given, shown=not self.learns_from(labels), needed=needed)
         logits = encoded.rectangle(scores)
         loss = None
         if labels is not None:
-            _check_shape("labels", labels, (encoded.batch, encoded.length))
             loss = mean_cross_entropy("labels", logits.flatten(0, 1), labels.reshape(-1))
         return self.finished(TokenClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
 
@@ -163,7 +175,8 @@ class SpanClassifier(Classifier):
 
     def answered(self, given: Arguments, starts: Tensor | None, ends: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, S]`` of start and end, and the mean loss of those whose positions ``[B]`` are given."""
-        encoded, scores = self.classified(given)
+        # The loss runs over padding too.
+        encoded, scores = self.classified(given, shown=True)
         start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
         losses = [
             mean_cross_entropy(name, logits, positions.reshape(-1).clamp(0, encoded.length), ignored=encoded.length)

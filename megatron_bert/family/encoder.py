@@ -80,7 +80,8 @@ class EncoderModel(PreTrainedModel):
         tp: the tensor-parallel handle; every rank gives the same arguments and gets the same results.
         skip_padding: whether tokens that the attention mask leaves out are skipped: their hidden states are then 0, and
             a batch costs what its real tokens cost. None skips them where no output shows them, which changes nothing
-            but time; False never does.
+            but time, and in training steps of masked words and token classes, whose loss and gradients stay the same;
+            False never does.
         initial: draw initial weights, from torch's generator; otherwise they hold no values until a checkpoint gives
             them.
         device: of the parameters.
@@ -149,7 +150,7 @@ class EncoderModel(PreTrainedModel):
 
         Args:
             given: by the caller.
-            shown: whether the caller returns something of every token, padding too.
+            shown: whether the caller returns something of padding that may be used.
             needed: bool ``[B, S]``, tokens that must not be skipped (they have labels).
         """
         config = self.config

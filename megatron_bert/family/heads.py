@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.pretrained import PreTrainedModel
@@ -34,3 +35,7 @@ class HeadModel(PreTrainedModel):
         super().__init__(config, tp, None)
         encoder = self.encoder_class(config, pooled, tp=tp, skip_padding=skip_padding, initial=False, device=device)
         self.add_module(self.base_model_prefix, encoder)
+
+    def learns_from(self, labels: Tensor | None) -> bool:
+        """Whether this is a training step, of which only the loss is of use, not what the head gives at padding."""
+        return self.training and labels is not None

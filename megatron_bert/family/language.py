@@ -84,7 +84,8 @@ class LanguageModel(HeadModel):
 
     def encoded(self, given: Arguments, labels: Tensor | None) -> Encoded:
         """Run the encoder, without a cache, and with every token that has a label."""
-        return self.base_model.encode(replace(given, use_cache=False), needed=self.labelled(given, labels))
+        shown, needed = not self.learns_from(labels), self.labelled(given, labels)
+        return self.base_model.encode(replace(given, use_cache=False), shown=shown, needed=needed)
 
     def masked_loss(self, encoded: Encoded, labels: Tensor | None) -> Tensor | None:
         """The loss of masked words, where there are ``labels`` ``[B, S]``."""

@@ -76,6 +76,32 @@ def test_what_is_skipped_unasked(head):
     assert _tokens_computed(model, batch) == batch["attention_mask"].numel()
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining", "ForTokenClassification"])
+def test_training_steps_skip_unasked(head):
+    """Loss and gradients stay; without labels, or in evaluation, logits at padding are transformers'."""
+    model, batch = build(head).train(), batch_for(head)
+    labels = labels_for(head)
+    real = batch["attention_mask"].bool()
+    labels["labels"] = labels["labels"].masked_fill(~real, -100)
+    assert _tokens_computed(model, batch | labels) == int(real.sum())
+    assert _tokens_computed(model, batch) == real.numel()
+    found = []
+    for skip in (None, False):
+        model.skip_padding = skip
+        model.zero_grad()
+        loss = model(**batch, **labels).loss
+        loss.backward()
+        found.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (loss, grads), (other, others) = found
+    torch.testing.assert_close(loss, other, **CLOSE)
+    for one, two in zip(others, grads, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * max(1.0, float(one.abs().max())))
+    model.skip_padding = None
+    labels["labels"][1, -1] = 1  # a label on padding
+    assert _tokens_computed(model, batch | labels) == real.numel()
+    assert _tokens_computed(model.eval(), batch | labels) == real.numel()
+
+
 @pytest.mark.parametrize("head", POOLED)
 def test_skipping_unasked_changes_no_result(head):
     model, batch = build(head), batch_for(head) | labels_for(head)
