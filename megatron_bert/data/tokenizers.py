@@ -115,6 +115,17 @@ class Tokenizer(ABC):
             raise IndexError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return self._pieces[token_id]
 
+    def pair_separators(self, *, roberta: bool) -> int:
+        """Separators between the two texts of a pair.
+
+        BERT has one and RoBERTa two, </s></s>. Some models like RoBERTa have BERT's vocabulary, whose [SEP] stands
+        there once.
+
+        Args:
+            roberta: whether the model is a RoBERTa, or an I-BERT.
+        """
+        return 2 if roberta and self.id_to_token(self.sep_id) == "</s>" else 1
+
     @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a directory, from which `load_tokenizer` gives an equal tokenizer."""

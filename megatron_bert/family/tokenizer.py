@@ -122,7 +122,7 @@ class AutoTokenizer:
     def _row(self, text: str, pair: str | None, limit: int | None, truncation: bool) -> tuple[list[int], list[int]]:
         """Ids and types of one input."""
         segments = [self._encode(part) for part in (text, pair) if part is not None]
-        between = 2 if self.roberta else 1
+        between = self.vocabulary.pair_separators(roberta=self.roberta)
         special = 2 + between * (len(segments) - 1)
         while limit is not None and special + sum(map(len, segments)) > limit:
             if not truncation or not any(segments):

@@ -97,7 +97,7 @@ class MegatronBertConfig:
         hidden_act: ``gelu`` (exact, erf), or ``gelu_new`` / ``gelu_pytorch_tanh`` (tanh approximation).
         hidden_dropout_prob: dropout of embeddings, attention output and feed-forward output.
         attention_probs_dropout_prob: dropout of attention probabilities.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: rows of the position table: the longest sequence, in tokens.
         type_vocab_size: number of token types (segments).
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.
@@ -128,6 +128,8 @@ class MegatronBertConfig:
     model_type = MODEL_TYPE
     #: What it calls other kinds whose fields mean the same.
     also_reads = frozenset[str]()
+    #: Whether positions, inputs and the head of sequences are RoBERTa's.
+    like_roberta = False
 
     vocab_size: int = 29056
     hidden_size: int = 1024
@@ -216,6 +218,21 @@ class MegatronBertConfig:
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padding_position(self) -> int | None:
+        """The position of padding, after which real tokens are counted; None where all are counted from 0."""
+        return self.pad_token_id if self.like_roberta else None
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token of a sequence."""
+        return 0 if self.padding_position is None else self.padding_position + 1
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that there are positions for."""
+        return self.max_position_embeddings - self.first_position
 
     @property
     def padded_vocab_size(self) -> int:
