@@ -12,7 +12,8 @@ import torch
 
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.results import read_results
-from megatron_bert.finetuning.start import find_tokenizer, load_finetuned
+from megatron_bert.finetuning.start import find_tokenizer
+from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
 from parallel.errors import UserError
