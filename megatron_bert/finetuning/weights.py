@@ -50,7 +50,7 @@ def load_finetuned(stage: BertForTask, source: Path) -> None:
                 raise UserError(
                     f"{source} holds no {_shown(stage, name)}: it was not fine-tuned with this kind of head"
                 )
-            _copy(stage, name, parameter, [stored[key] for key in keys], source, order)
+            _copy(stage, name, parameter, [stored[key] for key in keys], order)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def load_encoder(stage: BertForTask, source: Path) -> list[str]:
             if found and head:
                 notes.append(f"{name} of {source} is left behind and starts anew (model.keep_head=true takes it)")
             elif len(found) == len(keys):
-                _copy(stage, name, parameter, found, source, None)
+                _copy(stage, name, parameter, found, None)
             elif head or name.startswith("pair_head."):
                 notes.append(f"{name} is not in {source} and starts anew")
             else:
@@ -91,13 +91,11 @@ def _opened(stage: BertForTask, source: Path) -> Iterator[tuple[dict[str, Any], 
     with ExitStack() as stack:
         tree = source_tree(finetuned_directory(source), stack)
         if not any(name in tree for name in WEIGHTS):
-            raise UserError(
-                f"{source} holds no fine-tuned model: give a fine-tuning run, or a directory with its model"
-            )
+            raise UserError(f"{source} holds no weights: give a fine-tuning run, or the directory of a model")
         if CONFIG_NAME not in tree:
-            raise UserError(f"{source} holds no {CONFIG_NAME}: copy all files of the fine-tuned model")
+            raise UserError(f"{source} holds no {CONFIG_NAME}: copy all files of the model")
         stored = {names.with_prefix(key): tensor for key, tensor in open_weights(tree)[0].items()}
-        if (table := stored.get(names.theirs(WORD_EMBEDDINGS)[0])) is not None:
+        if (table := stored.get(names.theirs(WORD_EMBEDDINGS)[0])) is not None and table.shape:
             check_words(table.shape[0], config.vocab_size)
         layers = 1 + max((int(found[1]) for key in stored if (found := _LAYER.search(key))), default=-1)
         if layers > config.num_hidden_layers:
@@ -109,25 +107,24 @@ def _opened(stage: BertForTask, source: Path) -> Iterator[tuple[dict[str, Any], 
 
 
 def _copy(
-    stage: BertForTask,
-    name: str,
-    parameter: nn.Parameter,
-    tensors: list[StateTensor],
-    source: Path,
-    order: Tensor | None,
+    stage: BertForTask, name: str, parameter: nn.Parameter, tensors: list[StateTensor], order: Tensor | None
 ) -> None:
     """Fill a parameter from one tensor, or from query, key and value; ``order`` is that of the head's rows."""
-    words = stage.config.vocab_size
+    shape = (parameter.shape[0] // len(tensors), *parameter.shape[1:])
+    by_word = name in VOCABULARY_TENSORS  # their number is checked already
+    for tensor in tensors:
+        if not tensor.dtype.is_floating_point:
+            raise UserError(f"{tensor.origin} holds {tensor.dtype} values: expected floating point")
+        if tensor.shape != shape and not (by_word and tensor.shape[1:] == shape[1:]):
+            head = name.startswith(f"{stage.output_name}.")
+            why = "it was fine-tuned for other classes" if head else "settings and weights are of two models"
+            raise UserError(
+                f"{tensor.origin} has shape {list(tensor.shape)}, but the task makes it {list(shape)}: {why}"
+            )
     values = fuse([tensor.load() for tensor in tensors], stage.config.head_dim)
-    if name in VOCABULARY_TENSORS:
+    if by_word:
+        words = stage.config.vocab_size
         values = pad_vocabulary(name, values[:words], max(words, parameter.shape[0]), bias=0.0)
-    if values.shape != parameter.shape:
-        head = name.startswith(f"{stage.output_name}.")
-        why = "it was fine-tuned for other classes" if head else "settings and weights are of two models"
-        raise UserError(
-            f"{source} holds {_shown(stage, name)} in shape {list(values.shape)}, but the task makes it "
-            f"{list(parameter.shape)}: {why}"
-        )
     copy_whole(parameter, values if order is None or not name.startswith(f"{stage.output_name}.") else values[order])
 
 

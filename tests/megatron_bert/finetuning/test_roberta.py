@@ -10,23 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import megatron_bert
 from megatron_bert.convert.inspection import inspect
+from megatron_bert.finetuning.batches import collate_units
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.finetuning.weights import load_encoder, load_finetuned
 from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.tasks.encoding import Feature
+from megatron_bert.tasks.task import Unit
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from tests.megatron_bert.finetuning.roberta_support import make_roberta, make_roberta_run
 from tests.megatron_bert.finetuning.support import (
+    HEADS,
     rows,
     run_settings,
     write_answers,
@@ -149,6 +154,23 @@ def test_evaluate_and_predict(folder: Path, trained: dict[str, Path], task: str)
     assert {"label", "answer", "tags"} & answer.keys()
 
 
+def test_the_longest_sequence_has_the_last_position(tmp_path: Path) -> None:
+    """34 positions are 32 tokens: padding has one, and one before it stands unused."""
+    source = make_roberta(tmp_path, "ForSequenceClassification", num_labels=3)
+    theirs = transformers.RobertaForSequenceClassification.from_pretrained(source).eval()
+    settings = run_settings(tmp_path)
+    config = encoder_config(settings, find_tokenizer(settings))
+    assert (config.max_position_embeddings, config.longest_sequence) == (34, 32)
+    model = BertForTask(replace(config, num_labels=3), "sequence", 3)
+    load_finetuned(model, source)
+    tokens = np.random.default_rng(2).integers(5, config.vocab_size, size=32)
+    feature = Feature(tokens, np.zeros(32, dtype=np.int8), np.array([0]))
+    batch = collate_units([Unit((feature,), np.array([0]), 0)], [0], HEADS["single"], pad_id=1, most_features=1)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)[None]).logits
+        torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("prefix", [True, False], ids=["with head", "bare"])
 def test_the_head_of_a_pretrained_encoder_is_left_behind(tmp_path: Path, prefix: bool) -> None:
     source = make_roberta(tmp_path, "ForSequenceClassification" if prefix else "Model", num_labels=3)
@@ -195,6 +217,17 @@ def _without_weights(source: Path) -> None:
     (source / "model.safetensors").unlink()
 
 
+def _bare_sentencepiece(source: Path) -> None:
+    _config(model_type="xlm-roberta")(source)
+    (source / "tokenizer.json").rename(source / "sentencepiece.bpe.model")
+
+
+def _cut_query(source: Path) -> None:
+    stored = load_file(source / "model.safetensors")
+    name = "encoder.layer.1.attention.self.query.weight"
+    save_file(stored | {name: stored[name][:31].clone()}, source / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "changes", "expected"),
     [
@@ -203,12 +236,14 @@ def _without_weights(source: Path) -> None:
         (_config(pruned_heads={"0": [1]}), {}, "attention heads were pruned"),
         (_config(num_hidden_layers=3), {}, r"has 4 layers, but its config\.json says 3"),
         (_config(num_hidden_layers=5), {}, r"holds no encoder\.layer\.4\.\S+: copy all files of the model"),
-        (_config(intermediate_size=32), {}, r"intermediate\.dense\.weight in shape \[64, 32\], but .*\[32, 32\]"),
+        (_config(intermediate_size=32), {}, r"intermediate\.dense\.weight has shape \[64, 32\], but .*\[32, 32\]"),
+        (_cut_query, {}, r"query\.weight has shape \[31, 32\], but .*\[32, 32\]: settings and weights are of two"),
+        (_bare_sentencepiece, {}, r"whose ids fairseq has shifted: give its tokenizer\.json"),
         (_config(hidden_act="relu"), {}, "hidden_act is 'relu'"),
         (_config(model_type="camembert"), {}, "model_type 'camembert': expected megatron-bert"),
         (_config(model_type="bert"), {}, r"normalises after each sum .*: use a megatron-bert model"),
         (_config(vocab_size=90), {}, "use the vocabulary that the model was trained with"),
-        (_without_weights, {}, "holds no fine-tuned model"),
+        (_without_weights, {}, "holds no weights"),
         (None, {"model__keep_head": True}, r"holds no classifier\.dense\.weight: it was not fine-tuned with this kind"),
     ],
 )

@@ -13,16 +13,20 @@ import transformers
 
 import megatron_bert
 from megatron_bert.cli import main
+from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.families import ROBERTA
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.saved import load_task
-from megatron_bert.ibert import quantizers
+from megatron_bert.ibert import QuantizationConfig, calibrate, quantize_model, quantizers
 from megatron_bert.ibert.family.names import IBERT
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
+from megatron_bert.tasks.task import Unit
 from tests.megatron_bert.finetuning.roberta_support import make_roberta_run
-from tests.megatron_bert.finetuning.support import join_world, rows
+from tests.megatron_bert.finetuning.support import HEADS, join_world, rows
+from tests.megatron_bert.finetuning.test_model import roberta, units_for
 from tests.megatron_bert.quantizing.support import quantize_settings
 from tests.worlds import run_world
 
@@ -142,6 +146,43 @@ def _run_rank(folder: Path, out: Path) -> None:
     join_world()
     for name, changes in LAYOUTS.items():
         quantize(settings_of(folder, out / name, **changes))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_are_quantised_as_in_the_public_classes(kind: str, tmp_path: Path) -> None:
+    """The same quantisers under the same names, and from the same ranges the same integers."""
+    ours, _ = roberta(kind, tmp_path)
+    public = ROBERTA.classes[HEADS[kind].kind].from_pretrained(tmp_path)
+    units = units_for("roberta", kind)
+    batch = collate_units(units, range(len(units)), HEADS[kind], pad_id=1, most_features=4)
+    for model in (ours, public):
+        quantize_model(model, QuantizationConfig())
+    calibrate(ours, [batch], ours)
+    ranges = {name: quantizer.range for name, quantizer in quantizers(ours)}
+    theirs = {public.names.canonical(name): quantizer for name, quantizer in quantizers(public)}
+    assert theirs.keys() == ranges.keys()
+    assert any(name.startswith(f"{ours.head_name}.") for name in ranges)
+    for name, quantizer in theirs.items():
+        quantizer.range.copy_(ranges[name])
+    with torch.no_grad():
+        logits = ours(batch)
+        for number, unit in enumerate(units):
+            mine = logits[batch.owners == number]
+            assert torch.equal(mine, _of_public(public, unit)), number
+
+
+def _of_public(public: Any, unit: Unit) -> torch.Tensor:
+    """Logits of a unit's rows, each sequence alone."""
+    found = []
+    for feature in unit.features:
+        ids = torch.from_numpy(feature.tokens)[None]
+        output = public(ids[None] if isinstance(public, megatron_bert.IBertForMultipleChoice) else ids)
+        if "start_logits" in output:
+            found.append(torch.stack((output.start_logits[0], output.end_logits[0]), dim=1))
+        else:
+            whole = output.logits.dim() == 2
+            found.append(output.logits if whole else output.logits[0, torch.from_numpy(feature.rows)])
+    return torch.cat(found)
 
 
 def test_an_integer_model_is_quantised_anew(folder: Path, quantized: Path, tmp_path: Path) -> None:
