@@ -158,8 +158,10 @@ def _class_order(stage: BertForTask, described: dict[str, Any], source: Path) ->
         rows = {str(name): int(number) for number, name in named.items()}
     except ValueError as error:
         raise UserError(f"id2label in {source / CONFIG_NAME} is damaged ({error}): copy the model again") from None
-    if sorted(rows) == sorted(wanted) and sorted(rows.values()) == list(range(len(wanted))):
-        return torch.tensor([rows[name] for name in wanted])
+    for same in (str, str.casefold):  # ENTAILMENT is entailment, if nothing is entailment itself
+        mine, theirs_by_name = [same(name) for name in wanted], {same(name): row for name, row in rows.items()}
+        if sorted(theirs_by_name) == sorted(mine) and sorted(theirs_by_name.values()) == list(range(len(mine))):
+            return torch.tensor([theirs_by_name[name] for name in mine])
     if all(name == f"LABEL_{number}" for name, number in rows.items()):
         return None  # names that nobody gave
     raise UserError(

@@ -77,6 +77,16 @@ class TestHead:
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(mine, other)
 
+    def test_names_in_another_case_are_the_same(self, trained: Path, tmp_path: Path) -> None:
+        ours, theirs = stage(), stage()
+        load_finetuned(ours, changed(trained, tmp_path / "model", id2label={"0": "C", "1": "A", "2": "B"}))
+        load_finetuned(theirs, trained / "run")
+        for kind in ("weight", "bias"):
+            mine, other = (model.get_parameter(f"classifier.{kind}") for model in (ours, theirs))
+            assert torch.equal(mine, other[[1, 2, 0]])
+        with pytest.raises(UserError, match="was fine-tuned for the classes a, A, b"):
+            load_finetuned(stage(), changed(trained, tmp_path / "both", id2label={"0": "a", "1": "A", "2": "b"}))
+
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
