@@ -15,6 +15,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.tasks.settings import GLUE_NAMES
+from tests.megatron_bert.finetuning.roberta_support import make_roberta
 from tests.megatron_bert.finetuning.support import (
     make_encoder,
     write_answers,
@@ -123,8 +124,28 @@ def test_trains_at_tiny_size(path: Path, place: Path, tmp_path: Path) -> None:
     assert results["metric"] in next(iter(results["splits"].values()))
     if path.stem == "classification":
         start = [f"model.from={tmp_path}", f"training.run_dir={tmp_path / 'int8'}"]
-        (quantized,) = QUANTIZE
-        quantize(load(quantized, *SHRINK, *start, *data_of(path.stem, place)))
+        quantize(
+            load(ROOT / "configs" / "quantize" / "classification.yaml", *SHRINK, *start, *data_of(path.stem, place))
+        )
         results = read_results(tmp_path / "int8")
         assert results is not None
         assert {"valid", "valid_float", "valid_calibrated"} == results["splits"].keys()
+
+
+def test_a_roberta_is_fine_tuned_and_quantised(place: Path, tmp_path: Path) -> None:
+    """By the commands in the comment of configs/quantize/roberta.yaml."""
+    quantized = ROOT / "configs" / "quantize" / "roberta.yaml"
+    settings = load(quantized)
+    assert isinstance(settings, QuantizeSettings)
+    # arXiv 2101.01321, section 4.2.
+    assert (settings.learning_rate.peak, settings.training.epochs) == (1e-6, 12)
+    assert settings.learning_rate.peak in settings.search.learning_rate
+    source, run, data = make_roberta(tmp_path), tmp_path / "mrpc", [f"data.directory={place / 'glue'}"]
+    start = [f"model.from={source}", f"training.run_dir={run}"]
+    finetune(load(ROOT / "configs" / "finetune" / "mrpc.yaml", *SHRINK, *start, *data))
+    start = [f"model.from={run}", f"training.run_dir={tmp_path / 'int8'}"]
+    quantize(load(quantized, *SHRINK, *start, *data))
+    results = read_results(tmp_path / "int8")
+    assert results is not None
+    assert {"valid", "valid_float", "valid_calibrated"} <= results["splits"].keys()
+    assert json.loads((tmp_path / "int8" / "model" / "config.json").read_text(encoding="utf-8"))["quant_mode"] is True

@@ -100,10 +100,12 @@ def _check_kind(settings: dict[str, Any], label: str) -> None:
         if settings.get("is_decoder") or settings.get("add_cross_attention"):
             raise UserError(f"{label} is of a decoder: only encoders can be converted")
         return
-    if kind in ("bert", "roberta", "electra", "ibert"):
+    if kind in ("bert", "roberta", "xlm-roberta", "electra", "ibert"):
+        serves = kind in ("roberta", "xlm-roberta", "ibert")
+        use = "finetune and quantize take it, for the rest use" if serves else "use"
         raise UserError(
             f"{label} is of a {kind} model, which normalises after each sum (post-layer-norm); Megatron's normalises "
-            "before each layer, so its weights would compute something else: use a megatron-bert model"
+            f"before each layer, so its weights would compute something else: {use} a megatron-bert model"
         )
     raise UserError(f"{label} has model_type {brief(kind)!r}: expected megatron-bert")
 

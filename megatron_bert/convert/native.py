@@ -33,6 +33,8 @@ from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+#: A tensor that only a post-layer-norm model has.
+_POST_NORM = "embeddings.norm.weight"
 #: Key of state.json under which the encoder's configuration stands.
 CONFIG_KEY = "config"
 
@@ -56,6 +58,11 @@ class Native:
         model = {name: tensor for name, tensor in model.items() if name not in heads}
         if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
             raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
+        if _POST_NORM in model:
+            raise UserError(
+                f"{tree.label} is a training checkpoint of a post-layer-norm model (RoBERTa, I-BERT), which goes on in "
+                "its own run only: finish the run, and take the folder model in it"
+            )
         rows = model[WORD_EMBEDDINGS].shape[0]
         config = _config(run_state, label, model, rows)
         assumptions: list[str] = []

@@ -16,25 +16,21 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import tokenizers
-from tokenizers.decoders import WordPiece as WordPieceDecoder
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import BertProcessing
 
+from megatron_bert.data.vocabularies import (
+    BPE_NAME,
+    JSON_NAME,
+    MODEL_NAME,
+    ROLES,
+    VOCAB_NAME,
+    byte_level_bpe,
+    find_vocabulary,
+    read_json,
+    read_vocabulary,
+    wordpiece,
+)
 from parallel.errors import UserError
-
-ROLES = {
-    "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"),
-    "pad": ("[PAD]", "<pad>"),
-    "mask": ("[MASK]", "<mask>"),
-    "unk": ("[UNK]", "<unk>"),
-}
-"""Special tokens by role: BERT's names, then those of RoBERTa and SentencePiece."""
-
-JSON_NAME, VOCAB_NAME, MODEL_NAME = "tokenizer.json", "vocab.txt", "tokenizer.model"
-
 
 WORD_MARKS = ("\u2581", "\u0120")
 """What SentencePiece and byte-level BPE write for the space before a word."""
@@ -114,6 +110,17 @@ class Tokenizer(ABC):
         if not 0 <= token_id < self.vocab_size:
             raise IndexError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return self._pieces[token_id]
+
+    def pair_separators(self, *, roberta: bool) -> int:
+        """Separators between the two texts of a pair.
+
+        BERT has one and RoBERTa two, </s></s>. Some models like RoBERTa have BERT's vocabulary, whose [SEP] stands
+        there once.
+
+        Args:
+            roberta: whether the model is a RoBERTa, or an I-BERT.
+        """
+        return 2 if roberta and self.id_to_token(self.sep_id) == "</s>" else 1
 
     @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -232,25 +239,37 @@ def character_spans(text: str, offsets: Sequence[tuple[int, int]], pieces: Seque
     return spans
 
 
-def load_tokenizer(path: str | os.PathLike[str], *, lowercase: bool | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], *, lowercase: bool | None = None, model_type: str | None = None
+) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        path: A WordPiece vocabulary (`vocab.txt`), a `tokenizer.json`, a SentencePiece `.model`, or a directory with
-            one of them (looked for in the order tokenizer.json, vocab.txt, *.model).
+        path: A WordPiece vocabulary (`vocab.txt`), a `tokenizer.json`, RoBERTa's `vocab.json` (with `merges.txt` beside
+            it), a SentencePiece `.model`, or a directory with one of them (looked for in the order tokenizer.json,
+            vocab.txt, vocab.json, *.model).
         lowercase: For a `vocab.txt`: whether text is lower-cased and stripped of accents. None: as the vocabulary
             shows, that is unless it holds upper-case letters. Other files record it themselves.
+        model_type: What config.json calls the model it is for, where that is known.
 
     Raises:
-        UserError: A missing, unreadable or unsuitable file, or `lowercase` contradicting it.
+        UserError: A missing, unreadable or unsuitable file, `lowercase` contradicting it, or ids that are not the
+            model's.
     """
-    source = _find(Path(path))
+    source = find_vocabulary(Path(path))
     if source.suffix == ".txt":
-        return JsonTokenizer(source, wordpiece(_read_vocabulary(source), lowercase))
+        return JsonTokenizer(source, wordpiece(read_vocabulary(source), lowercase))
+    if source.suffix == ".model" and model_type == "xlm-roberta":
+        raise UserError(
+            f"{source} numbers its pieces otherwise than the model, an xlm-roberta, whose ids fairseq has shifted: "
+            f"give its {JSON_NAME}, as transformers' fast tokenizer saves it."
+        )
     tokenizer: Tokenizer
     lowercases = None
-    if source.suffix == ".json":
-        backend = _read_json(source)
+    if source.name == BPE_NAME:
+        tokenizer = JsonTokenizer(source, byte_level_bpe(source))
+    elif source.suffix == ".json":
+        backend = read_json(source)
         tokenizer = JsonTokenizer(source, backend)
         lowercases = getattr(backend.normalizer, "lowercase", None)
     else:
@@ -270,75 +289,6 @@ RUN_FOLDER = "tokenizer"
 def tokenizer_of_run(source: Path) -> Path | None:
     """The copy of its tokenizer that a training run keeps, given its directory or a checkpoint in it; None without."""
     return next((run / RUN_FOLDER for run in (source, source.parent.parent) if (run / RUN_FOLDER).is_dir()), None)
-
-
-def wordpiece(vocabulary: dict[str, int], lowercase: bool | None = None) -> tokenizers.Tokenizer:
-    """Build BERT's WordPiece tokenizer from its vocabulary; `lowercase` as in `load_tokenizer`."""
-    if lowercase is None:
-        lowercase = not any(piece != piece.lower() for piece in vocabulary if not _is_bracketed(piece))
-    backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
-    )
-    backend.pre_tokenizer = BertPreTokenizer()
-    backend.decoder = WordPieceDecoder(prefix="##", cleanup=True)
-    names = [name for name, *_ in ROLES.values() if name in vocabulary]
-    backend.add_special_tokens(names)
-    if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
-        backend.post_processor = BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    return backend
-
-
-def _find(path: Path) -> Path:
-    """The tokenizer file meant by a path."""
-    if path.is_file():
-        if path.suffix not in (".txt", ".json", ".model"):
-            raise UserError(
-                f"{path} is not a known kind of tokenizer: expected vocab.txt, tokenizer.json or a .model file."
-            )
-        return path
-    if not path.is_dir():
-        raise UserError(
-            f"Tokenizer {path} does not exist: give a vocab.txt, a tokenizer.json, a .model file or a directory."
-        )
-    for name in (JSON_NAME, VOCAB_NAME):
-        if (path / name).is_file():
-            return path / name
-    models = sorted(path.glob("*.model"))
-    if len(models) != 1:
-        found = f"{len(models)} .model files" if models else "none of them"
-        raise UserError(f"{path} must hold a {JSON_NAME}, a {VOCAB_NAME} or one .model file, but holds {found}.")
-    return models[0]
-
-
-def _read_vocabulary(source: Path) -> dict[str, int]:
-    """Read a vocab.txt: one piece a line, its id is the line number counted from 0."""
-    try:
-        text = source.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} byte {error.start} is not UTF-8: a vocab.txt holds one piece a line.") from None
-    # Only line feeds end a line: other Unicode line separators may be pieces.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise UserError(f"{source} is empty: a vocab.txt holds one piece a line.")
-    vocabulary: dict[str, int] = {}
-    for number, piece in enumerate(lines):
-        if piece in vocabulary:
-            first = vocabulary[piece] + 1
-            raise UserError(
-                f"{source} line {number + 1} repeats the entry {piece!r} of line {first}: remove one of them."
-            )
-        vocabulary[piece] = number
-    return vocabulary
-
-
-def _read_json(source: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(source.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{source} is not a tokenizer of the tokenizers library: {error}.") from None
 
 
 def _role_id(source: Path, pieces: list[str], role: str) -> int:
@@ -371,8 +321,3 @@ def _word_starts(pieces: list[str], continuation: str) -> np.ndarray:
     if continuation.startswith("no "):
         return np.array([piece.startswith(continuation[3:]) for piece in pieces], dtype=bool)
     return np.array([not piece.startswith(continuation) for piece in pieces], dtype=bool)
-
-
-def _is_bracketed(piece: str) -> bool:
-    """Whether a piece looks like a special token, such as [CLS], [unused7] or <s>."""
-    return len(piece) > 2 and (piece[0] + piece[-1]) in ("[]", "<>")

@@ -23,7 +23,8 @@ from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
 from megatron_bert.data.text_files import DocumentReader
-from megatron_bert.data.tokenizers import MODEL_NAME, JsonTokenizer, Tokenizer, load_tokenizer, wordpiece
+from megatron_bert.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
+from megatron_bert.data.vocabularies import MODEL_NAME, wordpiece
 from parallel.errors import UserError
 
 Kind = Literal["wordpiece", "sentencepiece", "bpe"]

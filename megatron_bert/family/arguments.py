@@ -70,28 +70,24 @@ def batch_size(given: Arguments) -> int:
     return either.shape[0] if isinstance(either, Tensor) and either.dim() else 0
 
 
-def checked_inputs(
-    given: Arguments, config: MegatronBertConfig, past: int, padding_position: int | None = None
-) -> TokenInputs:
+def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> TokenInputs:
     """Check ids, positions and types.
 
     Args:
         given: by the caller.
         config: of the model.
         past: P.
-        padding_position: where padding stands; real tokens are counted from the next position on, as RoBERTa does.
-            None counts all tokens from 0.
 
     Raises:
         UserError: a wrong shape or type, an id outside its table, or more positions than there are.
     """
     tokens, embedded = given.input_ids, given.inputs_embeds
     batch, length, device = _batch_shape(tokens, embedded, config)
-    if padding_position is None or given.position_ids is not None:
+    if config.padding_position is None or given.position_ids is not None:
         _check_length(past + length, config.max_position_embeddings)
         positions = _positions(given.position_ids, batch, length, past, device)
     else:
-        positions = _positions_after_padding(tokens, length, padding_position, config, device)
+        positions = _positions_after_padding(tokens, length, config.padding_position, config, device)
     types = _types(given.token_type_ids, batch, length, device)
     limits: list[tuple[str, Tensor, int, str]] = []
     if given.token_type_ids is not None:
@@ -160,10 +156,10 @@ def _positions_after_padding(
 
     Embeddings do not tell which are padding: they count all.
     """
-    places = config.max_position_embeddings - padding_position - 1
+    places, first = config.longest_sequence, config.first_position
     if tokens is None:
         _check_length(length, places)
-        return torch.arange(padding_position + 1, padding_position + 1 + length, device=device)[None]
+        return torch.arange(first, first + length, device=device)[None]
     real = tokens != config.pad_token_id
     counts = real.cumsum(dim=1)
     if length > places:

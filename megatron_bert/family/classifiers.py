@@ -23,9 +23,8 @@ from megatron_bert.family.outputs import (
     TokenClassifierOutput,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import Dense
+from megatron_bert.model.heads import Dense, dropped
 from parallel.cross_entropy import IGNORED
-from parallel.dropout import keyed_dropout
 from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
 
@@ -68,11 +67,7 @@ class Classifier(HeadModel):
 
     def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """Dropout at the head, ``[N, H]`` with a key a row."""
-        if keys is None:
-            return features
-        config = self.config
-        chance = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        return keyed_dropout(features, chance, keys)
+        return dropped(features, keys, self.config)
 
     def vectors(self, encoded: Encoded) -> Tensor:
         """What the head reads of every sequence, ``[B, H]``."""

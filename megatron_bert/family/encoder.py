@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -91,8 +90,6 @@ class EncoderModel(PreTrainedModel):
     """
 
     own_arguments = ("add_pooling_layer",)
-    #: Whether positions count real tokens from pad_token_id + 1 on, as RoBERTa's do; otherwise all tokens from 0.
-    positions_after_padding: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -106,7 +103,7 @@ class EncoderModel(PreTrainedModel):
     ) -> None:
         super().__init__(config, tp, skip_padding)
         self.embeddings = BertEmbeddings(
-            config, tp=tp, padding=config.pad_token_id, position_padding=self.padding_position, device=device
+            config, tp=tp, padding=config.pad_token_id, position_padding=config.padding_position, device=device
         )
         self.encoder = Encoder(config, tp=tp, device=device)
         self.pooler: Pooler | None = None
@@ -116,11 +113,6 @@ class EncoderModel(PreTrainedModel):
         for layer, heads in (config.pruned_heads or {}).items():
             self.encoder.layer_list()[layer].attention.prune(heads)
         self._begin(initial)
-
-    @property
-    def padding_position(self) -> int | None:
-        """The position of padding; None where padding is counted like every token."""
-        return self.config.pad_token_id if self.positions_after_padding else None
 
     def output(
         self, given: Arguments, return_dict: bool | None
@@ -156,7 +148,7 @@ class EncoderModel(PreTrainedModel):
         config = self.config
         past = checked_cache(given.past_key_values, config, batch_size(given))
         earlier = 0 if past is None else past.get_seq_length()
-        inputs = checked_inputs(given, config, earlier, self.padding_position)
+        inputs = checked_inputs(given, config, earlier)
         total = inputs.past + inputs.length
         mask = read_mask("attention_mask", given.attention_mask, inputs.batch, inputs.length, total)
         request = self._request(given, inputs, mask, past)

@@ -35,18 +35,19 @@ class AutoTokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
-        """Load from a directory with tokenizer.json, vocab.txt or a .model file.
+        """Load from a directory with tokenizer.json, vocab.txt, vocab.json and merges.txt, or a .model file.
 
         Inputs are laid out as RoBERTa's where the model beside it is an I-BERT or RoBERTa.
 
         Raises:
-            UserError: it holds none of them.
+            UserError: it holds none of them, or one whose ids are not the model's.
         """
+        kind = _read(Path(directory) / MODEL_CONFIG_NAME).get("model_type")
         length = _read(Path(directory) / CONFIG_NAME).get("model_max_length")
         return cls(
-            load_tokenizer(directory),
+            load_tokenizer(directory, model_type=kind),
             length if type(length) is int and length < 1 << 20 else None,
-            roberta=_read(Path(directory) / MODEL_CONFIG_NAME).get("model_type") in _LIKE_ROBERTA,
+            roberta=kind in _LIKE_ROBERTA,
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -122,7 +123,7 @@ class AutoTokenizer:
     def _row(self, text: str, pair: str | None, limit: int | None, truncation: bool) -> tuple[list[int], list[int]]:
         """Ids and types of one input."""
         segments = [self._encode(part) for part in (text, pair) if part is not None]
-        between = 2 if self.roberta else 1
+        between = self.vocabulary.pair_separators(roberta=self.roberta)
         special = 2 + between * (len(segments) - 1)
         while limit is not None and special + sum(map(len, segments)) > limit:
             if not truncation or not any(segments):

@@ -17,6 +17,7 @@ from megatron_bert.finetuning.start import MODEL_FOLDER, encoder_config, find_to
 from megatron_bert.finetuning.summary import SEED, summarise
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
@@ -169,7 +170,8 @@ def run_all(
     check_tensor_size(
         layout.tensor, encoder.num_attention_heads, encoder.intermediate_size, encoder.vocab_size_multiple
     )
-    data = TaskUnits(build_task(settings.task, settings.data, tokenizer))
+    form = input_format(tokenizer, roberta=encoder.like_roberta)
+    data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
     _check_lengths(data.task, encoder)
     training = settings.training
     resumes = settings.checkpoint.resume == "auto"
@@ -199,12 +201,12 @@ def run_all(
 
 
 def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
-    if task.max_length > config.max_position_embeddings:
+    if task.max_length > config.longest_sequence:
         raise UserError(
-            f"task.max_length is {task.max_length}, but the model takes at most {config.max_position_embeddings} "
-            f"tokens: set task.max_length={config.max_position_embeddings} or less"
+            f"task.max_length is {task.max_length}, but the model takes at most {config.longest_sequence} "
+            f"tokens: set task.max_length={config.longest_sequence} or less"
         )
-    if config.type_vocab_size < 2:
+    if task.form.types and config.type_vocab_size < 2:
         raise UserError(
             f"the model has {config.type_vocab_size} token type, but tasks tell two segments apart: start from one "
             "with 2"

@@ -16,8 +16,9 @@ from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.losses import labelled, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import finetuned_directory, load_finetuned
+from megatron_bert.finetuning.start import finetuned_directory
 from megatron_bert.finetuning.units import TaskUnits
+from megatron_bert.finetuning.weights import load_encoder, load_finetuned
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
@@ -102,6 +103,8 @@ class Finetuning(Objective):
         if wanted.keep_head:
             load_finetuned(stage, wanted.from_)
             return []
+        if stage.config.like_roberta:
+            return load_encoder(stage, wanted.from_)
         report = load_into(stage, finetuned_directory(wanted.from_))
         notes = [warning for warning in report.warnings if "left out" not in warning]
         return notes + [f"{name} is not in {wanted.from_} and starts anew" for name in report.missing]

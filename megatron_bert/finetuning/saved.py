@@ -10,19 +10,15 @@ import torch
 
 from megatron_bert.config_file import validated
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_bert.family.classification import (
-    MegatronBertForMultipleChoice,
-    MegatronBertForQuestionAnswering,
-    MegatronBertForSequenceClassification,
-    MegatronBertForTokenClassification,
-)
 from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.finetuning.families import ROBERTA, family_of
 from megatron_bert.finetuning.results import RESULTS_FILE, read_results
-from megatron_bert.finetuning.start import MODEL_FOLDER
+from megatron_bert.finetuning.start import MODEL_FOLDER, family_in
 from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.finetuning import BertForTask, HeadKind
+from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
 from megatron_bert.tasks.settings import TaskDataSettings
 from megatron_bert.tasks.task import Task
@@ -31,13 +27,6 @@ from parallel.errors import UserError
 
 #: File that says what the model was fine-tuned for.
 TASK_FILE = "task.json"
-
-_CLASSES: dict[HeadKind, Any] = {
-    "sequence": MegatronBertForSequenceClassification,
-    "choice": MegatronBertForMultipleChoice,
-    "token": MegatronBertForTokenClassification,
-    "span": MegatronBertForQuestionAnswering,
-}
 
 
 class SavedTask(NamedTuple):
@@ -67,7 +56,7 @@ def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> Megat
     fields = changes | classes | {"problem_type": head.problem}
     values = {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")}
     vocabulary = {"vocab_size": task.tokenizer.vocab_size, "pad_token_id": task.tokenizer.pad_id}
-    return MegatronBertConfig.from_dict(values, **(vocabulary | fields))
+    return type(config).from_dict(values, **(vocabulary | fields))
 
 
 @torch.no_grad()
@@ -87,7 +76,7 @@ def save_task(
         directory: to write.
         quantization: how the model is quantised; None for a float model.
     """
-    model = _CLASSES[task.head.kind](config, initial=False)
+    model = family_of(config).classes[task.head.kind](config, initial=False)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if quantization is not None:
         quantize_model(model, quantization, equalise=False)
@@ -100,7 +89,8 @@ def save_task(
     else:
         (directory / RANGES_NAME).unlink(missing_ok=True)
     model.save_pretrained(directory)
-    AutoTokenizer(task.tokenizer, config.max_position_embeddings).save_pretrained(directory)
+    tokenizer = AutoTokenizer(task.tokenizer, config.longest_sequence, roberta=config.like_roberta)
+    tokenizer.save_pretrained(directory)
     described = task.describe() | {"columns": _how_to_read(task.data)}
     (directory / TASK_FILE).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -166,8 +156,9 @@ def load_task(source: Path, data: dict[str, Any] | None = None) -> SavedTask:
         raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
     tokenizer: Tokenizer = load_tokenizer(directory)
     settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
-    task = restore_task(described, tokenizer, settings)
-    public = _CLASSES[task.head.kind].from_pretrained(directory)
+    family = family_in(directory)
+    task = restore_task(described, tokenizer, settings, input_format(tokenizer, roberta=family is ROBERTA))
+    public = family.classes[task.head.kind].from_pretrained(directory, **family.floating)
     model = BertForTask(public.config, task.head.kind, task.head.outputs)
     weights = {public.names.canonical(name): parameter for name, parameter in public.named_parameters()}
     for name, parameter in model.named_parameters():

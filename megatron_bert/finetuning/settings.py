@@ -17,7 +17,8 @@ class FinetuneModelSettings(Section):
     from_: Path = Field(
         alias="from",
         description="Checkpoint to start from, of any format `megatron-bert inspect` knows: a run directory of this "
-        "project, a Hugging Face or Megatron directory, an NGC zip.",
+        "project, a Hugging Face or Megatron directory, an NGC zip; or a Hugging Face directory of a RoBERTa, an "
+        "XLM-RoBERTa or an I-BERT.",
     )
     keep_head: bool = Field(
         False, description="Take the head too, from a model that was fine-tuned for the same classes."
@@ -29,7 +30,10 @@ class FinetuneModelSettings(Section):
         None, ge=0, lt=1, description="Dropout of attention probabilities; the checkpoint's when unset."
     )
     classifier_dropout: float | None = Field(
-        None, ge=0, lt=1, description="Dropout before the task's head; hidden_dropout_prob when unset."
+        None,
+        ge=0,
+        lt=1,
+        description="Dropout before the task's head; the checkpoint's, or else hidden_dropout_prob, when unset.",
     )
 
 

@@ -50,6 +50,7 @@ class IBertConfig(MegatronBertConfig):
 
     model_type = "ibert"
     also_reads = frozenset({"roberta", "xlm-roberta"})
+    like_roberta = True
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -26,6 +26,7 @@ _WITHOUT_MEANING = frozenset(
         "_attn_implementation_autoset",
         "_commit_hash",
         "_name_or_path",
+        "_num_labels",
         "architectures",
         "chunk_size_feed_forward",
         "cross_attention_hidden_size",
@@ -41,6 +42,38 @@ _WITHOUT_MEANING = frozenset(
         "torchscript",
         "transformers_version",
         "use_bfloat16",
+        "xla_device",
+        # Of generating text, which takes them as arguments.
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_ids",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_past",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "temperature",
+        "tie_encoder_decoder",
+        "top_k",
+        "top_p",
+        "typical_p",
     }
 )
 #: Their names for fields.
@@ -97,7 +130,7 @@ class MegatronBertConfig:
         hidden_act: ``gelu`` (exact, erf), or ``gelu_new`` / ``gelu_pytorch_tanh`` (tanh approximation).
         hidden_dropout_prob: dropout of embeddings, attention output and feed-forward output.
         attention_probs_dropout_prob: dropout of attention probabilities.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: rows of the position table: the longest sequence, in tokens.
         type_vocab_size: number of token types (segments).
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.
@@ -128,6 +161,8 @@ class MegatronBertConfig:
     model_type = MODEL_TYPE
     #: What it calls other kinds whose fields mean the same.
     also_reads = frozenset[str]()
+    #: Whether positions, inputs and the head of sequences are RoBERTa's.
+    like_roberta = False
 
     vocab_size: int = 29056
     hidden_size: int = 1024
@@ -216,6 +251,21 @@ class MegatronBertConfig:
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padding_position(self) -> int | None:
+        """The position of padding, after which real tokens are counted; None where all are counted from 0."""
+        return self.pad_token_id if self.like_roberta else None
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token of a sequence."""
+        return 0 if self.padding_position is None else self.padding_position + 1
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that there are positions for."""
+        return self.max_position_embeddings - self.first_position
 
     @property
     def padded_vocab_size(self) -> int:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
-from megatron_bert.model.heads import Dense, Pooler
-from parallel.dropout import fold_in, keyed_dropout
+from megatron_bert.model.heads import Dense, Pooler, SequenceHead, dropped
+from parallel.dropout import fold_in
 from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
 
-#: On the pooled first token of each sequence (``choice``: one score each), on tokens, or on tokens without dropout.
+#: On the first token of each sequence (``choice``: one score each), on tokens, or on tokens without dropout.
 HeadKind = Literal["sequence", "choice", "token", "span"]
 
 
@@ -66,9 +66,11 @@ class PooledToken(nn.Module):
 
 
 class BertForTask(nn.Module):
-    """Megatron BERT with the head of a task, or the part of it on one pipeline stage.
+    """An encoder with the head of a task, or the part of it on one pipeline stage.
 
-    Parameters have the names they have in pretraining checkpoints and in the public classes.
+    Parameters have the names they have in pretraining checkpoints and in the public classes. What RoBERTa and I-BERT
+    have of their own, beside the place of the norms, follows from ``config.like_roberta``: positions, and a head of two
+    layers on sequences in place of pooler and classifier.
 
     Args:
         config: sizes of the encoder.
@@ -97,15 +99,26 @@ class BertForTask(nn.Module):
         self.config, self.tp, self.part, self.kind = config, tp, part, kind
         self.embeddings = BertEmbeddings(config, tp=tp, device=device) if part.first else None
         self.encoder = Encoder(config, tp=tp, layers=part.layers, recompute=recompute, device=device)
-        self.pair_head = PooledToken(config, device=device) if part.last and kind in ("sequence", "choice") else None
+        two_layers = kind == "sequence" and config.like_roberta
+        pooled = kind in ("sequence", "choice") and not two_layers
+        self.pair_head = PooledToken(config, device=device) if part.last and pooled else None
         if part.last:
-            head = Dense(config.hidden_size, outputs, init_std=config.initializer_range, device=device)
+            head: nn.Module
+            if two_layers:
+                head = SequenceHead(config, outputs, device=device)
+            else:
+                head = Dense(config.hidden_size, outputs, init_std=config.initializer_range, device=device)
             self.add_module(self.head_name, head)
 
     @property
     def head_name(self) -> str:
         """Name of the head's module."""
         return "qa_outputs" if self.kind == "span" else "classifier"
+
+    @property
+    def output_name(self) -> str:
+        """Name of the layer whose rows are the head's outputs."""
+        return f"{self.head_name}.out_proj" if self.kind == "sequence" and self.config.like_roberta else self.head_name
 
     @property
     def word_embeddings(self) -> nn.Parameter | None:
@@ -126,7 +139,7 @@ class BertForTask(nn.Module):
         """
         keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
         if self.embeddings is not None:
-            hidden = self.embeddings(batch.tokens, batch.positions, batch.types, keys)
+            hidden = self.embeddings(batch.tokens, batch.positions + self.config.first_position, batch.types, keys)
         else:
             assert received is not None, "a stage that is not the first goes on from hidden states"
             hidden = received
@@ -136,12 +149,10 @@ class BertForTask(nn.Module):
         features = select_tokens(hidden, batch.rows, self.tp)
         if self.pair_head is not None:
             features = self.pair_head(features)
-        return self.get_submodule(self.head_name)(self._drop(features, keys, batch.rows))
-
-    def _drop(self, features: Tensor, keys: Tensor | None, rows: Tensor) -> Tensor:
-        if keys is None or self.kind == "span":
-            return features
-        chance = self.config.classifier_dropout
-        chance = self.config.hidden_dropout_prob if chance is None else chance
-        # The number after those that the layers fold in, so that its mask is independent of theirs.
-        return keyed_dropout(features, chance, fold_in(keys.index_select(0, rows), 1 + self.config.num_hidden_layers))
+        if keys is not None:
+            # The number after those that the layers fold in, so that its mask is independent of theirs.
+            keys = fold_in(keys.index_select(0, batch.rows), 1 + self.config.num_hidden_layers)
+        head = self.get_submodule(self.head_name)
+        if isinstance(head, SequenceHead):
+            return head(features, keys)
+        return head(features if self.kind == "span" else dropped(features, keys, self.config))

@@ -1,4 +1,4 @@
-"""Heads of pretraining: masked language modelling at chosen positions, and the sentence-pair head."""
+"""Heads: masked language modelling at chosen positions, sentence pairs, and those of tasks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from torch import Tensor, nn
 
 from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm
+from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import column_parallel_linear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import Constant, Normal, ParallelModule, sharded_parameter
+
+# What dropout keys are folded with before the second layer of a sequence head, so that its mask is another.
+_SECOND = 1
 
 
 class Dense(ParallelModule):
@@ -35,6 +39,36 @@ class Pooler(Dense):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, K]`` to ``[N, out_features]``."""
         return torch.tanh(super().forward(x))
+
+
+def dropped(features: Tensor, keys: Tensor | None, config: MegatronBertConfig) -> Tensor:
+    """Dropout before the head of a task: ``[N, H]`` with a key a row; none without keys."""
+    if keys is None:
+        return features
+    chance = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    return keyed_dropout(features, chance, keys)
+
+
+class SequenceHead(nn.Module):
+    """RoBERTa's head on the first token of a sequence: dense, tanh and dense, with dropout before both.
+
+    Args:
+        config: sizes of the encoder.
+        outputs: width of the result.
+        device: of the parameters.
+    """
+
+    def __init__(self, config: MegatronBertConfig, outputs: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        size, std = config.hidden_size, config.initializer_range
+        self.dense = Pooler(size, size, init_std=std, device=device)
+        self.out_proj = Dense(size, outputs, init_std=std, device=device)
+
+    def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
+        """``[N, H]``, with a dropout key a row or None, to ``[N, outputs]``."""
+        inner = self.dense(dropped(first_tokens, keys, self.config))
+        return self.out_proj(dropped(inner, None if keys is None else fold_in(keys, _SECOND), self.config))
 
 
 class MaskedLanguageHead(ParallelModule):

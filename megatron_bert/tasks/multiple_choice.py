@@ -12,10 +12,10 @@ import numpy as np
 from megatron_bert.data.tokenizers import SpannedTokens, Tokenizer
 from megatron_bert.tasks import metrics
 from megatron_bert.tasks.choice_files import FEWEST_CHOICES, ChoiceExample, official_choice_files, read_choices
-from megatron_bert.tasks.encoding import PAIR_SPECIALS, feature, pooled_feature
+from megatron_bert.tasks.encoding import BERT, Feature, InputFormat, feature, pooled_feature
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import text_of, texts_of
-from megatron_bert.tasks.task import IGNORED, Feature, Head, Prediction, Task, Unit
+from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
 from parallel.errors import UserError
 
 MAX_QUERY_LENGTH = 128
@@ -33,11 +33,13 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
     parts, as RACE has middle and high, there is an `accuracy_PART` for each beside `accuracy`.
     """
 
-    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
-        super().__init__(settings, data, tokenizer)
+    def __init__(
+        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
+    ) -> None:
+        super().__init__(settings, data, tokenizer, form)
         self.head = Head("choice", 1)
         self.choose_metric(("accuracy",))
-        room = self.max_length - PAIR_SPECIALS
+        room = self.max_length - form.pair_specials
         self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
         if self.max_query_length >= room:
             raise UserError(
@@ -86,7 +88,7 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
 
     def _without_passage(self, example: ChoiceExample) -> tuple[Feature, ...]:
         question, *choices = self.tokenizer.encode_batch([example.question, *example.choices])
-        return tuple(pooled_feature(self.tokenizer, question, choice, self.max_length) for choice in choices)
+        return tuple(pooled_feature(self.tokenizer, self.form, question, choice, self.max_length) for choice in choices)
 
     def _with_passage(self, example: ChoiceExample, passage: list[int]) -> tuple[Feature, ...]:
         filled = [fill(example.question, choice) for choice in example.choices]
@@ -94,8 +96,8 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
         features = []
         for (_, place), found in zip(filled, encoded, strict=True):
             query = cut_around(found, place, self.max_query_length)
-            room = self.max_length - PAIR_SPECIALS - len(query)
-            features.append(feature(self.tokenizer, query, passage[:room], rows=[0]))
+            room = self.max_length - self.form.pair_specials - len(query)
+            features.append(feature(self.tokenizer, self.form, query, passage[:room], rows=[0]))
         return tuple(features)
 
     def predictions(

@@ -19,7 +19,7 @@ from megatron_bert.tasks.answer_windows import (
     widest_context,
     windows,
 )
-from megatron_bert.tasks.encoding import PAIR_SPECIALS, feature
+from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.metrics import softmax
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.squad_files import SpanExample, read_squad
@@ -42,14 +42,16 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
     `best_answer`; the answer is "" where the odds exceed the threshold.
     """
 
-    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
-        super().__init__(settings, data, tokenizer)
+    def __init__(
+        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
+    ) -> None:
+        super().__init__(settings, data, tokenizer, form)
         self.head = Head("span", 2)
         parts = ("HasAns_f1", "HasAns_exact", "NoAns_f1", "NoAns_exact", "best_f1", "best_exact")
         self.choose_metric(("f1", "exact_match", *(parts if settings.no_answer else ())))
         self.null_threshold = settings.null_threshold or 0.0
         self.doc_stride = settings.doc_stride or DOC_STRIDE
-        room = self.max_length - PAIR_SPECIALS
+        room = self.max_length - form.pair_specials
         self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
         if self.max_query_length >= room:
             raise UserError(
@@ -82,8 +84,8 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         return units
 
     def _windows(self, place: int, example: SpanExample, question: list[int], found: SpannedTokens) -> list[WindowUnit]:
-        room = self.max_length - PAIR_SPECIALS - len(question)
-        offset = len(question) + 2
+        room = self.max_length - self.form.pair_specials - len(question)
+        offset = 1 + len(question) + self.form.separators
         answer = None
         if example.answers:
             first = example.answers[0]
@@ -95,7 +97,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
             label = (0, 0) if example.labelled else (IGNORED, IGNORED)
             if answer is not None and begin <= answer[0] and answer[1] < end:
                 label = (answer[0] - begin + offset, answer[1] - begin + offset)
-            sequence = feature(self.tokenizer, question, found.ids[begin:end])
+            sequence = feature(self.tokenizer, self.form, question, found.ids[begin:end])
             units.append(
                 WindowUnit((sequence,), np.array(label, dtype=np.int64), place, offset, spans[begin:end], widest)
             )

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.classification import ClassificationTask
+from megatron_bert.tasks.encoding import BERT, InputFormat
 from megatron_bert.tasks.glue import GlueTask
 from megatron_bert.tasks.multiple_choice import MultipleChoiceTask
 from megatron_bert.tasks.question_answering import QuestionAnsweringTask
@@ -28,7 +29,7 @@ TASKS: dict[str, type[Task]] = {
 """Task name -> its class; one line a task."""
 
 
-def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> Task:
+def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT) -> Task:
     """The task the settings name. Reads the training file where labels are to be found in it.
 
     Raises:
@@ -42,16 +43,22 @@ def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokeni
     for name, path in given.items():
         if path is not None and not path.exists():
             raise UserError(f"data.{name} is {path}, which does not exist: give an existing file or directory")
-    return TASKS[settings.name](settings, data, tokenizer)
+    return TASKS[settings.name](settings, data, tokenizer, form)
 
 
-def restore_task(described: Mapping[str, Any], tokenizer: Tokenizer, data: TaskDataSettings | None = None) -> Task:
+def restore_task(
+    described: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    data: TaskDataSettings | None = None,
+    form: InputFormat = BERT,
+) -> Task:
     """Rebuild a task from `Task.describe()`.
 
     Args:
         described: what `describe` returned.
         tokenizer: the saved model's.
         data: files to evaluate on; none when unset, for rows of a stream.
+        form: how the model's inputs are laid out.
 
     Raises:
         UserError: `described` is not such a description.
@@ -60,4 +67,4 @@ def restore_task(described: Mapping[str, Any], tokenizer: Tokenizer, data: TaskD
         settings = TaskSettings.model_validate(described["settings"])
     except (KeyError, TypeError, ValidationError) as error:
         raise UserError(f"this does not describe a task ({error}): expected what fine-tuning saved") from None
-    return build_task(settings, data or TaskDataSettings(), tokenizer)
+    return build_task(settings, data or TaskDataSettings(), tokenizer, form)

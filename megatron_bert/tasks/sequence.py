@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks import metrics
-from megatron_bert.tasks.encoding import pooled_feature
+from megatron_bert.tasks.encoding import BERT, InputFormat, pooled_feature
 from megatron_bert.tasks.rows import RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import text_of
@@ -42,8 +42,10 @@ class SequenceTask(Task[TextExample, Unit]):
     `labels` of a multi-label task) and `probabilities` by label, or the `value` of a regression.
     """
 
-    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
-        super().__init__(settings, data, tokenizer)
+    def __init__(
+        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
+    ) -> None:
+        super().__init__(settings, data, tokenizer, form)
         self.labels = self.find_labels()
         fewest = {"single_label_classification": 2, "multi_label_classification": 1, "regression": 0}[self.problem]
         if len(self.labels) < fewest:
@@ -81,7 +83,7 @@ class SequenceTask(Task[TextExample, Unit]):
         for place, (example, first) in enumerate(zip(examples, firsts, strict=True)):
             assert example.target or not train, f"{example.where} has no label to train on"
             second = None if example.text_pair is None else next(seconds)
-            feature = pooled_feature(self.tokenizer, first, second, self.max_length)
+            feature = pooled_feature(self.tokenizer, self.form, first, second, self.max_length)
             units.append(Unit((feature,), self._label(example), place))
         return units
 

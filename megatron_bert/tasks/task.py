@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import numpy as np
 
 from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks.encoding import BERT, Feature, InputFormat
 from megatron_bert.tasks.rows import BadRows, file_fingerprint
 from megatron_bert.tasks.settings import MAX_LENGTHS, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.splits import divide, held_out_splits
@@ -25,22 +26,6 @@ IGNORED = -100
 
 Prediction = dict[str, Any]
 """What a task says of one example: JSON-able."""
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One encoded sequence; narrow integers, for there are millions of tokens.
-
-    Attributes:
-        tokens: int32 [n], with the special tokens, without padding.
-        types: int8 [n], 0 for the first segment and 1 for the second.
-        rows: int32 [R], the positions whose logits the head gives. [0] for heads on the pooled first token; the first
-            piece of each word for token classification; all n positions for question answering.
-    """
-
-    tokens: np.ndarray
-    types: np.ndarray
-    rows: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         settings: how examples become sequences.
         data: where examples come from.
         tokenizer: the encoder's.
+        form: how the encoder's inputs are laid out.
         head: the head it needs.
         labels: names by class number; () for regression, spans and choices.
         max_length: longest sequence it makes, in tokens, special tokens included.
@@ -116,8 +102,10 @@ class Task(ABC, Generic[ExampleT, UnitT]):
     metric: str
     metrics_names: tuple[str, ...]
 
-    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
-        self.settings, self.data, self.tokenizer = settings, data, tokenizer
+    def __init__(
+        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
+    ) -> None:
+        self.settings, self.data, self.tokenizer, self.form = settings, data, tokenizer, form
         self.max_length = settings.max_length or MAX_LENGTHS[settings.kind]
         self.bad_rows = BadRows(data.on_bad_row)
         self._read: dict[str, list[ExampleT]] = {}

@@ -13,7 +13,7 @@ import seqeval.metrics
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks import metrics
 from megatron_bert.tasks.conll_files import Sentence, WordsExample, joined, read_sentences
-from megatron_bert.tasks.encoding import feature
+from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.rows import BadRows, RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import text_of, texts_of
@@ -47,8 +47,10 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
     The labels are "O" and all tags of the scheme for the types of entity in the training file.
     """
 
-    def __init__(self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer) -> None:
-        super().__init__(settings, data, tokenizer)
+    def __init__(
+        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
+    ) -> None:
+        super().__init__(settings, data, tokenizer, form)
         self.doc_stride = settings.doc_stride or self.max_length // 2
         self.labels = self._given_labels() if settings.labels is not None else self._find_labels()
         self.head = Head("token", len(self.labels))
@@ -133,7 +135,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
                 for word in range(window.begin, window.end):
                     first[word] = 1 + len(ids) + pieces[word].first
                     ids += pieces[word].ids
-                sequence = feature(self.tokenizer, ids, None, rows=[first[word] for word in window.own])
+                sequence = feature(self.tokenizer, self.form, ids, None, rows=[first[word] for word in window.own])
                 label = [IGNORED if example.tags is None else number[example.tags[word]] for word in window.own]
                 words = np.array(window.own, dtype=np.int64)
                 units.append(WordsUnit((sequence,), np.array(label, dtype=np.int64), place, words))

@@ -77,8 +77,6 @@ class IBertPreTrainedModel(PreTrainedModel):
 class IBertModel(IBertPreTrainedModel, EncoderModel):
     """Hidden states of every token, and the pooled first token of every sequence; arguments as of EncoderModel."""
 
-    positions_after_padding = True
-
     def forward(
         self,
         input_ids: Tensor | None = None,

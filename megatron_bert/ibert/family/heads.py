@@ -21,26 +21,7 @@ from megatron_bert.family.outputs import (
 )
 from megatron_bert.ibert.family.encoder import IBertHeadModel
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import Dense, Pooler
-from parallel.dropout import fold_in
-
-# What dropout keys are folded with before the second layer of the sequence head, so that its mask is another.
-_SECOND = 1
-
-
-class ClassificationHead(nn.Module):
-    """Dense, tanh and dense on a vector of every sequence.
-
-    Args:
-        config: sizes.
-        device: of the parameters.
-    """
-
-    def __init__(self, config: MegatronBertConfig, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        size, std = config.hidden_size, config.initializer_range
-        self.dense = Pooler(size, size, init_std=std, device=device)
-        self.out_proj = Dense(size, config.num_labels, init_std=std, device=device)
+from megatron_bert.model.heads import SequenceHead
 
 
 class IBertForMaskedLM(IBertHeadModel, MaskedLanguageModel):
@@ -70,7 +51,7 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
 
     def head_module(self, config: MegatronBertConfig, device: torch.device | str | None) -> nn.Module:
         """Two layers, in place of a pooler."""
-        return ClassificationHead(config, device)
+        return SequenceHead(config, config.num_labels, device=device)
 
     def vectors(self, encoded: Encoded) -> Tensor:
         """The first token's hidden state, ``[B, H]``."""
@@ -78,9 +59,8 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
 
     def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """The head: ``[B, H]`` to ``[B, num_labels]``."""
-        head: ClassificationHead = getattr(self, self.head)
-        inner = head.dense(self.dropped(features, keys))
-        return head.out_proj(self.dropped(inner, None if keys is None else fold_in(keys, _SECOND)))
+        head: SequenceHead = getattr(self, self.head)
+        return head(features, keys)
 
     def forward(
         self,

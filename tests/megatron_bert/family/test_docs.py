@@ -20,7 +20,7 @@ from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.ibert import named_ranges
 from tests.megatron_bert.family.support import HEADS
 from tests.megatron_bert.ibert.family import support as ibert
-from tests.megatron_bert.ibert.family.test_tokenizer import write_roberta_tokenizer
+from tests.megatron_bert.ibert.family.roberta_tokenizer import write_roberta_tokenizer
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)

@@ -17,7 +17,8 @@ from megatron_bert.family.tokenizer import AutoTokenizer
 from megatron_bert.finetuning import finetune as finetune_module
 from megatron_bert.finetuning import inference
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.tasks.task import Feature, Head, Unit
+from megatron_bert.tasks.encoding import Feature
+from megatron_bert.tasks.task import Head, Unit
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,30 +13,60 @@ import transformers
 from torch import Tensor
 
 import megatron_bert
+from megatron_bert import IBertConfig
+from megatron_bert.family.names import fuse
 from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.families import family_of
 from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.task import Unit
+from tests.megatron_bert.finetuning.roberta_support import ROBERTA_SIZES
 from tests.megatron_bert.finetuning.support import CONFIG, HEADS, random_units
 
 THEIRS = {"sequence": "SequenceClassification", "choice": "MultipleChoice", "token": "TokenClassification"}
 
 
-def models(kind: str, folder: Any) -> tuple[BertForTask, Any, Any]:
-    """Ours, the public class with the same weights, and transformers' class."""
+def megatron(kind: str, folder: Path) -> tuple[BertForTask, Any]:
+    """Ours, and transformers' MegatronBERT with the weights of our public class."""
     head = HEADS[kind]
     name = f"MegatronBertFor{THEIRS.get(head.kind, 'QuestionAnswering')}"
     config = replace(CONFIG, id2label=None, label2id=None, num_labels=head.outputs, problem_type=head.problem)
     torch.manual_seed(3)
-    public = getattr(megatron_bert, name)(config).eval()
-    public.save_pretrained(folder)
+    getattr(megatron_bert, name)(config).save_pretrained(folder)
     theirs = getattr(transformers, name).from_pretrained(folder).eval()
     ours = BertForTask(config, head.kind, head.outputs)
-    weights = {public.names.canonical(key): value for key, value in public.named_parameters()}
+    load_finetuned(ours, folder)
+    return ours, theirs
+
+
+def roberta(kind: str, folder: Path) -> tuple[BertForTask, Any]:
+    """transformers' RoBERTa of random weights, biases and norms included, and ours with them."""
+    head = HEADS[kind]
+    torch.manual_seed(3)
+    config = transformers.RobertaConfig(
+        **ROBERTA_SIZES, vocab_size=95, num_labels=head.outputs, problem_type=head.problem
+    )
+    theirs = getattr(transformers, f"RobertaFor{THEIRS.get(head.kind, 'QuestionAnswering')}")(config).eval()
     with torch.no_grad():
-        for key, parameter in ours.named_parameters():
-            parameter.copy_(weights[key])
-    return ours, public, theirs
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    theirs.save_pretrained(folder)
+    ours = BertForTask(IBertConfig.from_pretrained(folder), head.kind, head.outputs)
+    load_finetuned(ours, folder)
+    return ours, theirs
+
+
+FAMILIES = {"megatron": megatron, "roberta": roberta}
+
+
+def units_for(family: str, kind: str) -> list[Unit]:
+    """Six units; RoBERTa has one token type."""
+    units = random_units(kind, 6)
+    if family == "megatron":
+        return units
+    typeless = [tuple(replace(f, types=np.zeros_like(f.types)) for f in unit.features) for unit in units]
+    return [replace(unit, features=features) for unit, features in zip(units, typeless, strict=True)]
 
 
 def padded(units: list[Unit]) -> dict[str, Tensor]:
@@ -71,9 +102,10 @@ def their_loss(kind: str, theirs: Any, unit: Unit) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_loss_logits_and_gradients_equal_transformers(kind: str, tmp_path: Any) -> None:
-    ours, public, theirs = models(kind, tmp_path)
-    units = random_units(kind, 6)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tmp_path: Path) -> None:
+    ours, theirs = FAMILIES[family](kind, tmp_path)
+    units = units_for(family, kind)
     batch = collate_units(units, range(6), HEADS[kind], pad_id=0, most_features=4, multiple=4)
     logits = ours(batch)
     total = task_loss_sum(logits, batch, HEADS[kind])
@@ -90,22 +122,23 @@ def test_loss_logits_and_gradients_equal_transformers(kind: str, tmp_path: Any) 
     torch.testing.assert_close(logits[:count], torch.cat(their_logits), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     assert labelled(batch, HEADS[kind]).sum() == (sum(len(u.label) for u in units[:-1]) if kind == "token" else 5)
-    gradients = dict(theirs.named_parameters())
+    names = family_of(ours.config).names
+    gradients = {names.with_prefix(name): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        keys = public.names.theirs(name)
-        if len(keys) > 1:
-            continue  # the fused matrix: covered by what flows through it
-        mine, reference = parameter.grad, gradients[keys[0]].grad
-        assert mine is not None
-        assert reference is not None, name
-        torch.testing.assert_close(mine[: len(reference)], reference, rtol=1e-4, atol=1e-5, msg=name)
+        found = [gradients[key] for key in names.theirs(name)]
+        assert parameter.grad is not None, name
+        assert all(gradient is not None for gradient in found), name
+        reference = fuse(found, ours.config.head_dim)
+        torch.testing.assert_close(parameter.grad[: len(reference)], reference, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_loss_does_not_depend_on_how_units_are_batched(kind: str) -> None:
-    head, units = HEADS[kind], random_units(kind, 6)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: str) -> None:
+    head, units = HEADS[kind], units_for(family, kind)
     torch.manual_seed(3)
-    model = BertForTask(CONFIG, head.kind, head.outputs)
+    config = CONFIG if family == "megatron" else IBertConfig(**ROBERTA_SIZES, vocab_size=95)
+    model = BertForTask(config, head.kind, head.outputs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)

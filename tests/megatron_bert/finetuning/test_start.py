@@ -12,7 +12,8 @@ import torch
 
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.results import read_results
-from megatron_bert.finetuning.start import find_tokenizer, load_finetuned
+from megatron_bert.finetuning.start import find_tokenizer
+from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
 from parallel.errors import UserError
@@ -75,6 +76,16 @@ class TestHead:
         load_finetuned(theirs, trained / "run")
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(mine, other)
+
+    def test_names_in_another_case_are_the_same(self, trained: Path, tmp_path: Path) -> None:
+        ours, theirs = stage(), stage()
+        load_finetuned(ours, changed(trained, tmp_path / "model", id2label={"0": "C", "1": "A", "2": "B"}))
+        load_finetuned(theirs, trained / "run")
+        for kind in ("weight", "bias"):
+            mine, other = (model.get_parameter(f"classifier.{kind}") for model in (ours, theirs))
+            assert torch.equal(mine, other[[1, 2, 0]])
+        with pytest.raises(UserError, match="was fine-tuned for the classes a, A, b"):
+            load_finetuned(stage(), changed(trained, tmp_path / "both", id2label={"0": "a", "1": "A", "2": "b"}))
 
     @pytest.mark.parametrize(
         ("changes", "expected"),

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_bert.data.tokenizers import SpannedTokens
 from megatron_bert.tasks.answer_windows import WindowUnit, answer_tokens, candidates, widest_context, windows
-from megatron_bert.tasks.task import Feature
+from megatron_bert.tasks.encoding import Feature
 
 
 @pytest.mark.parametrize(

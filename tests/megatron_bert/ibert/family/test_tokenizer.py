@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from tokenizers import AddedToken, ByteLevelBPETokenizer
-from tokenizers.processors import RobertaProcessing
 
 from megatron_bert import AutoTokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
+from tests.megatron_bert.ibert.family.roberta_tokenizer import write_roberta_tokenizer
 from tests.megatron_bert.ibert.family.support import CONFIG
 
 TEXTS = ["Hello, my dog is cute", "The capital of France is Paris.", "a nice puppet"]
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-
-def write_roberta_tokenizer(folder, texts, max_length=64) -> None:
-    """A byte-level BPE vocabulary as RoBERTa's, with its special tokens and ids, and the settings beside it."""
-    tokenizer = ByteLevelBPETokenizer(add_prefix_space=False)
-    tokenizer.train_from_iterator(texts, vocab_size=320, special_tokens=SPECIAL[:-1], show_progress=False)
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
-    tokenizer._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"cls": "<s>", "bos": "<s>", "sep": "</s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    settings |= {f"{role}_token": name for role, name in names.items()}
-    settings |= {"model_input_names": ["input_ids", "attention_mask"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture
