@@ -18,7 +18,7 @@ from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
-from megatron_bert.quantizing.settings import QuantizeSettings
+from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.trainer import Trainer
@@ -42,11 +42,7 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
     Raises:
         UserError: settings, files or world size do not fit.
     """
-    if settings.training.compile:
-        raise UserError("quantised layers are not compiled: set training.compile=false")
-    if settings.precision.compute == "float16":
-        raise UserError("quantisation trains in float32 or bfloat16: set precision.compute to one of them")
-    settings.quantization.config()
+    check_quantize(settings)
     variants = {
         "/".join(filter(None, (combination, seed))): variant
         for combination, of_combination in _combinations(settings).items()
