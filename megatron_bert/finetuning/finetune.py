@@ -89,7 +89,7 @@ class FinetuneStage:
     ) -> dict[str, Any]:
         """Write the model, pictures and, last of all, the results, which say that the run is finished; rank 0 calls."""
         run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
-        task = settled(objective.task, splits)
+        task, splits = settled(objective.task, splits)
         self.save(settings, trainer, checkpoint, task)
         draw_run(run_dir, objective.metric)
         step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside(settings)

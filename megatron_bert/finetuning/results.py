@@ -56,12 +56,28 @@ def write_split(
     return [str(path.relative_to(directory)) for path in paths]
 
 
-def settled(task: Task, splits: Mapping[str, SplitResult]) -> Task:
-    """The task with what is to be chosen on validation data (a threshold) chosen on the first split; rank 0 calls."""
+def settled(task: Task, splits: Mapping[str, SplitResult]) -> tuple[Task, dict[str, SplitResult]]:
+    """Choose on the first validation split what is to be chosen there (a threshold); rank 0 calls.
+
+    Args:
+        task: of the run.
+        splits: what it says of each split, the validation split that decides first.
+
+    Returns:
+        The task with the choice, and what it says of each split: the same as before where there was nothing to choose.
+    """
     first = next(iter(splits), "")
-    if not first.startswith("valid"):
-        return task
-    return task.calibrated(splits[first].examples, splits[first].predictions)
+    chosen = task.calibrated(splits[first].examples, splits[first].predictions) if first.startswith("valid") else task
+    if chosen is task:
+        return task, dict(splits)
+    return chosen, {split: _predicted_again(chosen, found) for split, found in splits.items()}
+
+
+def _predicted_again(task: Task, found: SplitResult) -> SplitResult:
+    """What a task makes of the logits of a split that another predicted."""
+    predictions = task.predictions(found.examples, found.units, found.logits)
+    loss = {name: value for name, value in found.scores.items() if name == "loss"}
+    return found._replace(predictions=predictions, scores=loss | task.metrics(found.examples, predictions))
 
 
 def write_results(
@@ -80,7 +96,7 @@ def write_results(
         run_dir: directory of the run.
         settings: of the run.
         task: of the run, settled.
-        splits: by name, the validation split that decides first.
+        splits: what it says of each, the validation split that decides first.
         step: of the checkpoint that was scored.
         steps: taken in all.
         beside: scores of other models on the splits, by a name for both.
@@ -88,20 +104,16 @@ def write_results(
     Returns:
         The results.
     """
-    scores: dict[str, dict[str, float]] = {}
     files: list[str] = []
     for split, found in splits.items():
-        predictions = task.predictions(found.examples, found.units, found.logits)
-        loss = {name: value for name, value in found.scores.items() if name == "loss"}
-        scores[split] = loss | task.metrics(found.examples, predictions)
-        files += write_split(run_dir, task, split, found.examples, predictions)
+        files += write_split(run_dir, task, split, found.examples, found.predictions)
     packages = ("torch", "numpy", "scikit-learn", "scipy", "seqeval", "tokenizers")
     results = {
         "task": settings.task.name,
         "metric": task.metric,
         "best_step": step,
         "steps": steps,
-        "splits": scores | dict(beside or {}),
+        "splits": {split: found.scores for split, found in splits.items()} | dict(beside or {}),
         "files": files,
         "data": task.data_fingerprints(),
         "tokenizer": task.tokenizer.fingerprint,
