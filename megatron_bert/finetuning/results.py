@@ -11,17 +11,10 @@ from typing import Any
 
 from megatron_bert.finetuning.objective import SplitResult
 from megatron_bert.finetuning.pictures import draw_confusion
+from megatron_bert.finetuning.runs import RESULTS_FILE, read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
 from parallel.errors import UserError
-
-RESULTS_FILE = "results.json"
-
-
-def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """The results of a finished run; None of any other."""
-    path = run_dir / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

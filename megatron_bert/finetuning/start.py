@@ -17,6 +17,7 @@ from megatron_bert.convert.opening import check_words, config_from, copy_whole, 
 from megatron_bert.convert.state import VOCABULARY_TENSORS, WORD_EMBEDDINGS
 from megatron_bert.data.tokenizers import JSON_NAME, VOCAB_NAME, Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.family.names import MEGATRON_BERT, fuse
+from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
@@ -48,9 +49,16 @@ def _holds_vocabulary(directory: Path) -> bool:
 
 
 def finetuned_directory(source: Path) -> Path:
-    """The directory of a fine-tuned model's weights: of a fine-tuning run that in it."""
-    inside = source / MODEL_FOLDER
-    return inside if (inside / CONFIG_NAME).is_file() else source
+    """The directory of a fine-tuned model's weights: of a fine-tuning run that in it, of several runs that of the best.
+
+    Raises:
+        UserError: it is not known which of several runs is meant.
+    """
+    for directory in (source / MODEL_FOLDER, source):
+        if (directory / CONFIG_NAME).is_file():
+            return directory
+    best = best_run(source)
+    return source if best is None else best / MODEL_FOLDER
 
 
 @torch.no_grad()
