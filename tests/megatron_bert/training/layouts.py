@@ -36,7 +36,8 @@ LENGTH = 12
 WIDTHS = (1, 2, 3, 4, 6, 8)
 #: Depths of the model; a case takes the least that gives every stage a layer, and may leave some stages more.
 DEPTHS = (5, 8, 16)
-STEPS = 3
+#: The second sees what the first did to weights and moments.
+STEPS = 2
 MOST_RANKS = 8
 
 
