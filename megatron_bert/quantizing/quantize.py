@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
 from megatron_bert.finetuning.first_rank import on_first_rank
-from megatron_bert.finetuning.results import write_json
+from megatron_bert.finetuning.results import whole_directory, write_json
 from megatron_bert.finetuning.saved import save_task
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER
@@ -123,8 +123,8 @@ class QuantizeStage(FinetuneStage):
     def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
         """Write the model of a checkpoint, with its ranges."""
         quantization = cast(QuantizeSettings, settings).quantization.config()
-        directory = settings.training.run_dir / MODEL_FOLDER
-        save_task(checkpoint, trainer.objective.config, task, directory, quantization)
+        with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
+            save_task(checkpoint, trainer.objective.config, task, directory, quantization)
 
     def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:
         """Those of the float and of the calibrated model."""
