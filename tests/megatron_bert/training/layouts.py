@@ -21,8 +21,7 @@ from megatron_bert.data.corpora import open_corpus
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
-from parallel.data_parallel import Sharding
-from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.mesh import DATA_AXES, ParallelMesh, Sharding
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.process_group import World
 from parallel.recompute import Recompute
