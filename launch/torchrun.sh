@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node with all its GPUs; or several hosts without Slurm, with the same command on each of them.
 #
-#   bash launch/torchrun.sh [OPTIONS] pretrain|finetune CONFIG.yaml [section.key=value ...]
+#   bash launch/torchrun.sh [OPTIONS] pretrain|finetune|quantize CONFIG.yaml [section.key=value ...]
 #
 #   --processes N         processes on this host (default: one a GPU, one without)
 #   --hosts N | MIN:MAX   number of hosts (default 1); with MIN:MAX the run goes on when hosts are lost, down to MIN, if

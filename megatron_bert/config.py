@@ -9,8 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.data_parallel import Sharding, data_shard_size
-from parallel.mesh import ParallelLayout, fit_data_size
+from parallel.mesh import ParallelLayout, Sharding, data_shard_size, fit_data_size
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.stage import StagePart, split_layers

@@ -36,12 +36,16 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match.group(1))
 
 
+def whole_checkpoints(root: Path) -> dict[int, Path]:
+    """Step -> directory of every whole checkpoint in ``root``, the newest last; {} where there is no ``root``."""
+    if not root.is_dir():
+        return {}
+    return dict(sorted((step, path) for path in root.iterdir() if (step := checkpoint_step(path)) is not None))
+
+
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest whole checkpoint in ``root``, or None."""
-    if not root.is_dir():
-        return None
-    whole = [(step, path) for path in root.iterdir() if (step := checkpoint_step(path)) is not None]
-    return max(whole)[1] if whole else None
+    return next(reversed(whole_checkpoints(root).values()), None)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from parallel.mesh import ParallelMesh
-
-Sharding = Literal["none", "optimizer", "full", "hybrid"]
-
-
-def data_shard_size(sharding: Sharding, data: int, hybrid_size: int | None) -> int:
-    """How many data ranks share one copy of the model state under a sharding setting.
-
-    Args:
-        sharding: ``none`` keeps a copy on each rank; ``optimizer`` and ``full`` share one over all; ``hybrid`` shares
-            one over ``hybrid_size`` neighbours (a node) and copies it between them.
-        data: data-parallel size.
-        hybrid_size: for ``hybrid``.
-    """
-    if sharding == "none":
-        return 1
-    if sharding == "hybrid":
-        assert hybrid_size is not None, "hybrid sharding comes with its size: settings are checked before"
-        return hybrid_size
-    return data
+from parallel.mesh import ParallelMesh, Sharding
 
 
 def apply_data_parallel(

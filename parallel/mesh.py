@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from parallel.process_group import new_group
 #: Mesh axes from slowest to fastest varying rank: tensor groups are neighbours, as in Megatron-LM's rank order.
 AXES = ("pipeline", "data_replicate", "data_shard", "tensor")
 DATA_AXES = ("data_replicate", "data_shard")
+#: What is divided over the data ranks; see :func:`data_shard_size`.
+Sharding = Literal["none", "optimizer", "full", "hybrid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,23 @@ class ParallelLayout:
     def data_replicate(self) -> int:
         """Number of complete copies of the model state over the data axis."""
         return self.data // self.data_shard
+
+
+def data_shard_size(sharding: Sharding, data: int, hybrid_size: int | None) -> int:
+    """How many data ranks share one copy of the model state under a sharding setting.
+
+    Args:
+        sharding: ``none`` keeps a copy on each rank; ``optimizer`` and ``full`` share one over all; ``hybrid`` shares
+            one over ``hybrid_size`` neighbours (a node) and copies it between them.
+        data: data-parallel size.
+        hybrid_size: for ``hybrid``.
+    """
+    if sharding == "none":
+        return 1
+    if sharding == "hybrid":
+        assert hybrid_size is not None, "hybrid sharding comes with its size: settings are checked before"
+        return hybrid_size
+    return data
 
 
 def fit_data_size(

@@ -152,6 +152,15 @@ def test_nobody_imports_the_command_line():
     assert [here for here, rooms in graph.items() if "cli" in rooms and here not in {"__main__", "cli"}] == []
 
 
+def test_settings_are_read_without_what_takes_long_to_load():
+    """DTensor and FSDP, which commands that only read settings do not need."""
+    modules = modules_of("parallel") | modules_of("megatron_bert")
+    assert (
+        reachable(module_graph(modules), "megatron_bert.config") & {"parallel.data_parallel", "parallel.sharding"}
+        == set()
+    )
+
+
 def test_the_walk_sees_what_it_should(tmp_path):
     package = tmp_path / "parallel"
     (package / "inner").mkdir(parents=True)

@@ -250,11 +250,12 @@ class TestTorchrun:
         assert words in done.stderr
 
 
-def test_batch_scripts_differ_in_their_command_alone() -> None:
-    pretraining, finetuning = (
-        (ROOT / "launch" / f"slurm_{name}.sbatch").read_text(encoding="utf-8") for name in ("pretrain", "finetune")
+@pytest.mark.parametrize(("name", "title"), [("finetune", "# Fine-tuning"), ("quantize", "# Quantisation")])
+def test_batch_scripts_differ_in_their_command_alone(name: str, title: str) -> None:
+    pretraining, other = (
+        (ROOT / "launch" / f"slurm_{command}.sbatch").read_text(encoding="utf-8") for command in ("pretrain", name)
     )
-    assert pretraining.replace("# Pretraining", "# Fine-tuning").replace("pretrain", "finetune") == finetuning
+    assert pretraining.replace("# Pretraining", title).replace("pretrain", name) == other
 
 
 class TestQuickstart:

@@ -10,7 +10,7 @@ from megatron_bert.config_checks import check_layout, check_learning_rate, check
 from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run
-from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
+from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, whole_directory, write_results
 from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER, encoder_config, find_tokenizer
@@ -90,7 +90,7 @@ class FinetuneStage:
     ) -> dict[str, Any]:
         """Write the model, pictures and, last of all, the results, which say that the run is finished; rank 0 calls."""
         run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
-        task = settled(objective.task, splits)
+        task, splits = settled(objective.task, splits)
         self.save(settings, trainer, checkpoint, task)
         draw_run(run_dir, objective.metric)
         step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside(settings)
@@ -103,7 +103,8 @@ class FinetuneStage:
 
     def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
         """Write the model of a checkpoint; rank 0 calls."""
-        save_task(checkpoint, trainer.objective.config, task, settings.training.run_dir / MODEL_FOLDER)
+        with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
+            save_task(checkpoint, trainer.objective.config, task, directory)
 
     def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:  # noqa: ARG002
         """Scores of other models that stand in the results too."""

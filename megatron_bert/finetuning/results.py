@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_bert.finetuning.objective import SplitResult
 from megatron_bert.finetuning.pictures import draw_confusion
+from megatron_bert.finetuning.runs import RESULTS_FILE, read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
 from parallel.errors import UserError
-
-RESULTS_FILE = "results.json"
-
-
-def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """The results of a finished run; None of any other."""
-    path = run_dir / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -29,6 +24,27 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.rename(path)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write to, which takes the name and place of another when the block ends without an error.
+
+    After an error, and when the process is killed on the way, what was there before is there still.
+    """
+    partial, old = (directory.with_name(f"{directory.name}.{ending}") for ending in ("partial", "old.partial"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -56,12 +72,28 @@ def write_split(
     return [str(path.relative_to(directory)) for path in paths]
 
 
-def settled(task: Task, splits: Mapping[str, SplitResult]) -> Task:
-    """The task with what is to be chosen on validation data (a threshold) chosen on the first split; rank 0 calls."""
+def settled(task: Task, splits: Mapping[str, SplitResult]) -> tuple[Task, dict[str, SplitResult]]:
+    """Choose on the first validation split what is to be chosen there (a threshold); rank 0 calls.
+
+    Args:
+        task: of the run.
+        splits: what it says of each split, the validation split that decides first.
+
+    Returns:
+        The task with the choice, and what it says of each split: the same as before where there was nothing to choose.
+    """
     first = next(iter(splits), "")
-    if not first.startswith("valid"):
-        return task
-    return task.calibrated(splits[first].examples, splits[first].predictions)
+    chosen = task.calibrated(splits[first].examples, splits[first].predictions) if first.startswith("valid") else task
+    if chosen is task:
+        return task, dict(splits)
+    return chosen, {split: _predicted_again(chosen, found) for split, found in splits.items()}
+
+
+def _predicted_again(task: Task, found: SplitResult) -> SplitResult:
+    """What a task makes of the logits of a split that another predicted."""
+    predictions = task.predictions(found.examples, found.units, found.logits)
+    loss = {name: value for name, value in found.scores.items() if name == "loss"}
+    return found._replace(predictions=predictions, scores=loss | task.metrics(found.examples, predictions))
 
 
 def write_results(
@@ -80,7 +112,7 @@ def write_results(
         run_dir: directory of the run.
         settings: of the run.
         task: of the run, settled.
-        splits: by name, the validation split that decides first.
+        splits: what it says of each, the validation split that decides first.
         step: of the checkpoint that was scored.
         steps: taken in all.
         beside: scores of other models on the splits, by a name for both.
@@ -88,20 +120,16 @@ def write_results(
     Returns:
         The results.
     """
-    scores: dict[str, dict[str, float]] = {}
     files: list[str] = []
     for split, found in splits.items():
-        predictions = task.predictions(found.examples, found.units, found.logits)
-        loss = {name: value for name, value in found.scores.items() if name == "loss"}
-        scores[split] = loss | task.metrics(found.examples, predictions)
-        files += write_split(run_dir, task, split, found.examples, predictions)
+        files += write_split(run_dir, task, split, found.examples, found.predictions)
     packages = ("torch", "numpy", "scikit-learn", "scipy", "seqeval", "tokenizers")
     results = {
         "task": settings.task.name,
         "metric": task.metric,
         "best_step": step,
         "steps": steps,
-        "splits": scores | dict(beside or {}),
+        "splits": {split: found.scores for split, found in splits.items()} | dict(beside or {}),
         "files": files,
         "data": task.data_fingerprints(),
         "tokenizer": task.tokenizer.fingerprint,

@@ -11,6 +11,7 @@ from megatron_bert.convert.opening import config_from
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import holds_vocabulary
 from megatron_bert.finetuning.families import MEGATRON, MODEL_TYPES, ROBERTA, Family
+from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.errors import UserError
@@ -36,9 +37,16 @@ def find_tokenizer(settings: FinetuneSettings) -> Tokenizer:
 
 
 def finetuned_directory(source: Path) -> Path:
-    """The directory of a fine-tuned model's weights: of a fine-tuning run that in it."""
-    inside = source / MODEL_FOLDER
-    return inside if (inside / CONFIG_NAME).is_file() else source
+    """The directory of a fine-tuned model's weights: of a fine-tuning run that in it, of several runs that of the best.
+
+    Raises:
+        UserError: it is not known which of several runs is meant.
+    """
+    for directory in (source / MODEL_FOLDER, source):
+        if (directory / CONFIG_NAME).is_file():
+            return directory
+    best = best_run(source)
+    return source if best is None else best / MODEL_FOLDER
 
 
 def _description(source: Path) -> dict[str, Any]:

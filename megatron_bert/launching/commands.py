@@ -22,7 +22,13 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--min-nodes", type=int, metavar="N", help="start on fewer nodes, down to N, when no more are free or left"
     )
-    parser.add_argument("--command", dest="subcommand", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument(
+        "--command",
+        dest="subcommand",
+        choices=("pretrain", "finetune", "quantize"),
+        default="pretrain",
+        help="what to run on the nodes (default: pretrain)",
+    )
     parser.add_argument(
         "--style",
         choices=("torchrun", "srun"),

@@ -97,8 +97,16 @@ def _check_finetune(config: Path, overrides: list[str], world_size: int) -> tupl
     return settings, check_layout(settings, world_size)
 
 
+def _check_quantize(config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
+    from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
+
+    settings = load_sections(config, overrides, QuantizeSettings)
+    check_quantize(settings)
+    return settings, check_layout(settings, world_size)
+
+
 #: Subcommand -> reads its settings and checks them for a number of processes.
-COMMANDS: dict[str, Check] = {"pretrain": _check_pretrain, "finetune": _check_finetune}
+COMMANDS: dict[str, Check] = {"pretrain": _check_pretrain, "finetune": _check_finetune, "quantize": _check_quantize}
 
 
 def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
 from megatron_bert.finetuning.first_rank import on_first_rank
-from megatron_bert.finetuning.results import write_json
+from megatron_bert.finetuning.results import whole_directory, write_json
 from megatron_bert.finetuning.saved import save_task
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER
@@ -18,7 +18,7 @@ from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
-from megatron_bert.quantizing.settings import QuantizeSettings
+from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.trainer import Trainer
@@ -42,11 +42,7 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
     Raises:
         UserError: settings, files or world size do not fit.
     """
-    if settings.training.compile:
-        raise UserError("quantised layers are not compiled: set training.compile=false")
-    if settings.precision.compute == "float16":
-        raise UserError("quantisation trains in float32 or bfloat16: set precision.compute to one of them")
-    settings.quantization.config()
+    check_quantize(settings)
     variants = {
         "/".join(filter(None, (combination, seed))): variant
         for combination, of_combination in _combinations(settings).items()
@@ -127,8 +123,8 @@ class QuantizeStage(FinetuneStage):
     def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
         """Write the model of a checkpoint, with its ranges."""
         quantization = cast(QuantizeSettings, settings).quantization.config()
-        directory = settings.training.run_dir / MODEL_FOLDER
-        save_task(checkpoint, trainer.objective.config, task, directory, quantization)
+        with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
+            save_task(checkpoint, trainer.objective.config, task, directory, quantization)
 
     def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:
         """Those of the float and of the calibrated model."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from megatron_bert.config import LearningRateSettings, Section
 from megatron_bert.finetuning.settings import FinetuneModelSettings, FinetuneSettings, FinetuneTrainingSettings
 from megatron_bert.ibert.settings import QuantizationConfig
+from parallel.errors import UserError
 
 Dequantised = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]
 
@@ -88,3 +89,16 @@ class QuantizeSettings(FinetuneSettings):
     search: SearchSettings = Field(default_factory=SearchSettings)
     learning_rate: QuantizeLearningRateSettings = Field(default_factory=QuantizeLearningRateSettings)
     training: QuantizeTrainingSettings
+
+
+def check_quantize(settings: QuantizeSettings) -> None:
+    """The checks of a quantisation run that involve more than one field, or that fine-tuning does not have.
+
+    Raises:
+        UserError: a setting is none that quantised layers can be trained with.
+    """
+    if settings.training.compile:
+        raise UserError("quantised layers are not compiled: set training.compile=false")
+    if settings.precision.compute == "float16":
+        raise UserError("quantisation trains in float32 or bfloat16: set precision.compute to one of them")
+    settings.quantization.config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_bert.config import RunSettings
 from megatron_bert.training.signals import note_start
-from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state
+from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state, whole_checkpoints
 from parallel.errors import UserError
 from parallel.process_group import World
 
@@ -39,21 +40,15 @@ def find_resume(settings: RunSettings) -> Path | None:
     """The checkpoint to go on from.
 
     Raises:
-        UserError: a checkpoint is named that is not there, or that holds a model without the state of a run.
+        UserError: a checkpoint is named that is not there, that holds a model without the state of a run, or beside
+            which the run directory holds later ones.
     """
     wanted = settings.checkpoint.resume
     if wanted == "none":
         return None
-    if wanted == "auto":
-        path = latest_checkpoint(settings.training.run_dir / "checkpoints")
-        if path is None:
-            return None
-    else:
-        path = Path(wanted)
-        if checkpoint_step(path) is None:
-            raise UserError(
-                f"checkpoint.resume is {wanted}, which is no whole checkpoint: give auto, none or a step_... directory"
-            )
+    path = latest_checkpoint(settings.training.run_dir / "checkpoints") if wanted == "auto" else _named(settings)
+    if path is None:
+        return None
     missing = [name for name in RUN_STATE if name not in read_state(path)]
     if missing:
         raise UserError(
@@ -61,3 +56,27 @@ def find_resume(settings: RunSettings) -> Path | None:
             "its weights, set model.from to it and checkpoint.resume=none"
         )
     return path
+
+
+def _named(settings: RunSettings) -> Path:
+    """The checkpoint that is named, or the newest that this very command has saved since it went on from that one.
+
+    Later checkpoints of anything else are refused: the next start would take the last of them for the newest.
+    """
+    path = Path(settings.checkpoint.resume)
+    step = checkpoint_step(path)
+    if step is None:
+        raise UserError(
+            f"checkpoint.resume is {path}, which is no whole checkpoint: give auto, none or a step_... directory"
+        )
+    root = settings.training.run_dir / "checkpoints"
+    later = [own for own_step, own in whole_checkpoints(root).items() if own_step > step]
+    if not later:
+        return path
+    if read_state(later[-1]).get("settings") == json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True))):
+        return later[-1]
+    raise UserError(
+        f"{root} holds checkpoints that are later than {path}: {', '.join(own.name for own in later)}; remove them to "
+        "go back, set checkpoint.resume=auto to go on from the last of them, or set another training.run_dir to keep "
+        "both"
+    )

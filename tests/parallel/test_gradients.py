@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.data_parallel import Sharding, apply_data_parallel, data_shard_size, set_gradient_sync
+from parallel.data_parallel import apply_data_parallel, set_gradient_sync
 from parallel.gradients import (
     clip_factor,
     counted_here,
@@ -23,7 +23,7 @@ from parallel.gradients import (
     sum_token_partial_gradients,
     token_partial_parameters,
 )
-from parallel.mesh import SINGLE, ParallelMesh
+from parallel.mesh import SINGLE, ParallelMesh, Sharding, data_shard_size
 from parallel.process_group import process_group
 from parallel.sharding import initialize
 from tests.parallel.support import Operators, ToyModel, full_gradients

@@ -22,7 +22,9 @@ from megatron_bert.tasks.task import Head, Unit
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary
-from tests.worlds import CPU
+from tests.worlds import CPU, preload
+
+preload("megatron_bert.finetuning.inference", "megatron_bert.quantizing.quantize")
 
 WORDS = [f"w{number}" for number in range(90)]
 CONFIG = MegatronBertConfig(

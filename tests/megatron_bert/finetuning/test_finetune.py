@@ -163,6 +163,7 @@ def test_a_run_that_could_not_save_its_model_is_not_finished(tmp_path: Path, mon
         with pytest.raises(UserError, match=r"cannot use model\.safetensors: No space left on device"):
             finetune(settings)
     assert read_results(tmp_path / "run") is None
+    assert not list((tmp_path / "run").glob("model*"))
     finetune(settings)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.results import read_results
-from megatron_bert.finetuning.start import find_tokenizer
+from megatron_bert.finetuning.results import read_results, write_json
+from megatron_bert.finetuning.start import find_tokenizer, finetuned_directory
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
@@ -120,3 +120,44 @@ class TestTokenizer:
             (tmp_path / "encoder" / name).unlink()
         with pytest.raises(UserError, match="holds no vocabulary"):
             find_tokenizer(settings)
+
+
+class TestSeveralRuns:
+    """A directory of several seeds stands for its best one."""
+
+    def runs(self, trained: Path, folder: Path, **summary: Any) -> Path:
+        shutil.copytree(trained / "run" / "model", folder / "seed_2" / "model")
+        write_json(folder / "results.json", {"runs": {"seed_1": {}, "seed_2": {}}} | summary)
+        return folder
+
+    def test_a_run_starts_from_the_best(self, trained: Path, tmp_path: Path) -> None:
+        folder = self.runs(trained, tmp_path / "runs", best={"name": "seed_2", "score": 0.5})
+        assert finetuned_directory(folder) == folder / "seed_2" / "model"
+        settings = run_settings(
+            trained,
+            model={"from": folder, "keep_head": True},
+            training__steps=1,
+            training__run_dir=tmp_path / "again",
+            learning_rate__peak=1e-12,
+        )
+        finetune(settings)
+        before, after = read_results(trained / "run"), read_results(tmp_path / "again")
+        assert before is not None
+        assert after is not None
+        assert after["splits"]["valid"] == pytest.approx(before["splits"]["valid"], rel=1e-4)
+
+    def test_no_best_one(self, trained: Path, tmp_path: Path) -> None:
+        folder = self.runs(trained, tmp_path / "runs", best=None)
+        with pytest.raises(UserError, match="no best one: give one of seed_1, seed_2"):
+            finetune(run_settings(trained, model={"from": folder}, training__run_dir=tmp_path / "again"))
+
+    def test_a_damaged_summary(self, trained: Path, tmp_path: Path) -> None:
+        folder = self.runs(trained, tmp_path / "runs", best="seed_2")
+        with pytest.raises(UserError, match=r"results\.json is damaged"):
+            finetuned_directory(folder)
+
+    def test_results_of_others_beside_a_model_are_not_read(self, trained: Path, tmp_path: Path) -> None:
+        shutil.copytree(trained / "run" / "model", tmp_path / "model")
+        (tmp_path / "model" / "results.json").write_text("no JSON", encoding="utf-8")
+        assert finetuned_directory(tmp_path / "model") == tmp_path / "model"
+        assert finetuned_directory(tmp_path) == tmp_path / "model"

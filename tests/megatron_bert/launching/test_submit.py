@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from megatron_bert.cli import main
-from megatron_bert.launching.job import check_array, seconds_of
+from megatron_bert.launching.job import COMMANDS, check_array, seconds_of
 from megatron_bert.launching.slurm_environment import meeting_port
 from parallel.errors import UserError
 
@@ -163,6 +164,43 @@ class TestScript:
         program = f"SLURM_JOB_ID=987654 restarts=3; {line}; port_of 0; port_of 2"
         done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
         assert [int(text) for text in done.stdout.split()] == [meeting_port(987654, 3), meeting_port(987654, 5)]
+
+
+class TestCommands:
+    """The kinds of run beside pretraining, each with a settings file of its own."""
+
+    SETTINGS: ClassVar = {
+        "finetune": ROOT / "configs" / "finetune" / "classification.yaml",
+        "quantize": ROOT / "configs" / "quantize" / "classification.yaml",
+    }
+
+    def test_all_are_known(self) -> None:
+        assert list(COMMANDS) == ["pretrain", *self.SETTINGS]
+
+    @pytest.mark.parametrize("command", SETTINGS)
+    def test_script(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
+        overrides = ["training.run_dir=runs/x", "training.micro_batch_size=2"]
+        arguments = ["submit", str(self.SETTINGS[command]), *overrides, *SIZE, "--command", command]
+        assert main([*arguments, "--dry-run"]) == 0
+        script = capsys.readouterr().out
+        assert values(script)["COMMAND"] == [command]
+        words = shlex.split(script.splitlines()[1].removeprefix("# "))
+        assert main([*words[1:], "--dry-run"]) == 0
+        assert capsys.readouterr().out == script
+
+    @pytest.mark.parametrize(
+        ("command", "override", "message"),
+        [
+            ("finetune", "quantization.weight_bits=8", "unknown setting quantization"),
+            ("finetune", "parallel.tensor=3", "does not divide the 16 processes"),
+            ("quantize", "parallel.tensor=3", "does not divide the 16 processes"),
+            ("quantize", "training.compile=true", "set training.compile=false"),
+            ("quantize", "quantization.weight_bits=4", "quantization.weight_bits is 4"),
+        ],
+    )
+    def test_refusals(self, capsys: pytest.CaptureFixture[str], command: str, override: str, message: str) -> None:
+        assert main(["submit", str(self.SETTINGS[command]), override, *SIZE, "--command", command, "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
 
 
 class TestRefusals:

@@ -21,8 +21,7 @@ from megatron_bert.data.corpora import open_corpus
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
-from parallel.data_parallel import Sharding
-from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.mesh import DATA_AXES, ParallelMesh, Sharding
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.process_group import World
 from parallel.recompute import Recompute
@@ -36,7 +35,8 @@ LENGTH = 12
 WIDTHS = (1, 2, 3, 4, 6, 8)
 #: Depths of the model; a case takes the least that gives every stage a layer, and may leave some stages more.
 DEPTHS = (5, 8, 16)
-STEPS = 3
+#: The second sees what the first did to weights and moments.
+STEPS = 2
 MOST_RANKS = 8
 
 

@@ -102,15 +102,54 @@ def test_equal_to_the_last_bit(
     assert_same_checkpoint(run / last, whole / last)
 
 
-def test_an_earlier_checkpoint(data: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    earlier = run / "checkpoints" / "step_00000002"
-    pretrain(run_settings(data, run, checkpoint__resume=str(earlier), checkpoint__keep=1, training__evaluate_every=3))
-    # No step occurs twice, though the later ones were there already.
-    assert rows(run) == rows(whole)
-    last = f"checkpoints/step_{STEPS:08d}"
-    assert_same_checkpoint(run / last, whole / last)
+class TestAnEarlierCheckpoint:
+    def test_later_ones_are_refused_until_they_are_removed(self, data: Path, whole: Path, tmp_path: Path) -> None:
+        """Else the next start would go on from those, which the run has left behind."""
+        run = tmp_path / "run"
+        shutil.copytree(whole, run)
+        earlier = run / "checkpoints" / "step_00000002"
+        settings = run_settings(
+            data, run, checkpoint__resume=str(earlier), checkpoint__keep=1, training__evaluate_every=3
+        )
+        before = (run / "config.yaml").read_text(encoding="utf-8")
+        with pytest.raises(UserError, match=r"later than .*step_00000002: step_00000004, step_00000006; remove them"):
+            pretrain(settings)
+        assert (run / "config.yaml").read_text(encoding="utf-8") == before
+        for step in (4, 6):
+            shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+        pretrain(settings)
+        assert rows(run) == rows(whole)  # no step occurs twice, though the later ones were there already
+        last = f"checkpoints/step_{STEPS:08d}"
+        assert_same_checkpoint(run / last, whole / last)
+
+    def test_the_same_command_goes_on_from_its_own(
+        self,
+        data: Path,
+        whole: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A launcher that starts it again repeats no step; with other settings it is another command."""
+        earlier, run = whole / "checkpoints" / "step_00000002", tmp_path / "run"
+        options: dict[str, Any] = {"checkpoint__resume": str(earlier), "training__evaluate_every": 3}
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            pretrain(run_settings(data, run, **options))
+        with pytest.raises(UserError, match=r"set checkpoint\.resume=auto to go on"):
+            pretrain(run_settings(data, run, **options, learning_rate__peak=1e-3))
+        pretrain(run_settings(data, run, **options))
+        assert f"resuming from {run / 'checkpoints' / 'step_00000004'}" in capsys.readouterr().out
+        assert rows(run) == [row for row in rows(whole) if row["step"] > 2]
+        last = f"checkpoints/step_{STEPS:08d}"
+        assert_same_checkpoint(run / last, whole / last)
+
+    def test_earlier_ones_of_the_directory_are_no_matter(self, data: Path, whole: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        pretrain(run_settings(data, run, training__steps=3))
+        later = whole / "checkpoints" / "step_00000004"
+        pretrain(run_settings(data, run, checkpoint__resume=str(later), training__evaluate_every=3))
+        assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step_{STEPS:08d}"
 
 
 def test_from_the_start(data: Path, whole: Path, tmp_path: Path) -> None:
