@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,28 @@ def peer_of(model: Any, directory: Path) -> Any:
     transformers.logging.disable_progress_bar()
     kind = getattr(transformers, type(model).__name__)
     return kind.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+class Both:
+    """Ours and theirs of every class, in evaluation mode and without gradients; each pair is made once.
+
+    Args:
+        build: makes ours of a class.
+        directory: to hand weights over in.
+    """
+
+    def __init__(self, build: Callable[[str], Any], directory: Path) -> None:
+        self.build, self.directory = build, directory
+        self.made: dict[str, tuple[Any, Any]] = {}
+
+    def __call__(self, head: str) -> tuple[Any, Any]:
+        if head not in self.made:
+            model = self.build(head)
+            self.made[head] = model, peer_of(model, self.directory / head)
+        for model in self.made[head]:
+            model.zero_grad()
+            model.eval()
+        return self.made[head]
 
 
 def batch_for(head: str, *, ragged: bool = True, length: int = LENGTH) -> dict[str, Tensor]:
@@ -187,3 +210,18 @@ def assert_gradients_close(model: Any, peer: Any) -> None:
         torch.testing.assert_close(
             ours[cut + name], expected, rtol=0, atol=1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def assert_trains_as(model: Any, peer: Any, batch: dict[str, Tensor]) -> None:
+    """Outputs of a model and of transformers' are close, and gradients of the loss, or of states where there is none.
+
+    Gradients are not compared where the output matrix is not tied: its bias has two names there, and one gradient.
+    """
+    ours, theirs = model(**batch), peer(**batch)
+    assert_outputs_close(ours, theirs)
+    for output in (ours, theirs):
+        has_loss = getattr(output, "loss", None) is not None
+        total = output.loss if has_loss else output.last_hidden_state.square().mean() + output.pooler_output.mean()
+        total.backward()
+    if model.config.tie_word_embeddings:
+        assert_gradients_close(model, peer)

@@ -11,8 +11,10 @@ from tests.megatron_bert.family.support import (
     CONFIG,
     HEADS,
     LENGTH,
+    Both,
     assert_gradients_close,
     assert_outputs_close,
+    assert_trains_as,
     batch_for,
     build,
     config_of,
@@ -30,34 +32,14 @@ ALL = {"output_hidden_states": True, "output_attentions": True}
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Ours and theirs of every class, made once."""
-    made = {}
-
-    def get(head):
-        if head not in made:
-            model = build(head)
-            made[head] = model, peer_of(model, tmp_path_factory.mktemp(head))
-        for model in made[head]:
-            model.zero_grad()
-            model.eval()
-        return made[head]
-
-    return get
+    return Both(build, tmp_path_factory.mktemp("peers"))
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("head", HEADS)
 def test_outputs_losses_and_gradients(head, ragged, both):
     model, peer = both(head)
-    batch = batch_for(head, ragged=ragged) | labels_for(head)
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    for output in (ours, theirs):
-        total = (
-            output.last_hidden_state.square().mean() + output.pooler_output.mean() if head == "Model" else output.loss
-        )
-        total.backward()
-    assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for(head, ragged=ragged) | labels_for(head))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -134,12 +116,7 @@ def test_problem_types(labels, classes, problem, tmp_path):
     head = "ForSequenceClassification"
     model = build(head, config_of(head, num_labels=classes, problem_type=problem))
     peer = peer_of(model, tmp_path)
-    batch = batch_for(head) | {"labels": labels}
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    ours.loss.backward()
-    theirs.loss.backward()
-    assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for(head) | {"labels": labels})
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
@@ -147,13 +124,7 @@ def test_problem_types(labels, classes, problem, tmp_path):
 def test_activations_and_untied_outputs(act, tied, tmp_path):
     model = build("ForMaskedLM", config_of("ForMaskedLM", hidden_act=act, tie_word_embeddings=tied))
     peer = peer_of(model, tmp_path)
-    batch = batch_for("ForMaskedLM") | labels_for("ForMaskedLM")
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    ours.loss.backward()
-    theirs.loss.backward()
-    if tied:
-        assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for("ForMaskedLM") | labels_for("ForMaskedLM"))
 
 
 def test_padding_gets_no_gradient_from_where_it_is_looked_up(both):
@@ -207,9 +178,4 @@ def test_random_configurations(seed, tmp_path):
     )
     model = build(head, config)
     peer = peer_of(model, tmp_path)
-    batch = batch_for(head) | labels_for(head)
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    ours.loss.backward()
-    theirs.loss.backward()
-    assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for(head) | labels_for(head))

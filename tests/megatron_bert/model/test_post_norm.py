@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +10,16 @@ from torch import Tensor
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
-from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 from parallel.pipeline.stage import StagePart
+from tests.megatron_bert.model.huggingface import assert_trains_as, to_huggingface
 from tests.megatron_bert.model.support import (
     CONFIG,
-    LENGTH,
     assert_steps_equal,
     make_batch,
     make_model,
     step,
-    total_loss,
 )
-from tests.megatron_bert.model.test_huggingface import to_huggingface
 from tests.worlds import make_tensor_parallel, run_world
 
 POST = {"layer_norm_placement": "post"}
@@ -46,45 +43,7 @@ def _their_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_same_logits_loss_and_gradients_as_bert():
-    transformers = pytest.importorskip("transformers")
-    model, batch = make_model(**POST), make_batch()
-    sizes = asdict(CONFIG) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    names = transformers.BertConfig().to_dict().keys()
-    config = transformers.BertConfig(**{name: value for name, value in sizes.items() if name in names})
-    peer = transformers.BertForPreTraining(config).eval()
-    weights = _their_names(dict(model.named_parameters()))
-    missing, unexpected = peer.load_state_dict({k: v.detach().clone() for k, v in weights.items()}, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-    peer.tie_weights()
-
-    used = batch.slot_labels != IGNORED
-    labels = torch.full_like(batch.tokens, IGNORED)
-    labels[batch.slots[used]] = batch.slot_labels[used]
-    square = lambda tensor: tensor.view(-1, LENGTH)  # noqa: E731
-    theirs = peer(
-        input_ids=square(batch.tokens),
-        attention_mask=batch.layout.key_mask.long(),
-        token_type_ids=square(batch.types),
-        labels=square(labels),
-        next_sentence_label=batch.pair_labels,
-    )
-    ours = model(batch)
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    masked = ours.masked[used][:, : CONFIG.vocab_size]
-    torch.testing.assert_close(masked, theirs.prediction_logits.flatten(0, 1)[batch.slots[used]], **close)
-    torch.testing.assert_close(ours.pair, theirs.seq_relationship_logits, **close)
-    loss = total_loss(model, batch)
-    torch.testing.assert_close(loss, theirs.loss, **close)
-    loss.backward()
-    theirs.loss.backward()
-    gradients = _their_names({name: parameter.grad for name, parameter in model.named_parameters()})
-    compared = {name for name, _ in peer.named_parameters()}
-    assert compared == gradients.keys()
-    for name, parameter in peer.named_parameters():
-        torch.testing.assert_close(
-            gradients[name], parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda t, n=name: f"{n}: {t}"
-        )
+    assert_trains_as("Bert", make_model(**POST), make_batch(), _their_names)
 
 
 def test_no_final_norm_and_as_many_parameters():

@@ -9,8 +9,10 @@ from tests.megatron_bert.family.support import (
     BATCH,
     CLOSE,
     LENGTH,
+    Both,
     assert_gradients_close,
     assert_outputs_close,
+    assert_trains_as,
     labels_for,
     peer_of,
 )
@@ -22,37 +24,14 @@ ALL = {"output_hidden_states": True, "output_attentions": True}
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Ours and theirs of every class, made once."""
-    made = {}
-
-    def get(head):
-        if head not in made:
-            model = build(head)
-            made[head] = model, peer_of(model, tmp_path_factory.mktemp(head))
-        for model in made[head]:
-            model.zero_grad()
-            model.eval()
-        return made[head]
-
-    return get
-
-
-def _backward(output):
-    (
-        output.loss if "loss" in output else output.last_hidden_state.square().mean() + output.pooler_output.mean()
-    ).backward()
+    return Both(build, tmp_path_factory.mktemp("peers"))
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("head", HEADS)
 def test_outputs_losses_and_gradients(head, ragged, both):
     model, peer = both(head)
-    batch = batch_for(head, ragged=ragged) | labels_for(head)
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    _backward(ours)
-    _backward(theirs)
-    assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for(head, ragged=ragged) | labels_for(head))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -134,12 +113,7 @@ def test_problem_types(labels, classes, problem, tmp_path):
     head = "ForSequenceClassification"
     model = build(head, config_of(head, num_labels=classes, problem_type=problem))
     peer = peer_of(model, tmp_path)
-    batch = batch_for(head) | {"labels": labels}
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    _backward(ours)
-    _backward(theirs)
-    assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for(head) | {"labels": labels})
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -169,13 +143,7 @@ def test_random_configurations(seed, tmp_path):
         ),
     )
     peer = peer_of(model, tmp_path)
-    batch = batch_for(head) | labels_for(head)
-    ours, theirs = model(**batch), peer(**batch)
-    assert_outputs_close(ours, theirs)
-    _backward(ours)
-    _backward(theirs)
-    if model.config.tie_word_embeddings:  # an untied head of theirs has a bias of which only one name counts
-        assert_gradients_close(model, peer)
+    assert_trains_as(model, peer, batch_for(head) | labels_for(head))
 
 
 @pytest.mark.parametrize("head", HEADS)
