@@ -22,7 +22,7 @@ import yaml
 
 from megatron_bert.cli import main
 from megatron_bert.config import Settings
-from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training import pretrain as pretrain_module
 from tests.integration.slurm_cluster import free_ports
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings, write_config
@@ -250,7 +250,8 @@ def undisturbed(settings: Settings, port: int) -> None:
     dist.destroy_process_group()
     variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
-    pretrain(settings)
+    pretrain_module.draw_curves = lambda _: None  # as in the jobs; this process ends with the run
+    pretrain_module.pretrain(settings)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the world to leave
 
 
@@ -262,7 +263,8 @@ def undisturbed_runs(settings: Settings) -> None:
             "training": settings.training.model_copy(update=training),
             "parallel": settings.parallel.model_copy(update={"pipeline": min(size, 2)}),
         }
-        run_world(size, undisturbed, settings.model_copy(update=changes), free_ports(1)[0])
+        # It shares the machine with all jobs.
+        run_world(size, undisturbed, settings.model_copy(update=changes), free_ports(1)[0], timeout=PATIENCE)
 
 
 def run_everything(folder: Path) -> dict[str, Any]:
