@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.epilogues import Target, Watch
+from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask
 from megatron_bert.ibert.exponential import ARGUMENT_BITS
 from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
 from megatron_bert.ibert.products import EXACT, exact_attended
-from megatron_bert.ibert.softmax import MEAN_BITS, MOST_KEYS, inverse_sums, softmax_numerators, weighted_mean
+from megatron_bert.ibert.softmax import MEAN_BITS, MOST_KEYS, carried_numerators, inverse_sums, weighted_mean
 from parallel.errors import UserError
 
 
@@ -48,25 +48,18 @@ class _Attention(torch.autograd.Function):
         numerators = torch.empty_like(scores)
         factor = _scalar(scales.query * scales.key * score_factor(dim), query)
         for rows in blocks(scores):
-            numerators[rows].copy_(softmax_numerators(scores[rows], factor, None if mask is None else mask[rows]))
+            numerators[rows].copy_(carried_numerators(scores[rows], factor, None if mask is None else mask[rows]))
         sums = numerators.sum(-1, keepdim=True)  # below 2^22, so exact
         products = exact_attended(numerators if kept is None else numerators * kept, value)
         out = torch.empty_like(query)
-        inside = None
-        if any(ctx.needs_input_grad):
-            inside = torch.empty(query.shape, dtype=torch.bool, device=query.device)
+        inside = empty_mask(ctx, query)
         onward = _scalar(scales.value * keep_factor * 2.0**-MEAN_BITS / scales.context, query).value()
         half = torch.full_like(onward, 0.5)
         inverses = inverse_sums(sums.long())
         for rows in blocks(out):
             inverse = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
             rounded = carried(weighted_mean(products[rows], inverse), onward, half)
-            if watch is not None:
-                watch(rounded)
-            clamped = rounded.clamp(target.low, target.high)
-            if inside is not None:
-                torch.eq(clamped, rounded, out=inside[rows])
-            out[rows].copy_(clamped)
+            clamp_into(out[rows], None if inside is None else inside[rows], rounded, target, watch)
         ctx.mark_non_differentiable(numerators, sums)
         ctx.save_for_backward(query, key, value, numerators, sums, kept, inside)
         ctx.scales, ctx.keep_factor = scales, keep_factor
@@ -139,7 +132,7 @@ def integer_attention(
         )
     if mask is not None:
         mask = mask[:, None, None, :] if mask.dim() == 2 else mask
-        mask = mask.expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
+        mask = mask.float().expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
     flat = [t.reshape(batch * heads, t.shape[2], dim).contiguous() for t in (query, key, value)]
     kept = None if kept is None else kept.reshape(batch * heads, queries, keys)
     out, numerators, sums = _Attention.apply(*flat, mask, kept, keep_factor, scales, target, watch)

@@ -71,14 +71,25 @@ def integer_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
     return (bias.double() / accumulator_scale + 0.5).floor_().clamp_(-_LARGEST_BIAS, _LARGEST_BIAS)
 
 
-def _clamp_into(out: Tensor, kept: Tensor | None, rounded: Tensor, target: Target, watch: Watch | None) -> None:
-    """Clamp a block into its place of the result, and note where nothing was clamped."""
+def clamp_into(out: Tensor, kept: Tensor | None, rounded: Tensor, target: Target, watch: Watch | None = None) -> None:
+    """Clamp a block of integers into its place of the result, and note where nothing was clamped.
+
+    Args:
+        out: float32, where the block goes.
+        kept: of :func:`empty_mask`, its part for the block; None where it is not needed.
+        rounded: integers carried in float32 or float64. In float32 those above 2^24 lose digits, but none crosses a
+            bound, which has at most 18 bits.
+        target: bounds and unit of the result.
+        watch: sees the block before it is clamped.
+    """
+    rounded = rounded.float()
     if watch is not None:
         watch(rounded)
-    inside = rounded.clamp(target.low, target.high)
+    torch.clamp(rounded, target.low, target.high, out=out)
     if kept is not None:
-        torch.eq(inside, rounded, out=kept)
-    out.copy_(inside if target.unit == 1.0 else inside.mul_(target.unit))
+        torch.eq(out, rounded, out=kept)
+    if target.unit != 1.0:
+        out.mul_(target.unit)
 
 
 def tracked(parameter: Tensor | None) -> Tensor | None:
@@ -86,8 +97,16 @@ def tracked(parameter: Tensor | None) -> Tensor | None:
     return parameter if parameter is None or torch.is_grad_enabled() else parameter.detach()
 
 
-def _empty_mask(ctx: Any, like: Tensor) -> Tensor | None:
-    return torch.empty(like.shape, dtype=torch.bool, device=like.device) if any(ctx.needs_input_grad) else None
+def empty_mask(ctx: Any, like: Tensor) -> Tensor | None:
+    """Room for what the gradient is multiplied with where nothing was clamped (1) and where something was (0).
+
+    None where there is no gradient. CPUs compare and multiply float32 six times as fast as they convert from and to
+    bool; elsewhere the memory counts.
+    """
+    if not any(ctx.needs_input_grad):
+        return None
+    dtype = torch.float32 if like.device.type == "cpu" else torch.bool
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _bias_gradient(ctx: Any, gradient: Tensor) -> Tensor | None:
@@ -100,10 +119,10 @@ class _Requantise(torch.autograd.Function):
         ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None
     ) -> Tensor:
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-        kept = _empty_mask(ctx, a)
+        kept = empty_mask(ctx, a)
         for rows in blocks(a):
             rounded = carried(a[rows], prepared.factor, prepared.constant)
-            _clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
+            clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
         ctx.save_for_backward(kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
@@ -177,17 +196,17 @@ class _Gelu(torch.autograd.Function):
         watch: Watch | None,
     ) -> Tensor:
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-        kept = _empty_mask(ctx, a)
+        kept = empty_mask(ctx, a)
         argument = None if kept is None else torch.empty_like(out)
-        bound, half = integer_gelu.LARGEST_ARGUMENT, torch.full_like(out_factor, 0.5)
+        bound = integer_gelu.LARGEST_ARGUMENT
+        # 65,535 arguments are all there are, and looking up costs a third of computing.
+        results = carried(integer_gelu.table(a.device), out_factor, torch.full_like(out_factor, 0.5)).float()
         for rows in blocks(a):
-            x = carried(a[rows], prepared.factor, prepared.constant).clamp_(-bound, bound).int()
-            rounded = carried(integer_gelu.gelu(x), out_factor, half)
-            if kept is None or argument is None:
-                _clamp_into(out[rows], None, rounded, target, watch)
-            else:
-                _clamp_into(out[rows], kept[rows], rounded, target, watch)
-                torch.mul(x, 2.0**-integer_gelu.ARGUMENT_BITS, out=argument[rows])
+            x = carried(a[rows], prepared.factor, prepared.constant).clamp_(-bound, bound)
+            if argument is not None:
+                torch.mul(x.float(), 2.0**-integer_gelu.ARGUMENT_BITS, out=argument[rows])
+            rounded = results.index_select(0, x.add_(bound).int().flatten()).view(x.shape)
+            clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
         ctx.save_for_backward(argument, kept)
         ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
         return out

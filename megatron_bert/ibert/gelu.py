@@ -15,6 +15,9 @@ sixteenth part of a step. The tanh approximation of GELU, which some models are 
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 
 #: Fraction bits of the argument (Q6.9 in 16 bits: -64 to 64) and of the result.
@@ -47,3 +50,9 @@ def gelu(x: Tensor) -> Tensor:
     h = (h * u) >> _U_BITS
     tail = (h * u + (1 << _U_BITS)) >> (_U_BITS + 1)  # Phi(-|x|) with 15 fraction bits
     return x.clamp(min=0) * (1 << (RESULT_BITS - ARGUMENT_BITS)) - size * tail
+
+
+@cache
+def table(device: torch.device) -> Tensor:
+    """GELU of -32767 to 32767 in turn, carried in float64 ``[65535]``."""
+    return gelu(torch.arange(-LARGEST_ARGUMENT, LARGEST_ARGUMENT + 1, dtype=torch.int32, device=device)).double()

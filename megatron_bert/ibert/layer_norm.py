@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_bert.ibert.fixed_point import Dyadic, reciprocal, requantise
+from megatron_bert.ibert.fixed_point import Dyadic, carried, reciprocal, requantise
 from megatron_bert.ibert.square_root import square_root
 
 #: Fraction bits of a normalised element. It is below sqrt(N), so 18 bits and a sign hold it for N up to 4096.
@@ -52,7 +52,14 @@ def affine(weight: Tensor, bias: Tensor, scale: Tensor, bits: int) -> Affine:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of x and of x^2, int64 ``[.., 1]`` each, of int64 ``[.., N]`` with N |x| < 2^28; below 2^56."""
+    """Sums of x and of x^2, ``[.., 1]`` each.
+
+    Args:
+        x: ``[.., N]`` with N |x| < 2^28: int64, or carried in float64 where |x| < 2^17 and N < 2^19.
+
+    Returns:
+        Like ``x``. The squares are below 2^56 in int64, and below 2^53 where they are carried.
+    """
     return x.sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
 
 
@@ -73,20 +80,23 @@ def normalised(x: Tensor, total: Tensor, inverse: Dyadic, columns: int) -> Tenso
     """(x - mean) / standard deviation with 12 fraction bits: rq(N x - total; inverse * 2^12).
 
     Args:
-        x: int64 ``[.., N]``, N |x| < 2^28.
-        total: int64 ``[.., 1]``.
+        x: ``[.., N]``, N |x| < 2^28: int64, or carried in float64.
+        total: ``[.., 1]`` of the same type.
         inverse: the reciprocal of the deviation.
         columns: N.
 
     Returns:
-        int64, magnitude below 2^18. The widest intermediate has 53 bits.
+        Like ``x``, magnitude below 2^18. The widest intermediate has 53 bits.
     """
     return requantise(x * columns - total, inverse.shifted(NORMAL_BITS), -LARGEST_NORMAL, LARGEST_NORMAL)
 
 
 def scaled(normal: Tensor, parameters: Affine) -> Tensor:
-    """``(normal * gain + offset + 2^(shift-1)) >> shift``; the widest intermediate has 43 bits."""
+    """``(normal * gain + offset + 2^(shift-1)) >> shift``, carried if ``normal`` is; at most 43 bits."""
     shift = parameters.shift
+    if normal.is_floating_point():
+        step = 2.0**-shift
+        return carried(normal, parameters.gain.double() * step, (parameters.offset + (1 << (shift - 1))).double() * step)
     return (normal * parameters.gain + parameters.offset + (1 << (shift - 1))) >> shift
 
 

@@ -7,6 +7,9 @@ after it: no mass is lost however flat the attention. The result needs no elemen
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 
 from megatron_bert.ibert.exponential import LARGEST_ARGUMENT, RESULT_BITS, exponential
@@ -37,9 +40,36 @@ def softmax_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> T
     if mask is not None:
         scores = scores.masked_fill(~mask, -(2**24))
     distance = scores.amax(-1, keepdim=True) - scores
-    argument = requantise(distance, factor, 0, LARGEST_ARGUMENT).int()
-    numerators = (exponential(argument) * LARGEST_NUMERATOR + (1 << (RESULT_BITS - 1))) >> RESULT_BITS
+    numerators = _numerator(requantise(distance, factor, 0, LARGEST_ARGUMENT).int())
     return numerators if mask is None else numerators.masked_fill(~mask, 0)
+
+
+def _numerator(argument: Tensor) -> Tensor:
+    return (exponential(argument) * LARGEST_NUMERATOR + (1 << (RESULT_BITS - 1))) >> RESULT_BITS
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    """The numerators of arguments 0, 1, .. in float32."""
+    return _numerator(torch.arange(LARGEST_ARGUMENT + 1, dtype=torch.int32, device=device)).float()
+
+
+def carried_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> Tensor:
+    """The same as :func:`softmax_numerators` for scores carried in float32, in a third of the time.
+
+    Args:
+        scores, factor: as there.
+        mask: float32, 1 for keys that count and 0 for others; None when all count.
+
+    Returns:
+        The numerators carried in float32.
+    """
+    seen = scores if mask is None else torch.add(scores, mask - 1.0, alpha=2.0**26)
+    # In float64: the difference of two scores may have a bit more than float32 holds.
+    distance = seen.amax(-1, keepdim=True).double() - seen.double()
+    argument = requantise(distance, factor, 0, LARGEST_ARGUMENT).int()
+    numerators = _table(scores.device).index_select(0, argument.flatten()).view(scores.shape)
+    return numerators if mask is None else numerators.mul_(mask)
 
 
 def inverse_sums(sums: Tensor) -> Dyadic:

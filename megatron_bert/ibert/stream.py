@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_bert.ibert import layer_norm as integer_norm
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.epilogues import Rescale, Target, Watch, tracked
+from megatron_bert.ibert.epilogues import Rescale, Target, Watch, clamp_into, empty_mask, tracked
 from megatron_bert.ibert.fixed_point import Dyadic, carried, reciprocal
 
 
@@ -32,7 +32,7 @@ class _AddToStream(torch.autograd.Function):
         watch: Watch | None,
     ) -> Tensor:
         out = torch.empty(stream.shape, dtype=torch.float32, device=a.device)
-        inside = torch.empty(stream.shape, dtype=torch.bool, device=a.device) if any(ctx.needs_input_grad) else None
+        inside = empty_mask(ctx, stream)
         steps = torch.tensor(1.0 / target.unit, dtype=torch.float64, device=a.device)
         half = torch.full_like(steps, 0.5)
         for rows in blocks(out):
@@ -40,12 +40,7 @@ class _AddToStream(torch.autograd.Function):
             if kept_of_part is not None:
                 part.mul_(kept_of_part[rows])
             total = part.add_(carried(stream[rows], steps, half))
-            if watch is not None:
-                watch(total)
-            clamped = total.clamp(target.low, target.high)
-            if inside is not None:
-                torch.eq(clamped, total, out=inside[rows])
-            out[rows].copy_(clamped.mul_(target.unit))
+            clamp_into(out[rows], None if inside is None else inside[rows], total, target, watch)
         ctx.save_for_backward(inside, kept_of_part)
         ctx.keep_factor, ctx.bias_dtype = keep_factor, None if bias is None else bias.dtype
         return out
@@ -102,32 +97,26 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         width = stream.shape[-1]
         out = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
-        wanted = any(ctx.needs_input_grad)
-        inside = torch.empty(stream.shape, dtype=torch.bool, device=stream.device) if wanted else None
+        inside = empty_mask(ctx, stream)
         steps = torch.tensor(1.0 / source.unit, dtype=torch.float64, device=stream.device)
         half = torch.full_like(steps, 0.5)
         epsilon = torch.tensor(epsilon_steps(eps, width, source.unit), device=stream.device)
 
         def integers(rows: slice) -> Tensor:
-            return carried(stream[rows], steps, half).clamp_(source.low, source.high).long()
+            return carried(stream[rows], steps, half).clamp_(source.low, source.high)
 
         # What is done once a row is done for all rows at once.
         sums = [integer_norm.moments(integers(rows)) for rows in blocks(stream)]
         totals, squares = (torch.cat(parts) for parts in zip(*sums, strict=True))
-        deviations = integer_norm.deviation(totals, squares, width, epsilon)
+        deviations = integer_norm.deviation(totals.long(), squares.long(), width, epsilon)
         inverses = reciprocal(deviations)
         for rows in blocks(stream):
             own = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
             normal = integer_norm.normalised(integers(rows), totals[rows], own, width)
             result = integer_norm.scaled(normal, parameters)
-            if watch is not None:
-                watch(result)
-            clamped = result.clamp(target.low, target.high)
-            if inside is not None:
-                torch.eq(clamped, result, out=inside[rows])
-            out[rows].copy_(clamped if target.unit == 1.0 else clamped.double().mul_(target.unit))
-        if wanted:
-            mean = totals.double().mul_(source.unit / width).float()
+            clamp_into(out[rows], None if inside is None else inside[rows], result, target, watch)
+        if inside is not None:
+            mean = totals.mul(source.unit / width).float()
             inverse = deviations.double().reciprocal_().mul_(width / source.unit).float()
             ctx.save_for_backward(stream, weight, bias, inside, mean, inverse)
         return out

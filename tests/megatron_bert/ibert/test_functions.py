@@ -168,6 +168,41 @@ def test_softmax_numerators():
         assert int(ours[0].sum()) == 0
 
 
+@pytest.mark.parametrize("step", [2e-9, 0.002, 5.0])
+@pytest.mark.parametrize("largest_score", [400, 2**24 - 1])
+def test_carried_softmax_numerators_are_the_same(step, largest_score):
+    """For scores whose difference has a bit more than float32 holds too, and factors that leave everything at 0."""
+    scores = torch.randint(-largest_score, largest_score + 1, (40, 77))
+    scores[1, :2] = torch.tensor([-largest_score, largest_score])
+    mask = torch.rand(40, 77) > 0.3
+    mask[0] = False
+    mask[1, :2] = True
+    factor = dyadic(torch.tensor(step * math.log2(math.e) * 2**10, dtype=torch.float64))
+    for keep in (None, mask):
+        found = softmax.carried_numerators(scores.float(), factor, None if keep is None else keep.float())
+        assert found.dtype == torch.float32
+        assert torch.equal(found.int(), softmax.softmax_numerators(scores, factor, keep).int())
+
+
+def test_carried_layer_norm_is_the_same():
+    x = torch.randint(-(2**15) + 1, 2**15, (30, 96))
+    x[:, 5] = 2**17 - 1
+    parameters = layer_norm.affine(torch.randn(96), torch.randn(96), torch.tensor(0.05, dtype=torch.float64), 8)
+    total, squares = layer_norm.moments(x)
+    for whole, carried in zip((total, squares), layer_norm.moments(x.double()), strict=True):
+        assert torch.equal(whole, carried.long())
+    inverse = reciprocal(layer_norm.deviation(total, squares, 96, torch.tensor(100)))
+    normal = layer_norm.normalised(x, total, inverse, 96)
+    assert torch.equal(normal, layer_norm.normalised(x.double(), total.double(), inverse, 96).long())
+    assert torch.equal(layer_norm.scaled(normal, parameters), layer_norm.scaled(normal.double(), parameters).long())
+
+
+def test_gelu_of_all_arguments():
+    bound = gelu.LARGEST_ARGUMENT
+    x = torch.arange(-bound, bound + 1)
+    assert torch.equal(gelu.table(torch.device("cpu")), gelu.gelu(x).double())
+
+
 def test_uniform_attention_over_512_keys_keeps_its_mass():
     factor = dyadic(torch.tensor(0.1, dtype=torch.float64))
     numerators = softmax.softmax_numerators(torch.zeros(1, 512, dtype=torch.int64), factor, None)
