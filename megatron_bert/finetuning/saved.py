@@ -12,7 +12,7 @@ from megatron_bert.config_file import validated
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.tokenizer import AutoTokenizer
 from megatron_bert.finetuning.families import ROBERTA, family_of
-from megatron_bert.finetuning.results import RESULTS_FILE, read_results
+from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.start import MODEL_FOLDER, family_in
 from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
@@ -119,16 +119,9 @@ def _model_directory(source: Path) -> Path:
     for directory in (source / MODEL_FOLDER, source):
         if (directory / TASK_FILE).is_file():
             return directory
-    try:
-        results = read_results(source) or {}
-        runs, best = list(results.get("runs", ())), results.get("best")
-        directory = source / best["name"] / MODEL_FOLDER if best else source
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{source / RESULTS_FILE} is damaged ({error}): give the directory of one run") from None
-    if (directory / TASK_FILE).is_file():
-        return directory
-    if runs:
-        raise UserError(f"{source} holds several runs, and no best one: give one of {', '.join(runs)} in it")
+    best = best_run(source)
+    if best is not None and (best / MODEL_FOLDER / TASK_FILE).is_file():
+        return best / MODEL_FOLDER
     raise UserError(
         f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, or the "
         f"{MODEL_FOLDER} folder in it"

@@ -96,7 +96,8 @@ def scaled(normal: Tensor, parameters: Affine) -> Tensor:
     shift = parameters.shift
     if normal.is_floating_point():
         step = 2.0**-shift
-        return carried(normal, parameters.gain.double() * step, (parameters.offset + (1 << (shift - 1))).double() * step)
+        offset = (parameters.offset + (1 << (shift - 1))).double()
+        return carried(normal, parameters.gain.double() * step, offset * step)
     return (normal * parameters.gain + parameters.offset + (1 << (shift - 1))) >> shift
 
 
