@@ -62,7 +62,8 @@ class TokenizerSettings(Section):
     """The vocabulary of the corpora."""
 
     path: Path = Field(
-        description="vocab.txt, tokenizer.json, a sentencepiece .model, or a directory with one of them."
+        description="vocab.txt, tokenizer.json, vocab.json with merges.txt beside it, a sentencepiece .model, or a "
+        "directory with one of them."
     )
     lowercase: bool | None = Field(None, description="Whether text is lower-cased; found from a vocab.txt when unset.")
 
@@ -243,7 +244,11 @@ class CheckpointSettings(Section):
 
     every: int = Field(1000, ge=0, description="Steps between checkpoints; 0 saves at the end only.")
     keep: int = Field(2, ge=0, description="Newest checkpoints kept; 0 keeps all.")
-    resume: str = Field("auto", description="auto (newest of the run directory, if any), none, or a checkpoint's path.")
+    resume: str = Field(
+        "auto",
+        description="auto (newest of the run directory, if any), none, or a checkpoint's path, which is refused while "
+        "the run directory holds later ones of another command.",
+    )
     asynchronous: bool = Field(True, description="Write while training goes on.")
 
 

@@ -56,7 +56,7 @@ def finished_run(
 
 def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The task's metric, and its value by model and split."""
-    seeded = [f"training.seed={seed}"]
+    seeded = [f"training.seed={seed}", "training.seeds=null"]
     first = finished_run(finetune, FinetuneSettings, file, directory / "float", seeded)
     metric = first["metric"]
     after = [
@@ -110,7 +110,7 @@ def draw(tasks: dict[str, Any], path: Path) -> None:
         lowest = min(min(model["seeds"]) for model in models.values())
         highest = max(max(model["seeds"]) for model in models.values())
         room = (highest - lowest) or abs(highest) or 1.0
-        axis.set_ylim(max(0.0, lowest - room), highest + room / 4)
+        axis.set_ylim(lowest - room if lowest < 0.0 else max(0.0, lowest - room), highest + room / 4)
         axis.set_xticks(places, list(models), rotation=60, ha="right")
         axis.set_title(f"{name}: {task['metric']}, {split}", fontsize=9)
     figure.tight_layout()

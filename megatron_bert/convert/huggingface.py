@@ -102,10 +102,10 @@ def _check_kind(settings: dict[str, Any], label: str) -> None:
         return
     if kind in ("bert", "roberta", "xlm-roberta", "electra", "ibert"):
         serves = kind in ("roberta", "xlm-roberta", "ibert")
-        use = "finetune and quantize take it, for the rest use" if serves else "use"
+        also = " (finetune and quantize take this one as it is)" if serves else ""
         raise UserError(
             f"{label} is of a {kind} model, which normalises after each sum (post-layer-norm); Megatron's normalises "
-            f"before each layer, so its weights would compute something else: {use} a megatron-bert model"
+            f"before each layer, so its weights would compute something else: use a megatron-bert model{also}"
         )
     raise UserError(f"{label} has model_type {brief(kind)!r}: expected megatron-bert")
 

@@ -55,7 +55,8 @@ def find_vocabulary(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(
-            f"Tokenizer {path} does not exist: give a vocab.txt, a tokenizer.json, a .model file or a directory."
+            f"Tokenizer {path} does not exist: give a vocab.txt, a tokenizer.json, a vocab.json, a .model file or a "
+            "directory."
         )
     for name in (JSON_NAME, VOCAB_NAME, BPE_NAME):
         if (path / name).is_file():

@@ -139,7 +139,7 @@ class TokenClassifier(Classifier):
         """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
         either = given.input_ids if given.input_ids is not None else given.inputs_embeds
         needed = None
-        if labels is not None and either is not None:
+        if labels is not None and either is not None and either.dim() >= 2:
             _check_shape("labels", labels, tuple(either.shape[:2]))
             needed = labels != IGNORED
         encoded, scores = self.classified(given, shown=not self.learns_from(labels), needed=needed)

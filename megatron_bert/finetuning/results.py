@@ -30,9 +30,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to write to, which takes the name and place of another when the block ends without an error.
 
-    After an error, and when the process is killed on the way, what was there before is there still.
+    After an error, and when the process is killed on the way, what was there before is there still; after a kill
+    between the two renames at the end the next call puts it back.
     """
     partial, old = (directory.with_name(f"{directory.name}.{ending}") for ending in ("partial", "old.partial"))
+    if old.exists() and not directory.exists():
+        old.rename(directory)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

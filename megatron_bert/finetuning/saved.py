@@ -73,7 +73,7 @@ def save_task(
         checkpoint: of the run.
         config: of the model.
         task: it was trained for.
-        directory: to write.
+        directory: to write; empty, or not there.
         quantization: how the model is quantised; None for a float model.
     """
     model = family_of(config).classes[task.head.kind](config, initial=False)
@@ -86,8 +86,6 @@ def save_task(
     directory.mkdir(parents=True, exist_ok=True)
     if quantization is not None:
         save_ranges(model, directory)
-    else:
-        (directory / RANGES_NAME).unlink(missing_ok=True)
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer(task.tokenizer, config.longest_sequence, roberta=config.like_roberta)
     tokenizer.save_pretrained(directory)

@@ -18,7 +18,7 @@ class FinetuneModelSettings(Section):
         alias="from",
         description="Checkpoint to start from, of any format `megatron-bert inspect` knows: a run directory of this "
         "project, a Hugging Face or Megatron directory, an NGC zip; or a Hugging Face directory of a RoBERTa, an "
-        "XLM-RoBERTa or an I-BERT.",
+        "XLM-RoBERTa or an I-BERT; of a command with several seeds, its directory stands for the best run.",
     )
     keep_head: bool = Field(
         False, description="Take the head too, from a model that was fine-tuned for the same classes."

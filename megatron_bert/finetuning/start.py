@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_bert.convert.files import FileRange
 from megatron_bert.convert.json_files import read_json
+from megatron_bert.convert.messages import brief
 from megatron_bert.convert.opening import config_from
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import holds_vocabulary
@@ -72,9 +73,12 @@ def encoder_config(settings: FinetuneSettings, tokenizer: Tokenizer) -> Megatron
     """The configuration of the encoder to start from, with the dropout the settings ask for.
 
     Raises:
-        UserError: the checkpoint cannot be read, or its vocabulary is not the tokenizer's.
+        UserError: the checkpoint cannot be read, is of another family, or its vocabulary is not the tokenizer's.
     """
     source = finetuned_directory(settings.model.from_)
+    kind = _model_type(source)
+    if kind and kind not in MODEL_TYPES:
+        raise UserError(f"{source} is a {brief(kind)}: fine-tuning starts from {', '.join(MODEL_TYPES)}")
     config = _roberta_config(source, tokenizer) if family_in(source) is ROBERTA else config_from(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -87,7 +91,7 @@ def encoder_config(settings: FinetuneSettings, tokenizer: Tokenizer) -> Megatron
 
 def _roberta_config(source: Path, tokenizer: Tokenizer) -> MegatronBertConfig:
     """Of a RoBERTa, an XLM-RoBERTa or an I-BERT in transformers' layout."""
-    label = str(source / CONFIG_NAME)
+    label = str((source if source.is_dir() else source.parent) / CONFIG_NAME)
     config = ROBERTA.config.from_dict(_description(source), label=label, **ROBERTA.floating)
     if config.pruned_heads:
         raise UserError(f"{label} says that attention heads were pruned: only whole models can be fine-tuned")

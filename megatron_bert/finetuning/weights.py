@@ -25,6 +25,9 @@ from parallel.errors import UserError
 
 #: Most names of classes in a message.
 _SHOWN = 12
+#: How the pooler's parameters begin, which sequences and choices have.
+_POOLER = "pair_head."
+_INCOMPLETE = "copy all files of the model"
 _LAYER = re.compile(r"\.encoder\.layer\.(\d{1,6})\.")
 
 
@@ -46,10 +49,10 @@ def load_finetuned(stage: BertForTask, source: Path) -> None:
         order = _class_order(stage, described, source)
         for name, parameter in stage.named_parameters():
             keys = family_of(stage.config).names.theirs(name)
-            if any(key not in stored for key in keys):
-                raise UserError(
-                    f"{source} holds no {_shown(stage, name)}: it was not fine-tuned with this kind of head"
-                )
+            if missing := [key for key in keys if key not in stored]:
+                head = name.startswith((*TASK_HEADS, _POOLER))
+                why = "it was not fine-tuned with this kind of head" if head else _INCOMPLETE
+                raise UserError(f"{source} holds no {_shown(stage, missing[0])}: {why}")
             _copy(stage, name, parameter, [stored[key] for key in keys], order)
 
 
@@ -77,10 +80,11 @@ def load_encoder(stage: BertForTask, source: Path) -> list[str]:
                 notes.append(f"{name} of {source} is left behind and starts anew (model.keep_head=true takes it)")
             elif len(found) == len(keys):
                 _copy(stage, name, parameter, found, None)
-            elif head or name.startswith("pair_head."):
+            elif head or name.startswith(_POOLER):
                 notes.append(f"{name} is not in {source} and starts anew")
             else:
-                raise UserError(f"{source} holds no {_shown(stage, name)}: copy all files of the model")
+                missing = next(key for key in keys if key not in stored)
+                raise UserError(f"{source} holds no {_shown(stage, missing)}: {_INCOMPLETE}")
     return notes
 
 
@@ -128,10 +132,9 @@ def _copy(
     copy_whole(parameter, values if order is None or not name.startswith(f"{stage.output_name}.") else values[order])
 
 
-def _shown(stage: BertForTask, name: str) -> str:
-    """Its name in any family's files, without the family's in front."""
-    names = family_of(stage.config).names
-    return names.theirs(name)[0].removeprefix(f"{names.prefix}.")
+def _shown(stage: BertForTask, key: str) -> str:
+    """The name of a tensor in transformers' files without the family's in front, which differs."""
+    return key.removeprefix(f"{family_of(stage.config).names.prefix}.")
 
 
 def _class_order(stage: BertForTask, described: dict[str, Any], source: Path) -> Tensor | None:
@@ -157,7 +160,7 @@ def _class_order(stage: BertForTask, described: dict[str, Any], source: Path) ->
     try:
         rows = {str(name): int(number) for number, name in named.items()}
     except ValueError as error:
-        raise UserError(f"id2label in {source / CONFIG_NAME} is damaged ({error}): copy the model again") from None
+        raise UserError(f"id2label of {source} is damaged ({error}): copy the model again") from None
     for same in (str, str.casefold):  # ENTAILMENT is entailment, if nothing is entailment itself
         mine, theirs_by_name = [same(name) for name in wanted], {same(name): row for name, row in rows.items()}
         if sorted(theirs_by_name) == sorted(mine) and sorted(theirs_by_name.values()) == list(range(len(mine))):

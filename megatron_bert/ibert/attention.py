@@ -48,7 +48,8 @@ class _Attention(torch.autograd.Function):
         numerators = torch.empty_like(scores)
         factor = _scalar(scales.query * scales.key * score_factor(dim), query)
         for rows in blocks(scores):
-            numerators[rows].copy_(carried_numerators(scores[rows], factor, None if mask is None else mask[rows]))
+            own = None if mask is None else mask[rows].float()
+            numerators[rows].copy_(carried_numerators(scores[rows], factor, own))
         sums = numerators.sum(-1, keepdim=True)  # below 2^22, so exact
         products = exact_attended(numerators if kept is None else numerators * kept, value)
         out = torch.empty_like(query)
@@ -132,7 +133,7 @@ def integer_attention(
         )
     if mask is not None:
         mask = mask[:, None, None, :] if mask.dim() == 2 else mask
-        mask = mask.float().expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
+        mask = mask.expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
     flat = [t.reshape(batch * heads, t.shape[2], dim).contiguous() for t in (query, key, value)]
     kept = None if kept is None else kept.reshape(batch * heads, queries, keys)
     out, numerators, sums = _Attention.apply(*flat, mask, kept, keep_factor, scales, target, watch)

@@ -198,14 +198,20 @@ class _Gelu(torch.autograd.Function):
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         kept = empty_mask(ctx, a)
         argument = None if kept is None else torch.empty_like(out)
-        bound = integer_gelu.LARGEST_ARGUMENT
-        # 65,535 arguments are all there are, and looking up costs a third of computing.
-        results = carried(integer_gelu.table(a.device), out_factor, torch.full_like(out_factor, 0.5)).float()
+        bound, half = integer_gelu.LARGEST_ARGUMENT, torch.full_like(out_factor, 0.5)
+        results = None
+        if a.numel() > 2 * bound:
+            # There are no more arguments than these, and looking one up costs less than computing its result.
+            results = carried(integer_gelu.table(a.device), out_factor, half).float()
         for rows in blocks(a):
             x = carried(a[rows], prepared.factor, prepared.constant).clamp_(-bound, bound)
             if argument is not None:
                 torch.mul(x.float(), 2.0**-integer_gelu.ARGUMENT_BITS, out=argument[rows])
-            rounded = results.index_select(0, x.add_(bound).int().flatten()).view(x.shape)
+            if results is None:
+                rounded = carried(integer_gelu.gelu(x.int()), out_factor, half)
+            else:
+                places = x.add_(bound).int().clamp_(0, 2 * bound)  # NaN has none: see softmax.carried_numerators
+                rounded = results.index_select(0, places.flatten()).view(x.shape)
             clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
         ctx.save_for_backward(argument, kept)
         ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype

@@ -67,7 +67,7 @@ def deviation(total: Tensor, squares: Tensor, columns: int, epsilon: Tensor) -> 
     """N times the standard deviation: ``max(1, floor(sqrt(N squares - total^2 + epsilon)))``.
 
     Args:
-        total, squares: int64 ``[.., 1]``, of :func:`moments`.
+        total, squares: int64 ``[.., 1]``, of :func:`moments`, converted if they are carried.
         columns: N.
         epsilon: int64, floor(eps * N^2 / scale(x)^2 + 1/2), at most 2^60.
 

@@ -55,7 +55,7 @@ def _table(device: torch.device) -> Tensor:
 
 
 def carried_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> Tensor:
-    """The same as :func:`softmax_numerators` for scores carried in float32, in a third of the time.
+    """What :func:`softmax_numerators` gives, for scores carried in float32 and by a table, which costs less.
 
     Args:
         scores, factor: as there.
@@ -67,7 +67,8 @@ def carried_numerators(scores: Tensor, factor: Dyadic, mask: Tensor | None) -> T
     seen = scores if mask is None else torch.add(scores, mask - 1.0, alpha=2.0**26)
     # In float64: the difference of two scores may have a bit more than float32 holds.
     distance = seen.amax(-1, keepdim=True).double() - seen.double()
-    argument = requantise(distance, factor, 0, LARGEST_ARGUMENT).int()
+    # NaN, of a model that diverges, has no integer, and no place in a table: it is for the trainer to find in the loss.
+    argument = requantise(distance, factor, 0, LARGEST_ARGUMENT).int().clamp_(0, LARGEST_ARGUMENT)
     numerators = _table(scores.device).index_select(0, argument.flatten()).view(scores.shape)
     return numerators if mask is None else numerators.mul_(mask)
 

@@ -130,7 +130,7 @@ class MegatronBertConfig:
         hidden_act: ``gelu`` (exact, erf), or ``gelu_new`` / ``gelu_pytorch_tanh`` (tanh approximation).
         hidden_dropout_prob: dropout of embeddings, attention output and feed-forward output.
         attention_probs_dropout_prob: dropout of attention probabilities.
-        max_position_embeddings: rows of the position table: the longest sequence, in tokens.
+        max_position_embeddings: rows of the position table; ``longest_sequence`` tokens fit.
         type_vocab_size: number of token types (segments).
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.

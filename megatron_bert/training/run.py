@@ -63,20 +63,23 @@ def _named(settings: RunSettings) -> Path:
 
     Later checkpoints of anything else are refused: the next start would take the last of them for the newest.
     """
-    path = Path(settings.checkpoint.resume)
+    path, root = Path(settings.checkpoint.resume), settings.training.run_dir / "checkpoints"
+    own = whole_checkpoints(root)
+    newest = next(reversed(own.values()), None)
+    # Asked first: the checkpoint that the command began with may have been one of these, and be gone by now.
+    mine = json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True)))
+    if newest is not None and read_state(newest).get("settings") == mine:
+        return newest
     step = checkpoint_step(path)
     if step is None:
         raise UserError(
             f"checkpoint.resume is {path}, which is no whole checkpoint: give auto, none or a step_... directory"
         )
-    root = settings.training.run_dir / "checkpoints"
-    later = [own for own_step, own in whole_checkpoints(root).items() if own_step > step]
+    later = [found for own_step, found in own.items() if own_step > step]
     if not later:
         return path
-    if read_state(later[-1]).get("settings") == json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True))):
-        return later[-1]
     raise UserError(
-        f"{root} holds checkpoints that are later than {path}: {', '.join(own.name for own in later)}; remove them to "
-        "go back, set checkpoint.resume=auto to go on from the last of them, or set another training.run_dir to keep "
-        "both"
+        f"{root} holds checkpoints that are later than {path}: {', '.join(found.name for found in later)}; remove them "
+        "to go back, set checkpoint.resume=auto to go on from the last of them, or set another training.run_dir to "
+        "keep both"
     )

@@ -112,3 +112,14 @@ class TestWholeDirectory:
         with whole_directory(tmp_path / "model") as directory:
             (directory / "whole").touch()
         assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/whole"]
+
+    def test_a_kill_between_the_last_two_renames_loses_nothing(self, tmp_path: Path) -> None:
+        for name in ("model.partial", "model.old.partial"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / name).touch()
+        with pytest.raises(OSError, match="disk"), whole_directory(tmp_path / "model"):
+            raise OSError("the disk is full")
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+            "model",
+            "model/model.old.partial",
+        ]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, in_mode, named_ranges, quantize_model
+from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
 from megatron_bert.ibert.epilogues import (
     Target,
@@ -19,7 +20,7 @@ from megatron_bert.ibert.epilogues import (
     rescale,
     tanh_requantised,
 )
-from megatron_bert.ibert.fixed_point import dyadic
+from megatron_bert.ibert.fixed_point import dyadic, requantise
 from megatron_bert.ibert.products import (
     EXACT,
     exact_attended,
@@ -92,6 +93,23 @@ def test_gradient_of_a_requantisation_is_masked_where_it_clamps():
     assert 0 < int((~inside).sum()) < inside.numel()
     assert torch.equal(a.grad, gradient * inside)
     torch.testing.assert_close(bias.grad, (gradient * inside).sum(0))
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["computed", "looked up"])
+def test_gelu_of_all_arguments(rows):
+    """Looked up where there are many, computed where there are few; clamped at both ends of the argument."""
+    a = torch.arange(-40000, 40000, 3 - rows)
+    result_scale, target = 0.25, Target(-1, 200)
+    factor = dyadic(_double(2.0**-integer_gelu.RESULT_BITS / result_scale))
+    bound = integer_gelu.LARGEST_ARGUMENT
+    expected = requantise(integer_gelu.gelu(a.clamp(-bound, bound)), factor, target.low, target.high)
+    scale = _double(2.0**-integer_gelu.ARGUMENT_BITS)
+    given = a.float()[:, None].repeat(1, rows)
+    assert (given.numel() > 2 * bound) == (rows == 2)
+    for column in gelu_requantised(given, None, scale, result_scale, target).unbind(1):
+        assert torch.equal(column.long(), expected)
+    given[5] = torch.nan  # of a model that diverges: no error, the loss says so
+    gelu_requantised(given, None, scale, result_scale, target)
 
 
 def test_gradient_of_gelu():

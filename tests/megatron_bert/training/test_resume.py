@@ -144,6 +144,27 @@ class TestAnEarlierCheckpoint:
         last = f"checkpoints/step_{STEPS:08d}"
         assert_same_checkpoint(run / last, whole / last)
 
+    def test_the_one_it_began_with_may_be_gone(
+        self, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only the newest is kept, and the one that the command names was of the same run directory."""
+        run = tmp_path / "run"
+        shutil.copytree(whole, run)
+        earlier = run / "checkpoints" / "step_00000002"
+        for step in (4, 6):
+            shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+        options: dict[str, Any] = {
+            "checkpoint__resume": str(earlier),
+            "checkpoint__keep": 1,
+            "training__evaluate_every": 3,
+        }
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            pretrain(run_settings(data, run, **options))
+        assert not earlier.exists()
+        pretrain(run_settings(data, run, **options))
+        assert rows(run) == rows(whole)
+
     def test_earlier_ones_of_the_directory_are_no_matter(self, data: Path, whole: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         pretrain(run_settings(data, run, training__steps=3))
