@@ -160,7 +160,7 @@ def _class_order(stage: BertForTask, described: dict[str, Any], source: Path) ->
     try:
         rows = {str(name): int(number) for number, name in named.items()}
     except ValueError as error:
-        raise UserError(f"id2label of {source} is damaged ({error}): copy the model again") from None
+        raise UserError(f"id2label in {source} is damaged ({error}): copy the model again") from None
     for same in (str, str.casefold):  # ENTAILMENT is entailment, if nothing is entailment itself
         mine, theirs_by_name = [same(name) for name in wanted], {same(name): row for name, row in rows.items()}
         if sorted(theirs_by_name) == sorted(mine) and sorted(theirs_by_name.values()) == list(range(len(mine))):
