@@ -24,6 +24,9 @@ from parallel.errors import UserError
 from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 
+#: How many tokens' logits are computed at once where they are written part by part.
+_CPU_ROWS, _ACCELERATOR_ROWS = 128, 1 << 13
+
 
 class LanguageModel(HeadModel):
     """The encoder and a head over the vocabulary, whose output matrix is the word embeddings or one of its own.
@@ -63,6 +66,26 @@ class LanguageModel(HeadModel):
         """Hidden states ``[N, H]`` to logits ``[N, V]`` on every rank."""
         local = self.masked_head(hidden, self.get_output_embeddings().weight)
         return gather_from_ranks(local, self.tp)[:, : self.config.vocab_size]
+
+    def token_logits(self, encoded: Encoded) -> Tensor:
+        """Logits ``[B, S, V]`` of every token; 0 where padding was skipped.
+
+        They are far larger than all that they are computed from. Where nothing is kept for gradients they are written
+        part by part into their places, so that no second copy of them is made.
+        """
+        if encoded.kept is None or torch.is_grad_enabled():
+            return encoded.rectangle(self.logits(encoded.hidden))
+        rows = _CPU_ROWS if encoded.hidden.device.type == "cpu" else _ACCELERATOR_ROWS
+        places = encoded.batch * encoded.length
+        whole: Tensor | None = None
+        for hidden, kept in zip(encoded.hidden.split(rows), encoded.kept.split(rows), strict=True):
+            part = self.logits(hidden)
+            if whole is None:
+                whole = part.new_empty((places, part.shape[1]))
+            whole.index_copy_(0, kept, part)
+        assert whole is not None, "padding is skipped where every sequence has a token"
+        skipped = torch.ones(places, dtype=torch.bool, device=whole.device).index_fill_(0, encoded.kept, 0)
+        return whole.index_fill_(0, skipped.nonzero().squeeze(1), 0.0).unflatten(0, (encoded.batch, encoded.length))
 
     def language_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over the labelled tokens; 0 if there are none.
@@ -127,7 +150,7 @@ class MaskedLanguageModel(LanguageModel):
         encoded = self.encoded(given, labels)
         output = MaskedLMOutput(
             loss=self.masked_loss(encoded, labels),
-            logits=encoded.rectangle(self.logits(encoded.hidden)),
+            logits=self.token_logits(encoded),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -214,7 +237,7 @@ class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
         present = [loss for loss in losses if loss is not None]
         output = MegatronBertForPreTrainingOutput(
             loss=sum(present[1:], present[0]) if present else None,
-            prediction_logits=encoded.rectangle(self.logits(encoded.hidden)),
+            prediction_logits=self.token_logits(encoded),
             seq_relationship_logits=pair,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
