@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument(
         "--quantised-change", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="of the quantised models' alone"
     )
+    parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
     parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
     arguments = parser.parse_args()
     tasks: dict[str, Any] = {}
@@ -151,6 +152,7 @@ def main() -> None:
     if arguments.output is None:
         return
     result = {
+        "about": arguments.about,
         "command": "python -m tools.benchmark_quantised_tasks " + " ".join(sys.argv[1:]),
         "machine": processor_name(),
         "torch": torch.__version__,
