@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         for rows in blocks(out):
             inverse = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
             rounded = carried(weighted_mean(products[rows], inverse), onward, half)
-            clamp_into(out[rows], None if inside is None else inside[rows], rounded, target, watch)
+            clamp_into(out, inside, rows, rounded, target, watch)
         ctx.mark_non_differentiable(numerators, sums)
         ctx.save_for_backward(query, key, value, numerators, sums, kept, inside)
         ctx.scales, ctx.keep_factor = scales, keep_factor

@@ -71,12 +71,15 @@ def integer_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
     return (bias.double() / accumulator_scale + 0.5).floor_().clamp_(-_LARGEST_BIAS, _LARGEST_BIAS)
 
 
-def clamp_into(out: Tensor, kept: Tensor | None, rounded: Tensor, target: Target, watch: Watch | None = None) -> None:
+def clamp_into(
+    out: Tensor, kept: Tensor | None, rows: slice, rounded: Tensor, target: Target, watch: Watch | None
+) -> None:
     """Clamp a block of integers into its place of the result, and note where nothing was clamped.
 
     Args:
-        out: float32, where the block goes.
-        kept: of :func:`empty_mask`, its part for the block; None where it is not needed.
+        out: the result, float32.
+        kept: of :func:`empty_mask`, for the whole result.
+        rows: where the block stands in both.
         rounded: integers carried in float32 or float64. In float32 those above 2^24 lose digits, but none crosses a
             bound, which has at most 18 bits.
         target: bounds and unit of the result.
@@ -85,11 +88,11 @@ def clamp_into(out: Tensor, kept: Tensor | None, rounded: Tensor, target: Target
     rounded = rounded.float()
     if watch is not None:
         watch(rounded)
-    torch.clamp(rounded, target.low, target.high, out=out)
+    clamped = torch.clamp(rounded, target.low, target.high, out=out[rows])
     if kept is not None:
-        torch.eq(out, rounded, out=kept)
+        torch.eq(clamped, rounded, out=kept[rows])
     if target.unit != 1.0:
-        out.mul_(target.unit)
+        clamped.mul_(target.unit)
 
 
 def tracked(parameter: Tensor | None) -> Tensor | None:
@@ -122,7 +125,7 @@ class _Requantise(torch.autograd.Function):
         kept = empty_mask(ctx, a)
         for rows in blocks(a):
             rounded = carried(a[rows], prepared.factor, prepared.constant)
-            clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
+            clamp_into(out, kept, rows, rounded, target, watch)
         ctx.save_for_backward(kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
@@ -212,7 +215,7 @@ class _Gelu(torch.autograd.Function):
             else:
                 places = x.add_(bound).int().clamp_(0, 2 * bound)  # NaN has none: see softmax.carried_numerators
                 rounded = results.index_select(0, places.flatten()).view(x.shape)
-            clamp_into(out[rows], None if kept is None else kept[rows], rounded, target, watch)
+            clamp_into(out, kept, rows, rounded, target, watch)
         ctx.save_for_backward(argument, kept)
         ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
         return out

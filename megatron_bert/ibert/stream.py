@@ -40,7 +40,7 @@ class _AddToStream(torch.autograd.Function):
             if kept_of_part is not None:
                 part.mul_(kept_of_part[rows])
             total = part.add_(carried(stream[rows], steps, half))
-            clamp_into(out[rows], None if inside is None else inside[rows], total, target, watch)
+            clamp_into(out, inside, rows, total, target, watch)
         ctx.save_for_backward(inside, kept_of_part)
         ctx.keep_factor, ctx.bias_dtype = keep_factor, None if bias is None else bias.dtype
         return out
@@ -114,7 +114,7 @@ class _LayerNorm(torch.autograd.Function):
             own = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
             normal = integer_norm.normalised(integers(rows), totals[rows], own, width)
             result = integer_norm.scaled(normal, parameters)
-            clamp_into(out[rows], None if inside is None else inside[rows], result, target, watch)
+            clamp_into(out, inside, rows, result, target, watch)
         if inside is not None:
             mean = totals.mul(source.unit / width).float()
             inverse = deviations.double().reciprocal_().mul_(width / source.unit).float()

@@ -64,8 +64,7 @@ def _named(settings: RunSettings) -> Path:
     Later checkpoints of anything else are refused: the next start would take the last of them for the newest.
     """
     path, root = Path(settings.checkpoint.resume), settings.training.run_dir / "checkpoints"
-    own = whole_checkpoints(root)
-    newest = next(reversed(own.values()), None)
+    newest = latest_checkpoint(root)
     # Asked first: the checkpoint that the command began with may have been one of these, and be gone by now.
     mine = json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True)))
     if newest is not None and read_state(newest).get("settings") == mine:
@@ -75,7 +74,7 @@ def _named(settings: RunSettings) -> Path:
         raise UserError(
             f"checkpoint.resume is {path}, which is no whole checkpoint: give auto, none or a step_... directory"
         )
-    later = [found for own_step, found in own.items() if own_step > step]
+    later = [found for own_step, found in whole_checkpoints(root).items() if own_step > step]
     if not later:
         return path
     raise UserError(
