@@ -25,9 +25,11 @@ def find_tokenizer(settings: FinetuneSettings) -> Tokenizer:
     """The vocabulary that is set, lies beside the checkpoint, or in the run that wrote it.
 
     Raises:
-        UserError: there is none, it is damaged, or its ids are not the model's.
+        UserError: there is none, it is damaged, its ids are not the model's, or the checkpoint is not there.
     """
     wanted, source = settings.tokenizer, finetuned_directory(settings.model.from_)
+    if not source.exists():
+        raise UserError(f"model.from is {source}, which is not there: give a checkpoint, or a run that wrote one")
     kind = _model_type(source)
     if wanted is not None:
         return load_tokenizer(wanted.path, lowercase=wanted.lowercase, model_type=kind)

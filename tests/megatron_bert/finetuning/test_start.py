@@ -161,3 +161,11 @@ class TestSeveralRuns:
         (tmp_path / "model" / "results.json").write_text("no JSON", encoding="utf-8")
         assert finetuned_directory(tmp_path / "model") == tmp_path / "model"
         assert finetuned_directory(tmp_path) == tmp_path / "model"
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    settings = make_run(tmp_path)
+    missing = settings.model.model_copy(update={"from_": tmp_path / "nowhere"})
+    with pytest.raises(UserError, match=r"model\.from is .*nowhere, which is not there"):
+        finetune(settings.model_copy(update={"model": missing}))
+    assert not settings.training.run_dir.exists()
