@@ -101,7 +101,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case in turn."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     results = []
-    for shape, (name, (head, skip)) in itertools.product(arguments.shapes, MODELS.items()):
+    for shape, name in itertools.product(arguments.shapes, arguments.models):
+        head, skip = MODELS[name]
         hidden, heads = SHAPES[shape]
         config = MegatronBertConfig(
             vocab_size=arguments.vocab_size,
@@ -144,6 +145,7 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=29056)
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest sequence")

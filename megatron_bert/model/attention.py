@@ -30,6 +30,11 @@ from parallel.sharding import Normal, ParallelModule, divide
 __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
 
 
+#: A processor attends within one sequence after another where that leaves out so many scores for each: what the calls
+#: of one more sequence cost.
+_SCORES_PER_SEQUENCE = 1 << 15
+
+
 def _varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     """Flash attention over packed sequences; ``[T, A, 3, D]`` to ``[T, A, D]``."""
     from torch.nn.attention.varlen import varlen_attn
@@ -220,12 +225,30 @@ class SelfAttention(AttentionHeads):
         varlen = layout.is_packed and dropout == 0.0 and self.distance is None
         if varlen and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
             context = _varlen_attention(qkv, layout)
+        elif self._one_by_one(qkv, layout):
+            context = self._attend_one_by_one(qkv, layout, keys)
         else:
             query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
             rectangle_keys = None if keys is None else layout.to_rectangle(keys)
             context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
             context = layout.from_rectangle(context.transpose(1, 2))
         return self.output(context.flatten(-2))
+
+    def _one_by_one(self, qkv: Tensor, layout: SequenceLayout) -> bool:
+        """Whether attending within one sequence after another is faster than within all, filled up to the longest."""
+        if not layout.is_packed or qkv.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return self.heads * layout.empty_pairs > _SCORES_PER_SEQUENCE * layout.batch
+
+    def _attend_one_by_one(self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+        """``[T, A, 3, D]`` of packed sequences, and dropout keys ``[T]``, to ``[T, A, D]``."""
+        all_keys = [None] * layout.batch if keys is None else keys.split(layout.lengths)
+        contexts = []
+        for tokens, token_keys in zip(qkv.split(layout.lengths), all_keys, strict=True):
+            query, key, value = (part.transpose(0, 1)[None] for part in tokens.unbind(2))
+            context, _ = self.attend(query, key, value, None, None if token_keys is None else token_keys[None])
+            contexts.append(context[0].transpose(0, 1))
+        return torch.cat(contexts)
 
     def _answer(
         self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest

@@ -9,6 +9,7 @@ The encoder works on tokens ``[T, H]``; only attention needs to know which of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,6 +55,17 @@ class SequenceLayout:
     def is_packed(self) -> bool:
         """Whether the sequences stand end to end without padding."""
         return self.boundaries is not None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Packed only: tokens of each sequence, as numbers: on an accelerator, asking waits for it."""
+        assert self.boundaries is not None, "a packed layout has boundaries"
+        return self.boundaries.diff().tolist()
+
+    @cached_property
+    def empty_pairs(self) -> int:
+        """Packed only: pairs of places in the rectangle that are not two tokens of one sequence."""
+        return self.batch * self.length**2 - sum(length**2 for length in self.lengths)
 
     def to(self, device: torch.device) -> SequenceLayout:
         """The same layout with its tensors on ``device``."""

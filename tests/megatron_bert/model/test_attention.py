@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_bert.model.attention import explicit_attention, fused_attention
+from megatron_bert.model import attention
+from megatron_bert.model.attention import SelfAttention, explicit_attention, fused_attention
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, keep_mask
 
 B, A, S, D = 3, 2, 9, 8
@@ -91,3 +95,37 @@ def test_a_sequence_without_keys_stays_finite_in_the_reference():
     query, key, value = (x.detach() for x in _inputs())
     out = explicit_attention(query, key, value, mask)
     torch.testing.assert_close(out, value.mean(dim=2, keepdim=True).expand_as(out), **CLOSE)
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative_key_query"])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_one_packed_sequence_after_another_equals_a_filled_rectangle(monkeypatch, position, recompute, keyed):
+    config = MegatronBertConfig(
+        hidden_size=A * D, num_attention_heads=A, max_position_embeddings=S, position_embedding_type=position
+    )
+    module = SelfAttention(config, recompute=recompute)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    layout = SequenceLayout.packed(LENGTHS, S)
+    tokens = int(LENGTHS.sum())
+    keys = fold_in(torch.arange(tokens), 5) if keyed else None
+    hidden, gradient = torch.randn(tokens, A * D, requires_grad=True), torch.randn(tokens, A * D)
+    found = []
+    for limit in (1 << 30, -1):
+        monkeypatch.setattr(attention, "_SCORES_PER_SEQUENCE", limit)
+        with patch.object(module, "_attend_one_by_one", wraps=module._attend_one_by_one) as alone:
+            out = module(hidden, layout, keys)
+        assert alone.called == (limit < 0)
+        inputs = [hidden, *module.parameters()]
+        found.append([out, *torch.autograd.grad(out, inputs, gradient)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, **CLOSE)
+
+
+@pytest.mark.parametrize(("lengths", "alone"), [([128] * 4, False), ([8, 128, 128, 128], True), ([8, 16] * 4, False)])
+def test_sequences_are_attended_to_alone_where_that_leaves_out_much(lengths, alone):
+    module = SelfAttention(MegatronBertConfig(hidden_size=64, num_attention_heads=16))
+    layout = SequenceLayout.packed(torch.tensor(lengths), max(lengths))
+    assert module._one_by_one(torch.zeros(1), layout) is alone
+    assert not module._one_by_one(torch.zeros(1), SequenceLayout.rectangle(4, 128))

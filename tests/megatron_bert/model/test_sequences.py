@@ -36,6 +36,9 @@ def test_packed(lengths, longest):
     assert layout.is_packed
     assert layout.boundaries.dtype == torch.int32
     assert layout.boundaries.diff().tolist() == lengths
+    assert layout.lengths == lengths
+    real = mask[:, :, None] & mask[:, None, :]
+    assert layout.empty_pairs == (~real).sum()
 
 
 def test_gradients_pass_both_ways():
