@@ -246,8 +246,8 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=0, description="Newest checkpoints kept; 0 keeps all.")
     resume: str = Field(
         "auto",
-        description="auto (newest of the run directory, if any), none, or a checkpoint's path, which is refused while "
-        "the run directory holds later ones of another command.",
+        description="auto (newest of the run directory, if any), none, or a checkpoint's path; none and a path are "
+        "refused while the run directory holds later checkpoints of another command.",
     )
     asynchronous: bool = Field(True, description="Write while training goes on.")
 

@@ -148,6 +148,7 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
         disable_tqdm=True,
         logging_strategy="no",
         remove_unused_columns=False,
+        bf16=settings.precision.compute == "bfloat16",
         use_cpu=training.device != "cuda" and not torch.cuda.is_available(),
     )
     trainer = transformers.Trainer(

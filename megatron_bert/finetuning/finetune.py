@@ -175,8 +175,7 @@ def run_all(
     data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
     _check_lengths(data.task, encoder)
     training = settings.training
-    resumes = settings.checkpoint.resume == "auto"
-    done = {name: finished(variant) if resumes else None for name, variant in variants.items()}
+    done = {name: finished(variant) for name, variant in variants.items()}
     if done.get("") is not None:
         if launched_rank() == 0:
             print(f"{training.run_dir / RESULTS_FILE} is there: nothing left to do; remove it to train on")

@@ -40,13 +40,11 @@ def find_resume(settings: RunSettings) -> Path | None:
     """The checkpoint to go on from.
 
     Raises:
-        UserError: a checkpoint is named that is not there, that holds a model without the state of a run, or beside
-            which the run directory holds later ones.
+        UserError: a checkpoint is named that is not there or that holds a model without the state of a run; or the run
+            directory holds later ones than the one that is named, or any where none is wanted.
     """
-    wanted = settings.checkpoint.resume
-    if wanted == "none":
-        return None
-    path = latest_checkpoint(settings.training.run_dir / "checkpoints") if wanted == "auto" else _named(settings)
+    automatic = settings.checkpoint.resume == "auto"
+    path = latest_checkpoint(settings.training.run_dir / "checkpoints") if automatic else _named(settings)
     if path is None:
         return None
     missing = [name for name in RUN_STATE if name not in read_state(path)]
@@ -58,27 +56,28 @@ def find_resume(settings: RunSettings) -> Path | None:
     return path
 
 
-def _named(settings: RunSettings) -> Path:
-    """The checkpoint that is named, or the newest that this very command has saved since it went on from that one.
+def _named(settings: RunSettings) -> Path | None:
+    """The checkpoint that is named (None for none), or the newest that this very command has saved since it began there.
 
     Later checkpoints of anything else are refused: the next start would take the last of them for the newest.
     """
-    path, root = Path(settings.checkpoint.resume), settings.training.run_dir / "checkpoints"
+    wanted, root = settings.checkpoint.resume, settings.training.run_dir / "checkpoints"
     newest = latest_checkpoint(root)
     # Asked first: the checkpoint that the command began with may have been one of these, and be gone by now.
     mine = json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True)))
     if newest is not None and read_state(newest).get("settings") == mine:
         return newest
-    step = checkpoint_step(path)
+    path = None if wanted == "none" else Path(wanted)
+    step = -1 if path is None else checkpoint_step(path)
     if step is None:
         raise UserError(
             f"checkpoint.resume is {path}, which is no whole checkpoint: give auto, none or a step_... directory"
         )
-    later = [found for own_step, found in whole_checkpoints(root).items() if own_step > step]
+    later = [found.name for own_step, found in whole_checkpoints(root).items() if own_step > step]
     if not later:
         return path
+    begins = "checkpoint.resume is none" if path is None else f"checkpoint.resume is {path}"
     raise UserError(
-        f"{root} holds checkpoints that are later than {path}: {', '.join(found.name for found in later)}; remove them "
-        "to go back, set checkpoint.resume=auto to go on from the last of them, or set another training.run_dir to "
-        "keep both"
+        f"{begins}, but {root} holds later checkpoints of another command: {', '.join(later)}; remove them to begin "
+        "there, set checkpoint.resume=auto to go on from the last of them, or set another training.run_dir to keep both"
     )

@@ -202,6 +202,8 @@ def test_going_on_from_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     results = read_results(tmp_path / "other")
     assert results is not None
     assert results["best_step"] == 3
+    with pytest.raises(UserError, match=r"holds the results of a run with training\.steps 3, but now it is 4"):
+        finetune(settings.model_copy(update={"training": settings.training.model_copy(update={"steps": 4})}))
     several = run_settings(tmp_path, training__seeds=[1, 2], checkpoint__resume=str(source))
     with pytest.raises(UserError, match="there are 2 runs: give auto or none"):
         finetune(several)

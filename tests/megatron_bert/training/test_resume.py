@@ -112,7 +112,9 @@ class TestAnEarlierCheckpoint:
             data, run, checkpoint__resume=str(earlier), checkpoint__keep=1, training__evaluate_every=3
         )
         before = (run / "config.yaml").read_text(encoding="utf-8")
-        with pytest.raises(UserError, match=r"later than .*step_00000002: step_00000004, step_00000006; remove them"):
+        with pytest.raises(
+            UserError, match=r"step_00000002, but .* holds later .*: step_00000004, step_00000006; remove them"
+        ):
             pretrain(settings)
         assert (run / "config.yaml").read_text(encoding="utf-8") == before
         for step in (4, 6):
@@ -173,12 +175,24 @@ class TestAnEarlierCheckpoint:
         assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step_{STEPS:08d}"
 
 
-def test_from_the_start(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_from_the_start(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an earlier command left is neither gone on from nor lost; the same command goes on from its own."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    pretrain(run_settings(data, run, checkpoint__resume="none", training__steps=3))
-    assert [row["step"] for row in rows(run)] == [1, 2, 3, 3]  # training, and an evaluation at the end
-    assert rows(run)[0] == rows(whole)[0]
+    settings = run_settings(data, run, checkpoint__resume="none", training__evaluate_every=3)
+    with pytest.raises(UserError, match=r"resume is none, but .*checkpoints holds later checkpoints .*remove them"):
+        pretrain(settings)
+    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / f"step_{STEPS:08d}"
+    shutil.rmtree(run / "checkpoints")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        pretrain(settings)
+    assert rows(run) == [row for row in rows(whole) if row["step"] <= 4]
+    pretrain(settings)
+    assert f"resuming from {run / 'checkpoints' / 'step_00000004'}" in capsys.readouterr().out
+    assert rows(run) == rows(whole)
 
 
 def test_nothing_left_to_do(data: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
