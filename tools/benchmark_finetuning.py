@@ -1,202 +1,142 @@
-"""Fine-tune with transformers' Trainer as a finished run did here, and compare scores and time.
+"""Scores of fine-tuning on tasks beside transformers' Trainer and beside the best constant answer.
 
-The same start (the run's checkpoint, exported), the same tokenised units, batch size, learning rates, warm-up, epochs,
-weight decay and dropout; another order of the data and other dropout masks. Needs the packages ``transformers`` and
-``accelerate``::
+For each settings file of `megatron-bert finetune` and each seed, the model is fine-tuned here, and with
+``--their-seeds`` by transformers' Trainer, from the same weights with the same settings. Both keep the epoch that is
+best on the validation split. What is finished is not run again, so the same command, also with other files, goes on
+where it was. Transformers' part needs the packages ``transformers`` and ``accelerate``::
 
-    python -m tools.benchmark_finetuning runs/texts --output finetuning.json
+    python -m tools.benchmark_finetuning configs/finetune/classification.yaml --runs runs/tasks --their-seeds 1 2 3
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
+import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from torch import Tensor
 
 from megatron_bert.config_file import load_sections
-from megatron_bert.convert.conversion import convert
-from megatron_bert.finetuning.results import read_results
-from megatron_bert.finetuning.saved import task_config
+from megatron_bert.finetuning.finetune import finetune
+from megatron_bert.finetuning.results import write_json
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
-from megatron_bert.tasks.task import Head, Task, Unit
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.tasks.squad_metrics import token_f1
+from megatron_bert.tasks.task import IGNORED, Task
+from tools.benchmark_throughput import processor_name
+from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
 
-CLASSES = {
-    "sequence": "MegatronBertForSequenceClassification",
-    "choice": "MegatronBertForMultipleChoice",
-    "token": "MegatronBertForTokenClassification",
-    "span": "MegatronBertForQuestionAnswering",
-}
+#: Of a text, the first so many words are what a constant answer to questions may be.
+_WORDS = (1, 2, 3, 5, 8, 12, 16, 20, 24, 30, 40)
 
 
-def collate(units: list[Unit], head: Head, pad_id: int) -> dict[str, Tensor]:
-    """Transformers' arguments for units: rectangles with padding."""
-    choices = max(len(unit.features) for unit in units)
-    length = max(len(feature.tokens) for unit in units for feature in unit.features)
-    shape = (len(units), choices, length)
-    ids, types, mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for row, unit in enumerate(units):
-        for choice, feature in enumerate(unit.features):
-            count = len(feature.tokens)
-            ids[row, choice, :count], types[row, choice, :count] = feature.tokens, feature.types
-            mask[row, choice, :count] = 1
-    if head.kind != "choice":
-        ids, types, mask = ids[:, 0], types[:, 0], mask[:, 0]
-    given = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
-    if head.kind == "token":
-        tags = np.full(ids.shape, -100)
-        for row, unit in enumerate(units):
-            tags[row, unit.features[0].rows] = unit.label
-        given["labels"] = tags
-    elif head.kind == "span":
-        places = np.stack([unit.label for unit in units])
-        given |= {"start_positions": places[:, 0], "end_positions": places[:, 1]}
-    else:
-        labels = np.stack([unit.label for unit in units])
-        given["labels"] = labels[:, 0] if labels.dtype == np.int64 else labels
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in given.items()}
-
-
-@torch.no_grad()
-def score(model: Any, task: Task[Any, Any], split: str, batch: int = 64) -> dict[str, float]:
-    """The task's metrics of transformers' model on a split."""
-    model.eval()
-    examples = task.examples(split)
+def constant_answer(task: Task[Any, Any], split: str) -> float:
+    """The task's metric where every answer is the one that is most frequent, or best, in the training data."""
+    training, examples = task.examples("train"), task.examples(split)
+    if task.head.kind == "span":
+        return 100.0 * max((_first_words(training, words), _first_words(examples, words)) for words in _WORDS)[1]
+    known = [unit.label for unit in task.units(training, train=True)]
+    labels = np.concatenate(known) if task.head.kind == "token" else np.stack(known)
     units = task.units(examples, train=False)
-    logits: list[np.ndarray] = []
-    for start in range(0, len(units), batch):
-        chosen = units[start : start + batch]
-        given = collate(chosen, task.head, task.tokenizer.pad_id)
-        output = model(**{name: given[name] for name in ("input_ids", "token_type_ids", "attention_mask")})
-        for row, unit in enumerate(chosen):
-            rows = unit.features[0].rows
-            if task.head.kind == "span":
-                pair = torch.stack((output.start_logits[row], output.end_logits[row]), dim=1)
-                logits.append(pair.numpy()[rows])
-            elif task.head.kind == "token":
-                logits.append(output.logits[row].numpy()[rows])
-            else:
-                logits.append(
-                    output.logits[row, : len(unit.features)].numpy()
-                    if task.head.kind == "choice"
-                    else output.logits[row].numpy()
-                )
-    return task.metrics(examples, task.predictions(examples, units, logits))
+    if np.issubdtype(labels.dtype, np.floating):
+        # The mean of a number; of labels that may be true together, those that more often are than not.
+        mean = np.nanmean(labels, axis=0)
+        answer = mean if task.head.problem == "regression" else mean - 0.5
+    else:
+        widest = max(len(unit.features) for unit in units) if task.head.kind == "choice" else task.head.outputs
+        answer = np.arange(widest) == np.bincount(labels[labels != IGNORED]).argmax()
+    answer = answer.astype(np.float32)
+    logits = []
+    for unit in units:
+        if task.head.kind == "token":
+            logits.append(np.tile(answer, (len(unit.features[0].rows), 1)))
+        else:
+            logits.append(answer[: len(unit.features)] if task.head.kind == "choice" else answer)
+    return task.metrics(examples, task.predictions(examples, units, logits))[task.metric]
 
 
-def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str, dict[str, float]], float]:
-    """Best scores of transformers' Trainer by split, and its training seconds."""
+def _first_words(examples: list[Any], words: int) -> float:
+    """Mean F1 of the first words of the texts as answers."""
+    found = [
+        max(token_f1(gold.text, " ".join(example.context.split()[:words]), no_answer=False) for gold in example.answers)
+        for example in examples
+    ]
+    return float(np.mean(found))
+
+
+def their_scores(file: Path, seed: int, directory: Path) -> dict[str, dict[str, float]]:
+    """Scores of transformers' Trainer by split, from ``directory`` if they are there."""
+    kept = directory / "transformers.json"
+    if not kept.exists():
+        from tools.transformers_trainer import train
+
+        settings = load_sections(file, [f"training.run_dir={directory}"], FinetuneSettings)
+        with tempfile.TemporaryDirectory() as folder:
+            scores, seconds = train(settings, seed, Path(folder))
+        write_json(kept, {"scores": scores, "training_seconds": seconds})
+    found: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8"))["scores"]
+    return found
+
+
+def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One task: its metric, settings and scores."""
+    settings = load_sections(file, [], FinetuneSettings)
     tokenizer = find_tokenizer(settings)
-    task = build_task(settings.task, settings.data, tokenizer)
-    config = task_config(encoder_config(settings, tokenizer), task)
-    start = folder / "encoder"
-    if not start.exists():
-        convert(settings.model.from_, start, to="huggingface", progress=False)
-    transformers.set_seed(seed)
-    theirs = getattr(transformers, CLASSES[task.head.kind])
-    model = theirs.from_pretrained(
-        start,
-        num_labels=config.num_labels,
-        problem_type=config.problem_type,
-        hidden_dropout_prob=config.hidden_dropout_prob,
-        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-        layer_norm_eps=config.layer_norm_eps,
-    )
-    training, rate = settings.training, settings.learning_rate
-    best: dict[str, dict[str, float]] = {}
-    evaluating = 0.0
-
-    class Follow(transformers.TrainerCallback):
-        """Scores after every epoch, as the run had them."""
-
-        def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            nonlocal best, evaluating
-            began = time.perf_counter()
-            scores = score(model, task, task.valid_splits[0])
-            if not best or scores[task.metric] > best[task.valid_splits[0]][task.metric]:
-                best = {task.valid_splits[0]: scores} | {name: score(model, task, name) for name in task.test_splits}
-            model.train()
-            evaluating += time.perf_counter() - began
-
-    units = task.units(task.examples("train"), train=True)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.global_batch_size,
-        learning_rate=rate.peak,
-        warmup_steps=rate.warmup(math.ceil(training.epochs * len(units) / training.global_batch_size)),
-        lr_scheduler_type=rate.schedule,
-        weight_decay=settings.optimizer.weight_decay,
-        max_grad_norm=settings.optimizer.clip_grad_norm,
-        seed=seed,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_strategy="no",
-        remove_unused_columns=False,
-        bf16=settings.precision.compute == "bfloat16",
-        use_cpu=training.device != "cuda" and not torch.cuda.is_available(),
-    )
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=units,
-        data_collator=lambda chosen: collate(chosen, task.head, tokenizer.pad_id),
-        callbacks=[Follow()],
-    )
-    began = time.perf_counter()
-    trainer.train()
-    return best, time.perf_counter() - began - evaluating
+    form = input_format(tokenizer, roberta=encoder_config(settings, tokenizer).like_roberta)
+    task = build_task(settings.task, settings.data, tokenizer, form)
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for seed in arguments.seeds:
+        directory = arguments.runs / file.stem / f"seed_{seed}"
+        changes = [f"training.seed={seed}", "training.seeds=null"]
+        splits = finished_run(finetune, FinetuneSettings, file, directory / "float", changes)["splits"]
+        models = {"megatron_bert": splits}
+        if seed in arguments.their_seeds:
+            models["transformers"] = their_scores(file, seed, directory)
+        if not found:
+            models["constant answer"] = {split: {task.metric: constant_answer(task, split)} for split in splits}
+        found[seed] = {
+            model: {split: scores[task.metric] for split, scores in by_split.items() if task.metric in scores}
+            for model, by_split in models.items()
+        }
+    return {"metric": task.metric, "settings": essential_settings(file), "splits": summarise(found)}
 
 
 def main() -> None:
-    """Compare a run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", type=Path, help="a finished fine-tuning run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of transformers' Trainer")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    """Run what is missing, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="settings of fine-tuning, one file a task")
+    parser.add_argument("--runs", type=Path, required=True, help="directory for the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--their-seeds", type=int, nargs="*", default=[], help="those for transformers' Trainer too")
+    parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
     arguments = parser.parse_args()
-    settings = load_sections(arguments.run / "config.yaml", [], FinetuneSettings)
-    results = read_results(arguments.run)
-    assert results is not None, "the run is finished"
-    rows = [row for row in read_metrics(arguments.run / METRICS_FILE) if "step_seconds" in row]
-    ours = float(np.mean([row["step_seconds"] for row in rows])) * results["steps"]
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in arguments.seeds:
-            scores, seconds = train(settings, seed, Path(folder))
-            found.append({"seed": seed, "scores": scores, "training_seconds": seconds})
-            print(json.dumps(found[-1]))
-    report = {
-        "task": settings.task.name,
-        "metric": results["metric"],
-        "here": {"seed": settings.training.seed, "scores": results["splits"], "training_seconds": ours},
-        "transformers": found,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+    tasks: dict[str, Any] = {}
+    for file in arguments.files:
+        tasks[file.stem] = measure(file, arguments)
+        print(describe(file.stem, tasks[file.stem]), flush=True)
+    if arguments.output is None:
+        return
+    packages = ("torch", "transformers", "accelerate") if arguments.their_seeds else ("torch",)
+    write_json(
+        arguments.output,
+        {
+            "about": arguments.about,
+            "command": "python -m tools.benchmark_finetuning " + " ".join(sys.argv[1:]),
+            "machine": processor_name(),
             "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in packages},
+            "tasks": tasks,
         },
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "command": f"python -m tools.benchmark_finetuning {arguments.run}",
-    }
-    print(f"here: {results['splits']}")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    )
+    draw(tasks, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

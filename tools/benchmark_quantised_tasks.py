@@ -17,41 +17,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
-from megatron_bert.config_file import load_sections
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from tools.benchmark_throughput import processor_name
-
-matplotlib.use("Agg")
+from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
 
 #: Splits that results.json has for other models than the one that is saved.
 _CALIBRATED = "_calibrated"
-
-
-def finished_run(
-    run: Callable[[Any], str | None], kind: type[FinetuneSettings], file: Path, directory: Path, changes: list[str]
-) -> dict[str, Any]:
-    """Results of a run with a settings file and changes to it, which is run unless it is finished."""
-    results = read_results(directory)
-    if results is None:
-        stopped = run(load_sections(file, [*changes, f"training.run_dir={directory}"], kind))
-        if stopped is not None:
-            raise SystemExit(f"{directory} was stopped by {stopped}: the same command goes on from there")
-        results = read_results(directory)
-    assert results is not None, "a run that was not stopped is finished"
-    return results
 
 
 def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -81,43 +61,6 @@ def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Names
     }
 
 
-def summarise(seeds: dict[int, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Split -> model -> every seed's score in turn, and their median."""
-    some = next(iter(seeds.values()))
-    return {
-        split: {
-            model: {
-                "seeds": (values := [scores[model][split] for scores in seeds.values()]),
-                "median": statistics.median(values),
-            }
-            for model in some
-        }
-        for split in some["float"]
-    }
-
-
-def draw(tasks: dict[str, Any], path: Path) -> None:
-    """Medians as bars and seeds as dots, a panel for each task's last split."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.2 * len(tasks), 3.6), squeeze=False)
-    for axis, (name, task) in zip(axes[0], tasks.items()):
-        split, models = list(task["splits"].items())[-1]
-        places = range(len(models))
-        axis.bar(places, [model["median"] for model in models.values()], color="0.8")
-        for place, model in zip(places, models.values()):
-            axis.plot([place] * len(model["seeds"]), model["seeds"], "o", color="tab:blue", markersize=4)
-        lowest = min(min(model["seeds"]) for model in models.values())
-        highest = max(max(model["seeds"]) for model in models.values())
-        room = (highest - lowest) or abs(highest) or 1.0
-        axis.set_ylim(lowest - room if lowest < 0.0 else max(0.0, lowest - room), highest + room / 4)
-        axis.set_xticks(places, list(models), rotation=60, ha="right")
-        axis.set_title(f"{name}: {task['metric']}, {split}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,14 +84,10 @@ def main() -> None:
             metric, found[seed] = score_seed(file, seed, arguments.runs / file.stem / f"seed_{seed}", arguments)
         tasks[file.stem] = {
             "metric": metric,
-            "settings": load_sections(file, [], FinetuneSettings).model_dump(
-                mode="json", by_alias=True, exclude_unset=True, exclude={"model": {"from_"}, "data": True}
-            ),
+            "settings": essential_settings(file),
             "splits": summarise(found),
         }
-        for split, models in tasks[file.stem]["splits"].items():
-            line = ", ".join(f"{model} {scores['median']:.4f}" for model, scores in models.items())
-            print(f"{file.stem} {split} {metric}: {line}", flush=True)
+        print(describe(file.stem, tasks[file.stem]), flush=True)
     if arguments.output is None:
         return
     result = {

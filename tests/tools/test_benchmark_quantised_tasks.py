@@ -40,13 +40,3 @@ def test_runs_of_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         "w7 calibrated": {"valid": 0.25, "test": 0.25},
         "w7 trained": {"valid": 0.9, "test": pytest.approx(0.85)},
     }
-
-
-def test_medians_and_picture(tmp_path: Path) -> None:
-    seeds = {number: {"float": {"test": value}, "further": {"test": -value}} for number, value in enumerate((1, 5, 2))}
-    splits = benchmark.summarise(seeds)
-    assert splits == {
-        "test": {"float": {"seeds": [1, 5, 2], "median": 2}, "further": {"seeds": [-1, -5, -2], "median": -2}}
-    }
-    benchmark.draw({"task": {"metric": "matthews", "splits": splits}}, tmp_path / "scores.png")
-    assert (tmp_path / "scores.png").stat().st_size > 1000
