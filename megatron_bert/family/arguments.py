@@ -32,6 +32,11 @@ class Arguments:
     output_attentions: bool | None = None
     output_hidden_states: bool | None = None
 
+    @property
+    def either(self) -> Tensor | None:
+        """Token ids, or else embeddings: what says how many sequences and tokens there are."""
+        return self.input_ids if self.input_ids is not None else self.inputs_embeds
+
 
 _SHARED = {field.name for field in fields(Arguments)}
 
@@ -66,7 +71,7 @@ class TokenInputs:
 
 def batch_size(given: Arguments) -> int:
     """B, as far as it can be told before anything is checked."""
-    either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+    either = given.either
     return either.shape[0] if isinstance(either, Tensor) and either.dim() else 0
 
 

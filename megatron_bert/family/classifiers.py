@@ -119,7 +119,7 @@ class ChoiceClassifier(Classifier):
 
     def chosen(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, choices]`` of inputs ``[B, choices, S]``, and the loss where there are ``labels`` ``[B]``."""
-        either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        either = given.either
         if either is not None and either.dim() != (3 if given.input_ids is not None else 4):
             raise UserError(f"the inputs have shape {list(either.shape)}, expected [batch, choices, tokens]")
         encoded, scores = self.classified(_flattened(given))
@@ -137,7 +137,7 @@ class TokenClassifier(Classifier):
 
     def tagged(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
-        either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        either = given.either
         needed = None
         if labels is not None and either is not None and either.dim() >= 2:
             _check_shape("labels", labels, tuple(either.shape[:2]))

@@ -116,7 +116,7 @@ class LanguageModel(HeadModel):
 
     def labelled(self, given: Arguments, labels: Tensor | None) -> Tensor | None:
         """Check word labels, and say which tokens have one: bool ``[B, S]``."""
-        either = given.input_ids if given.input_ids is not None else given.inputs_embeds
+        either = given.either
         if labels is None or either is None:
             return None
         check_labels("labels", labels, tuple(either.shape[:2]), self.config.vocab_size, IGNORED)
