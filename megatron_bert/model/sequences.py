@@ -24,7 +24,7 @@ class SequenceLayout:
         length: S; for packed sequences the longest (an upper bound will do).
         key_mask: rectangle only: bool ``[B, S]``, true for tokens that may be attended to; None when all may.
         boundaries: packed only: int32 ``[B + 1]``, where each sequence starts and the last one ends (cu_seqlens).
-        places: packed only: int64 ``[T]``, where each token stands in the rectangle ``B * S``.
+        places: packed only: int64 ``[T]``, where each token stands in the rectangle ``B * S``; None where they fill it.
     """
 
     batch: int
@@ -45,6 +45,8 @@ class SequenceLayout:
         boundaries = torch.zeros(batch + 1, dtype=torch.int64, device=lengths.device)
         torch.cumsum(lengths, 0, out=boundaries[1:])
         total = int(boundaries[-1])
+        if total == batch * longest:
+            return SequenceLayout(batch=batch, length=longest, boundaries=boundaries.to(torch.int32))
         sequence = torch.repeat_interleave(torch.arange(batch, device=lengths.device), lengths, output_size=total)
         within = torch.arange(total, device=lengths.device) - boundaries[sequence]
         return SequenceLayout(
@@ -95,7 +97,7 @@ class SequenceLayout:
 
     def rectangle_mask(self) -> Tensor | None:
         """Bool ``[B, S]``, true for tokens that may be attended to; None when all may."""
-        if self.boundaries is None:
+        if self.boundaries is None or self.places is None:
             return self.key_mask
         lengths = self.boundaries.diff()
         return torch.arange(self.length, device=lengths.device) < lengths[:, None]

@@ -19,7 +19,7 @@ def test_rectangle():
     assert SequenceLayout.rectangle(2, 3).rectangle_mask() is None
 
 
-@pytest.mark.parametrize("lengths", [[3], [2, 5, 1], [4, 4], [1, 1, 1, 1]])
+@pytest.mark.parametrize("lengths", [[3], [2, 5, 1], [4, 4], [5, 5], [1, 1, 1, 1]])
 @pytest.mark.parametrize("longest", [5, 7])
 def test_packed(lengths, longest):
     layout = SequenceLayout.packed(torch.tensor(lengths), longest)
@@ -29,6 +29,9 @@ def test_packed(lengths, longest):
     assert rectangle.shape == (len(lengths), longest, 2)
     assert layout.from_rectangle(rectangle).equal(tokens)
     mask = layout.rectangle_mask()
+    if total == len(lengths) * longest:
+        assert mask is None
+        mask = torch.ones(len(lengths), longest, dtype=torch.bool)
     assert mask.sum(dim=1).tolist() == lengths
     assert rectangle[~mask].eq(0).all()
     for row, part in zip(rectangle, tokens.split(lengths), strict=True):
