@@ -57,7 +57,7 @@ def find_resume(settings: RunSettings) -> Path | None:
 
 
 def _named(settings: RunSettings) -> Path | None:
-    """The checkpoint that is named (None for none), or the newest that this very command has saved since it began there.
+    """The checkpoint that is named, None for none; or the newest that this very command has saved since it began there.
 
     Later checkpoints of anything else are refused: the next start would take the last of them for the newest.
     """
