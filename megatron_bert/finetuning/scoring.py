@@ -78,18 +78,13 @@ def score_units(
             for chunk in chosen
         ]
 
-        def forward(
-            stage: int, received: Tensor | None, index: int, batches=batches, numbers=numbers, chosen=chosen
-        ) -> Tensor:
-            module = model.stages[stage]
-            output = module(batches[index], None, received)
-            if module.part.last and numbers[index] < len(chunks):
+        def take(index: int, output: Tensor, batches=batches, numbers=numbers, chosen=chosen) -> None:
+            if numbers[index] < len(chunks):
                 counted = labelled(batches[index], head).sum()
                 sums.add_(torch.stack((task_loss_sum(output, batches[index], head).double(), counted.double())))
                 mine.extend(zip(chosen[index], _by_unit(output, batches[index], head), strict=True))
-            return output
 
-        engine.run(forward, lambda index, batches=batches: model.activation_shape(batches[index]))  # type: ignore[misc]
+        model.run_forward(engine, batches, take)
     model.reshard()
     mesh.all_reduce(sums, (*DATA_AXES, "pipeline"))
     total, count = sums.tolist()

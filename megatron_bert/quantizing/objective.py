@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -86,13 +87,10 @@ class QuantizationAware(Finetuning):
         if self.teaching_engine is None:
             return
 
-        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
-            output = self.teachers[stage](batches[index], None, received)
-            if self.teachers[stage].part.last:
-                self._taught[id(batches[index])] = output
-            return output
+        def keep(index: int, output: Tensor) -> None:
+            self._taught[id(batches[index])] = output
 
-        self.teaching_engine.run(forward, lambda index: model.activation_shape(batches[index]))
+        model.run_forward(self.teaching_engine, batches, keep, stages=self.teachers)
 
     def loss_sums(self, output: Tensor, batch: TokenBatch, tp: TensorParallel) -> Tensor:
         """The task's loss, blended with the distance to the teacher."""
@@ -120,7 +118,7 @@ class QuantizationAware(Finetuning):
         """Find the ranges on training data; every rank calls."""
         rounds = self._rounds(self.quantization.calibration_steps, engine, mesh)
         with torch.no_grad(), evaluating(model):
-            calibrate(_together(model), rounds, _runner(model, engine), range_groups(mesh))
+            calibrate(_together(model), rounds, partial(model.run_forward, engine), range_groups(mesh))
         model.reshard()
 
     def report(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> list[QuantizerReport]:
@@ -130,7 +128,7 @@ class QuantizationAware(Finetuning):
         """
         rounds = self._rounds(self.quantization.report_steps, engine, mesh)
         with torch.no_grad(), evaluating(model):
-            rows = compare_with_float(_together(model), rounds, _runner(model, engine))
+            rows = compare_with_float(_together(model), rounds, partial(model.run_forward, engine))
         model.reshard()
         # Names of several stages on a rank begin with the number of the stage on it.
         rows = [replace(row, name=row.name.lstrip("0123456789.")) for row in rows]
@@ -175,16 +173,6 @@ def _together(model: StagedModel) -> nn.Module:
     """This rank's stages as one module, whose parts keep their names."""
     stages = list(model.stages.values())
     return stages[0] if len(stages) == 1 else nn.ModuleList(stages)
-
-
-def _runner(model: StagedModel, engine: PipelineEngine) -> Callable[[Sequence[TokenBatch]], None]:
-    def run(batches: Sequence[TokenBatch]) -> None:
-        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
-            return model.stages[stage](batches[index], None, received)
-
-        engine.run(forward, lambda index: model.activation_shape(batches[index]))
-
-    return run
 
 
 def _stage_order(row: QuantizerReport) -> tuple[int, str]:

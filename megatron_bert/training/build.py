@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_bert.config import RunSettings
@@ -16,6 +17,7 @@ from megatron_bert.training.precision import DTYPES
 from parallel.data_parallel import apply_data_parallel
 from parallel.mesh import ParallelMesh
 from parallel.pipeline.actions import Schedule
+from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.tied import TiedParameter
 from parallel.sharding import initialize
 
@@ -47,6 +49,32 @@ class StagedModel:
         tp = next(iter(self.stages.values())).tp
         tokens = batch.tokens.shape[0]
         return tokens // tp.size if tp.sequence else tokens, self.config.hidden_size
+
+    def run_forward(
+        self,
+        engine: PipelineEngine,
+        batches: Sequence[TokenBatch],
+        at_end: Callable[[int, Any], None] | None = None,
+        stages: Mapping[int, Any] | None = None,
+    ) -> None:
+        """Run the stages over micro batches, without a backward pass.
+
+        Args:
+            engine: runs a forward-only schedule.
+            batches: one for each micro batch of it.
+            at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank.
+            stages: others to run in place of these, with activations of the same shapes.
+        """
+        running = self.stages if stages is None else stages
+
+        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
+            module = running[stage]
+            output: Tensor = module(batches[index], None, received)
+            if at_end is not None and module.part.last:
+                at_end(index, output)
+            return output
+
+        engine.run(forward, lambda index: self.activation_shape(batches[index]))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Global name -> parameter, without the last stage's copy of the word embeddings."""

@@ -54,15 +54,11 @@ def _score(
     """Run the stages over micro batches; the last stage adds its sums to ``totals``."""
     vocab_size = model.config.vocab_size
 
-    def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
+    def add(index: int, output: PretrainingLogits) -> None:
         batch = batches[index]
-        output = model.stages[stage](batch, None, received)
-        if not isinstance(output, PretrainingLogits):
-            return output
         loss, right = loss_sums(output, batch, vocab_size, tp), correct_counts(output, batch, vocab_size, tp)
         slots, pairs = (batch.slot_labels != IGNORED).sum(), (batch.pair_labels != IGNORED).sum()
         sums = (loss.masked, right.masked, slots, loss.pair, right.pair, pairs)
         totals.add_(torch.stack([value.double() for value in sums]))
-        return loss.masked
 
-    engine.run(forward, lambda index: model.activation_shape(batches[index]))
+    model.run_forward(engine, batches, add)
