@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
-from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run
 from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, whole_directory, write_results
@@ -20,6 +19,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
+from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.run import find_resume, open_run
@@ -175,11 +175,13 @@ def run_all(
     data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
     _check_lengths(data.task, encoder)
     training = settings.training
-    done = {name: finished(variant) for name, variant in variants.items()}
+    done = {name: finished(variant, data.task) for name, variant in variants.items()}
     if done.get("") is not None:
         if launched_rank() == 0:
             print(f"{training.run_dir / RESULTS_FILE} is there: nothing left to do; remove it to train on")
         return None
+    for split in data.task.splits:
+        data.task.examples(split)  # what cannot be read is found before anything is trained
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         open_run(settings, world)
         mesh = ParallelMesh(layout, world.device)
@@ -195,7 +197,7 @@ def run_all(
                         note_stop(training.run_dir, *results)
                     return results.reason
                 found[name] = results
-        if len(found) > 1:
+        if "" not in found:
             on_first_rank(lambda: summarise(training.run_dir, found, data.task))
     return None
 

@@ -16,13 +16,13 @@ import torch
 from tqdm import tqdm
 
 from megatron_bert.config_file import apply_override
-from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.results import RESULTS_FILE, write_json, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
 from megatron_bert.finetuning.scoring import Scored, score_units
 from megatron_bert.tasks.rows import RowError, parse_object
 from megatron_bert.tasks.task import Example, Prediction, Task, Unit
 from megatron_bert.training.build import StagedModel
+from megatron_bert.training.first_rank import on_first_rank
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.pipeline.engine import PipelineEngine
@@ -214,7 +214,7 @@ def predict_stream(
             good = [example for example in read if isinstance(example, Example)]
             found = iter(scorer.predict(good) if good else [])
             for example in read:
-                answer = next(found) if isinstance(example, Example) else {"error": example}
+                answer = next(found) if isinstance(example, Example) else example
                 bad += "error" in answer
                 answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
             answers.flush()
@@ -222,17 +222,20 @@ def predict_stream(
     return bad
 
 
-def _example(saved: SavedTask, number: int, line: str, on_bad_row: str) -> Example | str:
-    where = f"line {number}"
+def _example(saved: SavedTask, number: int, line: str, on_bad_row: str) -> Example | dict[str, Any]:
+    """The example of a row, or the answer to one that cannot be read."""
+    where, named = f"line {number}", {}
     try:
-        return saved.task.example_from(parse_object(line.lstrip("\ufeff")), where)
+        row = parse_object(line.lstrip("\ufeff"))
+        named = {"id": row["id"]} if row.get("id") is not None else {}
+        return saved.task.example_from(row, where)
     except RowError as error:
         reason = f"{where}: {error}"
     except UserError as error:
         reason = str(error)
     if on_bad_row == "error":
         raise UserError(f"{reason} (--on-bad-row skip goes on)")
-    return reason
+    return named | {"error": reason}
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_bert.convert.opening import load_into
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
-from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.losses import labelled, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -24,6 +23,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
 from megatron_bert.tasks.task import Prediction, Unit
 from megatron_bert.training.build import StagedModel
+from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.objective import Objective
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh, TensorParallel
@@ -78,6 +78,11 @@ class Finetuning(Objective):
         self.evaluates = bool(self.task.valid_splits)
         self.metric = self.task.metric if self.evaluates else None
         self.patience = training.patience
+        if self.patience and self.evaluate_every == 0:
+            raise UserError(
+                f"training.patience is {self.patience} evaluations, but with training.evaluate_every 0 there is none "
+                "before the end: leave one of them out"
+            )
         for name, value in (("patience", training.patience or None), ("evaluate_every", training.evaluate_every)):
             if value is not None and not self.evaluates:
                 raise UserError(

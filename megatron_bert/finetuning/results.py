@@ -143,14 +143,17 @@ def write_results(
     return results
 
 
-def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
+def finished(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     """The results of the run of these settings if it is finished; None if it is not.
 
     Raises:
-        UserError: the run directory holds the results of other settings.
+        UserError: the run directory holds the results of other settings or data, or damaged ones.
     """
     run_dir = settings.training.run_dir
-    results = read_results(run_dir)
+    try:
+        results = read_results(run_dir)
+    except ValueError as error:
+        raise UserError(f"{run_dir / RESULTS_FILE} is damaged ({error}): remove it to train on") from None
     if results is None:
         return None
     if "settings" not in results:
@@ -163,7 +166,19 @@ def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
             f"{run_dir} holds the results of a run with {name} {theirs.get(name)!r}, but now it is {mine.get(name)!r}: "
             f"choose another training.run_dir, or remove {RESULTS_FILE} there"
         )
+    before, now = (_contents(data) for data in (results.get("data", {}), task.data_fingerprints()))
+    changed = next((path for path in now if before.get(path) != now[path]), None)
+    if changed is not None:
+        raise UserError(
+            f"{run_dir} holds the results of a run with another content of {changed}: choose another "
+            f"training.run_dir, or remove {RESULTS_FILE} there"
+        )
     return results
+
+
+def _contents(fingerprints: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, str]:
+    """Path of a data file -> sha256."""
+    return {entry["path"]: entry["sha256"] for entries in fingerprints.values() for entry in entries}
 
 
 #: Settings that change nothing in what comes out.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
-from megatron_bert.finetuning.first_rank import on_first_rank
 from megatron_bert.finetuning.results import whole_directory, write_json
 from megatron_bert.finetuning.saved import save_task
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -20,6 +19,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
 from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
 from megatron_bert.tasks.task import Task
+from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError

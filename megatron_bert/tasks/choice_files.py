@@ -182,7 +182,7 @@ def _read_race(path: Path, split: str, bad: BadRows) -> Iterator[ChoiceExample]:
         raise UserError(f"{path} holds no *.txt file: give a directory of RACE, such as RACE/train/middle")
     for file in files:
         # In the official directories an article is in the folder of its part, and its id begins with it.
-        part = next((name for name in ("middle", "high") if name in file.parent.parts), "")
+        part = file.parent.name if file.parent.name in ("middle", "high") else ""
         for row in read_table(file, "jsonl", True, bad):
             questions = row.value("questions") if row.has("questions") else None
             # An article without a list of questions is one bad row, which the conversion reports.

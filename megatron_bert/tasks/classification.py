@@ -36,6 +36,11 @@ class ClassificationTask(SequenceTask):
             return "regression"
         return "multi_label_classification" if self.settings.multi_label else "single_label_classification"
 
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the settings name a column of second texts."""
+        return self.data.columns.text_pair is not None
+
     def find_labels(self) -> tuple[str, ...]:
         """The settings' labels, or those found."""
         label = self.data.columns.label
@@ -53,11 +58,14 @@ class ClassificationTask(SequenceTask):
         if self.data.train is None:
             raise UserError("there is no training file to find labels in: set task.labels or data.train")
         found: set[str] = set()
-        for row in self._rows(self.data.train, BadRows("skip")):
+        bad = BadRows("skip")  # reported when they are read for training, unless nothing is left
+        for row in self._rows(self.data.train, bad):
             try:
                 found.update(self._names(row))
-            except RowError:
-                continue  # reported when the row is read for training
+            except RowError as reason:
+                bad.add(row.path, f"line {row.line}", reason)
+        if not found and bad.reasons:
+            raise UserError(f"no row of {self.data.train} has a label that can be used: {bad.reasons[0]}")
         return in_order(found)
 
     def _found(self) -> dict[str, Any]:
@@ -77,6 +85,8 @@ class ClassificationTask(SequenceTask):
         kind: Any = self.data.format or FORMATS.get(path.suffix)
         if kind is None:
             raise UserError(f"{path} does not show its format by its ending: set data.format: tsv, csv or jsonl")
+        if kind not in FORMATS.values():
+            raise UserError(f"data.format {kind} is for multiple choice: set tsv, csv or jsonl")
         return read_table(path, kind, self.data.header, bad)
 
     def _example(self, row: Row, split: str) -> TextExample:

@@ -45,7 +45,7 @@ class Sentence:
 def read_sentences(path: Path, token: int, tag: int, tags_may_lack: bool, bad: BadRows) -> Iterator[Sentence]:
     """Sentences of a column file: one word a line, separated by empty lines; lines of -DOCSTART- are passed over.
 
-    Columns are separated by tabs in lines that have one, and by white space in others.
+    Columns are separated by tabs in lines that have one, and by spaces in others.
 
     Args:
         path: the file.
@@ -77,7 +77,7 @@ def read_sentences(path: Path, token: int, tag: int, tags_may_lack: bool, bad: B
 def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     block: list[tuple[int, str]] = []
     for number, line in read_lines(path):
-        if line.strip() and not line.startswith(DOCUMENT_START):
+        if line.strip(" \t") and not line.startswith(DOCUMENT_START):
             block.append((number, line))
         elif block:
             yield block
@@ -87,7 +87,8 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
 
 
 def _columns(line: str, token: int, tag: int, tag_may_lack: bool) -> tuple[str, str | None]:
-    cells = line.split("\t") if "\t" in line else line.split()
+    # Other white space of Unicode, such as a no-break space, is part of a word.
+    cells = line.split("\t") if "\t" in line else [cell for cell in line.split(" ") if cell]
     if not -len(cells) <= token < len(cells) or not cells[token]:
         raise RowError(f"it has no word in column {token} (it has {len(cells)} columns)")
     lacks = not -len(cells) <= tag < len(cells) or tag % len(cells) == token % len(cells)

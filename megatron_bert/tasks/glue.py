@@ -30,6 +30,11 @@ class GlueTask(SequenceTask):
         """Which loss the head has."""
         return "single_label_classification" if self.layout.labels else "regression"
 
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether GLUE's task is on pairs of sentences."""
+        return self.layout.text_pair is not None
+
     def find_labels(self) -> tuple[str, ...]:
         """GLUE's labels."""
         return self.layout.labels
@@ -87,7 +92,9 @@ class GlueTask(SequenceTask):
         directory.mkdir(parents=True, exist_ok=True)
         written = []
         for split, name in self.layout.submission.items():
-            rows = [(e.id, p) for e, p in zip(examples, predictions, strict=True) if e.split == split]
+            given = self.data.test is not None and self.data.test.stem == split  # MNLI has several test files
+            splits = (split, "test") if given else (split,)
+            rows = [(e.id, p) for e, p in zip(examples, predictions, strict=True) if e.split in splits]
             if not rows:
                 continue
             lines = ["index\tprediction", *(f"{number}\t{self._submitted(p)}" for number, p in rows)]

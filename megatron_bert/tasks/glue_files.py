@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bert.tasks.rows import BadRows, Row, RowError, read_table
+from megatron_bert.tasks.rows import BadRows, Row, RowError, read_lines, read_table
 from megatron_bert.tasks.settings import Column
 
 
@@ -78,6 +78,7 @@ LAYOUTS = {
 }
 
 COLA_COLUMNS = 4
+COLA_TEST_HEADER = ["index", "sentence"]
 MRPC_FILES = {"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"}
 MRPC_DEVELOPMENT = "dev_ids.tsv"
 
@@ -108,8 +109,8 @@ def official_files(name: str, directory: Path) -> dict[str, list[Path]]:
 
 def read_glue(name: str, path: Path, split: str, bad: BadRows) -> Iterator[Row]:
     """Rows of one file for one split."""
-    # CoLA's training and development files alone have no header.
-    header = name != "cola" or split.startswith("test")
+    # CoLA's training and development files have no header; its test file has one.
+    header = name != "cola" or next((line for _, line in read_lines(path)), "").split("\t") == COLA_TEST_HEADER
     rows = read_table(path, "tsv", header, bad)
     if path.name == MRPC_FILES["train"] and (path.parent / MRPC_DEVELOPMENT).is_file():
         rows = _mrpc_part(rows, path.parent / MRPC_DEVELOPMENT, split == "valid", bad)

@@ -14,7 +14,7 @@ from megatron_bert.tasks import metrics
 from megatron_bert.tasks.choice_files import FEWEST_CHOICES, ChoiceExample, official_choice_files, read_choices
 from megatron_bert.tasks.encoding import BERT, Feature, InputFormat, feature, pooled_feature
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
-from megatron_bert.tasks.stream import text_of, texts_of
+from megatron_bert.tasks.stream import name_of, text_of, texts_of
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
 from parallel.errors import UserError
 
@@ -60,7 +60,7 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
 
     def group(self, example: ChoiceExample) -> str:
         """Questions on one passage stay together."""
-        return example.passage or example.id
+        return example.passage or str(example.id)
 
     def example_from(self, row: Mapping[str, Any], where: str) -> ChoiceExample:
         """An example from `question`, `choices` and, with a passage, `context`."""
@@ -68,7 +68,7 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
         if len(choices) < FEWEST_CHOICES:
             raise UserError(f'{where} has {len(choices)} "choices", expected {FEWEST_CHOICES} or more')
         context = text_of(row, "context", where) if row.get("context") is not None else None
-        name = str(row.get("id", where))
+        name = name_of(row, where)
         return ChoiceExample(name, where, "predict", text_of(row, "question", where), tuple(choices), context)
 
     def units(self, examples: Sequence[ChoiceExample], *, train: bool) -> list[Unit]:

@@ -24,7 +24,7 @@ from megatron_bert.tasks.metrics import softmax
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.squad_files import SpanExample, read_squad
 from megatron_bert.tasks.squad_metrics import Judged, best_threshold, squad_metrics
-from megatron_bert.tasks.stream import text_of
+from megatron_bert.tasks.stream import name_of, text_of
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task
 from parallel.errors import UserError
 
@@ -48,7 +48,10 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         super().__init__(settings, data, tokenizer, form)
         self.head = Head("span", 2)
         parts = ("HasAns_f1", "HasAns_exact", "NoAns_f1", "NoAns_exact", "best_f1", "best_exact")
-        self.choose_metric(("f1", "exact_match", *(parts if settings.no_answer else ())))
+        # The threshold is found when training has ended: until then checkpoints compete with the best for each.
+        searched = settings.no_answer and settings.null_threshold is None
+        names = ("f1", "exact_match", *(parts if settings.no_answer else ()))
+        self.choose_metric(names, default="best_f1" if searched else None)
         self.null_threshold = settings.null_threshold or 0.0
         self.doc_stride = settings.doc_stride or DOC_STRIDE
         room = self.max_length - form.pair_specials
@@ -70,7 +73,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
     def example_from(self, row: Mapping[str, Any], where: str) -> SpanExample:
         """An example from `question` and `context`."""
         question, context = text_of(row, "question", where), text_of(row, "context", where)
-        return SpanExample(str(row.get("id", where)), where, "predict", question, context)
+        return SpanExample(name_of(row, where), where, "predict", question, context)
 
     def units(self, examples: Sequence[SpanExample], *, train: bool) -> list[WindowUnit]:
         """One unit a window; windows without the (first) answer are labelled (0, 0), also for training."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,18 +227,31 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, list[str] | RowError]]:
-    reader = csv.reader((text + "\n" for _, text in read_lines(path)), strict=True)
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a long document
+    unread: deque[tuple[int, str]] = deque()
+    rest = read_lines(path)
+    taken: list[tuple[int, str]] = []
+
+    def lines() -> Iterator[str]:
+        while (numbered := unread.popleft() if unread else next(rest, None)) is not None:
+            taken.append(numbered)
+            yield numbered[1] + "\n"
+
+    reader = csv.reader(lines(), strict=True)
     while True:
-        line = reader.line_num + 1
+        taken.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield line, RowError(f"it is not CSV ({error})")
+            yield taken[0][0], RowError(f"it is not CSV ({error})")
+            # A quote that nothing closes takes all that follows with it: that is read again, without its line.
+            unread.extendleft(reversed(taken[1:]))
+            reader = csv.reader(lines(), strict=True)
             continue
         if cells is None:
             return
         if cells:
-            yield line, cells
+            yield taken[0][0], cells
 
 
 def _read_json_lines(path: Path, bad: BadRows) -> Iterator[Row]:

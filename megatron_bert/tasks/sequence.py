@@ -15,7 +15,7 @@ from megatron_bert.tasks import metrics
 from megatron_bert.tasks.encoding import BERT, InputFormat, pooled_feature
 from megatron_bert.tasks.rows import RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
-from megatron_bert.tasks.stream import text_of
+from megatron_bert.tasks.stream import name_of, text_of
 from megatron_bert.tasks.task import IGNORED, Example, Head, Prediction, Task, Unit
 from parallel.errors import UserError
 
@@ -58,6 +58,11 @@ class SequenceTask(Task[TextExample, Unit]):
     def problem(self) -> Any:
         """Which loss the head has; see `Head`."""
 
+    @property
+    @abstractmethod
+    def takes_pairs(self) -> bool:
+        """Whether an example is a pair of texts."""
+
     @abstractmethod
     def find_labels(self) -> tuple[str, ...]:
         """Names by class number; () for regression."""
@@ -72,8 +77,10 @@ class SequenceTask(Task[TextExample, Unit]):
 
     def example_from(self, row: Mapping[str, Any], where: str) -> TextExample:
         """An example from `text` and, for a pair, `text_pair`."""
-        pair = text_of(row, "text_pair", where) if row.get("text_pair") is not None else None
-        return TextExample(str(row.get("id", where)), where, "predict", text_of(row, "text", where), pair)
+        if not self.takes_pairs and row.get("text_pair") is not None:
+            raise UserError(f'{where} has "text_pair", but the task is on single texts: leave it out')
+        pair = text_of(row, "text_pair", where) if self.takes_pairs else None
+        return TextExample(name_of(row, where), where, "predict", text_of(row, "text", where), pair)
 
     def units(self, examples: Sequence[TextExample], *, train: bool) -> list[Unit]:
         """One unit an example."""

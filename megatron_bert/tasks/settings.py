@@ -50,6 +50,11 @@ _DATA_ONLY_FOR: dict[str, tuple[str, ...]] = {
     "label_separator": ("classification",),
     "header": ("classification", "regression"),
 }
+_TABLES = ("classification", "regression")
+_COLUMNS_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("id", "text", "text_pair", "label"), _TABLES),
+    **dict.fromkeys(("token", "tag"), ("token_classification",)),
+}
 
 
 class TaskSettings(Section):
@@ -197,6 +202,7 @@ class TaskDataSettings(Section):
     def check_used_by(self, name: str) -> None:
         """Refuse settings that a task of this name does not have (ValueError)."""
         _refuse_unused(self, _DATA_ONLY_FOR, name, "data")
+        _refuse_unused(self.columns, _COLUMNS_ONLY_FOR, name, "data.columns")
 
 
 def _refuse_unused(section: Section, only_for: dict[str, tuple[str, ...]], name: str, title: str) -> None:

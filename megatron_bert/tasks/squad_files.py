@@ -55,7 +55,7 @@ def read_squad(path: Path, split: str, no_answer: bool, bad: BadRows) -> Iterato
     content = _load(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise UserError(f'{path} is not a SQuAD file: expected an object with a list under "data"')
-    seen: set[str] = set()
+    seen: set[str | int] = set()
     for number, article in enumerate(content["data"]):
         place = f"data[{number}]"
         for inner, paragraph in _items(path, place, article, "paragraphs", bad):

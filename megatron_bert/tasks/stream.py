@@ -35,6 +35,20 @@ def texts_of(row: Mapping[str, Any], key: str, where: str) -> list[str]:
     return [_valid(value, key, where) for value in values]
 
 
+def name_of(row: Mapping[str, Any], where: str) -> str | int:
+    """What a row calls itself under "id", and its place where it does not.
+
+    Raises:
+        UserError: it is neither text nor a whole number.
+    """
+    name = row.get("id")
+    if name is None:
+        return where
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise UserError(f'{where} holds {json.dumps(name)[:40]} under "id": expected a text or a whole number')
+    return _valid(name, "id", where) if isinstance(name, str) else name
+
+
 def _valid(text: str, key: str, where: str) -> str:
     try:
         text.encode("utf-8")

@@ -66,12 +66,12 @@ class Example:
     """One row as read.
 
     Attributes:
-        id: what names it in predictions.
+        id: what names it in predictions; of rows of a stream also a whole number.
         where: file and line, or question id, for messages.
         split: the split it was read from; "predict" for rows of a stream.
     """
 
-    id: str
+    id: str | int
     where: str
     split: str
 
@@ -111,10 +111,10 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         self._read: dict[str, list[ExampleT]] = {}
         self._rows_used: dict[tuple[str, Path], int] = {}
 
-    def choose_metric(self, names: tuple[str, ...]) -> None:
-        """Set `metrics_names`, and as `metric` the settings' choice or else the first of them."""
+    def choose_metric(self, names: tuple[str, ...], default: str | None = None) -> None:
+        """Set `metrics_names`, and as `metric` the settings' choice, or else the default or the first of them."""
         self.metrics_names = names
-        self.metric = self.settings.metric or names[0]
+        self.metric = self.settings.metric or default or names[0]
         if self.metric not in names or self.metric.endswith("loss"):
             choices = ", ".join(name for name in names if not name.endswith("loss"))
             raise UserError(f'task.metric "{self.metric}" cannot decide: the task "{self.settings.name}" has {choices}')
@@ -193,7 +193,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     def group(self, example: ExampleT) -> str:
         """What keeps examples in one part when the training file is divided."""
-        return example.id
+        return str(example.id)
 
     @abstractmethod
     def example_from(self, row: Mapping[str, Any], where: str) -> ExampleT:

@@ -16,7 +16,7 @@ from megatron_bert.tasks.conll_files import Sentence, WordsExample, joined, read
 from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.rows import BadRows, RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
-from megatron_bert.tasks.stream import text_of, texts_of
+from megatron_bert.tasks.stream import name_of, text_of, texts_of
 from megatron_bert.tasks.tag_schemes import OUTSIDE, all_tags, best_tags, check_tags, entities, entity_type, scored
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
 from megatron_bert.tasks.words import pieces_of_words, split_words, word_windows
@@ -72,14 +72,17 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         if self.data.train is None:
             raise UserError("there is no training file to find tags in: set task.labels or data.train")
         types: set[str] = set()
-        for sentence in self._sentences(self.data.train, "train", BadRows("skip")):
+        bad = BadRows("skip")  # reported when they are read for training, unless nothing is left
+        for sentence in self._sentences(self.data.train, "train", bad):
             try:
                 check_tags(sentence.tags or (), self.settings.scheme)
-            except RowError:
-                continue  # reported when the sentence is read for training
+            except RowError as reason:
+                bad.add(self.data.train, f"line {sentence.line} (the sentence that begins there)", reason)
+                continue
             types |= {tag[2:] for tag in sentence.tags or () if tag != OUTSIDE}
         if not types:
-            raise UserError(f"{self.data.train} marks no entity in the scheme {self.settings.scheme}: see task.scheme")
+            because = bad.reasons[0] if bad.reasons else "see task.scheme"
+            raise UserError(f"{self.data.train} marks no entity in the scheme {self.settings.scheme}: {because}")
         return all_tags(types, self.settings.scheme)
 
     def _sentences(self, path: Path, split: str, bad: BadRows) -> Any:
@@ -113,7 +116,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
 
     def example_from(self, row: Mapping[str, Any], where: str) -> WordsExample:
         """An example from `tokens`, or from `text`."""
-        name = str(row.get("id", where))
+        name = name_of(row, where)
         if row.get("tokens") is None:
             text = text_of(row, "text", where)
             return WordsExample(name, where, "predict", text, split_words(text))

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_bert.config import RunSettings
+from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.signals import note_start
 from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state, whole_checkpoints
 from parallel.errors import UserError
@@ -22,18 +22,26 @@ def open_run(settings: RunSettings, world: World) -> None:
     """Make the run directory with its ``config.yaml``, and set up the device; every rank calls.
 
     Raises:
-        UserError: the device cannot compute in the format asked for.
+        UserError: the device cannot compute in the format asked for, or the directory cannot be written to.
     """
     compute = settings.precision.compute
     if world.device.type == "cpu" and compute == "float16":
         raise UserError("precision.compute float16 needs a GPU and this machine has none: choose bfloat16 or float32")
-    if world.is_first:
-        settings.training.run_dir.mkdir(parents=True, exist_ok=True)
-        (settings.training.run_dir / "config.yaml").write_text(settings.dump(), encoding="utf-8")
-        note_start(settings.training.run_dir)
-    dist.barrier()
+    on_first_rank(lambda: _make_directory(settings))
     if world.device.type == "cuda" and compute != "float32":
         torch.set_float32_matmul_precision("high")
+
+
+def _make_directory(settings: RunSettings) -> None:
+    run_dir = settings.training.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(settings.dump(), encoding="utf-8")
+        note_start(run_dir)
+    except OSError as error:
+        raise UserError(
+            f"training.run_dir is {run_dir}, which cannot be written to ({error.strerror}): give another directory"
+        ) from None
 
 
 def find_resume(settings: RunSettings) -> Path | None:

@@ -141,6 +141,13 @@ def test_seeds_are_reported_together(
     assert results["best"]["score"] == max(accuracy.values()) == accuracy[results["best"]["name"]]
 
 
+def test_a_list_of_one_seed_is_summarised_too(tmp_path: Path) -> None:
+    """What reads a directory of seeds finds its best run."""
+    finetune(make_run(tmp_path, training__steps=1, training__seeds=[7]))
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert (results["best"]["name"], list(results["runs"])) == ("seed_7", ["seed_7"])
+
+
 def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = make_run(tmp_path, training__steps=1, data__on_bad_row="skip")
     with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
@@ -239,6 +246,30 @@ class TestMistakes:
         text = self.refusal(tmp_path, learning_rate__warmup_fraction=0.1, learning_rate__warmup_steps=4)
         assert "both say how long the warm-up is" in text
 
+    @pytest.mark.parametrize("split", ["valid", "test"])
+    def test_a_row_to_score_that_cannot_be_used(self, tmp_path: Path, split: str) -> None:
+        """Found before anything is trained, though it is used after."""
+        path = tmp_path / "late.jsonl"
+        path.write_text('{"id": 1, "text": "w1", "label": "a"}\n{"id": 2, "text": "w1", "label": "z"}\n', encoding="utf-8")
+        assert "late.jsonl line 2: " in self.refusal(tmp_path, **{f"data__{split}": path})
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("place", ["file", "file/run"])
+    def test_a_run_directory_that_cannot_be_made(self, tmp_path: Path, place: str) -> None:
+        (tmp_path / "file").write_text("", encoding="utf-8")
+        text = self.refusal(tmp_path, training__run_dir=tmp_path / place)
+        assert f"training.run_dir is {tmp_path / place}, which cannot be written to" in text
+
+    def test_damaged_results(self, tmp_path: Path) -> None:
+        finetune(make_run(tmp_path, training__steps=1))
+        (tmp_path / "run" / "results.json").write_text('{"metric": ', encoding="utf-8")
+        with pytest.raises(UserError, match=r"results\.json is damaged .*: remove it to train on"):
+            finetune(run_settings(tmp_path, training__steps=1))
+
+    def test_patience_without_evaluations(self, tmp_path: Path) -> None:
+        text = self.refusal(tmp_path, training__patience=2, training__evaluate_every=0)
+        assert "training.patience is 2 evaluations, but with training.evaluate_every 0 there is none" in text
+
     def test_resume_with_another_task(self, tmp_path: Path) -> None:
         finetune(make_run(tmp_path, training__steps=2))
         (tmp_path / "run" / "results.json").unlink()
@@ -298,6 +329,13 @@ class TestSettingsThatDoNotFitTheRun:
         with pytest.raises(UserError, match=r"learning_rate\.peak 0\.003, but now it is 0\.001"):
             finetune(run_settings(tmp_path, training__steps=1, learning_rate__peak=1e-3))
         finetune(run_settings(tmp_path, training__steps=1, logging__every=7))  # which changes no result
+
+    @pytest.mark.parametrize("name", ["train", "valid"])
+    def test_results_of_other_data(self, tmp_path: Path, name: str) -> None:
+        finetune(make_run(tmp_path, training__steps=1))
+        write_classes(tmp_path / f"{name}.jsonl", 20, 9)
+        with pytest.raises(UserError, match=rf"results of a run with another content of .*{name}\.jsonl"):
+            finetune(run_settings(tmp_path, training__steps=1))
 
     @pytest.mark.parametrize("name", ["patience", "evaluate_every"])
     def test_nothing_to_evaluate_on(self, tmp_path: Path, name: str) -> None:

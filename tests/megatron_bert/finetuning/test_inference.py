@@ -127,13 +127,14 @@ def test_predict_answers_in_order(trained: Path) -> None:
 
 
 def test_predict_skips_bad_rows(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2"}\n{"words": 3}\nno JSON\n[1]\n', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2"}\n{"id": 8, "words": 3}\nno JSON\n[1]\n', encoding="utf-8")
     command = ["predict", str(trained / "run"), "--input", str(tmp_path / "rows.jsonl"), "--device", "cpu"]
     target = tmp_path / "answers.jsonl"
     assert main([*command, "--output", str(target), "--on-bad-row", "skip"]) == 0
     found = [json.loads(line) for line in target.open(encoding="utf-8")]
     assert ["error" in row for row in found] == [False, True, True, True]
     assert "line 2" in found[1]["error"]
+    assert [row.get("id") for row in found] == ["line 1", 8, None, None]
     assert "3 rows could not be read" in capsys.readouterr().err
 
     assert main([*command, "--output", str(tmp_path / "other.jsonl")]) == 2

@@ -14,6 +14,7 @@ from transformers import BertTokenizerFast
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.encoding import kept_lengths
 from megatron_bert.tasks.registry import restore_task
+from megatron_bert.tasks.settings import TaskDataSettings
 from megatron_bert.tasks.task import IGNORED
 from parallel.errors import UserError
 
@@ -260,14 +261,17 @@ def test_parts_of_the_training_file(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 
 def test_restored_tasks_predict_the_same(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = write(tmp_path / "a.tsv", "text\tlabel\nx\tyes\ny\tno\n")
-    task = task_of(tokenizer, {"name": "classification", "max_length": 16}, {"train": path})
-    restored = restore_task(task.describe(), tokenizer)
+    path = write(tmp_path / "a.tsv", "text\tlabel\tother\nx\tyes\tz\ny\tno\tz\n")
+    data = {"columns": {"text_pair": "other"}}
+    task = task_of(tokenizer, {"name": "classification", "max_length": 16}, {"train": path, **data})
+    restored = restore_task(task.describe(), tokenizer, TaskDataSettings(**data))
     assert (restored.labels, restored.head, restored.max_length) == (task.labels, task.head, 16)
     assert restored.describe() == task.describe()
     row = restored.example_from({"text": "The cat", "text_pair": "sat", "id": 7}, "line 1")
-    assert (row.id, row.text, row.text_pair, row.split) == ("7", "The cat", "sat", "predict")
-    assert restored.example_from({"text": "a"}, "line 2").id == "line 2"
+    assert (row.id, row.text, row.text_pair, row.split) == (7, "The cat", "sat", "predict")
+    assert restored.example_from({"text": "a", "text_pair": "b", "id": None}, "line 2").id == "line 2"
+    with pytest.raises(UserError, match='line 3 has no "text_pair"'):
+        restored.example_from({"text": "a"}, "line 3")
     units = restored.units([row], train=False)
     assert units[0].label.tolist() == [IGNORED]
     assert restored.predictions([row], units, scores_for([1], 2))[0]["label"] == "yes"
@@ -281,10 +285,38 @@ def test_restored_tasks_predict_the_same(tmp_path: Path, tokenizer: Tokenizer) -
         ({"txt": "x"}, 'line 3 has no "text" .found: txt.'),
         ({"text": 3}, 'line 3 holds 3 under "text"'),
         ({"text": "\ud800"}, "half of a surrogate pair"),
-        ({"text": "x", "text_pair": ["y"]}, 'under "text_pair"'),
+        ({"text": "x", "text_pair": "y"}, 'line 3 has "text_pair", but the task is on single texts'),
+        ({"text": "x", "id": [1]}, r'line 3 holds \[1\] under "id"'),
+        ({"text": "x", "id": True}, 'line 3 holds true under "id"'),
     ],
 )
 def test_bad_rows_of_a_stream(tokenizer: Tokenizer, row: dict, reason: str) -> None:
     task = task_of(tokenizer, {"name": "classification", "labels": ["a", "b"]})
     with pytest.raises(UserError, match=reason):
         task.example_from(row, "line 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "data", "reason"),
+    [
+        ("a.jsonl", '{"text": "x", "label": "a"', {}, "a.jsonl line 1: "),
+        ("a.tsv", "text\tlable\nx\ta\n", {}, r"line 2: it has no column 'label' \(found: text, lable\)"),
+        ("a.tsv", b"text\tlabel\n\xe9\ta\n", {}, "line 2: it is not UTF-8 at character 1"),
+        ("a.tsv", "text\tlabel\nx\ta\n", {"format": "race"}, "data.format race is for multiple choice"),
+    ],
+)
+def test_why_no_label_was_found(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, content: str | bytes, data: dict, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        task_of(tokenizer, {"name": "classification"}, {"train": write(tmp_path / name, content), **data})
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "unused"),
+    [("classification", {"tag": 1}, "tag"), ("token_classification", {"text": "a"}, "text"), ("cola", {"id": 0}, None)],
+)
+def test_columns_that_mean_nothing(tokenizer: Tokenizer, name: str, columns: dict, unused: str | None) -> None:
+    what = "columns" if unused is None else rf"columns\.{unused}"
+    with pytest.raises(UserError, match=rf'data\.{what} means nothing to the task "{name}"'):
+        task_of(tokenizer, {"name": name}, {"columns": columns})

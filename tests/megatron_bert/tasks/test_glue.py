@@ -88,6 +88,24 @@ def test_labelled_splits_are_no_submission(tmp_path: Path, tokenizer: Tokenizer)
     assert task.write_submission(examples, predictions, tmp_path / "out") == []
 
 
+def test_files_of_mnli_that_are_given_one_by_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The file's name says which of the leaderboard's files it is for."""
+    directory = write_glue(tmp_path / "glue")
+    path = next(directory.rglob("test_mismatched.tsv"))
+    task = task_of(tokenizer, {"name": "mnli"}, {"test": path})
+    examples = task.examples("test")
+    predictions = task.predictions(examples, task.units(examples, train=False), scores_for([1, 0], 3))
+    assert [found.name for found in task.write_submission(examples, predictions, tmp_path / "out")] == ["MNLI-mm.tsv"]
+
+
+def test_a_labelled_file_of_cola_to_test_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Its development file has no header, whatever it is used for."""
+    path = next(write_glue(tmp_path / "glue").rglob("CoLA/dev.tsv"))
+    task = task_of(tokenizer, {"name": "cola"}, {"test": path})
+    given = task_of(tokenizer, {"name": "cola"}, {"valid": path}).examples("valid")
+    assert [(e.text, e.target) for e in task.examples("test")] == [(e.text, e.target) for e in given]
+
+
 def predicted(task, examples, classes):
     return task.predictions(examples, task.units(examples, train=False), scores_for(classes, 2))
 

@@ -159,7 +159,7 @@ def test_candidates_and_probabilities(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert [entry["text"] for entry in prediction["nbest"]] == [text for text, _ in expected]
     weights = np.exp([score for _, score in expected])
     assert [e["probability"] for e in prediction["nbest"]] == pytest.approx((weights / weights.sum()).tolist())
-    assert (prediction["id"], prediction["answer"], prediction["start"], prediction["end"]) == ("5", "sat mat", 8, 15)
+    assert (prediction["id"], prediction["answer"], prediction["start"], prediction["end"]) == (5, "sat mat", 8, 15)
     assert prediction["probability"] == prediction["nbest"][0]["probability"]
     assert "null_odds" not in prediction
 
@@ -218,11 +218,13 @@ def test_no_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert task.metrics(examples, predictions)["best_f1"] == 100.0
     found = task.calibrated(examples, predictions)
     assert found.null_threshold == 5.0
+    assert task.metric == "best_f1", "the threshold is found after training, so checkpoints compete with their best one"
     assert [p["answer"] for p in found.predictions(examples, units, logits)] == ["the cat", ""]
     assert task.null_threshold == 0.0
     restored = restore_task(found.describe(), tokenizer)
     assert [p["answer"] for p in restored.predictions(examples, units, logits)] == ["the cat", ""]
     given, _ = version_2(tmp_path, tokenizer, null_threshold=-1.0)
+    assert given.metric == "f1"
     assert given.calibrated(examples, predictions) is given
 
 

@@ -75,10 +75,23 @@ def test_bad_rows(tmp_path: Path, kind: str, content: bytes, line: int, reason: 
 
 
 def test_an_open_quote_is_one_bad_row(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", 'text,label\ngood,1\n"open,1\nlost,0\n')
+    """What follows is read as if that line were not there."""
+    rest = "".join(f'row {number},0\n"two\nlines {number}",1\n' for number in range(50))
+    path = write(tmp_path / "a.csv", 'text,label\ngood,1\n"open,1\n' + rest + '"again,0\nlast,0\n')
     bad = BadRows("skip")
-    assert [row.cells for row in rows(path, "csv", bad=bad)] == [["good", "1"]]
-    assert "line 3" in bad.reasons[0]
+    found = rows(path, "csv", bad=bad)
+    assert len(found) == 1 + 100 + 1
+    assert [row.cells for row in found[:3]] == [["good", "1"], ["row 0", "0"], ["two\nlines 0", "1"]]
+    assert [row.line for row in found[:3]] == [2, 4, 5]
+    assert (found[-1].cells, found[-1].line, bad.count) == (["last", "0"], 155, 2)
+    assert "line 3: it is not CSV" in bad.reasons[0]
+    assert "line 154: it is not CSV" in bad.reasons[1]
+
+
+def test_a_csv_cell_may_hold_a_long_document(tmp_path: Path) -> None:
+    text = "word " * 60_000
+    path = write(tmp_path / "a.csv", f'text,label\n"{text}",1\n')
+    assert [row.cells for row in rows(path, "csv")] == [[text, "1"]]
 
 
 @pytest.mark.parametrize("content", [b"a\ta\n1\t2\n", b"a\t\xff\n1\t2\n", b"a\t\0\n1\t2\n"])

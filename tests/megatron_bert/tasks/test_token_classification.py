@@ -151,7 +151,7 @@ def test_entities_with_characters(tokenizer: Tokenizer) -> None:
         ("x", "New  York", 19, 28),
     ]
     assert all(text[begin:end] == part for _, part, begin, end in found)
-    assert (prediction["id"], prediction["text"], prediction["tokens"]) == ("3", text, words)
+    assert (prediction["id"], prediction["text"], prediction["tokens"]) == (3, text, words)
     one, two = np.exp(3) / (np.exp(3) + np.e + 1), np.exp(5) / (np.exp(5) + np.e + 1)
     assert [e["probability"] for e in prediction["entities"]] == pytest.approx([one, (one + two) / 2, (one + two) / 2])
 
@@ -332,3 +332,14 @@ def test_restored(tmp_path: Path, tokenizer: Tokenizer) -> None:
     example = restored.example_from({"text": "a b"}, "line 1")
     (prediction,) = restored.predictions([example], units, [np.eye(5, dtype=np.float32)[[4, 0]]])
     assert prediction["entities"][0]["text"] == "a"
+
+
+def test_white_space_of_unicode_is_part_of_a_word(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A no-break space and a line separator end neither a word nor a line."""
+    path = write(tmp_path / "a.conll", "the\u00a0cat NN B-x\n\u2028 NN O\n\u3000\nmat  NN   I-x\n")
+    with pytest.raises(UserError, match="line 3: it has no tag"):
+        task_of(tokenizer, NAME, {"train": path}).examples("train")
+    path = write(tmp_path / "b.conll", "the\u00a0cat NN B-x\n\u2028 NN O\nmat  NN   B-x\n")
+    (example,) = task_of(tokenizer, NAME, {"train": path}).examples("train")
+    assert [example.text[begin:end] for begin, end in example.words] == ["the\u00a0cat", "\u2028", "mat"]
+    assert example.tags == ("B-x", "O", "B-x")
