@@ -23,7 +23,7 @@ import torch
 
 from megatron_bert.config_file import load_sections
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.results import write_json
+from megatron_bert.finetuning.results import read_results, write_json
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.tasks.encoding import input_format
@@ -33,6 +33,8 @@ from megatron_bert.tasks.task import IGNORED, Task
 from tools.benchmark_throughput import processor_name
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
 
+#: What transformers' Trainer reached for a seed, beside the run.
+_THEIR_SCORES = "transformers.json"
 #: Of a text, the first so many words are what a constant answer to questions may be.
 _WORDS = (1, 2, 3, 5, 8, 12, 16, 20, 24, 30, 40)
 
@@ -73,7 +75,7 @@ def _first_words(examples: list[Any], words: int) -> float:
 
 def their_scores(file: Path, seed: int, directory: Path) -> dict[str, dict[str, float]]:
     """Scores of transformers' Trainer by split, from ``directory`` if they are there."""
-    kept = directory / "transformers.json"
+    kept = directory / _THEIR_SCORES
     if not kept.exists():
         from tools.transformers_trainer import train
 
@@ -94,10 +96,12 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[int, dict[str, dict[str, float]]] = {}
     for seed in arguments.seeds:
         directory = arguments.runs / file.stem / f"seed_{seed}"
+        if arguments.finished and read_results(directory / "float") is None:
+            continue
         changes = [f"training.seed={seed}", "training.seeds=null"]
         splits = finished_run(finetune, FinetuneSettings, file, directory / "float", changes)["splits"]
         models = {"megatron_bert": splits}
-        if seed in arguments.their_seeds:
+        if (directory / _THEIR_SCORES).exists() if arguments.finished else seed in arguments.their_seeds:
             models["transformers"] = their_scores(file, seed, directory)
         if not found:
             models["constant answer"] = {split: {task.metric: constant_answer(task, split)} for split in splits}
@@ -115,6 +119,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="directory for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--their-seeds", type=int, nargs="*", default=[], help="those for transformers' Trainer too")
+    parser.add_argument("--finished", action="store_true", help="report what there is of the seeds, and run nothing")
     parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
     parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
     arguments = parser.parse_args()
@@ -124,7 +129,8 @@ def main() -> None:
         print(describe(file.stem, tasks[file.stem]), flush=True)
     if arguments.output is None:
         return
-    packages = ("torch", "transformers", "accelerate") if arguments.their_seeds else ("torch",)
+    theirs = any("transformers" in models for task in tasks.values() for models in task["splits"].values())
+    packages = ("torch", "transformers", "accelerate") if theirs else ("torch",)
     write_json(
         arguments.output,
         {

@@ -111,10 +111,15 @@ def test_runs_of_a_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     theirs = tmp_path / "runs" / "words" / "seed_2" / "transformers.json"
     theirs.parent.mkdir(parents=True)
     theirs.write_text('{"scores": {"valid": {"accuracy": 0.75}}, "training_seconds": 1}')
-    arguments = argparse.Namespace(runs=tmp_path / "runs", seeds=[1, 2, 5], their_seeds=[2])
+    arguments = argparse.Namespace(runs=tmp_path / "runs", seeds=[1, 2, 5], their_seeds=[2], finished=False)
     found = benchmark.measure(file, arguments)
     assert asked == [(Path("runs/words") / f"seed_{seed}" / "float", f"training.seed={seed}") for seed in (1, 2, 5)]
     assert found["metric"] == "accuracy"
+    (theirs.parent / "float").mkdir()
+    (theirs.parent / "float" / "results.json").write_text("{}", encoding="utf-8")
+    only = benchmark.measure(file, argparse.Namespace(runs=tmp_path / "runs", seeds=[1, 2, 5], finished=True))
+    assert only["splits"]["valid"]["megatron_bert"]["seeds"] == [0.4]
+    assert only["splits"]["valid"]["transformers"]["seeds"] == [0.75]
     assert found["splits"] == {
         "valid": {
             "megatron_bert": {"seeds": [0.1, 0.2, 0.3], "median": 0.2},

@@ -250,7 +250,9 @@ class TestMistakes:
     def test_a_row_to_score_that_cannot_be_used(self, tmp_path: Path, split: str) -> None:
         """Found before anything is trained, though it is used after."""
         path = tmp_path / "late.jsonl"
-        path.write_text('{"id": 1, "text": "w1", "label": "a"}\n{"id": 2, "text": "w1", "label": "z"}\n', encoding="utf-8")
+        path.write_text(
+            '{"id": 1, "text": "w1", "label": "a"}\n{"id": 2, "text": "w1", "label": "z"}\n', encoding="utf-8"
+        )
         assert "late.jsonl line 2: " in self.refusal(tmp_path, **{f"data__{split}": path})
         assert not (tmp_path / "run").exists()
 
