@@ -262,6 +262,10 @@ class EncoderModel(PreTrainedModel):
             return None
         if needed is not None and bool((needed & ~mask.keys).any()):
             return None
+        # Attention probabilities are dropped by the place of the key in its sequence, which must stay what it is.
+        keyed = self.training and self.config.attention_probs_dropout_prob > 0.0 and not mask.keys.is_cuda
+        if keyed and bool((mask.keys[:, 1:] & ~mask.keys[:, :-1]).any()):
+            return None
         return mask.keys.flatten().nonzero().squeeze(1)
 
     def _dropout_keys(self, inputs: TokenInputs) -> Tensor | None:

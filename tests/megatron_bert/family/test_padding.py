@@ -110,11 +110,15 @@ def test_skipping_unasked_changes_no_result(head):
     assert_outputs_close(skipped, model(**batch))
 
 
-def test_dropout_does_not_depend_on_skipping():
+@pytest.mark.parametrize("holes", [False, True])
+def test_dropout_does_not_depend_on_skipping(holes):
+    """Nor where the mask leaves out tokens between others."""
     head = "ForSequenceClassification"
     model = build(head, config_of(head, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2))
     model.train()
     batch, losses = batch_for(head) | labels_for(head), []
+    if holes:
+        batch["attention_mask"][:, 1] = 0
     for skip in (None, False):
         model.skip_padding = skip
         torch.manual_seed(1)
