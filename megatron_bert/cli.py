@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--lowercase",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="lower-case text (auto: as the vocabulary is)",
+        help="lower-case text (auto: as tokenizer_config.json says, or else as the vocabulary is)",
     )
     preprocess.add_argument("--keep-documents", action="store_true", help="do not split documents into sentences")
     preprocess.add_argument("--append-eod", action="store_true", help="end every document with a separator token")

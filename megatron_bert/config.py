@@ -65,7 +65,11 @@ class TokenizerSettings(Section):
         description="vocab.txt, tokenizer.json, vocab.json with merges.txt beside it, a sentencepiece .model, or a "
         "directory with one of them."
     )
-    lowercase: bool | None = Field(None, description="Whether text is lower-cased; found from a vocab.txt when unset.")
+    lowercase: bool | None = Field(
+        None,
+        description="Whether text is lower-cased; found from a vocab.txt, or the tokenizer_config.json beside it, when "
+        "unset.",
+    )
 
 
 class WeightedPrefix(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer
 
 
@@ -15,8 +16,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, for_transformers: boo
         return
     roles = {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "pad": tokenizer.pad_id}
     roles |= {"mask": tokenizer.mask_id, "unk": tokenizer.unk_id}
+    normalisation = tokenizer.normalisation()
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": tokenizer.id_to_token(token) for role, token in roles.items()},
+        **({} if normalisation is None else normalisation.settings()),
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

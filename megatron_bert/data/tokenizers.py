@@ -17,7 +17,9 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
 
+from megatron_bert.data.tokenizer_settings import Normalisation, read_normalisation
 from megatron_bert.data.vocabularies import (
     BPE_NAME,
     JSON_NAME,
@@ -122,6 +124,10 @@ class Tokenizer(ABC):
         """
         return 2 if roberta and self.id_to_token(self.sep_id) == "</s>" else 1
 
+    def normalisation(self) -> Normalisation | None:
+        """What a WordPiece vocabulary does to text before it looks it up; None of other tokenizers."""
+        return None
+
     @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a directory, from which `load_tokenizer` gives an equal tokenizer."""
@@ -161,6 +167,13 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of token ids; special tokens are left out."""
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def normalisation(self) -> Normalisation | None:
+        """What a WordPiece vocabulary does to text before it looks it up; None of other tokenizers."""
+        made = self._backend.normalizer
+        if not isinstance(made, BertNormalizer):
+            return None
+        return Normalisation(made.lowercase, made.strip_accents, made.handle_chinese_chars)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, and `vocab.txt` for WordPiece."""
@@ -248,8 +261,9 @@ def load_tokenizer(
         path: A WordPiece vocabulary (`vocab.txt`), a `tokenizer.json`, RoBERTa's `vocab.json` (with `merges.txt` beside
             it), a SentencePiece `.model`, or a directory with one of them (looked for in the order tokenizer.json,
             vocab.txt, vocab.json, *.model).
-        lowercase: For a `vocab.txt`: whether text is lower-cased and stripped of accents. None: as the vocabulary
-            shows, that is unless it holds upper-case letters. Other files record it themselves.
+        lowercase: For a `vocab.txt`: whether text is lower-cased, and stripped of accents unless the
+            `tokenizer_config.json` beside it says otherwise. None: as that file says, or else as the vocabulary shows,
+            that is unless it holds upper-case letters. Other files record it themselves.
         model_type: What config.json calls the model it is for, where that is known.
 
     Raises:
@@ -258,7 +272,10 @@ def load_tokenizer(
     """
     source = find_vocabulary(Path(path))
     if source.suffix == ".txt":
-        return JsonTokenizer(source, wordpiece(read_vocabulary(source), lowercase))
+        normalisation = read_normalisation(source.parent)
+        if lowercase is not None:
+            normalisation = normalisation._replace(lowercase=lowercase)
+        return JsonTokenizer(source, wordpiece(read_vocabulary(source), normalisation))
     if source.suffix == ".model" and model_type == "xlm-roberta":
         raise UserError(
             f"{source} numbers its pieces otherwise than the model, an xlm-roberta, whose ids fairseq has shifted: "

@@ -23,6 +23,7 @@ from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
 from megatron_bert.data.text_files import DocumentReader
+from megatron_bert.data.tokenizer_settings import Normalisation
 from megatron_bert.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from megatron_bert.data.vocabularies import MODEL_NAME, wordpiece
 from parallel.errors import UserError
@@ -111,7 +112,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     behind it and is deterministic, learns on words marked at their start; pieces with the mark start a word.
     """
     # The text is prepared exactly as the finished tokenizer will prepare it.
-    finished = wordpiece({token: number for number, token in enumerate(SPECIAL_TOKENS)}, lowercase=not cased)
+    finished = wordpiece({token: number for number, token in enumerate(SPECIAL_TOKENS)}, Normalisation(not cased))
     backend = tokenizers.Tokenizer(BPE())
     backend.normalizer = finished.normalizer
     backend.pre_tokenizer = PreTokenizerSequence([BertPreTokenizer(), Metaspace(WORD_MARK, prepend_scheme="always")])
@@ -133,7 +134,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     distinct = list(dict.fromkeys(pieces))[:vocab_size]
     _check_size(len(distinct), vocab_size)
     vocabulary = {piece: number for number, piece in enumerate(distinct)}
-    JsonTokenizer(output, wordpiece(vocabulary, lowercase=not cased)).save(output)
+    JsonTokenizer(output, wordpiece(vocabulary, Normalisation(lowercase=not cased))).save(output)
 
 
 def _alphabet(text: Iterable[str], normalizer: Normalizer, vocab_size: int) -> list[str]:

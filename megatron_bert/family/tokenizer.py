@@ -10,11 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megatron_bert.data.tokenizer_settings import CONFIG_NAME, read_settings
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
 from parallel.errors import UserError
 
-CONFIG_NAME = "tokenizer_config.json"
 #: Model types whose inputs are laid out as RoBERTa's.
 _LIKE_ROBERTA = ("ibert", "roberta", "xlm-roberta")
 
@@ -37,13 +37,15 @@ class AutoTokenizer:
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
         """Load from a directory with tokenizer.json, vocab.txt, vocab.json and merges.txt, or a .model file.
 
-        Inputs are laid out as RoBERTa's where the model beside it is an I-BERT or RoBERTa.
+        Inputs are laid out as RoBERTa's where the model beside it is an I-BERT or RoBERTa. What becomes of the text of
+        a vocab.txt (``do_lower_case``, ``strip_accents``, ``tokenize_chinese_chars``) is what a tokenizer_config.json
+        says; where that does not say ``do_lower_case``, text is lower-cased unless the vocabulary has upper case.
 
         Raises:
-            UserError: it holds none of them, or one whose ids are not the model's.
+            UserError: it holds none of them, one whose ids are not the model's, or settings that are damaged.
         """
-        kind = _read(Path(directory) / MODEL_CONFIG_NAME).get("model_type")
-        length = _read(Path(directory) / CONFIG_NAME).get("model_max_length")
+        kind = read_settings(Path(directory) / MODEL_CONFIG_NAME).get("model_type")
+        length = read_settings(Path(directory) / CONFIG_NAME).get("model_max_length")
         return cls(
             load_tokenizer(directory, model_type=kind),
             length if type(length) is int and length < 1 << 20 else None,
@@ -60,6 +62,9 @@ class AutoTokenizer:
         }
         for role in ("cls", "sep", "pad", "mask", "unk"):
             settings[f"{role}_token"] = self.vocabulary.id_to_token(getattr(self.vocabulary, f"{role}_id"))
+        normalisation = self.vocabulary.normalisation()
+        if normalisation is not None:
+            settings |= normalisation.settings()
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -149,8 +154,3 @@ class AutoTokenizer:
     def decode(self, ids: Tensor | list[int]) -> str:
         """Readable text of token ids, without special tokens."""
         return self.vocabulary.decode([int(token) for token in ids])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

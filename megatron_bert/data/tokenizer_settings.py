@@ -1,0 +1,70 @@
+"""The tokenizer_config.json that transformers keeps beside a vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parallel.errors import UserError
+
+CONFIG_NAME = "tokenizer_config.json"
+
+
+class Normalisation(NamedTuple):
+    """What happens to text before a WordPiece vocabulary is looked up, which its vocab.txt does not say.
+
+    Attributes:
+        lowercase: whether text is lower-cased; None where it is not known.
+        strip_accents: whether accents are removed; None does what ``lowercase`` does.
+        split_chinese: whether every Chinese character is a word of its own.
+    """
+
+    lowercase: bool | None = None
+    strip_accents: bool | None = None
+    split_chinese: bool = True
+
+    def settings(self) -> dict[str, bool | None]:
+        """As transformers names them."""
+        values = zip(_NAMES, self, strict=True)
+        return {name: value for name, value in values if value is not None or name == "strip_accents"}
+
+
+#: transformers' names of the fields of Normalisation, in their order.
+_NAMES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of settings, empty where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({str(error)[:80]}): fetch the file again, or remove it") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds a JSON {type(settings).__name__} instead of an object: wrong file?")
+    return settings
+
+
+def read_normalisation(folder: Path) -> Normalisation:
+    """What the tokenizer_config.json of a folder says of its vocab.txt; the defaults where it says nothing.
+
+    Raises:
+        UserError: it is damaged, or says something else than true or false.
+    """
+    path = folder / CONFIG_NAME
+    settings = read_settings(path)
+    stated: dict[str, Any] = {}
+    for field, name in zip(Normalisation._fields, _NAMES, strict=True):
+        if name not in settings:
+            continue
+        value = settings[name]
+        if type(value) is not bool and not (value is None and name == "strip_accents"):
+            raise UserError(f"{path} says that {name} is {repr(value)[:40]}: write true or false, or leave it out")
+        stated[field] = value
+    return Normalisation(**stated)
