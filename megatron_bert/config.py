@@ -42,7 +42,8 @@ class ModelSettings(Section):
         None, gt=0, description="Width of the feed-forward layer; 4 x hidden_size when unset."
     )
     hidden_act: str = Field(
-        "gelu", description="gelu (exact, erf), or gelu_new / gelu_pytorch_tanh (tanh approximation)."
+        "gelu",
+        description="gelu (exact, erf), gelu_new / gelu_pytorch_tanh (tanh approximation), relu, or silu / swish.",
     )
     hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output.")
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention probabilities.")
@@ -225,8 +226,8 @@ class RunTrainingSettings(Section):
     seed: int = Field(1234, ge=0, lt=2**62, description="Seed of initial weights, data order, masks and dropout.")
     recompute: Recompute = Field(
         "none",
-        description="Activations computed again in the backward pass: none, selective (GELU, and attention that "
-        "is not fused), full (everything but layer inputs).",
+        description="Activations computed again in the backward pass: none, selective (the activation of the MLP, "
+        "and attention that is not fused), full (everything but layer inputs).",
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile; pays off on GPUs.")
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_bert.config import LearningRateSettings, RunSettings, Settings
-from megatron_bert.model.configuration import ACTIVATIONS
+from megatron_bert.model.activations import ACTIVATIONS
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout
 from parallel.pipeline.actions import Backward

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import CanonicalState
-from megatron_bert.model.configuration import ACTIVATIONS
+from megatron_bert.model.activations import GELU_APPROXIMATIONS
 
 _ORDERS = {0.0: "[3, heads, head_dim]", 1.0: "[heads, head_dim, 3]", 2.0: "[heads, 3, head_dim]"}
 
@@ -65,7 +65,7 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
         ("token types", str(config.type_vocab_size)),
         ("vocabulary", _vocabulary(state)),
         ("layer norm epsilon", f"{config.layer_norm_eps:g}"),
-        ("GELU", "tanh" if ACTIVATIONS[config.hidden_act] == "tanh" else "erf"),
+        _activation(config.hidden_act),
         ("heads on top", _heads(state)),
         ("number format", ", ".join(dtypes)),
         ("parameters", f"{state.parameters:,}"),
@@ -79,6 +79,13 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
     if state.optimizer:
         rows.append(("optimizer", f"{len(state.optimizer)} tensors"))
     return Inspection(source, tuple(rows), (*facts.assumptions, *dict.fromkeys(state.warnings)))
+
+
+def _activation(name: str) -> tuple[str, str]:
+    """The row of hidden_act, whose GELUs have the kinds of ``--gelu``."""
+    if name not in GELU_APPROXIMATIONS:
+        return "activation", name
+    return "GELU", "tanh" if GELU_APPROXIMATIONS[name] == "tanh" else "erf"
 
 
 def _layout(state: CanonicalState) -> str:

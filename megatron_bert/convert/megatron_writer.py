@@ -15,7 +15,7 @@ from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
 from megatron_bert.convert.torch_writer import Slot, TorchFileWriter
-from megatron_bert.model.configuration import ACTIVATIONS
+from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from parallel.errors import UserError
 
 _COPY = " (output copy)"
@@ -39,7 +39,8 @@ def write_megatron(
     """Write ``release/mp_rank_*/model_optim_rng.pt`` and the tracker file into a folder.
 
     Raises:
-        UserError: the model does not divide so, or lacks the masked-language head that Megatron's BERT has.
+        UserError: the model does not divide so, lacks the masked-language head that Megatron's BERT has, or has another
+            activation than GELU.
     """
     config, tensor, pipeline = state.config, options.tensor, options.pipeline
     divisions.check_division(config, tensor, pipeline, options.virtual_stages)
@@ -47,6 +48,11 @@ def write_megatron(
         raise UserError(
             "the source holds an encoder without a masked-language head, which Megatron's checkpoints need: "
             "convert it to huggingface or native"
+        )
+    if config.hidden_act not in GELU_APPROXIMATIONS:
+        raise UserError(
+            f"the source has hidden_act {config.hidden_act}, but Megatron's BERT computes GELU and its checkpoints "
+            "name no other: convert it to huggingface or native"
         )
     rows = divisions.padded_rows(config.vocab_size, tensor)
     args = megatron_args(state, options, rows)
@@ -135,7 +141,6 @@ def _write_parts(
 def megatron_args(state: CanonicalState, options: WriteOptions, rows: int) -> argparse.Namespace:
     """The arguments that Megatron's loaders and other converters look at."""
     config = state.config
-    tanh = ACTIVATIONS[config.hidden_act] == "tanh"
     return argparse.Namespace(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -149,7 +154,7 @@ def megatron_args(state: CanonicalState, options: WriteOptions, rows: int) -> ar
         make_vocab_size_divisible_by=divisions.VOCABULARY_MULTIPLE,
         layernorm_epsilon=config.layer_norm_eps,
         norm_epsilon=config.layer_norm_eps,
-        openai_gelu=tanh,
+        openai_gelu=GELU_APPROXIMATIONS[config.hidden_act] == "tanh",
         bias_gelu_fusion=False,
         hidden_dropout=config.hidden_dropout_prob,
         attention_dropout=config.attention_probs_dropout_prob,

@@ -20,6 +20,7 @@ from megatron_bert.ibert.epilogues import (
 from megatron_bert.ibert.fixed_point import dyadic
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.model.activations import ACTIVATIONS, GELU_APPROXIMATIONS
 from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
 from parallel.collectives import copy_to_ranks
 from parallel.sharding import local_tensor
@@ -79,14 +80,14 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
         if self.mode == "float":
             return MaskedLanguageHead.forward(self, self.floating(selected), word_embeddings).float()
         if self.mode == "observe":
-            wide = F.gelu(self.dense(self.floating(self.observe("input", selected))), approximate=self.approximate)
+            wide = ACTIVATIONS[self.hidden_act](self.dense(self.floating(self.observe("input", selected))))
             features = self.observe("features", self.norm(self.observe("gelu", wide)))
             entered = copy_to_ranks(features, self.tp)
             return F.linear(entered, local_tensor(word_embeddings), local_tensor(self.bias)).float()
         gelu = self.quantizer("gelu")
         sums, scale = self.multiply(self.read(selected, "input"), self.dense.weight, "input")
         if "gelu" in self.force:
-            wide = self.read(F.gelu(dequantised(sums, scale, self.dense.bias), approximate=self.approximate), "gelu")
+            wide = self.read(ACTIVATIONS[self.hidden_act](dequantised(sums, scale, self.dense.bias)), "gelu")
         else:
             wide = gelu_requantised(
                 sums,
@@ -94,7 +95,7 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
                 scale,
                 gelu.scale(),
                 gelu.target(),
-                approximate=self.approximate,
+                approximate=GELU_APPROXIMATIONS[self.hidden_act],
                 watch=gelu.watch(),
             )
             gelu.used(wide)

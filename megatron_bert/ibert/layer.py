@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
@@ -13,6 +12,7 @@ from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.quantizer import Kind
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.ibert.stream import added_to_stream
+from megatron_bert.model.activations import ACTIVATIONS, GELU_APPROXIMATIONS
 from megatron_bert.model.attention_functions import explicit_attention
 from megatron_bert.model.layer import (
     ATTENTION_OUTPUT,
@@ -58,7 +58,8 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
     """Refuse what the specification does not cover.
 
     Raises:
-        UserError: cross-attention, relative positions, or a layer too wide for exact sums.
+        UserError: an activation that is no GELU, cross-attention, relative positions, or a layer too wide for exact
+            sums.
     """
     width, products = layer.attention_norm.weight.shape[0], layer.mlp.output.in_features
     if width * 2 ** (settings.residual_bits - 1) > _LARGEST_ROW:
@@ -68,6 +69,11 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
         )
     if products > _MOST_PRODUCTS:
         raise UserError(f"the intermediate size is {products}, but accumulators hold {_MOST_PRODUCTS} products at most")
+    if layer.mlp.hidden_act not in GELU_APPROXIMATIONS:
+        raise UserError(
+            f"the model has hidden_act {layer.mlp.hidden_act}, which integer arithmetic does not cover: quantise a "
+            f"model with {', '.join(GELU_APPROXIMATIONS)}"
+        )
     if hasattr(layer, "cross_attention"):
         raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantise an encoder")
     if layer.attention.distance is not None:
@@ -215,7 +221,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         gelu, linear = self.quantizer("gelu"), self.mlp.intermediate
         bias = None if linear.bias is None else local_tensor(linear.bias)
         if "gelu" in self.force:
-            real = F.gelu(dequantised(sums, scale, bias), approximate=self.mlp.approximate)
+            real = ACTIVATIONS[self.mlp.hidden_act](dequantised(sums, scale, bias))
             q = quantised(real, gelu.scale(), gelu.target(), gelu.watch())
         else:
             q = gelu_requantised(
@@ -224,7 +230,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
                 scale,
                 gelu.scale(),
                 gelu.target(),
-                approximate=self.mlp.approximate,
+                approximate=GELU_APPROXIMATIONS[self.mlp.hidden_act],
                 watch=gelu.watch(),
             )
         gelu.used(q)
@@ -282,7 +288,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         part = attention.output(self.observe("context", rows, everywhere).flatten(-2))
         hidden = self._observed_add(self.attention_norm, hidden, part, real, ("attention_sum", "middle"))
         read = self.observe("mlp_input", self._read(self.mlp_norm, hidden), real)
-        wide = F.gelu(self.mlp.intermediate(read), approximate=self.mlp.approximate)
+        wide = ACTIVATIONS[self.mlp.hidden_act](self.mlp.intermediate(read))
         part = self.mlp.output(self.observe("gelu", wide, everywhere))
         hidden = self._observed_add(self.mlp_norm, hidden, part, real, ("mlp_sum", "output"))
         shown = attention.all_heads(probabilities, request.probabilities)

@@ -10,11 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.configuration_checks import check_values
 from parallel.errors import UserError
 
-#: hidden_act names and whether they mean the tanh approximation of GELU.
-ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 CONFIG_NAME = "config.json"
 MODEL_TYPE = "megatron-bert"
 #: Classes of a classification head, unless said otherwise.
@@ -127,7 +126,8 @@ class MegatronBertConfig:
         num_hidden_layers: number of transformer layers.
         num_attention_heads: attention heads a layer; must divide hidden_size.
         intermediate_size: width of the feed-forward layer.
-        hidden_act: ``gelu`` (exact, erf), or ``gelu_new`` / ``gelu_pytorch_tanh`` (tanh approximation).
+        hidden_act: ``gelu`` (exact, erf), ``gelu_new`` / ``gelu_pytorch_tanh`` (tanh approximation), ``relu``, or
+            ``silu`` / ``swish``; of the feed-forward layers and the masked-language head.
         hidden_dropout_prob: dropout of embeddings, attention output and feed-forward output.
         attention_probs_dropout_prob: dropout of attention probabilities.
         max_position_embeddings: rows of the position table; ``longest_sequence`` tokens fit.

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm
 from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import column_parallel_linear
@@ -72,7 +73,7 @@ class SequenceHead(nn.Module):
 
 
 class MaskedLanguageHead(ParallelModule):
-    """Dense, GELU, norm, then the word embeddings as output matrix with a bias of its own.
+    """Dense, activation, norm, then the word embeddings as output matrix with a bias of its own.
 
     Args:
         config: sizes of the encoder.
@@ -84,7 +85,7 @@ class MaskedLanguageHead(ParallelModule):
         self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.tp, self.approximate = tp, ACTIVATIONS[config.hidden_act]
+        self.tp, self.hidden_act = tp, config.hidden_act
         size = config.hidden_size
         self.dense = Dense(size, size, init_std=config.initializer_range, device=device)
         self.norm = LayerNorm(size, config.layer_norm_eps, device=device)
@@ -101,7 +102,7 @@ class MaskedLanguageHead(ParallelModule):
         Returns:
             ``[K, padded_vocab/t]``.
         """
-        features = self.norm(F.gelu(self.dense(selected), approximate=self.approximate))
+        features = self.norm(ACTIVATIONS[self.hidden_act](self.dense(selected)))
         return column_parallel_linear(features, word_embeddings, self.bias, self.tp, sequence=False)
 
 

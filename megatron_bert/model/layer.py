@@ -7,12 +7,12 @@ normalises each sum: ``norm(x + part(x))``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert import backends
+from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
-from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.requests import AttentionRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
@@ -53,7 +53,7 @@ class LayerNorm(ParallelModule):
 
 
 class Mlp(nn.Module):
-    """H to intermediate size, GELU, and back; the intermediate features are divided over tensor ranks."""
+    """H to intermediate size, activation, and back; the intermediate features are divided over tensor ranks."""
 
     def __init__(
         self,
@@ -64,8 +64,7 @@ class Mlp(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
-        self.approximate = ACTIVATIONS[config.hidden_act]
+        self.recompute, self.hidden_act = recompute, config.hidden_act
         self.intermediate = ColumnParallelLinear(
             config.hidden_size, config.intermediate_size, init_std=config.initializer_range, tp=tp, device=device
         )
@@ -79,7 +78,7 @@ class Mlp(nn.Module):
         return self.output.finish(recomputed(self._activated_product, self.recompute, wide, at="selective"))
 
     def _activated_product(self, wide: Tensor) -> Tensor:
-        return self.output.product(F.gelu(wide, approximate=self.approximate))
+        return self.output.product(ACTIVATIONS[self.hidden_act](wide))
 
 
 class TransformerLayer(nn.Module):

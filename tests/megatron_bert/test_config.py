@@ -38,6 +38,9 @@ def test_settings_that_fit() -> None:
     assert (layout.tensor, layout.pipeline, layout.data, layout.data_shard) == (2, 2, 3, 1)
     settings = make(parallel__sharding="hybrid", parallel__shard_size=3)
     assert check_settings(settings, 6).data_shard == 3
+    other = make(model__hidden_act="relu")
+    check_settings(other, 1)
+    assert other.model_config_for(100, 0).hidden_act == "relu"
     assert check_settings(make(parallel__sharding="full"), 6).data_shard == 6
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.options import ReadOptions, WriteOptions
+from parallel.errors import UserError
 from tests.megatron_bert.convert.generator import Sizes, draw, forward, write_checkpoint, write_zip
 from tests.megatron_bert.convert.support import (
     all_tensors,
@@ -152,6 +153,23 @@ def test_files_of_transformers_are_read(tmp_path: Path, safe: bool) -> None:
         output = model.double()(input_ids=tokens, token_type_ids=types, attention_mask=mask.long())
     expected = (output.prediction_logits, output.seq_relationship_logits)
     assert_same_logits(logits_of(tmp_path, SIZES), expected, mask)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_activations_that_megatron_has_not(tmp_path: Path, act: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = transformers.MegatronBertConfig(vocab_size=90, **sizes, hidden_act=act)
+    transformers.MegatronBertForPreTraining(config).save_pretrained(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "native", to="native")
+    assert ("activation", act) in inspect(tmp_path / "native").rows
+    convert(tmp_path / "native", tmp_path / "out", to="huggingface")
+    assert transformers.MegatronBertConfig.from_pretrained(tmp_path / "out").hidden_act == act
+    assert_same_tensors(all_tensors(tmp_path / "out"), all_tensors(tmp_path / "in"))
+    for to in ("megatron", "megatron-core"):
+        with pytest.raises(UserError, match=f"has hidden_act {act}, but Megatron's BERT computes GELU"):
+            convert(tmp_path / "in", tmp_path / to, to=to)
+        assert not (tmp_path / to).exists()
 
 
 def test_encoder_of_transformers_without_heads_keeps_its_class(tmp_path: Path) -> None:

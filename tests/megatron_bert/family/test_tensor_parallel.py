@@ -36,6 +36,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "head-mask": ("ForMaskedLM", {}, ALL | {"head_mask": HEAD_MASK}),
     "relative": ("ForQuestionAnswering", {"position_embedding_type": "relative_key_query"}, {}),
     "cross": ("ForCausalLM", DECODER | {"position_embedding_type": "relative_key"}, ALL),
+    "relu": ("ForMaskedLM", {"hidden_act": "relu"}, {}),
+    "silu": ("ForMaskedLM", {"hidden_act": "silu"}, {}),
     "untied": ("ForMaskedLM", {"tie_word_embeddings": False}, {}),
     "pruned": ("ForTokenClassification", {"pruned_heads": {0: [1, 2], 2: [0, 1]}}, {"head_mask": HEAD_MASK[0]}),
     "dropout": ("ForSequenceClassification", DROPOUT, {}),

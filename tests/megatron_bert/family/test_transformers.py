@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_bert import MegatronBertForMaskedLM
 from tests.megatron_bert.family.support import (
     BATCH,
     CLOSE,
@@ -119,11 +120,23 @@ def test_problem_types(labels, classes, problem, tmp_path):
     assert_trains_as(model, peer, batch_for(head) | {"labels": labels})
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_activations_and_untied_outputs(act, tied, tmp_path):
     model = build("ForMaskedLM", config_of("ForMaskedLM", hidden_act=act, tie_word_embeddings=tied))
     peer = peer_of(model, tmp_path)
+    assert_trains_as(model, peer, batch_for("ForMaskedLM") | labels_for("ForMaskedLM"))
+
+
+@pytest.mark.parametrize("act", ["relu", "silu", "swish"])
+def test_directories_of_transformers_with_other_activations(act, tmp_path):
+    torch.manual_seed(3)
+    sizes = {"vocab_size": CONFIG.vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MegatronBertConfig(**sizes, intermediate_size=64, hidden_act=act, initializer_range=0.2)
+    peer = transformers.MegatronBertForMaskedLM(config).eval()
+    peer.save_pretrained(tmp_path)
+    model = MegatronBertForMaskedLM.from_pretrained(tmp_path).eval()
+    assert model.config.hidden_act == act
     assert_trains_as(model, peer, batch_for("ForMaskedLM") | labels_for("ForMaskedLM"))
 
 
@@ -171,7 +184,7 @@ def test_random_configurations(seed, tmp_path):
         num_hidden_layers=pick(1, 2, 4),
         intermediate_size=pick(24, 50),
         type_vocab_size=pick(2, 3),
-        hidden_act=pick("gelu", "gelu_new"),
+        hidden_act=pick("gelu", "gelu_new", "relu", "silu"),
         layer_norm_eps=pick(1e-12, 1e-5),
         vocab_size_multiple=pick(1, 32, 128),
         pad_token_id=pick(0, 3),

@@ -239,7 +239,7 @@ def _cut_query(source: Path) -> None:
         (_config(intermediate_size=32), {}, r"intermediate\.dense\.weight has shape \[64, 32\], but .*\[32, 32\]"),
         (_cut_query, {}, r"query\.weight has shape \[31, 32\], but .*\[32, 32\]: settings and weights are of two"),
         (_bare_sentencepiece, {}, r"whose ids fairseq has shifted: give its tokenizer\.json"),
-        (_config(hidden_act="relu"), {}, "hidden_act is 'relu'"),
+        (_config(hidden_act="relu"), {}, "hidden_act is 'relu', but the integer function"),
         (_config(model_type="camembert"), {}, "is a camembert: fine-tuning starts from megatron-bert"),
         (
             _config(model_type="bert"),

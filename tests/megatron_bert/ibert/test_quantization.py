@@ -333,6 +333,8 @@ def test_settings_are_checked(field, value):
         ({"is_decoder": True, "add_cross_attention": True}, {}, "cross-attention"),
         ({"layer_norm_placement": "post"}, {"equalisation": "gamma"}, "post-layer-norm"),
         ({"intermediate_size": 12544}, {}, "intermediate size"),
+        ({"hidden_act": "relu"}, {}, "hidden_act relu"),
+        ({"hidden_act": "silu"}, {}, "hidden_act silu"),
     ],
 )
 def test_what_integers_do_not_cover_is_refused_and_nothing_changed(changes, settings, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
+from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.encoder import Encoder
 from parallel.data_parallel import apply_data_parallel
 from parallel.gradients import sum_token_partial_gradients
@@ -58,17 +60,17 @@ def _step(encoder: nn.Module, tp: TensorParallel, packed: bool, dropout: bool) -
     return results | {"out": out.detach().clone(), "x": x.grad.clone()}
 
 
-def _encoder(tp: TensorParallel, recompute: str = "none") -> Encoder:
-    encoder = Encoder(CONFIG, tp=tp, recompute=recompute)
+def _encoder(tp: TensorParallel, recompute: str = "none", act: str = CONFIG.hidden_act) -> Encoder:
+    encoder = Encoder(replace(CONFIG, hidden_act=act), tp=tp, recompute=recompute)
     initialize(encoder, 3)
     return encoder
 
 
-def _compiled(tp: TensorParallel, packed: bool, dropout: bool, recompute: str) -> int:
+def _compiled(tp: TensorParallel, packed: bool, dropout: bool, recompute: str, act: str = CONFIG.hidden_act) -> int:
     """Graphs that one training step of all layers took, after a check of its results."""
-    expected = _step(_encoder(tp, recompute), tp, packed, dropout)
+    expected = _step(_encoder(tp, recompute, act), tp, packed, dropout)
     torch._dynamo.reset()
-    encoder = _encoder(tp, recompute)
+    encoder = _encoder(tp, recompute, act)
     backend = _compile(encoder)
     # The traced operators are the eager ones; decompositions add up in another order: float32 rounding.
     assert_steps_equal(_step(encoder, tp, packed, dropout), expected, 1e-5)
@@ -124,8 +126,9 @@ def test_divided_layers_share_one_graph_and_give_the_eager_result(case, graphs):
     assert [of_rank[case] for of_rank in graphs] == [1, 1]
 
 
-def test_undivided_layers_share_one_graph_and_give_the_eager_result():
-    assert _compiled(SINGLE, False, True, "none") == 1
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_undivided_layers_share_one_graph_and_give_the_eager_result(act):
+    assert _compiled(SINGLE, False, True, "none", act) == 1
 
 
 def test_no_graph_breaks():

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
-from megatron_bert.model.configuration import ACTIVATIONS, MegatronBertConfig
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
 from parallel.errors import UserError
 from tests.megatron_bert.model.support import CONFIG
@@ -25,8 +26,8 @@ def test_heads_must_divide_the_hidden_size():
 
 
 def test_unknown_activations_are_named_with_the_known_ones():
-    with pytest.raises(UserError, match=r"model\.hidden_act is 'swish': choose one of") as error:
-        MegatronBertConfig(hidden_act="swish")
+    with pytest.raises(UserError, match=r"model\.hidden_act is 'relu6': choose one of") as error:
+        MegatronBertConfig(hidden_act="relu6")
     for name in ACTIVATIONS:
         assert name in str(error.value)
 

@@ -157,6 +157,14 @@ def test_recomputation_changes_no_bit(size, sequence, seed):
     run_world(size, _recomputed, sequence, seed)
 
 
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_recomputation_of_other_activations_changes_no_bit(act):
+    batch = make_batch()
+    expected = step(make_model(hidden_act=act), batch, 42)
+    for mode in ("selective", "full"):
+        assert_steps_equal(step(make_model(hidden_act=act, recompute=mode), batch, 42), expected, 0.0)
+
+
 def _communication(sequence: bool, seed: int | None) -> dict[str, int]:
     """Collectives in the backward pass of the whole model, by what the layers recompute."""
     tp = make_tensor_parallel(sequence=sequence)

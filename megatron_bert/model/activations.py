@@ -1,0 +1,19 @@
+"""The activations between the two matrices of the feed-forward layers and in the masked-language head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+#: hidden_act names that mean GELU, and what torch calls their approximation.
+GELU_APPROXIMATIONS: Mapping[str, str] = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+#: hidden_act names and their functions, which act on each element.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    **{name: partial(F.gelu, approximate=approximation) for name, approximation in GELU_APPROXIMATIONS.items()},
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
