@@ -187,7 +187,7 @@ def _config(
         type_vocab_size=integer(settings, "type_vocab_size", label, 2),
         initializer_range=fraction(settings, "initializer_range", label, 0.02),
         layer_norm_eps=eps,
-        pad_token_id=pad if type(pad) is int and 0 <= pad < rows else 0,
+        pad_token_id=pad if pad is None or (type(pad) is int and 0 <= pad < (words or rows)) else 0,
         binary_head="cls.seq_relationship.weight" in stored,
     )
     return config, words, assumptions

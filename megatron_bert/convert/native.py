@@ -147,6 +147,8 @@ def _typed_config(values: dict[str, Any], label: str) -> MegatronBertConfig:
             raise UserError(f"{label} sets {key}: only plain pretraining encoders can be converted")
     kept = {key: value for key, value in values.items() if key in CONFIG_FIELDS}
     for key, value in kept.items():
+        if value is None and key == "pad_token_id":
+            continue  # no token is padding
         kind = CONFIG_FIELDS[key]
         good = type(value) is kind or (kind is float and type(value) is int)
         if not good or (kind is int and not (0 if key == "pad_token_id" else 1) <= value < 1 << 40):

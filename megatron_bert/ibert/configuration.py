@@ -79,6 +79,8 @@ class IBertConfig(MegatronBertConfig):
             raise UserError(f"model.quant_mode is {self.quant_mode!r}: give true or false")
         if self.force_dequant not in FORCE_DEQUANT:
             raise UserError(f"model.force_dequant is {self.force_dequant!r}: choose one of {', '.join(FORCE_DEQUANT)}")
+        if self.pad_token_id is None:
+            raise UserError("model.pad_token_id is None, but positions are counted after it: give the id of padding")
         if self.max_position_embeddings < self.pad_token_id + 2:
             raise UserError(
                 f"model.max_position_embeddings is {self.max_position_embeddings}, but positions start after "

@@ -134,7 +134,8 @@ class MegatronBertConfig:
         type_vocab_size: number of token types (segments).
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.
-        pad_token_id: id of the padding token.
+        pad_token_id: id of the padding token, whose embedding gets no gradient from where it is looked up; None where
+            no token is special so.
         bos_token_id, eos_token_id: ids that open and end a generated text; there may be several that end it.
         position_embedding_type: ``absolute``, or ``relative_key`` / ``relative_key_query`` (Shaw et al.,
             arXiv 1803.02155; Huang et al., arXiv 2009.13658).
@@ -176,7 +177,8 @@ class MegatronBertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    # A token id or None; Any, as it is never None where positions are counted from it, which a type cannot say.
+    pad_token_id: Any = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     position_embedding_type: str = "absolute"
@@ -280,12 +282,17 @@ class MegatronBertConfig:
         return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields that have a value, and the model type; plain values that JSON can hold."""
+        """All fields that have a value, and the model type; plain values that JSON can hold.
+
+        None stands where a field without a value would be read back as its default.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {field.name for field in fields(self) if field.default is not None}
         del values["num_labels"]  # their number is that of the names
         if values["layer_norm_placement"] == "pre":
             del values["layer_norm_placement"]  # MegatronBERT has no other, and no field for it
-        return {"model_type": self.model_type, **{name: value for name, value in values.items() if value is not None}}
+        stated = {name: value for name, value in values.items() if value is not None or name in kept}
+        return {"model_type": self.model_type, **stated}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, label: str = "the configuration", **changes: Any) -> Self:

@@ -89,10 +89,15 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def _check_ids(config: Any) -> None:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     for name, value in (("pad", config.pad_token_id), ("bos", config.bos_token_id), *(("eos", end) for end in ends)):
-        if value is None and name != "pad":
+        if value is None:
             continue
         if type(value) is not int or value < 0:
             raise UserError(f"model.{name}_token_id is {value!r}: give the id of a token")
+        if value >= config.vocab_size:
+            raise UserError(
+                f"model.{name}_token_id is {value}, but model.vocab_size {config.vocab_size} has ids to "
+                f"{config.vocab_size - 1}: give the id of a token in the vocabulary, or none"
+            )
 
 
 def _check_labels(config: Any) -> None:

@@ -186,6 +186,17 @@ def test_encoder_of_transformers_without_heads_keeps_its_class(tmp_path: Path) -
     assert_same_tensors(all_tensors(tmp_path / "out"), all_tensors(tmp_path / "in"))
 
 
+@pytest.mark.parametrize("padding", [None, 3])
+def test_padding_stays_what_it_is(tmp_path: Path, padding: int | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    config = transformers.MegatronBertConfig(vocab_size=90, **sizes, pad_token_id=padding)
+    transformers.MegatronBertForPreTraining(config).save_pretrained(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "native", to="native")
+    convert(tmp_path / "native", tmp_path / "out", to="huggingface")
+    assert transformers.MegatronBertConfig.from_pretrained(tmp_path / "out").pad_token_id == padding
+
+
 def test_half_precision_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     weights = draw(SIZES)
     weights["final"]["weight"][0] = 1e6

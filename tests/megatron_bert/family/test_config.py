@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_bert import MegatronBertConfig
+from megatron_bert import IBertConfig, MegatronBertConfig
 from parallel.errors import UserError
 
 
@@ -49,6 +49,32 @@ def test_files_of_other_versions(tmp_path):
     assert MegatronBertConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_ids_that_are_not_set_stay_so_in_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.MegatronBertConfig(pad_token_id=None).save_pretrained(tmp_path)
+    config = MegatronBertConfig.from_pretrained(tmp_path)
+    assert config.pad_token_id is None
+    config.save_pretrained(tmp_path)
+    assert MegatronBertConfig.from_pretrained(tmp_path) == config
+    assert transformers.AutoConfig.from_pretrained(tmp_path).pad_token_id is None
+    without_ends = IBertConfig(bos_token_id=None, eos_token_id=None)
+    without_ends.save_pretrained(tmp_path)
+    assert IBertConfig.from_pretrained(tmp_path) == without_ends
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (None, None)
+
+
+def test_the_vocabulary_holds_the_ids_whichever_changes():
+    config = MegatronBertConfig(vocab_size=60, pad_token_id=59, bos_token_id=58, eos_token_id=[3, 57])
+    for words, name in ((59, "pad"), (58, "pad"), (57, "pad")):
+        with pytest.raises(UserError, match=rf"model\.{name}_token_id is 59, but model\.vocab_size {words} has"):
+            config.vocab_size = words
+    assert config.vocab_size == 60
+    config.pad_token_id = None
+    with pytest.raises(UserError, match=r"model\.eos_token_id is 57, but model\.vocab_size 57 has ids to 56"):
+        replace(config, vocab_size=57, bos_token_id=None)
+
+
 def test_names_of_classes_agree():
     config = MegatronBertConfig(num_labels=4)
     assert config.id2label[3] == "LABEL_3"
@@ -87,6 +113,13 @@ def test_names_of_classes_agree():
         ({"torch_dtype": "int8"}, "choose one of float32"),
         ({"add_cross_attention": True}, "model.add_cross_attention needs model.is_decoder=true"),
         ({"pad_token_id": -1}, "model.pad_token_id is -1: give the id of a token"),
+        (
+            {"pad_token_id": 29056},
+            "model.pad_token_id is 29056, but model.vocab_size 29056 has ids to 29055: give the id",
+        ),
+        ({"bos_token_id": 99999}, "model.bos_token_id is 99999, but model.vocab_size 29056 has ids to 29055"),
+        ({"eos_token_id": 99999}, "model.eos_token_id is 99999, but model.vocab_size 29056 has ids to 29055"),
+        ({"eos_token_id": [1, 29056]}, "model.eos_token_id is 29056, but model.vocab_size 29056 has ids to 29055"),
         ({"eos_token_id": [1, "x"]}, "model.eos_token_id is 'x'"),
         ({"pruned_heads": {0: list(range(16))}}, "each layer keeps at least one"),
         ({"pruned_heads": {24: [0]}}, "layers go to 23"),

@@ -150,6 +150,17 @@ def test_padding_gets_no_gradient_from_where_it_is_looked_up(both):
     assert_gradients_close(model, peer)
 
 
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
+def test_without_padding_every_row_gets_its_gradient(head, tmp_path):
+    model = build(head, config_of(head, pad_token_id=None))
+    peer = peer_of(model, tmp_path)
+    assert peer.get_input_embeddings().padding_idx is None
+    batch = batch_for(head, ragged=False)
+    batch["input_ids"][:, 2] = 0
+    assert_trains_as(model, peer, batch | labels_for(head))
+    assert model.get_input_embeddings().weight.grad[0].abs().max() > 1e-3
+
+
 def test_gradient_checkpointing_changes_no_bit(both):
     model, _ = both("ForMaskedLM")
     batch = batch_for("ForMaskedLM") | labels_for("ForMaskedLM")
