@@ -89,7 +89,8 @@ def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> T
     tokens, embedded = given.input_ids, given.inputs_embeds
     batch, length, device = _batch_shape(tokens, embedded, config)
     if config.padding_position is None or given.position_ids is not None:
-        _check_length(past + length, config.max_position_embeddings)
+        if given.position_ids is None or config.position_embedding_type != "absolute":
+            _check_length(past + length, config.max_position_embeddings)
         positions = _positions(given.position_ids, batch, length, past, device)
     else:
         positions = _positions_after_padding(tokens, length, config.padding_position, config, device)
@@ -123,6 +124,9 @@ def _batch_shape(
         batch, length = tokens.shape
         device = tokens.device
     elif embedded is not None and tokens is None:
+        check_tensor("inputs_embeds", embedded)
+        if not embedded.is_floating_point():
+            raise UserError(f"inputs_embeds is of type {embedded.dtype}: give floating-point numbers, or input_ids")
         if embedded.dim() != 3 or embedded.shape[2] != config.hidden_size:
             raise UserError(
                 f"inputs_embeds has shape {list(embedded.shape)}, expected [batch, tokens, {config.hidden_size}]"
@@ -209,6 +213,26 @@ def check_ranges(limits: list[tuple[str, Tensor, int, str]]) -> None:
             raise UserError(f"{name} holds {wrong}, outside 0 to {rows - 1} ({setting} is {rows})")
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
+
+
+def flat_labels(name: str, labels: Any) -> Tensor:
+    """Labels ``[N]`` of any shape of N elements.
+
+    Raises:
+        UserError: they are no tensor.
+    """
+    check_tensor(name, labels)
+    return labels.reshape(-1)
+
+
 def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int, ignored: int | None = None) -> None:
     """Check class labels.
 
@@ -244,6 +268,7 @@ def checked_head_masks(
     """
     if head_mask is None:
         return None
+    check_tensor("head_mask", head_mask)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     shape = tuple(head_mask.shape)
     if shape == (heads,):

@@ -15,6 +15,7 @@ from megatron_bert.family.language import LanguageModel
 from megatron_bert.family.outputs import CausalLMOutputWithCrossAttentions, Tensors
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.cross_entropy import IGNORED
+from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
 
 
@@ -84,6 +85,7 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         if labels is not None:
             following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
             loss = self.language_loss(hidden.flatten(0, 1), following.reshape(-1))
+        _check_kept(logits_to_keep, hidden.shape[1])
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
@@ -106,11 +108,11 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         max_new_tokens: int = 20,
         do_sample: bool = False,
         temperature: float = 1.0,
-        top_k: int = 0,
+        top_k: int | None = 0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
-        eos_token_id: int | list[int] | None = None,
+        eos_token_id: int | list[int] | Tensor | None = None,
         pad_token_id: int | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
@@ -123,7 +125,7 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
             max_new_tokens: most words to write.
             do_sample: draw words by their probability; otherwise the most likely one is taken.
             temperature: the logits are divided by it before drawing.
-            top_k: draw from this many most likely words; 0 from all.
+            top_k: draw from this many most likely words; 0 or None from all.
             top_p: draw from the fewest most likely words whose probability together reaches this.
             generator: to draw with; torch's own by default.
             use_cache: keep keys and values instead of computing them anew for each word.
@@ -138,17 +140,32 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
             UserError: an argument out of range, padding on the right, or a model that is no decoder.
         """
         ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        if isinstance(ends, Tensor):
+            ends = ends.reshape(-1).tolist()
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        if padding is None:
+            padding = ends[0] if ends else 0  # nothing follows an end that there is not
         return generate(
             self,
             input_ids,
             attention_mask,
-            Sampling(sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
+            Sampling(sample=do_sample, temperature=temperature, top_k=top_k or 0, top_p=top_p, generator=generator),
             most=max_new_tokens,
-            ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
-            padding=self.config.pad_token_id if pad_token_id is None else pad_token_id,
+            ends=ends,
+            padding=padding,
             cached=use_cache,
             encoder={
                 "encoder_hidden_states": encoder_hidden_states,
                 "encoder_attention_mask": encoder_attention_mask,
             },
         )
+
+
+def _check_kept(kept: int | Tensor, length: int) -> None:
+    """Refuse places beyond the tokens, and negative numbers of them."""
+    if isinstance(kept, Tensor):
+        if kept.numel() and not torch.compiler.is_compiling() and not 0 <= int(kept.min()) <= int(kept.max()) < length:
+            raise UserError(f"logits_to_keep holds places outside of {length} tokens: give 0 to {length - 1}")
+    elif kept < 0:
+        raise UserError(f"logits_to_keep is {kept}: give how many tokens at the end to keep, or 0 for all")

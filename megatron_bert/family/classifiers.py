@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.family.arguments import Arguments
+from megatron_bert.family.arguments import Arguments, check_tensor, flat_labels
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
@@ -125,7 +125,7 @@ class ChoiceClassifier(Classifier):
         encoded, scores = self.classified(_flattened(given))
         assert either is not None
         logits = scores.view(-1, either.shape[1])
-        loss = None if labels is None else mean_cross_entropy("labels", logits, labels.reshape(-1))
+        loss = None if labels is None else mean_cross_entropy("labels", logits, flat_labels("labels", labels))
         return self.finished(MultipleChoiceModelOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
@@ -140,6 +140,7 @@ class TokenClassifier(Classifier):
         either = given.either
         needed = None
         if labels is not None and either is not None and either.dim() >= 2:
+            check_tensor("labels", labels)
             _check_shape("labels", labels, tuple(either.shape[:2]))
             needed = labels != IGNORED
         encoded, scores = self.classified(given, shown=not self.learns_from(labels), needed=needed)
@@ -174,7 +175,9 @@ class SpanClassifier(Classifier):
         encoded, scores = self.classified(given, shown=True)
         start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
         losses = [
-            mean_cross_entropy(name, logits, positions.reshape(-1).clamp(0, encoded.length), ignored=encoded.length)
+            mean_cross_entropy(
+                name, logits, flat_labels(name, positions).clamp(0, encoded.length), ignored=encoded.length
+            )
             for name, logits, positions in (("start_positions", start, starts), ("end_positions", end, ends))
             if positions is not None
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,8 +130,9 @@ class EncoderModel(PreTrainedModel):
         )
         if self.wants(return_dict, "return_dict"):
             return output
-        # The second place is the pooler's, whether there is one or not.
-        return (output.last_hidden_state, output.pooler_output, *output.to_tuple()[1 + (self.pooler is not None) :])
+        # The second place is the pooler's, whether there is one or not; in a tuple the cache comes before the states.
+        rest: tuple[Any, ...] = (encoded.past, encoded.hidden_states, encoded.attentions, encoded.cross_attentions)
+        return (output.last_hidden_state, output.pooler_output, *(part for part in rest if part is not None))
 
     def pooled(self, encoded: Encoded) -> Tensor:
         """``[B, H]`` of the first tokens."""

@@ -5,13 +5,16 @@ Shapes: B texts, S tokens so far, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_bert.family.arguments import check_tensor
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,32 +96,42 @@ def generate(
     mask = torch.ones_like(tokens) if mask is None else mask.long()
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     endings = torch.tensor(ends, dtype=tokens.dtype, device=tokens.device)
-    was_training = model.training
-    model.eval()
     past, start = None, 0
-    for _ in range(most):
-        # Positions count real tokens, so that a text does not depend on the padding before it.
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        out = model(
-            tokens[:, start:],
-            attention_mask=mask,
-            position_ids=positions[:, start:],
-            past_key_values=past,
-            use_cache=cached,
-            return_dict=True,
-            logits_to_keep=1,
-            **encoder,
-        )
-        chosen = _same_on_ranks(model, sampling.choose(out.logits[:, -1])).masked_fill(ended, padding)
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        mask = torch.cat((mask, (~ended).long()[:, None]), dim=1)
-        ended |= torch.isin(chosen, endings)
-        if bool(ended.all()):
-            break
-        if cached:
-            past, start = out.past_key_values, tokens.shape[1] - 1
-    model.train(was_training)
+    with _evaluating(model):
+        for _ in range(most):
+            # Positions count real tokens, so that a text does not depend on the padding before it.
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            out = model(
+                tokens[:, start:],
+                attention_mask=mask,
+                position_ids=positions[:, start:],
+                past_key_values=past,
+                use_cache=cached,
+                return_dict=True,
+                logits_to_keep=1,
+                **encoder,
+            )
+            chosen = _same_on_ranks(model, sampling.choose(out.logits[:, -1])).masked_fill(ended, padding)
+            tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+            mask = torch.cat((mask, (~ended).long()[:, None]), dim=1)
+            ended |= torch.isin(chosen, endings)
+            if bool(ended.all()):
+                break
+            if cached:
+                past, start = out.past_key_values, tokens.shape[1] - 1
     return tokens
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout while the block lasts; every module is then as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, before in training.items():
+            module.training = before
 
 
 def _check(model: MegatronBertForCausalLM, tokens: Tensor, mask: Tensor | None, most: int) -> None:
@@ -127,11 +140,15 @@ def _check(model: MegatronBertForCausalLM, tokens: Tensor, mask: Tensor | None, 
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         raise UserError("input_ids must be an integer tensor [batch, tokens], to be continued")
     longest = model.config.max_position_embeddings
-    if most < 1 or tokens.shape[1] + most > longest:
+    if type(most) is not int or most < 1 or tokens.shape[1] + most > longest:
         raise UserError(
             f"max_new_tokens is {most} after {tokens.shape[1]} tokens, but the model has {longest} positions: give "
             f"1 to {longest - tokens.shape[1]}"
         )
+    if mask is not None:
+        check_tensor("attention_mask", mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise UserError("attention_mask holds other values than 0 and 1: give 1 for real tokens and 0 for padding")
     if mask is not None and (mask.shape != tokens.shape or not bool(mask[:, -1].all())):
         raise UserError(
             f"attention_mask of shape {list(mask.shape)} does not end in real tokens for input_ids of shape "

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_bert.family.arguments import Arguments, check_labels, shared_arguments
+from megatron_bert.family.arguments import Arguments, check_labels, flat_labels, shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
@@ -97,13 +97,15 @@ class LanguageModel(HeadModel):
             labels: int64 ``[N]``; -100 is ignored.
         """
         rows = (labels != IGNORED).nonzero().squeeze(1)
-        if rows.numel() == 0:
-            return hidden.sum() * 0.0
+        count = rows.numel()
+        if count == 0:
+            # A row whose label is ignored: all parameters get a gradient of 0, which data parallelism waits for.
+            rows = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         local = self.masked_head(hidden.index_select(0, rows), self.get_output_embeddings().weight)
         losses = vocab_parallel_cross_entropy(
             local, labels.index_select(0, rows).long(), self.config.vocab_size, self.tp
         )
-        return losses.mean()
+        return losses.sum() / max(1, count)
 
     def encoded(self, given: Arguments, labels: Tensor | None) -> Encoded:
         """Run the encoder, without a cache, and with every token that has a label."""
@@ -233,7 +235,8 @@ class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
                 raise UserError(
                     "next_sentence_label is given, but there is no sentence-pair head: add_binary_head=True"
                 )
-            losses.append(mean_cross_entropy("next_sentence_label", pair, next_sentence_label.reshape(-1)))
+            labelled = flat_labels("next_sentence_label", next_sentence_label)
+            losses.append(mean_cross_entropy("next_sentence_label", pair, labelled))
         present = [loss for loss in losses if loss is not None]
         output = MegatronBertForPreTrainingOutput(
             loss=sum(present[1:], present[0]) if present else None,

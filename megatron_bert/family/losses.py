@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bert.family.arguments import check_labels
+from megatron_bert.family.arguments import check_labels, check_tensor
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 
@@ -36,6 +36,7 @@ def problem_loss(problem: str | None, logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         UserError: labels of another shape or range.
     """
+    check_tensor("labels", labels)
     batch, classes = logits.shape
     whole = not labels.is_floating_point()
     if problem is None:
@@ -48,7 +49,7 @@ def problem_loss(problem: str | None, logits: Tensor, labels: Tensor) -> Tensor:
                 f"{batch} sequences (problem_type is {problem})"
             )
         return mean_cross_entropy("labels", logits, labels.reshape(-1))
-    if labels.numel() != logits.numel():
+    if labels.shape != logits.shape and not (classes == 1 and labels.shape == (batch,)):
         raise UserError(
             f"labels has shape {list(labels.shape)}, expected {list(logits.shape)} (problem_type is {problem})"
         )

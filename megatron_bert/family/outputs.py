@@ -49,17 +49,17 @@ class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
     Attributes:
         last_hidden_state: ``[B, S, H]``.
         pooler_output: ``[B, H]``; None without a pooling layer.
-        past_key_values: for the next step of decoding; None unless asked for.
         hidden_states: L + 1 of ``[B, S, H]``: the embeddings, the unnormalised stream after each layer but the last,
             and ``last_hidden_state``; None unless asked for.
+        past_key_values: for the next step of decoding; None unless asked for.
         attentions: L of ``[B, heads, S, P + S]``; None unless asked for.
         cross_attentions: L of ``[B, heads, S, E]``; None unless asked for, of a decoder with an encoder.
     """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
-    past_key_values: KeyValueCache | None = None
     hidden_states: Tensors | None = None
+    past_key_values: KeyValueCache | None = None
     attentions: Tensors | None = None
     cross_attentions: Tensors | None = None
 

@@ -156,13 +156,24 @@ class PreTrainedModel(nn.Module):
         Raises:
             UserError: a layer or head that is not there, or none would remain.
         """
-        pruned = {layer: set(heads) for layer, heads in (self.config.pruned_heads or {}).items()}
-        for layer, heads in heads_to_prune.items():
-            pruned.setdefault(int(layer), set()).update(heads)
-        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
+        before = self.config.pruned_heads
+        pruned = {layer: set(heads) for layer, heads in (before or {}).items()}
+        try:
+            for layer, heads in heads_to_prune.items():
+                pruned.setdefault(int(layer), set()).update(int(head) for head in heads)
+        except (TypeError, ValueError):
+            raise UserError(f"heads_to_prune is {heads_to_prune!r}: give numbers of heads by number of layer") from None
         layers = self.layer_list()
-        for layer, heads in heads_to_prune.items():
-            layers[int(layer)].attention.prune(set(heads))
+        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
+        attentions = {layer: layers[layer].attention for layer in pruned}
+        try:
+            for layer, attention in attentions.items():
+                attention.places_without(pruned[layer])
+        except UserError:
+            self.config.pruned_heads = before
+            raise
+        for layer, attention in attentions.items():
+            attention.prune(pruned[layer])
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -180,6 +191,8 @@ class PreTrainedModel(nn.Module):
         """
         words = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if pad_to_multiple_of < 1:
+                raise UserError(f"pad_to_multiple_of is {pad_to_multiple_of}: give 1 or more, or None")
             words = -(-words // pad_to_multiple_of) * pad_to_multiple_of
         before = self.config.vocab_size
         self.config.vocab_size = words
@@ -213,8 +226,22 @@ class PreTrainedModel(nn.Module):
         """Whether layers compute their forward pass again in the backward pass."""
         return any(layer.recompute != "none" for layer in self.layer_list())
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each layer's input in training, and compute the layer again in the backward pass."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep only each layer's input in training, and compute the layer again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: how transformers recomputes; ``use_reentrant`` may be False, as it is here.
+
+        Raises:
+            UserError: it says anything else.
+        """
+        if (gradient_checkpointing_kwargs or {}).keys() - {"use_reentrant"} or (
+            gradient_checkpointing_kwargs or {}
+        ).get("use_reentrant"):
+            raise UserError(
+                f"gradient_checkpointing_kwargs is {gradient_checkpointing_kwargs}: leave it out, or give "
+                '{"use_reentrant": False}'
+            )
         for layer in self.layer_list():
             layer.recompute = "full"
 
@@ -274,6 +301,7 @@ class PreTrainedModel(nn.Module):
         *,
         config: MegatronBertConfig | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **changes: Any,
@@ -286,8 +314,8 @@ class PreTrainedModel(nn.Module):
         Args:
             directory: with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
             config: in place of the directory's.
-            torch_dtype: number format of the parameters, ``torch.float16`` or ``"float16"``; ``"auto"`` takes that of
-                the files. float32 by default.
+            torch_dtype, dtype: number format of the parameters, ``torch.float16`` or ``"float16"``; ``"auto"`` takes
+                that of the files. float32 by default. Two names for the same, as transformers has had.
             ignore_mismatched_sizes: give parameters of another shape than the files' initial values, not an error.
             output_loading_info: return what was missing and unexpected too.
             **changes: fields of the configuration, and arguments of the constructor (``tp``, ``skip_padding``,
@@ -299,6 +327,8 @@ class PreTrainedModel(nn.Module):
         Raises:
             UserError: no such files, or they do not fit.
         """
+        if None not in (torch_dtype, dtype) and torch_dtype != dtype:
+            raise UserError(f"dtype is {dtype!r}, but torch_dtype {torch_dtype!r}: give one of them")
         names = ("tp", "skip_padding", "device", *cls.own_arguments)
         construct = {name: changes.pop(name) for name in names if name in changes}
         if config is None:
@@ -306,7 +336,7 @@ class PreTrainedModel(nn.Module):
         elif changes:
             config = cls.config_class.from_dict(config.to_dict(), **changes)
         model = cls(config, initial=False, **construct)  # type: ignore[call-arg]
-        report: LoadingReport = load_model(model, Path(directory), torch_dtype, ignore_mismatched_sizes)
+        report: LoadingReport = load_model(model, Path(directory), torch_dtype or dtype, ignore_mismatched_sizes)
         model.finish_loading(Path(directory), report)
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model

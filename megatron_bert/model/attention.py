@@ -274,16 +274,26 @@ class SelfAttention(AttentionHeads):
             (key, value) if request.keep else None,
         )
 
+    def places_without(self, heads: Collection[int]) -> list[int]:
+        """Places of the heads of all ranks that remain without some, which are given by their original numbers.
+
+        Raises:
+            UserError: the tensor size does not divide their number.
+        """
+        kept = [place for place, number in enumerate(self.numbers) if number not in heads]
+        divide(len(kept), self.tp, "the number of heads that remain in a layer")
+        return kept
+
     def prune(self, heads: Collection[int]) -> None:
         """Remove heads, by their original numbers; those that are gone already do not matter.
 
         The parameters are replaced by smaller ones; under tensor parallelism the remaining heads are dealt anew.
 
         Raises:
-            UserError: no head would remain, or the tensor size does not divide the rest.
+            UserError: the tensor size does not divide the rest.
         """
-        kept = [place for place, number in enumerate(self.numbers) if number not in heads]
-        count = divide(len(kept), self.tp, "the number of heads that remain in a layer")
+        kept = self.places_without(heads)
+        count = len(kept) // self.tp.size
         linear, output = self.query_key_value, self.output
         rows = (torch.tensor(kept)[:, None] * 3 * self.head_dim + torch.arange(3 * self.head_dim)).flatten()
         columns = (torch.tensor(kept)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()

@@ -64,6 +64,44 @@ def test_caches_hold_what_transformers_keeps(decoder, tmp_path):
     torch.testing.assert_close(decoder(more, past_key_values=ours.past_key_values).logits, theirs.logits, **CLOSE)
 
 
+def test_parts_stand_where_transformers_has_them(tmp_path):
+    """The cache is after the hidden states by place and before them in a tuple."""
+    model = build("Model", changed(is_decoder=True, add_cross_attention=True))
+    peer = peer_of(model, tmp_path)
+    batch = batch_for("Model", ragged=False) | {"output_hidden_states": True, "output_attentions": True}
+    batch["encoder_hidden_states"] = torch.randn(*batch["input_ids"].shape, 32)
+    assert list(model(**batch)) == list(peer(**batch))
+    kinds = [isinstance(part, tuple) and isinstance(part[0], tuple) for part in model(**batch, return_dict=False)]
+    theirs = ["Cache" in type(part).__name__ for part in peer(**batch, return_dict=False)]
+    assert kinds == theirs == [False, False, True, False, False, False]
+
+
+def test_writing_leaves_every_module_in_its_mode():
+    model = build("ForCausalLM", changed(is_decoder=True))
+    model.train()
+    model.bert.encoder.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    model.generate(ids, max_new_tokens=2, do_sample=True, top_k=None, eos_token_id=torch.tensor([1, 2]))
+    with pytest.raises(UserError, match="input_ids holds 99"):
+        model.generate(ids * 99, max_new_tokens=2)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    for mask, reason in (([[1] * 3] * 2, "is a list"), (torch.full((2, 3), 0.5), "holds other values than 0 and 1")):
+        with pytest.raises(UserError, match=f"attention_mask {reason}"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(UserError, match=r"max_new_tokens is 2\.5"):
+        model.generate(ids, max_new_tokens=2.5)
+
+
+def test_writing_without_a_padding_token():
+    """What follows an end is the end again, as transformers has it."""
+    model = build("ForCausalLM", changed(is_decoder=True, pad_token_id=None))
+    ids = torch.arange(4).view(2, 2)
+    free = model.generate(ids, max_new_tokens=4)
+    ended = model.generate(ids, max_new_tokens=4, eos_token_id=int(free[0, 2]))
+    assert ended[0, 2:].eq(free[0, 2]).all()
+
+
 @pytest.mark.parametrize("kind", ["absolute", "relative_key", "relative_key_query"])
 @pytest.mark.parametrize("cross", [False, True], ids=["alone", "cross"])
 def test_cached_decoding_equals_uncached(cross, kind):

@@ -29,6 +29,9 @@ INPUTS = {
     "positions": ({"input_ids": IDS, "position_ids": IDS[:, :2]}, "position_ids has shape [2, 2], expected [2, 4] or"),
     "too-long": ({"input_ids": IDS.repeat(1, 6)}, "have 24 tokens, but the model has 20 positions"),
     "width": ({"inputs_embeds": EMBEDS[..., :8]}, "inputs_embeds has shape [2, 4, 8], expected [batch, tokens, 32]"),
+    "embeddings": ({"inputs_embeds": [[0.0]]}, "inputs_embeds is a list: give a tensor"),
+    "whole-embeddings": ({"inputs_embeds": EMBEDS.long()}, "inputs_embeds is of type torch.int64"),
+    "head-mask-list": ({"input_ids": IDS, "head_mask": [None] * 3}, "head_mask is a list: give a tensor"),
     "mask-rank": ({"input_ids": IDS, "attention_mask": IDS[0]}, "attention_mask has shape [4], expected [2, 4]"),
     "mask-four": ({"input_ids": IDS, "attention_mask": IDS[:, None, None]}, "attention_mask has shape [2, 1, 1, 4]"),
     "mask-size": ({"input_ids": IDS, "attention_mask": IDS[:, :3]}, "attention_mask has shape [2, 3], expected"),
@@ -102,6 +105,18 @@ LABELS = {
     "class": ("ForSequenceClassification", {"labels": IDS[:, 0] * 5}, "labels holds 5, outside 0 to 4"),
     "classes": ("ForSequenceClassification", {"labels": IDS}, "expected a class number for each of 2 sequences"),
     "several": ("ForSequenceClassification", {"labels": EMBEDS[:, 0]}, "labels has shape [2, 32], expected [2, 5]"),
+    "transposed": (
+        "ForSequenceClassification",
+        {"labels": torch.zeros(5, 2)},
+        "labels has shape [5, 2], expected [2, 5]",
+    ),
+    "flat": ("ForSequenceClassification", {"labels": torch.zeros(10)}, "labels has shape [10], expected [2, 5]"),
+    "class-list": ("ForSequenceClassification", {"labels": [0, 1]}, "labels is a list: give a tensor"),
+    "pair-list": ("ForNextSentencePrediction", {"labels": [0, 1]}, "labels is a list: give a tensor"),
+    "tag-list": ("ForTokenClassification", {"labels": [[0] * 4] * 2}, "labels is a list: give a tensor"),
+    "start": ("ForQuestionAnswering", {"start_positions": 3}, "start_positions is a int: give a tensor"),
+    "kept": ("ForCausalLM", {"logits_to_keep": -2}, "logits_to_keep is -2: give how many tokens"),
+    "kept-place": ("ForCausalLM", {"logits_to_keep": torch.tensor([4])}, "logits_to_keep holds places outside of 4"),
     "tag": ("ForTokenClassification", {"labels": IDS * 5}, "labels holds 5, outside 0 to 4"),
     "tags": ("ForTokenClassification", {"labels": IDS[:, :1]}, "labels has shape [2, 1], expected [2, 4]"),
     "starts": ("ForQuestionAnswering", {"start_positions": IDS}, "start_positions has shape [8], expected [2]"),
@@ -131,7 +146,18 @@ def test_a_loss_without_labels_is_zero(head):
     loss = model(**batch, labels=torch.full((BATCH, LENGTH), -100)).loss
     assert float(loss.detach()) == 0.0
     loss.backward()
-    assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
+    # A gradient that is missing on one rank alone would stop data parallelism.
+    unused = {"pooler", "pair_classifier"} if head == "ForPreTraining" else {"pooler"}
+    for name, parameter in model.named_parameters():
+        if not unused & set(name.split(".")):
+            assert parameter.grad is not None, name
+            assert parameter.grad.eq(0).all(), name
+
+
+def test_regressions_of_several_values_have_a_value_for_each():
+    model = build("ForSequenceClassification", changed(num_labels=3, problem_type="regression"))
+    with pytest.raises(UserError, match=r"labels has shape \[3, 2\], expected \[2, 3\]"):
+        model(IDS, labels=torch.zeros(3, 2))
 
 
 def test_answers_that_are_cut_off():
@@ -178,6 +204,11 @@ def test_models():
         model.prune_heads({0: [4]})
     with pytest.raises(UserError, match="each layer keeps at least one"):
         model.prune_heads({0: [0, 1, 2, 3]})
+    with pytest.raises(UserError, match="give numbers of heads by number of layer"):
+        model.prune_heads({"first": [0]})
+    with pytest.raises(UserError, match="pad_to_multiple_of is 0: give 1 or more"):
+        model.resize_token_embeddings(10, pad_to_multiple_of=0)
+    assert not model.config.pruned_heads
     with pytest.raises(AttributeError, match="no attribute 'MegatronBertForPoetry'"):
         megatron_bert.MegatronBertForPoetry  # noqa: B018
 

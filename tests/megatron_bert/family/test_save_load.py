@@ -162,6 +162,9 @@ def test_number_formats(tmp_path):
     for given, expected in kinds.items():
         model = MegatronBertModel.from_pretrained(tmp_path, torch_dtype=given)
         assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert MegatronBertModel.from_pretrained(tmp_path, dtype=given).dtype == model.dtype
+    with pytest.raises(UserError, match="dtype is 'auto', but torch_dtype 'float16': give one of them"):
+        MegatronBertModel.from_pretrained(tmp_path, torch_dtype="float16", dtype="auto")
     with pytest.raises(UserError, match="torch_dtype is 'int8'"):
         MegatronBertModel.from_pretrained(tmp_path, torch_dtype="int8")
 

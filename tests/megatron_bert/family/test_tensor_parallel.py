@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
 from tests.megatron_bert.family.support import (
     BATCH,
@@ -116,3 +117,19 @@ def test_equal_results(case, divided, single):
             torch.testing.assert_close(
                 results[case][name], tensor, rtol=0, atol=1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
             )
+
+
+def _refused_pruning() -> tuple[str, Any, list[int]]:
+    model = build("Model", CONFIG, tp=make_tensor_parallel())
+    try:
+        model.prune_heads({0: [1, 2], 1: [1]})
+    except UserError as error:
+        return str(error), model.config.pruned_heads, [len(layer.attention.numbers) for layer in model.layer_list()]
+    raise AssertionError("three heads were divided among two ranks")
+
+
+def test_pruning_that_is_refused_changes_nothing():
+    for message, pruned, heads in run_world(2, _refused_pruning):
+        assert "the number of heads that remain in a layer is 3" in message
+        assert not pruned
+        assert heads == [4, 4, 4]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_bert import MegatronBertForMaskedLM
+from parallel.errors import UserError
 from tests.megatron_bert.family.support import (
     BATCH,
     CLOSE,
@@ -159,6 +160,21 @@ def test_without_padding_every_row_gets_its_gradient(head, tmp_path):
     batch["input_ids"][:, 2] = 0
     assert_trains_as(model, peer, batch | labels_for(head))
     assert model.get_input_embeddings().weight.grad[0].abs().max() > 1e-3
+
+
+def test_as_the_trainer_of_transformers_asks_for_gradient_checkpointing():
+    model = build("ForMaskedLM")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    with pytest.raises(UserError, match="leave it out, or give"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_more_tokens_than_positions(both):
+    """Positions that are given may repeat."""
+    model, peer = both("Model")
+    batch = {"input_ids": torch.arange(2 * 30).view(2, 30) % 91, "position_ids": torch.arange(30)[None] // 2}
+    assert_outputs_close(model(**batch), peer(**batch))
 
 
 def test_gradient_checkpointing_changes_no_bit(both):
