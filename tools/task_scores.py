@@ -29,7 +29,10 @@ def finished_run(
 def essential_settings(file: Path) -> dict[str, Any]:
     """What a settings file sets, without where its data, its model and its runs are."""
     return load_sections(file, [], FinetuneSettings).model_dump(
-        mode="json", by_alias=True, exclude_unset=True, exclude={"model": {"from_"}, "data": True, "training": {"run_dir"}}
+        mode="json",
+        by_alias=True,
+        exclude_unset=True,
+        exclude={"model": {"from_"}, "data": True, "training": {"run_dir"}},
     )
 
 

@@ -5,16 +5,15 @@ Shapes: B texts, S tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bert.family.arguments import check_tensor
+from megatron_bert.family.evaluation import in_evaluation
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def generate(
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     endings = torch.tensor(ends, dtype=tokens.dtype, device=tokens.device)
     past, start = None, 0
-    with _evaluating(model):
+    with in_evaluation(model):
         for _ in range(most):
             # Positions count real tokens, so that a text does not depend on the padding before it.
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -120,18 +119,6 @@ def generate(
             if cached:
                 past, start = out.past_key_values, tokens.shape[1] - 1
     return tokens
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout while the block lasts; every module is then as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, before in training.items():
-            module.training = before
 
 
 def _check(model: MegatronBertForCausalLM, tokens: Tensor, mask: Tensor | None, most: int) -> None:

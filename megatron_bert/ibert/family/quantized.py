@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert.convert.state import StateTensor
+from megatron_bert.family.evaluation import in_evaluation
 from megatron_bert.family.names import Names
 from megatron_bert.ibert.calibration import update_ranges
 from megatron_bert.ibert.gelu import LEAST
@@ -60,12 +61,8 @@ def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any
     if not model.training:
         return
     if any(quantizer.limit() == 0.0 and not quantizer.frozen for _, quantizer in quantizers(model)):
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        with torch.no_grad(), in_mode(model, "observe"):
+        with in_evaluation(model), torch.no_grad(), in_mode(model, "observe"):
             model.forward(*arguments, **named)
-        for module in training:
-            module.training = True
     update_ranges(model)
 
 
