@@ -254,7 +254,7 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int
 
 
 def checked_head_masks(
-    head_mask: Tensor | None, config: MegatronBertConfig, dtype: torch.dtype
+    head_mask: Tensor | None, config: MegatronBertConfig, dtype: torch.dtype, batch: int
 ) -> tuple[Tensor, ...] | None:
     """A head mask for each layer, broadcastable to ``[B, heads, Q, K]``.
 
@@ -262,6 +262,7 @@ def checked_head_masks(
         head_mask: ``[heads]``, ``[layers, heads]``, or ``[layers, 1 or B, heads, 1 or Q, 1 or K]``; 1 keeps a head.
         config: of the model.
         dtype: of the computation.
+        batch: B.
 
     Raises:
         UserError: another shape.
@@ -275,8 +276,11 @@ def checked_head_masks(
         masks = head_mask[None, None, :, None, None].expand(layers, 1, heads, 1, 1)
     elif shape == (layers, heads):
         masks = head_mask[:, None, :, None, None]
-    elif len(shape) == 5 and shape[0] == layers and shape[2] == heads:
+    elif len(shape) == 5 and shape[0] == layers and shape[1] in (1, batch) and shape[2] == heads:
         masks = head_mask
     else:
-        raise UserError(f"head_mask has shape {list(shape)}, expected [{heads}] or [{layers}, {heads}] (layers, heads)")
+        raise UserError(
+            f"head_mask has shape {list(shape)}, expected [{heads}] or [{layers}, {heads}] (layers, "
+            f"heads), or those with the batch, [{layers}, {batch}, {heads}, 1, 1]"
+        )
     return tuple(masks.to(dtype).unbind(0))

@@ -35,11 +35,16 @@ def checked_cache(past: Any, config: MegatronBertConfig, batch: int) -> KeyValue
     Raises:
         UserError: it is not of this model and batch.
     """
-    if past is None or len(past) == 0:
-        return None
+    try:
+        if past is None or len(past) == 0:
+            return None
+        layers = tuple(tuple(layer) for layer in past)
+    except TypeError:
+        raise UserError(
+            f"past_key_values is a {type(past).__name__}: give what an earlier forward pass returned"
+        ) from None
     if not config.is_decoder:
         raise UserError("past_key_values is given, but only decoders go on from a cache: set is_decoder=True")
-    layers = tuple(tuple(layer) for layer in past)
     counts = {len(layer) for layer in layers}
     if len(layers) != config.num_hidden_layers or counts not in ({2}, {4}):
         raise UserError(

@@ -151,6 +151,15 @@ class EncoderModel(PreTrainedModel):
         past = checked_cache(given.past_key_values, config, batch_size(given))
         earlier = 0 if past is None else past.get_seq_length()
         inputs = checked_inputs(given, config, earlier)
+        embedded = inputs.embedded
+        if (
+            embedded is not None
+            and embedded.dtype != self.dtype
+            and not torch.is_autocast_enabled(embedded.device.type)
+        ):
+            raise UserError(
+                f"inputs_embeds is of type {embedded.dtype}, but the model of {self.dtype}: convert one of them"
+            )
         total = inputs.past + inputs.length
         mask = read_mask("attention_mask", given.attention_mask, inputs.batch, inputs.length, total)
         request = self._request(given, inputs, mask, past)
@@ -196,7 +205,7 @@ class EncoderModel(PreTrainedModel):
         config = self.config
         probabilities = self.wants(given.output_attentions, "output_attentions")
         hidden_states = self.wants(given.output_hidden_states, "output_hidden_states")
-        head_masks = checked_head_masks(given.head_mask, config, self.dtype)
+        head_masks = checked_head_masks(given.head_mask, config, self.dtype, inputs.batch)
         keep = self._keeps_cache(given)
         encoder = self._encoder_states(given, inputs, past)
         pairs = given.attention_mask is not None and given.attention_mask.dim() == 3

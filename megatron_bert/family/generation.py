@@ -38,7 +38,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}: give a number above 0, or do_sample=False")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
+        if type(self.top_k) is not int or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(f"top_k is {self.top_k} and top_p {self.top_p}: give 0 or more, and a share in (0, 1]")
 
     def choose(self, logits: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ class AutoTokenizer:
         text_pair: str | list[str] | None = None,
         *,
         max_length: int | None = None,
-        truncation: bool = False,
-        padding: bool = True,
+        truncation: bool | str = False,
+        padding: bool | str = True,
         return_tensors: str = "pt",
     ) -> dict[str, Tensor]:
         """Inputs of a batch: ``[CLS] text [SEP]`` or ``[CLS] text [SEP] pair [SEP]``, padded on the right.
@@ -91,20 +91,28 @@ class AutoTokenizer:
             text: one or several.
             text_pair: second texts, as many.
             max_length: most tokens; what the model takes by default.
-            truncation: shorten the longer text of what is too long, instead of an error.
-            padding: pad to the longest; without it all must be of one length.
+            truncation: shorten the longer text of what is too long, instead of an error; also ``"longest_first"``.
+            padding: pad to the longest, also ``"longest"``; without it all must be of one length.
             return_tensors: ``pt``; there are no others.
 
         Returns:
             ``input_ids``, ``token_type_ids`` (not RoBERTa's) and ``attention_mask``, int64 ``[B, S]``.
 
         Raises:
-            UserError: texts that do not match, or are too long.
+            UserError: no texts, texts that do not match or are too long, or another way to pad or shorten them.
         """
         if return_tensors != "pt":
             raise UserError(f"return_tensors is {return_tensors!r}: only pt, torch's tensors, are made")
         texts = [text] if isinstance(text, str) else list(text)
         pairs = [text_pair] if isinstance(text_pair, str) else None if text_pair is None else list(text_pair)
+        wrong = next((part for part in (*texts, *(pairs or ())) if not isinstance(part, str)), None)
+        if wrong is not None:
+            raise UserError(f"a text is a {type(wrong).__name__}: give texts, one or a list of them")
+        if padding not in (True, False, "longest") or truncation not in (True, False, "longest_first"):
+            raise UserError(
+                f"padding is {padding!r} and truncation {truncation!r}: give True or False; texts are padded to the "
+                "longest, and the longest is shortened first"
+            )
         if not texts or (pairs is not None and len(pairs) != len(texts)):
             raise UserError(f"{len(texts)} texts and {len(pairs or [])} pairs: give at least one, and as many of both")
         limit = max_length or self.model_max_length
@@ -125,7 +133,9 @@ class AutoTokenizer:
             del tensors["token_type_ids"]
         return tensors
 
-    def _row(self, text: str, pair: str | None, limit: int | None, truncation: bool) -> tuple[list[int], list[int]]:
+    def _row(
+        self, text: str, pair: str | None, limit: int | None, truncation: bool | str
+    ) -> tuple[list[int], list[int]]:
         """Ids and types of one input."""
         segments = [self._encode(part) for part in (text, pair) if part is not None]
         between = self.vocabulary.pair_separators(roberta=self.roberta)

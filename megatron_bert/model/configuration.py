@@ -235,8 +235,14 @@ class MegatronBertConfig:
         Names that were given count before automatic ones (``LABEL_0``, ..), which may come from a copied configuration.
         """
         held = self.__dict__
-        by_number = {int(number): str(name) for number, name in (held["id2label"] or {}).items()}
-        by_name = {int(number): str(name) for name, number in (held["label2id"] or {}).items()}
+        try:
+            by_number = {int(number): str(name) for number, name in (held["id2label"] or {}).items()}
+            by_name = {int(number): str(name) for name, number in (held["label2id"] or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(
+                f"model.id2label is {held['id2label']!r} and model.label2id {held['label2id']!r}: give a name for each "
+                "class number, such as {0: 'no', 1: 'yes'}"
+            ) from None
         if changed == "label2id" or (changed != "id2label" and _automatic(by_number) and by_name):
             names, others = by_name, by_number
         else:

@@ -115,7 +115,13 @@ def _check_pruned(config: Any) -> None:
     """Check the heads, and write them as plain sorted lists: JSON makes the layers' numbers text."""
     if config.pruned_heads is None:
         return
-    pruned = {int(layer): sorted({int(head) for head in heads}) for layer, heads in config.pruned_heads.items()}
+    try:
+        pruned = {int(layer): sorted({int(head) for head in heads}) for layer, heads in config.pruned_heads.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"model.pruned_heads is {config.pruned_heads!r}: give numbers of heads by number of layer, such as "
+            "{0: [1, 2]}"
+        ) from None
     for layer, heads in pruned.items():
         fits = all(0 <= head < config.num_attention_heads for head in heads)
         if not 0 <= layer < config.num_hidden_layers or not fits or len(heads) == config.num_attention_heads:

@@ -122,6 +122,9 @@ def test_names_of_classes_agree():
         ({"eos_token_id": [1, "x"]}, "model.eos_token_id is 'x'"),
         ({"pruned_heads": {0: list(range(16))}}, "each layer keeps at least one"),
         ({"pruned_heads": {24: [0]}}, "layers go to 23"),
+        ({"pruned_heads": [1]}, "give numbers of heads by number of layer"),
+        ({"id2label": ["a", "b"]}, "give a name for each class number"),
+        ({"id2label": {"x": "a"}}, "give a name for each class number"),
     ],
 )
 def test_what_is_refused(values, message):

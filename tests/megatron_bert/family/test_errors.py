@@ -32,6 +32,12 @@ INPUTS = {
     "embeddings": ({"inputs_embeds": [[0.0]]}, "inputs_embeds is a list: give a tensor"),
     "whole-embeddings": ({"inputs_embeds": EMBEDS.long()}, "inputs_embeds is of type torch.int64"),
     "head-mask-list": ({"input_ids": IDS, "head_mask": [None] * 3}, "head_mask is a list: give a tensor"),
+    "embeddings-type": ({"inputs_embeds": EMBEDS.double()}, "inputs_embeds is of type torch.float64, but the model of"),
+    "head-mask-batch": (
+        {"input_ids": IDS, "head_mask": torch.ones(3, 3, 4, 1, 1)},
+        "head_mask has shape [3, 3, 4, 1, 1]",
+    ),
+    "cache-number": ({"input_ids": IDS, "past_key_values": 3}, "past_key_values is a int: give what an earlier"),
     "mask-rank": ({"input_ids": IDS, "attention_mask": IDS[0]}, "attention_mask has shape [4], expected [2, 4]"),
     "mask-four": ({"input_ids": IDS, "attention_mask": IDS[:, None, None]}, "attention_mask has shape [2, 1, 1, 4]"),
     "mask-size": ({"input_ids": IDS, "attention_mask": IDS[:, :3]}, "attention_mask has shape [2, 3], expected"),

@@ -204,6 +204,17 @@ def test_tokenizers_beside_the_model(kind, tmp_path):
             assert tensor.equal(theirs[name]), name
 
 
+def test_what_a_tokenizer_is_asked_for(tmp_path):
+    tokenizer = AutoTokenizer(_vocabulary("vocab", "the sky", tmp_path / "source"), max_length=3)
+    usual = tokenizer(["the sky", "sky"], truncation=True)["input_ids"]
+    assert tokenizer(["the sky", "sky"], truncation="longest_first", padding="longest")["input_ids"].equal(usual)
+    for given in ({"padding": "max_length"}, {"truncation": "only_first"}):
+        with pytest.raises(UserError, match="give True or False"):
+            tokenizer("sky", **given)
+    with pytest.raises(UserError, match="a text is a int: give texts"):
+        tokenizer([1, 2])
+
+
 def _vocabulary(kind, text, folder):
     folder.mkdir()
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(text.replace(",", " ,").split()))]
