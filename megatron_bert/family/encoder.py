@@ -152,11 +152,9 @@ class EncoderModel(PreTrainedModel):
         earlier = 0 if past is None else past.get_seq_length()
         inputs = checked_inputs(given, config, earlier)
         embedded = inputs.embedded
-        if (
-            embedded is not None
-            and embedded.dtype != self.dtype
-            and not torch.is_autocast_enabled(embedded.device.type)
-        ):
+        # Narrower ones are widened where they are added; autocast converts whatever there is.
+        wider = embedded is not None and torch.promote_types(embedded.dtype, self.dtype) != self.dtype
+        if embedded is not None and wider and not torch.is_autocast_enabled(embedded.device.type):
             raise UserError(
                 f"inputs_embeds is of type {embedded.dtype}, but the model of {self.dtype}: convert one of them"
             )

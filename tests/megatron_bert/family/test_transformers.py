@@ -170,6 +170,12 @@ def test_as_the_trainer_of_transformers_asks_for_gradient_checkpointing():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
+def test_embeddings_of_a_narrower_type(both):
+    model, peer = both("Model")
+    batch = {"inputs_embeds": torch.randn(2, 4, CONFIG.hidden_size).to(torch.bfloat16)}
+    assert_outputs_close(model(**batch), peer(**batch))
+
+
 def test_more_tokens_than_positions(both):
     """Positions that are given may repeat."""
     model, peer = both("Model")
