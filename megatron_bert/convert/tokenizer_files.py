@@ -14,12 +14,5 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, for_transformers: boo
     tokenizer.save(folder)
     if not for_transformers or not (folder / "tokenizer.json").is_file():
         return
-    roles = {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "pad": tokenizer.pad_id}
-    roles |= {"mask": tokenizer.mask_id, "unk": tokenizer.unk_id}
-    normalisation = tokenizer.normalisation()
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{role}_token": tokenizer.id_to_token(token) for role, token in roles.items()},
-        **({} if normalisation is None else normalisation.settings()),
-    }
+    settings = tokenizer.transformers_settings()
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_bert.json_file import read_object
 from parallel.errors import UserError
 
 CONFIG_NAME = "tokenizer_config.json"
@@ -40,15 +40,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file holds something else.
     """
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({str(error)[:80]}): fetch the file again, or remove it") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds a JSON {type(settings).__name__} instead of an object: wrong file?")
-    return settings
+    return read_object(path, "fetch the file again, or remove it") if path.is_file() else {}
 
 
 def read_normalisation(folder: Path) -> Normalisation:

@@ -11,7 +11,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -127,6 +127,16 @@ class Tokenizer(ABC):
     def normalisation(self) -> Normalisation | None:
         """What a WordPiece vocabulary does to text before it looks it up; None of other tokenizers."""
         return None
+
+    def transformers_settings(self) -> dict[str, Any]:
+        """What transformers looks for in a tokenizer_config.json beside the files."""
+        roles = ("cls", "sep", "pad", "mask", "unk")
+        normalisation = self.normalisation()
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{f"{role}_token": self.id_to_token(getattr(self, f"{role}_id")) for role in roles},
+            **({} if normalisation is None else normalisation.settings()),
+        }
 
     @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -144,7 +144,7 @@ def _batch_shape(
 def _types(given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     if given is None:
         return torch.zeros((batch, length), dtype=torch.int64, device=device)
-    _check_shape("token_type_ids", given, (batch, length))
+    check_shape("token_type_ids", given, (batch, length))
     _check_ids("token_type_ids", given, "[batch, tokens]", 2)
     return given
 
@@ -189,7 +189,12 @@ def _check_ids(name: str, ids: Tensor, form: str, dims: int) -> None:
         raise UserError(f"{name} has shape {list(ids.shape)}, expected {form}")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        UserError: it has another, or is no tensor.
+    """
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
         found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UserError(f"{name} has shape {found}, expected {list(shape)}")
@@ -213,24 +218,15 @@ def check_ranges(limits: list[tuple[str, Tensor, int, str]]) -> None:
             raise UserError(f"{name} holds {wrong}, outside 0 to {rows - 1} ({setting} is {rows})")
 
 
-def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is no tensor.
+def check_tensor(name: str, value: Any) -> Tensor:
+    """What is given under a name, which must be a tensor.
 
     Raises:
         UserError: it is none.
     """
     if not isinstance(value, Tensor):
         raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
-
-
-def flat_labels(name: str, labels: Any) -> Tensor:
-    """Labels ``[N]`` of any shape of N elements.
-
-    Raises:
-        UserError: they are no tensor.
-    """
-    check_tensor(name, labels)
-    return labels.reshape(-1)
+    return value
 
 
 def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int, ignored: int | None = None) -> None:
@@ -246,7 +242,7 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int
     Raises:
         UserError: wrong shape, type or range.
     """
-    _check_shape(name, labels, shape)
+    check_shape(name, labels, shape)
     _check_ids(name, labels, str(list(shape)), len(shape))
     counted = labels if ignored is None else labels.masked_fill(labels == ignored, 0)
     if labels.numel():

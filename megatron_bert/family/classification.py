@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_bert.family.arguments import flat_labels, shared_arguments
+from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.classifiers import (
     ChoiceClassifier,
@@ -57,7 +57,7 @@ class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
     ) -> NextSentencePredictorOutput | tuple[Tensor, ...]:
         """Classify pairs; ``labels`` int64 ``[B]``: 0 if the second sentence follows, 1 if it is another."""
         encoded, logits = self.classified(shared_arguments(locals()))
-        loss = None if labels is None else mean_cross_entropy("labels", logits, flat_labels("labels", labels))
+        loss = None if labels is None else mean_cross_entropy("labels", logits, labels)
         return self.finished(NextSentencePredictorOutput(loss=loss, logits=logits), encoded, return_dict)
 
 

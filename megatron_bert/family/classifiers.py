@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.family.arguments import Arguments, check_tensor, flat_labels
+from megatron_bert.family.arguments import Arguments, check_shape, check_tensor
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
@@ -125,7 +125,7 @@ class ChoiceClassifier(Classifier):
         encoded, scores = self.classified(_flattened(given))
         assert either is not None
         logits = scores.view(-1, either.shape[1])
-        loss = None if labels is None else mean_cross_entropy("labels", logits, flat_labels("labels", labels))
+        loss = None if labels is None else mean_cross_entropy("labels", logits, labels)
         return self.finished(MultipleChoiceModelOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
@@ -140,14 +140,13 @@ class TokenClassifier(Classifier):
         either = given.either
         needed = None
         if labels is not None and either is not None and either.dim() >= 2:
-            check_tensor("labels", labels)
-            _check_shape("labels", labels, tuple(either.shape[:2]))
+            check_shape("labels", check_tensor("labels", labels), tuple(either.shape[:2]))
             needed = labels != IGNORED
         encoded, scores = self.classified(given, shown=not self.learns_from(labels), needed=needed)
         logits = encoded.rectangle(scores)
         loss = None
         if labels is not None:
-            loss = mean_cross_entropy("labels", logits.flatten(0, 1), labels.reshape(-1))
+            loss = mean_cross_entropy("labels", logits.flatten(0, 1), labels)
         return self.finished(TokenClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
@@ -176,7 +175,7 @@ class SpanClassifier(Classifier):
         start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
         losses = [
             mean_cross_entropy(
-                name, logits, flat_labels(name, positions).clamp(0, encoded.length), ignored=encoded.length
+                name, logits, check_tensor(name, positions).clamp(0, encoded.length), ignored=encoded.length
             )
             for name, logits, positions in (("start_positions", start, starts), ("end_positions", end, ends))
             if positions is not None
@@ -184,11 +183,6 @@ class SpanClassifier(Classifier):
         loss = sum(losses[1:], losses[0]) / len(losses) if losses else None
         output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
         return self.finished(output, encoded, return_dict)
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _flattened(given: Arguments) -> Arguments:

@@ -136,11 +136,11 @@ def _check(model: MegatronBertForCausalLM, tokens: Tensor, mask: Tensor | None, 
         check_tensor("attention_mask", mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise UserError("attention_mask holds other values than 0 and 1: give 1 for real tokens and 0 for padding")
-    if mask is not None and (mask.shape != tokens.shape or not bool(mask[:, -1].all())):
-        raise UserError(
-            f"attention_mask of shape {list(mask.shape)} does not end in real tokens for input_ids of shape "
-            f"{list(tokens.shape)}: put the padding of shorter texts on the left"
-        )
+        if mask.shape != tokens.shape or not bool(mask[:, -1].all()):
+            raise UserError(
+                f"attention_mask of shape {list(mask.shape)} does not end in real tokens for input_ids of shape "
+                f"{list(tokens.shape)}: put the padding of shorter texts on the left"
+            )
 
 
 def _same_on_ranks(model: MegatronBertForCausalLM, chosen: Tensor) -> Tensor:

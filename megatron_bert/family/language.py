@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_bert.family.arguments import Arguments, check_labels, flat_labels, shared_arguments
+from megatron_bert.family.arguments import Arguments, check_labels, shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
@@ -235,8 +235,7 @@ class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
                 raise UserError(
                     "next_sentence_label is given, but there is no sentence-pair head: add_binary_head=True"
                 )
-            labelled = flat_labels("next_sentence_label", next_sentence_label)
-            losses.append(mean_cross_entropy("next_sentence_label", pair, labelled))
+            losses.append(mean_cross_entropy("next_sentence_label", pair, next_sentence_label))
         present = [loss for loss in losses if loss is not None]
         output = MegatronBertForPreTrainingOutput(
             loss=sum(present[1:], present[0]) if present else None,

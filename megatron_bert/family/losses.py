@@ -16,9 +16,13 @@ def mean_cross_entropy(name: str, logits: Tensor, labels: Tensor, ignored: int =
     Args:
         name: of the argument that gave the labels.
         logits: ``[N, C]``.
-        labels: int64 ``[N]``.
+        labels: int64, N of them in any shape.
         ignored: label of rows that do not count.
+
+    Raises:
+        UserError: no tensor, or labels of another number, type or range.
     """
+    labels = check_tensor(name, labels).reshape(-1)
     check_labels(name, labels, (logits.shape[0],), logits.shape[1], ignored)
     total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignored, reduction="sum")
     return total / (labels != ignored).sum().clamp(min=1)
@@ -48,7 +52,7 @@ def problem_loss(problem: str | None, logits: Tensor, labels: Tensor) -> Tensor:
                 f"labels has shape {list(labels.shape)} and type {labels.dtype}, expected a class number for each of "
                 f"{batch} sequences (problem_type is {problem})"
             )
-        return mean_cross_entropy("labels", logits, labels.reshape(-1))
+        return mean_cross_entropy("labels", logits, labels)
     if labels.shape != logits.shape and not (classes == 1 and labels.shape == (batch,)):
         raise UserError(
             f"labels has shape {list(labels.shape)}, expected {list(logits.shape)} (problem_type is {problem})"

@@ -235,9 +235,8 @@ class PreTrainedModel(nn.Module):
         Raises:
             UserError: it says anything else.
         """
-        if (gradient_checkpointing_kwargs or {}).keys() - {"use_reentrant"} or (
-            gradient_checkpointing_kwargs or {}
-        ).get("use_reentrant"):
+        asked = gradient_checkpointing_kwargs or {}
+        if asked.get("use_reentrant") or asked.keys() - {"use_reentrant"}:
             raise UserError(
                 f"gradient_checkpointing_kwargs is {gradient_checkpointing_kwargs}: leave it out, or give "
                 '{"use_reentrant": False}'

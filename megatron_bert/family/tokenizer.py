@@ -57,14 +57,9 @@ class AutoTokenizer:
         folder = Path(directory)
         self.vocabulary.save(folder)
         settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.vocabulary.transformers_settings(),
             "model_input_names": ["input_ids", *([] if self.roberta else ["token_type_ids"]), "attention_mask"],
         }
-        for role in ("cls", "sep", "pad", "mask", "unk"):
-            settings[f"{role}_token"] = self.vocabulary.id_to_token(getattr(self.vocabulary, f"{role}_id"))
-        normalisation = self.vocabulary.normalisation()
-        if normalisation is not None:
-            settings |= normalisation.settings()
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from megatron_bert.json_file import read_object
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.configuration_checks import check_values
 from parallel.errors import UserError
@@ -338,13 +339,7 @@ class MegatronBertConfig:
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"{directory} holds no {CONFIG_NAME}: give a directory with one; nothing is downloaded")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no JSON ({str(error)[:80]}): fetch the file again") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds a JSON {type(values).__name__} instead of an object: wrong file?")
-        return cls.from_dict(values, label=str(path), **changes)
+        return cls.from_dict(read_object(path), label=str(path), **changes)
 
     def save_pretrained(self, directory: str | Path, *, architecture: str | None = None) -> None:
         """Write config.json into a directory; ``architecture`` names the class of the weights beside it."""

@@ -1,0 +1,28 @@
+"""JSON files that hold an object, as configurations do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import UserError
+
+
+def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is no JSON.
+
+    Raises:
+        UserError: it is no JSON, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({str(error)[:80]}): {remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a JSON {type(values).__name__} instead of an object: wrong file?")
+    return values
