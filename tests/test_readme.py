@@ -57,7 +57,7 @@ SUBSTITUTIONS = [
     (r"(pretrain configs/\w+(?:\.\w+)?\.yaml)", r"\1 " + " ".join(TINY)),
     (r"((?:finetune|quantize) configs/\w+/\w+\.yaml)", r"\1 " + " ".join(TINY_TASK)),
     (r"(checkpoint\.resume=\S+)/step_00100000", r"\1/step_00000002 training.steps=3"),
-    (r"(benchmark_throughput\.py) --pairs 1", r"\1 --pairs 1 --warmup 1 --layers 1 --hidden 64 --length 32 --batch 2"),
+    (r"(benchmark_throughput) --pairs 1", r"\1 --pairs 1 --warmup 1 --layers 1 --hidden 64 --length 32 --batch 2"),
     (r"^tensorboard ", "tensorboard --inspect "),  # prints what it finds instead of serving it
 ]
 

@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 
 import megatron_bert
 from megatron_bert import MegatronBertConfig
-from tools.benchmark_throughput import processor_name, seconds
+from tools.timing import machine_name, processor_seconds, seconds
 
 #: Name -> class, whether padding is skipped.
 MODELS = {
@@ -88,13 +87,6 @@ def both_models(head: str, config: MegatronBertConfig, device: torch.device) -> 
         kind = getattr(transformers, f"MegatronBert{head}")
         theirs = kind.from_pretrained(folder, attn_implementation="eager")
     return ours.to(device), theirs.to(device)
-
-
-def processor_seconds(step: Callable[[], Any]) -> float:
-    """Processor time of one step, over all threads: what to compare where other programs run too."""
-    began = time.process_time()
-    step()
-    return time.process_time() - began
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -161,10 +153,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     transformers.logging.disable_progress_bar()
-    cuda = arguments.device.startswith("cuda")
     result = {
         "command": "python -m tools.benchmark_family " + " ".join(sys.argv[1:]),
-        "machine": torch.cuda.get_device_name() if cuda else processor_name(),
+        "machine": machine_name(torch.device(arguments.device)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

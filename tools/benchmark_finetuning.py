@@ -30,8 +30,9 @@ from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.squad_metrics import token_f1
 from megatron_bert.tasks.task import IGNORED, Task
-from tools.benchmark_throughput import processor_name
+from parallel.process_group import choose_device
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
+from tools.timing import machine_name
 
 #: What transformers' Trainer reached for a seed, beside the run.
 _THEIR_SCORES = "transformers.json"
@@ -136,7 +137,7 @@ def main() -> None:
         {
             "about": arguments.about,
             "command": "python -m tools.benchmark_finetuning " + " ".join(sys.argv[1:]),
-            "machine": processor_name(),
+            "machine": machine_name(choose_device("auto", 0)),
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in packages},
             "tasks": tasks,

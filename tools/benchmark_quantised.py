@@ -13,8 +13,8 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import transformers
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
-from tools.benchmark_throughput import processor_name
+from tools.timing import machine_name, processor_seconds, seconds
 
 #: Shared by all models.
 _SIZES = {
@@ -47,21 +47,20 @@ def _quantised(model: Any, batch: dict[str, Any]) -> Any:
     return model
 
 
-def make_models(dropout: float, batch: dict[str, Any]) -> dict[str, Any]:
+def make_models(dropout: float, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Models by the name they have in the report."""
     chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     pre, post = MegatronBertConfig(**_SIZES, **chances), IBertConfig(**_SIZES, **chances)
     theirs = transformers.IBertForSequenceClassification
     their_config = transformers.IBertConfig(**_SIZES, **chances, type_vocab_size=2)
+    simulated = transformers.IBertConfig(**_SIZES, **chances, type_vocab_size=2, quant_mode=True)
     return {
-        "pre-layer-norm, float": MegatronBert(pre),
-        "pre-layer-norm, integer": _quantised(MegatronBert(pre), batch),
-        "post-layer-norm, float": IBertForSequenceClassification(post),
-        "post-layer-norm, integer": _quantised(IBertForSequenceClassification(post), batch),
-        "transformers IBert, float": theirs(their_config),
-        "transformers IBert, quant_mode": theirs(
-            transformers.IBertConfig(**_SIZES, **chances, type_vocab_size=2, quant_mode=True)
-        ),
+        "pre-layer-norm, float": MegatronBert(pre).to(device),
+        "pre-layer-norm, integer": _quantised(MegatronBert(pre).to(device), batch),
+        "post-layer-norm, float": IBertForSequenceClassification(post).to(device),
+        "post-layer-norm, integer": _quantised(IBertForSequenceClassification(post).to(device), batch),
+        "transformers IBert, float": theirs(their_config).to(device),
+        "transformers IBert, quant_mode": theirs(simulated).to(device),
     }
 
 
@@ -78,19 +77,20 @@ def make_step(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
-def measure(dropout: float, arguments: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each model's step, and its ratio to its float model's."""
+    device = torch.device(arguments.device)
+    clock = processor_seconds if arguments.clock == "processor" else partial(seconds, device=device)
     torch.manual_seed(0)
     ids = torch.randint(5, _SIZES["vocab_size"], (arguments.batch, arguments.length))
-    batch = {"input_ids": ids, "labels": torch.randint(0, 2, (arguments.batch,))}
-    steps = {name: make_step(model, batch) for name, model in make_models(dropout, batch).items()}
+    batch = {"input_ids": ids.to(device), "labels": torch.randint(0, 2, (arguments.batch,)).to(device)}
+    steps = {name: make_step(model, batch) for name, model in make_models(dropout, batch, device).items()}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(arguments.steps + 1):
         for name, step in steps.items():
-            started = clock()
-            step()
+            duration = clock(step)
             if round_number:  # the first warms up
-                taken[name].append(clock() - started)
+                taken[name].append(duration)
     names = list(taken)
     results = {}
     for base, name in zip(names[::2], names[1::2], strict=True):
@@ -114,14 +114,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
     parser.add_argument("--steps", type=int, default=9, help="measured steps of each model")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor leaves waiting out")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/quantised_cpu.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     report = {
         "command": f"python -m tools.benchmark_quantised {' '.join(sys.argv[1:])}".strip(),
-        "machine": processor_name(),
+        "machine": machine_name(torch.device(arguments.device)),
         "threads": arguments.threads,
         "clock": arguments.clock,
         "torch": torch.__version__,
@@ -129,8 +129,8 @@ def main() -> None:
         "sizes": _SIZES,
         "batch": {"sequences": arguments.batch, "length": arguments.length},
         "steps": arguments.steps,
-        "dropout 0": measure(0.0, arguments, clock),
-        "dropout 0.1": measure(0.1, arguments, clock),
+        "dropout 0": measure(0.0, arguments),
+        "dropout 0.1": measure(0.1, arguments),
     }
     text = json.dumps(report, indent=2) + "\n"
     arguments.output.write_text(text, encoding="utf-8")

@@ -27,8 +27,9 @@ from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
-from tools.benchmark_throughput import processor_name
+from parallel.process_group import choose_device
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
+from tools.timing import machine_name
 
 #: Splits that results.json has for other models than the one that is saved.
 _CALIBRATED = "_calibrated"
@@ -93,7 +94,7 @@ def main() -> None:
     result = {
         "about": arguments.about,
         "command": "python -m tools.benchmark_quantised_tasks " + " ".join(sys.argv[1:]),
-        "machine": processor_name(),
+        "machine": machine_name(choose_device("auto", 0)),
         "torch": torch.__version__,
         "seeds": arguments.seeds,
         "training that follows": {

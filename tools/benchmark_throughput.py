@@ -3,17 +3,15 @@
 Both train on the same batch (same sequences, masked positions and labels) in float32 with dropout 0.1 and fused AdamW.
 Their steps alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts does not favour one.
 
-    python tools/benchmark_throughput.py --output benchmarks/throughput_cpu.json
+    python -m tools.benchmark_throughput --output benchmarks/throughput_cpu.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
+from tools.timing import machine_name, seconds
 
 
 def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatch:
@@ -113,26 +112,6 @@ def their_step(
     return step
 
 
-def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Duration of one step."""
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def processor_name() -> str:
-    """Name of the CPU, as Linux gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time both in turn."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -157,7 +136,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = arguments.batch * arguments.length
     return {
         "command": "python " + " ".join(sys.argv),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
+        "machine": machine_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

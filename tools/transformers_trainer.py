@@ -69,20 +69,18 @@ def score(model: Any, task: Task[Any, Any], split: str, batch: int = 64) -> dict
     for start in range(0, len(units), batch):
         chosen = units[start : start + batch]
         given = collate(chosen, task.head, task.tokenizer.pad_id)
-        output = model(**{name: given[name] for name in ("input_ids", "token_type_ids", "attention_mask")})
+        names = ("input_ids", "token_type_ids", "attention_mask")
+        output = model(**{name: given[name].to(model.device) for name in names})
         for row, unit in enumerate(chosen):
             rows = unit.features[0].rows
             if task.head.kind == "span":
                 pair = torch.stack((output.start_logits[row], output.end_logits[row]), dim=1)
-                logits.append(pair.numpy()[rows])
+                logits.append(pair.cpu().numpy()[rows])
             elif task.head.kind == "token":
-                logits.append(output.logits[row].numpy()[rows])
+                logits.append(output.logits[row].cpu().numpy()[rows])
             else:
-                logits.append(
-                    output.logits[row, : len(unit.features)].numpy()
-                    if task.head.kind == "choice"
-                    else output.logits[row].numpy()
-                )
+                found = output.logits[row, : len(unit.features)] if task.head.kind == "choice" else output.logits[row]
+                logits.append(found.cpu().numpy())
     return task.metrics(examples, task.predictions(examples, units, logits))
 
 

@@ -14,6 +14,8 @@ from megatron_bert.model.attention_functions import (
     attention_probabilities,
     explicit_attention,
     fused_attention,
+    has_packed_attention,
+    packed_attention,
     relative_scores,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -33,18 +35,6 @@ __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_atten
 #: Scores of padding for each packed sequence above which a processor attends within one sequence after another. Below,
 #: the calls for each sequence cost more than those scores do (measured on a Xeon with AVX-512).
 _SCORES_PER_SEQUENCE = 1 << 15
-
-
-def _varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
-    """Flash attention over packed sequences; ``[T, A, 3, D]`` to ``[T, A, D]``."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = qkv.unbind(2)
-    bounds = layout.boundaries
-    assert bounds is not None, "a packed layout has boundaries"
-    context = varlen_attn(query, key, value, bounds, bounds, layout.length, layout.length)
-    assert isinstance(context, Tensor)
-    return context
 
 
 class DistanceTable(ParallelModule):
@@ -221,10 +211,10 @@ class SelfAttention(AttentionHeads):
         qkv = self.query_key_value(hidden).unflatten(-1, (self.heads, 3, self.head_dim))
         if request is not None:
             return self._answer(qkv, layout, keys, request)
-        dropout = self.dropout if keys is not None else 0.0
-        varlen = layout.is_packed and dropout == 0.0 and self.distance is None
-        if varlen and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
-            context = _varlen_attention(qkv, layout)
+        if layout.boundaries is not None and self.distance is None and has_packed_attention(qkv):
+            dropout = self.dropout if keys is not None else 0.0
+            query, key, value = qkv.unbind(2)
+            context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
         elif self._one_by_one(qkv, layout):
             context = self._attend_one_by_one(qkv, layout, keys)
         else:

@@ -81,6 +81,41 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
+@torch.compiler.assume_constant_result
+def _gpu_has_flash_attention() -> bool:
+    """Whether the GPU in use runs flash attention: Ampere and later."""
+    return torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+
+
+def has_packed_attention(tensor: Tensor) -> bool:
+    """Whether :func:`packed_attention` takes query, key and value like this tensor, ``[.., D]``."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    fits = tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256
+    return tensor.is_cuda and half and fits and _gpu_has_flash_attention()
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, dropout: float = 0.0
+) -> Tensor:
+    """Attention within packed sequences by flash attention, whose dropout draws from torch's own generator.
+
+    The operator is what ``torch.nn.attention.varlen`` and nested tensors call; the former has no dropout.
+
+    Args:
+        query, key, value: ``[T, A, D]`` as :func:`has_packed_attention` says.
+        boundaries: int32 ``[B + 1]``, where each sequence starts and the last one ends.
+        longest: tokens of the longest sequence, or more.
+        dropout: probability of dropping an attention probability.
+
+    Returns:
+        ``[T, A, D]``.
+    """
+    context: Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, boundaries, boundaries, longest, longest, dropout, False, False
+    )[0]
+    return context
+
+
 def relative_scores(query: Tensor, key: Tensor, distances: Tensor, first: int, both: bool) -> Tensor:
     """What relative positions add to the scaled scores: q . r, and with ``both`` also k . r.
 

@@ -40,7 +40,8 @@ class TokenBatch:
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory, so that copies to the device overlap computation."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return replace(self, layout=self.layout.pin_memory(), **pinned)
 
     def dropout_keys(self, seed: int) -> Tensor:
         """int64 ``[T]``: a key for each token that depends on (seed, sample, position) alone."""

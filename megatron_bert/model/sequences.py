@@ -8,6 +8,7 @@ The encoder works on tokens ``[T, H]``; only attention needs to know which of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,16 +72,22 @@ class SequenceLayout:
 
     def to(self, device: torch.device) -> SequenceLayout:
         """The same layout with its tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def pin_memory(self) -> SequenceLayout:
+        """The same layout in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SequenceLayout:
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
 
         return SequenceLayout(
             batch=self.batch,
             length=self.length,
-            key_mask=move(self.key_mask),
-            boundaries=move(self.boundaries),
-            places=move(self.places),
+            key_mask=changed(self.key_mask),
+            boundaries=changed(self.boundaries),
+            places=changed(self.places),
         )
 
     def to_rectangle(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""Pretraining on a GPU: the losses of the processor, with and without compilation, and resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bert.training.pretrain import pretrain
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import rows, run_settings
+
+pytestmark = pytest.mark.gpu
+#: Heads of 16, the least that fused attention over packed sequences takes.
+SHAPE = {"model__hidden_size": 64, "model__num_attention_heads": 4, "model__num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def losses(data: Path, run: Path, **changes: Any) -> torch.Tensor:
+    """Loss and gradient norm of every step: ``[steps, 2]``."""
+    pretrain(run_settings(data, run, **SHAPE | changes))
+    return torch.tensor([[row["loss"], row["grad_norm"]] for row in rows(run) if "loss" in row], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+def test_losses_of_the_processor(data: Path, tmp_path: Path, packed: bool, attention_dropout: float) -> None:
+    """Hidden dropout draws the same masks; fused attention draws its own there, so those losses are only near."""
+    changes = {"data__packed": packed, "model__attention_probs_dropout_prob": attention_dropout}
+    here, there = (losses(data, tmp_path / kind, training__device=kind, **changes) for kind in ("cpu", "cuda"))
+    torch.testing.assert_close(there, here, rtol=0.2 if attention_dropout else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"training__compile": True}, {"training__recompute": "selective"}, {"parallel__sharding": "full"}],
+    ids=["plain", "compiled", "recomputed", "sharded"],
+)
+def test_losses_in_bfloat16(data: Path, tmp_path: Path, packed: bool, changes: dict[str, Any]) -> None:
+    options = {"data__packed": packed, "model__attention_probs_dropout_prob": 0.0, "training__device": "cuda"}
+    exact = losses(data, tmp_path / "float32", **options)
+    rounded = losses(data, tmp_path / "bfloat16", precision__compute="bfloat16", **options, **changes)
+    # Eight bits, in a sum of some hundred terms whose errors differ in sign.
+    torch.testing.assert_close(rounded, exact, rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_dropout_of_packed_attention(data: Path, tmp_path: Path, compiled: bool) -> None:
+    changes = {"data__packed": True, "model__attention_probs_dropout_prob": 0.1}
+    here = losses(data, tmp_path / "cpu", training__device="cpu", **changes)
+    changes |= {"training__device": "cuda", "precision__compute": "bfloat16", "training__compile": compiled}
+    torch.testing.assert_close(losses(data, tmp_path / "cuda", **changes), here, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_goes_on(data: Path, tmp_path: Path, compute: str) -> None:
+    """With the dropout masks that the rest of the run would have drawn; sums of embeddings' gradients vary in order."""
+    options = {"training__device": "cuda", "precision__compute": compute, "data__packed": True}
+    options |= {"checkpoint__every": 3, "checkpoint__keep": 0}
+    whole = losses(data, tmp_path / "whole", **options)
+    middle = tmp_path / "whole" / "checkpoints" / "step_00000003"
+    rest = losses(data, tmp_path / "rest", checkpoint__resume=str(middle), **options)
+    torch.testing.assert_close(rest, whole[3:], rtol=1e-5 if compute == "float32" else 2**-8, atol=0)
