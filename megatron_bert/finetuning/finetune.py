@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -182,16 +183,21 @@ def run_all(
         return None
     for split in data.task.splits:
         data.task.examples(split)  # what cannot be read is found before anything is trained
+
+    def prepared(variant: FinetuneSettings) -> Run:
+        config = task_config(encoder_config(variant, tokenizer), data.task)
+        return _prepare(variant, stage.objective(variant, config, data, variant.training.seed))
+
+    runs = {name: prepared(variant) for name, variant in variants.items() if done[name] is None}
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         open_run(settings, world)
         mesh = ParallelMesh(layout, world.device)
         found: dict[str, dict[str, Any]] = {}
         with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
-            for name, variant in variants.items():
+            for name in variants:
                 results: dict[str, Any] | Stopped | None = done[name]
                 if results is None:
-                    config = task_config(encoder_config(variant, tokenizer), data.task)
-                    results = _run_one(variant, config, data, stage, mesh, world, stop)
+                    results = _run_one(runs.pop(name), stage, mesh, world, stop)
                 if isinstance(results, Stopped):
                     if world.is_first:
                         note_stop(training.run_dir, *results)
@@ -215,23 +221,29 @@ def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run that can begin: its settings, what it trains, and the checkpoint it goes on from."""
+
+    settings: FinetuneSettings
+    objective: Finetuning
+    resume_from: Path | None
+
+
+def _prepare(settings: FinetuneSettings, objective: Finetuning) -> Run:
+    """Check what can be wrong with a run before anything of it is written."""
+    if objective.total_steps > 0:
+        check_learning_rate(settings.learning_rate, objective.total_steps)
+    return Run(settings, objective, find_resume(settings))
+
+
 def _run_one(
-    settings: FinetuneSettings,
-    config: MegatronBertConfig,
-    data: TaskUnits,
-    stage: FinetuneStage,
-    mesh: ParallelMesh,
-    world: World,
-    stop: StopRequest,
+    run: Run, stage: FinetuneStage, mesh: ParallelMesh, world: World, stop: StopRequest
 ) -> dict[str, Any] | Stopped:
     """One run: what it found."""
-    training, task = settings.training, data.task
-    resume_from = find_resume(settings)
+    settings, objective, resume_from = run.settings, run.objective, run.resume_from
+    training, task, steps = settings.training, objective.task, objective.total_steps
     open_run(settings, world)
-    objective = stage.objective(settings, config, data, training.seed)
-    steps = objective.total_steps
-    if steps > 0:
-        check_learning_rate(settings.learning_rate, steps)
     placement = placement_notes(mesh.layout, resume_from)
     trainer = Trainer(settings, objective, mesh, world, resume_from)
     if world.is_first:

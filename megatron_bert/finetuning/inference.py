@@ -93,7 +93,8 @@ def evaluate_files(
     _check_device(device)
     if output is not None:
         _check_directory(output)
-    saved = load_task(source, _data_settings(overrides))
+    given = _data_settings(overrides)
+    saved = load_task(source, given)
     task = saved.task
     splits = (*task.valid_splits, *task.test_splits)
     if not splits:
@@ -104,6 +105,11 @@ def evaluate_files(
         scorer = Scorer(saved, world, batch_size)
         for split in splits:
             examples = task.examples(split)
+            if "label" in given.get("columns", {}) and not any(example.target for example in examples):
+                raise UserError(
+                    f"data.columns.label is {given['columns']['label']}, but no row of the {split} file has that: give "
+                    "the column of the labels, or leave data.columns.label out where there are none"
+                )
             units = task.units(examples, train=False)
             scored = scorer.score(units)
             leave = partial(_leave_split, task, split, examples, units, scored, output)

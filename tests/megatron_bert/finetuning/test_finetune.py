@@ -271,6 +271,17 @@ class TestMistakes:
     def test_patience_without_evaluations(self, tmp_path: Path) -> None:
         text = self.refusal(tmp_path, training__patience=2, training__evaluate_every=0)
         assert "training.patience is 2 evaluations, but with training.evaluate_every 0 there is none" in text
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("seeds", [None, [1, 2]])
+    def test_a_warm_up_as_long_as_the_run(self, tmp_path: Path, seeds: list[int] | None) -> None:
+        changes = {"training__seeds": seeds, "learning_rate__warmup_steps": 4, "learning_rate__schedule": "linear"}
+        assert "warmup_steps 4 leaves no step" in self.refusal(tmp_path, training__steps=4, **changes)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_checkpoint_to_resume_that_is_not_there(self, tmp_path: Path) -> None:
+        assert "step_00000009" in self.refusal(tmp_path, checkpoint__resume=str(tmp_path / "step_00000009"))
+        assert not (tmp_path / "run").exists()
 
     def test_resume_with_another_task(self, tmp_path: Path) -> None:
         finetune(make_run(tmp_path, training__steps=2))

@@ -92,6 +92,12 @@ def test_settings_of_the_data_are_merged_with_those_of_training(trained: Path, t
     assert [row["id"] for row in predictions(tmp_path / "out")] == [row["id"] for row in predictions(trained / "run")]
 
 
+def test_a_column_of_labels_that_is_not_there(trained: Path) -> None:
+    overrides = [f"data.test={trained / 'valid.jsonl'}", "data.columns.label=tone"]
+    with pytest.raises(UserError, match=r"data\.columns\.label is tone, but no row of the test file has that"):
+        evaluate_files(trained / "run", overrides, output=None, batch_size=6, device="cpu")
+
+
 class TestSeveralRuns:
     def runs(self, trained: Path, folder: Path, **summary: Any) -> Path:
         for name in ("seed_1", "seed_2"):

@@ -172,7 +172,7 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     seen = []
     original = finetune_module._run_one
-    monkeypatch.setattr(finetune_module, "_run_one", lambda s, *a: (seen.append(s), original(s, *a))[1])
+    monkeypatch.setattr(finetune_module, "_run_one", lambda run, *a: (seen.append(run.settings), original(run, *a))[1])
     quantize(settings)
     pairs = [(s.learning_rate.peak, s.training.seed) for s in seen]
     assert pairs == [(1e-5, 1), (1e-5, 2), (1e-4, 1), (1e-4, 2)]
