@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.family.kinds import check_tensor, check_whole, checked_switch, computing_device
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.errors import UserError
+
+_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
+_LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +41,33 @@ class Arguments:
         """Token ids, or else embeddings: what says how many sequences and tokens there are."""
         return self.input_ids if self.input_ids is not None else self.inputs_embeds
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """B and S as they are given; None where they are not."""
+        either = self.either
+        return None if either is None or either.dim() < 2 else (either.shape[0], either.shape[1])
+
 
 _SHARED = {field.name for field in fields(Arguments)}
+_TENSORS = (_SHARED - {"past_key_values", *_SWITCHES}).union(_LABELS)
 
 
 def shared_arguments(given: dict[str, Any]) -> Arguments:
-    """Those of a forward method's arguments that all classes share."""
+    """Those of a forward method's arguments that all classes share, once all of its arguments are of the right kind.
+
+    Args:
+        given: the arguments by name, and the model as ``self``.
+
+    Raises:
+        UserError: one that must be a tensor is none, or a sparse, nested or complex one, or on another device than the
+            model; or one that must be true or false is neither.
+    """
+    device = computing_device(given["self"])
+    for name, value in given.items():
+        if value is not None and name in _TENSORS:
+            check_tensor(name, value, device)
+        elif value is not None and name in _SWITCHES:
+            checked_switch(name, value)
     return Arguments(**{name: value for name, value in given.items() if name in _SHARED})
 
 
@@ -67,12 +92,6 @@ class TokenInputs:
     positions: Tensor
     types: Tensor
     device: torch.device
-
-
-def batch_size(given: Arguments) -> int:
-    """B, as far as it can be told before anything is checked."""
-    either = given.either
-    return either.shape[0] if isinstance(either, Tensor) and either.dim() else 0
 
 
 def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> TokenInputs:
@@ -124,9 +143,6 @@ def _batch_shape(
         batch, length = tokens.shape
         device = tokens.device
     elif embedded is not None and tokens is None:
-        check_tensor("inputs_embeds", embedded)
-        if not embedded.is_floating_point():
-            raise UserError(f"inputs_embeds is of type {embedded.dtype}: give floating-point numbers, or input_ids")
         if embedded.dim() != 3 or embedded.shape[2] != config.hidden_size:
             raise UserError(
                 f"inputs_embeds has shape {list(embedded.shape)}, expected [batch, tokens, {config.hidden_size}]"
@@ -182,9 +198,7 @@ def _check_length(tokens: int, positions: int) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, form: str, dims: int) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise UserError(f"{name} is of type {kind}: give an integer tensor {form}")
+    check_whole(name, ids)
     if ids.dim() != dims:
         raise UserError(f"{name} has shape {list(ids.shape)}, expected {form}")
 
@@ -193,11 +207,10 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse a tensor of another shape.
 
     Raises:
-        UserError: it has another, or is no tensor.
+        UserError: it has another.
     """
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-        found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise UserError(f"{name} has shape {found}, expected {list(shape)}")
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def check_ranges(limits: list[tuple[str, Tensor, int, str]]) -> None:
@@ -218,17 +231,6 @@ def check_ranges(limits: list[tuple[str, Tensor, int, str]]) -> None:
             raise UserError(f"{name} holds {wrong}, outside 0 to {rows - 1} ({setting} is {rows})")
 
 
-def check_tensor(name: str, value: Any) -> Tensor:
-    """What is given under a name, which must be a tensor.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(value, Tensor):
-        raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
-    return value
-
-
 def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int, ignored: int | None = None) -> None:
     """Check class labels.
 
@@ -243,14 +245,14 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int
         UserError: wrong shape, type or range.
     """
     check_shape(name, labels, shape)
-    _check_ids(name, labels, str(list(shape)), len(shape))
+    check_whole(name, labels)
     counted = labels if ignored is None else labels.masked_fill(labels == ignored, 0)
     if labels.numel():
         check_ranges([(name, counted, classes, "the number of classes")])
 
 
 def checked_head_masks(
-    head_mask: Tensor | None, config: MegatronBertConfig, dtype: torch.dtype, batch: int
+    head_mask: Tensor | None, config: MegatronBertConfig, dtype: torch.dtype, batch: int, queries: int, keys: set[int]
 ) -> tuple[Tensor, ...] | None:
     """A head mask for each layer, broadcastable to ``[B, heads, Q, K]``.
 
@@ -258,25 +260,32 @@ def checked_head_masks(
         head_mask: ``[heads]``, ``[layers, heads]``, or ``[layers, 1 or B, heads, 1 or Q, 1 or K]``; 1 keeps a head.
         config: of the model.
         dtype: of the computation.
-        batch: B.
+        batch, queries: B and Q.
+        keys: every K that heads attend to: the tokens, and those of an encoder.
 
     Raises:
         UserError: another shape.
     """
     if head_mask is None:
         return None
-    check_tensor("head_mask", head_mask)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     shape = tuple(head_mask.shape)
     if shape == (heads,):
         masks = head_mask[None, None, :, None, None].expand(layers, 1, heads, 1, 1)
     elif shape == (layers, heads):
         masks = head_mask[:, None, :, None, None]
-    elif len(shape) == 5 and shape[0] == layers and shape[1] in (1, batch) and shape[2] == heads:
+    elif (
+        len(shape) == 5
+        and (shape[0], shape[2]) == (layers, heads)
+        and shape[1] in (1, batch)
+        and shape[3] in (1, queries)
+        and (shape[4] == 1 or keys == {shape[4]})
+    ):
         masks = head_mask
     else:
+        attended = f"{min(keys)} or 1" if len(keys) == 1 else "1"
         raise UserError(
-            f"head_mask has shape {list(shape)}, expected [{heads}] or [{layers}, {heads}] (layers, "
-            f"heads), or those with the batch, [{layers}, {batch}, {heads}, 1, 1]"
+            f"head_mask has shape {list(shape)}, expected [{heads}] or [{layers}, {heads}] (layers, heads), or with "
+            f"sequences, queries and keys [{layers}, {batch} or 1, {heads}, {queries} or 1, {attended}]"
         )
     return tuple(masks.to(dtype).unbind(0))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_bert.family.arguments import Arguments
+from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.cache import KeyValueCache
 from megatron_bert.family.generation import Sampling, generate
@@ -65,20 +66,9 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         predicted; no cache is returned with them. ``logits_to_keep`` gives the logits of the last tokens only, or of
         those at an int64 tensor of places; 0 gives all. The other arguments are those of MegatronBertModel.
         """
-        given = Arguments(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache if labels is None else False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        given = shared_arguments(locals())
+        if labels is not None:
+            given = replace(given, use_cache=False)
         encoded = self.base_model.encode(given, needed=self.labelled(given, labels))
         loss = None
         hidden = encoded.rectangle(encoded.hidden)

@@ -16,7 +16,6 @@ from megatron_bert.family.classifiers import (
     SpanClassifier,
     TokenClassifier,
 )
-from megatron_bert.family.losses import mean_cross_entropy
 from megatron_bert.family.outputs import (
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -57,7 +56,7 @@ class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
     ) -> NextSentencePredictorOutput | tuple[Tensor, ...]:
         """Classify pairs; ``labels`` int64 ``[B]``: 0 if the second sentence follows, 1 if it is another."""
         encoded, logits = self.classified(shared_arguments(locals()))
-        loss = None if labels is None else mean_cross_entropy("labels", logits, labels)
+        loss = None if labels is None else self.class_loss("labels", encoded, logits, labels)
         return self.finished(NextSentencePredictorOutput(loss=loss, logits=logits), encoded, return_dict)
 
 

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.family.arguments import Arguments, check_shape, check_tensor
+from megatron_bert.family.arguments import Arguments, check_shape
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.kinds import check_whole
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
 from megatron_bert.family.outputs import (
     ModelOutput,
@@ -88,10 +89,18 @@ class Classifier(HeadModel):
             shown, needed: as in EncoderModel.encode.
         """
         encoded = self.base_model.encode(given, shown=shown, needed=needed)
+        return encoded, self.read(encoded)
+
+    def read(self, encoded: Encoded) -> Tensor:
+        """The head on what the encoder gave: logits as of :meth:`classified`."""
         if not self.by_sequence:
-            return encoded, self.scores(encoded.hidden, encoded.keys)
+            return self.scores(encoded.hidden, encoded.keys)
         keys = None if encoded.keys is None else encoded.keys.index_select(0, encoded.first)
-        return encoded, self.scores(self.vectors(encoded), keys)
+        return self.scores(self.vectors(encoded), keys)
+
+    def class_loss(self, name: str, encoded: Encoded, logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
+        """Mean cross entropy of logits ``[N, C]`` with labels that were given under a name."""
+        return mean_cross_entropy(name, logits, labels, lambda: self.read(encoded.blank()), ignored)
 
     def finished(self, output: ModelOutput, encoded: Encoded, return_dict: bool | None) -> Any:
         """An output with what was asked of the encoder besides, in the form asked for."""
@@ -105,7 +114,9 @@ class SequenceClassifier(Classifier):
     def labelled_sequences(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, num_labels]``, and the loss of the problem that the configuration or the labels say."""
         encoded, logits = self.classified(given)
-        loss = None if labels is None else problem_loss(self.config.problem_type, logits, labels)
+        loss = None
+        if labels is not None:
+            loss = problem_loss(self.config.problem_type, logits, labels, lambda: self.read(encoded.blank()))
         return self.finished(SequenceClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
@@ -125,7 +136,7 @@ class ChoiceClassifier(Classifier):
         encoded, scores = self.classified(_flattened(given))
         assert either is not None
         logits = scores.view(-1, either.shape[1])
-        loss = None if labels is None else mean_cross_entropy("labels", logits, labels)
+        loss = None if labels is None else self.class_loss("labels", encoded, logits, labels)
         return self.finished(MultipleChoiceModelOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
@@ -137,16 +148,13 @@ class TokenClassifier(Classifier):
 
     def tagged(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
-        either = given.either
         needed = None
-        if labels is not None and either is not None and either.dim() >= 2:
-            check_shape("labels", check_tensor("labels", labels), tuple(either.shape[:2]))
+        if labels is not None and given.shape is not None:
+            check_shape("labels", labels, given.shape)
             needed = labels != IGNORED
         encoded, scores = self.classified(given, shown=not self.learns_from(labels), needed=needed)
         logits = encoded.rectangle(scores)
-        loss = None
-        if labels is not None:
-            loss = mean_cross_entropy("labels", logits.flatten(0, 1), labels)
+        loss = None if labels is None else self.class_loss("labels", encoded, logits.flatten(0, 1), labels)
         return self.finished(TokenClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
@@ -174,15 +182,19 @@ class SpanClassifier(Classifier):
         encoded, scores = self.classified(given, shown=True)
         start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
         losses = [
-            mean_cross_entropy(
-                name, logits, check_tensor(name, positions).clamp(0, encoded.length), ignored=encoded.length
-            )
+            self.class_loss(name, encoded, logits, _within(name, positions, encoded.length), ignored=encoded.length)
             for name, logits, positions in (("start_positions", start, starts), ("end_positions", end, ends))
             if positions is not None
         ]
         loss = sum(losses[1:], losses[0]) / len(losses) if losses else None
         output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
         return self.finished(output, encoded, return_dict)
+
+
+def _within(name: str, positions: Tensor, length: int) -> Tensor:
+    """Positions of answers, those beyond the tokens as the first that is beyond."""
+    check_whole(name, positions)
+    return positions.clamp(0, length)
 
 
 def _flattened(given: Arguments) -> Arguments:

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bert.family.arguments import Arguments, TokenInputs, batch_size, checked_head_masks, checked_inputs
+from megatron_bert.family.arguments import Arguments, TokenInputs, checked_head_masks, checked_inputs
 from megatron_bert.family.cache import KeyValueCache, checked_cache
+from megatron_bert.family.kinds import check_device, checked_switch, widened
+from megatron_bert.family.losses import blanked
 from megatron_bert.family.masks import Mask, causal, read_mask
 from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions, Tensors
 from megatron_bert.family.pretrained import PreTrainedModel
@@ -57,6 +59,10 @@ class Encoded:
     def rectangle(self, tokens: Tensor) -> Tensor:
         """``[T, ..]`` as ``[B, S, ..]``, 0 where padding was skipped."""
         return _rectangle(tokens, self.kept, self.batch, self.length)
+
+    def blank(self) -> Encoded:
+        """The same with hidden states of 0: see :func:`~megatron_bert.family.losses.blanked`."""
+        return replace(self, hidden=blanked(self.hidden))
 
     def of_tokens(self, rectangle: Tensor) -> Tensor:
         """``[B, S]`` as ``[T]``."""
@@ -103,17 +109,18 @@ class EncoderModel(PreTrainedModel):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(config, tp, skip_padding)
+        check_device(device)
         self.embeddings = BertEmbeddings(
             config, tp=tp, padding=config.pad_token_id, position_padding=config.padding_position, device=device
         )
         self.encoder = Encoder(config, tp=tp, device=device)
         self.pooler: Pooler | None = None
-        if add_pooling_layer:
+        if checked_switch("add_pooling_layer", add_pooling_layer):
             size = config.hidden_size
             self.pooler = Pooler(size, size, init_std=config.initializer_range, device=device)
         for layer, heads in (config.pruned_heads or {}).items():
             self.encoder.layer_list()[layer].attention.prune(heads)
-        self._begin(initial)
+        self._begin(checked_switch("initial", initial))
 
     def output(
         self, given: Arguments, return_dict: bool | None
@@ -148,16 +155,12 @@ class EncoderModel(PreTrainedModel):
             needed: bool ``[B, S]``, tokens that must not be skipped (they have labels).
         """
         config = self.config
-        past = checked_cache(given.past_key_values, config, batch_size(given))
-        earlier = 0 if past is None else past.get_seq_length()
-        inputs = checked_inputs(given, config, earlier)
-        embedded = inputs.embedded
-        # Narrower ones are widened where they are added; autocast converts whatever there is.
-        wider = embedded is not None and torch.promote_types(embedded.dtype, self.dtype) != self.dtype
-        if embedded is not None and wider and not torch.is_autocast_enabled(embedded.device.type):
-            raise UserError(
-                f"inputs_embeds is of type {embedded.dtype}, but the model of {self.dtype}: convert one of them"
-            )
+        past = None
+        if given.shape is not None:
+            past = checked_cache(given.past_key_values, self, given.shape[0])
+        inputs = checked_inputs(given, config, 0 if past is None else past.get_seq_length())
+        if inputs.embedded is not None:
+            inputs = replace(inputs, embedded=widened("inputs_embeds", inputs.embedded, self.dtype))
         total = inputs.past + inputs.length
         mask = read_mask("attention_mask", given.attention_mask, inputs.batch, inputs.length, total)
         request = self._request(given, inputs, mask, past)
@@ -203,9 +206,10 @@ class EncoderModel(PreTrainedModel):
         config = self.config
         probabilities = self.wants(given.output_attentions, "output_attentions")
         hidden_states = self.wants(given.output_hidden_states, "output_hidden_states")
-        head_masks = checked_head_masks(given.head_mask, config, self.dtype, inputs.batch)
         keep = self._keeps_cache(given)
         encoder = self._encoder_states(given, inputs, past)
+        attended = {inputs.past + inputs.length} | ({encoder.length} if encoder is not None else set())
+        head_masks = checked_head_masks(given.head_mask, config, self.dtype, inputs.batch, inputs.length, attended)
         pairs = given.attention_mask is not None and given.attention_mask.dim() == 3
         plain = not (probabilities or head_masks or config.is_decoder or mask.unattended or pairs)
         if plain:
@@ -249,6 +253,8 @@ class EncoderModel(PreTrainedModel):
                 f"encoder_hidden_states has shape {list(states.shape)}, expected [{inputs.batch}, tokens, "
                 f"{self.config.hidden_size}]"
             )
+        if states is not None and states.shape[1] == 0:
+            raise UserError("encoder_hidden_states has no tokens: give at least one to attend to")
         length = past[0][2].shape[2] if cached and past is not None else states.shape[1]  # type: ignore[union-attr]
         if self.config.position_embedding_type != "absolute" and length > self.config.max_position_embeddings:
             raise UserError(
@@ -257,7 +263,9 @@ class EncoderModel(PreTrainedModel):
             )
         mask = read_mask("encoder_attention_mask", given.encoder_attention_mask, inputs.batch, inputs.length, length)
         return EncoderStates(
-            hidden=None if cached or states is None else states.flatten(0, 1),
+            hidden=None
+            if cached or states is None
+            else widened("encoder_hidden_states", states, self.dtype).flatten(0, 1),
             length=length,
             mask=mask.full,
             unattended=mask.unattended,

@@ -14,7 +14,8 @@ from megatron_bert.family.arguments import Arguments, check_labels, shared_argum
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.losses import mean_cross_entropy
+from megatron_bert.family.kinds import checked_switch
+from megatron_bert.family.losses import blanked, mean_cross_entropy
 from megatron_bert.family.outputs import MaskedLMOutput, MegatronBertForPreTrainingOutput
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.heads import Dense, MaskedLanguageHead
@@ -87,25 +88,33 @@ class LanguageModel(HeadModel):
         skipped = torch.ones(places, dtype=torch.bool, device=whole.device).index_fill_(0, encoded.kept, 0)
         return whole.index_fill_(0, skipped.nonzero().squeeze(1), 0.0).unflatten(0, (encoded.batch, encoded.length))
 
-    def language_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy over the labelled tokens; 0 if there are none.
+    def language_loss(self, hidden: Tensor, labels: Tensor, items: float | None = None) -> Tensor:
+        """Mean cross entropy over the labelled tokens; 0 if there are none, whatever the hidden states hold.
 
         The head runs again on these few rows, so that the backward pass costs what they cost and not what all cost.
 
         Args:
             hidden: ``[N, H]``.
             labels: int64 ``[N]``; -100 is ignored.
+            items: what the sum of the losses is divided by; the number of labelled tokens by default.
+
+        Raises:
+            UserError: ``items`` is 0, but there are labelled tokens.
         """
         rows = (labels != IGNORED).nonzero().squeeze(1)
         count = rows.numel()
+        if items == 0 and count:
+            raise UserError(
+                f"num_items_in_batch is 0, but {count} words have labels: count them and those of all batches"
+            )
         if count == 0:
             # A row whose label is ignored: all parameters get a gradient of 0, which data parallelism waits for.
-            rows = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        local = self.masked_head(hidden.index_select(0, rows), self.get_output_embeddings().weight)
-        losses = vocab_parallel_cross_entropy(
-            local, labels.index_select(0, rows).long(), self.config.vocab_size, self.tp
-        )
-        return losses.sum() / max(1, count)
+            selected, labels = blanked(hidden[:1]), labels[:1]
+        else:
+            selected, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        local = self.masked_head(selected, self.get_output_embeddings().weight)
+        losses = vocab_parallel_cross_entropy(local, labels.long(), self.config.vocab_size, self.tp)
+        return losses.sum() / (items or max(1, count))
 
     def encoded(self, given: Arguments, labels: Tensor | None) -> Encoded:
         """Run the encoder, without a cache, and with every token that has a label."""
@@ -118,10 +127,9 @@ class LanguageModel(HeadModel):
 
     def labelled(self, given: Arguments, labels: Tensor | None) -> Tensor | None:
         """Check word labels, and say which tokens have one: bool ``[B, S]``."""
-        either = given.either
-        if labels is None or either is None:
+        if labels is None or given.shape is None:
             return None
-        check_labels("labels", labels, tuple(either.shape[:2]), self.config.vocab_size, IGNORED)
+        check_labels("labels", labels, given.shape, self.config.vocab_size, IGNORED)
         return labels != IGNORED
 
 
@@ -202,11 +210,16 @@ class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
         initial: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(config, add_binary_head, tp, skip_padding, device)
+        super().__init__(config, checked_switch("add_binary_head", add_binary_head), tp, skip_padding, device)
         self.pair_classifier: Dense | None = None
         if add_binary_head:
             self.pair_classifier = Dense(config.hidden_size, 2, init_std=config.initializer_range, device=device)
         self._begin(initial)
+
+    def pair_logits(self, encoded: Encoded) -> Tensor:
+        """The sentence-pair head: logits ``[B, 2]``."""
+        assert self.pair_classifier is not None, "a model with sentence pairs has a head for them"
+        return self.pair_classifier(self.base_model.pooled(encoded))
 
     def forward(
         self,
@@ -228,14 +241,15 @@ class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
         is another. The loss is the sum of those whose labels are given.
         """
         encoded = self.encoded(shared_arguments(locals()), labels)
-        pair = None if self.pair_classifier is None else self.pair_classifier(self.base_model.pooled(encoded))
+        pair = None if self.pair_classifier is None else self.pair_logits(encoded)
         losses = [self.masked_loss(encoded, labels)]
         if next_sentence_label is not None:
             if pair is None:
                 raise UserError(
                     "next_sentence_label is given, but there is no sentence-pair head: add_binary_head=True"
                 )
-            losses.append(mean_cross_entropy("next_sentence_label", pair, next_sentence_label))
+            blank = lambda: self.pair_logits(encoded.blank())  # noqa: E731
+            losses.append(mean_cross_entropy("next_sentence_label", pair, next_sentence_label, blank))
         present = [loss for loss in losses if loss is not None]
         output = MegatronBertForPreTrainingOutput(
             loss=sum(present[1:], present[0]) if present else None,

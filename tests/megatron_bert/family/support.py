@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ import megatron_bert
 from megatron_bert import MegatronBertConfig
 from megatron_bert.family.names import separate
 from megatron_bert.model.resharding import undivided
+from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
 
 #: 91 words in a table of 96; large weights, so that every part of the model matters in its result.
@@ -148,6 +152,71 @@ def labels_for(head: str, length: int = LENGTH) -> dict[str, Tensor]:
         "places": torch.tensor([2, length + 3, 0]),
     }
     return {name: kinds[kind] for name, kind in HEADS[head].items()}
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The one sentence by which a call is refused; anything else that happens fails."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def wrong_kinds(good: Tensor) -> dict[str, tuple[Any, str]]:
+    """What is no plain tensor on the model's device, in place of one that is, and how it is named."""
+    kinds = {
+        "text": ("a", "is a str: give a tensor"),
+        "number": (1.5, "is a float: give a tensor"),
+        "list": (good.tolist(), "is a list: give a tensor"),
+        "dict": ({}, "is a dict: give a tensor"),
+        "array": (good.numpy(), "is a ndarray: give a tensor"),
+        "complex": (good.cfloat(), "is of type torch.complex64: give real numbers"),
+        "meta": (good.to("meta"), "is on meta, but the model on cpu: move one"),
+        "sparse": (good.to_sparse(), "is a sparse tensor"),
+    }
+    return kinds | {"nested": (torch.nested.nested_tensor([good, good], layout=torch.jagged), "is a nested tensor")}
+
+
+def assert_kinds_are_named(model: Any, good: dict[str, Tensor]) -> None:
+    """Every argument of forward is refused where it is no plain tensor, or no switch, with a sentence of its own.
+
+    Args:
+        model: of any class.
+        good: tensors for the arguments, of which those that the class does not take are left out.
+    """
+    names = inspect.signature(model.forward).parameters.keys()
+    labels = {name: tensor for name, tensor in good.items() if name in names and ("label" in name or "_pos" in name)}
+    switches = [name for name in names if name.startswith(("output_", "use_", "return_"))]
+    assert len(switches) >= 3
+    for name in good.keys() & names:
+        for wrong, reason in wrong_kinds(good[name]).values():
+            given = {"input_ids": good["input_ids"]} if name != "inputs_embeds" else {}
+            message = refused(lambda given=given, name=name, wrong=wrong: model(**given | labels | {name: wrong}))
+            assert message.startswith(f"{name} {reason}"), message
+    for name in switches:
+        for wrong in ("yes", 2, [True], good["input_ids"].numpy()):
+            message = refused(lambda name=name, wrong=wrong: model(good["input_ids"], **{name: wrong}))
+            assert message.startswith(f"{name} is ")
+            assert message.endswith("give True or False")
+        model(good["input_ids"], **{name: 0}), model(good["input_ids"], **{name: np.bool_(False)})
+
+
+def arguments_for(head: str) -> dict[str, Tensor]:
+    """Good tensors for all arguments of forward, of a class of either family."""
+    ids = batch_for(head, ragged=False)["input_ids"].clamp(min=2)
+    encoder = {
+        "encoder_hidden_states": torch.zeros(BATCH, 2, 32),
+        "encoder_attention_mask": torch.ones(BATCH, 2, dtype=torch.int64),
+    }
+    return encoder | {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+        "position_ids": torch.arange(2, 2 + LENGTH).expand(ids.shape).clone(),
+        "head_mask": torch.ones(4),
+        "inputs_embeds": torch.zeros(*ids.shape, 32),
+        **labels_for(head),
+    }
 
 
 def flatten(output: Any) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ INPUTS = {
     "both": ({"input_ids": IDS, "inputs_embeds": EMBEDS}, "but both are given"),
     "one-sequence": ({"input_ids": IDS[0]}, r"input_ids has shape [4], expected [batch, tokens]"),
     "fractions": ({"input_ids": IDS.float()}, "input_ids is of type torch.float32"),
-    "no-tensor": ({"input_ids": [[1, 2]]}, "input_ids is of type list"),
+    "no-tensor": ({"input_ids": [[1, 2]]}, "input_ids is a list: give a tensor"),
     "empty": ({"input_ids": IDS[:, :0]}, "the batch is empty (2 sequences of 0 tokens)"),
     "id-too-large": ({"input_ids": IDS * 91}, "input_ids holds 91, outside 0 to 90 (vocab_size is 91)"),
     "id-negative": ({"input_ids": -IDS}, "input_ids holds -1, outside 0 to 90"),
@@ -79,7 +79,10 @@ def test_unknown_arguments(head):
     ("given", "message"),
     [
         ({"past_key_values": ((EMBEDS, EMBEDS),)}, "past_key_values has 1 entries of [2] tensors, expected 3"),
-        ({"past_key_values": ((EMBEDS, EMBEDS),) * 3}, "past_key_values holds [2, 4, 32], expected tensors [2, heads"),
+        (
+            {"past_key_values": ((EMBEDS, EMBEDS),) * 3},
+            "past_key_values holds [2, 4, 32], expected tensors [2, 4, tokens, 8]",
+        ),
         ({"encoder_hidden_states": EMBEDS[..., :8]}, "encoder_hidden_states has shape [2, 4, 8], expected [2, tokens"),
         ({"encoder_hidden_states": EMBEDS[:1]}, "encoder_hidden_states has shape [1, 4, 32]"),
         (
@@ -121,7 +124,6 @@ LABELS = {
     "pair-list": ("ForNextSentencePrediction", {"labels": [0, 1]}, "labels is a list: give a tensor"),
     "tag-list": ("ForTokenClassification", {"labels": [[0] * 4] * 2}, "labels is a list: give a tensor"),
     "start": ("ForQuestionAnswering", {"start_positions": 3}, "start_positions is a int: give a tensor"),
-    "kept": ("ForCausalLM", {"logits_to_keep": -2}, "logits_to_keep is -2: give how many tokens"),
     "kept-place": ("ForCausalLM", {"logits_to_keep": torch.tensor([4])}, "logits_to_keep holds places outside of 4"),
     "tag": ("ForTokenClassification", {"labels": IDS * 5}, "labels holds 5, outside 0 to 4"),
     "tags": ("ForTokenClassification", {"labels": IDS[:, :1]}, "labels has shape [2, 1], expected [2, 4]"),

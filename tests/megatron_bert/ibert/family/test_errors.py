@@ -10,7 +10,7 @@ import torch
 import megatron_bert
 from megatron_bert import IBertConfig, MegatronBertConfig, MegatronBertModel
 from parallel.errors import UserError
-from tests.megatron_bert.family.support import BATCH
+from tests.megatron_bert.family.support import BATCH, arguments_for, assert_kinds_are_named
 from tests.megatron_bert.ibert.family.support import CONFIG, HEADS, batch_for, build, config_of
 
 IDS = torch.full((2, 4), 5)
@@ -61,6 +61,11 @@ def test_inputs(case):
     with pytest.raises(UserError) as error:
         build("Model")(**given)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_arguments_of_a_wrong_kind(head):
+    assert_kinds_are_named(build(head), arguments_for(head))
 
 
 def test_labels():
