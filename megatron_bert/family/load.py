@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import WEIGHTS, open_weights
 from megatron_bert.convert.state import StateTensor
+from megatron_bert.family.kinds import told
 from megatron_bert.family.names import Names, fuse
 from megatron_bert.model.configuration_checks import NUMBER_FORMATS
 from megatron_bert.model.resharding import fill
@@ -125,14 +126,19 @@ def _normalised(stored: dict[str, StateTensor], names: Names, tied: bool) -> dic
     return named
 
 
+def format_name(dtype: torch.dtype | str | None) -> str:
+    """The name of a number format: ``float16`` of ``torch.float16`` and of ``"float16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _number_format(dtype: torch.dtype | str | None, stored: dict[str, StateTensor]) -> torch.dtype:
     if dtype is None:
         return torch.float32
-    if dtype == "auto":
+    name = format_name(dtype)
+    if name == "auto":
         return next(iter(stored.values())).dtype
-    name = str(dtype).removeprefix("torch.")
     if name not in NUMBER_FORMATS:
-        raise UserError(f"torch_dtype is {dtype!r}: choose auto or one of {', '.join(NUMBER_FORMATS)}")
+        raise UserError(f"torch_dtype is {told(dtype)}: choose auto or one of {', '.join(NUMBER_FORMATS)}")
     return getattr(torch, name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bert.family.load import LoadingReport, load_model
+from megatron_bert.family.kinds import checked_switch, told
+from megatron_bert.family.load import LoadingReport, format_name, load_model
 from megatron_bert.family.names import MEGATRON_BERT, Names
 from megatron_bert.family.outputs import ModelOutput
+from megatron_bert.family.recomputing import Recomputing
 from megatron_bert.family.save import RANGES_NAME, save_model
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.directories import directory_path
 from megatron_bert.model.heads import MaskedLanguageHead
 from megatron_bert.model.layer import TransformerLayer
 from megatron_bert.model.resharding import replaced, undivided
@@ -26,8 +30,11 @@ from parallel.sharding import initialize
 
 logger = logging.getLogger(__name__)
 
+#: Ends of the names of what is looked up in a table; an output matrix of its own is none.
+_TABLES = ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "distance.weight")
 
-class PreTrainedModel(nn.Module):
+
+class PreTrainedModel(Recomputing):
     """The base of every class; those with a head hold the encoder under the name ``base_model_prefix``.
 
     Attributes:
@@ -55,10 +62,12 @@ class PreTrainedModel(nn.Module):
                 f"model.layer_norm_placement is {config.layer_norm_placement!r}, but that of {type(self).__name__} is "
                 f"{self.layer_norm_placement!r}: use a class that has its norms there"
             )
+        if not isinstance(tp, TensorParallel):
+            raise UserError(f"tp is {told(tp)}: give a TensorParallel handle, or leave it out on one device")
         if tp.sequence:
             raise UserError("these classes divide matrices, not tokens: give a handle without sequence parallelism")
         self.config, self.tp = config, tp
-        self._skip_padding = skip_padding
+        self._skip_padding = None if skip_padding is None else checked_switch("skip_padding", skip_padding)
 
     # ---------------------------------------------------------------- parts
 
@@ -74,7 +83,7 @@ class PreTrainedModel(nn.Module):
 
     @skip_padding.setter
     def skip_padding(self, value: bool | None) -> None:
-        self.base_model._skip_padding = value
+        self.base_model._skip_padding = None if value is None else checked_switch("skip_padding", value)
 
     @property
     def device(self) -> torch.device:
@@ -86,11 +95,12 @@ class PreTrainedModel(nn.Module):
         """Of the parameters."""
         return next(self.parameters()).dtype
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters over all ranks, without padding of the vocabulary."""
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters over all ranks, without padding of the vocabulary, and perhaps without embeddings."""
         count = 0
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad or not only_trainable:
+            excluded = exclude_embeddings and name.endswith(_TABLES)
+            if not excluded and (parameter.requires_grad or not only_trainable):
                 rows = parameter.shape[0]
                 words = rows == self.config.padded_vocab_size and self.has_words(name)
                 count += parameter.numel() // rows * (self.config.vocab_size if words else rows)
@@ -160,9 +170,12 @@ class PreTrainedModel(nn.Module):
         pruned = {layer: set(heads) for layer, heads in (before or {}).items()}
         try:
             for layer, heads in heads_to_prune.items():
-                pruned.setdefault(int(layer), set()).update(int(head) for head in heads)
-        except (TypeError, ValueError):
-            raise UserError(f"heads_to_prune is {heads_to_prune!r}: give numbers of heads by number of layer") from None
+                pruned.setdefault(index(layer), set()).update(index(head) for head in heads)
+        except (AttributeError, TypeError):
+            raise UserError(
+                f"heads_to_prune is {told(heads_to_prune)}: give numbers of heads by number of layer, such as "
+                "{0: [1, 2]}"
+            ) from None
         layers = self.layer_list()
         self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
         attentions = {layer: layers[layer].attention for layer in pruned}
@@ -188,11 +201,15 @@ class PreTrainedModel(nn.Module):
 
         Returns:
             The word embeddings.
+
+        Raises:
+            UserError: a number that is none, or too small for the special tokens.
         """
         words = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        for name, number in (("new_num_tokens", words), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise UserError(f"{name} is {told(number)}: give 1 or more, or None")
         if pad_to_multiple_of is not None:
-            if pad_to_multiple_of < 1:
-                raise UserError(f"pad_to_multiple_of is {pad_to_multiple_of}: give 1 or more, or None")
             words = -(-words // pad_to_multiple_of) * pad_to_multiple_of
         before = self.config.vocab_size
         self.config.vocab_size = words
@@ -218,36 +235,6 @@ class PreTrainedModel(nn.Module):
         if isinstance(module, VocabParallelEmbedding):
             module.vocab_size, module.padded_vocab_size = words, rows
             module.first_row = self.tp.rank * (rows // self.tp.size)
-
-    # ---------------------------------------------------------------- gradient checkpointing
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether layers compute their forward pass again in the backward pass."""
-        return any(layer.recompute != "none" for layer in self.layer_list())
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Keep only each layer's input in training, and compute the layer again in the backward pass.
-
-        Args:
-            gradient_checkpointing_kwargs: how transformers recomputes; ``use_reentrant`` may be False, as it is here.
-
-        Raises:
-            UserError: it says anything else.
-        """
-        asked = gradient_checkpointing_kwargs or {}
-        if asked.get("use_reentrant") or asked.keys() - {"use_reentrant"}:
-            raise UserError(
-                f"gradient_checkpointing_kwargs is {gradient_checkpointing_kwargs}: leave it out, or give "
-                '{"use_reentrant": False}'
-            )
-        for layer in self.layer_list():
-            layer.recompute = "full"
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep what the backward pass needs."""
-        for layer in self.layer_list():
-            layer.recompute = "none"
 
     # ---------------------------------------------------------------- files
 
@@ -287,11 +274,19 @@ class PreTrainedModel(nn.Module):
             max_shard_size: bytes, or a number with KB, MB or GB, above which a file is divided.
             tokenizer: saved beside the weights, if given: anything with a ``save(directory)`` or
                 ``save_pretrained(directory)``.
+
+        Raises:
+            UserError: no such directory can be made, or another argument is wrong.
         """
-        save_model(self, Path(directory), max_shard_size)
-        if tokenizer is not None and self.tp.rank == 0:
-            write: Callable[[Path], Any] = getattr(tokenizer, "save_pretrained", None) or tokenizer.save
-            write(Path(directory))
+        write: Callable[[Path], Any] | None = getattr(tokenizer, "save_pretrained", getattr(tokenizer, "save", None))
+        if tokenizer is not None and write is None:
+            raise UserError(
+                f"tokenizer is a {type(tokenizer).__name__}, which cannot be saved: give a tokenizer or None"
+            )
+        path = directory_path(directory)
+        save_model(self, path, max_shard_size)
+        if write is not None and self.tp.rank == 0:
+            write(path)
 
     @classmethod
     def from_pretrained(
@@ -326,17 +321,22 @@ class PreTrainedModel(nn.Module):
         Raises:
             UserError: no such files, or they do not fit.
         """
-        if None not in (torch_dtype, dtype) and torch_dtype != dtype:
-            raise UserError(f"dtype is {dtype!r}, but torch_dtype {torch_dtype!r}: give one of them")
+        if torch_dtype is None:
+            torch_dtype = dtype
+        elif dtype is not None and format_name(torch_dtype) != format_name(dtype):
+            raise UserError(f"dtype is {told(dtype)}, but torch_dtype {told(torch_dtype)}: give one of them")
+        checked_switch("ignore_mismatched_sizes", ignore_mismatched_sizes)
+        checked_switch("output_loading_info", output_loading_info)
+        path = directory_path(directory)
         names = ("tp", "skip_padding", "device", *cls.own_arguments)
         construct = {name: changes.pop(name) for name in names if name in changes}
         if config is None:
-            config = cls.config_class.from_pretrained(directory, **changes)
+            config = cls.config_class.from_pretrained(path, **changes)
         elif changes:
             config = cls.config_class.from_dict(config.to_dict(), **changes)
         model = cls(config, initial=False, **construct)  # type: ignore[call-arg]
-        report: LoadingReport = load_model(model, Path(directory), torch_dtype or dtype, ignore_mismatched_sizes)
-        model.finish_loading(Path(directory), report)
+        report: LoadingReport = load_model(model, path, torch_dtype, ignore_mismatched_sizes)
+        model.finish_loading(path, report)
         model.eval()
         return (model, report.as_dict()) if output_loading_info else model
 

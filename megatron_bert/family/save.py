@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_bert.family.kinds import check_filled
 from megatron_bert.family.names import separate
+from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import undivided
 from parallel.errors import UserError
 
@@ -38,12 +40,13 @@ def save_model(model: PreTrainedModel, directory: Path, max_shard_size: int | st
     """Write ``config.json`` and safetensors; every tensor rank calls, the first writes.
 
     Raises:
-        UserError: a size that is none.
+        UserError: a size that is none, no directory, or a model without values.
     """
+    check_filled(model)
     shards = _divide(model, _bytes(max_shard_size))
     first = model.tp.rank == 0
     if first:
-        directory.mkdir(parents=True, exist_ok=True)
+        made_directory(directory)
         for path in directory.iterdir():
             if _OLD.fullmatch(path.name):
                 path.unlink()  # else a reader would mix the shards of two models

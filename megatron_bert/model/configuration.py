@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from megatron_bert.json_file import read_object
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.configuration_checks import check_values
+from megatron_bert.model.directories import directory_path, made_directory
 from parallel.errors import UserError
 
 CONFIG_NAME = "config.json"
@@ -236,10 +237,12 @@ class MegatronBertConfig:
         Names that were given count before automatic ones (``LABEL_0``, ..), which may come from a copied configuration.
         """
         held = self.__dict__
+        if type(held["num_labels"]) is not int:
+            raise UserError(f"model.num_labels is {held['num_labels']!r}: give a whole number of 1 or more")
         try:
             by_number = {int(number): str(name) for number, name in (held["id2label"] or {}).items()}
             by_name = {int(number): str(name) for name, number in (held["label2id"] or {}).items()}
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # a tensor's truth is a RuntimeError
             raise UserError(
                 f"model.id2label is {held['id2label']!r} and model.label2id {held['label2id']!r}: give a name for each "
                 "class number, such as {0: 'no', 1: 'yes'}"
@@ -335,7 +338,7 @@ class MegatronBertConfig:
         Raises:
             UserError: there is none, or it is of another model.
         """
-        path = Path(directory)
+        path = directory_path(directory)
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"{directory} holds no {CONFIG_NAME}: give a directory with one; nothing is downloaded")
@@ -343,7 +346,6 @@ class MegatronBertConfig:
 
     def save_pretrained(self, directory: str | Path, *, architecture: str | None = None) -> None:
         """Write config.json into a directory; ``architecture`` names the class of the weights beside it."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_directory(directory)
         values = self.to_dict() | ({"architectures": [architecture]} if architecture else {})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import index
 from typing import Any
 
 from parallel.errors import UserError
@@ -53,11 +54,11 @@ def check_values(config: Any, activations: Iterable[str]) -> None:
             raise UserError(f"model.{name} is {getattr(config, name)!r}: give true or false")
     for name in _PROBABILITIES:
         value = getattr(config, name)
-        if not (value is None and name == "classifier_dropout") and not (_is_number(value) and 0 <= value < 1):
+        if not (value is None and name == "classifier_dropout") and not (is_number(value) and 0 <= value < 1):
             raise UserError(f"model.{name} is {value!r}: give a probability, at least 0 and below 1")
     for name in ("initializer_range", "layer_norm_eps"):
         value = getattr(config, name)
-        if not _is_number(value) or not value >= 0:
+        if not is_number(value) or not value >= 0:
             raise UserError(f"model.{name} is {value!r}: give a number of 0 or more")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
@@ -76,12 +77,13 @@ def check_values(config: Any, activations: Iterable[str]) -> None:
     _check_pruned(config)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, which true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str | None) or value not in choices:
         names = ", ".join(str(choice) for choice in choices if choice is not None)
         raise UserError(f"model.{name} is {value!r}: choose one of {names}")
 
@@ -116,7 +118,7 @@ def _check_pruned(config: Any) -> None:
     if config.pruned_heads is None:
         return
     try:
-        pruned = {int(layer): sorted({int(head) for head in heads}) for layer, heads in config.pruned_heads.items()}
+        pruned = {int(layer): sorted({index(head) for head in heads}) for layer, heads in config.pruned_heads.items()}
     except (AttributeError, TypeError, ValueError):
         raise UserError(
             f"model.pruned_heads is {config.pruned_heads!r}: give numbers of heads by number of layer, such as "

@@ -18,6 +18,7 @@ from megatron_bert.family.pretrained import PreTrainedModel
 from megatron_bert.family.save import RANGES_NAME
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.model.directories import directory_path
 from parallel.errors import UserError
 
 
@@ -36,7 +37,7 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
         # A float32 number is exact as a Python float, and that as its shortest text.
         "ranges": {model.names.canonical(name): quantizer.limit() for name, quantizer in found.items()},
     }
-    (Path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (directory_path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_ranges(model: nn.Module, directory: str | Path, *, force_dequant: str | None = None) -> None:
@@ -53,7 +54,7 @@ def load_ranges(model: nn.Module, directory: str | Path, *, force_dequant: str |
     Raises:
         UserError: there is none, it is damaged, or the model is quantised already.
     """
-    path = Path(directory) / RANGES_NAME
+    path = directory_path(directory) / RANGES_NAME
     if not path.is_file():
         raise UserError(f"{directory} holds no {RANGES_NAME}: quantise the model with quantize_model, and calibrate it")
     settings, ranges, frozen = _read(path)

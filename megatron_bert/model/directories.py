@@ -1,0 +1,35 @@
+"""Directories that models and their configurations are read from and written into, as users name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import UserError
+
+
+def directory_path(directory: Any) -> Path:
+    """The path of a directory, which need not be there.
+
+    Raises:
+        UserError: what is given is no path.
+    """
+    try:
+        return Path(directory)
+    except TypeError:
+        raise UserError(f"the directory is a {type(directory).__name__}: give its path") from None
+
+
+def made_directory(directory: Any) -> Path:
+    """The path of a directory, made with those above it where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    path = directory_path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a null character is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{directory} cannot be made a directory ({reason}): give the path of another") from None
+    return path
