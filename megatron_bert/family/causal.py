@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.cache import KeyValueCache
 from megatron_bert.family.generation import Sampling, generate
+from megatron_bert.family.kept import check_kept, kept_states
+from megatron_bert.family.kinds import told
 from megatron_bert.family.language import LanguageModel
 from megatron_bert.family.outputs import CausalLMOutputWithCrossAttentions, Tensors
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -27,6 +31,10 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         config: sizes and options.
         tp, skip_padding, initial, device: as in MegatronBertModel.
     """
+
+    #: transformers' Trainer gives ``num_items_in_batch`` to classes that say so, counted as for this kind of loss.
+    accepts_loss_kwargs: ClassVar[bool] = True
+    loss_type: ClassVar[str] = "ForCausalLM"
 
     def __init__(
         self,
@@ -59,30 +67,35 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: float | Tensor | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Tensor, ...]:
         """Predict next words.
 
         ``labels`` int64 ``[B, S]`` are the ids of the text itself (they are shifted here), -100 where nothing is to be
-        predicted; no cache is returned with them. ``logits_to_keep`` gives the logits of the last tokens only, or of
-        those at an int64 tensor of places; 0 gives all. The other arguments are those of MegatronBertModel.
+        predicted; no cache is returned with them. The loss is the sum over words divided by ``num_items_in_batch``, a
+        number or tensor of one, where a step has several batches; by default their mean.
+
+        ``logits_to_keep`` gives the logits of so many tokens at the end, all with 0, or all but so many at the start
+        with less; or of the places in an int64 tensor ``[n]``, ``[]`` or ``[B, n]``; or of those that a bool tensor
+        ``[S]`` or ``[B, S]`` marks, in the latter case as ``[n, V]``. The other arguments are those of
+        MegatronBertModel.
         """
         given = shared_arguments(locals())
         if labels is not None:
             given = replace(given, use_cache=False)
+        if given.shape is not None:
+            check_kept(logits_to_keep, *given.shape)
+        items = _checked_items(num_items_in_batch)
         encoded = self.base_model.encode(given, needed=self.labelled(given, labels))
         loss = None
         hidden = encoded.rectangle(encoded.hidden)
         if labels is not None:
             following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            loss = self.language_loss(hidden.flatten(0, 1), following.reshape(-1))
-        _check_kept(logits_to_keep, hidden.shape[1])
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
+            loss = self.language_loss(hidden.flatten(0, 1), following.reshape(-1), items)
+        kept = kept_states(hidden, logits_to_keep)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
-            logits=self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]),
+            logits=self.logits(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1]),
             past_key_values=encoded.past,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
@@ -152,10 +165,14 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         )
 
 
-def _check_kept(kept: int | Tensor, length: int) -> None:
-    """Refuse places beyond the tokens, and negative numbers of them."""
-    if isinstance(kept, Tensor):
-        if kept.numel() and not torch.compiler.is_compiling() and not 0 <= int(kept.min()) <= int(kept.max()) < length:
-            raise UserError(f"logits_to_keep holds places outside of {length} tokens: give 0 to {length - 1}")
-    elif kept < 0:
-        raise UserError(f"logits_to_keep is {kept}: give how many tokens at the end to keep, or 0 for all")
+def _checked_items(given: Any) -> float | None:
+    """The number of words that a sum of losses is divided by, where there is one."""
+    if given is None:
+        return None
+    held = isinstance(given, Tensor) and given.numel() == 1 and given.device.type != "meta"
+    number = given.item() if held else given
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+        raise UserError(
+            f"num_items_in_batch is {told(given)}: give the number of words that are counted in all batches"
+        )
+    return number
