@@ -15,7 +15,7 @@ from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.cache import KeyValueCache
 from megatron_bert.family.generation import Sampling, generate
 from megatron_bert.family.kept import check_kept, kept_states
-from megatron_bert.family.kinds import told
+from megatron_bert.family.kinds import checked_switch, told
 from megatron_bert.family.language import LanguageModel
 from megatron_bert.family.outputs import CausalLMOutputWithCrossAttentions, Tensors
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -110,9 +110,9 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         *,
         max_new_tokens: int = 20,
         do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         top_k: int | None = 0,
-        top_p: float = 1.0,
+        top_p: float | None = 1.0,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
         eos_token_id: int | list[int] | Tensor | None = None,
@@ -127,9 +127,9 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
             attention_mask: ``[B, S]``, 0 for padding.
             max_new_tokens: most words to write.
             do_sample: draw words by their probability; otherwise the most likely one is taken.
-            temperature: the logits are divided by it before drawing.
+            temperature: the logits are divided by it before drawing; None leaves them.
             top_k: draw from this many most likely words; 0 or None from all.
-            top_p: draw from the fewest most likely words whose probability together reaches this.
+            top_p: draw from the fewest most likely words whose probability together reaches this; None from all.
             generator: to draw with; torch's own by default.
             use_cache: keep keys and values instead of computing them anew for each word.
             eos_token_id: ids that end a text; those of the configuration by default.
@@ -142,27 +142,42 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         Raises:
             UserError: an argument out of range, padding on the right, or a model that is no decoder.
         """
-        ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        if isinstance(ends, Tensor):
-            ends = ends.reshape(-1).tolist()
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        ends = _word_ids(self.config.eos_token_id if eos_token_id is None else eos_token_id)
         padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
         if padding is None:
             padding = ends[0] if ends else 0  # nothing follows an end that there is not
+        if type(padding) is not int or not 0 <= padding < self.config.vocab_size:
+            raise UserError(f"pad_token_id is {told(padding)}: give an id of 0 to {self.config.vocab_size - 1}")
+        sampling = Sampling(
+            sample=checked_switch("do_sample", do_sample),
+            temperature=1.0 if temperature is None else temperature,
+            top_k=0 if top_k is None else top_k,
+            top_p=1.0 if top_p is None else top_p,
+            generator=generator,
+        )
         return generate(
             self,
             input_ids,
             attention_mask,
-            Sampling(sample=do_sample, temperature=temperature, top_k=top_k or 0, top_p=top_p, generator=generator),
+            sampling,
             most=max_new_tokens,
             ends=ends,
             padding=padding,
-            cached=use_cache,
+            cached=checked_switch("use_cache", use_cache),
             encoder={
                 "encoder_hidden_states": encoder_hidden_states,
                 "encoder_attention_mask": encoder_attention_mask,
             },
         )
+
+
+def _word_ids(given: Any) -> list[int]:
+    """Ids that end a text: one, several or none."""
+    ids = given.reshape(-1).tolist() if isinstance(given, Tensor) else given
+    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    if not all(type(each) is int for each in ids):
+        raise UserError(f"eos_token_id is {told(given)}: give the id that ends a text, or a list of them")
+    return ids
 
 
 def _checked_items(given: Any) -> float | None:

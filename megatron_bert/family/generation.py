@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bert.family.arguments import check_tensor
 from megatron_bert.family.evaluation import in_evaluation
+from megatron_bert.family.kinds import check_tensor, check_whole, computing_device, told
+from megatron_bert.model.configuration_checks import is_number
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,10 +37,14 @@ class Sampling:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}: give a number above 0, or do_sample=False")
-        if type(self.top_k) is not int or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"top_k is {self.top_k} and top_p {self.top_p}: give 0 or more, and a share in (0, 1]")
+        if not is_number(self.temperature) or not self.temperature > 0:
+            raise UserError(f"temperature is {told(self.temperature)}: give a number above 0, or do_sample=False")
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise UserError(f"top_k is {told(self.top_k)}: give a number of words, or 0 or None for all")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {told(self.top_p)}: give a share above 0, and at most 1 or None for all")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise UserError(f"generator is {told(self.generator)}: give a torch.Generator, or None for torch's own")
 
     def choose(self, logits: Tensor) -> Tensor:
         """A word for each row: ``[B, V]`` to int64 ``[B]``."""
@@ -124,16 +129,19 @@ def generate(
 def _check(model: MegatronBertForCausalLM, tokens: Tensor, mask: Tensor | None, most: int) -> None:
     if not model.config.is_decoder:
         raise UserError("only decoders write text: set is_decoder=True in the configuration")
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        raise UserError("input_ids must be an integer tensor [batch, tokens], to be continued")
+    device = computing_device(model)
+    check_tensor("input_ids", tokens, device)
+    if tokens.dim() != 2 or 0 in tokens.shape:
+        raise UserError(f"input_ids has shape {list(tokens.shape)}, expected [batch, tokens] with at least one of each")
+    check_whole("input_ids", tokens)
     longest = model.config.max_position_embeddings
     if type(most) is not int or most < 1 or tokens.shape[1] + most > longest:
         raise UserError(
-            f"max_new_tokens is {most} after {tokens.shape[1]} tokens, but the model has {longest} positions: give "
-            f"1 to {longest - tokens.shape[1]}"
+            f"max_new_tokens is {told(most)} after {tokens.shape[1]} tokens, but the model has {longest} positions: "
+            f"give 1 to {longest - tokens.shape[1]}"
         )
     if mask is not None:
-        check_tensor("attention_mask", mask)
+        check_tensor("attention_mask", mask, device)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise UserError("attention_mask holds other values than 0 and 1: give 1 for real tokens and 0 for padding")
         if mask.shape != tokens.shape or not bool(mask[:, -1].all()):

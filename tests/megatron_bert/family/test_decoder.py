@@ -23,6 +23,7 @@ from tests.megatron_bert.family.support import (
     config_of,
     labels_for,
     peer_of,
+    refused,
 )
 
 CROSS = {"is_decoder": True, "add_cross_attention": True}
@@ -202,6 +203,68 @@ def test_sampled_text_repeats_with_its_generator(decoder):
     assert decoder.generate(ids, max_new_tokens=9, do_sample=True, top_p=1e-6).equal(greedy)
 
 
+WRITING = {
+    "max_new_tokens": (0, 2.5, "2", None),
+    "do_sample": ("yes", 2),
+    "temperature": ("a", 0, -1.0, float("nan"), True, [1.0]),
+    "top_k": ("a", -1, 2.5, [2]),
+    "top_p": ("a", 0, 1.5, float("nan"), [0.5]),
+    "generator": (7, "a"),
+    "use_cache": ("yes", [1]),
+    "eos_token_id": ("a", 1.5, [1, "a"], torch.tensor([1.5])),
+    "pad_token_id": ("a", 1.5, -1, 91, [0]),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_arguments_of_writing(name, decoder):
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    for value in WRITING[name]:
+        message = refused(lambda value=value: decoder.generate(ids, **{"do_sample": True, name: value}))
+        assert message.startswith(f"{name} is "), message
+
+
+INPUTS = {
+    "list": ([[1]], None, "input_ids is a list: give a tensor"),
+    "none": (None, None, "input_ids is a NoneType: give a tensor"),
+    "fractions": (torch.ones(1, 2), None, "input_ids is of type torch.float32: give int64"),
+    "no-tokens": (
+        torch.ones(2, 0).long(),
+        torch.ones(2, 0),
+        "input_ids has shape [2, 0], expected [batch, tokens] with",
+    ),
+    "no-texts": (torch.ones(0, 2).long(), None, "input_ids has shape [0, 2], expected"),
+    "meta": (torch.ones(1, 2, device="meta").long(), None, "input_ids is on meta, but the model on cpu"),
+    "no-mask": (
+        torch.ones(1, 2).long(),
+        torch.ones(1, 0),
+        "attention_mask of shape [1, 0] does not end in real tokens",
+    ),
+    "mask-elsewhere": (torch.ones(1, 2).long(), torch.ones(1, 2, device="meta"), "attention_mask is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_what_cannot_be_continued(case, decoder):
+    ids, mask, message = INPUTS[case]
+    assert refused(lambda: decoder.generate(ids, mask, max_new_tokens=2)).startswith(message)
+
+
+def test_what_is_not_applied_in_writing(decoder, tmp_path):
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    nothing = {"temperature": None, "top_k": None, "top_p": None}
+    texts = [
+        decoder.generate(ids, max_new_tokens=4, do_sample=True, generator=torch.Generator().manual_seed(1), **given)
+        for given in (nothing, {})
+    ]
+    assert texts[0].equal(texts[1])
+    greedy = decoder.generate(ids, max_new_tokens=4, **nothing)
+    theirs = peer_of(decoder, tmp_path).generate(
+        ids, attention_mask=ids, max_new_tokens=4, do_sample=False, **nothing, pad_token_id=0
+    )
+    assert greedy.equal(theirs)
+
+
 def test_what_may_be_drawn():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
     allowed = Sampling(sample=True, top_k=2).allowed(logits)
@@ -219,11 +282,7 @@ def test_what_cannot_be_written(decoder):
         decoder.generate(ids, torch.tensor([[1, 1, 1, 1, 0]]), max_new_tokens=2)
     with pytest.raises(UserError, match="max_new_tokens is 16 after 5 tokens, but the model has 20 positions"):
         decoder.generate(ids, max_new_tokens=16)
-    with pytest.raises(UserError, match="temperature is 0"):
-        decoder.generate(ids, do_sample=True, temperature=0)
-    with pytest.raises(UserError, match="top_k is -1"):
-        decoder.generate(ids, do_sample=True, top_k=-1)
-    with pytest.raises(UserError, match="input_ids must be"):
+    with pytest.raises(UserError, match=r"input_ids has shape \[5\], expected \[batch, tokens\]"):
         decoder.generate(ids[0])
     with pytest.warns(UserWarning, match="unless is_decoder=True"):
         encoder = build("ForCausalLM", config_of("ForMaskedLM"))
