@@ -77,7 +77,7 @@ class IBertConfig(MegatronBertConfig):
                 raise UserError(f"model.{name} is {getattr(self, name)!r}, but {why}: leave it at {value!r}")
         if type(self.quant_mode) is not bool:
             raise UserError(f"model.quant_mode is {self.quant_mode!r}: give true or false")
-        if self.force_dequant not in FORCE_DEQUANT:
+        if not isinstance(self.force_dequant, str) or self.force_dequant not in FORCE_DEQUANT:
             raise UserError(f"model.force_dequant is {self.force_dequant!r}: choose one of {', '.join(FORCE_DEQUANT)}")
         if self.pad_token_id is None:
             raise UserError("model.pad_token_id is None, but positions are counted after it: give the id of padding")
