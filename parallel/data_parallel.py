@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -30,8 +31,8 @@ def apply_data_parallel(
         model: the whole model, or the part of it on this pipeline stage.
         units: the sub-modules whose parameters are gathered together (the layers), in the order they run.
         mesh: where the run is laid out.
-        sharding: ``full`` and ``hybrid`` gather each unit's parameters anew in the backward pass; ``optimizer``
-            keeps them from forward to backward, so that only gradients and optimizer states are divided.
+        sharding: ``full`` and ``hybrid`` gather each unit's parameters anew in every pass; ``optimizer`` gathers them
+            once a step, so that only gradients and optimizer states are divided.
         compute_dtype: float32, bfloat16 or float16.
         cast_inputs: give units their inputs in that format too; False leaves activations as they are.
     """
@@ -51,13 +52,23 @@ def apply_data_parallel(
             # Losses are divided by global counts before the backward pass, so gradients of the ranks simply add up.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    if not reshard:
+        _KEPT_FOR_A_STEP.add(model)
+
+
+#: Models whose gathered parameters serve all micro batches of a step.
+_KEPT_FOR_A_STEP: WeakSet[nn.Module] = WeakSet()
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Say whether the coming backward pass is the last of the step: only then are gradients reduced."""
+    """Say whether the coming backward pass is the last of the step: only then are gradients reduced.
+
+    Only then, too, are gathered parameters given back where they are gathered once a step.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last or model not in _KEPT_FOR_A_STEP)
 
 
 def _parameter_groups(model: FSDPModule) -> Iterator[Any]:

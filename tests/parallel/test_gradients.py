@@ -137,6 +137,26 @@ def test_gradients_are_reduced_in_the_last_backward_pass_only(sharding):
         assert last > 0
 
 
+def _gatherings(sharding: Sharding) -> list[int]:
+    """Collectives that gather parameters in the passes of each of three micro batches, and in the next step's first."""
+    mesh = _mesh(1, False, sharding)
+    model = _model(mesh, sharding)
+    counts = []
+    for number in range(4):
+        set_gradient_sync(model, last=number == 2)
+        with Operators() as passes:
+            model(TOKENS).sum().backward()
+        counts.append(passes.count("_allgather_base_", "allgather_"))
+    return counts
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_parameters_are_gathered_once_a_step_unless_they_are_freed_in_between(sharding):
+    for first, second, last, following in run_world(2, _gatherings, sharding):
+        assert first == following > 0
+        assert second == last == (first if sharding == "full" else 0)
+
+
 def _bfloat16(sharding: Sharding) -> None:
     mesh = _mesh(1, False, sharding)
     model = _model(mesh, sharding, torch.bfloat16)
