@@ -126,7 +126,8 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
     """Join the processes of a run, and leave them when the block ends.
 
     Under a launcher (torchrun) all its processes meet. Without one the world is this process alone,
-    with the same collectives available, so that nothing downstream needs a second code path.
+    with the same collectives available, so that nothing downstream needs a second code path. How float32 matrix
+    products round is afterwards as it was before, whatever the run chose.
 
     Args:
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -142,6 +143,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
     # Checkpoint planning and signal agreement run over CPU tensors, so gloo is there beside NCCL.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    rounding = torch.get_float32_matmul_precision()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "WORLD_SIZE" in os.environ or "RANK" in os.environ:
@@ -161,4 +163,5 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
         if spares and dist.get_rank() == 0:
             _release_spares(spares)  # while the store is there, which may be this process's
     finally:
+        torch.set_float32_matmul_precision(rounding)
         dist.destroy_process_group()

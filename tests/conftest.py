@@ -14,7 +14,6 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")  # a run in bfloat16 on a GPU rounds what is left in float32, too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,6 +43,12 @@ def test_the_group_is_left_after_an_error():
     assert not dist.is_initialized()
 
 
+def test_the_rounding_of_matrix_products_is_what_it_was():
+    with process_group("cpu"):
+        torch.set_float32_matmul_precision("high")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_missing_launcher_variables_are_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
