@@ -11,7 +11,6 @@ Splinter, arXiv 2101.00438)::
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.data.text_files import RowReader, decode_row
+from megatron_bert.finetuning.results import write_json
 from parallel.errors import UserError
 
 _WORD = re.compile(r"\S+")
@@ -73,8 +73,10 @@ def questions(texts: list[str], count: int, words: tuple[int, int], seed: int = 
         seed: of what is drawn.
 
     Raises:
-        UserError: no document has words, or the least is above the most.
+        UserError: no document has words, no question is asked for, or the least is above the most.
     """
+    if count < 1:
+        raise UserError(f"--questions is {count}: give 1 or more")
     places = [[match.span() for match in _WORD.finditer(text)] for text in texts]
     if not any(places):
         raise UserError("the input holds no words: give JSON lines with a text, or plain text")
@@ -90,26 +92,33 @@ def questions(texts: list[str], count: int, words: tuple[int, int], seed: int = 
             yield found
 
 
-def main() -> None:
-    """Read documents, write questions."""
+def main(given: list[str] | None = None) -> int:
+    """Read documents, write questions; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="JSON lines or plain text; .gz and .zst too")
     parser.add_argument("output", type=Path, help="JSON file in the format of SQuAD 1.1")
     parser.add_argument("--questions", type=int, default=20_000)
     parser.add_argument("--words", type=int, nargs=2, default=(30, 160), help="least and most words of a passage")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         texts = [decode_row(row) for row in RowReader(arguments.input)]
         least, most = arguments.words
         paragraphs = list(questions(texts, arguments.questions, (least, most), arguments.seed))
+        write_json(
+            arguments.output, {"version": "1.1", "data": [{"title": arguments.input.name, "paragraphs": paragraphs}]}
+        )
     except UserError as error:
         print(f"cloze_questions: {error}", file=sys.stderr)
-        sys.exit(2)
-    data = {"version": "1.1", "data": [{"title": arguments.input.name, "paragraphs": paragraphs}]}
-    arguments.output.write_text(json.dumps(data), encoding="utf-8")
+        return 2
+    except OSError as error:
+        print(
+            f"cloze_questions: {arguments.output} cannot be written ({error.strerror}): give another", file=sys.stderr
+        )
+        return 2
     print(f"{arguments.output}: {len(paragraphs):,} questions")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

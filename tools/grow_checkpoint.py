@@ -90,20 +90,21 @@ def grow(source: Path, target: Path, layers: list[int], seed: int = 0) -> None:
     save_file(new, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def main() -> None:
-    """Grow the model of one directory into another."""
+def main(given: list[str] | None = None) -> int:
+    """Grow the model of one directory into another; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="Hugging Face directory of the small model")
     parser.add_argument("target", type=Path, help="directory for the large one")
     parser.add_argument("--layers", type=int, nargs="+", required=True, help="the small model's layer for each layer")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         grow(arguments.source, arguments.target, arguments.layers, arguments.seed)
     except UserError as error:
         print(f"grow_checkpoint: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

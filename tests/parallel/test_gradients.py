@@ -116,29 +116,8 @@ def test_hybrid_over_two_groups_with_tensor_parallelism():
     run_world(8, _all_layouts, 2, True, "hybrid", 2)
 
 
-def _reductions(sharding: Sharding) -> list[int]:
-    """Collectives that reduce gradients in each of three backward passes of one step."""
-    mesh = _mesh(1, False, sharding)
-    model = _model(mesh, sharding)
-    counts = []
-    for number in range(3):
-        set_gradient_sync(model, last=number == 2)
-        out = model(TOKENS)
-        with Operators() as backward:
-            out.sum().backward()
-        counts.append(backward.count("_reduce_scatter_base_", "reduce_scatter_", "allreduce_"))
-    return counts
-
-
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_gradients_are_reduced_in_the_last_backward_pass_only(sharding):
-    for first, second, last in run_world(2, _reductions, sharding):
-        assert (first, second) == (0, 0)
-        assert last > 0
-
-
-def _gatherings(sharding: Sharding) -> list[int]:
-    """Collectives that gather parameters in the passes of each of three micro batches, and in the next step's first."""
+def _collectives(sharding: Sharding, *names: str) -> list[int]:
+    """How many of the named run in the passes of three micro batches of one step, and of the next step's first."""
     mesh = _mesh(1, False, sharding)
     model = _model(mesh, sharding)
     counts = []
@@ -146,13 +125,21 @@ def _gatherings(sharding: Sharding) -> list[int]:
         set_gradient_sync(model, last=number == 2)
         with Operators() as passes:
             model(TOKENS).sum().backward()
-        counts.append(passes.count("_allgather_base_", "allgather_"))
+        counts.append(passes.count(*names))
     return counts
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_gradients_are_reduced_in_the_last_backward_pass_only(sharding):
+    reductions = ("_reduce_scatter_base_", "reduce_scatter_", "allreduce_")
+    for first, second, last, _ in run_world(2, _collectives, sharding, *reductions):
+        assert (first, second) == (0, 0)
+        assert last > 0
 
 
 @pytest.mark.parametrize("sharding", ["optimizer", "full"])
 def test_parameters_are_gathered_once_a_step_unless_they_are_freed_in_between(sharding):
-    for first, second, last, following in run_world(2, _gatherings, sharding):
+    for first, second, last, following in run_world(2, _collectives, sharding, "_allgather_base_", "allgather_"):
         assert first == following > 0
         assert second == last == (first if sharding == "full" else 0)
 

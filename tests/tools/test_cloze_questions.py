@@ -9,7 +9,7 @@ import pytest
 
 from parallel.errors import UserError
 from tests.megatron_bert.tasks.support import letter_tokenizer, task_of, write
-from tools.cloze_questions import questions
+from tools.cloze_questions import main, questions
 
 TEXTS = ["The cat, who sat on the mat; it was fat. " * 4, "", "a lone word stood here among some others, and so on"]
 
@@ -47,3 +47,21 @@ def test_answers_stand_where_they_are_said_to(tmp_path: Path) -> None:
 def test_what_makes_no_questions(texts: list[str], words: tuple[int, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(questions(texts, 3, words))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = write(tmp_path / "text.txt", TEXTS[0]), tmp_path / "cloze.json"
+    assert main([str(source), str(target), "--questions", "5", "--words", "5", "9"]) == 0
+    (title,) = json.loads(target.read_text(encoding="utf-8"))["data"]
+    assert f"{target}: {len(title['paragraphs'])} questions" in capsys.readouterr().out
+    for arguments, message in (
+        ([str(tmp_path / "none.txt"), str(target)], "none.txt does not exist"),
+        ([str(source), str(target), "--questions", "0"], "--questions is 0: give 1 or more"),
+        (
+            [str(source), str(tmp_path / "no" / "cloze.json")],
+            "cloze.json cannot be written (No such file or directory)",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "cloze.json"}

@@ -10,7 +10,7 @@ import torch
 from megatron_bert import MegatronBertForPreTraining
 from parallel.errors import UserError
 from tests.megatron_bert.family.support import batch_for, build
-from tools.grow_checkpoint import grow
+from tools.grow_checkpoint import grow, main
 
 
 @pytest.fixture
@@ -50,3 +50,13 @@ def test_layers_that_are_not_there(tmp_path: Path, small: MegatronBertForPreTrai
     with pytest.raises(UserError, match=r"--layers is .*: give numbers of 0 to 2"):
         grow(tmp_path / "small", tmp_path / "large", layers)
     assert not (tmp_path / "large").exists()
+
+
+def test_the_command(tmp_path: Path, small: MegatronBertForPreTraining, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    source, file, none = (str(tmp_path / name) for name in ("small", "file", "none"))
+    for arguments, message in (([none, "large"], "none"), ([source, file], f"{file} cannot be made a directory")):
+        assert main([*arguments, "--layers", "0"]) == 2
+        assert message in capsys.readouterr().err
+    assert main([source, str(tmp_path / "large"), "--layers", "0"]) == 0
+    assert {path.name for path in (tmp_path / "large").iterdir()} == {"config.json", "model.safetensors"}
