@@ -23,7 +23,7 @@ from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.metrics import softmax
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.squad_files import SpanExample, read_squad
-from megatron_bert.tasks.squad_metrics import Judged, best_threshold, squad_metrics
+from megatron_bert.tasks.squad_metrics import Judged, best_threshold, expected_f1, squad_metrics
 from megatron_bert.tasks.stream import name_of, text_of
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task
 from parallel.errors import UserError
@@ -38,7 +38,8 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
 
     Rows of a stream have `question` and `context`. Predictions have `answer` (an exact part of the context, or ""),
     its characters `start` and `end` (None without answer), its `probability` among the candidates, and the candidates
-    as `nbest`. With `no_answer` also `null_odds`, the score of no answer less that of the best one, and that one as
+    as `nbest`. With `answer_by` expected_f1 these have their `expected_f1`, and the answer is the one with most of it.
+    With `no_answer` also `null_odds`, the score of no answer less that of the likeliest one, and the best one as
     `best_answer`; the answer is "" where the odds exceed the threshold.
     """
 
@@ -137,7 +138,6 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
             }
             for option in options
         ]
-        best = entries[0] if entries else None
         nothing: dict[str, Any] = {
             "text": "",
             "start": None,
@@ -150,6 +150,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         chances = softmax(np.array([entry["start_logit"] + entry["end_logit"] for entry in entries]))
         for entry, chance in zip(entries, chances.tolist(), strict=True):
             entry["probability"] = chance
+        best = self._best(entries[: len(options)], chances) if options else None
         odds = null.score - options[0].score if options else NO_CANDIDATE_ODDS
         given = nothing if best is None or (self.settings.no_answer and odds > self.null_threshold) else best
         entries.sort(key=lambda entry: -entry["probability"])
@@ -164,6 +165,15 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         if self.settings.no_answer:
             prediction |= {"null_odds": odds, "best_answer": best["text"] if best else ""}
         return prediction
+
+    def _best(self, entries: list[dict[str, Any]], chances: np.ndarray) -> dict[str, Any]:
+        """Which of the candidates, likeliest first, is the answer."""
+        if self.settings.answer_by == "probability":
+            return entries[0]
+        expected = expected_f1([entry["text"] for entry in entries], chances[: len(entries)])
+        for entry, value in zip(entries, expected.tolist(), strict=True):
+            entry["expected_f1"] = value
+        return entries[int(expected.argmax())]
 
     def metrics(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Exact match and F1, 0 to 100, as SQuAD's scripts report them."""

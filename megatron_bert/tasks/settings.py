@@ -38,6 +38,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "max_query_length": ("question_answering", "multiple_choice"),
     "max_answer_length": ("question_answering",),
     "n_best": ("question_answering",),
+    "answer_by": ("question_answering",),
     "no_answer": ("question_answering",),
     "null_threshold": ("question_answering",),
     "scheme": ("token_classification",),
@@ -94,6 +95,11 @@ class TaskSettings(Section):
     )
     max_answer_length: int = Field(30, gt=0, description="Longest answer in tokens.")
     n_best: int = Field(20, gt=0, description="Number of candidate answers kept for each question.")
+    answer_by: Literal["probability", "expected_f1"] = Field(
+        "probability",
+        description="Of the n_best candidates the likeliest, or the one that shares most words with all of them, by "
+        "their probabilities: more F1 and fewer exact answers where a model is unsure.",
+    )
     no_answer: bool = Field(False, description="Whether a question may have no answer in its text, as in SQuAD 2.0.")
     null_threshold: float | None = Field(
         None,

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -60,6 +62,30 @@ def best_scores(golds: Sequence[str], answer: str, *, no_answer: bool) -> tuple[
         golds = [gold for gold in golds if normalize_answer(gold)] or [""]
     exact = max(exact_match(gold, answer) for gold in golds)
     return exact, max(token_f1(gold, answer, no_answer=no_answer) for gold in golds)
+
+
+def expected_f1(answers: Sequence[str], chances: np.ndarray) -> np.ndarray:
+    """The F1 to expect of each answer when one of them is right: minimum Bayes risk (Goel and Byrne, 2000).
+
+    Args:
+        answers: n possible answers.
+        chances: [n], how likely each is the right one; what is left of 1 is for an answer that shares no word.
+
+    Returns:
+        float64 [n], 0 to 1. An answer without words has 0, as in version 1.1.
+    """
+    words = [Counter(normalize_answer(answer).split()) for answer in answers]
+    places = {word: place for place, word in enumerate(sorted(set().union(*words)))}
+    counts = np.zeros((len(answers), len(places)))
+    for row, found in enumerate(words):
+        counts[row, [places[word] for word in found]] = list(found.values())
+    lengths = counts.sum(axis=1)
+    expected = np.zeros(len(answers))
+    # One answer against all others at a time: all pairs at once are [n, n, words].
+    for row, (own, length) in enumerate(zip(counts, lengths, strict=True)):
+        shared = np.minimum(counts, own).sum(axis=1)
+        expected[row] = np.dot(2.0 * shared / np.maximum(lengths + length, 1.0), chances)
+    return expected
 
 
 def squad_metrics(judged: Sequence[Judged], *, no_answer: bool) -> dict[str, float]:

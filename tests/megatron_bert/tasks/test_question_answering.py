@@ -164,6 +164,32 @@ def test_candidates_and_probabilities(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert "null_odds" not in prediction
 
 
+def test_the_answer_with_most_expected_f1(tokenizer: Tokenizer) -> None:
+    """Two parts of the text are a little likelier than all of it, which shares its words with both."""
+    context = "the cat sat mat"
+    for no_answer in (False, True):
+        task = task_of(tokenizer, NAME | {"n_best": 3, "answer_by": "expected_f1", "no_answer": no_answer})
+        examples = [task.example_from({"question": "q", "context": context}, "line 1")]
+        (unit,) = units = task.units(examples, train=False)
+        scores = np.full((len(unit.features[0].tokens), 2), -50.0, dtype=np.float32)
+        scores[unit.offset + np.array([1, 3]), 0] = [0.0, 0.1]
+        scores[unit.offset + np.array([1, 3]), 1] = [0.1, 0.0]
+        scores[0] = -50.0
+        (prediction,) = task.predictions(examples, units, [scores])
+        found = {entry["text"]: entry for entry in prediction["nbest"] if entry["text"]}
+        assert sorted(found) == ["cat", "cat sat mat", "mat"]
+        weights = np.exp([0.1, 0.0, 0.1])
+        likely, whole, _ = weights / weights.sum()
+        assert found["cat"]["probability"] == pytest.approx(likely)
+        assert found["cat sat mat"]["expected_f1"] == pytest.approx(whole + 2 * likely * 0.5)
+        assert found["cat"]["expected_f1"] == pytest.approx(likely + whole * 0.5)
+        assert (prediction["answer"], prediction["start"], prediction["end"]) == ("cat sat mat", 4, 15)
+        assert prediction["probability"] == found["cat sat mat"]["probability"] < found["cat"]["probability"]
+        if no_answer:
+            assert prediction["best_answer"] == "cat sat mat"
+            assert prediction["null_odds"] == pytest.approx(-100.0 - 0.1, abs=1e-5), "against the likeliest answer"
+
+
 def test_windows_are_joined_by_the_widest_context(tokenizer: Tokenizer) -> None:
     """A window that sees little around a token does not answer with it, however sure it is."""
     task = task_of(tokenizer, NAME | {"max_length": 16, "doc_stride": 4, "max_query_length": 3})

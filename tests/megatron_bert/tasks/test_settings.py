@@ -35,6 +35,7 @@ def test_every_name_has_a_task() -> None:
         ("classification", {"doc_stride": 5}),
         ("classification", {"scheme": "IO"}),
         ("token_classification", {"n_best": 3}),
+        ("token_classification", {"answer_by": "expected_f1"}),
         ("token_classification", {"max_query_length": 3}),
         ("multiple_choice", {"max_answer_length": 3}),
         ("question_answering", {"null_threshold": 1.0}),

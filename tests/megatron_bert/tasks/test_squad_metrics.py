@@ -12,6 +12,7 @@ from megatron_bert.tasks.squad_metrics import (
     best_scores,
     best_threshold,
     exact_match,
+    expected_f1,
     normalize_answer,
     squad_metrics,
     token_f1,
@@ -57,6 +58,21 @@ def test_exact_match() -> None:
 @pytest.mark.parametrize("no_answer", [True, False])
 def test_f1_of_words(gold: str, answer: str, expected: float, no_answer: bool) -> None:
     assert token_f1(gold, answer, no_answer=no_answer) == pytest.approx(expected)
+
+
+def test_expected_f1_is_the_mean_over_the_right_answers() -> None:
+    """Against F1 of each pair, with repeated words, the same answer in two spellings, and none without words."""
+    random = np.random.default_rng(3)
+    text = ["The", "cat", "sat", "on", "the", "mat,", "the", "mat", "sat", "on", "a", "cat.", "The"]
+    spans = [sorted(random.integers(0, len(text) + 1, 2)) for _ in range(12)]
+    answers = [" ".join(text[begin:end]) for begin, end in spans] + ["the", "", "cat", "Cat."]
+    chances = random.dirichlet(np.ones(len(answers)))
+    mean = [
+        sum(chance * token_f1(gold, answer, no_answer=False) for gold, chance in zip(answers, chances, strict=True))
+        for answer in answers
+    ]
+    np.testing.assert_allclose(expected_f1(answers, chances), mean, rtol=1e-12, atol=0)
+    assert expected_f1(["", "the"], np.array([0.5, 0.5])).tolist() == [0.0, 0.0]
 
 
 def test_f1_without_words_differs_between_the_versions() -> None:
