@@ -89,8 +89,9 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
     tokenizer = find_tokenizer(settings)
     task = build_task(settings.task, settings.data, tokenizer)
     config = task_config(encoder_config(settings, tokenizer), task)
-    start = folder / "encoder"
-    if not start.exists():
+    start = settings.model.from_
+    if not settings.model.keep_head:  # a directory with a head is transformers' own format; converting leaves heads out
+        start = folder / "encoder"
         convert(settings.model.from_, start, to="huggingface", progress=False)
     transformers.set_seed(seed)
     theirs = getattr(transformers, CLASSES[task.head.kind])

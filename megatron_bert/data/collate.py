@@ -9,7 +9,7 @@ import torch
 
 from megatron_bert.data.sentence_pairs import Sample
 from megatron_bert.model.batch import MicroBatch
-from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.model.sequences import SequenceLayout, filling
 from parallel.cross_entropy import IGNORED
 
 
@@ -32,14 +32,16 @@ def collate(
         max_predictions: slots a sample; the batch has this many times the number of samples, used or not, so that
             shapes do not depend on the data.
         pad_id: token id of padding.
-        packed: sequences end to end without padding, instead of a rectangle.
-        multiple: packed only: the token axis is filled up to a multiple of this (one padding sequence), so that
-            tensor ranks can divide it.
+        packed: sequences end to end without padding, the longest first, instead of a rectangle.
+        multiple: packed only: the token axis is filled up to a multiple of this, so that tensor ranks can divide it;
+            to a round size in any case. The filling repeats the first tokens.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int64)
     if packed:
-        starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-        total = int(-(-lengths.sum() // multiple) * multiple)
+        order = np.argsort(-lengths, kind="stable")
+        starts = np.empty_like(lengths)
+        starts[order] = np.concatenate(([0], np.cumsum(lengths[order])[:-1]))
+        total = int(lengths.sum())
     else:
         starts = np.arange(len(samples), dtype=np.int64) * seq_length
         total = len(samples) * seq_length
@@ -61,10 +63,9 @@ def collate(
         slots[first : first + count] = start + sample.mask_positions
         labels[first : first + count] = sample.mask_labels
     if packed:
-        fill = total - int(lengths.sum())
-        positions[total - fill :] = np.arange(fill)
-        all_lengths = np.append(lengths, fill) if fill else lengths
-        layout = SequenceLayout.packed(torch.from_numpy(all_lengths), max(seq_length, fill))
+        fill = filling(total, multiple)
+        tokens, types, positions, owner = (np.resize(a, total + fill) for a in (tokens, types, positions, owner))
+        layout = SequenceLayout.packed(torch.from_numpy(lengths[order]), seq_length, fill)
     elif (lengths == seq_length).all():
         layout = SequenceLayout.rectangle(len(samples), seq_length)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.finetuning import TaskBatch
-from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.model.sequences import SequenceLayout, filling
 from megatron_bert.tasks.task import Head, Unit
 
 
@@ -20,36 +20,36 @@ def unit_tokens(unit: Unit) -> int:
 
 
 def collate_units(
-    units: Sequence[Unit], numbers: Sequence[int], head: Head, *, pad_id: int, most_features: int, multiple: int = 1
+    units: Sequence[Unit], numbers: Sequence[int], head: Head, *, most_features: int, multiple: int = 1
 ) -> TaskBatch:
-    """Put the sequences of units end to end.
+    """Put the sequences of units end to end, the longest first.
 
     Args:
         units: at least one.
         numbers: their numbers in the training stream, which dropout masks depend on.
         head: of the task.
-        pad_id: token id of the filling.
         most_features: most sequences of a unit of the task; their dropout masks differ.
-        multiple: the token axis is filled up to a multiple of this (one padding sequence), so that tensor ranks can
-            divide it.
+        multiple: the token axis is filled up to a multiple of this, so that tensor ranks can divide it; to a round size
+            in any case. The filling repeats the first tokens, so that ranges of activations see nothing new.
     """
     features = [feature for unit in units for feature in unit.features]
     owners = [number for number, unit in enumerate(units) for _ in unit.features]
     samples = [n * most_features + i for n, unit in zip(numbers, units) for i in range(len(unit.features))]
     lengths = np.array([len(feature.tokens) for feature in features], dtype=np.int64)
-    starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-    fill = int(-lengths.sum() % multiple)
+    order = np.argsort(-lengths, kind="stable")
+    starts = np.empty_like(lengths)
+    starts[order] = np.concatenate(([0], np.cumsum(lengths[order])[:-1]))
+    fill = filling(int(lengths.sum()), multiple)
     rows = np.concatenate([start + feature.rows for start, feature in zip(starts, features)])
     row_owners = np.concatenate([np.full(len(f.rows), owner) for owner, f in zip(owners, features)])
     counts = np.bincount(row_owners, minlength=len(units))
     places = np.concatenate([np.arange(count) for count in counts])
-    all_lengths = np.append(lengths, fill) if fill else lengths
     return TaskBatch(
-        tokens=_joined([f.tokens for f in features], fill, pad_id),
-        positions=_joined([np.arange(n) for n in all_lengths]),
-        types=_joined([f.types for f in features], fill),
-        samples=_joined([np.full(n, number) for n, number in zip(lengths, samples)], fill),
-        layout=SequenceLayout.packed(torch.from_numpy(all_lengths), int(all_lengths.max())),
+        tokens=_joined([features[i].tokens for i in order], fill),
+        positions=_joined([np.arange(lengths[i]) for i in order], fill),
+        types=_joined([features[i].types for i in order], fill),
+        samples=_joined([np.full(lengths[i], samples[i]) for i in order], fill),
+        layout=SequenceLayout.packed(torch.from_numpy(lengths[order]), int(lengths.max()), fill),
         first_tokens=torch.from_numpy(starts),
         lengths=tuple(int(length) for length in lengths),
         rows=torch.from_numpy(rows),
@@ -60,8 +60,9 @@ def collate_units(
     )
 
 
-def _joined(parts: list[np.ndarray], fill: int = 0, value: int = 0) -> Tensor:
-    return torch.from_numpy(np.concatenate([*parts, np.full(fill, value)]).astype(np.int64))
+def _joined(parts: list[np.ndarray], fill: int) -> Tensor:
+    values = np.concatenate(parts).astype(np.int64)
+    return torch.from_numpy(np.concatenate([values, np.resize(values, fill)]))
 
 
 def _labels(units: Sequence[Unit], head: Head) -> Tensor:

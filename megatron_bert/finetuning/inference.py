@@ -59,8 +59,7 @@ class Scorer:
     def score(self, units: Sequence[Unit]) -> Scored:
         """Logits on rank 0 and the mean loss; every rank calls with the same units."""
         task = self.saved.task
-        pad = task.tokenizer.pad_id
-        return score_units(self.model, self.engine, self.mesh, units, task.head, pad_id=pad, batch_size=self.batch_size)
+        return score_units(self.model, self.engine, self.mesh, units, task.head, batch_size=self.batch_size)
 
     def predict(self, examples: list[Any]) -> list[Prediction]:
         """What the model says of each example; every rank calls, rank 0 gets the answer."""

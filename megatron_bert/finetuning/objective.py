@@ -135,7 +135,6 @@ class Finetuning(Objective):
                 [self.units[index] for index in chosen],
                 list(places),
                 self.task.head,
-                pad_id=self.task.tokenizer.pad_id,
                 most_features=self.most_features,
                 multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
             ).to(device)
@@ -173,7 +172,6 @@ class Finetuning(Objective):
             mesh,
             units,
             self.task.head,
-            pad_id=self.task.tokenizer.pad_id,
             batch_size=self.settings.training.evaluate_batch_size,
         )
         predictions: list[Prediction] = []

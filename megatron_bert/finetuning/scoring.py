@@ -40,7 +40,6 @@ def score_units(
     units: Sequence[Unit],
     head: Head,
     *,
-    pad_id: int,
     batch_size: int,
 ) -> Scored:
     """Run the model over units without dropout; every rank calls with the same units.
@@ -53,7 +52,6 @@ def score_units(
         mesh: where the run is laid out.
         units: at least one.
         head: of the task.
-        pad_id: token id of padding.
         batch_size: most units of a forward pass.
     """
     order = sorted(range(len(units)), key=lambda index: -unit_tokens(units[index]))
@@ -71,7 +69,6 @@ def score_units(
                 [units[index] for index in chunk],
                 chunk,
                 head,
-                pad_id=pad_id,
                 most_features=1,
                 multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
             ).to(mesh.device)

@@ -271,7 +271,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         if request.past is not None:
             raise UserError("ranges are observed with cached keys and values: give whole sequences to calibrate on")
         hidden = self.floating(hidden)
-        everywhere = None if layout.key_mask is None else layout.key_mask.flatten()
+        everywhere = layout.real_tokens()
         real = None if everywhere is None else own_tokens(everywhere, self.tp)
         if not self.post_norm:
             self.observe("input", hidden, real)

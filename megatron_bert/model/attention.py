@@ -32,9 +32,12 @@ from parallel.sharding import Normal, ParallelModule, divide
 __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
 
 
-#: Scores of padding for each packed sequence above which a processor attends within one sequence after another. Below,
-#: the calls for each sequence cost more than those scores do (measured on a Xeon with AVX-512).
+#: Scores of padding for each packed sequence up to which a processor attends within neighbouring sequences at once.
+#: More of them cost more than calls of their own for each sequence (measured on a Xeon with AVX-512).
 _SCORES_PER_SEQUENCE = 1 << 15
+#: Keys up to which a processor trains faster in bfloat16 with attention written out: the backward pass of torch's fused
+#: kernel takes 2 to 5 times as long up to 128 keys, 1.5 times for 256 and 1.15 times for 512 (torch 2.13, AMX).
+_WRITTEN_OUT_KEYS = 512
 
 
 class DistanceTable(ParallelModule):
@@ -121,8 +124,12 @@ class AttentionHeads(nn.Module):
             ``[B, A, Q, D]``, and the probabilities ``[B, A, Q, K]`` where they were written out.
         """
         dropout = self.dropout if keys is not None else 0.0
-        keyed = dropout > 0.0 and not query.is_cuda
-        if not (keyed or explicit or head_mask is not None or self.distance is not None):
+        on_processor = query.device.type == "cpu"
+        explicit |= dropout > 0.0 and not query.is_cuda
+        explicit |= (
+            self.training and on_processor and query.dtype == torch.bfloat16 and key.shape[2] <= _WRITTEN_OUT_KEYS
+        )
+        if not (explicit or head_mask is not None or self.distance is not None):
             return fused_attention(query, key, value, mask, dropout), None
         return recomputed(
             self._write_out, self.recompute, query, key, value, mask, keys, first, head_mask, at="selective"
@@ -215,30 +222,25 @@ class SelfAttention(AttentionHeads):
             dropout = self.dropout if keys is not None else 0.0
             query, key, value = qkv.unbind(2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
-        elif self._one_by_one(qkv, layout):
-            context = self._attend_one_by_one(qkv, layout, keys)
+        elif layout.is_packed and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            context = self._attend_in_parts(qkv, layout.parts(_SCORES_PER_SEQUENCE // self.heads), keys)
         else:
-            query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
-            rectangle_keys = None if keys is None else layout.to_rectangle(keys)
-            context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
-            context = layout.from_rectangle(context.transpose(1, 2))
+            context = self._attend_within(qkv, layout, keys)
         return self.output(context.flatten(-2))
 
-    def _one_by_one(self, qkv: Tensor, layout: SequenceLayout) -> bool:
-        """Whether attending within one sequence after another is faster than within all, filled up to the longest."""
-        if not layout.is_packed or qkv.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return self.heads * layout.empty_pairs > _SCORES_PER_SEQUENCE * layout.batch
+    def _attend_in_parts(self, qkv: Tensor, parts: list[SequenceLayout], keys: Tensor | None) -> Tensor:
+        if len(parts) == 1:
+            return self._attend_within(qkv, parts[0], keys)
+        sizes = [sum(part.lengths) for part in parts]
+        all_keys = [None] * len(parts) if keys is None else keys.split(sizes)
+        return torch.cat(list(map(self._attend_within, qkv.split(sizes), parts, all_keys)))
 
-    def _attend_one_by_one(self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
-        """``[T, A, 3, D]`` of packed sequences, and dropout keys ``[T]``, to ``[T, A, D]``."""
-        all_keys = [None] * layout.batch if keys is None else keys.split(layout.lengths)
-        contexts = []
-        for tokens, token_keys in zip(qkv.split(layout.lengths), all_keys, strict=True):
-            query, key, value = (part.transpose(0, 1)[None] for part in tokens.unbind(2))
-            context, _ = self.attend(query, key, value, None, None if token_keys is None else token_keys[None])
-            contexts.append(context[0].transpose(0, 1))
-        return torch.cat(contexts)
+    def _attend_within(self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+        """``[T, A, 3, D]`` of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
+        query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
+        rectangle_keys = None if keys is None else layout.to_rectangle(keys)
+        context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
+        return layout.from_rectangle(context.transpose(1, 2))
 
     def _answer(
         self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest

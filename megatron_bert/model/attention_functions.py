@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.dropout import keep_mask
+from parallel.dropout import dropped, keep_mask
 
 
 def attention_probabilities(
@@ -45,8 +45,7 @@ def attention_probabilities(
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if dropout > 0.0:
         assert keys is not None, "keyed dropout needs keys"
-        kept = keep_mask(keys, probabilities.shape[-1], dropout)
-        probabilities = torch.where(kept, probabilities * (1.0 / (1.0 - dropout)), 0.0)
+        probabilities = dropped(probabilities, keep_mask(keys, probabilities.shape[-1], dropout), dropout)
     return probabilities if head_mask is None else probabilities * head_mask
 
 

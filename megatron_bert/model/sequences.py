@@ -8,12 +8,30 @@ The encoder works on tokens ``[T, H]``; only attention needs to know which of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+#: Most tokens that packed sequences are filled up to a multiple of.
+_ROUND = 64
+
+
+def filling(tokens: int, multiple: int = 1) -> int:
+    """How many tokens to add to packed sequences, so that batches have few different sizes.
+
+    Matrix products of sizes that were not seen before cost up to twice the time: oneDNN compiles code for each, and
+    keeps it. Batches are filled up to a multiple of 64 tokens, small ones by a sixteenth at most.
+
+    Args:
+        tokens: of the sequences.
+        multiple: what their number has to be a multiple of in any case, for tensor ranks that divide them.
+    """
+    power = max(0, (tokens // 16).bit_length() - 1)
+    return -tokens % math.lcm(multiple, min(_ROUND, 2**power))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +44,7 @@ class SequenceLayout:
         key_mask: rectangle only: bool ``[B, S]``, true for tokens that may be attended to; None when all may.
         boundaries: packed only: int32 ``[B + 1]``, where each sequence starts and the last one ends (cu_seqlens).
         places: packed only: int64 ``[T]``, where each token stands in the rectangle ``B * S``; None where they fill it.
+        fill: packed only: how many tokens at the end are filling, sequences of their own that nothing is made of.
     """
 
     batch: int
@@ -33,6 +52,7 @@ class SequenceLayout:
     key_mask: Tensor | None = None
     boundaries: Tensor | None = None
     places: Tensor | None = None
+    fill: int = 0
 
     @staticmethod
     def rectangle(batch: int, length: int, key_mask: Tensor | None = None) -> SequenceLayout:
@@ -40,18 +60,30 @@ class SequenceLayout:
         return SequenceLayout(batch=batch, length=length, key_mask=key_mask)
 
     @staticmethod
-    def packed(lengths: Tensor, longest: int) -> SequenceLayout:
-        """Sequences of ``lengths`` (int64 ``[B]``) end to end, none longer than ``longest``."""
+    def packed(lengths: Tensor, longest: int, fill: int = 0) -> SequenceLayout:
+        """Sequences of ``lengths`` (int64) end to end, of at most ``longest`` each, then ``fill`` tokens of filling.
+
+        The filling is sequences of their own, like the last one in length.
+        """
+        if fill:
+            last = int(lengths[-1])
+            lengths = torch.cat(
+                (lengths, lengths.new_tensor([last] * (fill // last) + [fill % last] * (fill % last > 0)))
+            )
         batch = lengths.shape[0]
         boundaries = torch.zeros(batch + 1, dtype=torch.int64, device=lengths.device)
         torch.cumsum(lengths, 0, out=boundaries[1:])
         total = int(boundaries[-1])
         if total == batch * longest:
-            return SequenceLayout(batch=batch, length=longest, boundaries=boundaries.to(torch.int32))
+            return SequenceLayout(batch=batch, length=longest, boundaries=boundaries.to(torch.int32), fill=fill)
         sequence = torch.repeat_interleave(torch.arange(batch, device=lengths.device), lengths, output_size=total)
         within = torch.arange(total, device=lengths.device) - boundaries[sequence]
         return SequenceLayout(
-            batch=batch, length=longest, boundaries=boundaries.to(torch.int32), places=sequence * longest + within
+            batch=batch,
+            length=longest,
+            boundaries=boundaries.to(torch.int32),
+            places=sequence * longest + within,
+            fill=fill,
         )
 
     @property
@@ -65,10 +97,19 @@ class SequenceLayout:
         assert self.boundaries is not None, "a packed layout has boundaries"
         return self.boundaries.diff().tolist()
 
+    def parts(self, pairs: int) -> list[SequenceLayout]:
+        """Packed only: runs of neighbouring sequences that are similar enough to fill a rectangle of their own.
+
+        Args:
+            pairs: how many pairs of places of a sequence may be padding, beside its longest neighbour.
+        """
+        if pairs not in self._parts:
+            self._parts[pairs] = list(map(_of_lengths, _runs(self.lengths, pairs)))
+        return self._parts[pairs]
+
     @cached_property
-    def empty_pairs(self) -> int:
-        """Packed only: pairs of places in the rectangle that are not two tokens of one sequence."""
-        return self.batch * self.length**2 - sum(length**2 for length in self.lengths)
+    def _parts(self) -> dict[int, list[SequenceLayout]]:
+        return {}
 
     def to(self, device: torch.device) -> SequenceLayout:
         """The same layout with its tensors on ``device``."""
@@ -88,6 +129,7 @@ class SequenceLayout:
             key_mask=changed(self.key_mask),
             boundaries=changed(self.boundaries),
             places=changed(self.places),
+            fill=self.fill,
         )
 
     def to_rectangle(self, tokens: Tensor) -> Tensor:
@@ -102,9 +144,37 @@ class SequenceLayout:
         flat = rectangle.flatten(0, 1)
         return flat if self.places is None else flat.index_select(0, self.places)
 
+    def real_tokens(self) -> Tensor | None:
+        """Bool ``[T]``, true for tokens that are neither padding nor filling; None when all are."""
+        if self.key_mask is not None:
+            return self.key_mask.flatten()
+        if not self.fill:
+            return None
+        assert self.boundaries is not None, "only packed sequences are filled up"
+        real = self.boundaries.new_ones(sum(self.lengths), dtype=torch.bool)
+        real[-self.fill :] = False
+        return real
+
     def rectangle_mask(self) -> Tensor | None:
         """Bool ``[B, S]``, true for tokens that may be attended to; None when all may."""
         if self.boundaries is None or self.places is None:
             return self.key_mask
         lengths = self.boundaries.diff()
         return torch.arange(self.length, device=lengths.device) < lengths[:, None]
+
+
+def _runs(lengths: list[int], pairs: int) -> list[list[int]]:
+    runs: list[list[int]] = []
+    shortest = longest = 0
+    for length in lengths:
+        shortest, longest = min(shortest, length), max(longest, length)
+        if runs and longest**2 - shortest**2 <= pairs:
+            runs[-1].append(length)
+        else:
+            runs.append([length])
+            shortest = longest = length
+    return runs
+
+
+def _of_lengths(lengths: list[int]) -> SequenceLayout:
+    return SequenceLayout.packed(torch.tensor(lengths), max(lengths))

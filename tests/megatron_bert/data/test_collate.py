@@ -32,7 +32,7 @@ def make(packed: bool = False, multiple: int = 1) -> MicroBatch:
     return collate(SAMPLES, NUMBERS, seq_length=S, max_predictions=K, pad_id=PAD, packed=packed, multiple=multiple)
 
 
-@pytest.mark.parametrize(("packed", "starts"), [(False, [0, 8, 16]), (True, [0, 5, 13])])
+@pytest.mark.parametrize(("packed", "starts"), [(False, [0, 8, 16]), (True, [14, 0, 8])])
 def test_samples_are_where_they_start(packed: bool, starts: list[int]) -> None:
     batch = make(packed)
     assert batch.first_tokens.tolist() == starts
@@ -83,13 +83,13 @@ def test_packed_is_filled_to_a_multiple(multiple: int, fill: int) -> None:
     batch = make(packed=True, multiple=multiple)
     assert batch.tokens.shape == (19 + fill,)
     assert batch.tokens.shape[0] % multiple == 0
-    assert batch.tokens[19:].tolist() == [PAD] * fill
-    assert batch.positions[19:].tolist() == list(range(fill))
-    # The fill is a sequence of its own: nothing attends to it.
+    for rows in (batch.tokens, batch.positions, batch.types, batch.samples):
+        assert rows[19:].tolist() == (rows[:19].tolist() * 3)[:fill], "filling repeats the first tokens"
+    # The filling is sequences of its own, none longer than others: nothing attends to it.
     offsets = batch.layout.boundaries
     assert offsets is not None
-    assert offsets.tolist() == [0, 5, 13, 19] + ([19 + fill] if fill else [])
-    assert batch.layout.length >= max(S, fill)
+    assert offsets.tolist() == [0, 8, 14, 19, *range(24, 19 + fill, 5), *([19 + fill] if fill else [])]
+    assert (batch.layout.length, batch.layout.fill) == (S, fill)
 
 
 def test_all_are_indices() -> None:

@@ -33,12 +33,12 @@ def test_a_step_has_the_same_units_at_every_layout() -> None:
 
 def test_sequences_stand_end_to_end() -> None:
     units = random_units("choice", 3)
-    batch = collate_units(units, [5, 6, 7], HEADS["choice"], pad_id=0, most_features=4, multiple=8)
+    batch = collate_units(units, [5, 6, 7], HEADS["choice"], most_features=4, multiple=8)
     features = [feature for unit in units for feature in unit.features]
     lengths = [len(feature.tokens) for feature in features]
     assert batch.lengths == tuple(lengths)
     assert batch.tokens.shape[0] % 8 == 0
-    assert batch.tokens.shape[0] - sum(lengths) < 8
+    assert batch.tokens.shape[0] - sum(lengths) == batch.layout.fill < 8
     for start, feature in zip(batch.first_tokens.tolist(), features, strict=True):
         assert np.array_equal(batch.tokens[start : start + len(feature.tokens)], feature.tokens)
         assert np.array_equal(batch.types[start : start + len(feature.tokens)], feature.types)

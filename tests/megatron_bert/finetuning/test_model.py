@@ -106,7 +106,7 @@ def their_loss(kind: str, theirs: Any, unit: Unit) -> tuple[Tensor, Tensor]:
 def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tmp_path: Path) -> None:
     ours, theirs = FAMILIES[family](kind, tmp_path)
     units = units_for(family, kind)
-    batch = collate_units(units, range(6), HEADS[kind], pad_id=0, most_features=4, multiple=4)
+    batch = collate_units(units, range(6), HEADS[kind], most_features=4, multiple=4)
     logits = ours(batch)
     total = task_loss_sum(logits, batch, HEADS[kind])
     total.backward()
@@ -147,7 +147,7 @@ def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: st
         """With dropout, whose masks belong to the unit."""
         total = 0.0
         for group in groups:
-            batch = collate_units([units[i] for i in group], group, head, pad_id=0, most_features=4)
+            batch = collate_units([units[i] for i in group], group, head, most_features=4)
             total += task_loss_sum(model(batch, 11), batch, head).item()
         return total
 

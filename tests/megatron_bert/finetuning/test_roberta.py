@@ -165,7 +165,7 @@ def test_the_longest_sequence_has_the_last_position(tmp_path: Path) -> None:
     load_finetuned(model, source)
     tokens = np.random.default_rng(2).integers(5, config.vocab_size, size=32)
     feature = Feature(tokens, np.zeros(32, dtype=np.int8), np.array([0]))
-    batch = collate_units([Unit((feature,), np.array([0]), 0)], [0], HEADS["single"], pad_id=1, most_features=1)
+    batch = collate_units([Unit((feature,), np.array([0]), 0)], [0], HEADS["single"], most_features=1)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)[None]).logits
         torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)

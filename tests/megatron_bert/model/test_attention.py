@@ -100,7 +100,7 @@ def test_a_sequence_without_keys_stays_finite_in_the_reference():
 @pytest.mark.parametrize("position", ["absolute", "relative_key_query"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("keyed", [False, True])
-def test_one_packed_sequence_after_another_equals_a_filled_rectangle(monkeypatch, position, recompute, keyed):
+def test_packed_sequences_in_parts_equal_a_filled_rectangle(monkeypatch, position, recompute, keyed):
     config = MegatronBertConfig(
         hidden_size=A * D, num_attention_heads=A, max_position_embeddings=S, position_embedding_type=position
     )
@@ -112,20 +112,13 @@ def test_one_packed_sequence_after_another_equals_a_filled_rectangle(monkeypatch
     keys = fold_in(torch.arange(tokens), 5) if keyed else None
     hidden, gradient = torch.randn(tokens, A * D, requires_grad=True), torch.randn(tokens, A * D)
     found = []
-    for limit in (1 << 30, -1):
+    for limit, parts in ((1 << 30, 1), (0, len(set(LENGTHS.tolist()))), (-1, len(LENGTHS))):
         monkeypatch.setattr(attention, "_SCORES_PER_SEQUENCE", limit)
-        with patch.object(module, "_attend_one_by_one", wraps=module._attend_one_by_one) as alone:
+        with patch.object(module, "_attend_within", wraps=module._attend_within) as within:
             out = module(hidden, layout, keys)
-        assert alone.called == (limit < 0)
+        assert within.call_count == parts
         inputs = [hidden, *module.parameters()]
         found.append([out, *torch.autograd.grad(out, inputs, gradient)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(other, one, **CLOSE)
-
-
-@pytest.mark.parametrize(("lengths", "alone"), [([128] * 4, False), ([8, 128, 128, 128], True), ([8, 16] * 4, False)])
-def test_sequences_are_attended_to_alone_where_that_leaves_out_much(lengths, alone):
-    module = SelfAttention(MegatronBertConfig(hidden_size=64, num_attention_heads=16))
-    layout = SequenceLayout.packed(torch.tensor(lengths), max(lengths))
-    assert module._one_by_one(torch.zeros(1), layout) is alone
-    assert not module._one_by_one(torch.zeros(1), SequenceLayout.rectangle(4, 128))
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one, **CLOSE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.model.sequences import SequenceLayout, filling
 
 
 def test_rectangle():
@@ -40,8 +40,49 @@ def test_packed(lengths, longest):
     assert layout.boundaries.dtype == torch.int32
     assert layout.boundaries.diff().tolist() == lengths
     assert layout.lengths == lengths
-    real = mask[:, :, None] & mask[:, None, :]
-    assert layout.empty_pairs == (~real).sum()
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 8])
+def test_few_sizes_at_little_cost(multiple):
+    sizes = [tokens + filling(tokens, multiple) for tokens in range(1, 4097)]
+    assert all(size % multiple == 0 for size in sizes)
+    assert len(set(sizes[512:])) <= (4096 - 512) // 32
+    for tokens, size in enumerate(sizes, start=1):
+        assert 0 <= size - tokens < multiple * min(64, max(1, tokens / 16))
+    assert filling(15) == filling(1) == 0
+
+
+@pytest.mark.parametrize(
+    ("pairs", "runs"),
+    [
+        (-1, [[4], [5], [5], [3], [1], [5]]),
+        (0, [[4], [5, 5], [3], [1], [5]]),
+        (9, [[4, 5, 5], [3, 1], [5]]),
+        (15, [[4, 5, 5], [3, 1], [5]]),
+        (24, [[4, 5, 5, 3, 1, 5]]),
+    ],
+)
+def test_neighbours_of_similar_length_stand_together(pairs, runs):
+    layout = SequenceLayout.packed(torch.tensor([4, 5, 5, 3, 1, 5]), 7)
+    parts = layout.parts(pairs)
+    assert [part.lengths for part in parts] == runs
+    assert [part.length for part in parts] == [max(run) for run in runs]
+    assert layout.parts(pairs) is parts
+
+
+@pytest.mark.parametrize("fill", [0, 1, 5, 7])
+def test_filling_is_no_token(fill):
+    layout = SequenceLayout.packed(torch.tensor([2, 5, 3]), 5, fill)
+    assert layout.lengths == [2, 5, 3] + {0: [], 1: [1], 5: [3, 2], 7: [3, 3, 1]}[fill]
+    assert layout.fill == layout.to(torch.device("meta")).fill == fill
+    real = layout.real_tokens()
+    if not fill:
+        assert real is None
+        return
+    assert real.tolist() == [True] * 10 + [False] * fill
+    mask = torch.tensor([[True, False], [True, True]])
+    assert SequenceLayout.rectangle(2, 2, mask).real_tokens().tolist() == [True, False, True, True]
+    assert SequenceLayout.rectangle(2, 2).real_tokens() is None
 
 
 def test_gradients_pass_both_ways():

@@ -154,7 +154,7 @@ def test_heads_are_quantised_as_in_the_public_classes(kind: str, tmp_path: Path)
     ours, _ = roberta(kind, tmp_path)
     public = ROBERTA.classes[HEADS[kind].kind].from_pretrained(tmp_path)
     units = units_for("roberta", kind)
-    batch = collate_units(units, range(len(units)), HEADS[kind], pad_id=1, most_features=4)
+    batch = collate_units(units, range(len(units)), HEADS[kind], most_features=4)
     for model in (ours, public):
         quantize_model(model, QuantizationConfig())
     calibrate(ours, [batch], ours)
