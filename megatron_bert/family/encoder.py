@@ -38,7 +38,7 @@ class Encoded:
     Attributes:
         hidden: ``[T, H]`` final hidden states.
         batch, length: B and S.
-        kept: int64 ``[T]``, where each token stands in B * S; None when all are there.
+        kept: int64 ``[T]``, where each token stands in B * S, the longest sequence first; None when all are there.
         first: int64 ``[B]``, where each sequence starts in ``hidden``.
         keys: int64 ``[T]`` dropout keys for the head; None without dropout.
         hidden_states: as asked for, ``[B, S, H]`` each.
@@ -164,30 +164,24 @@ class EncoderModel(PreTrainedModel):
         total = inputs.past + inputs.length
         mask = read_mask("attention_mask", given.attention_mask, inputs.batch, inputs.length, total)
         request = self._request(given, inputs, mask, past)
-        kept = None
-        if request.attention is None:
-            kept = self._kept(mask, shown or request.hidden_states, needed)
         keys = self._dropout_keys(inputs)
+        kept = None
+        first = torch.arange(0, inputs.batch * inputs.length, inputs.length, device=inputs.device)
         layout = SequenceLayout.rectangle(inputs.batch, inputs.length, mask.keys)
-        if kept is not None:
+        if request.attention is None and self._skips(mask, shown or request.hidden_states, needed):
             assert mask.keys is not None
+            lengths, order = mask.keys.sum(1).sort(descending=True, stable=True)
+            row, column = mask.keys[order].nonzero(as_tuple=True)
+            kept = order[row] * inputs.length + column
             inputs, keys = _without_padding(inputs, keys, kept)
-            lengths = mask.keys.sum(1)
-            layout = SequenceLayout.packed(lengths, int(lengths.max()))
+            layout = SequenceLayout.packed(lengths, int(lengths[0]))
+            assert layout.boundaries is not None
+            first = torch.empty_like(order).index_copy_(0, order, layout.boundaries[:-1].long())
         hidden = self.embeddings(inputs.tokens, inputs.positions, inputs.types, keys, inputs.embedded)
         plain = request.attention is None and not request.hidden_states
         out = self.encoder(hidden, layout, keys, None if plain else request)
         out = EncoderOutput(hidden=out) if plain else out
-        return self._encoded(out, inputs, layout, keys, kept)
-
-    def _encoded(
-        self, out: EncoderOutput, inputs: TokenInputs, layout: SequenceLayout, keys: Tensor | None, kept: Tensor | None
-    ) -> Encoded:
         batch, length = inputs.batch, inputs.length
-        if layout.boundaries is None:
-            first = torch.arange(0, batch * length, length, device=inputs.device)
-        else:
-            first = layout.boundaries[:-1].long()
         return Encoded(
             hidden=out.hidden,
             batch=batch,
@@ -271,19 +265,17 @@ class EncoderModel(PreTrainedModel):
             unattended=mask.unattended,
         )
 
-    def _kept(self, mask: Mask, shown: bool, needed: Tensor | None) -> Tensor | None:
-        """int64 ``[T]``, places of the tokens to compute; None to compute all."""
+    def _skips(self, mask: Mask, shown: bool, needed: Tensor | None) -> bool:
+        """Whether padding is skipped."""
         if mask.keys is None or self.skip_padding is False or not (self.embeddings.absolute and mask.starts):
-            return None
+            return False
         if shown and self.skip_padding is None:
-            return None
+            return False
         if needed is not None and bool((needed & ~mask.keys).any()):
-            return None
+            return False
         # Attention probabilities are dropped by the place of the key in its sequence, which must stay what it is.
         keyed = self.training and self.config.attention_probs_dropout_prob > 0.0 and not mask.keys.is_cuda
-        if keyed and bool((mask.keys[:, 1:] & ~mask.keys[:, :-1]).any()):
-            return None
-        return mask.keys.flatten().nonzero().squeeze(1)
+        return not (keyed and bool((mask.keys[:, 1:] & ~mask.keys[:, :-1]).any()))
 
     def _dropout_keys(self, inputs: TokenInputs) -> Tensor | None:
         """int64 ``[B * S]``: a key for each token, from a fresh seed and its place in the batch alone."""
