@@ -25,13 +25,10 @@ from megatron_bert.config_file import load_sections
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.results import read_results, write_json
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import encoder_config, find_tokenizer
-from megatron_bert.tasks.encoding import input_format
-from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.squad_metrics import token_f1
 from megatron_bert.tasks.task import IGNORED, Task
 from parallel.process_group import choose_device
-from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
+from tools.task_scores import describe, draw, essential_settings, finished_run, summarise, task_of_file
 from tools.timing import machine_name
 
 #: What transformers' Trainer reached for a seed, beside the run.
@@ -90,10 +87,7 @@ def their_scores(file: Path, seed: int, directory: Path) -> dict[str, dict[str, 
 
 def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One task: its metric, settings and scores."""
-    settings = load_sections(file, [], FinetuneSettings)
-    tokenizer = find_tokenizer(settings)
-    form = input_format(tokenizer, roberta=encoder_config(settings, tokenizer).like_roberta)
-    task = build_task(settings.task, settings.data, tokenizer, form)
+    task = task_of_file(file)
     found: dict[int, dict[str, dict[str, float]]] = {}
     for seed in arguments.seeds:
         directory = arguments.runs / file.stem / f"seed_{seed}"

@@ -10,6 +10,10 @@ from typing import Any
 from megatron_bert.config_file import load_sections
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
+from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+from megatron_bert.tasks.encoding import input_format
+from megatron_bert.tasks.registry import build_task
+from megatron_bert.tasks.task import Task
 
 
 def finished_run(
@@ -24,6 +28,14 @@ def finished_run(
         results = read_results(directory)
     assert results is not None, "a run that was not stopped is finished"
     return results
+
+
+def task_of_file(file: Path) -> Task[Any, Any]:
+    """The task of a settings file, as fine-tuning reads it."""
+    settings = load_sections(file, [], FinetuneSettings)
+    tokenizer = find_tokenizer(settings)
+    form = input_format(tokenizer, roberta=encoder_config(settings, tokenizer).like_roberta)
+    return build_task(settings.task, settings.data, tokenizer, form)
 
 
 def essential_settings(file: Path) -> dict[str, Any]:
