@@ -61,7 +61,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file to write")
     arguments = parser.parse_args(given)
     try:
-        texts = list(training_texts([task_of_file(file) for file in arguments.files]))
+        texts = training_texts([task_of_file(file) for file in arguments.files])
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
         arguments.output.write_text("".join(lines), encoding="utf-8")
     except UserError as error:

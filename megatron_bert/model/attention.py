@@ -36,8 +36,9 @@ __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_atten
 #: More of them cost more than calls of their own for each sequence (measured on a Xeon with AVX-512).
 _SCORES_PER_SEQUENCE = 1 << 15
 #: Keys up to which a processor trains faster in bfloat16 with attention written out: the backward pass of torch's fused
-#: kernel takes 2 to 5 times as long up to 128 keys, 1.5 times for 256 and 1.15 times for 512 (torch 2.13, AMX).
-_WRITTEN_OUT_KEYS = 512
+#: kernel takes 2 to 5 times as long up to 128 keys, and 1.5 times for 256 (torch 2.13, AMX). For more the gain is small
+#: and the memory large.
+_WRITTEN_OUT_KEYS = 256
 
 
 class DistanceTable(ParallelModule):
