@@ -58,8 +58,8 @@ def apply_data_parallel(
 
 
 #: So many parameters are gathered, and their gradients reduced, at a time where they stay gathered. FSDP2 takes the
-#: processor about a millisecond a group and micro batch, which a GPU must not wait for; 128 MiB of gradients in float32 still
-#: leave communication of a large model to overlap with computation.
+#: processor about a millisecond a group and micro batch, which a GPU must not wait for; 128 MiB of gradients in float32
+#: still leave communication of a large model to overlap with computation.
 _GROUP_PARAMETERS = 2**25
 
 

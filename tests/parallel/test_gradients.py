@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel import data_parallel
 from parallel.data_parallel import apply_data_parallel, set_gradient_sync
 from parallel.gradients import (
     clip_factor,
@@ -114,6 +115,13 @@ def test_tensor_and_data_parallel(sharding, sequence, micro_batches):
 
 def test_hybrid_over_two_groups_with_tensor_parallelism():
     run_world(8, _all_layouts, 2, True, "hybrid", 2)
+
+
+def test_small_units_are_gathered_together(monkeypatch):
+    units = [nn.Linear(size, 1, bias=False) for size in (6, 4, 6, 10, 3, 3)]
+    monkeypatch.setattr(data_parallel, "_GROUP_PARAMETERS", 10)
+    assert data_parallel._grouped(units) == [units[:2], units[2:4], units[4:]]
+    assert data_parallel._grouped([]) == []
 
 
 def _collectives(sharding: Sharding, *names: str) -> list[int]:

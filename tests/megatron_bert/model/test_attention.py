@@ -122,3 +122,28 @@ def test_packed_sequences_in_parts_equal_a_filled_rectangle(monkeypatch, positio
     for one, *others in zip(*found, strict=True):
         for other in others:
             torch.testing.assert_close(other, one, **CLOSE)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bfloat16_is_trained_written_out_on_a_processor(monkeypatch, fused):
+    """Both ways against float64, with rounding to 8 bits of inputs, scores, probabilities and results."""
+    module = SelfAttention(MegatronBertConfig(hidden_size=A * D, num_attention_heads=A, max_position_embeddings=S))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    module.to(torch.bfloat16).train()
+    if fused:
+        monkeypatch.setattr(attention, "_WRITTEN_OUT_KEYS", 0)
+    layout = SequenceLayout.packed(LENGTHS, S)
+    hidden = torch.randn(int(LENGTHS.sum()), A * D).to(torch.bfloat16).requires_grad_()
+    gradient = torch.randn(int(LENGTHS.sum()), A * D).to(torch.bfloat16)
+    with patch.object(module, "_write_out", wraps=module._write_out) as written:
+        out = module(hidden, layout, None)
+    assert written.called is not fused
+    found = [out, *torch.autograd.grad(out, [hidden, *module.parameters()], gradient)]
+    module.double()
+    exact = hidden.detach().double().requires_grad_()
+    out = module(exact, layout, None)
+    for got, expected in zip(
+        found, [out, *torch.autograd.grad(out, [exact, *module.parameters()], gradient.double())], strict=True
+    ):
+        assert (got.double() - expected).norm() <= 4 * 2**-8 * expected.norm()
