@@ -4,7 +4,7 @@ An encoder that has read the words of a task, and not its labels, learns it from
 pretraining; Gururangan et al., arXiv 2004.10964). A line holds one example's text: a text and what it is paired with, a
 passage, or a question and its right choice, which both objectives of pretraining then bring together::
 
-    python -m tools.task_texts configs/finetune/multiple_choice.yaml --output texts.jsonl
+    python -m tools.task_texts configs/finetune/arc.yaml --output texts.jsonl
     megatron-bert preprocess --input texts.jsonl --tokenizer ENCODER --output-prefix texts
     megatron-bert pretrain CONFIG.yaml model.from=ENCODER data.train=texts_text_sentence
 
