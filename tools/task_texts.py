@@ -14,11 +14,11 @@ Examples whose passage, question or first text also stands in a held-out split a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.finetuning.results import write_predictions
 from megatron_bert.tasks.choice_files import ChoiceExample
 from megatron_bert.tasks.sequence import TextExample
 from megatron_bert.tasks.squad_files import SpanExample
@@ -62,8 +62,7 @@ def main(given: list[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     try:
         texts = training_texts([task_of_file(file) for file in arguments.files])
-        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        arguments.output.write_text("".join(lines), encoding="utf-8")
+        write_predictions(arguments.output, ({"text": text} for text in texts))
     except UserError as error:
         print(f"task_texts: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import torch
 
 from megatron_bert.data.sentence_pairs import Sample
 from megatron_bert.model.batch import MicroBatch
-from megatron_bert.model.sequences import SequenceLayout, filling
+from megatron_bert.model.sequences import SequenceLayout, filling, longest_first
 from parallel.cross_entropy import IGNORED
 
 
@@ -38,9 +38,7 @@ def collate(
     """
     lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int64)
     if packed:
-        order = np.argsort(-lengths, kind="stable")
-        starts = np.empty_like(lengths)
-        starts[order] = np.concatenate(([0], np.cumsum(lengths[order])[:-1]))
+        order, starts = longest_first(lengths)
         total = int(lengths.sum())
     else:
         starts = np.arange(len(samples), dtype=np.int64) * seq_length

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.finetuning import TaskBatch
-from megatron_bert.model.sequences import SequenceLayout, filling
+from megatron_bert.model.sequences import SequenceLayout, filling, longest_first
 from megatron_bert.tasks.task import Head, Unit
 
 
@@ -36,9 +36,7 @@ def collate_units(
     owners = [number for number, unit in enumerate(units) for _ in unit.features]
     samples = [n * most_features + i for n, unit in zip(numbers, units) for i in range(len(unit.features))]
     lengths = np.array([len(feature.tokens) for feature in features], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    starts = np.empty_like(lengths)
-    starts[order] = np.concatenate(([0], np.cumsum(lengths[order])[:-1]))
+    order, starts = longest_first(lengths)
     fill = filling(int(lengths.sum()), multiple)
     rows = np.concatenate([start + feature.rows for start, feature in zip(starts, features)])
     row_owners = np.concatenate([np.full(len(f.rows), owner) for owner, f in zip(owners, features)])

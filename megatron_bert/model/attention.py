@@ -125,12 +125,10 @@ class AttentionHeads(nn.Module):
             ``[B, A, Q, D]``, and the probabilities ``[B, A, Q, K]`` where they were written out.
         """
         dropout = self.dropout if keys is not None else 0.0
-        on_processor = query.device.type == "cpu"
-        explicit |= dropout > 0.0 and not query.is_cuda
-        explicit |= (
-            self.training and on_processor and query.dtype == torch.bfloat16 and key.shape[2] <= _WRITTEN_OUT_KEYS
-        )
-        if not (explicit or head_mask is not None or self.distance is not None):
+        keyed = dropout > 0.0 and not query.is_cuda
+        trained_on_cpu = self.training and query.device.type == "cpu" and query.dtype == torch.bfloat16
+        faster = trained_on_cpu and key.shape[2] <= _WRITTEN_OUT_KEYS
+        if not (keyed or faster or explicit or head_mask is not None or self.distance is not None):
             return fused_attention(query, key, value, mask, dropout), None
         return recomputed(
             self._write_out, self.recompute, query, key, value, mask, keys, first, head_mask, at="selective"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,21 @@ def filling(tokens: int, multiple: int = 1) -> int:
     """
     power = max(0, (tokens // 16).bit_length() - 1)
     return -tokens % math.lcm(multiple, min(_ROUND, 2**power))
+
+
+def longest_first(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How sequences stand end to end when the longest comes first, so that similar ones are neighbours.
+
+    Args:
+        lengths: int64 ``[B]``.
+
+    Returns:
+        int64 ``[B]`` each: the numbers of the sequences in that order, and where each sequence starts.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    starts = np.empty_like(lengths)
+    starts[order] = np.cumsum(lengths[order]) - lengths[order]
+    return order, starts
 
 
 @dataclass(frozen=True, kw_only=True)
