@@ -23,11 +23,12 @@ import torch
 
 from megatron_bert.config_file import load_sections
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.results import read_results, write_json
+from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.squad_metrics import token_f1
 from megatron_bert.tasks.task import IGNORED, Task
 from parallel.process_group import choose_device
+from parallel.whole_files import write_json
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarise, task_of_file
 from tools.timing import machine_name
 

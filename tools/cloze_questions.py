@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.data.text_files import RowReader, decode_row
-from megatron_bert.finetuning.results import write_json
 from parallel.errors import UserError
+from parallel.whole_files import write_json
 
 _WORD = re.compile(r"\S+")
 #: Words of an answer: short ones more often.

@@ -7,15 +7,14 @@ from typing import Any
 
 from megatron_bert.data.tokenizers import Tokenizer
 from parallel.errors import UserError
+from parallel.whole_files import write_json
 
 
 def write_sidecar(prefix: str | os.PathLike[str], tokenizer: Tokenizer, **facts: Any) -> None:
     """Write `PREFIX.json` with the tokenizer's fingerprint and vocabulary size, and further facts for the reader."""
     path = _path(prefix)
     note = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **facts}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, note)
 
 
 def remove_sidecar(prefix: str | os.PathLike[str]) -> None:

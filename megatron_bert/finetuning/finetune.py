@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run
-from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, whole_directory, write_results
+from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
 from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER, encoder_config, find_tokenizer
@@ -30,6 +30,7 @@ from parallel.checkpoint import checkpoint_step
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
+from parallel.whole_files import whole_directory
 
 
 class Stopped(NamedTuple):

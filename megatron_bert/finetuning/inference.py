@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_bert.config_file import apply_override
-from megatron_bert.finetuning.results import RESULTS_FILE, write_json, write_split
+from megatron_bert.finetuning.results import RESULTS_FILE, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
 from megatron_bert.finetuning.scoring import Scored, score_units
 from megatron_bert.tasks.rows import RowError, parse_object
@@ -28,6 +28,7 @@ from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.schedules import forward_only
 from parallel.process_group import World, launched_world_size, process_group
+from parallel.whole_files import write_json
 
 #: Rows of a stream that are put in order of length together, in batches.
 _BUFFERED_BATCHES = 32

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,37 +15,7 @@ from megatron_bert.finetuning.runs import RESULTS_FILE, read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
 from parallel.errors import UserError
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file that is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(path)
-
-
-@contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """A directory to write to, which takes the name and place of another when the block ends without an error.
-
-    After an error, and when the process is killed on the way, what was there before is there still; after a kill
-    between the two renames at the end the next call puts it back.
-    """
-    partial, old = (directory.with_name(f"{directory.name}.{ending}") for ending in ("partial", "old.partial"))
-    if old.exists() and not directory.exists():
-        old.rename(directory)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+from parallel.whole_files import write_json
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.finetuning.pictures import draw_runs
-from megatron_bert.finetuning.results import RESULTS_FILE, write_json
+from megatron_bert.finetuning.results import RESULTS_FILE
 from megatron_bert.tasks.task import Task
+from parallel.whole_files import write_json
 
 #: How the directories of seeds begin.
 SEED = "seed_"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
-from megatron_bert.finetuning.results import whole_directory, write_json
 from megatron_bert.finetuning.saved import save_task
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER
@@ -23,6 +22,7 @@ from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
+from parallel.whole_files import whole_directory, write_json
 
 #: Scores of the float model and of the calibrated one, in a run directory from before its first step.
 BASELINE_FILE = "before_training.json"

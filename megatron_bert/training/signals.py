@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
+from parallel.whole_files import write_json
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = -1
@@ -85,9 +85,7 @@ def note_start(run_dir: Path) -> None:
 
 def note_stop(run_dir: Path, reason: str, step: int) -> None:
     """Leave word for what started the run that it has stopped before its last step. Rank 0 calls, after the save."""
-    partial = run_dir / f"{STOPPED_FILE}.partial"
-    partial.write_text(json.dumps({"reason": reason, "step": step}) + "\n", encoding="utf-8")
-    partial.rename(run_dir / STOPPED_FILE)
+    write_json(run_dir / STOPPED_FILE, {"reason": reason, "step": step})
 
 
 def exit_code(reason: str | None) -> int:

@@ -17,9 +17,10 @@ import torch
 from megatron_bert.cli import main
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
-from megatron_bert.finetuning.results import read_results, write_json
+from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.saved import load_task
 from parallel.errors import UserError
+from parallel.whole_files import write_json
 from tests.megatron_bert.finetuning.support import join_world, make_run
 from tests.worlds import run_world
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.objective import SplitResult
-from megatron_bert.finetuning.results import read_results, settled, whole_directory
+from megatron_bert.finetuning.results import read_results, settled
 from megatron_bert.tasks.classification import ClassificationTask
 from tests.megatron_bert.finetuning.support import make_run, write_classes
 
@@ -82,44 +82,3 @@ def test_nothing_to_choose(split: str) -> None:
     chosen, found = settled(task, splits)
     assert chosen is task
     assert found[split].predictions is splits[split].predictions
-
-
-class TestWholeDirectory:
-    def test_takes_the_place_of_another(self, tmp_path: Path) -> None:
-        for number in (1, 2):
-            with whole_directory(tmp_path / "run" / "model") as directory:
-                (directory / f"file{number}").touch()
-                assert not (tmp_path / "run" / "model" / f"file{number}").exists()
-            assert [path.name for path in (tmp_path / "run" / "model").iterdir()] == [f"file{number}"]
-            assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
-
-    def test_an_error_leaves_what_was_there(self, tmp_path: Path) -> None:
-        def write(name: str, error: BaseException | None = None) -> None:
-            with whole_directory(tmp_path / "model") as directory:
-                (directory / name).touch()
-                if error is not None:
-                    raise error
-
-        write("first")
-        with pytest.raises(KeyboardInterrupt):
-            write("second", KeyboardInterrupt())
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/first"]
-
-    def test_what_a_killed_process_has_left_is_not_in_the_way(self, tmp_path: Path) -> None:
-        for name in ("model", "model.partial", "model.old.partial"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "half").touch()
-        with whole_directory(tmp_path / "model") as directory:
-            (directory / "whole").touch()
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/whole"]
-
-    def test_a_kill_between_the_last_two_renames_loses_nothing(self, tmp_path: Path) -> None:
-        for name in ("model.partial", "model.old.partial"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / name).touch()
-        with pytest.raises(OSError, match="disk"), whole_directory(tmp_path / "model"):
-            raise OSError("the disk is full")
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-            "model",
-            "model/model.old.partial",
-        ]

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.results import read_results, write_json
+from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.start import find_tokenizer, finetuned_directory
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
 from parallel.errors import UserError
+from parallel.whole_files import write_json
 from tests.megatron_bert.finetuning.support import CONFIG, make_run, run_settings
 
 

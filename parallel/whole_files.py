@@ -1,0 +1,114 @@
+"""Files and directories that are whole or not there, and what the file system refuses, said in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from parallel.errors import UserError
+
+
+def reason_of(error: OSError) -> str:
+    """What the operating system said, such as ``No space left on device``."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+@contextmanager
+def reporting(action: str, path: Path | str, remedy: str) -> Iterator[None]:
+    """Report what the file system refuses as a mistake that a user can fix.
+
+    Args:
+        action: what cannot be done, such as ``written``.
+        path: what the user named.
+        remedy: what to do about it.
+
+    Raises:
+        UserError: in place of every OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) and error.filename != str(path) else None
+        where = f" at {named}" if named is not None else ""
+        raise UserError(f"{path} cannot be {action} ({reason_of(error)}{where}): {remedy}") from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in a directory survive a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path, mode: str = "w", *, sync: bool = False) -> Iterator[IO[Any]]:
+    """A file to write to, which takes its name and place when the block ends without an error.
+
+    Until then, and after an error, whatever was there before is there still. The temporary file lies beside it, under
+    a name of its own for each writer.
+
+    Args:
+        path: of the file.
+        mode: ``w`` for text in UTF-8, ``wb`` for bytes.
+        sync: return only when the bytes and the name are on the disk.
+
+    Raises:
+        OSError: the file system refuses; see :func:`reporting`.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole or not there."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write to, which takes the name and place of another when the block ends without an error.
+
+    After an error, and when the process is killed on the way, what was there before is there still; after a kill
+    between the two renames at the end the next call puts it back.
+    """
+    partial, old = (directory.with_name(f"{directory.name}.{ending}") for ending in ("partial", "old.partial"))
+    if old.exists() and not directory.exists():
+        old.rename(directory)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
