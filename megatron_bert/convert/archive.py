@@ -8,53 +8,21 @@ from __future__ import annotations
 
 import shutil
 import stat
-import struct
 import tempfile
 import zipfile
 import zlib
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
-from megatron_bert.convert.files import FileRange, FileTree
+from megatron_bert.convert.files import FileTree
 from parallel.errors import UserError
+from parallel.stored.file_range import FileRange
+from parallel.stored.zip_members import open_zip, stored_range
 
 #: Weights shrink by a tenth or so; a member that unpacks to this many times its weight is an attack or all zeros.
 _MOST_EXPANSION = 200
 #: Small members (a text file of one word) may expand as they like.
 _ALWAYS_ALLOWED = 64 << 20
-_LOCAL_HEADER = struct.Struct("<26xHH")
-
-
-def open_zip(place: FileRange) -> zipfile.ZipFile:
-    """A zip file over a range.
-
-    Raises:
-        UserError: it is truncated or damaged.
-    """
-    try:
-        archive = zipfile.ZipFile(place.open())
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, EOFError) as error:
-        raise UserError(f"{place.label} is a truncated or damaged zip file ({error}): fetch it again") from None
-    # An archive that lost its end can hold another one as a member, whose end would be taken for its own.
-    if min((member.header_offset for member in archive.infolist()), default=0) != 0:
-        archive.close()
-        raise UserError(f"{place.label} is a truncated or damaged zip file (its end is missing): fetch it again")
-    return archive
-
-
-def stored_range(place: FileRange, member: zipfile.ZipInfo, label: str) -> FileRange:
-    """Where the bytes of a member that is not compressed lie.
-
-    Raises:
-        UserError: the member is compressed, encrypted or cut off.
-    """
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.compress_size != member.file_size:
-        raise UserError(f"{label} is compressed or encrypted inside its file, which torch never does: it is damaged")
-    header = place.read(member.header_offset, _LOCAL_HEADER.size)
-    if header[:4] != b"PK\x03\x04":
-        raise UserError(f"{label} is damaged: its header is missing; fetch the file again")
-    name, extra = _LOCAL_HEADER.unpack(header)
-    return place.part(member.header_offset + _LOCAL_HEADER.size + name + extra, member.file_size, label)
 
 
 def archive_tree(path: Path, stack: ExitStack) -> FileTree:

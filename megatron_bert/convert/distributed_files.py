@@ -25,15 +25,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_bert.convert.files import FileRange, FileTree
-from megatron_bert.convert.messages import brief
-from megatron_bert.convert.pickles import StandIn, Vocabulary, load_pickle
+from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import StateTensor
-from megatron_bert.convert.stored_tensor import StoredTensor
-from megatron_bert.convert.torch_files import load_torch_file
-from megatron_bert.convert.torch_vocabulary import DTYPE_VALUES
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
+from parallel.stored.pickles import StandIn, Vocabulary, load_pickle
+from parallel.stored.stored_tensor import StoredTensor
+from parallel.stored.torch_files import load_torch_file
+from parallel.stored.torch_vocabulary import DTYPE_VALUES
 
 METADATA = ".metadata"
 _DATA = "__0_0.distcp"

@@ -15,7 +15,6 @@ from megatron_bert.convert.huggingface_names import fuse, our_name, projection_o
 from megatron_bert.convert.json_files import fraction, integer, read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
-from megatron_bert.convert.messages import brief
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
@@ -28,10 +27,10 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
 )
-from megatron_bert.convert.stored_tensor import StoredTensor
-from megatron_bert.convert.torch_files import load_torch_file
 from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.stored_tensor import StoredTensor
+from parallel.stored.torch_files import load_torch_file
 
 CONFIG_NAME = "config.json"
 #: Where weights are looked for, the safer kind first.

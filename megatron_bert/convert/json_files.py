@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_bert.convert.files import FileRange
-from megatron_bert.convert.messages import brief
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
 
 _LONGEST = 64 << 20
 

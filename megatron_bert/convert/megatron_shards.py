@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bert.convert.files import FileRange, FileTree
-from megatron_bert.convert.messages import brief
+from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.query_key_value import check_version
-from megatron_bert.convert.stored_tensor import StoredTensor
-from megatron_bert.convert.torch_files import is_torch_file, load_torch_file
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
+from parallel.stored.stored_tensor import StoredTensor
+from parallel.stored.torch_files import is_torch_file, load_torch_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _SHARD = re.compile(

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_bert.convert import divisions
 from megatron_bert.convert.megatron_config import encoder_config
 from megatron_bert.convert.megatron_shards import Checkpoint, flat_tensors
-from megatron_bert.convert.messages import brief
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.query_key_value import check_version
 from megatron_bert.convert.state import (
@@ -24,8 +23,8 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
 )
-from megatron_bert.convert.stored_tensor import StoredTensor
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.stored_tensor import StoredTensor
 
 #: What a renaming returns for the output matrix, a copy of the word embeddings.
 TIED = "tied"

@@ -13,15 +13,16 @@ from torch.distributed.tensor import DTensor
 
 from megatron_bert.convert.archive import archive_tree
 from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
-from megatron_bert.convert.files import FileRange, FileTree, file_tree, folder_tree
+from megatron_bert.convert.files import FileTree, file_tree, folder_tree
 from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.huggingface import CONFIG_NAME
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState
-from megatron_bert.convert.torch_files import is_torch_file
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError
+from parallel.stored.file_range import FileRange
+from parallel.stored.torch_files import is_torch_file
 
 _PLAIN = ReadOptions()
 #: Tensor-parallel sizes by which a vocabulary may have been padded.

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_bert.convert.messages import brief
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 
 #: Checkpoint versions that exist.
 VERSIONS = (0.0, 1.0, 2.0, 3.0)

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.files import FileRange
 from megatron_bert.convert.json_files import parse_json
-from megatron_bert.convert.messages import brief
 from megatron_bert.convert.state import StateTensor
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
 
 _DTYPES = {
     "F64": torch.float64,

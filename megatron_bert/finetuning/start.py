@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.files import FileRange
 from megatron_bert.convert.json_files import read_json
-from megatron_bert.convert.messages import brief
 from megatron_bert.convert.opening import config_from
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import holds_vocabulary
@@ -15,7 +13,8 @@ from megatron_bert.finetuning.families import MEGATRON, MODEL_TYPES, ROBERTA, Fa
 from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
 
 #: Folder of a fine-tuning run with the model of its best checkpoint.
 MODEL_FOLDER = "model"

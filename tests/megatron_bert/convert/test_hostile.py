@@ -21,8 +21,8 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import ReadOptions, WriteOptions
-from megatron_bert.convert.pickles import Vocabulary, load_pickle
 from parallel.errors import UserError
+from parallel.stored.pickles import Vocabulary, load_pickle
 from tests.megatron_bert.convert.generator import Sizes, arguments, draw, write_checkpoint, write_zip
 from tests.megatron_bert.convert.support import all_tensors
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from megatron_bert.convert.archive import open_zip, stored_range
-from megatron_bert.convert.files import FileRange
-from megatron_bert.convert.messages import brief
-from megatron_bert.convert.pickles import Vocabulary, load_pickle
-from megatron_bert.convert.stored_tensor import StorageRecord
-from megatron_bert.convert.torch_vocabulary import torch_vocabulary
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
+from parallel.stored.pickles import Vocabulary, load_pickle
+from parallel.stored.stored_tensor import StorageRecord
+from parallel.stored.torch_vocabulary import torch_vocabulary
+from parallel.stored.zip_members import open_zip, stored_range
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C

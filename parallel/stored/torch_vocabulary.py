@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_bert.convert.pickles import Global, RefusedError, StandIn, Vocabulary
-from megatron_bert.convert.stored_tensor import StorageRecord, StoredTensor
+from parallel.stored.pickles import Global, RefusedError, StandIn, Vocabulary
+from parallel.stored.stored_tensor import StorageRecord, StoredTensor
 
 #: Classes that old training scripts left in their checkpoints (loss scalers, enumerations, recipes). They become inert
 #: stand-ins: their names are kept, nothing of them is imported or run.

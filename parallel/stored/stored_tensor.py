@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.files import FileRange
 from parallel.errors import UserError
+from parallel.stored.file_range import FileRange
 
 
 @dataclass(eq=False)

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from megatron_bert.convert.messages import brief
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 
 #: Opcodes after which a pickle is refused; the largest real ones (sharded optimizers) have a few million.
 _MOST_OPCODES = 20_000_000
