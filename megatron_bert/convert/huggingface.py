@@ -27,7 +27,8 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
 )
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.activations import GELU_SYNONYMS
+from megatron_bert.model.configuration import MODEL_TYPE, MegatronBertConfig
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.torch_files import load_torch_file
@@ -56,11 +57,12 @@ class HuggingFace:
         """Open the weights of any MegatronBert class."""
         del stack
         settings, label = read_json(tree[CONFIG_NAME]), f"{tree.label}/{CONFIG_NAME}"
-        _check_kind(settings, label)
         stored, variant = open_weights(tree)
         stored = {key if key.startswith(("bert.", "cls.")) else _prefixed(key): t for key, t in stored.items()}
+        assumed = _check_kind(settings, label, stored)
         _check_architecture(tree.label, stored)
         config, words, assumptions = _config(settings, label, stored, options)
+        assumptions = assumed + assumptions
         warnings: list[str] = []
         tensors = _canonical(tree.label, stored, config, warnings)
         for name in VOCABULARY_TENSORS & tensors.keys():
@@ -91,14 +93,18 @@ def _prefixed(key: str) -> str:
     return f"bert.{key}" if key.split(".")[0] in ("embeddings", "encoder", "pooler") else key
 
 
-def _check_kind(settings: dict[str, Any], label: str) -> None:
-    kind = settings.get("model_type")
-    if kind == "megatron-bert":
-        if settings.get("position_embedding_type", "absolute") != "absolute":
+def _check_kind(settings: dict[str, Any], label: str, stored: dict[str, StateTensor]) -> list[str]:
+    """Check that the settings are of an encoder of this kind; what had to be assumed for it."""
+    kind, assumed = settings.get("model_type"), []
+    if kind is None and any(".attention.ln." in key for key in stored):
+        kind = MODEL_TYPE
+        assumed.append(f"{label} gives no model_type: {MODEL_TYPE} was taken, for the norms that its weights have")
+    if kind == MODEL_TYPE:
+        if settings.get("position_embedding_type") not in (None, "absolute"):
             raise UserError(f"{label} has relative position embeddings: only absolute ones can be converted")
         if settings.get("is_decoder") or settings.get("add_cross_attention"):
             raise UserError(f"{label} is of a decoder: only encoders can be converted")
-        return
+        return assumed
     if kind in ("bert", "roberta", "xlm-roberta", "electra", "ibert"):
         serves = kind in ("roberta", "xlm-roberta", "ibert")
         also = " (finetune and quantize take this one as it is)" if serves else ""
@@ -106,7 +112,8 @@ def _check_kind(settings: dict[str, Any], label: str) -> None:
             f"{label} is of a {kind} model, which normalises after each sum (post-layer-norm); Megatron's normalises "
             f"before each layer, so its weights would compute something else: use a megatron-bert model{also}"
         )
-    raise UserError(f"{label} has model_type {brief(kind)!r}: expected megatron-bert")
+    given = "gives no model_type" if kind is None else f"has model_type {brief(kind)!r}"
+    raise UserError(f"{label} {given}: expected {MODEL_TYPE}")
 
 
 def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
@@ -172,6 +179,7 @@ def _config(
             "1e-5: give --layer-norm-eps 1e-5 if the model was trained by Megatron"
         )
     activation = GELU_NAMES[options.gelu] if options.gelu else settings.get("hidden_act", "gelu")
+    activation = brief(activation, 40)
     pad = settings.get("pad_token_id", 0)
     config = MegatronBertConfig(
         vocab_size=words or rows,
@@ -179,7 +187,7 @@ def _config(
         num_hidden_layers=integer(settings, "num_hidden_layers", label),
         num_attention_heads=options.num_attention_heads or integer(settings, "num_attention_heads", label),
         intermediate_size=integer(settings, "intermediate_size", label),
-        hidden_act=brief(activation, 40),
+        hidden_act=GELU_SYNONYMS.get(activation, activation),
         hidden_dropout_prob=fraction(settings, "hidden_dropout_prob", label, 0.1),
         attention_probs_dropout_prob=fraction(settings, "attention_probs_dropout_prob", label, 0.1),
         max_position_embeddings=integer(settings, "max_position_embeddings", label),
@@ -257,7 +265,7 @@ def _their_config(state: CanonicalState) -> dict[str, Any]:
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     return {
         "architectures": [architecture],
-        "model_type": "megatron-bert",
+        "model_type": MODEL_TYPE,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,

@@ -10,6 +10,13 @@ from torch import Tensor
 
 #: hidden_act names that mean GELU, and what torch calls their approximation.
 GELU_APPROXIMATIONS: Mapping[str, str] = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+#: Other names that transformers has for them: the same functions, computed in another order.
+GELU_SYNONYMS: Mapping[str, str] = {
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new",
+}
 #: hidden_act names and their functions, which act on each element.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     **{name: partial(F.gelu, approximate=approximation) for name, approximation in GELU_APPROXIMATIONS.items()},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from megatron_bert.json_file import read_object
-from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.activations import ACTIVATIONS, GELU_SYNONYMS
 from megatron_bert.model.configuration_checks import check_values
 from megatron_bert.model.directories import directory_path, made_directory
 from parallel.errors import UserError
@@ -44,6 +44,13 @@ _WITHOUT_MEANING = frozenset(
         "transformers_version",
         "use_bfloat16",
         "xla_device",
+        # Of Google's first BERT, read by no implementation.
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
         # Of generating text, which takes them as arguments.
         "bad_words_ids",
         "begin_suppress_tokens",
@@ -316,7 +323,7 @@ class MegatronBertConfig:
         Raises:
             UserError: another type of model, an unknown field, or a value that a field cannot have.
         """
-        kind = values.get("model_type", cls.model_type)
+        kind = values.get("model_type") or cls.model_type
         if kind != cls.model_type and kind not in cls.also_reads:
             raise UserError(f"{label} has model_type {str(kind)[:40]!r}: expected {cls.model_type}")
         known = {}
@@ -325,7 +332,13 @@ class MegatronBertConfig:
             if name in cls.__dataclass_fields__:
                 known[name] = value
             elif name not in _WITHOUT_MEANING:
-                raise unknown_name(name, cls.__dataclass_fields__, f"field of {cls.__name__}, but {label} holds it")
+                what = f"field of {cls.__name__}, but {label} holds it"
+                problem = unknown_name(name, cls.__dataclass_fields__, what)
+                raise UserError(f"{problem}; take it out of the file if it changes no result of the model")
+        if known.get("position_embedding_type", "") is None:  # some writers leave it to the default
+            del known["position_embedding_type"]
+        if isinstance(act := known.get("hidden_act"), str):
+            known["hidden_act"] = GELU_SYNONYMS.get(act, act)
         if "num_labels" in changes and "id2label" not in changes:
             known.pop("id2label", None)
             known.pop("label2id", None)
