@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
+from parallel.rendezvous import launcher_keeps_store, launchers_store, private_part
 
 #: Environment variables torchrun sets for every process.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -103,22 +104,18 @@ def wait_as_spare() -> None:
     Raises:
         RuntimeError: the run ended without a word.
     """
-    store = _launchers_store()
+    store = launchers_store()
     store.wait([_OVER], timedelta(days=365))
     store.add(_SEEN, 1)
 
 
 def _release_spares(count: int) -> None:
     """Tell the spares that the run is over, and stay until they know: this process may keep the store."""
-    store = _launchers_store()
+    store = launchers_store()
     store.set(_OVER, "")
     deadline = time.monotonic() + _RELEASE_SECONDS
     while store.add(_SEEN, 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _launchers_store() -> dist.TCPStore:
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
 
 
 @contextmanager
@@ -154,7 +151,9 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
             )
         size = launched_world_size() if size is None else size
         spares = launched_world_size() - size
-        dist.init_process_group(backend, timeout=timeout, rank=launched_rank(), world_size=size)
+        rank = launched_rank()
+        store = private_part(launchers_store(timeout), rank, size, timeout) if launcher_keeps_store() else None
+        dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=size)
     else:
         spares = 0
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
