@@ -30,10 +30,11 @@ from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
-from parallel.stored.pickles import StandIn, Vocabulary, load_pickle
+from parallel.stored.pickles import load_pickle
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.torch_files import load_torch_file
 from parallel.stored.torch_vocabulary import DTYPE_VALUES
+from parallel.stored.vocabulary import StandIn, Vocabulary
 
 METADATA = ".metadata"
 _DATA = "__0_0.distcp"

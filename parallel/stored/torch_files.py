@@ -13,9 +13,10 @@ import torch
 
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
-from parallel.stored.pickles import Vocabulary, load_pickle
+from parallel.stored.pickles import load_pickle
 from parallel.stored.stored_tensor import StorageRecord
 from parallel.stored.torch_vocabulary import torch_vocabulary
+from parallel.stored.vocabulary import Vocabulary
 from parallel.stored.zip_members import open_zip, stored_range
 
 _ZIP_MAGIC = b"PK\x03\x04"

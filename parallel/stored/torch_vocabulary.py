@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.stored.pickles import Global, RefusedError, StandIn, Vocabulary
 from parallel.stored.stored_tensor import StorageRecord, StoredTensor
+from parallel.stored.vocabulary import Global, RefusedError, StandIn, Vocabulary
 
 #: Classes that old training scripts left in their checkpoints (loss scalers, enumerations, recipes). They become inert
 #: stand-ins: their names are kept, nothing of them is imported or run.
@@ -27,9 +27,29 @@ _INERT = (
     "pathlib.PosixPath",
     "pathlib.PurePosixPath",
     "pathlib._local.PosixPath",
+    "pathlib._local.PurePosixPath",
+    "datetime.",
+    "collections.deque",
+    "collections.Counter",
+    "types.SimpleNamespace",
+    "functools.partial",
+    "fractions.Fraction",
+    "decimal.Decimal",
+    "uuid.UUID",
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in (
+            *("slice", "range", "xrange", "int", "long", "float", "bool", "str", "unicode", "bytes"),
+            *("list", "dict", "tuple"),
+        )
+    ),
     "_io.BytesIO",
     "torch.device",
     "torch.serialization._get_layout",
+    "torch.nn.init.",
+    "torch.nn.functional.",
+    "torch._C._nn.gelu",
     "numpy.ndarray",
     "numpy.dtype",
     "numpy.core.multiarray._reconstruct",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
+import functools
 import importlib.util
 import io
 import os
 import pickle
 import stat
 import struct
+import tracemalloc
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +27,9 @@ from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from parallel.errors import UserError
-from parallel.stored.pickles import Vocabulary, load_pickle
+from parallel.stored.pickles import Limits, load_pickle
+from parallel.stored.torch_vocabulary import torch_vocabulary
+from parallel.stored.vocabulary import Vocabulary
 from tests.megatron_bert.convert.generator import Sizes, arguments, draw, write_checkpoint, write_zip
 from tests.megatron_bert.convert.support import all_tensors
 
@@ -104,6 +111,80 @@ def test_classes_of_megatron_are_inert(tmp_path: Path) -> None:
         for name, content in members.items():
             file.writestr(name, content)
     assert all_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime.timedelta(seconds=3),
+        datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
+        collections.deque([1, 2], maxlen=3),
+        types.SimpleNamespace(a=1),
+        collections.Counter("ab"),
+        functools.partial(int, base=2),
+        functools.partial(torch.nn.init.normal_, std=0.02),
+        slice(1, 2),
+        range(3),
+        {1, 2},
+        collections.defaultdict(list, a=[1]),
+        Path("a"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_plain_objects_among_the_arguments_are_no_reason_to_refuse(
+    tmp_path: Path, value: object, protocol: int
+) -> None:
+    path = write_checkpoint(tmp_path, draw(SIZES), SIZES) / _SHARD
+    content = torch.load(path, weights_only=False)
+    content["args"].later = value
+    torch.save(content, path, pickle_protocol=protocol)
+    assert all_tensors(path)
+
+
+_LONG_LIST = b"](" + b"N" * 1000 + b"eq\x00"
+_TEXT = b"X\x00\x10\x00\x00" + b"a" * 4096
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x8f" * 30_000,
+        b"}" * 30_000,
+        b"]" * 30_000,
+        b"K\x01\x85" * 30_000,
+        b"N" + b"".join(b"r" + struct.pack("<I", 7 * n) for n in range(1, 30_000)),
+        b"".join(b"J" + struct.pack("<i", n) for n in range(100_000, 150_000)),
+        b"cmegatron.a\nb\nq\x00" + b"h\x00)\x81" * 30_000,
+        _LONG_LIST + b"c__builtin__\nset\nq\x01" + b"h\x01h\x00\x85R" * 10_000,
+        b"}(" + b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(1000)) + b"uq\x00"
+        b"cargparse\nNamespace\nq\x01" + b"h\x01)\x81h\x00b" * 10_000,
+        _TEXT * 500,
+        b"\x8b\x00\x00\x04\x00" + b"\x7f" * (1 << 18) + b"2" * 150_000,
+    ],
+    ids=["set", "dict", "list", "tuple", "memo", "int", "object", "call", "namespace", "text", "long"],
+)
+def test_a_pickle_fills_no_more_memory_than_it_may(content: bytes) -> None:
+    file = io.BytesIO(b"\x80\x02" + content + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="fills more memory than its size explains"):
+            load_pickle(file, torch_vocabulary(str), "file", Limits(opcodes=20_000_000, memory=1 << 20))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_short_archive_of_a_long_pickle_is_refused(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x04" + b"\x8f" * 600_000 + b".")
+        file.writestr("archive/version", "3\n")
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(_SHARD, inner.getvalue())
+    assert (tmp_path / "model.zip").stat().st_size < 8000
+    with pytest.raises(UserError, match="fills more memory than its size explains"):
+        inspect(tmp_path / "model.zip")
 
 
 def _archive(path: Path, add: Callable[[zipfile.ZipFile], None]) -> Path:
