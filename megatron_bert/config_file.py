@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,34 @@ from megatron_bert.config import Settings, WeightedPrefix
 from parallel.errors import UserError
 
 Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings name every key once; YAML itself would silently keep the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class, after a look at the keys."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} is set twice: remove one of the two", key.start_mark
+                )
+            if name is not None and name != "<<":
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _LoaderAsWritten(_Loader):
+    """Numbers and words such as ``0123``, ``1:30`` and ``no`` stay the text they are written as; null stays null."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        first: [
+            (tag, pattern) for tag, pattern in found if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+        ]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load_settings(path: Path, overrides: list[str]) -> Settings:
@@ -24,17 +52,22 @@ def load_settings(path: Path, overrides: list[str]) -> Settings:
     return settings_from(read_tree(path, overrides), source=str(path))
 
 
-def load_sections(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
-    """The settings of another kind of run, from a file and overrides.
+def load_sections(path: Path, overrides: list[str], kind: type[Kind], *, as_written: bool = False) -> Kind:
+    """The settings of another kind, from a file and overrides.
 
     Raises:
         UserError: as for a pretraining run.
     """
-    return validated(read_tree(path, overrides), kind, source=str(path))
+    return validated(read_tree(path, overrides, as_written=as_written), kind, source=str(path))
 
 
-def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+def read_tree(path: Path, overrides: list[str], *, as_written: bool = False) -> dict[str, Any]:
     """Read a YAML file and apply ``section.key=value`` overrides, whose values are YAML too.
+
+    Args:
+        path: of the file.
+        overrides: in order.
+        as_written: take values of the file as text, for names that YAML would take for numbers or truth values.
 
     Raises:
         UserError: the file cannot be read, or an override is none.
@@ -46,7 +79,7 @@ def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"the settings file {path} is not text in UTF-8: save it as such") from None
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _LoaderAsWritten if as_written else _Loader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -75,7 +108,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part} holds a value, not a section with keys of its own")
         node = child
     try:
-        node[parts[-1]] = yaml.safe_load(value)
+        node[parts[-1]] = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
 

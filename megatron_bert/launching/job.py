@@ -20,6 +20,11 @@ TASK = "%a"
 _RUN_DIR = "training.run_dir="
 #: Times as sbatch takes them: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+#: A condition on other jobs as sbatch takes it.
+_CONDITION = re.compile(
+    r"singleton|(?:after(?::\d+(?:_\d+|_\*)?(?:\+\d+)?)+)"
+    r"|(?:(?:afterany|afterburstbuffer|aftercorr|afternotok|afterok)(?::\d+(?:_\d+|_\*)?)+)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,14 @@ def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:
             raise UserError(f"--{name} is {value}: give 1 or more")
     if not 1 <= request.min_nodes <= request.nodes:
         raise UserError(f"--min-nodes is {request.min_nodes}: give 1 to --nodes ({request.nodes})")
+    for text in (str(request.config), *request.overrides, request.name or ""):
+        if not text.isprintable():
+            raise UserError(
+                f"{text!r} holds a line break or another control character, which a batch script cannot hold"
+            )
     limit = seconds_of(request.time)
+    if request.dependency is not None:
+        check_dependency(request.dependency)
     if limit <= stop_seconds:
         raise UserError(
             f"--time {request.time} is {limit} seconds, but the run is to save and stop {stop_seconds} seconds before "
@@ -195,12 +207,15 @@ def seconds_of(time: str) -> int:
     """A time limit of sbatch in seconds.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not one.
     """
     match = _CLOCK.fullmatch(time)
     if match is None:
         raise UserError(f"--time is {time!r}: give minutes, HH:MM:SS, or days as D-HH:MM:SS")
     days, first, second, third = (None if part is None else int(part) for part in match.groups())
+    sixtieths = [part for part in (second, third) if part is not None]
+    if any(part > 59 for part in sixtieths) or (days is not None and (first or 0) > 23):
+        raise UserError(f"--time is {time!r}: minutes and seconds go to 59, and hours beside days to 23")
     if days is not None:
         return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
     if second is None:
@@ -220,8 +235,32 @@ def check_array(array: str) -> list[int]:
     tasks, _, at_once = array.partition("%")
     for part in tasks.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
-        if match is None or (at_once and not at_once.isdecimal()):
+        if match is None or ("%" in array and not re.fullmatch(r"[1-9]\d*", at_once)):
             raise UserError(f"--array is {array!r}: give task numbers such as 0-9, 1,3,5 or 0-9%1")
         first, last, step = match.groups()
+        if int(last or first) < int(first):
+            raise UserError(f"--array is {array!r}: {part.split(':')[0]} ends before it begins; give {last}-{first}")
         numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    repeated = (
+        next((number for number in numbers if numbers.count(number) > 1), None) if len(numbers) < 10_000 else None
+    )
+    if repeated is not None:
+        raise UserError(f"--array is {array!r}: task {repeated} is in it twice; name each once")
     return numbers
+
+
+def check_dependency(dependency: str) -> None:
+    """Refuse what sbatch would only refuse once everything is written.
+
+    Raises:
+        UserError: it is not a condition on other jobs.
+    """
+    if "," in dependency and "?" in dependency:
+        raise UserError(
+            f"--dependency is {dependency!r}: join conditions by commas (all) or question marks (any), not both"
+        )
+    if not all(_CONDITION.fullmatch(part) for part in re.split(r"[,?]", dependency)):
+        raise UserError(
+            f"--dependency is {dependency!r}: give afterok:JOB, afterany:JOB, afternotok:JOB, after:JOB, aftercorr:JOB "
+            "or singleton, such as afterok:1234"
+        )

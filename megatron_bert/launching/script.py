@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from importlib import resources
 
@@ -75,9 +76,19 @@ def sbatch_options(job: CheckedJob, site: SiteSettings) -> list[str]:
         f"--signal=B:USR1@{site.stop_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={log_directory(job)}/slurm-{number}.out",
+        f"--output={_pattern(log_directory(job), request.array is not None)}/slurm-{number}.out",
     ]
-    return options + site.options
+    return [_option(option) for option in options] + site.options
+
+
+def _option(option: str) -> str:
+    """An option as sbatch reads it from a script: one word, in quotes where white space or a comment would end it."""
+    return option if re.fullmatch(r"[^\s\"'\\#]+", option) else '"' + re.sub(r'([\\"])', r"\\\1", option) + '"'
+
+
+def _pattern(path: str, array: bool) -> str:
+    """A path in a file name of sbatch, where a percent sign begins a pattern."""
+    return path.replace("%", "%%").replace(f"%{TASK}", TASK if array else f"%{TASK}")
 
 
 def job_name(run_dir: str) -> str:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from megatron_bert.config import Section
 from megatron_bert.config_file import load_sections
@@ -30,8 +30,6 @@ class ContainerSettings(Section):
 
 class SiteSettings(Section):
     """A cluster. Everything has a default; most sites need a partition and an account."""
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     partition: str | None = Field(None, description="Partition (queue); --partition overrides it.")
     account: str | None = Field(None, description="Account that is charged; --account overrides it.")
@@ -66,14 +64,6 @@ class SiteSettings(Section):
         3, ge=0, description="How often a run whose processes fail is started again within a job."
     )
 
-    @field_validator("environment", mode="before")
-    @classmethod
-    def _as_text(cls, value: object) -> object:
-        """What YAML takes for true and false are words here."""
-        if not isinstance(value, dict):
-            return value
-        return {name: str(item).lower() if isinstance(item, bool) else item for name, item in value.items()}
-
     @field_validator("environment")
     @classmethod
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
@@ -91,4 +81,4 @@ def load_site(path: Path | None) -> SiteSettings:
     """
     if path is None and SITE_VARIABLE in os.environ:
         path = Path(os.environ[SITE_VARIABLE])
-    return SiteSettings() if path is None else load_sections(path, [], SiteSettings)
+    return SiteSettings() if path is None else load_sections(path, [], SiteSettings, as_written=True)

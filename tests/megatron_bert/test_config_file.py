@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_bert.config import Settings
-from megatron_bert.config_file import load_settings
+from megatron_bert.config_file import load_settings, read_tree
 from parallel.errors import UserError
 
 TEXT = """
@@ -160,3 +161,15 @@ class TestMistakes:
     def test_not_a_file(self, tmp_path: Path) -> None:
         assert "cannot read the settings file" in refusal(tmp_path / "none.yaml")
         assert "cannot read the settings file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["training:\n  steps: 1\n  steps: 2\n", "data: {}\nmodel: {}\ndata: {}\n"])
+def test_a_key_that_is_set_twice(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    assert re.search(r"(steps|data) is set twice: remove one of the two .*line 3", refusal(tmp_path / "settings.yaml"))
+
+
+def test_merged_keys_may_be_set_again(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("base: &base {steps: 1, seed: 3}\ntraining: {<<: *base, steps: 2}\n")
+    assert read_tree(path, [])["training"] == {"steps": 2, "seed": 3}

@@ -125,6 +125,23 @@ class TestScript:
             *("apptainer", "exec", "--nv", "--bind", "/data:/data", "/img/bert.sif")
         ]
 
+    def test_values_of_a_site_stay_as_written(self, submit: Submit, tmp_path: Path) -> None:
+        site = tmp_path / "site.yaml"
+        site.write_text("partition: 0123\naccount: 1:30\nqos: no\nconstraint: null\nenvironment: {A: yes, B: 010}\n")
+        script = submit.dry(*SIZE, "--site", str(site))
+        assert {"--partition=0123", "--account=1:30", "--qos=no"} <= set(options(script))
+        assert "constraint" not in script
+        assert "export A=yes" in script
+        assert "export B=010" in script
+
+    @pytest.mark.parametrize("run_dir", ["runs/my first", "it's", 'a "b" #1', "back\\slash", "100%j"])
+    def test_run_directories_that_sbatch_would_take_apart(self, submit: Submit, run_dir: str) -> None:
+        script = submit.dry(f"training.run_dir={run_dir}", *SIZE)
+        assert values(script)["RUN_DIR"] == [run_dir]
+        output = next(option for option in options(script) if "output=" in option)
+        (word,) = shlex.split(output, comments=True)
+        assert word == f"--output={run_dir.replace('%', '%%')}/logs/slurm-%j.out"
+
     def test_pyxis(self, submit: Submit, tmp_path: Path) -> None:
         site = tmp_path / "site.yaml"
         site.write_text("container: {image: 'lab/bert:1', mounts: ['/data:/data']}\nsrun_options: [--mpi=none]\n")
@@ -216,6 +233,8 @@ class TestRefusals:
         assert "did you mean partition?" in submit.refused(*SIZE, "--site", str(site))
         site.write_text("environment: {'A B': 1}\n")
         assert "no name of an environment variable" in submit.refused(*SIZE, "--site", str(site))
+        site.write_text("partition: a\naccount: b\npartition: c\n")
+        assert "partition is set twice" in submit.refused(*SIZE, "--site", str(site))
 
     @pytest.mark.parametrize("option", ["--nodes", "--gpus-per-node", "--min-nodes"])
     def test_numbers(self, submit: Submit, option: str) -> None:
@@ -224,6 +243,19 @@ class TestRefusals:
     def test_times(self, submit: Submit) -> None:
         assert "--time is 'tomorrow'" in submit.refused(*SIZE[:4], "--time", "tomorrow")
         assert "give more time" in submit.refused(*SIZE[:4], "--time", "5")
+        for wrong in ("1:99:99", "10:75", "1-36", "1-12:60"):
+            assert f"--time is '{wrong}': minutes and seconds go to 59" in submit.refused(*SIZE[:4], "--time", wrong)
+
+    @pytest.mark.parametrize(
+        "wrong", ["bogus", "afterok", "afterok:", "afterok:job", "afterok:1,", "1234", "after:1:x"]
+    )
+    def test_dependencies(self, submit: Submit, wrong: str) -> None:
+        assert "such as afterok:1234" in submit.refused(*SIZE, "--dependency", wrong)
+        assert "not both" in submit.refused(*SIZE, "--dependency", "afterok:1,afterany:2?singleton")
+
+    def test_line_breaks(self, submit: Submit) -> None:
+        assert "cannot hold" in submit.refused("training.run_dir=a\nrm b", *SIZE)
+        assert "cannot hold" in submit.refused(*SIZE, "--name", "a\rb")
 
     def test_no_number_of_nodes_fits(self, submit: Submit) -> None:
         message = submit.refused("--nodes", "4", "--min-nodes", "3", "--gpus-per-node", "8", "--time", "60")
@@ -270,7 +302,7 @@ def test_seconds(text: str, seconds: int) -> None:
 
 def test_array_numbers() -> None:
     assert check_array("1,3,8-20:4%2") == [1, 3, 8, 12, 16, 20]
-    for wrong in ("", "3-", "1-4:0", "1%x"):
+    for wrong in ("", "3-", "1-4:0", "1%x", "1%", "1%0", "3-0%1", "1,2,1"):
         with pytest.raises(UserError):
             check_array(wrong)
 
