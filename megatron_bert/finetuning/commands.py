@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +34,18 @@ def add_finetuned_commands(commands: Any) -> None:
         default="error",
         help="stop at a row that cannot be read, or answer it with its error",
     )
+    predict.add_argument(
+        "--stream",
+        action="store_true",
+        help="answer every row by itself, before the next (default: with those that have come by then)",
+    )
+    predict.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="with --stream: how long a row may wait for others to share its forward pass (default 0)",
+    )
     predict.set_defaults(func=_predict)
 
 
@@ -46,6 +61,15 @@ def _checked_batch_size(arguments: argparse.Namespace) -> int:
     return arguments.batch_size
 
 
+def _checked_stream(arguments: argparse.Namespace) -> float | None:
+    """Seconds that a row may wait for others; None where rows are answered as they come."""
+    if not 0 <= arguments.wait < threading.TIMEOUT_MAX:
+        raise UserError(f"--wait is {arguments.wait}: give seconds, 0 or more")
+    if arguments.wait and not arguments.stream:
+        raise UserError("--wait says how long the rows of --stream wait for others: give --stream too")
+    return arguments.wait if arguments.stream else None
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_bert.finetuning.inference import evaluate_files
 
@@ -58,32 +82,51 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
-def _predict(arguments: argparse.Namespace) -> None:
-    from megatron_bert.finetuning.inference import predict_stream
+def _predict(arguments: argparse.Namespace) -> int:
+    from megatron_bert.finetuning.inference import BadRowError, predict_stream
 
-    batch_size = _checked_batch_size(arguments)
+    batch_size, stream = _checked_batch_size(arguments), _checked_stream(arguments)
+    bad, stopped = 0, None
     try:
         with _input(arguments.input) as rows, _output(arguments.output) as answers:
-            bad = predict_stream(
-                arguments.model,
-                rows,
-                answers,
-                batch_size=batch_size,
-                on_bad_row=arguments.on_bad_row,
-                device=arguments.device,
-                progress=arguments.output is not None and sys.stderr.isatty(),
-            )
+            try:
+                bad = predict_stream(
+                    arguments.model,
+                    rows,
+                    answers,
+                    batch_size=batch_size,
+                    stream=stream,
+                    on_bad_row=arguments.on_bad_row,
+                    device=arguments.device,
+                    progress=arguments.output is not None and sys.stderr.isatty(),
+                )
+            except BadRowError as row:
+                stopped = row  # the answers before it are written whole
+    except BrokenPipeError:
+        return _end_of_pipe()
     except OSError as error:
         place = error.filename or "the input or the output"
         raise UserError(f"cannot use {place}: {error.strerror or error}") from None
+    if stopped is not None:
+        raise stopped
     if bad:
         print(f"{bad} rows could not be read: their answers hold the error", file=sys.stderr)
+    return 0
+
+
+def _end_of_pipe() -> int:
+    """Nobody reads standard output any more: end as programs do that SIGPIPE kills, without saying anything."""
+    with suppress(OSError), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python flushes when it ends goes there
+    return 128 + signal.SIGPIPE
 
 
 @contextmanager
 def _input(path: Path | None) -> Iterator[IO[str]]:
     """Lines of a file or of standard input; bytes that are not UTF-8 come as lone surrogates."""
     if path is None:
+        if sys.stdin is None:
+            raise UserError("standard input is closed: give --input FILE, or rows on a pipe")
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
         yield sys.stdin

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +15,12 @@ import torch
 from tqdm import tqdm
 
 from megatron_bert.config_file import apply_override
+from megatron_bert.finetuning.arrivals import arriving
 from megatron_bert.finetuning.results import RESULTS_FILE, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
 from megatron_bert.finetuning.scoring import Scored, score_units
 from megatron_bert.tasks.rows import RowError, parse_object
+from megatron_bert.tasks.stream import name_of
 from megatron_bert.tasks.task import Example, Prediction, Task, Unit
 from megatron_bert.training.build import StagedModel
 from megatron_bert.training.first_rank import on_first_rank
@@ -174,20 +175,26 @@ def _data_settings(overrides: list[str]) -> dict[str, Any]:
     return tree.get("data", {})
 
 
+class BadRowError(UserError):
+    """A row of a stream that cannot be read; those before it are answered."""
+
+
 def predict_stream(
     source: Path,
     rows: IO[str],
     answers: IO[str],
     *,
     batch_size: int,
+    stream: float | None = None,
     on_bad_row: str = "error",
     device: str = "auto",
     progress: bool = False,
 ) -> int:
     """Answer JSON lines with JSON lines, in their order.
 
-    Rows are worked on in the order of their length, a few batches at a time, so that little is padded and a long
-    stream needs little memory. Answers are written each time, so those of a pipe come some rows after their questions.
+    Of a file, rows are worked on in the order of their length, a few batches at a time, so that little is padded and a
+    long one needs little memory. Of a pipe, those that have come by then are answered together: one at a time where
+    each waits for the answer to the one before, and as of a file where they come faster than they are answered.
 
     Args:
         source: directory of the model, its run, or several runs, whose best is taken.
@@ -195,6 +202,8 @@ def predict_stream(
             surrogates, which are found.
         answers: where to write.
         batch_size: most texts of a forward pass.
+        stream: answer every row by itself (0), or with those that come within so many seconds of it, ``batch_size``
+            rows at most; None leaves it to how fast they come.
         on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
         device: auto, cpu or cuda.
         progress: show a progress bar.
@@ -203,45 +212,53 @@ def predict_stream(
         How many rows could not be read.
 
     Raises:
-        UserError: no model, or a bad row.
+        UserError: no model; :class:`BadRowError`, once all rows before it are answered.
     """
     if launched_world_size() > 1:
         raise UserError("predict works in one process: divide the input into files and start one for each")
     _check_device(device)
     saved = load_task(source)
-    bad = 0
-    numbered = enumerate(rows, 1)
-    with process_group(device, 600.0) as world, _bar(progress) as bar:
+    most = batch_size * _BUFFERED_BATCHES if stream is None else batch_size if stream else 1
+    bad = done = 0
+    with process_group(device, 600.0) as world, _bar(progress) as bar, arriving(rows) as arrivals:
         scorer = Scorer(saved, world, batch_size)
-        while lines := list(islice(numbered, batch_size * _BUFFERED_BATCHES)):
-            read = [
-                _example(saved, number, line, on_bad_row) for number, line in lines if line.strip().lstrip("\ufeff")
-            ]
+        while lines := arrivals.take(most, stream or 0.0):
+            read: list[Example | dict[str, Any]] = []
+            stopped = None
+            for number, line in enumerate(lines, done + 1):
+                if not line.strip().lstrip("\ufeff"):
+                    continue
+                found = _example(saved, number, line)
+                if isinstance(found, dict) and on_bad_row == "error":
+                    stopped = found["error"]
+                    break
+                read.append(found)
             good = [example for example in read if isinstance(example, Example)]
-            found = iter(scorer.predict(good) if good else [])
+            predictions = iter(scorer.predict(good) if good else [])
             for example in read:
-                answer = next(found) if isinstance(example, Example) else example
+                answer = next(predictions) if isinstance(example, Example) else example
                 bad += "error" in answer
                 answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
             answers.flush()
+            if stopped is not None:
+                raise BadRowError(f"{stopped} (the rows before it are answered; --on-bad-row skip goes on)")
+            done += len(lines)
             bar.update(len(lines))
     return bad
 
 
-def _example(saved: SavedTask, number: int, line: str, on_bad_row: str) -> Example | dict[str, Any]:
+def _example(saved: SavedTask, number: int, line: str) -> Example | dict[str, Any]:
     """The example of a row, or the answer to one that cannot be read."""
-    where, named = f"line {number}", {}
+    where = f"line {number}"
+    name: str | int = where
     try:
         row = parse_object(line.lstrip("\ufeff"))
-        named = {"id": row["id"]} if row.get("id") is not None else {}
+        name = name_of(row, where)
         return saved.task.example_from(row, where)
     except RowError as error:
-        reason = f"{where}: {error}"
+        return {"id": name, "error": f"{where}: {error}"}
     except UserError as error:
-        reason = str(error)
-    if on_bad_row == "error":
-        raise UserError(f"{reason} (--on-bad-row skip goes on)")
-    return named | {"error": reason}
+        return {"id": name, "error": str(error)}
 
 
 @contextmanager

@@ -141,12 +141,14 @@ def test_predict_skips_bad_rows(trained: Path, tmp_path: Path, capsys: pytest.Ca
     found = [json.loads(line) for line in target.open(encoding="utf-8")]
     assert ["error" in row for row in found] == [False, True, True, True]
     assert "line 2" in found[1]["error"]
-    assert [row.get("id") for row in found] == ["line 1", 8, None, None]
+    assert [row.get("id") for row in found] == ["line 1", 8, "line 3", "line 4"]
     assert "3 rows could not be read" in capsys.readouterr().err
 
-    assert main([*command, "--output", str(tmp_path / "other.jsonl")]) == 2
+    other = tmp_path / "other.jsonl"
+    assert main([*command, "--output", str(other)]) == 2
     assert "line 2" in capsys.readouterr().err
-    assert not list(tmp_path.glob("other*")), "nothing half-written"
+    assert [json.loads(line) for line in other.open(encoding="utf-8")] == found[:1], "what came before is answered"
+    assert len(list(tmp_path.iterdir())) == 3, "nothing is left half-written"
 
 
 #: Rows that are no JSON object in UTF-8, and what their answers say.
@@ -234,6 +236,9 @@ def test_no_such_device(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["evaluate", "{run}", "data.tset=x.jsonl"], "tset"),
         (["predict", "{run}", "--input", "nowhere.jsonl"], "cannot open nowhere.jsonl"),
         (["predict", "{run}", "--batch-size", "0"], "give 1 or more"),
+        (["predict", "{run}", "--wait", "1"], "give --stream too"),
+        (["predict", "{run}", "--stream", "--wait", "-1"], "--wait is -1.0: give seconds"),
+        (["predict", "{run}", "--stream", "--wait", "nan"], "--wait is nan"),
     ],
 )
 def test_mistakes(trained: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
