@@ -1,4 +1,4 @@
-"""Zip archives as file trees: members that may be read in place are, others go through a file on disk; never memory.
+"""Zip and tar archives as file trees: members that may be read in place are, others go through a file; never memory.
 
 An archive is somebody else's file, so nothing in it decides where bytes are written: members unpack into files of our
 own naming, and one that would reach outside, or that unpacks to far more than it weighs, refuses the whole archive.
@@ -6,98 +6,185 @@ own naming, and one that would reach outside, or that unpacks to far more than i
 
 from __future__ import annotations
 
+import errno
+import gzip
 import shutil
 import stat
 import tempfile
 import zipfile
 import zlib
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from megatron_bert.convert.files import FileTree
+from megatron_bert.convert.tar_members import tar_members
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
+from parallel.stored.strange_files import is_tar
+from parallel.stored.torch_files import is_torch_file
 from parallel.stored.zip_members import open_zip, stored_range
+from parallel.whole_files import reason_of
 
 #: Weights shrink by a tenth or so; a member that unpacks to this many times its weight is an attack or all zeros.
 _MOST_EXPANSION = 200
 #: Small members (a text file of one word) may expand as they like.
 _ALWAYS_ALLOWED = 64 << 20
+#: Archives inside archives that are opened.
+_DEEPEST = 2
+#: Endings of files that are a part of a checkpoint themselves.
+_PARTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp")
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def is_archive(place: FileRange) -> bool:
+    """Whether a file is an archive of others; a file of torch.save, which is a zip file too, is not."""
+    start = bytes(place.read(0, min(place.length, 4)))
+    if start.startswith(b"PK\x03\x04"):
+        return not is_torch_file(place)
+    return start.startswith(_GZIP_MAGIC) or is_tar(place)
 
 
 def archive_tree(path: Path, stack: ExitStack) -> FileTree:
-    """The members of a zip archive as a tree.
+    """The members of an archive as a tree; of the archive in it, where it holds nothing else to read.
 
     Args:
-        path: of the archive.
+        path: of a zip file, or of a tar file, plain (as NeMo's) or compressed with gzip.
         stack: closes what is unpacked; the tree is of no use after it.
 
     Raises:
         UserError: the archive is damaged, or a member is a link, encrypted, expands beyond reason, or has a name that
             reaches outside.
     """
-    whole = FileRange.whole(path)
+    place = FileRange.whole(path)
+    scratch = _Scratch(place, stack)
+    tree = _tree(place, scratch)
+    for _ in range(_DEEPEST):
+        archives = [name for name in tree if is_archive(tree[name])]
+        if len(archives) != 1 or any(name.endswith(_PARTS) for name in tree if name not in archives):
+            break
+        tree = _tree(tree[archives[0]], scratch)
+    return tree
+
+
+class _Scratch:
+    """A temporary folder for what must be unpacked, and how much that may be.
+
+    Args:
+        place: the outermost archive, by whose weight the amount is judged.
+        stack: removes the folder.
+    """
+
+    def __init__(self, place: FileRange, stack: ExitStack) -> None:
+        self._place, self._stack = place, stack
+        self._folder: Path | None = None
+        self._count = self._claimed = 0
+        self.most = max(_ALWAYS_ALLOWED, _MOST_EXPANSION * place.length)
+
+    def claim(self, size: int) -> None:
+        """Refuse the archive if it unpacks to so much more that no checkpoint would."""
+        self._claimed += size
+        if self._claimed > self.most:
+            raise UserError(
+                f"{self._place.label} weighs {self._place.length:,} bytes and would unpack to {self._claimed:,}: "
+                "no checkpoint does that, do not trust it"
+            )
+
+    def file(self, size: int) -> Path:
+        """The path of a new file, for ``size`` bytes."""
+        if self._folder is None:
+            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-bert-")))
+        free = shutil.disk_usage(self._folder).free
+        if size > free:
+            raise UserError(
+                f"{self._place.label} unpacks to {size:,} bytes but {self._folder.parent} has {free:,} free: "
+                "set TMPDIR to a larger place"
+            )
+        self._count += 1
+        return self._folder / str(self._count)
+
+
+def _tree(place: FileRange, scratch: _Scratch) -> FileTree:
+    if bytes(place.read(0, min(place.length, 2))) == _GZIP_MAGIC:
+        place = _decompressed(place, scratch)
+        if not is_tar(place):
+            raise UserError(f"{place.label} is one file that gzip compressed: unpack it first")
+    if is_tar(place):
+        files: dict[str, Path | FileRange] = {}
+        for name, member in tar_members(place):
+            _add(files, place.label, name, member)
+        return FileTree(place.label, files)
+    return _zip_tree(place, scratch)
+
+
+def _add(files: dict[str, Path | FileRange], label: str, name: str, member: FileRange) -> None:
+    """Add a member under its name as a relative path, if that stays inside the archive."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not name.isprintable():
+        raise UserError(f"{label} holds {name!r}, a name that cannot be printed: do not trust it")
+    if path.is_absolute() or ".." in path.parts or ":" in name:
+        raise UserError(f"{label} holds {name!r}, a path that reaches outside the archive: do not trust it")
+    if str(path) in files:
+        raise UserError(f"{label} holds two members of one name: it is damaged or made to mislead")
+    files[str(path)] = member
+
+
+def _decompressed(place: FileRange, scratch: _Scratch) -> FileRange:
+    target = scratch.file(place.length)
+    with _unpacking(place.label), place.open() as file, gzip.open(file) as source, target.open("wb") as sink:
+        while chunk := source.read(1 << 20):
+            scratch.claim(len(chunk))
+            sink.write(chunk)
+    return FileRange.whole(target, place.label)
+
+
+def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
     files: dict[str, Path | FileRange] = {}
-    with open_zip(whole) as archive:
+    with open_zip(place) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
         for member in members:
-            _check_member(path, member)
-        if len({member.filename for member in members}) < len(members):
-            raise UserError(f"{path} holds two members of one name: it is damaged or made to mislead")
-        _check_expansion(path, whole.length, members)
-        unpacked: Path | None = None
-        for number, member in enumerate(members):
-            label = f"{path}/{member.filename}"
+            _check_member(place.label, member)
+        scratch.claim(sum(member.file_size for member in members))
+        for member in members:
+            label = f"{place.label}/{member.filename}"
             if member.compress_type == zipfile.ZIP_STORED:
-                files[member.filename] = stored_range(whole, member, label)
+                _add(files, place.label, member.filename, stored_range(place, member, label))
                 continue
-            if unpacked is None:
-                unpacked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-bert-")))
-                _check_room(path, unpacked, sum(m.file_size for m in members))
-            target = unpacked / str(number)
+            target = scratch.file(member.file_size)
+            _add(files, place.label, member.filename, FileRange(target, 0, member.file_size, label))
             _unpack(archive, member, target, label)
-            files[member.filename] = FileRange.whole(target, label)
-    return FileTree(str(path), files)
+    return FileTree(place.label, files)
 
 
-def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
-    name = PurePosixPath(member.filename.replace("\\", "/"))
-    if not member.filename.isprintable():
-        raise UserError(f"{path} holds {member.filename!r}, a name that cannot be printed: do not trust it")
-    if name.is_absolute() or ".." in name.parts or ":" in member.filename or "\0" in member.orig_filename:
-        raise UserError(f"{path} holds {member.filename!r}, a path that reaches outside the archive: do not trust it")
+def _check_member(label: str, member: zipfile.ZipInfo) -> None:
+    if "\0" in member.orig_filename:
+        raise UserError(f"{label} holds {member.filename!r}, a path that reaches outside the archive: do not trust it")
     if stat.S_ISLNK(member.external_attr >> 16):
         raise UserError(
-            f"{path} holds {member.filename!r}, a symbolic link, which no checkpoint needs: do not trust it"
+            f"{label} holds {member.filename!r}, a symbolic link, which no checkpoint needs: do not trust it"
         )
     if member.flag_bits & 1:
-        raise UserError(f"{path} holds {member.filename!r} encrypted: decrypt the archive first")
+        raise UserError(f"{label} holds {member.filename!r} encrypted: decrypt the archive first")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{path} holds {member.filename!r} in an unusual compression: pack it again with plain zip")
+        raise UserError(f"{label} holds {member.filename!r} in an unusual compression: pack it again with plain zip")
 
 
-def _check_expansion(path: Path, weight: int, members: list[zipfile.ZipInfo]) -> None:
-    unpacked = sum(member.file_size for member in members)
-    if unpacked > max(_ALWAYS_ALLOWED, _MOST_EXPANSION * weight):
-        raise UserError(
-            f"{path} weighs {weight:,} bytes and would unpack to {unpacked:,}: no checkpoint does that, do not trust it"
-        )
-
-
-def _check_room(path: Path, folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise UserError(
-            f"{path} unpacks to {size:,} bytes but {folder.parent} has {free:,} free: set TMPDIR to a larger place"
-        )
+@contextmanager
+def _unpacking(label: str) -> Iterator[None]:
+    """Say what went wrong while a file was unpacked: with the archive, or with the place for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{label} cannot be unpacked ({reason_of(error)}): set TMPDIR to a larger place") from None
+        raise UserError(f"{label} cannot be unpacked ({error}): fetch the archive again") from None
 
 
 def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, label: str) -> None:
-    try:
-        with archive.open(member) as source, target.open("wb") as sink:
-            # Reads no more than the size that the member declares, and checks its checksum at the end.
-            shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{label} cannot be unpacked ({error}): fetch the archive again") from None
+    with _unpacking(label), archive.open(member) as source, target.open("wb") as sink:
+        # Reads no more than the size that the member declares, and checks its checksum at the end.
+        shutil.copyfileobj(source, sink, 1 << 20)
     if target.stat().st_size != member.file_size:
         raise UserError(f"{label} unpacks to less than its size: fetch the archive again")

@@ -19,8 +19,14 @@ _DEPTH = 3
 _MOST_ENTRIES = 100_000
 
 
+def is_debris(name: str) -> bool:
+    """Whether a file is one that desktops leave beside others: macOS's forks (``._x``), folder settings, thumbnails."""
+    *folders, last = name.split("/")
+    return last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini") or "__MACOSX" in folders
+
+
 class FileTree(Mapping[str, FileRange]):
-    """Names (relative, with forward slashes) and the bytes they stand for.
+    """Names (relative, with forward slashes) and the bytes they stand for; the debris of desktops is left out.
 
     Attributes:
         label: what to call the tree in messages.
@@ -28,7 +34,8 @@ class FileTree(Mapping[str, FileRange]):
     """
 
     def __init__(self, label: str, files: dict[str, Path | FileRange], folder: Path | None = None) -> None:
-        self.label, self.folder, self._files = label, folder, files
+        self.label, self.folder = label, folder
+        self._files = {name: place for name, place in files.items() if not is_debris(name)}
 
     def __getitem__(self, name: str) -> FileRange:
         place = self._files[name]

@@ -14,7 +14,7 @@ from megatron_bert.convert.native import Native
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState
-from parallel.errors import UserError
+from megatron_bert.convert.unreadable import explained
 
 
 class Format(Protocol):
@@ -49,12 +49,4 @@ def detect_format(tree: FileTree) -> Format:
     for candidate in FORMATS.values():
         if candidate.detect(tree):
             return candidate
-    if ".metadata" in tree and "common.pt" in tree:
-        raise UserError(
-            f"{tree.label} is a megatron-core checkpoint of the torch_dist kind: convert it to the torch kind first, "
-            "with Megatron-LM's --ckpt-convert-format torch"
-        )
-    raise UserError(
-        f"{tree.label} is no checkpoint of a kind that is known ({', '.join(FORMATS)}): give a checkpoint file, its "
-        "folder, or a zip file with one"
-    )
+    raise explained(tree, ", ".join(FORMATS))

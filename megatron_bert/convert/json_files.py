@@ -7,6 +7,7 @@ from typing import Any
 
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
+from parallel.stored.strange_files import refuse_strange
 
 _LONGEST = 64 << 20
 
@@ -19,6 +20,7 @@ def read_json(place: FileRange) -> dict[str, Any]:
     """
     if place.length > _LONGEST:
         raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
+    refuse_strange(place)
     return parse_json(bytes(place.read(0, place.length)), place.label)
 
 

@@ -45,7 +45,7 @@ _LAYER = re.compile(r"encoder\.layers\.(\d{1,6})\.(.+)\.(layer_norm_)?(weight|bi
 
 def canonical_name(key: str) -> str | None:
     """The canonical name of a key."""
-    key = re.sub(r"^(?:module\.)+", "", key)
+    key = re.sub(r"^(?:(?:model|module)\.)+", "", key)
     if key == "output_layer.weight":
         return TIED
     if key == "output_layer.bias":
@@ -91,7 +91,7 @@ class MegatronCore:
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open a checkpoint with norms of either kind."""
         del stack
-        checkpoint = open_shards(tree, locate(tree))
+        checkpoint = open_shards(tree, locate(tree), options.checkpoint_version)
         keys = flat_tensors(checkpoint.first.label, checkpoint.first.chunks()[0])
         fused = any("layer_norm_weight" in key for key in keys)
         variant = "norms fused into linear layers (Transformer Engine)" if fused else "norms of their own (local)"

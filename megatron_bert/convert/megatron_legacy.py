@@ -16,10 +16,12 @@ from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.megatron_shards import first_keys, flat_tensors, locate, open_shards
 from megatron_bert.convert.megatron_state import SKIPPED, TIED, read_state
 from megatron_bert.convert.megatron_writer import MegatronNames, write_megatron
+from megatron_bert.convert.nemo import NEMO_SETTINGS
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.query_key_value import check_version
 from megatron_bert.convert.state import CanonicalState
+from parallel.errors import UserError
 
 _EMBEDDINGS = {
     "word_embeddings": "embeddings.word_embeddings.weight",
@@ -43,7 +45,7 @@ _HEADS = {
     "pooler.dense": "pair_head.pooler",
     "binary_head": "pair_head.classifier",
 }
-_PREFIX = re.compile(r"(?:module\.)*(?:language_model\.)?")
+_PREFIX = re.compile(r"(?:(?:model|module)\.)*(?:language_model\.)?")
 _LAYER = re.compile(r"(?:(?:transformer|encoder)\.)?layers\.(\d{1,6})\.(.+)\.(weight|bias)")
 _TABLE = re.compile(r"(?:embedding\.)?(word|position|tokentype)_embeddings\.weight")
 _TASK_HEADS = re.compile(r"(?:classification_head|multichoice_head)\.(?:weight|bias)")
@@ -113,8 +115,14 @@ class MegatronLegacy:
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open a checkpoint of any generation, version and division."""
         del stack
-        checkpoint = open_shards(tree, locate(tree))
+        checkpoint = open_shards(tree, locate(tree), options.checkpoint_version)
         keys = list(flat_tensors(checkpoint.first.label, checkpoint.first.chunks()[0]))
+        if checkpoint.version is None and all(key.startswith("model.") for key in keys):
+            raise UserError(
+                f"{tree.label} holds the weights of a NeMo model without its {NEMO_SETTINGS}, which says the order of "
+                "query, key and value rows: put that file beside it, or give --source-checkpoint-version (3.0, or "
+                "0 for a model with megatron_legacy: true)"
+            )
         return read_state(checkpoint, canonical_name, options, format_name=self.name, variant=_generation(keys))
 
     def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_bert.convert.files import FileTree
+from megatron_bert.convert.nemo import NEMO_WEIGHTS, nemo_settings
+from megatron_bert.convert.packaging import refuse_packaging
 from megatron_bert.convert.query_key_value import check_version
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
@@ -16,11 +19,26 @@ from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.torch_files import is_torch_file, load_torch_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_SHARD = re.compile(
-    r"(?P<folder>(?:.*/)?)mp_rank_(?P<tensor>\d{2,4})(?:_(?P<stage>\d{3}))?(?P<expert>_\d{3})?/"
-    r"(?:model_optim_rng|model_rng)\.pt"
+#: DeepSpeed's, which holds the name of a folder.
+_DEEPSPEED_TRACKER = "latest"
+#: Where a shard lies: as Megatron-LM, NeMo and DeepSpeed have it.
+_SHARDS = tuple(
+    re.compile(r"(?P<folder>(?:.*/)?)" + name)
+    for name in (
+        r"mp_rank_(?P<tensor>\d{2,4})(?:_(?P<stage>\d{3}))?(?P<expert>_\d{3})?/(?:model_optim_rng|model_rng)\.pt",
+        r"(?:mp|tp)_rank_(?P<tensor>\d{2,4})(?:_pp_rank_(?P<stage>\d{3}))?(?P<expert>_ep_rank_\d+)?/model_weights\.ckpt",
+        r"mp_rank_(?P<tensor>\d{2,4})(?P<stage>)(?P<expert>)_model_states\.pt",
+    )
 )
 _TORCH_ENDINGS = (".pt", ".pth", ".ckpt")
+#: Names of a shard that lies alone, without the folder of its rank.
+_LONE = ("model_optim_rng.pt", "model_rng.pt", NEMO_WEIGHTS)
+#: Files that frameworks leave beside the weights, with the state of the optimizer, of random numbers or of the run.
+_BESIDE = re.compile(
+    r"(?:.*/)?(?:distrib_optim|optim|optimizer|scheduler|scaler|rng_state\w*|training_args|common|\w+_optim_states)\.\w+"
+)
+#: Under which a model lies: Megatron's, DeepSpeed's and Lightning's.
+_MODEL_KEYS = ("model", "module", "state_dict")
 #: Entries of a model's nested dictionaries, and how deep they nest; real ones have a few thousand and four.
 _MOST_KEYS, _DEEPEST = 200_000, 8
 
@@ -41,12 +59,26 @@ class Shard:
     def args(self) -> dict[str, Any]:
         """The arguments of the run that wrote it; empty where they were not saved."""
         args = self.content.get("args")
+        if isinstance(args, dict):  # of scripts that save vars(args)
+            return {key: value for key, value in args.items() if isinstance(key, str)}
         return vars(args) if isinstance(args, argparse.Namespace) else {}
 
     @property
-    def has_args(self) -> bool:
-        """Whether the arguments of the run were saved."""
-        return bool(self.args)
+    def version(self) -> float | None:
+        """The checkpoint version; None when the file declares none.
+
+        Raises:
+            UserError: what it declares is no number.
+        """
+        value = self.content.get("checkpoint_version")
+        if isinstance(value, StoredTensor) and math.prod(value.shape) == 1:
+            value = value.load().item()
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(
+                f"{self.label} has a checkpoint version that is no number (a {type(value).__name__}): give the order "
+                "of its rows with --source-checkpoint-version, 0, 1.0, 2.0 or 3.0"
+            )
+        return value
 
     def chunks(self) -> list[dict[Any, Any]]:
         """The model, or its chunks under virtual pipeline stages.
@@ -54,16 +86,17 @@ class Shard:
         Raises:
             UserError: there is none.
         """
+        key = None
         if "model0" in self.content:
             found: list[Any] = []
             while f"model{len(found)}" in self.content:
                 found.append(self.content[f"model{len(found)}"])
-        elif "model" in self.content:
-            found = [self.content["model"]]
+        elif (key := next((key for key in _MODEL_KEYS if key in self.content), None)) is not None:
+            found = [self.content[key]]
         else:  # a bare state dictionary
             found = [self.content]
         if not all(isinstance(chunk, dict) for chunk in found):
-            raise UserError(f"{self.label} holds no model where Megatron keeps it (key 'model'): expected a dictionary")
+            raise UserError(f"{self.label} holds no model where it should be (key {key or 'model0'!r}): wrong file?")
         return found
 
 
@@ -73,9 +106,10 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
     Raises:
         UserError: several checkpoints are there and none is named as the newest, or shards are missing.
     """
+    refuse_packaging(tree)
     groups: dict[str, dict[tuple[int, int], str]] = {}
     for name in tree:
-        match = _SHARD.fullmatch(name)
+        match = next(filter(None, (shard.fullmatch(name) for shard in _SHARDS)), None)
         if match is None:
             continue
         if match["expert"]:
@@ -98,24 +132,32 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
     return shards
 
 
+def weight_files(tree: FileTree) -> list[str]:
+    """The files of a tree that may hold a model by their names, for a tree without folders of ranks."""
+    names = [name for name in tree if name.endswith(_TORCH_ENDINGS) and not _BESIDE.fullmatch(name)]
+    known = [name for name in names if name.rpartition("/")[2] in _LONE]
+    return known if len(known) == 1 else names or (list(tree) if len(tree) == 1 else [])
+
+
 def _lone_file(tree: FileTree) -> dict[tuple[int, int], str]:
     """A bare file, or the one checkpoint file of a folder or archive."""
-    candidates = [name for name in tree if name.endswith(_TORCH_ENDINGS)] or (list(tree) if len(tree) == 1 else [])
+    candidates = weight_files(tree)
     return {(0, 0): candidates[0]} if len(candidates) == 1 and is_torch_file(tree[candidates[0]]) else {}
 
 
 def _tracked(tree: FileTree, groups: Mapping[str, Any]) -> str:
     found = brief(", ".join(sorted(groups)), 200)
-    trackers = [name for name in tree if name == TRACKER or name.endswith("/" + TRACKER)]
+    trackers = [name for name in tree if name.rpartition("/")[2] in (TRACKER, _DEEPSPEED_TRACKER)]
     if len(trackers) != 1:
         raise UserError(f"{tree.label} holds several checkpoints ({found}): name the folder of one of them")
     place = tree[trackers[0]]
     text = bytes(place.read(0, min(place.length, 64))).decode("latin-1").strip()
-    folder = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else repr(text)
-    wanted = f"{trackers[0].removesuffix(TRACKER)}{folder}/"
+    root, _, kind = trackers[0].rpartition("/")
+    folder = text if kind == _DEEPSPEED_TRACKER or text == "release" else f"iter_{text:0>7}"
+    wanted = f"{root}/{folder}/" if root else f"{folder}/"
     if wanted not in groups:
         raise UserError(
-            f"{trackers[0]} in {tree.label} names {folder}, which is not there (there are {found}): "
+            f"{trackers[0]} in {tree.label} names {brief(folder)!r}, which is not there (there are {found}): "
             "name the folder of one of them"
         )
     return wanted
@@ -128,7 +170,7 @@ class Checkpoint:
     Attributes:
         label: of the source.
         shards: ``[stage][tensor rank]``.
-        version: declared by the files; None when they declare none.
+        version: given by the user or declared by the files; None when neither says it.
         iteration: training step, or None.
     """
 
@@ -168,23 +210,28 @@ class Checkpoint:
                 yield [(shard, found[chunk]) for shard, found in zip(row, opened)]
 
 
-def open_shards(tree: FileTree, places: dict[tuple[int, int], str]) -> Checkpoint:
+def open_shards(tree: FileTree, places: dict[tuple[int, int], str], version: float | None = None) -> Checkpoint:
     """Open the files found by :func:`locate`.
+
+    Args:
+        tree: with the files.
+        places: (tensor rank, stage) -> name in the tree.
+        version: checkpoint version by the user's word, whatever the files declare; None takes theirs.
 
     Raises:
         UserError: one is damaged, or they do not belong together.
     """
     ranks, stages = (1 + max(place[axis] for place in places) for axis in (0, 1))
-    shards = [[_open(tree[places[tensor, stage]]) for tensor in range(ranks)] for stage in range(stages)]
+    settings = nemo_settings(tree)
+    shards = [[_open(tree[places[tensor, stage]], settings) for tensor in range(ranks)] for stage in range(stages)]
     every = [shard for row in shards for shard in row]
-    version = _agreed("checkpoint_version", every, lambda s: s.content.get("checkpoint_version"))
+    if version is None:
+        version = _agreed("checkpoint_version", every, lambda s: s.version)
     iteration = _agreed("iteration", every, lambda s: s.content.get("iteration", s.content.get("total_iters")))
     for key in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size"):
         _agreed(key, every, lambda s, key=key: s.args.get(key))
     _check_sizes(every[0], ranks, stages)
     if version is not None:
-        if not isinstance(version, (int, float)) or isinstance(version, bool):
-            raise UserError(f"{every[0].label} has a checkpoint version that is no number: expected 0, 1.0, 2.0 or 3.0")
         version = check_version(version, every[0].label)
     return Checkpoint(tree.label, shards, version, iteration if _is_count(iteration) else None)
 
@@ -202,10 +249,13 @@ def first_keys(tree: FileTree) -> list[str]:
     return list(flat_tensors(shard.label, shard.chunks()[0]))
 
 
-def _open(place: FileRange) -> Shard:
+def _open(place: FileRange, settings: dict[str, Any] | None = None) -> Shard:
+    """Open a file; ``settings`` are what others say of it, for one that holds a state dictionary only."""
     content = load_torch_file(place)
     if not isinstance(content, dict):
         raise UserError(f"{place.label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
+    if settings is not None:
+        content = {"model": content.get("state_dict", content)} | settings
     return Shard(place.label, content)
 
 

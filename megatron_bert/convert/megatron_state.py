@@ -14,9 +14,10 @@ from megatron_bert.convert import divisions
 from megatron_bert.convert.megatron_config import encoder_config
 from megatron_bert.convert.megatron_shards import Checkpoint, flat_tensors
 from megatron_bert.convert.options import ReadOptions
-from megatron_bert.convert.query_key_value import check_version
 from megatron_bert.convert.state import (
+    POOLER,
     TOKEN_TYPES,
+    VOCABULARY_BIAS,
     VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
@@ -56,9 +57,10 @@ def read_state(
     parts = _collect(checkpoint, rename, warnings)
     if WORD_EMBEDDINGS not in parts:
         raise UserError(f"{checkpoint.first.label} holds no word embeddings: it is no BERT model of Megatron")
+    _check_objective(checkpoint, parts)
     shapes = {name: _joined_shape(name, found) for name, found in parts.items()}
     config, true_size, assumptions = encoder_config(checkpoint, shapes, options)
-    version = options.checkpoint_version if options.checkpoint_version is not None else checkpoint.version
+    version = checkpoint.version
     if version is None:
         version = 0.0 if format_name == "megatron" else 3.0
         if format_name == "megatron":
@@ -66,7 +68,6 @@ def read_state(
                 "no checkpoint version is stored: 0 was taken, query, key and value rows as [3, heads, head_dim]; "
                 "files of late September 2020 need --source-checkpoint-version 1.0"
             )
-    check_version(version, checkpoint.first.label)
     tied = parts.pop(TIED, None)
     tensors = {
         name: _tensor(name, found, shapes[name], config.num_attention_heads, version, warnings)
@@ -93,6 +94,21 @@ def read_state(
         assumptions=tuple(assumptions),
     )
     return CanonicalState(config=config, facts=facts, tensors=tensors, warnings=warnings)
+
+
+def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[_Part]]) -> None:
+    """Refuse Megatron's GPT, whose layers are those of its BERT but whose attention sees only the past.
+
+    A GPT has neither token types nor a head of its own. Megatron's BERT lost its token types with
+    ``--bert-no-binary-head``, but then kept its masked-language head; and one that was fine-tuned lost that head, but
+    kept its token types and pooler.
+    """
+    if parts.keys().isdisjoint((TOKEN_TYPES, VOCABULARY_BIAS, POOLER)):
+        raise UserError(
+            f"{checkpoint.first.label} holds neither token types, a pooler nor a masked-language head: it is of "
+            "Megatron's GPT or another decoder, which has the layers of a BERT but attends to the past only and cannot "
+            "be converted"
+        )
 
 
 def _collect(checkpoint: Checkpoint, rename: Renaming, warnings: list[str]) -> dict[str, list[_Part]]:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_bert.convert.archive import archive_tree
+from megatron_bert.convert.archive import archive_tree, is_archive
 from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
 from megatron_bert.convert.files import FileTree, file_tree, folder_tree
 from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.huggingface import CONFIG_NAME
+from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
-from parallel.stored.torch_files import is_torch_file
 
 _PLAIN = ReadOptions()
 #: Tensor-parallel sizes by which a vocabulary may have been padded.
@@ -32,7 +32,8 @@ _TENSOR_SIZES = (1, 2, 4, 8, 16)
 def source_tree(source: Path, stack: ExitStack) -> FileTree:
     """The files that a path stands for: those of a folder, of an archive, or one file.
 
-    A run directory stands for its newest checkpoint, and a file of Hugging Face's weights for the folder it is in.
+    A run directory stands for its newest checkpoint, and a file of weights with its settings beside it, Hugging Face's
+    or NeMo's, for the folder it is in.
 
     Raises:
         UserError: the path is not there, or is an archive that must not be trusted.
@@ -43,8 +44,10 @@ def source_tree(source: Path, stack: ExitStack) -> FileTree:
     place = FileRange.whole(source)
     if source.suffix in (".safetensors", ".bin", ".json") and (source.parent / CONFIG_NAME).is_file():
         return folder_tree(source.parent)
-    if bytes(place.read(0, min(4, place.length))) == b"PK\x03\x04" and not is_torch_file(place):
+    if is_archive(place):
         return archive_tree(source, stack)
+    if (source.parent / NEMO_SETTINGS).is_file() and source.name == NEMO_WEIGHTS:
+        return folder_tree(source.parent)
     return file_tree(source)
 
 

@@ -19,6 +19,7 @@ from megatron_bert.convert.json_files import parse_json
 from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
+from parallel.stored.strange_files import refuse_strange
 
 _DTYPES = {
     "F64": torch.float64,
@@ -45,6 +46,7 @@ def read_safetensors(place: FileRange) -> dict[str, StateTensor]:
     damaged = f"{place.label} is a damaged safetensors file"
     (length,) = struct.unpack("<Q", place.read(0, 8)) if place.length >= 8 else (0,)
     if not 2 <= length <= min(_LONGEST_HEADER, place.length - 8):
+        refuse_strange(place)
         raise UserError(f"{damaged}: its header is cut off; fetch it again")
     header = parse_json(bytes(place.read(8, length)), f"the header of {place.label}")
     data = place.part(8 + length, place.length - 8 - length)

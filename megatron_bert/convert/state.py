@@ -20,6 +20,7 @@ from parallel.errors import UserError
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 VOCABULARY_BIAS = "masked_head.bias"
+POOLER = "pair_head.pooler.weight"
 #: Tensors with a row for each word; they are padded and trimmed together.
 VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
 #: Beginnings of the names of a fine-tuned model's head, which is no part of a pretraining model.
@@ -142,7 +143,7 @@ class CanonicalState(Mapping[str, StateTensor]):
     @property
     def has_pooler(self) -> bool:
         """Whether the pooler is there."""
-        return "pair_head.pooler.weight" in self.tensors
+        return POOLER in self.tensors
 
     @property
     def has_pair_head(self) -> bool:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError
+from parallel.whole_files import reporting
+
+_REMEDY = "check the disk, or use a copy of the file"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class FileRange:
         data = bytearray(length)
         view = memoryview(data)
         done = 0
-        with wanted.path.open("rb", buffering=0) as file:
+        with reporting("read", self.label, _REMEDY), wanted.path.open("rb", buffering=0) as file:
             file.seek(wanted.start)
             while done < length:
                 # readinto is interrupted at 2 GiB by the kernel, and may return less at any time.
@@ -89,7 +92,8 @@ class _RangeReader(io.RawIOBase):
 
     def __init__(self, place: FileRange) -> None:
         self._range, self._at = place, 0
-        self._file = place.path.open("rb", buffering=0)
+        with reporting("read", place.label, _REMEDY):
+            self._file = place.path.open("rb", buffering=0)
 
     def readable(self) -> bool:
         return True
@@ -109,8 +113,9 @@ class _RangeReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         room = max(0, min(len(buffer), self._range.length - self._at))
-        self._file.seek(self._range.start + self._at)
-        count = self._file.readinto(memoryview(buffer)[:room])
+        with reporting("read", self._range.label, _REMEDY):
+            self._file.seek(self._range.start + self._at)
+            count = self._file.readinto(memoryview(buffer)[:room])
         self._at += count
         return count
 

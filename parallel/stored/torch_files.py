@@ -15,6 +15,7 @@ from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.stored.pickles import load_pickle
 from parallel.stored.stored_tensor import StorageRecord
+from parallel.stored.strange_files import refuse_strange
 from parallel.stored.torch_vocabulary import torch_vocabulary
 from parallel.stored.vocabulary import Vocabulary
 from parallel.stored.zip_members import open_zip, stored_range
@@ -23,7 +24,6 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _STREAM_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _STREAM_PROTOCOL = 1001
-_TAR_MAGIC = (257, b"ustar")
 _LONGEST_PICKLE = 1 << 30
 
 
@@ -44,15 +44,12 @@ def load_torch_file(place: FileRange) -> Any:
     Raises:
         UserError: the file is of another kind or damaged, or asks to load something else than data.
     """
-    start = place.read(0, min(place.length, _TAR_MAGIC[0] + 8))
+    start = place.read(0, min(place.length, len(_STREAM_START)))
     if start.startswith(_ZIP_MAGIC):
         return _load_zip(place)
     if start.startswith(_STREAM_START):
         return _load_stream(place)
-    if start[_TAR_MAGIC[0] :].startswith(_TAR_MAGIC[1]):
-        raise UserError(f"{place.label} is a tar file, as torch wrote before 0.1.10 and NeMo does: unpack it first")
-    if place.length == 0:
-        raise UserError(f"{place.label} is empty: fetch it again")
+    refuse_strange(place)
     raise UserError(f"{place.label} is no file of torch.save: give a checkpoint, or a .zip file with one")
 
 
