@@ -28,9 +28,14 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 def write_split(
     directory: Path, task: Task, split: str, examples: list[Any], predictions: list[Prediction]
 ) -> list[str]:
-    """Write a split's predictions, its files to submit and its confusion matrix; their names in the directory."""
+    """Write a split's predictions, each beside its example, its files to submit and its confusion matrix.
+
+    Returns:
+        The names of the files in the directory.
+    """
     path = directory / f"predictions_{split}.jsonl"
-    write_predictions(path, predictions)
+    shown = (task.shown(example) for example in examples)
+    write_predictions(path, ({"id": p["id"], **beside, **p} for p, beside in zip(predictions, shown, strict=True)))
     paths = [path]
     submission = directory / f"submission_{split}"
     submission.mkdir(exist_ok=True)

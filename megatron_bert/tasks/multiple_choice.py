@@ -119,6 +119,12 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
             )
         return predictions
 
+    def shown(self, example: ChoiceExample) -> dict[str, Any]:
+        """`question`, `choices`, `context`, and `gold_label`, the index of the right choice."""
+        context = {} if example.context is None else {"context": example.context}
+        gold = {} if example.answer is None else {"gold_label": example.answer}
+        return {"question": example.question, "choices": list(example.choices)} | context | gold
+
     def metrics(self, examples: Sequence[ChoiceExample], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Share of right choices, of all questions and of each part."""
         pairs = [(e, p["label"]) for e, p in zip(examples, predictions, strict=True) if e.answer is not None]

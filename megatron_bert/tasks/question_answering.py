@@ -175,6 +175,11 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
             entry["expected_f1"] = value
         return entries[int(expected.argmax())]
 
+    def shown(self, example: SpanExample) -> dict[str, Any]:
+        """`question`, `context`, and `gold_answers`, the texts of the right answers, none where there is none."""
+        gold = {"gold_answers": [answer.text for answer in example.answers]} if example.labelled else {}
+        return {"question": example.question, "context": example.context} | gold
+
     def metrics(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Exact match and F1, 0 to 100, as SQuAD's scripts report them."""
         judged = self._judged(examples, predictions)

@@ -108,6 +108,18 @@ class SequenceTask(Task[TextExample, Unit]):
             for unit, scores in zip(units, logits, strict=True)
         ]
 
+    def shown(self, example: TextExample) -> dict[str, Any]:
+        """`text`, `text_pair`, and `gold_label`, `gold_labels` or `gold_value`."""
+        texts = {"text": example.text} | ({} if example.text_pair is None else {"text_pair": example.text_pair})
+        if not example.target:
+            return texts
+        if self.problem == "regression":
+            return texts | {"gold_value": example.target[0]}
+        if self.problem == "single_label_classification":
+            return texts | {"gold_label": self.labels[int(example.target[0])]}
+        given = [label for label, value in zip(self.labels, example.target, strict=True) if value]
+        return texts | {"gold_labels": given}
+
     def _prediction(self, scores: np.ndarray) -> Prediction:
         if self.problem == "regression":
             return {"value": float(scores[0])}

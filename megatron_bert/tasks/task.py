@@ -225,6 +225,14 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         """
 
     @abstractmethod
+    def shown(self, example: ExampleT) -> dict[str, Any]:
+        """What stands beside the prediction of an example in a file.
+
+        Its texts, as in a row of a stream, and the right answer, where it is known, under the prediction's key with
+        `gold_` before it.
+        """
+
+    @abstractmethod
     def metrics(self, examples: Sequence[ExampleT], predictions: Sequence[Prediction]) -> dict[str, float]:
         """`metrics_names` and their values over the labelled examples; {} where none is labelled."""
 

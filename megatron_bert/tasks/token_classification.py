@@ -176,6 +176,10 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
             "entities": found,
         }
 
+    def shown(self, example: WordsExample) -> dict[str, Any]:
+        """`gold_tags`; the text and its words are in the prediction."""
+        return {} if example.tags is None else {"gold_tags": list(example.tags)}
+
     def metrics(self, examples: Sequence[WordsExample], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Precision, recall and F1 of whole entities by seqeval, strict for the scheme, and accuracy of the tags."""
         labelled = [(e.tags, p) for e, p in zip(examples, predictions, strict=True) if e.tags]

@@ -34,6 +34,9 @@ def test_each_split_is_predicted_once_and_written_as_scored(tmp_path: Path, monk
     for split in ("valid", "test"):
         rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").open(encoding="utf-8")]
         found = [json.loads(line) for line in (tmp_path / "run" / f"predictions_{split}.jsonl").open(encoding="utf-8")]
+        assert [(f["id"], f["text"], f["gold_label"]) for f in found] == [
+            (r["id"], r["text"], r["label"]) for r in rows
+        ]
         right = [row["label"] == answer["label"] for row, answer in zip(rows, found, strict=True)]
         assert results["splits"][split]["accuracy"] == pytest.approx(sum(right) / len(right))
         assert next(iter(results["splits"][split])) == "loss"
