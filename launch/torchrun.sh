@@ -12,6 +12,7 @@
 #   --wait SECONDS        how long a host waits for enough others, or as a spare (default 600)
 #   --logs DIR            a log file for each rank, seen by all hosts (default: logs/ and the time)
 #
+# A run that is refused, or fails twice in the same way at the same step, is not started again; its code is 2 when refused.
 # SIGTERM, SIGUSR1 or Control-C: the run saves and stops; a second Control-C ends it at once.
 set -uo pipefail
 
@@ -70,14 +71,23 @@ fi
 
 # In a session of its own, so that Control-C reaches this script alone. The ranks ignore SIGUSR1 until they can take it.
 trap '' USR1
-setsid "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$processes" --max-restarts="$restarts" \
+setsid "$python" -m megatron_bert.launching.agent "${meeting[@]}" --nproc-per-node="$processes" --max-restarts="$restarts" \
     -m megatron_bert "$@" &
 agent=$!
 asked=
+ask() { # again and again, for ranks that are not started yet, or not ready to hear it
+    while kill -0 "$agent" 2>/dev/null; do
+        for rank in $(ps -o pid= --ppid "$agent"); do kill -USR1 "$rank" 2>/dev/null; done
+        sleep 1
+    done
+}
 stop() {
-    if [ -n "$asked" ] && [ "$1" = INT ]; then kill -TERM "$agent" 2>/dev/null; fi
+    if [ -z "$asked" ]; then
+        ask &
+    elif [ "$1" = INT ]; then
+        kill -TERM "$agent" 2>/dev/null
+    fi
     asked=1
-    for rank in $(ps -o pid= --ppid "$agent"); do kill -USR1 "$rank" 2>/dev/null; done
 }
 trap 'stop INT' INT
 trap 'stop TERM' TERM

@@ -212,8 +212,8 @@ class TestTorchrun:
         done = checkout.run("torchrun.sh", "--logs", "here", "pretrain", "a.yaml", "data.train=a b")
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
-            "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=10 -m megatron_bert pretrain "
-            "a.yaml data.train=a b",
+            "-m megatron_bert.launching.agent --standalone --nproc-per-node=2 --max-restarts=10 -m megatron_bert "
+            "pretrain a.yaml data.train=a b",
             "here ",
         ]
 
@@ -223,7 +223,7 @@ class TestTorchrun:
         assert done.returncode == 0, done.stderr
         command, variables = done.stdout.splitlines()
         assert command == (
-            "-m torch.distributed.run --nnodes=2:4 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 "
+            "-m megatron_bert.launching.agent --nnodes=2:4 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 "
             "--rdzv-id=megatron-bert --local-addr=127.0.0.1 --rdzv-conf=join_timeout=60,read_timeout=9 "
             "--nproc-per-node=8 --max-restarts=3 -m megatron_bert finetune a.yaml"
         )

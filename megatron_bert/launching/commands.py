@@ -11,6 +11,9 @@ _SUBMIT = """\
 Check that the settings fit the nodes, write a batch script, and submit it to Slurm. The job saves before its time limit
 and is queued again by itself until the run is done; preemption and lost nodes end the same way."""
 
+#: Exit codes of `failures --check-retry` for runs that should not be started again.
+_REFUSED, _REPEATED = 3, 4
+
 
 def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("submit", help="submit a run to Slurm", description=_SUBMIT)
@@ -60,13 +63,22 @@ def _add_failures(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
         "failures", help="say which rank of a failed run failed first, and why, from its log directory"
     )
     parser.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="directory of the rank_*.log files")
+    parser.add_argument(
+        "--check-retry",
+        action="store_true",
+        help=f"end with {_REFUSED} if the run was refused, {_REPEATED} if it failed twice in the same way",
+    )
     parser.set_defaults(func=_failures)
 
 
-def _failures(arguments: argparse.Namespace) -> None:
-    from megatron_bert.launching.failures import summary
+def _failures(arguments: argparse.Namespace) -> int:
+    from megatron_bert.launching.failures import summary, why_final
 
     print(summary(arguments.log_dir))
+    final = why_final(arguments.log_dir) if arguments.check_retry else None
+    if final is None:
+        return 0
+    return _REFUSED if final.refused else _REPEATED
 
 
 def _add_doctor(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

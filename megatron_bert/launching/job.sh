@@ -26,8 +26,8 @@ if [ "$STYLE" = torchrun ]; then
     # One agent a node, which starts a process a GPU, and starts all of them again when one fails. Without a store of
     # each start's own a process can find the address of one that is gone.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    run=(-m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$GPUS_PER_NODE" --max-restarts="$MAX_RESTARTS"
-        --rdzv-backend=c10d --rdzv-id="$run_id" --rdzv-endpoint="$address:$(port_of 0)" "${run[@]}")
+    run=(-m megatron_bert.launching.agent --nnodes="$nodes" --nproc-per-node="$GPUS_PER_NODE"
+        --max-restarts="$MAX_RESTARTS" --rdzv-backend=c10d --rdzv-id="$run_id" --rdzv-endpoint="$address:$(port_of 0)" "${run[@]}")
     step+=(--ntasks="$nodes" --ntasks-per-node=1)
     tries=1
 else
@@ -67,8 +67,11 @@ for ((try = 0; try < tries; try++)); do
     [ -z "$ended" ] || break
     echo "job $run_id: the run failed with code $code"
     srun --nodes=1 --ntasks=1 --overlap ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} \
-        "$PYTHON" -m megatron_bert failures "$MEGATRON_BERT_LOG_DIR"
-    [ "$code" != 2 ] || break # settings or files that another try will not mend
+        "$PYTHON" -m megatron_bert failures --check-retry "$MEGATRON_BERT_LOG_DIR"
+    case $? in # the code of srun may be that of a rank which was ended because of another
+        3) code=2 && break ;; # refused
+        4) code=1 && break ;; # failed twice in the same way
+    esac
 done
 
 case $code in

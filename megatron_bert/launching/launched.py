@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
+from megatron_bert.launching.records import Record, rank_file
 from megatron_bert.launching.slurm_environment import adopt_slurm
 from parallel.errors import UserError
-from parallel.hosts import host_name
 
 #: Names the directory for the log files and records of a start; launchers set it.
 LOG_VARIABLE = "MEGATRON_BERT_LOG_DIR"
 #: Seconds that leftover loader processes, and the last lines of rank 0, may take at the end.
 _PATIENCE = 5.0
-
-
-def rank_file(folder: Path, rank: int, ending: str) -> Path:
-    """The log (``log``) or the record (``jsonl``) of a rank."""
-    return folder / f"rank_{rank:05d}.{ending}"
 
 
 @contextmanager
@@ -52,9 +44,10 @@ def launched_process() -> Iterator[None]:
         folder = Path(named)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _log_to(rank_file(folder, rank, "log"), echo=rank == 0)
-            record = _Record(rank_file(folder, rank, "jsonl"), rank)
-            record.write("started", size=size)
+            log = rank_file(folder, rank, "log")
+            _log_to(log, echo=rank == 0)
+            record = Record(folder, rank)
+            record.write("started", size=size, log_bytes=log.stat().st_size)
         except OSError as error:
             raise UserError(f"{LOG_VARIABLE} is {named}, which cannot be written ({error.strerror})") from None
     before = multiprocessing.active_children()
@@ -62,41 +55,13 @@ def launched_process() -> Iterator[None]:
         yield
     except BaseException as error:
         if record is not None:
-            record.write("failed", **_description(error))
+            record.failed(error)
         raise
     else:
         if record is not None:
             record.write("ended")
     finally:
         _end_children([child for child in multiprocessing.active_children() if child not in before])
-
-
-class _Record:
-    """A file of JSON lines, one an event."""
-
-    def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.rank = path, rank
-
-    def write(self, event: str, **details: Any) -> None:
-        line = {"event": event, "rank": self.rank, "host": host_name(), "pid": os.getpid(), "time": time.time()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | details) + "\n")
-
-
-def _description(error: BaseException) -> dict[str, Any]:
-    """An error, where it was raised, and the first of those it came from."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    frames = traceback.extract_tb(cause.__traceback__)
-    place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else None
-    return {
-        "error": type(error).__name__,
-        "message": str(error),
-        "cause": type(cause).__name__,
-        "cause_message": str(cause),
-        "place": place,
-    }
 
 
 def _log_to(path: Path, *, echo: bool) -> None:

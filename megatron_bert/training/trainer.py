@@ -103,8 +103,15 @@ class Trainer:
     def run(self, stop: StopRequest, report: Report) -> str | None:
         """Train to the last step, or until asked to stop; returns why it stopped early, None at the end.
 
-        A run that follows a score also ends when that has not improved for long enough.
+        A run that follows a score also ends when that has not improved for long enough. An error carries its step.
         """
+        try:
+            return self._run(stop, report)
+        except Exception as error:
+            error.add_note(f"in step {self.step + 1}")
+            raise
+
+    def _run(self, stop: StopRequest, report: Report) -> str | None:
         settings, total = self.settings, self.objective.total_steps
         batches = self.objective.training_batches(
             self.mesh, self.consumed_samples, total - self.step, self.world.device

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,25 @@ def test_tensor_parallel_run(tmp_path: Path) -> None:
     newest = latest_checkpoint(tmp_path / "two" / "checkpoints")
     assert newest is not None
     assert len(list(newest.glob("*.distcp"))) == 2
+
+
+@pytest.mark.slow
+def test_stop_in_the_first_second(tmp_path: Path) -> None:
+    """Before the ranks are there to hear it."""
+    make_data(tmp_path)
+    config = write_config(run_settings(tmp_path, tmp_path / "run", parallel__data=None), tmp_path / "settings.yaml")
+    script = Path(__file__).resolve().parents[2] / "launch" / "torchrun.sh"
+    started = subprocess.Popen(
+        ["bash", str(script), "--processes", "2", "--logs", "logs", "pretrain", str(config), "training.steps=100000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    time.sleep(0.3)  # the script has come to its traps
+    started.terminate()
+    output, _ = started.communicate(timeout=200)
+    assert started.returncode == 0, output
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["reason"] == "SIGUSR1"
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints") is not None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 
 from megatron_bert.cli import main
 from megatron_bert.launching.failures import summary
-from megatron_bert.launching.launched import LOG_VARIABLE, rank_file
+from megatron_bert.launching.launched import LOG_VARIABLE
+from megatron_bert.launching.records import Record, rank_file, read_starts
 from megatron_bert.launching.slurm_environment import adopt_slurm, first_node, meeting_port
 
 
@@ -80,10 +83,12 @@ class Records:
         with rank_file(self.folder, rank, "jsonl").open("a") as file:
             file.write(json.dumps(line | details) + "\n")
 
-    def fail(self, rank: int, after: float, error: str, message: str, cause: str = "", words: str = "") -> None:
+    def fail(
+        self, rank: int, after: float, error: str, message: str, cause: str = "", words: str = "", **more: Any
+    ) -> None:
         cause, words = cause or error, words or message
         details = {"error": error, "message": message, "cause": cause, "cause_message": words, "place": "f.py:3 in g"}
-        self.write(rank, "failed", self.start + after, **details)
+        self.write(rank, "failed", self.start + after, **details, **more)
 
 
 class TestSummary:
@@ -125,7 +130,9 @@ class TestSummary:
         later = Records(tmp_path, 2, start=1e9 + 1000)
         later.write(0, "ended", 1e9 + 2000)
         later.write(1, "ended", 1e9 + 2000)
-        assert summary(tmp_path) == "no rank of the last start failed (2 ranks)"
+        first, last = summary(tmp_path).splitlines()
+        assert re.match(r"start 1 of 2 at .*: failed first: rank 3 on n1 .* ArithmeticError: of old$", first)
+        assert last == "no rank of the last start failed (2 ranks)"
 
     def test_only_connections_were_lost(self, tmp_path: Path) -> None:
         records = Records(tmp_path, 2)
@@ -139,12 +146,79 @@ class TestSummary:
         records.fail(1, 1, "DistNetworkError", "Connection reset by peer")
         assert summary(tmp_path).startswith("failed first: rank 0 on n0")
 
+    def test_what_another_rank_could_not_do(self, tmp_path: Path) -> None:
+        """Rank 0 reports what went wrong on rank 1, before that rank does."""
+        records = Records(tmp_path, 3)
+        for rank, after in ((0, 1.0), (1, 1.5), (2, 1.2)):
+            records.fail(rank, after, "UserError", "the checkpoint cannot be written", ranks=[1])
+        text = summary(tmp_path)
+        assert text.startswith("failed first: rank 1 on n0 (process 101)")
+        assert "the same error on ranks 0, 2" in text
+
+    def test_every_start_is_kept(self, tmp_path: Path) -> None:
+        for number in range(3):
+            records = Records(tmp_path, 2, start=1e9 + 10 * number)
+            records.fail(number % 2, 1, "ArithmeticError", f"failure {number}")
+        lines = summary(tmp_path).splitlines()
+        assert [line.rsplit(" ", 2)[1:] for line in lines[:2]] == [["failure", "0"], ["failure", "1"]]
+        assert lines[2].startswith("failed first: rank 0")
+        assert lines[2].endswith("failure 2")
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            b"{",
+            b"null\n[]\n1\n",
+            b'{"event": "started", "rank": "0"}\n',
+            b"\xff\xfe\x00\n",
+            b'{"event": ["a"]}\n',
+            b"[" * 9999,
+        ],
+        ids=["cut", "other", "kinds", "bytes", "event", "deep"],
+    )
+    def test_damaged_records(self, tmp_path: Path, damage: bytes) -> None:
+        Records(tmp_path, 2).fail(1, 1, "ArithmeticError", "found all the same")
+        for rank in (0, 1, 7):
+            with rank_file(tmp_path, rank, "jsonl").open("ab") as file:
+                file.write(damage)
+        assert "rank 1 on n0 (process 101)" in summary(tmp_path).splitlines()[0]
+
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["failures", str(tmp_path)]) == 2
         assert "holds no records of ranks" in capsys.readouterr().err
         Records(tmp_path, 1).fail(0, 0, "ValueError", "wrong")
-        assert main(["failures", str(tmp_path)]) == 0
+        assert main(["failures", str(tmp_path), "--check-retry"]) == 0
         assert "ValueError: wrong" in capsys.readouterr().out
+
+    def test_what_another_start_cannot_help(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        def fail(number: int, error: str, step: int) -> int:
+            records = Records(tmp_path, 2, start=1e9 + 10 * number)
+            records.fail(0, 1, "DistBackendError", "Connection closed by peer")
+            records.fail(1, 2, error, "wrong", notes=[f"in step {step}"])
+            return main(["failures", str(tmp_path), "--check-retry"])
+
+        assert [fail(0, "ArithmeticError", 7), fail(1, "ArithmeticError", 8)] == [0, 0]
+        assert fail(2, "ArithmeticError", 8) == 4
+        assert "another start would not help: the start before it failed in the same way" in capsys.readouterr().out
+        assert fail(3, "RuntimeError", 8) == 0
+        assert fail(4, "UserError", 8) == 3
+        assert "it was refused" in capsys.readouterr().out
+
+    def test_lost_connections_are_no_reason_to_give_up(self, tmp_path: Path) -> None:
+        for number in range(3):
+            Records(tmp_path, 2, start=1e9 + 10 * number).fail(0, 1, "DistBackendError", "Connection closed by peer")
+        assert main(["failures", str(tmp_path), "--check-retry"]) == 0
+
+
+def test_times_are_those_of_the_shared_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts whose clocks are hours apart agree on the order of their failures."""
+    for rank, ahead in ((0, 7200.0), (1, -7200.0)):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: 1e9 + ahead)
+        Record(tmp_path, rank).write("started", size=2)
+    for rank in (1, 0):
+        Record(tmp_path, rank).failed(ArithmeticError(f"on rank {rank}"))
+    (start,) = read_starts(tmp_path)
+    assert [end.rank for end in start.failed] == [1, 0]
 
 
 STEP = {
