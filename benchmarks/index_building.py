@@ -42,7 +42,7 @@ def measure(sizes: np.ndarray, bounds: np.ndarray) -> dict[str, float]:
         (0, len(bounds) - 1),
         max_tokens=SEQ_LENGTH - 3,
         short_sequence_probability=SHORT_SEQUENCE_PROBABILITY,
-        minimum_sentences=2,
+        pairs=True,
         seed=SEED,
     )
     seconds = time.perf_counter() - started

@@ -118,7 +118,9 @@ class DataSettings(Section):
         0.1, ge=0, lt=1, description="Share of samples with a random short length."
     )
     pair_objective: Literal["sop", "nsp", "none"] = Field(
-        "sop", description="Sentence order prediction, next sentence prediction, or single segments."
+        "sop",
+        description="Sentence order prediction, next sentence prediction, or single segments, which use every token "
+        "of the corpus once an epoch.",
     )
     packed: bool = Field(
         False, description="Concatenate the sequences of a micro batch without padding, instead of a padded rectangle."

@@ -91,6 +91,11 @@ class Blend:
         layout = np.argsort((ranks + 0.5) / counts[owners], kind="stable")
         self._owners, self._ranks, self._counts = owners[layout], ranks[layout], counts
 
+    def counts(self, draws: int) -> np.ndarray:
+        """How many of the first `draws` draws go to each dataset, int64 [datasets]."""
+        blocks, rest = divmod(draws, BLEND_BLOCK)
+        return blocks * self._counts + np.bincount(self._owners[:rest], minlength=len(self._counts))
+
     def locate(self, draws: Any) -> tuple[Any, Any]:
         """Tell which dataset each draw goes to, and how many earlier draws went to the same dataset.
 
@@ -141,6 +146,10 @@ class BlendedCorpus:
             here = (owners == owner) & (epochs == epoch)
             indices[here] = shuffled(indices[here], self._lengths[owner], self._key(owner, epoch))
         return owners, epochs, indices
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often the first `samples` samples of the stream go through each dataset."""
+        return (self._blend.counts(samples) / np.array(self._lengths)).tolist()
 
     def sample(self, global_sample: int) -> "Sample":
         """Build the sample at one position of the stream."""

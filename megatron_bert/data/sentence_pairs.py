@@ -1,4 +1,4 @@
-"""Training samples: two segments of one document, masked, as a pure function of (seed, epoch, sample)."""
+"""Training samples: one or two segments of a document, masked, as a pure function of (seed, epoch, sample)."""
 
 import hashlib
 import os
@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from megatron_bert.data.corpus_use import CorpusUse, corpus_use
 from megatron_bert.data.hashing import derive_key
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.masking import mask_tokens
-from megatron_bert.data.sample_index import LONG_SENTENCE, build_samples, split_documents
+from megatron_bert.data.sample_index import build_samples, cut_margin, piece_starts, split_documents
 from megatron_bert.data.tokenizers import Tokenizer
 from parallel.errors import UserError
 
@@ -20,7 +21,7 @@ __all__ = ["Objective", "PairDataset", "Sample", "build_samples", "split_documen
 Objective = Literal["sop", "nsp", "none"]
 """What the pair label says: sentence order (swapped?), next sentence (random?), or nothing (one segment)."""
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Part of the name of cached sample indices; raised when the rules of `build_samples` change."""
 
 
@@ -83,19 +84,22 @@ class PairDataset:
         _check_shares(mask_probability=mask_probability, short_sequence_probability=short_sequence_probability)
         self.indexed, self.documents, self.tokenizer = indexed, documents, tokenizer
         self.seq_length, self.max_predictions = seq_length, max_predictions
-        self.mask_probability, self.max_ngram = mask_probability, max_ngram
+        self.mask_probability, self.max_ngram, self.whole_word = mask_probability, max_ngram, whole_word
         self.short_sequence_probability, self.objective, self.seed = short_sequence_probability, objective, seed
         self._key = np.array([derive_key(seed), 0], dtype=np.uint64)
         self._special = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._special[list(tokenizer.special_ids)] = True
         self._random_ids = np.flatnonzero(~self._special).astype(np.int32)
-        self._word_starts = tokenizer.word_starts if whole_word else np.ones(tokenizer.vocab_size, dtype=bool)
         self._index = self._load_index(Path(cache_directory) if cache_directory is not None else None)
         self._documents_of_samples = self._find_documents() if objective == "nsp" else None
 
     def __len__(self) -> int:
         """Samples in one epoch."""
         return len(self._index)
+
+    def use(self) -> CorpusUse:
+        """How much of the documents the samples of an epoch hold."""
+        return corpus_use(self.indexed, self.documents, self._index)
 
     def sample(self, epoch: int, index: int) -> Sample:
         """Build one sample; the same arguments always give the same sample.
@@ -110,8 +114,7 @@ class PairDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.indexed.prefix}")
         rng = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, index, epoch]))
-        first, last, target = self._index[index].tolist()
-        segments, pair_label = self._segments(index, first, last, target, rng)
+        segments, pair_label = self._segments(index, rng)
         cls, sep = (np.array([token_id], dtype=np.int32) for token_id in (self.tokenizer.cls_id, self.tokenizer.sep_id))
         pieces, starts = [cls], [_ONE_WORD]
         for ids, word_starts in segments:
@@ -133,13 +136,11 @@ class PairDataset:
         )
         return Sample(masked.tokens, types, masked.positions, masked.labels, pair_label)
 
-    def _segments(
-        self, index: int, first: int, last: int, target: int, rng: np.random.Generator
-    ) -> tuple[list["_Segment"], int]:
-        """The one or two segments of a sample, cut to `target` tokens, and the pair label."""
-        whole, borders = self._read(first, last)
+    def _segments(self, index: int, rng: np.random.Generator) -> tuple[list["_Segment"], int]:
+        """The one or two segments of a sample, two cut to its target length, and the pair label."""
+        whole, borders = self._read(index)
         if self.objective == "none":
-            return [_trim(whole, min(len(whole.ids), target), rng)], -1
+            return [whole], -1
         # Between two of its sentences, of which every sample has at least two.
         middle = int(borders[rng.integers(1, len(borders) - 1)])
         a, b = whole.cut(0, middle), whole.cut(middle, len(whole.ids))
@@ -148,20 +149,36 @@ class PairDataset:
             a, b = b, a
         elif pair_label:
             b = self._random_segment(index, rng)
-        length_a, length_b = _truncated(len(a.ids), len(b.ids), target)
+        length_a, length_b = _truncated(len(a.ids), len(b.ids), int(self._index[index, 2]))
         return [_trim(a, length_a, rng), _trim(b, length_b, rng)], pair_label
 
-    def _read(self, first: int, last: int) -> tuple["_Segment", np.ndarray]:
-        """Tokens of consecutive sentences, and where each sentence starts in them (then their number)."""
-        stored = self.indexed.tokens(first, last)
+    def _read(self, index: int) -> tuple["_Segment", np.ndarray]:
+        """Tokens of a sample, and where each sentence (or piece of one) starts in them, then their number."""
+        first, last, _, begin, end = self._index[index].tolist()
+        sizes = self.indexed.sizes[first:last].astype(np.int64)
+        sizes = sizes[sizes > 0]
+        starts = np.cumsum(sizes) - sizes
+        stop = int(starts[-1]) + end
+        # Cuts inside a sentence move back to the start of a word, for which a little more is read on both sides.
+        margin = cut_margin(self._room)
+        low = max(0, begin - margin)
+        stored = self.indexed.tokens(first, last)[low : stop + 1]
         if stored.min() < 0 or stored.max() >= self.tokenizer.vocab_size:
             self._refuse_ids(first, last)
         ids = stored.astype(np.int32)
-        sizes = self.indexed.sizes[first:last]
-        borders = np.concatenate([[0], np.cumsum(sizes[sizes > 0])])
-        word_starts = self._word_starts[ids]
-        word_starts[borders[:-1]] = True
-        return _Segment(ids, word_starts), borders
+        word_starts = self.tokenizer.word_starts[ids]
+        sentence_starts = starts[starts >= low] - low
+        word_starts[sentence_starts] = True
+        begin, stop = (_word_start(word_starts, cut - low, margin) for cut in (begin, stop))
+        borders = [begin, *sentence_starts.tolist(), stop]
+        if self.objective != "none":
+            for k in np.flatnonzero(sizes > self._room):
+                cuts = starts[k] - low + piece_starts(int(sizes[k]), self._room)
+                borders += [_word_start(word_starts, cut, margin) for cut in cuts.tolist() if begin < cut < stop]
+        if not self.whole_word:
+            word_starts = np.ones_like(word_starts)
+        inside = np.unique([border for border in borders if begin <= border <= stop])
+        return _Segment(ids, word_starts).cut(begin, stop), inside - begin
 
     def _random_segment(self, index: int, rng: np.random.Generator) -> "_Segment":
         """Consecutive sentences from some sample of another document."""
@@ -170,8 +187,7 @@ class PairDataset:
         begin, end = (int(np.searchsorted(owners, owners[index], side=side)) for side in ("left", "right"))
         other = int(rng.integers(len(self) - (end - begin)))
         other += (end - begin) * (other >= begin)
-        first, last, _ = self._index[other].tolist()
-        whole, borders = self._read(first, last)
+        whole, borders = self._read(other)
         return whole.cut(int(borders[rng.integers(len(borders) - 1)]), len(whole.ids))
 
     def _refuse_ids(self, first: int, last: int) -> None:
@@ -200,16 +216,16 @@ class PairDataset:
             self.indexed.sizes,
             self.indexed.document_indices,
             self.documents,
-            max_tokens=self.seq_length - self._special_tokens,
+            max_tokens=self._room,
             short_sequence_probability=self.short_sequence_probability,
-            minimum_sentences=self._minimum_sentences,
+            pairs=self.objective != "none",
             seed=self.seed,
         )
         if len(index) == 0:
+            needs = "tokens" if self.objective == "none" else f"two sentences for pair_objective {self.objective}"
             raise UserError(
                 f"Documents {self.documents[0]} to {self.documents[1]} of {self.indexed.prefix} give no sample: "
-                f"a document needs {self._minimum_sentences} sentence(s) or more, none above {LONG_SENTENCE} tokens; "
-                f"check the split and the corpus."
+                f"a document needs {needs}; check the split and the corpus."
             )
         if path is None:
             return index
@@ -220,12 +236,9 @@ class PairDataset:
         return np.asarray(np.load(path, mmap_mode="r"))
 
     @property
-    def _minimum_sentences(self) -> int:
-        return 1 if self.objective == "none" else 2
-
-    @property
-    def _special_tokens(self) -> int:
-        return 2 if self.objective == "none" else 3
+    def _room(self) -> int:
+        """Tokens a sample holds beside the special ones."""
+        return self.seq_length - (2 if self.objective == "none" else 3)
 
     def _index_key(self) -> str:
         """Hash of everything the sample index depends on."""
@@ -233,9 +246,9 @@ class PairDataset:
             INDEX_VERSION,
             self.indexed.fingerprint(),
             self.documents,
-            self.seq_length - self._special_tokens,
+            self._room,
             self.short_sequence_probability,
-            self._minimum_sentences,
+            self.objective != "none",
             self.seed,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -262,6 +275,15 @@ class _Segment(NamedTuple):
 
     def cut(self, begin: int, end: int) -> "_Segment":
         return _Segment(self.ids[begin:end], self.word_starts[begin:end])
+
+
+def _word_start(word_starts: np.ndarray, place: int, margin: int) -> int:
+    """The last start of a word at most `margin` tokens before a place, or the place itself."""
+    window = word_starts[max(0, place - margin) : place + 1]
+    found = np.flatnonzero(window)
+    if place >= len(word_starts) or not found.size:
+        return place
+    return place - (len(window) - 1 - int(found[-1]))
 
 
 def _truncated(length_a: int, length_b: int, total: int) -> tuple[int, int]:

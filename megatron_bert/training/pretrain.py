@@ -76,7 +76,8 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
             with Report(
                 training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=training.steps
             ) as report:
-                report.say(trainer.describe())
+                for line in (trainer.describe(), *objective.describe_data(trainer.step)):
+                    report.say(line)
                 if resume_from is not None:
                     report.say(f"resuming from {resume_from}")
                 elif settings.model.from_ is not None:

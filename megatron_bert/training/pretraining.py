@@ -13,10 +13,12 @@ from megatron_bert.config import Settings
 from megatron_bert.convert.opening import load_into
 from megatron_bert.data.corpora import Part
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
+from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch, TokenBatch
 from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits, loss_sums
 from megatron_bert.training.build import StagedModel
+from megatron_bert.training.data_report import describe_held_out_data, describe_training_data
 from megatron_bert.training.evaluation import evaluate
 from megatron_bert.training.objective import Objective
 from parallel.errors import UserError
@@ -43,6 +45,7 @@ class Pretraining(Objective):
         self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         self.total_steps = settings.training.steps
         self.evaluate_every = settings.training.evaluate_every
+        self._corpora: dict[Part, BlendedCorpus] = {}
 
     @property
     def loss_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -73,10 +76,19 @@ class Pretraining(Objective):
         for part in parts:
             source = self._source(mesh, part, 0)
             if world.is_first:
-                source.open()
+                _, self._corpora[part] = source.open()
             dist.barrier()
             if not world.is_first:
                 source.open()
+
+    def describe_data(self, first_step: int) -> list[str]:
+        """What rank 0 says of the data once it is prepared, where the run starts after step ``first_step``."""
+        lines = []
+        if "train" in self._corpora:
+            lines += describe_training_data(self.settings, self._corpora["train"], first_step)
+        if "valid" in self._corpora:
+            lines += describe_held_out_data(self.settings, self._corpora["valid"])
+        return lines
 
     def training_batches(
         self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device

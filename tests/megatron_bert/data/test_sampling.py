@@ -57,6 +57,7 @@ def test_blending_counts_draws_and_follows_the_weights(weights: list[float]) -> 
         behind = np.cumsum(mine) - share * (draws + 1)
         assert np.abs(behind).max() <= len(weights) + 2, "every prefix follows the weights"
         assert abs(mine[:BLEND_BLOCK].sum() - share * BLEND_BLOCK) < 1
+    assert Blend(weights).counts(len(draws)).tolist() == np.bincount(owners, minlength=len(weights)).tolist()
     some = np.array([0, 5, BLEND_BLOCK + 3])
     assert [tuple(map(int, Blend(weights).locate(int(draw)))) for draw in some] == list(
         zip(owners[some], earlier[some])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def test_pairs_are_two_framed_segments_of_their_sources(tmp_path: Path, objectiv
     for index in range(len(dataset)):
         sample = dataset.sample(0, index)
         a, b = segments(sample)
-        first, last, target = dataset._index[index]
-        source = corpus.tokens(first, last).tolist()
+        first, last, target, *_ = dataset._index[index]
+        source = dataset._read(index)[0].ids.tolist()
+        assert contains(corpus.tokens(first, last).tolist(), source)
         owner = int(np.searchsorted(corpus.document_indices, first, side="right")) - 1
         assert len(sample.tokens) <= min(48, target + 3)
         assert a
@@ -105,23 +107,65 @@ def test_the_random_segment_comes_from_every_other_document(tmp_path: Path) -> N
         pairs(tmp_path, corpus, objective="nsp", documents=(1, 2))
 
 
-def test_single_segments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", [0.0, 0.3])
+@pytest.mark.parametrize("whole_documents", [False, True])
+@pytest.mark.parametrize("seq_length", [5, 48, 512])
+def test_single_segments_use_every_token_once(
+    tmp_path: Path, seq_length: int, whole_documents: bool, short: float
+) -> None:
     corpus = random_corpus(tmp_path / "x", 2, 20)
-    dataset = pairs(tmp_path, corpus, objective="none", short_sequence_probability=0.0)
-    lengths = set()
+    if whole_documents:
+        bounds = corpus.document_indices.tolist()
+        content = [[corpus.tokens(*pair).tolist()] for pair in itertools.pairwise(bounds)]
+        corpus = write_corpus(tmp_path / "y", content)
+    dataset = pairs(
+        tmp_path, corpus, objective="none", short_sequence_probability=short, documents=(3, 20), seq_length=seq_length
+    )
+    used, lengths = [], []
     for index in range(len(dataset)):
         sample = dataset.sample(0, index)
         tokens = unmasked(sample)
-        first, last, _ = dataset._index[index]
         assert (tokens[0], tokens[-1], sample.pair_label) == (CLS, SEP, -1)
-        assert contains(corpus.tokens(first, last).tolist(), tokens[1:-1])
+        assert 3 <= len(tokens) <= seq_length
         assert not sample.types.any()
-        lengths.add(len(tokens))
-    assert max(lengths) == 48
+        used += tokens[1:-1]
+        lengths.append(len(tokens))
+    assert used == corpus.tokens(*corpus.document_indices[[3, 20]].tolist()).tolist()
+    if whole_documents and not short:
+        assert np.mean(lengths) > 0.6 * seq_length or seq_length == 512
+    use = dataset.use()
+    assert use == (17, len(used), len(dataset), 0, 0, 0)
+
+
+@pytest.mark.parametrize("objective", ["none", "sop"])
+def test_long_sentences_are_cut_where_words_start(tmp_path: Path, objective: str) -> None:
+    # Words of one to eight pieces: longer ones than the margin of 5 cannot all stay whole.
+    rng = np.random.default_rng(1)
+    word = [[6, *[8] * extra] for extra in range(8)]
+    sentence = [token for extra in rng.integers(0, 5, size=300) for token in word[extra]]
+    dataset = pairs(tmp_path, write_corpus(tmp_path / "x", [[sentence]]), objective=objective)
+    starts = [dataset._read(index) for index in range(len(dataset))]
+    assert len(starts) > 5
+    for segment, borders in starts:
+        assert segment.ids[0] == 6
+        assert all(segment.ids[border] == 6 for border in borders[:-1])
+        assert len(borders) > 2 or objective == "none"
+    assert [token for segment, _ in starts for token in segment.ids.tolist()] == sentence
+    unbroken = pairs(tmp_path, write_corpus(tmp_path / "y", [[[6] + [8] * 400]]), objective=objective)
+    assert sum(len(unbroken._read(index)[0].ids) for index in range(len(unbroken))) == 401, "one word, cut anyway"
+
+
+def test_what_pairs_leave_out_is_counted(tmp_path: Path) -> None:
+    content = [[[10] * 20, [11] * 30], [[12] * 7], [[]], [[13] * 100], [[14] * 9]]
+    corpus = write_corpus(tmp_path / "x", content)
+    dataset = pairs(tmp_path, corpus, short_sequence_probability=0.0)
+    assert len(dataset) == 2
+    assert dataset.use() == (4, 166, 2, 2, 16, 5 + 55)
+    assert pairs(tmp_path, corpus, documents=(0, 2), short_sequence_probability=0.0).use() == (2, 57, 1, 1, 7, 5)
 
 
 def test_truncation_takes_from_both_ends_of_the_longer_segment(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "x", [[list(range(10, 16)), list(range(100, 200))]])
+    corpus = write_corpus(tmp_path / "x", [[list(range(10, 16)), list(range(100, 145))]])
     dataset = pairs(tmp_path, corpus, short_sequence_probability=0.0)
     starts = set()
     for epoch in range(20):
@@ -129,8 +173,8 @@ def test_truncation_takes_from_both_ends_of_the_longer_segment(tmp_path: Path) -
         assert a == list(range(10, 16))
         assert len(b) == 45 - 6
         starts.add(b[0])
-    assert len(starts) > 5
-    assert 105 < min(starts) <= max(starts) < 155
+    assert len(starts) > 3
+    assert 100 <= min(starts) <= max(starts) <= 106
 
 
 def test_samples_are_a_pure_function_of_seed_epoch_and_index(tmp_path: Path) -> None:

@@ -96,7 +96,11 @@ def test_equal_to_the_last_bit(
     assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2, 3, 4]
 
     pretrain(settings)
-    assert f"resuming from {newest}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resuming from {newest}" in said
+    assert f"training data {data / 'corpus'}: " in said
+    assert f"the {STEPS - 4} steps to come are " in said
+    assert f"held-out data {data / 'corpus'}: " in said
     assert rows(run) == rows(whole)
     last = f"checkpoints/step_{STEPS:08d}"
     assert_same_checkpoint(run / last, whole / last)
