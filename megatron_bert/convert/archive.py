@@ -24,7 +24,7 @@ from parallel.stored.file_range import FileRange
 from parallel.stored.strange_files import is_tar
 from parallel.stored.torch_files import is_torch_file
 from parallel.stored.zip_members import open_zip, stored_range
-from parallel.whole_files import reason_of
+from parallel.whole_files import reason_of, reporting
 
 #: Weights shrink by a tenth or so; a member that unpacks to this many times its weight is an attack or all zeros.
 _MOST_EXPANSION = 200
@@ -93,7 +93,8 @@ class _Scratch:
     def file(self, size: int) -> Path:
         """The path of a new file, for ``size`` bytes."""
         if self._folder is None:
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-bert-")))
+            with reporting("unpacked", self._place.label, "set TMPDIR to another place"):
+                self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-bert-")))
         free = shutil.disk_usage(self._folder).free
         if size > free:
             raise UserError(

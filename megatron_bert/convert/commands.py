@@ -76,7 +76,9 @@ def add_write_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="vocabulary: its size is the true one, and it is put beside the weights",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace files of the result that are there already")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that is there; other files stay"
+    )
     group.add_argument("--dry-run", action="store_true", help="open and check everything, write nothing")
     group.add_argument(
         "--verify",

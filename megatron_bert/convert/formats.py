@@ -24,6 +24,10 @@ class Format(Protocol):
     def name(self) -> str:
         """How users call it, with ``--to``."""
 
+    @property
+    def entries(self) -> str:
+        """Pattern of the names that a folder with such a checkpoint holds at its top, as ``write`` makes them."""
+
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds a checkpoint of this kind; may raise UserError when it does and is broken."""
 

@@ -48,6 +48,10 @@ class HuggingFace:
     """Reads and writes the format; see the table of formats for what the methods promise."""
 
     name = "huggingface"
+    entries = (
+        r"config\.json|(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+        r"|(?:model\.safetensors|pytorch_model\.bin)\.index\.json"
+    )
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds a config.json and weights under their usual names."""
@@ -306,12 +310,12 @@ def _write_weights(state: CanonicalState, target: Path, limit: int, progress: Pr
             shape = state[name].shape
             part = (shape[0] // len(names), *shape[1:])
             layout |= dict.fromkeys(names, (part, state[name].dtype))
-        writer = SafetensorsWriter(target / file, layout)
-        for name, names in shard.items():
-            for theirs, part_values in zip(names, separate(name, state[name].load(), state.config.num_attention_heads)):
-                writer.write(theirs, part_values)
-            progress.advance(state[name].nbytes)
-        writer.close()
+        with SafetensorsWriter(target / file, layout) as writer:
+            for name, names in shard.items():
+                parts = separate(name, state[name].load(), state.config.num_attention_heads)
+                for theirs, part_values in zip(names, parts):
+                    writer.write(theirs, part_values)
+                progress.advance(state[name].nbytes)
         weight_map |= dict.fromkeys(layout, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.megatron_shards import first_keys, flat_tensors, locate, open_shards
 from megatron_bert.convert.megatron_state import SKIPPED, TIED, read_state
-from megatron_bert.convert.megatron_writer import MegatronNames, write_megatron
+from megatron_bert.convert.megatron_writer import MEGATRON_ENTRIES, MegatronNames, write_megatron
 from megatron_bert.convert.nemo import NEMO_SETTINGS
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
@@ -107,6 +107,7 @@ class MegatronLegacy:
     """Reads and writes the format; see the table of formats for what the methods promise."""
 
     name = "megatron"
+    entries = MEGATRON_ENTRIES
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds shards with the names of Megatron's classic model code."""

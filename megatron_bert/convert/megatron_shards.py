@@ -107,15 +107,7 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
         UserError: several checkpoints are there and none is named as the newest, or shards are missing.
     """
     refuse_packaging(tree)
-    groups: dict[str, dict[tuple[int, int], str]] = {}
-    for name in tree:
-        match = next(filter(None, (shard.fullmatch(name) for shard in _SHARDS)), None)
-        if match is None:
-            continue
-        if match["expert"]:
-            raise UserError(f"{tree.label} holds {name}, of a mixture of experts: BERT models have none")
-        place = (int(match["tensor"]), int(match["stage"] or 0))
-        groups.setdefault(match["folder"], {})[place] = name
+    groups = shard_groups(tree)
     if not groups:
         return _lone_file(tree)
     folder = next(iter(groups)) if len(groups) == 1 else _tracked(tree, groups)
@@ -130,6 +122,24 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
             f"{stages}: copy all folders of the checkpoint"
         )
     return shards
+
+
+def shard_groups(tree: FileTree) -> dict[str, dict[tuple[int, int], str]]:
+    """Folder -> (tensor rank, stage) -> name, for all folders of shards in a tree.
+
+    Raises:
+        UserError: they are of a mixture of experts.
+    """
+    groups: dict[str, dict[tuple[int, int], str]] = {}
+    for name in tree:
+        match = next(filter(None, (shard.fullmatch(name) for shard in _SHARDS)), None)
+        if match is None:
+            continue
+        if match["expert"]:
+            raise UserError(f"{tree.label} holds {name}, of a mixture of experts: BERT models have none")
+        place = (int(match["tensor"]), int(match["stage"] or 0))
+        groups.setdefault(match["folder"], {})[place] = name
+    return groups
 
 
 def weight_files(tree: FileTree) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from megatron_bert.convert.torch_writer import Slot, TorchFileWriter
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from parallel.errors import UserError
 
+#: Names at the top of a checkpoint of Megatron's.
+MEGATRON_ENTRIES = rf"{re.escape(TRACKER)}|release|iter_\d{{7}}|mp_rank_\d\d+(?:_\d{{3}})?"
 _COPY = " (output copy)"
 
 
@@ -64,17 +68,16 @@ def write_megatron(
         ]
         if stage == pipeline - 1 and pipeline > 1:
             entries[-1][WORD_EMBEDDINGS + _COPY] = WORD_EMBEDDINGS + _COPY
-        writers = []
-        for rank in range(tensor):
-            folder = target / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
-            folder.mkdir(parents=True)
-            structure = _structure(state, entries, names, tensor, rows)
-            structure |= {"args": args, "checkpoint_version": version, "iteration": 0}
-            writers.append(TorchFileWriter(folder / "model_optim_rng.pt", structure))
-        for name in (name for chunk in entries for name in chunk):
-            _write_parts(state, name, writers, version, rows, progress)
-        for writer in writers:
-            writer.close()
+        with ExitStack() as stack:
+            writers = []
+            for rank in range(tensor):
+                folder = target / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
+                folder.mkdir(parents=True)
+                structure = _structure(state, entries, names, tensor, rows)
+                structure |= {"args": args, "checkpoint_version": version, "iteration": 0}
+                writers.append(stack.enter_context(TorchFileWriter(folder / "model_optim_rng.pt", structure)))
+            for name in (name for chunk in entries for name in chunk):
+                _write_parts(state, name, writers, version, rows, progress)
     (target / TRACKER).write_text("release", encoding="ascii")
 
 
@@ -88,11 +91,17 @@ def _chunk_entries(state: CanonicalState, layers: range, *, first: bool, last: b
                 entries[name] = f"encoder.layers.{int(number) - layers.start}.{part}"
         elif name.startswith("embeddings."):
             # A model without sentence pairs has no token types in Megatron; zeros stand for them in the state.
-            if first and (name != TOKEN_TYPES or state.has_pair_head or bool(state[name].load().any())):
+            if first and (name != TOKEN_TYPES or _has_token_types(state)):
                 entries[name] = name
         elif last:
             entries[name] = name
     return entries
+
+
+def _has_token_types(state: CanonicalState) -> bool:
+    """Whether the table must be written: what stands for an absent one, as it is read, need not be."""
+    table = state[TOKEN_TYPES]
+    return state.has_pair_head or table.shape[0] != 2 or bool(table.load().any())
 
 
 def _structure(

@@ -43,6 +43,7 @@ class Native:
     """Reads and writes the format; see the table of formats for what the methods promise."""
 
     name = "native"
+    entries = r"\.metadata|__\d+_\d+\.distcp|state\.json"
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds the two files that make a checkpoint whole."""

@@ -23,6 +23,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
+from parallel.whole_files import reporting
 
 _PLAIN = ReadOptions()
 #: Tensor-parallel sizes by which a vocabulary may have been padded.
@@ -63,7 +64,8 @@ def open_checkpoint(source: str | Path, options: ReadOptions = _PLAIN) -> Iterat
         UserError: it is none, is damaged, or contradicts itself.
     """
     with ExitStack() as stack:
-        tree = source_tree(Path(source), stack)
+        with reporting("read", source, "check the path"):
+            tree = source_tree(Path(source), stack)
         yield detect_format(tree).read(tree, options, stack)
 
 

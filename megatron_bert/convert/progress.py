@@ -20,10 +20,12 @@ class Progress:
         disable = not sys.stderr.isatty() if shown is None else not shown
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=disable, leave=False)
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
     def advance(self, nbytes: int) -> None:
         """So many bytes more are done."""
         self._bar.update(nbytes)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()

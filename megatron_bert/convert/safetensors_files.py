@@ -82,7 +82,7 @@ def _entry(data: FileRange, name: str, entry: object) -> StateTensor | None:
 
 
 class SafetensorsWriter:
-    """A file of known tensors, which are then given one by one.
+    """A file of known tensors, which are given one by one in a ``with`` block.
 
     Args:
         path: of the file.
@@ -99,16 +99,19 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._waiting = list(tensors)
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._header = struct.pack("<Q", len(text)) + text
+        self._file = path.open("xb")
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file.write(self._header)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert kind is not None or not self._waiting, f"{self._waiting[:3]} were not given"
+        self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor."""
         assert name == self._waiting.pop(0), f"{name} comes out of order"
         flat = tensor.detach().contiguous().flatten().view(torch.uint8)
         self._file.write(flat.numpy().data)
-
-    def close(self) -> None:
-        """Finish the file."""
-        assert not self._waiting, f"{self._waiting[:3]} were not given"
-        self._file.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class _Pickler(pickle.Pickler):
 
 
 class TorchFileWriter:
-    """A file of torch.save, open for its tensors.
+    """A file of torch.save, open for its tensors in a ``with`` block.
 
     Args:
         path: of the file to write.
@@ -83,10 +84,27 @@ class TorchFileWriter:
         pickled = io.BytesIO()
         _Pickler(pickled, self._keys).dump(structure)
         self._missing = set(self._keys)
-        self._archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._member("data.pkl", pickled.getbuffer())
+        self._file = path.open("xb")
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._pickled = pickled.getbuffer()
+
+    def __enter__(self) -> TorchFileWriter:
+        self._member("data.pkl", self._pickled)
         self._member("version", b"3\n")
         self._member("byteorder", b"little")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            assert not self._missing, f"no values were given for {sorted(self._missing)[:3]}"
+            with self._file:
+                self._archive.close()
+            return
+        # The archive is of no use any more, and what is closed here does not complain again when it is collected.
+        with suppress(OSError, ValueError):
+            self._archive.close()
+        with suppress(OSError):
+            self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Give the values of a slot; every slot gets its own once."""
@@ -94,17 +112,11 @@ class TorchFileWriter:
         flat = tensor.detach().contiguous().flatten().view(torch.uint8)
         self._member(f"data/{self._keys[name]}", flat.numpy().data)
 
-    def close(self) -> None:
-        """Finish the file."""
-        assert not self._missing, f"no values were given for {sorted(self._missing)[:3]}"
-        self._archive.close()
-
     def _member(self, name: str, content: Any) -> None:
         info = zipfile.ZipInfo(f"archive/{name}")
         # Padding as an extra field of a private kind, so that storages start at multiples of 64 bytes as torch has it.
         zip64 = 20 if len(content) > zipfile.ZIP64_LIMIT // 2 else 0
-        assert self._archive.fp is not None
-        start = self._archive.fp.tell() + 30 + len(info.filename) + zip64 + 4
+        start = self._file.tell() + 30 + len(info.filename) + zip64 + 4
         padding = -start % _ALIGNMENT
         info.extra = b"\x46\x42" + padding.to_bytes(2, "little") + b"Z" * padding
         info.file_size = len(content)

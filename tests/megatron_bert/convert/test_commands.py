@@ -92,6 +92,40 @@ def test_the_script_works_inside_the_folder_and_keeps_what_is_there(
     assert "is there already" in capsys.readouterr().err
 
 
+def test_the_script_in_a_folder_that_cannot_be_written_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        assert _script().main(["megatron_bert_345m.zip"]) == 2
+    assert "cannot be written (Read-only file system" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        assert _script().main(["megatron_bert_345m.zip"]) == 2
+    assert "cannot be written to: choose another destination" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_the_script_replaces_the_files_that_it_wrote_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"):
+        (folder / name).write_text("{}")
+    assert _script().main(["megatron_bert_345m.zip", "--true-vocab-size", "100"]) == 2
+    assert "pytorch_model-00001-of-00002.bin is there already" in capsys.readouterr().err
+    for vocabulary in ("vocab.txt", str(folder / "vocab.txt")):
+        arguments = ["megatron_bert_345m.zip", "--overwrite", "--tokenizer", vocabulary]
+        assert _script().main(arguments) == 0
+    names = {path.name for path in folder.iterdir()} - {"tokenizer.json", "tokenizer_config.json"}
+    assert names == {"ngc", "megatron_bert_345m.zip", "vocab.txt", "config.json", "model.safetensors"}
+
+
 def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(path.name for path in folder.iterdir())
     source = str(folder / "megatron_bert_345m.zip")

@@ -356,22 +356,8 @@ def test_a_failed_conversion_leaves_nothing_and_can_be_run_again(
             with pytest.raises(KeyboardInterrupt):
                 convert(source, tmp_path / "result", to=to, write=write)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-    # What a killed process leaves does not stand in the way.
-    (tmp_path / ".result.partial").mkdir()
-    (tmp_path / ".result.partial/config.json").write_text("{")
     convert(source, tmp_path / "result", to="huggingface")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "source"]
-
-
-def test_what_is_there_already_is_kept(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", draw(SIZES), SIZES)
-    (tmp_path / "result").mkdir()
-    (tmp_path / "result/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
-        convert(source, tmp_path / "result", to="huggingface")
-    convert(source, tmp_path / "result", to="huggingface", overwrite=True)
-    assert (tmp_path / "result/notes.txt").read_text() == "mine"
-    assert (tmp_path / "result/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
