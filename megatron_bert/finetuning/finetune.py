@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -23,7 +24,8 @@ from megatron_bert.tasks.task import Task
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.placement import placement_notes
-from megatron_bert.training.run import find_resume, open_run
+from megatron_bert.training.run import Start, check_device, find_start, write_start
+from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
@@ -64,6 +66,13 @@ class FinetuneStage:
     ) -> Finetuning:
         """What is trained."""
         return Finetuning(settings, config, data, seed)
+
+    def check(self, settings: FinetuneSettings, start: Start) -> None:
+        """Before anything is written: what a run needs in its directory to go on.
+
+        Raises:
+            UserError: it is not there.
+        """
 
     def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
         """Before the first step of a new run, or when one goes on."""
@@ -187,26 +196,40 @@ def run_all(
 
     def prepared(variant: FinetuneSettings) -> Run:
         config = task_config(encoder_config(variant, tokenizer), data.task)
-        return _prepare(variant, stage.objective(variant, config, data, variant.training.seed))
+        return _prepare(variant, stage, stage.objective(variant, config, data, variant.training.seed))
 
     runs = {name: prepared(variant) for name, variant in variants.items() if done[name] is None}
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
-        open_run(settings, world)
-        mesh = ParallelMesh(layout, world.device)
-        found: dict[str, dict[str, Any]] = {}
-        with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
-            for name in variants:
+        check_device(settings, world)
+        with (
+            owning(training.run_dir, settings.parallel.timeout_seconds) as lock,
+            StopRequest(training.max_minutes, ends_process=ends_process, lock=lock) as stop,
+        ):
+            mesh = ParallelMesh(layout, world.device)
+            if "" not in variants:
+                on_first_rank(lambda: write_start(settings))
+            found: dict[str, dict[str, Any]] = {}
+            for name, variant in variants.items():
                 results: dict[str, Any] | Stopped | None = done[name]
                 if results is None:
-                    results = _run_one(runs.pop(name), stage, mesh, world, stop)
+                    with _owning_below(lock, variant) as own:
+                        results = _run_one(runs.pop(name), stage, mesh, world, stop, own)
                 if isinstance(results, Stopped):
                     if world.is_first:
                         note_stop(training.run_dir, *results)
                     return results.reason
                 found[name] = results
-        if "" not in found:
-            on_first_rank(lambda: summarise(training.run_dir, found, data.task))
+            if "" not in found:
+                on_first_rank(lambda: summarise(training.run_dir, found, data.task))
     return None
+
+
+def _owning_below(lock: RunLock, variant: FinetuneSettings) -> AbstractContextManager[RunLock]:
+    """The lock of one of several runs' directory, in which a command of its own may train; or the command's lock."""
+    run_dir = variant.training.run_dir
+    if run_dir == lock.run_dir:
+        return nullcontext(lock)
+    return owning(run_dir, variant.parallel.timeout_seconds)
 
 
 def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
@@ -224,29 +247,32 @@ def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that can begin: its settings, what it trains, and the checkpoint it goes on from."""
+    """A run that can begin: its settings, what it trains, and where it begins."""
 
     settings: FinetuneSettings
     objective: Finetuning
-    resume_from: Path | None
+    start: Start
 
 
-def _prepare(settings: FinetuneSettings, objective: Finetuning) -> Run:
+def _prepare(settings: FinetuneSettings, stage: FinetuneStage, objective: Finetuning) -> Run:
     """Check what can be wrong with a run before anything of it is written."""
     if objective.total_steps > 0:
         check_learning_rate(settings.learning_rate, objective.total_steps)
-    return Run(settings, objective, find_resume(settings))
+    start = find_start(settings, objective)
+    stage.check(settings, start)
+    return Run(settings, objective, start)
 
 
 def _run_one(
-    run: Run, stage: FinetuneStage, mesh: ParallelMesh, world: World, stop: StopRequest
+    run: Run, stage: FinetuneStage, mesh: ParallelMesh, world: World, stop: StopRequest, lock: RunLock
 ) -> dict[str, Any] | Stopped:
     """One run: what it found."""
-    settings, objective, resume_from = run.settings, run.objective, run.resume_from
+    settings, objective = run.settings, run.objective
     training, task, steps = settings.training, objective.task, objective.total_steps
-    open_run(settings, world)
-    placement = placement_notes(mesh.layout, resume_from)
-    trainer = Trainer(settings, objective, mesh, world, resume_from)
+    start = on_first_rank(lambda: find_start(settings, objective))
+    placement = placement_notes(mesh.layout, start.checkpoint)
+    trainer = Trainer(settings, objective, mesh, world, start.checkpoint, lock)
+    on_first_rank(lambda: write_start(settings))
     if world.is_first:
         (training.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run, if one begins anew
     with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
@@ -254,8 +280,8 @@ def _run_one(
         report.say(f"{task.settings.name}: {len(objective.units):,} training sequences, {steps:,} steps")
         if task.bad_rows.count:
             report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
-        report.say(f"resuming from {resume_from}" if resume_from else f"starting from {settings.model.from_}")
-        for note in (*trainer.model.notes, *placement):
+        report.say(f"resuming from {start.checkpoint}" if start.checkpoint else f"starting from {settings.model.from_}")
+        for note in (*trainer.model.notes, *start.notes, *placement):
             report.say(f"note: {note}")
         stage.begin(settings, trainer, report)
         reason = trainer.run(stop, report)

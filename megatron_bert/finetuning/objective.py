@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ class Finetuning(Objective):
 
     tied = False
     loss_names = ("loss",)
+    fixed_settings: ClassVar[tuple[str, ...]] = ("model.from", "model.keep_head")
 
     def __init__(self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int) -> None:
         self.settings, self.config, self.data, self.task = settings, config, data, data.task

@@ -14,6 +14,7 @@ from megatron_bert.finetuning.pictures import draw_confusion
 from megatron_bert.finetuning.runs import RESULTS_FILE, read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
+from megatron_bert.training.resuming import flat_settings
 from parallel.errors import UserError
 from parallel.whole_files import write_json
 
@@ -131,7 +132,7 @@ def finished(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
         return None
     if "settings" not in results:
         raise UserError(f"{run_dir} holds the summary of several runs: choose another training.run_dir")
-    mine, theirs = _decisive(settings.model_dump(mode="json", by_alias=True)), _decisive(results["settings"])
+    mine, theirs = flat_settings(settings.model_dump(mode="json", by_alias=True)), flat_settings(results["settings"])
     different = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
     if different:
         name = different[0]
@@ -152,17 +153,3 @@ def finished(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
 def _contents(fingerprints: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, str]:
     """Path of a data file -> sha256."""
     return {entry["path"]: entry["sha256"] for entries in fingerprints.values() for entry in entries}
-
-
-#: Settings that change nothing in what comes out.
-_INCIDENTAL = ("parallel", "logging", "checkpoint", "training.run_dir", "training.device", "training.max_minutes")
-
-
-def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value, without what changes no result."""
-    flat = {
-        f"{section}.{key}": value
-        for section, values in settings.items()
-        for key, value in (values if isinstance(values, dict) else {"": values}).items()
-    }
-    return {name: value for name, value in flat.items() if not name.startswith(_INCIDENTAL)}

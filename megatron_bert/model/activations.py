@@ -24,3 +24,13 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
 }
+
+
+def same_activation(one: str, other: str) -> bool:
+    """Whether two hidden_act names mean the same function; names that are not known mean none."""
+    return one == other or (one in ACTIVATIONS and other in ACTIVATIONS and _parts(one) == _parts(other))
+
+
+def _parts(name: str) -> tuple[object, ...]:
+    function = ACTIVATIONS[name]
+    return (function.func, *function.keywords.items()) if isinstance(function, partial) else (function,)

@@ -20,6 +20,7 @@ from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.run import Start
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from parallel.whole_files import whole_directory, write_json
@@ -81,18 +82,21 @@ class QuantizeStage(FinetuneStage):
         """Training in integers."""
         return QuantizationAware(cast(QuantizeSettings, settings), config, data, seed)
 
+    def check(self, settings: FinetuneSettings, start: Start) -> None:
+        """The scores from before the first step must be there."""
+        path = settings.training.run_dir / BASELINE_FILE
+        if start.checkpoint is not None and not path.is_file():
+            raise UserError(
+                f"{path} is missing, which the run wrote before its first step: quantisation goes on in its own "
+                "training.run_dir only"
+            )
+
     def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
         """Score the float model, calibrate, and score what came out; a run that goes on has done so."""
         objective = cast(QuantizationAware, trainer.objective)
         if cast(QuantizeSettings, settings).distillation.weight > 0.0:
             objective.add_teacher(trainer.model, trainer.evaluation_engine, trainer.world.device)
-        path = settings.training.run_dir / BASELINE_FILE
         if trainer.step > 0:
-            if not path.is_file():
-                raise UserError(
-                    f"{path} is missing, which the run wrote before its first step: quantisation goes on in its own "
-                    "training.run_dir only"
-                )
             return
         before: dict[str, dict[str, float]] = {}
         with evaluating(trainer.model, floating=True):
@@ -101,7 +105,7 @@ class QuantizeStage(FinetuneStage):
         before |= {f"{split}_calibrated": found.scores for split, found in score_splits(trainer).items()}
         for split, scores in before.items():
             report.say(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        on_first_rank(lambda: write_json(path, before))
+        on_first_rank(lambda: write_json(settings.training.run_dir / BASELINE_FILE, before))
         if objective.total_steps == 0:
             trainer.save()
             trainer.checkpoints.finish()

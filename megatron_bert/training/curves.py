@@ -41,8 +41,15 @@ def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path 
             markersize=4,
             label="masked tokens, held out",
         )
-    if "sop_loss" in train[0]:
-        left.plot(steps, [row["sop_loss"] for row in train], color="#54a24b", linewidth=1.0, label="sentence pairs")
+    pairs = [row for row in train if "sop_loss" in row]  # the objective may have changed on the way
+    if pairs:
+        left.plot(
+            [row["step"] for row in pairs],
+            [row["sop_loss"] for row in pairs],
+            color="#54a24b",
+            linewidth=1.0,
+            label="sentence pairs",
+        )
         left.axhline(math.log(2), color="#54a24b", linewidth=0.8, linestyle=":")
     if unigram_entropy is not None:
         left.axhline(unigram_entropy, color="0.4", linewidth=1.0, linestyle="--", label="entropy of word frequencies")

@@ -44,6 +44,8 @@ class Objective(ABC):
     metric: str | None = None
     patience: int = 0
     float32_activations: ClassVar[bool] = False
+    #: Beginnings of the names of settings that a run cannot change when it goes on from a checkpoint.
+    fixed_settings: ClassVar[tuple[str, ...]] = ()
     #: Whether the last stage has a copy of the word embeddings.
     tied: ClassVar[bool]
 

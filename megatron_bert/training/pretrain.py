@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
 from megatron_bert.convert.opening import config_from
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sidecar import check_tokenizer
-from megatron_bert.data.tokenizers import RUN_FOLDER, Tokenizer, load_tokenizer
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.model.activations import same_activation
 from megatron_bert.training.curves import draw_curves
+from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.pretraining import Pretraining
-from megatron_bert.training.run import find_resume, open_run
+from megatron_bert.training.run import Start, check_device, find_start, write_start
+from megatron_bert.training.run_lock import owning
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import read_state
@@ -54,43 +57,47 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
         wait_as_spare()
         return None
     tokenizer = check_inputs(settings)
-    resume_from = find_resume(settings)
-    training = settings.training
-    if resume_from is not None and _has_nothing_left(read_state(resume_from), training.steps):
+    training, objective = settings.training, Pretraining(settings, tokenizer)
+    checkpoint = find_start(settings, objective).checkpoint
+    if checkpoint is not None and _has_nothing_left(read_state(checkpoint), training.steps):
         # Not an error: a job that is started again after it finished has nothing left to do.
         if launched_rank() == 0:
-            print(
-                f"{resume_from} has reached training.steps {training.steps}: nothing left to do; raise it to train on"
-            )
+            print(f"{checkpoint} has reached training.steps {training.steps}: nothing left to do; raise it to train on")
         return None
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
-        open_run(settings, world)
-        if world.is_first:
-            tokenizer.save(training.run_dir / RUN_FOLDER)
-        with StopRequest(training.max_minutes, ends_process=ends_process) as stop:
-            mesh = ParallelMesh(layout, world.device)
-            placement = placement_notes(layout, resume_from)
-            objective = Pretraining(settings, tokenizer)
-            trainer = Trainer(settings, objective, mesh, world, resume_from)
-            objective.prepare(mesh, world)
-            with Report(
-                training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=training.steps
-            ) as report:
-                for line in (trainer.describe(), *objective.describe_data(trainer.step)):
-                    report.say(line)
-                if resume_from is not None:
-                    report.say(f"resuming from {resume_from}")
-                elif settings.model.from_ is not None:
-                    report.say(f"starting from the weights of {settings.model.from_}")
-                for note in (*trainer.model.notes, *placement):
-                    report.say(f"note: {note}")
-                reason = trainer.run(stop, report)
+        check_device(settings, world)
+        with owning(training.run_dir, settings.parallel.timeout_seconds) as lock:
+            # Again: the process that owned the directory until now may have saved since.
+            start = on_first_rank(lambda: find_start(settings, objective))
+            with StopRequest(training.max_minutes, ends_process=ends_process, lock=lock) as stop:
+                mesh = ParallelMesh(layout, world.device)
+                placement = placement_notes(layout, start.checkpoint)
+                trainer = Trainer(settings, objective, mesh, world, start.checkpoint, lock)
+                objective.prepare(mesh, world)
+                on_first_rank(lambda: write_start(settings, tokenizer))
+                reason = _train(settings, trainer, start, placement, stop)
+            if world.is_first:
                 if reason is not None:
-                    report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
-        if world.is_first:
-            if reason is not None:
-                note_stop(training.run_dir, reason, trainer.step)
-            draw_curves(training.run_dir)
+                    note_stop(training.run_dir, reason, trainer.step)
+                draw_curves(training.run_dir)
+    return reason
+
+
+def _train(settings: Settings, trainer: Trainer, start: Start, placement: list[str], stop: StopRequest) -> str | None:
+    """Report what is trained, and train it; why it stopped early."""
+    training, active = settings.training, trainer.world.is_first
+    with Report(training.run_dir, settings.logging, active=active, start=trainer.step, steps=training.steps) as report:
+        for line in (trainer.describe(), *cast(Pretraining, trainer.objective).describe_data(trainer.step)):
+            report.say(line)
+        if start.checkpoint is not None:
+            report.say(f"resuming from {start.checkpoint}")
+        elif settings.model.from_ is not None:
+            report.say(f"starting from the weights of {settings.model.from_}")
+        for note in (*trainer.model.notes, *start.notes, *placement):
+            report.say(f"note: {note}")
+        reason = trainer.run(stop, report)
+        if reason is not None:
+            report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
     return reason
 
 
@@ -112,7 +119,8 @@ def take_sizes(settings: Settings) -> Settings:
     sizes: dict[str, object] = {}
     for name in CHECKPOINT_SIZES:
         there, here = getattr(config, name), getattr(settings.model, name)
-        if name in settings.model.model_fields_set and here not in (there, None):
+        same = same_activation(there, here) if name == "hidden_act" else here in (there, None)
+        if name in settings.model.model_fields_set and not same:
             raise UserError(
                 f"model.{name} is {here}, but the model in {source} has {there}: remove the "
                 "setting to use the checkpoint's"

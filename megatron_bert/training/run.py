@@ -4,44 +4,87 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megatron_bert.config import RunSettings
-from megatron_bert.training.first_rank import on_first_rank
+from megatron_bert.data.tokenizers import RUN_FOLDER, Tokenizer
+from megatron_bert.training.objective import Objective
+from megatron_bert.training.resuming import check_resume
 from megatron_bert.training.signals import note_start
 from parallel.checkpoint import STATE_FILE, checkpoint_step, latest_checkpoint, read_state, whole_checkpoints
 from parallel.errors import UserError
 from parallel.process_group import World
+from parallel.whole_files import reporting, whole_directory, write_text
 
 #: What a checkpoint says beside its tensors if a run wrote it, and it can be resumed.
 RUN_STATE = ("step", "consumed_samples", "optimizer", "loss_scale", "tokenizer")
 
 
-def open_run(settings: RunSettings, world: World) -> None:
-    """Make the run directory with its ``config.yaml``, and set up the device; every rank calls.
+class Start(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from; None to begin with the first step.
+        notes: sentences on what is not as it was up to there.
+    """
+
+    checkpoint: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def check_device(settings: RunSettings, world: World) -> None:
+    """The device must compute in the format asked for; every rank calls, and rounds matrix products accordingly.
 
     Raises:
-        UserError: the device cannot compute in the format asked for, or the directory cannot be written to.
+        UserError: it cannot.
     """
     compute = settings.precision.compute
     if world.device.type == "cpu" and compute == "float16":
         raise UserError("precision.compute float16 needs a GPU and this machine has none: choose bfloat16 or float32")
-    on_first_rank(lambda: _make_directory(settings))
     if world.device.type == "cuda" and compute != "float32":
         torch.set_float32_matmul_precision("high")
 
 
-def _make_directory(settings: RunSettings) -> None:
+def write_start(settings: RunSettings, tokenizer: Tokenizer | None = None) -> None:
+    """Write what a run directory says of the run that now begins or goes on; rank 0 calls, once all is checked.
+
+    Args:
+        settings: of the run, for ``config.yaml``.
+        tokenizer: to keep a copy of, for a run whose model is used with it.
+
+    Raises:
+        UserError: the directory cannot be written to.
+    """
     run_dir = settings.training.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(settings.dump(), encoding="utf-8")
+    with reporting("written to", f"training.run_dir {run_dir}", "give another directory"):
+        if tokenizer is not None:
+            with whole_directory(run_dir / RUN_FOLDER) as folder:
+                tokenizer.save(folder)
+        write_text(run_dir / "config.yaml", settings.dump())
         note_start(run_dir)
-    except OSError as error:
+
+
+def find_start(settings: RunSettings, objective: Objective) -> Start:
+    """Where the run begins; nothing is written.
+
+    Raises:
+        UserError: as :func:`find_resume`; or the checkpoint is of another model, vocabulary, task or kind of run, or
+            beyond the last step.
+    """
+    path = find_resume(settings)
+    if path is None:
+        return Start(None)
+    state = read_state(path)
+    objective.check_identity(state, str(path))
+    notes = check_resume(settings, objective.config, objective.fixed_settings, state, path)
+    if state["step"] > objective.total_steps:
         raise UserError(
-            f"training.run_dir is {run_dir}, which cannot be written to ({error.strerror}): give another directory"
-        ) from None
+            f"{path} has trained {state['step']} steps, but the run is to have {objective.total_steps}: raise "
+            "training.steps (or training.epochs), or set checkpoint.resume to an earlier checkpoint"
+        )
+    return Start(path, tuple(notes))
 
 
 def find_resume(settings: RunSettings) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_bert.training.run_lock import RunLock
 from parallel.errors import UserError
 from parallel.whole_files import write_json
 
@@ -35,9 +36,13 @@ class StopRequest:
         ends_process: whether the process ends soon after the block. Then SIGTERM and SIGUSR1 are ignored from there on:
             the interpreter puts back the default handlers while it shuts down, and a signal that comes late, or a
             second time, would make a failure of a run that has ended well.
+        lock: of the run directory; None where there is none.
     """
 
-    def __init__(self, max_minutes: float | None = None, *, ends_process: bool = False) -> None:
+    def __init__(
+        self, max_minutes: float | None = None, *, ends_process: bool = False, lock: RunLock | None = None
+    ) -> None:
+        self.lock = lock
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.ends_process = ends_process
         self._received = 0
@@ -66,13 +71,22 @@ class StopRequest:
         self._received = number
 
     def agreed(self) -> str | None:
-        """Why to stop, the same answer on every rank; None to go on. Every rank must call at the same step."""
+        """Why to stop, the same answer on every rank; None to go on. Every rank must call at the same step.
+
+        Raises:
+            UserError: another process has taken the run directory over: nothing more may be written.
+        """
         mine = self._received
         if mine == 0 and self.deadline is not None and time.monotonic() >= self.deadline:
             mine = _TIME_LIMIT
         # Signals reach ranks at different moments; the minimum and maximum together say whether any rank has one.
-        asked = torch.tensor([mine, -mine])
+        taken = self.lock is not None and self.lock.taken_by is not None
+        asked = torch.tensor([mine, -mine, int(taken)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked[2] > 0:
+            if self.lock is not None:
+                self.lock.refuse_if_taken()
+            raise UserError("another process has taken the run directory over: stopped; rank 0 says which")
         if asked[0] > 0:
             return signal.Signals(int(asked[0])).name
         return "training.max_minutes" if asked[1] > 0 else None

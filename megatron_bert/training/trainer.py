@@ -16,11 +16,13 @@ from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.training.build import build_model
+from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import ShardedAdamW
 from megatron_bert.training.precision import DTYPES, LossScale
+from megatron_bert.training.run_lock import RunLock
 from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.timeline import gather_timeline, write_timeline
@@ -59,6 +61,7 @@ class Trainer:
         mesh: where the run is laid out.
         world: the processes of the run.
         resume_from: checkpoint of this run to go on from, or None.
+        lock: of the run directory, which must be this run's still when it writes a checkpoint.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Trainer:
         mesh: ParallelMesh,
         world: World,
         resume_from: Path | None,
+        lock: RunLock | None = None,
     ) -> None:
+        self.lock = lock
         self.settings, self.objective, self.mesh, self.world = settings, objective, mesh, world
         self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
@@ -124,12 +129,12 @@ class Trainer:
             step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
             sums = self.train_step(step_batches)
             meter.count(step_batches)
+            reason = stop.agreed()
             report.advance()
             if self.step % settings.logging.every == 0 or self.step == total:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
                     self._write_timeline()
-            reason = stop.agreed()
             better = False
             if reason is None and self._evaluation_due():
                 better = self._evaluate(report)
@@ -285,7 +290,13 @@ class Trainer:
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step.
+
+        Raises:
+            UserError: another process has taken the run directory over.
+        """
+        if self.lock is not None:
+            on_first_rank(self.lock.verify)
         state = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -313,7 +324,6 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state = read_state(path)
-        self.objective.check_identity(state, str(path))
         # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
         load_tensors(path, self._tensors({**self.copies, **self.parameters}), self.checkpoints.group)
         for name, copy in self.copies.items():

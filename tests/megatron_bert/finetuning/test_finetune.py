@@ -260,7 +260,7 @@ class TestMistakes:
     def test_a_run_directory_that_cannot_be_made(self, tmp_path: Path, place: str) -> None:
         (tmp_path / "file").write_text("", encoding="utf-8")
         text = self.refusal(tmp_path, training__run_dir=tmp_path / place)
-        assert f"training.run_dir is {tmp_path / place}, which cannot be written to" in text
+        assert f"training.run_dir {tmp_path / place} cannot be written to" in text
 
     def test_damaged_results(self, tmp_path: Path) -> None:
         finetune(make_run(tmp_path, training__steps=1))

@@ -18,6 +18,7 @@ from megatron_bert.finetuning.saved import load_task
 from megatron_bert.ibert import quantizers
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.training.trainer import Trainer
+from parallel.errors import UserError
 from tests.megatron_bert.finetuning.support import join_world, rows
 from tests.megatron_bert.quantizing.support import make_model, quantize_settings
 from tests.megatron_bert.training.runs import assert_same_checkpoint
@@ -123,6 +124,18 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, monkeypa
         patched.setattr(Trainer, "train_step", train_step)
         with pytest.raises(KilledError):
             run(folder, tmp_path / "killed", **changes)
+    before = {path: path.read_bytes() for path in (tmp_path / "killed").rglob("*") if path.is_file()}
+    for name, value in (
+        ("quantization__weight_bits", 7),
+        ("quantization__residual_bits", 12),
+        ("quantization__observer", "mse"),
+        ("quantization__equalisation", "gamma"),
+        ("quantization__calibration_steps", 4),
+        ("model__from", folder / "encoder"),
+    ):
+        with pytest.raises(UserError, match=rf"{name.replace('__', '.')} is .*, which it cannot change on the way"):
+            run(folder, tmp_path / "killed", **changes, **{name: value})
+    assert {path: path.read_bytes() for path in (tmp_path / "killed").rglob("*") if path.is_file()} == before
     assert run(folder, tmp_path / "killed", **changes) == expected
     last = Path("checkpoints") / "step_00000006"
     assert_same_checkpoint(tmp_path / "killed" / last, tmp_path / "whole" / last)

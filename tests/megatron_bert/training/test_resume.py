@@ -218,19 +218,3 @@ def test_time_limit(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     pretrain(run_settings(data, tmp_path / "run", training__max_minutes=1e-9))
     assert "stopped by training.max_minutes after step 1" in capsys.readouterr().out
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000001"
-
-
-def test_another_tokenizer_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
-    other = tmp_path / "vocab.txt"
-    lines = (data / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    other.write_text("\n".join([*lines[:-1], "different"]) + "\n", encoding="utf-8")
-    settings = run_settings(data, whole, training__steps=9, tokenizer__path=other)
-    with pytest.raises(UserError, match="trained with another tokenizer"):
-        pretrain(settings)
-
-
-def test_another_model_is_refused(data: Path, whole: Path) -> None:
-    with pytest.raises(UserError, match=r"in shape .*, but the model settings make it"):
-        pretrain(run_settings(data, whole, training__steps=9, model__intermediate_size=64))
-    with pytest.raises(UserError, match=r"holds no tensor model\.encoder"):
-        pretrain(run_settings(data, whole, training__steps=9, model__num_hidden_layers=2))

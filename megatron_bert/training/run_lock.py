@@ -1,0 +1,353 @@
+"""One process at a time owns a run directory, on one machine and on several that share a file system.
+
+The owner is named in a lock file, whose modification time it renews while it lives. A process on the same machine is
+looked up; one on another machine counts as gone when its lock has not been renewed for a while, by the clock of the
+file system. Neither needs locks of the file system, which network file systems may not have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_bert.training.first_rank import on_first_rank
+from parallel.errors import UserError
+from parallel.hosts import host_name
+from parallel.whole_files import reporting
+
+LOCK_FILE = "run.lock"
+#: Seconds between two renewals, and without one before an owner on another machine counts as gone.
+RENEWAL_SECONDS, STALE_SECONDS = 10.0, 90.0
+#: Seconds to wait for an owner that may be about to end: any on this machine, and one of the same launcher.
+GRACE_SECONDS, RESTART_SECONDS = 3.0, 30.0
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The process named in a lock file.
+
+    Attributes:
+        token: of this lock alone.
+        host: name of its machine.
+        pid: of the process.
+        machine: boot and process namespace in which the pid means this process; None where the system does not say.
+        started: when the process started, in clock ticks since the boot; None where the system does not say.
+        launcher: pid of its parent, if that is a launcher.
+        launch: name of the torchrun launch and how often it has restarted its processes.
+        job: number of the Slurm job and how often it was requeued.
+    """
+
+    token: str = ""
+    host: str = ""
+    pid: int = 0
+    machine: str | None = None
+    started: int | None = None
+    launcher: int | None = None
+    launch: tuple[str, int] | None = None
+    job: tuple[str, int] | None = None
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        """This process, with a new token."""
+        launched = "RANK" in os.environ
+        return cls(
+            token=uuid.uuid4().hex,
+            host=host_name(),
+            pid=os.getpid(),
+            machine=_machine(),
+            started=_start_of(os.getpid()),
+            launcher=os.getppid() if launched else None,
+            launch=_numbered("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+            job=_numbered("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Owner:
+        """What a lock file says; an owner without a token where it is damaged, or being written."""
+        try:
+            values = json.loads(text)
+            for name in ("launch", "job"):
+                if values[name] is not None:
+                    values[name] = (str(values[name][0]), int(values[name][1]))
+            return cls(**values | {"pid": int(values["pid"])})
+        except (ValueError, TypeError, KeyError, IndexError):
+            return cls()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" if self.token else "an unknown process"
+
+    def known_alive(self, mine: Owner) -> bool | None:
+        """Whether the process runs, as far as the process ``mine`` can tell without waiting; None for unknown."""
+        if not self.token:
+            return None
+        if self.machine is not None and self.machine == mine.machine:
+            return _runs(self.pid, self.started)
+        # A new start by Slurm, or by torchrun, begins when all processes of the one before it have been ended.
+        for before, now in ((self.job, mine.job), (self.launch, mine.launch)):
+            if before is not None and now is not None and before[0] == now[0] and before[1] < now[1]:
+                return False
+        return None
+
+
+def _numbered(name: str, count: str) -> tuple[str, int] | None:
+    found, number = os.environ.get(name, ""), os.environ.get(count, "0")
+    return (found, int(number)) if found not in ("", "none") and number.isdecimal() else None
+
+
+def _machine() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _stat_of(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; the name before it may hold spaces and parentheses."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
+def _start_of(pid: int) -> int | None:
+    try:
+        return int(_stat_of(pid)[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _runs(pid: int, started: int | None) -> bool:
+    """Whether the process that started then still runs; a zombie does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # of another user
+    try:
+        fields = _stat_of(pid)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return fields[0] not in "ZX" and started in (None, int(fields[19]))
+
+
+class RunLock:
+    """The lock of a run directory. Only rank 0 acquires it; on other ranks every method does nothing.
+
+    Args:
+        run_dir: the directory, made if it is not there.
+        patience: seconds to wait at most to find out whether an owner on another machine is gone.
+    """
+
+    def __init__(self, run_dir: Path, patience: float = STALE_SECONDS) -> None:
+        self.run_dir, self.path, self.patience = run_dir, run_dir / LOCK_FILE, patience
+        #: Who has taken the lock over from this process; None while nobody has.
+        self.taken_by: Owner | None = None
+        self._mine: Owner | None = None
+        self._made_directory = False
+        self._ended = threading.Event()
+        self._renewing: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Become the owner.
+
+        Raises:
+            UserError: another process owns the directory, or it cannot be written to.
+        """
+        mine = Owner.this_process()
+        with reporting("written to", f"training.run_dir {self.run_dir}", "give another directory"):
+            self._made_directory = not self.run_dir.exists()
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            watch = _Watch(self.path, mine, self.patience)
+            while not self._create(mine):
+                watch.wait()
+        self._mine = mine
+        self._renewing = threading.Thread(target=self._renew, name="run lock", daemon=True)
+        self._renewing.start()
+
+    def verify(self) -> None:
+        """Make sure that this process still is the owner, before it writes.
+
+        Raises:
+            UserError: another process has taken the directory over.
+        """
+        self._look()
+        self.refuse_if_taken()
+
+    def refuse_if_taken(self) -> None:
+        """Stop if another process is known to have taken the directory over.
+
+        Raises:
+            UserError: it has.
+        """
+        if self.taken_by is not None:
+            raise UserError(
+                f"training.run_dir {self.run_dir} was taken over by {self.taken_by}, which found no sign of this "
+                "process: stopped without writing anything more; the other one goes on from the newest checkpoint"
+            )
+
+    def release(self) -> None:
+        """Let others own the directory."""
+        if self._mine is None:
+            return
+        self._ended.set()
+        if self._renewing is not None:
+            self._renewing.join(RENEWAL_SECONDS)
+        with suppress(OSError):
+            if _read(self.path) == self._mine:
+                self.path.unlink()
+            if self._made_directory:
+                self.run_dir.rmdir()  # only if nothing came of it
+        self._mine = None
+
+    def _create(self, mine: Owner) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(mine)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                self.path.unlink()
+            raise
+        return True
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEWAL_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        """Renew the lock, or find out that it is another's."""
+        mine = self._mine
+        if mine is None:
+            return
+        with suppress(OSError):  # what a file system cannot say now proves nothing
+            found = _read(self.path)
+            if found is None:
+                self._create(mine)  # removed by hand
+            elif found == mine:
+                os.utime(self.path)
+            elif found.token:
+                self.taken_by = found
+
+
+class _Watch:
+    """What a process that waits for a lock has seen of its owner."""
+
+    def __init__(self, path: Path, mine: Owner, patience: float) -> None:
+        self.path, self.mine, self.patience = path, mine, patience
+        self.began = time.monotonic()
+        self.owner: Owner | None = None
+        self.renewed = 0.0
+        self.said = False
+
+    def wait(self) -> None:
+        """Wait a moment for the owner to end; remove the lock of one that is gone.
+
+        Raises:
+            UserError: the owner is alive, or it takes too long to tell.
+        """
+        owner, renewed = _read(self.path), _renewed(self.path)
+        if owner is None or renewed is None:
+            return  # released just now
+        if owner != self.owner:
+            self.owner, self.renewed, self.began = owner, renewed, time.monotonic()
+        waited = time.monotonic() - self.began
+        alive = owner.known_alive(self.mine)
+        if alive is None:
+            if renewed != self.renewed:
+                raise self._refusal("")
+            silent = max(waited, self._now() - renewed)
+            if silent > STALE_SECONDS:
+                alive = False
+            elif waited > self.patience:
+                raise self._refusal(f", or try again in {STALE_SECONDS - silent:.0f} seconds if it is gone")
+            else:
+                self._say(f"{owner} may still train in {self.path.parent}, last heard of {silent:.0f} seconds ago")
+        if alive is False:
+            _remove(self.path, owner)
+            return
+        same_launcher = owner.launcher is not None and owner.launcher == self.mine.launcher
+        if alive and waited > min(self.patience, RESTART_SECONDS if same_launcher else GRACE_SECONDS):
+            raise self._refusal("")
+        time.sleep(_POLL_SECONDS)
+
+    def _refusal(self, more: str) -> UserError:
+        return UserError(
+            f"training.run_dir is {self.path.parent}, where {self.owner} is training: wait for it or stop it{more}; or "
+            "set another training.run_dir"
+        )
+
+    def _say(self, text: str) -> None:
+        if not self.said:
+            print(f"waiting: {text}", flush=True)
+        self.said = True
+
+    def _now(self) -> float:
+        """The time by the clock of the file system."""
+        own = self.path.with_name(f".{LOCK_FILE}.{self.mine.token}.clock")
+        try:
+            own.write_text("", encoding="utf-8")
+            return own.stat().st_mtime
+        finally:
+            own.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Owner | None:
+    """The owner; None where there is no lock. Opening a file asks a network file system for what is new."""
+    try:
+        return Owner.from_json(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
+
+
+def _renewed(path: Path) -> float | None:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _remove(path: Path, gone: Owner) -> None:
+    """Remove the lock of an owner that is gone, but not one that another process has made in the meantime."""
+    aside = path.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}.stale")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) != gone:
+        with suppress(OSError):
+            os.link(aside, path)
+    aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def owning(run_dir: Path, timeout_seconds: float) -> Iterator[RunLock]:
+    """Own a run directory while the block lasts; every rank calls.
+
+    Args:
+        run_dir: the directory.
+        timeout_seconds: how long ranks wait for each other.
+
+    Raises:
+        UserError: another process owns it, or it cannot be written to.
+    """
+    lock = RunLock(run_dir, patience=min(STALE_SECONDS, timeout_seconds / 2))
+    on_first_rank(lock.acquire)
+    try:
+        yield lock
+    finally:
+        lock.release()
