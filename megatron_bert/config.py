@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.mesh import ParallelLayout, Sharding, data_shard_size, fit_data_size
@@ -15,11 +16,31 @@ from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.stage import StagePart, split_layers
 from parallel.recompute import Recompute
 
+#: The smallest number that float32 holds to its full precision; what is below it may count as 0.
+SMALLEST_FLOAT32 = 1.18e-38
+
 
 class Section(BaseModel):
-    """Settings that refuse unknown keys and cannot change once read."""
+    """Settings that refuse unknown keys, numbers without a size and truth values for numbers, and stay as read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1."""
+        given = any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value]))
+        if given and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("truth", "true and false are no value for it")
+        return value
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(
+        isinstance(part, bool) or _takes_bool(part) for part in get_args(annotation)
+    )
 
 
 class ModelSettings(Section):
@@ -53,7 +74,7 @@ class ModelSettings(Section):
     scaled_output_init: bool = Field(
         True, description="Initialise output projections with initializer_range / sqrt(2 x layers), as Megatron does."
     )
-    layer_norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every layer norm.")
+    layer_norm_eps: float = Field(1e-5, ge=SMALLEST_FLOAT32, description="Added to the variance in every layer norm.")
     vocab_size_multiple: int = Field(
         128, gt=0, description="The vocabulary is padded to a multiple of this many rows, at every layout alike."
     )
@@ -105,7 +126,9 @@ class DataSettings(Section):
         json_schema_extra=_shorter_corpora,
     )
     split: str = Field(
-        "969,30,1", description="Documents of the training corpora for training, validation, test, in relative parts."
+        "969,30,1",
+        description="Documents of the training corpora for training, validation, test, in relative parts; 1,0,0 trains "
+        "on all of them, without held-out scores.",
     )
     seq_length: int = Field(512, ge=8, description="Tokens a sample, special tokens included.")
     mask_probability: float = Field(0.15, gt=0, le=0.5, description="Share of the tokens to predict.")
@@ -170,7 +193,7 @@ class OptimizerSettings(Section):
 
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    eps: float = Field(1e-8, ge=SMALLEST_FLOAT32, description="Added to the denominator.")
     weight_decay: float = Field(0.01, ge=0, description="Share of a weight removed a step, times the learning rate.")
     clip_grad_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 does not clip.")
 
@@ -179,7 +202,7 @@ class LearningRateSettings(Section):
     """Warm-up, then a decay."""
 
     peak: float = Field(1e-4, gt=0, description="Learning rate at the end of the warm-up.")
-    minimum: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    minimum: float = Field(0.0, ge=0, description="Learning rate after the end of the decay.")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
         "linear", description="Shape after warm-up; wsd is warm-up, stable, decay."
     )
@@ -188,7 +211,7 @@ class LearningRateSettings(Section):
         None, ge=0, lt=1, description="Share of all steps that warm up, in place of warmup_steps."
     )
     decay_steps: int | None = Field(
-        None, gt=0, description="Step at which the minimum is reached; training.steps when unset."
+        None, gt=0, description="Steps after which the minimum is reached; training.steps when unset."
     )
     wsd_decay_steps: int | None = Field(
         None, gt=0, description="Length of the final decay of wsd, in steps; a tenth of decay_steps when unset."
@@ -253,8 +276,8 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=0, description="Newest checkpoints kept; 0 keeps all.")
     resume: str = Field(
         "auto",
-        description="auto (newest of the run directory, if any), none, or a checkpoint's path; none and a path are "
-        "refused while the run directory holds later checkpoints of another command.",
+        description="auto (newest of the run directory, if any), none (begin with the first step), or a checkpoint's "
+        "path; none and a path are refused while the run directory holds later checkpoints of another command.",
     )
     asynchronous: bool = Field(True, description="Write while training goes on.")
 

@@ -30,10 +30,11 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
     intermediate = model.intermediate_size or 4 * model.hidden_size
     check_tensor_size(layout.tensor, model.num_attention_heads, intermediate, model.vocab_size_multiple)
     tokens = settings.training.micro_batch_size * data.seq_length
-    if layout.sequence and tokens % layout.tensor:
+    if layout.sequence and tokens % layout.tensor and not data.packed:  # packed micro batches are filled up
         raise UserError(
             f"parallel.sequence divides the {tokens} tokens of a micro batch (training.micro_batch_size x "
-            f"data.seq_length) over {layout.tensor} tensor ranks, which does not come out even: change data.seq_length"
+            f"data.seq_length) over {layout.tensor} tensor ranks, which does not come out even: change "
+            "data.seq_length, or set data.packed=true"
         )
     if data.seq_length > model.max_position_embeddings:
         raise UserError(

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import megatron_bert
 from megatron_bert import MegatronBertConfig
+from tools.peers import transformers
 from tools.timing import machine_name, processor_seconds, seconds
 
 #: Name -> class, whether padding is skipped.

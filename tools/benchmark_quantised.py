@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
+from tools.peers import transformers
 from tools.timing import machine_name, processor_seconds, seconds
 
 #: Shared by all models.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from megatron_bert.model.batch import MicroBatch
@@ -26,6 +25,7 @@ from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
+from tools.peers import transformers
 from tools.timing import machine_name, seconds
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from megatron_bert.convert.conversion import convert
@@ -22,6 +21,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Head, Task, Unit
+from tools.peers import transformers
 
 CLASSES = {
     "sequence": "MegatronBertForSequenceClassification",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from megatron_bert.config import Settings, WeightedPrefix
+from megatron_bert.config import DataSettings, Settings, WeightedPrefix
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.sentence_pairs import PairDataset, split_documents
 from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer
+from parallel.errors import UserError
 
 Part = Literal["train", "valid"]
 
@@ -32,6 +33,18 @@ def open_corpus(settings: Settings, tokenizer: Tokenizer, part: Part) -> Blended
     return BlendedCorpus(datasets, [corpus.weight for corpus in corpora], settings.training.seed)
 
 
+def holds_out(data: DataSettings) -> bool:
+    """Whether anything is held out to evaluate on.
+
+    Raises:
+        UserError: ``data.split`` is none.
+    """
+    if data.valid is not None:
+        return True
+    start, stop = split_documents(data.split, 1 << 40)[1]
+    return start < stop
+
+
 def cache_directory(settings: Settings) -> Path:
     """Where sample indices are kept."""
     return settings.data.cache_dir or settings.training.run_dir / "cache"
@@ -43,6 +56,11 @@ def _open(settings: Settings, tokenizer: Tokenizer, corpus: WeightedPrefix, part
     indexed = IndexedDataset(corpus.prefix)
     count = len(indexed.document_indices) - 1
     documents = (0, count) if whole else split_documents(data.split, count)[0 if part == "train" else 1]
+    if part == "valid" and documents[0] == documents[1]:
+        raise UserError(
+            f"data.split {data.split} leaves none of the {count} documents of {corpus.prefix} to evaluate on: give "
+            "data.valid or another split, or set data.split=1,0,0 to train without held-out scores"
+        )
     return PairDataset(
         indexed,
         documents,

@@ -260,6 +260,12 @@ def _prepare(settings: FinetuneSettings, stage: FinetuneStage, objective: Finetu
         check_learning_rate(settings.learning_rate, objective.total_steps)
     start = find_start(settings, objective)
     stage.check(settings, start)
+    model = settings.training.run_dir / MODEL_FOLDER
+    if start.checkpoint is None and model.exists():
+        raise UserError(
+            f"{model} is of an earlier run, of which no checkpoint is there to go on from: remove it to train in this "
+            "directory, or set another training.run_dir"
+        )
     return Run(settings, objective, start)
 
 

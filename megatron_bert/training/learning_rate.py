@@ -10,6 +10,10 @@ from megatron_bert.config import LearningRateSettings
 def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) -> float:
     """The learning rate of one optimizer step.
 
+    The decay counts the steps before this one, as Megatron's does: the first step after the warm-up still has the peak,
+    and the last one of the run not yet the minimum, which may be 0 and would make it a step that changes nothing. The
+    warm-up counts this one too, for the same reason; Megatron's first step has the rate 0.
+
     Args:
         step: number of the step, from 1.
         rate: the schedule; its decay ends at ``decay_steps``, or at ``total_steps`` when that is unset.
@@ -24,7 +28,7 @@ def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) ->
     start = warmup
     if rate.schedule == "wsd":
         start = end - (rate.wsd_decay_steps or max(1, (end - warmup) // 10))
-    progress = min(1.0, max(0.0, (step - start) / (end - start)))
+    progress = min(1.0, max(0.0, (step - 1 - start) / (end - start)))
     shape = rate.wsd_decay_shape if rate.schedule == "wsd" else rate.schedule
     if shape == "cosine":
         share = 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -12,6 +12,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from megatron_bert.config import LoggingSettings
+from parallel.whole_files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -55,6 +56,9 @@ class Report:
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            if start == 0:  # events of an earlier run, which this one begins in place of
+                for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
+                    path.unlink()
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         show = sys.stderr.isatty() if settings.progress is None else settings.progress
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not show, dynamic_ncols=True)
@@ -64,7 +68,7 @@ class Report:
         """Drop rows that a resumed run will write again."""
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __enter__(self) -> Self:
         return self

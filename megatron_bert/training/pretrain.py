@@ -59,7 +59,7 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     tokenizer = check_inputs(settings)
     training, objective = settings.training, Pretraining(settings, tokenizer)
     checkpoint = find_start(settings, objective).checkpoint
-    if checkpoint is not None and _has_nothing_left(read_state(checkpoint), training.steps):
+    if checkpoint is not None and _has_nothing_left(read_state(checkpoint), objective):
         # Not an error: a job that is started again after it finished has nothing left to do.
         if launched_rank() == 0:
             print(f"{checkpoint} has reached training.steps {training.steps}: nothing left to do; raise it to train on")
@@ -93,7 +93,10 @@ def _train(settings: Settings, trainer: Trainer, start: Start, placement: list[s
             report.say(f"resuming from {start.checkpoint}")
         elif settings.model.from_ is not None:
             report.say(f"starting from the weights of {settings.model.from_}")
-        for note in (*trainer.model.notes, *start.notes, *placement):
+        alone = (
+            [] if trainer.objective.evaluates else [f"data.split {settings.data.split} leaves nothing to evaluate on"]
+        )
+        for note in (*trainer.model.notes, *start.notes, *alone, *placement):
             report.say(f"note: {note}")
         reason = trainer.run(stop, report)
         if reason is not None:
@@ -101,9 +104,10 @@ def _train(settings: Settings, trainer: Trainer, start: Start, placement: list[s
     return reason
 
 
-def _has_nothing_left(state: dict[str, Any], steps: int) -> bool:
-    """Whether a checkpoint is of the last step, and that was evaluated."""
-    return state["step"] >= steps and state.get("evaluated_step", state["step"]) == state["step"]
+def _has_nothing_left(state: dict[str, Any], objective: Pretraining) -> bool:
+    """Whether a checkpoint is of the last step, and that was evaluated if anything is."""
+    evaluated = not objective.evaluates or state.get("evaluated_step", state["step"]) == state["step"]
+    return bool(state["step"] == objective.total_steps) and evaluated
 
 
 def take_sizes(settings: Settings) -> Settings:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_bert.config import Settings
 from megatron_bert.convert.opening import load_into
-from megatron_bert.data.corpora import Part
+from megatron_bert.data.corpora import Part, holds_out
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer
@@ -46,6 +46,7 @@ class Pretraining(Objective):
         self.total_steps = settings.training.steps
         self.evaluate_every = settings.training.evaluate_every
         self._corpora: dict[Part, BlendedCorpus] = {}
+        self.evaluates = holds_out(settings.data)
 
     @property
     def loss_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -72,7 +73,7 @@ class Pretraining(Objective):
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Build the sample indices once, on rank 0, and let every rank open the data."""
-        parts: tuple[Part, ...] = ("train", "valid")
+        parts: tuple[Part, ...] = ("train", "valid") if self.evaluates else ("train",)
         for part in parts:
             source = self._source(mesh, part, 0)
             if world.is_first:

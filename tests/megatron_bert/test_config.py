@@ -123,6 +123,32 @@ def test_settings_that_do_not_go_together(world: int, changes: dict[str, Any], w
     assert ": " in text  # what is wrong, and what to do
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate__peak", float("inf")),
+        ("optimizer__weight_decay", float("inf")),
+        ("optimizer__clip_grad_norm", float("nan")),
+        ("optimizer__eps", 1e-300),
+        ("model__layer_norm_eps", 1e-300),
+        ("model__hidden_size", True),
+        ("training__seed", False),
+        ("parallel__stage_layers", [True, 3]),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^test: {name.replace('__', '.')} is "):
+        make(**{name: value})
+
+
+def test_packed_micro_batches_are_filled_up_for_sequence_parallelism() -> None:
+    layout: dict[str, Any] = {"parallel__tensor": 2, "parallel__sequence": True}
+    odd = {"data__seq_length": 31, "training__micro_batch_size": 3, "training__global_batch_size": 3}
+    with pytest.raises(UserError, match="93 tokens of a micro batch"):
+        check_settings(make(**layout, **odd), 2)
+    check_settings(make(**layout, **odd, data__packed=True), 2)
+
+
 def test_edges_that_fit() -> None:
     check_settings(make(learning_rate__warmup_steps=99), 1)
     check_settings(make(learning_rate__warmup_steps=100, learning_rate__schedule="constant"), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,10 @@ class TestSettingsThatDoNotFitTheRun:
         with pytest.raises(UserError, match=r"learning_rate\.peak 0\.003, but now it is 0\.001"):
             finetune(run_settings(tmp_path, training__steps=1, learning_rate__peak=1e-3))
         finetune(run_settings(tmp_path, training__steps=1, logging__every=7))  # which changes no result
+        (tmp_path / "run" / "results.json").unlink()
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        with pytest.raises(UserError, match=r"run/model is of an earlier run, .*: remove it"):
+            finetune(run_settings(tmp_path, training__steps=1, learning_rate__peak=1e-3))
 
     @pytest.mark.parametrize("name", ["train", "valid"])
     def test_results_of_other_data(self, tmp_path: Path, name: str) -> None:

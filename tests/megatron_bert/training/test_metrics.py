@@ -105,3 +105,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert {"train/loss", "train/grad_norm", "valid/mlm_loss"} <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 1.25)]
     assert [(event.step, event.value) for event in events.Scalars("valid/mlm_loss")] == [(2, 1.5)]
+    with report(tmp_path, LoggingSettings(progress=False)) as another:
+        another.step(row(1))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1], "a run that begins takes the place"

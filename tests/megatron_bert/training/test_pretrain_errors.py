@@ -13,7 +13,7 @@ from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError
 from tests.megatron_bert.training.layouts import make_data
-from tests.megatron_bert.training.runs import rows, run_settings
+from tests.megatron_bert.training.runs import STEPS, rows, run_settings
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,19 @@ def test_float16_without_a_gpu(data: Path, tmp_path: Path) -> None:
 
 
 def test_no_held_out_documents(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="split"):
-        pretrain(run_settings(data, tmp_path, data__split="1,0,0"))
+    with pytest.raises(UserError, match=r"split 99999,1,0 leaves none of the 60 documents .* set data\.split=1,0,0"):
+        pretrain(run_settings(data, tmp_path, data__split="99999,1,0"))
     assert latest_checkpoint(tmp_path / "checkpoints") is None
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_training_without_held_out_documents(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+    settings = run_settings(data, tmp_path, data__split="1,0,0", training__evaluate_every=2)
+    pretrain(settings)
+    assert "note: data.split 1,0,0 leaves nothing to evaluate on" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+    pretrain(settings)
+    assert "nothing left to do" in capsys.readouterr().out
