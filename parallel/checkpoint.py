@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 from parallel.process_group import new_group
 
 STATE_FILE = "state.json"
+_LONGEST_STATE = 64 << 20
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -55,48 +54,18 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: the directory is not a whole checkpoint.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        with (path / STATE_FILE).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST_STATE)
+            if file.read(1):
+                raise ValueError(f"more than {_LONGEST_STATE:,} characters")
+        state = json.loads(text)
     except OSError:
         raise UserError(f"{path} is not a checkpoint: it holds no {STATE_FILE}; give a step_... directory") from None
-    except ValueError as error:
-        raise UserError(f"{path / STATE_FILE} is damaged ({error}): use another checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path / STATE_FILE} is damaged ({brief(error)}): use another checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path / STATE_FILE} is damaged (not a JSON object): use another checkpoint")
     return state
-
-
-def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Fill tensors in place from a checkpoint, whatever layout wrote it.
-
-    Args:
-        path: a checkpoint directory.
-        tensors: global name -> tensor (a DTensor where it is sharded) to fill; the checkpoint may hold more.
-        group: a group with CPU collectives over all ranks; None to load in this process alone.
-
-    Raises:
-        UserError: the checkpoint cannot be read, lacks a tensor, or holds it in another shape.
-    """
-    reader = dcp.FileSystemReader(path)
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except Exception as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error}): use another one") from None
-    for name, tensor in tensors.items():
-        entry = stored.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(f"checkpoint {path} holds no tensor {name}: it was saved from another kind of model")
-        if entry.size != tensor.shape:
-            raise UserError(
-                f"checkpoint {path} holds {name} in shape {tuple(entry.size)}, but the model settings make it "
-                f"{tuple(tensor.shape)}: use the settings it was saved with"
-            )
-    try:
-        with warnings.catch_warnings():
-            # Loading in one process is what a group of None asks for; torch takes it for an oversight.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-    except dcp.CheckpointException as error:
-        raise UserError(f"checkpoint {path} cannot be read ({_reasons(error)}): use another one") from None
 
 
 def _reasons(error: dcp.CheckpointException) -> str:

@@ -8,6 +8,22 @@ class UserError(ValueError):
     """
 
 
+class DamagedFileError(UserError):
+    """A file that is not what it should be.
+
+    Attributes:
+        fault: what is wrong with which file.
+        remedy: what to do; where a file is one of several, its reader knows better.
+    """
+
+    def __init__(self, fault: str, remedy: str = "fetch it again") -> None:
+        super().__init__(fault, remedy)
+        self.fault, self.remedy = fault, remedy
+
+    def __str__(self) -> str:
+        return f"{self.fault}{'; ' if ': ' in self.fault else ': '}{self.remedy}"
+
+
 def brief(value: object, length: int = 100) -> str:
     """A value in a few printable characters: no line breaks, no terminal codes, no numbers of a thousand digits."""
     if isinstance(value, int) and value.bit_length() > 200:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.distributed_files import METADATA, read_distributed, write_distributed
+from megatron_bert.convert.distributed_files import read_distributed, write_distributed
 from megatron_bert.convert.divisions import pad_vocabulary
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.json_files import read_json
@@ -31,6 +31,7 @@ from megatron_bert.convert.state import (
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError
+from parallel.stored.distributed_files import METADATA
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 #: A tensor that only a post-layer-norm model has.

@@ -209,7 +209,7 @@ class PairDataset:
             path = cache_directory / f"{Path(self.indexed.prefix).name}_samples_{self._index_key()}.npy"
         if path is not None and path.is_file():
             try:
-                return np.asarray(np.load(path, mmap_mode="r"))
+                return _opened_index(path)
             except (ValueError, OSError, EOFError):
                 path.unlink(missing_ok=True)  # cut short by a full disk or a crash: build it again
         index = build_samples(
@@ -233,7 +233,7 @@ class PairDataset:
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp.npy")  # hosts may share the directory
         np.save(temporary, index)
         temporary.replace(path)
-        return np.asarray(np.load(path, mmap_mode="r"))
+        return _opened_index(path)
 
     @property
     def _room(self) -> int:
@@ -265,6 +265,19 @@ class PairDataset:
 
 
 _ONE_WORD = np.ones(1, dtype=bool)
+
+
+def _opened_index(path: Path) -> np.ndarray:
+    """A sample index in a file, unread.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(index, np.ndarray) or index.ndim != 2 or index.shape[1] != 3 or index.dtype.kind != "i":
+        raise ValueError("no sample index")
+    return np.asarray(index)
 
 
 class _Segment(NamedTuple):

@@ -22,7 +22,7 @@ from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
 from megatron_bert.tasks.settings import TaskDataSettings
 from megatron_bert.tasks.task import Task
-from parallel.checkpoint import load_tensors
+from parallel.checkpoint_reader import load_tensors
 from parallel.errors import UserError
 
 #: File that says what the model was fine-tuned for.

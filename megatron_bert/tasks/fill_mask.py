@@ -14,7 +14,8 @@ from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_o
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.checkpoint import checkpoint_step, latest_checkpoint, load_tensors, read_state
+from parallel.checkpoint import checkpoint_step, latest_checkpoint, read_state
+from parallel.checkpoint_reader import load_tensors
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 

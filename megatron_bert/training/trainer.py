@@ -26,7 +26,8 @@ from megatron_bert.training.run_lock import RunLock
 from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.timeline import gather_timeline, write_timeline
-from parallel.checkpoint import CheckpointWriter, load_tensors, read_state
+from parallel.checkpoint import CheckpointWriter, read_state
+from parallel.checkpoint_reader import load_tensors
 from parallel.errors import UserError
 from parallel.gradients import (
     clip_factor,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import UserError
+from parallel.errors import DamagedFileError
 from parallel.whole_files import reporting
 
 _REMEDY = "check the disk, or use a copy of the file"
@@ -24,12 +26,14 @@ class FileRange:
         start: offset of the first byte.
         length: number of bytes.
         label: what to call them in messages, for example ``model.zip/release/mp_rank_00/model_optim_rng.pt``.
+        descriptor: of the file where it is open already; see :meth:`opened`.
     """
 
     path: Path
     start: int
     length: int
     label: str
+    descriptor: int | None = None
 
     @staticmethod
     def whole(path: Path, label: str | None = None) -> FileRange:
@@ -41,11 +45,13 @@ class FileRange:
         try:
             # Before it is opened, which for a pipe would wait for its writer.
             if not stat.S_ISREG(path.stat().st_mode):
-                raise UserError(f"{label or path} is no regular file: give a checkpoint file, its folder or a zip file")
+                raise DamagedFileError(
+                    f"{label or path} is no regular file", "give a checkpoint file, its folder or a zip file"
+                )
             with path.open("rb") as file:
                 return FileRange(path, 0, os.fstat(file.fileno()).st_size, label or str(path))
         except OSError as error:
-            raise UserError(f"{label or path} cannot be read ({error.strerror}): check the path") from None
+            raise DamagedFileError(f"{label or path} cannot be read ({error.strerror})", "check the path") from None
 
     def part(self, start: int, length: int, label: str | None = None) -> FileRange:
         """Bytes inside this range.
@@ -54,11 +60,23 @@ class FileRange:
             UserError: they reach beyond its end.
         """
         if start < 0 or length < 0 or start + length > self.length:
-            raise UserError(
-                f"{self.label} is damaged: it should hold {length} bytes at offset {start}, but ends at {self.length}; "
-                "fetch it again"
+            raise DamagedFileError(
+                f"{self.label} is damaged: it should hold {length} bytes at offset {start}, but ends at {self.length}"
             )
-        return FileRange(self.path, self.start + start, length, label or self.label)
+        return FileRange(self.path, self.start + start, length, label or self.label, self.descriptor)
+
+    @contextmanager
+    def opened(self) -> Iterator[FileRange]:
+        """The same range, of whose parts the reading opens no file again; of use inside the block only."""
+        if self.descriptor is not None:
+            yield self
+            return
+        with reporting("read", self.label, _REMEDY):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            yield replace(self, descriptor=descriptor)
+        finally:
+            os.close(descriptor)
 
     def open(self) -> io.BufferedReader:
         """The bytes as a seekable binary file."""
@@ -70,18 +88,17 @@ class FileRange:
         Raises:
             UserError: they reach beyond the range, or the file became shorter.
         """
-        wanted = self.part(start, length)
         data = bytearray(length)
         view = memoryview(data)
         done = 0
-        with reporting("read", self.label, _REMEDY), wanted.path.open("rb", buffering=0) as file:
-            file.seek(wanted.start)
+        with reporting("read", self.label, _REMEDY), self.part(start, length).opened() as wanted:
+            assert wanted.descriptor is not None
             while done < length:
-                # readinto is interrupted at 2 GiB by the kernel, and may return less at any time.
-                count = file.readinto(view[done:])
+                # A read is interrupted at 2 GiB by the kernel, and may return less at any time.
+                count = os.preadv(wanted.descriptor, [view[done:]], wanted.start + done)
                 if not count:
-                    raise UserError(
-                        f"{self.label} became shorter while it was read: convert a copy that stays as it is"
+                    raise DamagedFileError(
+                        f"{self.label} became shorter while it was read", "read a copy that stays as it is"
                     )
                 done += count
         return data
@@ -91,9 +108,8 @@ class _RangeReader(io.RawIOBase):
     """A raw file over a range, for libraries that want a file."""
 
     def __init__(self, place: FileRange) -> None:
-        self._range, self._at = place, 0
-        with reporting("read", place.label, _REMEDY):
-            self._file = place.path.open("rb", buffering=0)
+        self._stack = ExitStack()
+        self._range, self._at = self._stack.enter_context(place.opened()), 0
 
     def readable(self) -> bool:
         return True
@@ -113,12 +129,12 @@ class _RangeReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         room = max(0, min(len(buffer), self._range.length - self._at))
+        assert self._range.descriptor is not None
         with reporting("read", self._range.label, _REMEDY):
-            self._file.seek(self._range.start + self._at)
-            count = self._file.readinto(memoryview(buffer)[:room])
+            count = os.preadv(self._range.descriptor, [memoryview(buffer)[:room]], self._range.start + self._at)
         self._at += count
         return count
 
     def close(self) -> None:
-        self._file.close()
+        self._stack.close()
         super().close()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
-from parallel.errors import UserError, brief
+from parallel.errors import DamagedFileError, UserError, brief
 from parallel.stored.vocabulary import Global, RefusedError, StandIn, Vocabulary
 
 #: Longest single string, in bytes: tensors lie outside the pickle, random states are a few kilobytes.
@@ -79,15 +79,16 @@ def load_pickle(file: BinaryIO, vocabulary: Vocabulary, label: str, limits: Limi
     try:
         return _Machine(file, vocabulary, limits).run()
     except RefusedError as refused:
-        raise UserError(
+        raise DamagedFileError(
             f"{label} asks to load {refused}, which is neither a tensor nor plain data: nothing was run, and the file "
-            "may be harmful; use one from a source that you trust"
+            "may be harmful",
+            "use one from a source that you trust",
         ) from None
     except UserError:
         raise
     # Bytes of any kind can go wrong in any way here, and all of it means the same to the user.
     except Exception as error:
-        raise UserError(f"{label} is damaged: its pickle cannot be read ({_short(error)}); fetch it again") from None
+        raise DamagedFileError(f"{label} is damaged: its pickle cannot be read ({_short(error)})") from None
 
 
 def _unknown() -> None:

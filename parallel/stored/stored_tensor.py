@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.errors import UserError
+from parallel.errors import DamagedFileError
 from parallel.stored.file_range import FileRange
 
 
@@ -72,6 +72,16 @@ class StoredTensor:
             raise ValueError(f"a tensor of shape {list(sizes)[:8]} does not fit in its storage")
         return StoredTensor(storage, dtype, offset, sizes, steps)
 
+    def part(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> StoredTensor:
+        """A region of the tensor, unread.
+
+        Args:
+            offsets: of its first element.
+            sizes: of the region, which lies inside the tensor.
+        """
+        first = self.offset + sum(offset * step for offset, step in zip(offsets, self.stride))
+        return StoredTensor(self.storage, self.dtype, first, sizes, self.stride)
+
     def load(self) -> Tensor:
         """Read the tensor: contiguous, on the CPU, in memory of its own.
 
@@ -92,7 +102,6 @@ class StoredTensor:
 
     def _check(self, data: bytearray, place: FileRange) -> None:
         if zlib.crc32(data) != self.storage.checksum:
-            raise UserError(
-                f"{place.label} is damaged: its checksum does not match (or torch was told not to write any); "
-                "fetch it again"
+            raise DamagedFileError(
+                f"{place.label} is damaged: its checksum does not match (or torch was told not to write any)"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from parallel.errors import UserError
+from parallel.errors import DamagedFileError
 from parallel.stored.file_range import FileRange
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -31,24 +31,28 @@ def refuse_strange(place: FileRange) -> None:
     """Refuse a file that is known to hold neither weights nor settings.
 
     Raises:
-        UserError: with what it is and what to do; nothing is raised for a file that is not known.
+        DamagedFileError: with what it is and what to do; nothing is raised for a file that is not known.
     """
     start = bytes(place.read(0, min(place.length, _LONGEST_START)))
     if not start.strip(b"\0 \t\r\n"):
         amount = "empty" if place.length == 0 else "full of zeros or blanks"
-        raise UserError(f"{place.label} is {amount}: fetch it again")
+        raise DamagedFileError(f"{place.label} is {amount}")
     if start.startswith(_LFS_POINTER):
         size = re.search(rb"size (\d{1,15})", start)
         of = f" to {int(size[1]):,} bytes" if size else ""
-        raise UserError(
-            f"{place.label} is a pointer of git-lfs{of}, not the file itself: run `git lfs pull` where it is"
+        raise DamagedFileError(
+            f"{place.label} is a pointer of git-lfs{of}, not the file itself", "run `git lfs pull` where it is"
         )
     if re.match(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", start, re.IGNORECASE | re.DOTALL):
-        raise UserError(f"{place.label} is a web page, such as a login or an error page: download the file itself")
+        raise DamagedFileError(
+            f"{place.label} is a web page, such as a login or an error page", "download the file itself"
+        )
     if re.match(rb"\s*<\?xml", start):
-        raise UserError(f"{place.label} is an XML text, such as the error of a file store: download the file itself")
+        raise DamagedFileError(
+            f"{place.label} is an XML text, such as the error of a file store", "download the file itself"
+        )
     if start[_TAR_MAGIC[0] :].startswith(_TAR_MAGIC[1]):
-        raise UserError(f"{place.label} is a tar file: unpack it first")
+        raise DamagedFileError(f"{place.label} is a tar file", "unpack it first")
     for magic, what, remedy in _MAGICS:
         if start.startswith(magic):
-            raise UserError(f"{place.label} is {what}: {remedy}")
+            raise DamagedFileError(f"{place.label} is {what}", remedy)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from parallel.errors import UserError, brief
+from parallel.errors import DamagedFileError, UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.stored.pickles import load_pickle
 from parallel.stored.stored_tensor import StorageRecord
@@ -50,7 +50,7 @@ def load_torch_file(place: FileRange) -> Any:
     if start.startswith(_STREAM_START):
         return _load_stream(place)
     refuse_strange(place)
-    raise UserError(f"{place.label} is no file of torch.save: give a checkpoint, or a .zip file with one")
+    raise DamagedFileError(f"{place.label} is no file of torch.save", "give a checkpoint, or a .zip file with one")
 
 
 # ---------------------------------------------------------------- zip container
@@ -73,12 +73,12 @@ def _load_zip(place: FileRange) -> Any:
             key, dtype, numel = _storage_id(persistent_id, 5)
             member = members.get(f"{prefix}data/{key}")
             if member is None:
-                raise UserError(f"{place.label} is damaged: storage {brief(key)} is missing; fetch it again")
+                raise DamagedFileError(f"{place.label} is damaged: storage {brief(key)} is missing")
             bytes_there = stored_range(place, member, f"{place.label}/data/{key}")
             if numel * dtype.itemsize > bytes_there.length:
-                raise UserError(
+                raise DamagedFileError(
                     f"{place.label} is damaged: storage {brief(key)} holds {bytes_there.length} bytes instead of "
-                    f"{numel * dtype.itemsize}; fetch it again"
+                    f"{numel * dtype.itemsize}"
                 )
             return StorageRecord(key, dtype, numel * dtype.itemsize, bytes_there, member.CRC)
 
@@ -129,7 +129,9 @@ def _load_stream(place: FileRange) -> Any:
     plain = Vocabulary()
     with place.open() as file:
         if load_pickle(file, plain, place.label) != _STREAM_MAGIC:
-            raise UserError(f"{place.label} is no file of torch.save: give a checkpoint, or a .zip file with one")
+            raise DamagedFileError(
+                f"{place.label} is no file of torch.save", "give a checkpoint, or a .zip file with one"
+            )
         if load_pickle(file, plain, place.label) != _STREAM_PROTOCOL:
             raise UserError(
                 f"{place.label} was saved by an unknown version of torch: load and save it with a newer one"
@@ -147,14 +149,14 @@ def _load_stream(place: FileRange) -> Any:
 def _place_storages(place: FileRange, keys: Any, records: dict[str, StorageRecord], start: int) -> None:
     """Give every storage its place: in the order of ``keys``, each behind its number of elements."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(records):
-        raise UserError(f"{place.label} is damaged: its list of storages does not fit its tensors; fetch it again")
+        raise DamagedFileError(f"{place.label} is damaged: its list of storages does not fit its tensors")
     for key in keys:
         record = records[key]
         (count,) = struct.unpack("<q", place.read(start, 8))
         if count * record.dtype.itemsize != record.nbytes:
-            raise UserError(
+            raise DamagedFileError(
                 f"{place.label} is damaged: storage {brief(key)} has {count} elements instead of "
-                f"{record.nbytes // record.dtype.itemsize}; fetch it again"
+                f"{record.nbytes // record.dtype.itemsize}"
             )
         record.place = place.part(start + 8, record.nbytes)
         start += 8 + record.nbytes

@@ -21,9 +21,9 @@ from parallel.checkpoint import (
     CheckpointWriter,
     checkpoint_step,
     latest_checkpoint,
-    load_tensors,
     read_state,
 )
+from parallel.checkpoint_reader import load_tensors
 from parallel.errors import UserError
 from parallel.process_group import process_group
 from tests.worlds import run_world
@@ -115,7 +115,7 @@ class TestWriting:
     def test_the_newest_are_kept(self, tmp_path: Path, asynchronous: bool) -> None:
         writer = CheckpointWriter(tmp_path, keep=2, asynchronous=asynchronous)
         for step in (1, 2, 10, 11):
-            writer.save(step, some_tensors(step), STATE)
+            writer.save(step, some_tensors(float(step)), STATE)
         writer.finish()
         assert names(tmp_path) == ["step_00000010", "step_00000011"]
         assert_holds(tmp_path / "step_00000010", 10.0)
@@ -260,7 +260,7 @@ class TestLoading:
             load_tensors(path, empty_tensors())
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("content", [b"", b'{"step": 3', b"\xff\xfe", b"[1, 2]", b"3"])
+    @pytest.mark.parametrize("content", [b"", b'{"step": 3', b"\xff\xfe", b"[1, 2]", b"3", b"[" * 100_000])
     def test_damaged_state(self, saved: Path, content: bytes) -> None:
         (saved / STATE_FILE).write_bytes(content)
         with pytest.raises(UserError, match=r"state\.json is damaged .*: use another checkpoint"):

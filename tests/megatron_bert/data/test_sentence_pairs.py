@@ -238,9 +238,14 @@ def test_the_index_is_cached_and_named_after_all_it_depends_on(tmp_path: Path) -
         pairs(tmp_path, change.pop("indexed", corpus), cache_directory=cache, **change)  # type: ignore[call-overload]
         assert len(list(cache.iterdir())) == number + 2
     content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(content[:200])
-    assert np.array_equal(pairs(tmp_path, corpus, cache_directory=cache)._index, first), "a cut file is rebuilt"
+    np.save(tmp_path / "objects.npy", np.array([[{}, {}, {}]]), allow_pickle=True)
+    np.savez(tmp_path / "archive.npz", first)
+    np.save(tmp_path / "numbers.npy", np.arange(3))
+    others = [(tmp_path / name).read_bytes() for name in ("objects.npy", "archive.npz", "numbers.npy")]
+    for damaged in (content[:200], b"", pickle.dumps({}), *others):
+        file.unlink()
+        file.write_bytes(damaged)
+        assert np.array_equal(pairs(tmp_path, corpus, cache_directory=cache)._index, first), "it is built again"
 
 
 @pytest.mark.parametrize(

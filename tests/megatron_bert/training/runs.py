@@ -9,7 +9,10 @@ import torch
 
 from megatron_bert.config import Settings
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
-from parallel.checkpoint import STATE_FILE, load_tensors, read_state
+from parallel.checkpoint import STATE_FILE, read_state
+from parallel.checkpoint_reader import load_tensors
+from parallel.stored.distributed_files import METADATA, read_metadata
+from parallel.stored.file_range import FileRange
 from tests.megatron_bert.training.layouts import Case
 
 #: Depends on how long a step took.
@@ -49,10 +52,8 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything a checkpoint of one process holds."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    whole = {name: torch.full(entry.size, torch.nan) for name, entry in stored.items()}
+    stored = read_metadata(FileRange.whole(checkpoint / METADATA))
+    whole = {name: torch.full(entry.shape, torch.nan) for name, entry in stored.items()}
     load_tensors(checkpoint, whole)
     return whole
 
