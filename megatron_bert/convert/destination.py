@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_bert.convert.files import FileTree, folder_tree
-from megatron_bert.convert.formats import FORMATS
+from megatron_bert.convert.formats import FORMATS, Format
 from megatron_bert.convert.megatron_shards import shard_groups
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
@@ -92,8 +92,8 @@ class Destination:
         names = sorted(entry.name for entry in place.iterdir())
         if names and not (self._overwrite or self.beside):
             raise UserError(f"{path} is there already and not empty: name another folder, or give --overwrite")
-        formats = [FORMATS[self.to]] if self.beside else list(FORMATS.values())
-        self._replaced = [name for name in names if any(re.fullmatch(f.entries, name) for f in formats)]
+        patterns = [format_.entries for format_ in self._formats_of(names)]
+        self._replaced = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
         self.kept = [name for name in names if name not in self._replaced]
         if self._replaced and not self._overwrite:
             raise UserError(f"{path / self._replaced[0]} is there already: move it away, or give --overwrite")
@@ -111,6 +111,18 @@ class Destination:
                 "another folder"
             )
         self._check_kept(folder_tree(place))
+
+    def _formats_of(self, names: list[str]) -> list[Format]:
+        """The formats whose files are replaced: the one to write, and those of checkpoints that are there.
+
+        A name such as config.json alone makes no checkpoint, and may be that of another tool's file.
+        """
+        tree = FileTree(str(self.place), {name: self.place / name for name in names})
+        others = () if self.beside else FORMATS.values()
+        return [
+            FORMATS[self.to],
+            *(f for f in others if f.name.startswith("megatron") or (f.name != self.to and f.detect(tree))),
+        ]
 
     def _check_kept(self, tree: FileTree) -> None:
         """What stays must not be taken for the checkpoint when the folder is read."""

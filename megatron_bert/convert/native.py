@@ -7,6 +7,7 @@ zeros. They fit every layout, so there is nothing to divide.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_bert.convert.state import (
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError
+from parallel.manifest import MANIFEST_FILE
 from parallel.stored.distributed_files import METADATA
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -44,7 +46,7 @@ class Native:
     """Reads and writes the format; see the table of formats for what the methods promise."""
 
     name = "native"
-    entries = r"\.metadata|__\d+_\d+\.distcp|state\.json"
+    entries = rf"\.metadata|__\d+_\d+\.distcp|{re.escape(STATE_FILE)}|{re.escape(MANIFEST_FILE)}"
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds the two files that make a checkpoint whole."""

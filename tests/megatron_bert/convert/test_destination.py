@@ -96,6 +96,18 @@ def test_files_of_the_user_stay(
     assert not [name for name in _names(tmp_path) if "-of-" in name] or way == "shards"
 
 
+def test_names_of_a_checkpoint_alone_are_the_users(
+    tmp_path: Path, source: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    for name in ("config.json", "manifest.json", "state.json"):
+        (tmp_path / name).write_text('{"of": "another tool"}')
+    convert(source, tmp_path, to="megatron", read=_WORDS, overwrite=True)
+    assert {"config.json", "manifest.json", "state.json"} < set(os.listdir(tmp_path))
+    convert(source, tmp_path, to="native", read=_WORDS, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == [".metadata", "__0_0.distcp", "config.json", "state.json"]
+    assert_same_tensors(all_tensors(tmp_path), expected)
+
+
 def test_a_folder_that_replaces_itself(tmp_path: Path, source: Path, expected: dict[str, torch.Tensor]) -> None:
     convert(source, tmp_path / "model", to="native", read=_WORDS)
     for to, write in _WAYS.values():
