@@ -14,7 +14,7 @@ from megatron_bert.finetuning.pictures import draw_run
 from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
 from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import MODEL_FOLDER, encoder_config, find_tokenizer
+from megatron_bert.finetuning.start import MODEL_FOLDER, check_lengths, encoder_config, find_tokenizer
 from megatron_bert.finetuning.summary import SEED, summarise
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -105,7 +105,16 @@ class FinetuneStage:
         self.save(settings, trainer, checkpoint, task)
         draw_run(run_dir, objective.metric)
         step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside(settings)
-        results = write_results(run_dir, settings, task, splits, step=step, steps=trainer.step, beside=beside)
+        results = write_results(
+            run_dir,
+            settings,
+            task,
+            splits,
+            step=step,
+            steps=trainer.step,
+            beside=beside,
+            class_weights=objective.weight_of_class,
+        )
         for split, found in results["splits"].items():
             scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
             report.say(f"{split}: {scores or 'not labelled; see the predictions'}")
@@ -184,7 +193,7 @@ def run_all(
     )
     form = input_format(tokenizer, roberta=encoder.like_roberta)
     data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
-    _check_lengths(data.task, encoder)
+    check_lengths(data.task, encoder)
     training = settings.training
     done = {name: finished(variant, data.task) for name, variant in variants.items()}
     if done.get("") is not None:
@@ -232,19 +241,6 @@ def _owning_below(lock: RunLock, variant: FinetuneSettings) -> AbstractContextMa
     return owning(run_dir, variant.parallel.timeout_seconds)
 
 
-def _check_lengths(task: Task, config: MegatronBertConfig) -> None:
-    if task.max_length > config.longest_sequence:
-        raise UserError(
-            f"task.max_length is {task.max_length}, but the model takes at most {config.longest_sequence} "
-            f"tokens: set task.max_length={config.longest_sequence} or less"
-        )
-    if task.form.types and config.type_vocab_size < 2:
-        raise UserError(
-            f"the model has {config.type_vocab_size} token type, but tasks tell two segments apart: start from one "
-            "with 2"
-        )
-
-
 @dataclass(frozen=True)
 class Run:
     """A run that can begin: its settings, what it trains, and where it begins."""
@@ -284,6 +280,9 @@ def _run_one(
     with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
         report.say(trainer.describe())
         report.say(f"{task.settings.name}: {len(objective.units):,} training sequences, {steps:,} steps")
+        if objective.weight_of_class is not None:
+            weights = ", ".join(f"{label} {weight:.4g}" for label, weight in objective.weight_of_class.items())
+            report.say(f"class weights: {weights}")
         if task.bad_rows.count:
             report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
         report.say(f"resuming from {start.checkpoint}" if start.checkpoint else f"starting from {settings.model.from_}")

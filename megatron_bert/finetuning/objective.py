@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_bert.convert.opening import load_into
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
-from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.finetuning.losses import label_weights, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import finetuned_directory
@@ -72,6 +72,8 @@ class Finetuning(Objective):
         self.order_seed = name_seed(seed, "order of the training units")
         training = settings.training
         self.units: list[Unit] = data.train
+        weights = self.task.class_weights(self.units)
+        self.class_weights = None if weights is None else torch.from_numpy(weights)
         self.most_features = max(len(unit.features) for unit in self.units)
         epoch = math.ceil(len(self.units) / training.global_batch_size)
         self.total_steps = training.steps or math.ceil(training.epochs * len(self.units) / training.global_batch_size)
@@ -141,14 +143,30 @@ class Finetuning(Objective):
             ).to(device)
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:
-        """Labelled units, or tokens."""
-        found = [labelled(cast(TaskBatch, batch), self.task.head).sum() for batch in batches]
+        """Labelled units, or tokens, each as often as its class weighs."""
+        found = []
+        for batch in cast(list[TaskBatch], batches):
+            found.append(label_weights(batch, self.task.head, self._class_weights(batch)).double().sum())
         return torch.stack(found).sum()[None]
+
+    @property
+    def weight_of_class(self) -> dict[str, float] | None:
+        """By label, how much it counts in the loss; None where all count alike."""
+        if self.class_weights is None:
+            return None
+        return dict(zip(self.task.labels, self.class_weights.tolist(), strict=True))
+
+    def _class_weights(self, batch: TaskBatch) -> Tensor | None:
+        """On the device of a batch."""
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(batch.labels.device)
+        return self.class_weights
 
     def loss_sums(self, output: Tensor, batch: TokenBatch, tp: TensorParallel) -> Tensor:
         """The task's loss."""
         del tp
-        return task_loss_sum(output, cast(TaskBatch, batch), self.task.head)[None]
+        batch = cast(TaskBatch, batch)
+        return task_loss_sum(output, batch, self.task.head, self._class_weights(batch))[None]
 
     def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
         """Scores on the validation splits; the first one's under the metrics' own names."""

@@ -82,6 +82,7 @@ def write_results(
     step: int,
     steps: int,
     beside: Mapping[str, Mapping[str, float]] | None = None,
+    class_weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write predictions and, as the last file of a run, its results; rank 0 calls.
 
@@ -93,6 +94,7 @@ def write_results(
         step: of the checkpoint that was scored.
         steps: taken in all.
         beside: scores of other models on the splits, by a name for both.
+        class_weights: by label, in the loss of training; None where all counted alike.
 
     Returns:
         The results.
@@ -108,6 +110,7 @@ def write_results(
         "steps": steps,
         "splits": {split: found.scores for split, found in splits.items()} | dict(beside or {}),
         "files": files,
+        **({} if class_weights is None else {"class_weights": dict(class_weights)}),
         "data": task.data_fingerprints(),
         "tokenizer": task.tokenizer.fingerprint,
         "settings": settings.model_dump(mode="json", by_alias=True),

@@ -13,6 +13,7 @@ from megatron_bert.finetuning.families import MEGATRON, MODEL_TYPES, ROBERTA, Fa
 from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
+from megatron_bert.tasks.task import Task
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 
@@ -80,7 +81,7 @@ def encoder_config(settings: FinetuneSettings, tokenizer: Tokenizer) -> Megatron
     kind = _model_type(source)
     if kind and kind not in MODEL_TYPES:
         raise UserError(f"{source} is a {brief(kind)}: fine-tuning starts from {', '.join(MODEL_TYPES)}")
-    config = _roberta_config(source, tokenizer) if family_in(source) is ROBERTA else config_from(source)
+    config = roberta_config(source, tokenizer) if family_in(source) is ROBERTA else config_from(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} words, but the model in {settings.model.from_} "
@@ -90,7 +91,7 @@ def encoder_config(settings: FinetuneSettings, tokenizer: Tokenizer) -> Megatron
     return type(config).from_dict(config.to_dict(), **chances)
 
 
-def _roberta_config(source: Path, tokenizer: Tokenizer) -> MegatronBertConfig:
+def roberta_config(source: Path, tokenizer: Tokenizer) -> MegatronBertConfig:
     """Of a RoBERTa, an XLM-RoBERTa or an I-BERT in transformers' layout."""
     label = str((source if source.is_dir() else source.parent) / CONFIG_NAME)
     config = ROBERTA.config.from_dict(_description(source), label=label, **ROBERTA.floating)
@@ -102,3 +103,21 @@ def _roberta_config(source: Path, tokenizer: Tokenizer) -> MegatronBertConfig:
             f"{config.pad_token_id}, from which it counts positions: use the vocabulary that the model was trained with"
         )
     return config
+
+
+def check_lengths(task: Task, config: MegatronBertConfig) -> None:
+    """Refuse sequences of a task that an encoder cannot take.
+
+    Raises:
+        UserError: they are too long, or have more segments.
+    """
+    if task.max_length > config.longest_sequence:
+        raise UserError(
+            f"task.max_length is {task.max_length}, but the model takes at most {config.longest_sequence} "
+            f"tokens: set task.max_length={config.longest_sequence} or less"
+        )
+    if task.form.types and config.type_vocab_size < 2:
+        raise UserError(
+            f"the model has {config.type_vocab_size} token type, but tasks tell two segments apart: start from one "
+            "with 2"
+        )

@@ -6,12 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bert.finetuning.losses import labelled
+from megatron_bert.finetuning.losses import label_weights
 from megatron_bert.model.finetuning import TaskBatch
 from megatron_bert.tasks.task import Head
 
 
-def distillation_sum(logits: Tensor, teacher: Tensor, batch: TaskBatch, head: Head, temperature: float) -> Tensor:
+def distillation_sum(
+    logits: Tensor,
+    teacher: Tensor,
+    batch: TaskBatch,
+    head: Head,
+    temperature: float,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """How far the logits are from a teacher's, summed over what has a label, as the task's loss is.
 
     Classes, choices, tags and span ends: the Kullback-Leibler divergence of the distributions at a temperature T, times
@@ -23,12 +30,13 @@ def distillation_sum(logits: Tensor, teacher: Tensor, batch: TaskBatch, head: He
         batch: the micro batch.
         head: of the task.
         temperature: T.
+        class_weights: float32 ``[C]``, how much classes and tags count, as in the task's loss; None for all alike.
 
     Returns:
         A float32 scalar.
     """
     logits, teacher = logits.float(), teacher.float()
-    counted = labelled(batch, head)
+    counted = label_weights(batch, head, class_weights)
     if head.problem == "regression":
         return ((logits - teacher).square().mean(dim=1) * counted).sum()
     if head.problem == "multi_label_classification":

@@ -101,7 +101,9 @@ class QuantizationAware(Finetuning):
         if self.teaching_engine is None or share == 0.0:
             return loss
         taught, temperature = self._taught[id(batch)], self.distillation.temperature
-        apart = distillation_sum(output, taught, cast(TaskBatch, batch), self.task.head, temperature)
+        batch = cast(TaskBatch, batch)
+        weights = self._class_weights(batch)
+        apart = distillation_sum(output, taught, batch, self.task.head, temperature, weights)
         return (1.0 - share) * loss + share * apart
 
     def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks import metrics
+from megatron_bert.tasks.class_weights import given_weights
 from megatron_bert.tasks.encoding import BERT, InputFormat, pooled_feature
 from megatron_bert.tasks.rows import RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
@@ -51,6 +52,7 @@ class SequenceTask(Task[TextExample, Unit]):
         if len(self.labels) < fewest:
             raise UserError(f"the task needs {fewest} labels or more, not {list(self.labels)}: set task.labels")
         self.head = Head("sequence", max(1, len(self.labels)), self.problem)
+        given_weights(settings.class_weights, self.labels)
         self.choose_metric(self.default_metrics())
 
     @property
@@ -77,9 +79,11 @@ class SequenceTask(Task[TextExample, Unit]):
 
     def example_from(self, row: Mapping[str, Any], where: str) -> TextExample:
         """An example from `text` and, for a pair, `text_pair`."""
-        if not self.takes_pairs and row.get("text_pair") is not None:
+        given = row.get("text_pair") is not None
+        if given and not self.takes_pairs and not self.any_pairs:
             raise UserError(f'{where} has "text_pair", but the task is on single texts: leave it out')
-        pair = text_of(row, "text_pair", where) if self.takes_pairs else None
+        expected = given if self.any_pairs else self.takes_pairs
+        pair = text_of(row, "text_pair", where) if expected else None
         return TextExample(name_of(row, where), where, "predict", text_of(row, "text", where), pair)
 
     def units(self, examples: Sequence[TextExample], *, train: bool) -> list[Unit]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,6 +34,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "labels": ("classification", "token_classification"),
     "multi_label": ("classification",),
     "label_threshold": ("classification",),
+    "class_weights": (*(name for name in GLUE_NAMES if name != "stsb"), "classification", "token_classification"),
     "doc_stride": ("question_answering", "token_classification"),
     "max_query_length": ("question_answering", "multiple_choice"),
     "max_answer_length": ("question_answering",),
@@ -58,6 +59,11 @@ _COLUMNS_ONLY_FOR: dict[str, tuple[str, ...]] = {
 }
 
 
+#: How much a class counts; by name, or in the order of the labels.
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ClassWeights = Literal["none", "balanced"] | dict[str, Weight] | list[Weight]
+
+
 class TaskSettings(Section):
     """What is to be learned, and how examples become sequences."""
 
@@ -80,6 +86,14 @@ class TaskSettings(Section):
     multi_label: bool = Field(False, description="Whether a text may have several labels, or none.")
     label_threshold: float = Field(
         0.5, gt=0, lt=1, description="Probability from which on a label of a multi-label task is given."
+    )
+    class_weights: ClassWeights = Field(
+        "none",
+        description="How much each class counts in the loss of training: none (all alike); balanced (by its rarity in "
+        "the training data: labels / (classes * labels of the class)); or a weight for each label, by name or as a "
+        "list in their order. The loss is divided by the sum of the weights of its labels. In a multi-label task the "
+        "weight is that of texts with the label, against 1 of those without it (balanced: their ratio). Scores and the "
+        "loss of evaluations stay as they are.",
     )
     doc_stride: int | None = Field(
         None,
@@ -128,6 +142,20 @@ class TaskSettings(Section):
         if labels is not None and len(set(labels)) != len(labels):
             raise ValueError(f"labels name one class twice: {', '.join(labels)}")
         return labels
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _names_of_weights(cls, weights: Any) -> Any:
+        if isinstance(weights, dict):  # YAML reads the label 0 as a number
+            return {str(name): weight for name, weight in weights.items()}
+        return weights
+
+    @field_validator("class_weights")
+    @classmethod
+    def _some_weight(cls, weights: ClassWeights) -> ClassWeights:
+        if not isinstance(weights, str) and not any(weights.values() if isinstance(weights, dict) else weights):
+            raise ValueError("class_weights are all 0, so nothing would be learned: give one of them more")
+        return weights
 
     @model_validator(mode="after")
     def _used(self) -> Self:

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import numpy as np
 
 from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks.class_weights import balanced_weights, given_weights
 from megatron_bert.tasks.encoding import BERT, Feature, InputFormat
 from megatron_bert.tasks.rows import BadRows, file_fingerprint
 from megatron_bert.tasks.settings import MAX_LENGTHS, TaskDataSettings, TaskSettings
@@ -93,6 +94,8 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         max_length: longest sequence it makes, in tokens, special tokens included.
         metric: the one that decides which checkpoint is best.
         metrics_names: all it reports. Greater is better, except for names that end in "loss".
+        any_pairs: whether a row of a stream may have a pair of texts or not, where nothing says what the model was
+            trained on.
         bad_rows: what was wrong in the files read so far, and how many rows were skipped.
     """
 
@@ -101,6 +104,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
     max_length: int
     metric: str
     metrics_names: tuple[str, ...]
+    any_pairs: bool = False
 
     def __init__(
         self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
@@ -223,6 +227,12 @@ class Task(ABC, Generic[ExampleT, UnitT]):
             units: as returned by `units(examples, train=False)`.
             logits: float32, for units[i]: sequence [outputs], choice [choices], token [R, outputs], span [R, 2].
         """
+
+    def class_weights(self, units: Sequence[UnitT]) -> np.ndarray | None:
+        """How much each class counts in the loss of these units, float32 [labels]; None where all count alike."""
+        if self.settings.class_weights == "balanced":
+            return balanced_weights([unit.label for unit in units], len(self.labels))
+        return given_weights(self.settings.class_weights, self.labels)
 
     @abstractmethod
     def shown(self, example: ExampleT) -> dict[str, Any]:

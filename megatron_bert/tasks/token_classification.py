@@ -12,6 +12,7 @@ import seqeval.metrics
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks import metrics
+from megatron_bert.tasks.class_weights import given_weights
 from megatron_bert.tasks.conll_files import Sentence, WordsExample, joined, read_sentences
 from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.rows import BadRows, RowError
@@ -53,6 +54,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         super().__init__(settings, data, tokenizer, form)
         self.doc_stride = settings.doc_stride or self.max_length // 2
         self.labels = self._given_labels() if settings.labels is not None else self._find_labels()
+        given_weights(settings.class_weights, self.labels)
         self.head = Head("token", len(self.labels))
         types = sorted({tag[2:] for tag in self.labels if tag != OUTSIDE})
         self.choose_metric(("f1", "precision", "recall", "accuracy", *(f"f1_{name}" for name in types)))

@@ -104,7 +104,7 @@ class Objective(ABC):
 
     @abstractmethod
     def counts(self, batches: list[TokenBatch]) -> Tensor:
-        """How many terms each loss sum over the micro batches has: int64 ``[losses]``."""
+        """How many terms each loss sum over the micro batches has, or what they weigh: ``[losses]``."""
 
     @abstractmethod
     def loss_sums(self, output: Any, batch: TokenBatch, tp: TensorParallel) -> Tensor:

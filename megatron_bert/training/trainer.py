@@ -212,8 +212,9 @@ class Trainer:
         )
 
     def _global_counts(self, batches: list[TokenBatch]) -> Tensor:
-        """Terms of each loss over the whole global batch, at least 1 each: ``[losses]`` float32."""
-        return self.mesh.all_reduce(self.objective.counts(batches), DATA_AXES).clamp(min=1).float()
+        """What each loss sum of the global batch is divided by; 1 where it has no terms: ``[losses]`` float32."""
+        counts = self.mesh.all_reduce(self.objective.counts(batches), DATA_AXES).float()
+        return torch.where(counts > 0, counts, 1.0)
 
     def _finish_gradients(self) -> Tensor:
         """Complete, unscale and clip the gradients; returns their norm before clipping."""

@@ -49,9 +49,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "data": {"train": "answers.json", "valid": "answers.json"},
     },
     "token_classification": {
-        "task": {"name": "token_classification", "max_length": 12, "doc_stride": 3},
+        "task": {"name": "token_classification", "max_length": 12, "doc_stride": 3, "class_weights": "balanced"},
         "data": {"train": "entities.conll", "valid": "entities.conll"},
     },
+}
+#: What does not differ from one family to another.
+ALSO: dict[str, dict[str, Any]] = {
+    "weighted": {"task": {"name": "classification", "max_length": 16, "class_weights": {"a": 0.01, "b": 4, "c": 0.5}}},
 }
 
 
@@ -78,7 +82,7 @@ def run(folder: Path, run_dir: Path, task: str, changes: dict[str, Any]) -> list
         training__run_dir=run_dir,
         **changes,
     ).model_dump(by_alias=True)
-    for section, values in TASKS[task].items():
+    for section, values in (TASKS | ALSO)[task].items():
         given = {k: folder / v if k in ("train", "valid") else v for k, v in values.items()}
         settings[section] = given if section == "data" else values
     finetune(type(run_settings(folder)).model_validate(settings))
@@ -99,7 +103,7 @@ def compare(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> Non
             assert mine[name] == pytest.approx(value, rel=CLOSE, abs=1e-6), (mine["step"], name)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *ALSO])
 def test_every_layout_gives_the_curve_of_one_process(folder: Path, tmp_path: Path, task: str) -> None:
     expected = run(folder, tmp_path / "one", task, {})
     assert sum("loss" in row for row in expected) == 4

@@ -17,7 +17,7 @@ from megatron_bert import IBertConfig
 from megatron_bert.family.names import fuse
 from megatron_bert.finetuning.batches import collate_units
 from megatron_bert.finetuning.families import family_of
-from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.finetuning.losses import label_weights, labelled, task_loss_sum
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.task import Unit
@@ -154,3 +154,23 @@ def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: st
     whole = loss([[0, 1, 2, 3, 4, 5]])
     assert loss([[0, 1], [2, 3], [4, 5]]) == pytest.approx(whole, rel=1e-5)
     assert loss([[4, 2], [5, 3, 0], [1]]) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["single", "token", "multi"])
+def test_class_weights_are_those_of_torch(kind: str) -> None:
+    """Of sums over parts of a batch, divided by the weights of all of it."""
+    head, units = HEADS[kind], random_units(kind, 6)
+    weights = torch.tensor([0.25, 3.0, 0.0, 1.5, 0.1][: head.outputs])
+    parts = ([0, 4], [1, 2, 5], [3])
+    batches = [collate_units([units[i] for i in part], part, head, most_features=1) for part in parts]
+    torch.manual_seed(1)
+    logits = [torch.randn(len(batch.rows), head.outputs) for batch in batches]
+    total = sum(task_loss_sum(scores, batch, head, weights) for scores, batch in zip(logits, batches, strict=True))
+    weight = sum(label_weights(batch, head, weights).sum() for batch in batches)
+    joined, labels = torch.cat(logits), torch.cat([batch.labels for batch in batches])
+    if kind == "multi":
+        counted = ~labels.isnan().any(dim=1)
+        expected = torch.nn.BCEWithLogitsLoss(pos_weight=weights)(joined[counted], labels[counted])
+    else:
+        expected = torch.nn.CrossEntropyLoss(weight=weights)(joined, labels)
+    torch.testing.assert_close(total / weight, expected)
