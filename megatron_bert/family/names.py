@@ -115,6 +115,21 @@ MEGATRON_BERT = Names(
     output="cls.predictions",
 )
 
+#: Of transformers' Bert, whose norms come after the sums.
+BERT = Names(
+    prefix="bert",
+    outside_layers={
+        "embeddings.norm": "bert.embeddings.LayerNorm",
+        "classifier": "classifier",
+        "qa_outputs": "qa_outputs",
+    },
+    in_layers={
+        "attention_norm": ("attention.output.LayerNorm",),
+        "mlp_norm": ("output.LayerNorm",),
+    },
+    output="cls.predictions",
+)
+
 
 def separate(tensor: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
     """The ``parts`` projections of a fused matrix (or bias) with rows ``[heads, parts, head_dim]``."""

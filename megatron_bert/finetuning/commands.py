@@ -20,12 +20,13 @@ def add_finetuned_commands(commands: Any) -> None:
     """Add the subcommands that use a fine-tuned model."""
     evaluate = commands.add_parser("evaluate", help="score a fine-tuned model on labelled files")
     _add_model(evaluate)
-    evaluate.add_argument("overrides", nargs="*", metavar="data.key=value", help="such as data.test=FILE")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.test=FILE")
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="write results, predictions, files to submit")
     evaluate.set_defaults(func=_evaluate)
 
     predict = commands.add_parser("predict", help="answer JSON lines with a fine-tuned model")
     _add_model(predict)
+    predict.add_argument("overrides", nargs="*", metavar="task.key=value", help="such as task.max_length=256")
     predict.add_argument("--input", type=Path, metavar="FILE", help="JSON lines (default: standard input)")
     predict.add_argument("--output", type=Path, metavar="FILE", help="JSON lines (default: standard output)")
     predict.add_argument(
@@ -50,7 +51,7 @@ def add_finetuned_commands(commands: Any) -> None:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=Path, metavar="MODEL", help="a fine-tuning run, or its model directory")
+    command.add_argument("model", type=Path, metavar="MODEL", help="a fine-tuning run, or a model directory")
     command.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts a forward pass (default 32)")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -99,6 +100,7 @@ def _predict(arguments: argparse.Namespace) -> int:
                     on_bad_row=arguments.on_bad_row,
                     device=arguments.device,
                     progress=arguments.output is not None and sys.stderr.isatty(),
+                    overrides=arguments.overrides,
                 )
             except BadRowError as row:
                 stopped = row  # the answers before it are written whole

@@ -33,6 +33,8 @@ from parallel.whole_files import write_json
 
 #: Rows of a stream that are put in order of length together, in batches.
 _BUFFERED_BATCHES = 32
+#: A setting of each section that a user may give.
+_EXAMPLES = {"data": "test=FILE", "task": "max_length=256"}
 
 
 class Scorer:
@@ -80,7 +82,7 @@ def evaluate_files(
         source: directory of the model, its run, or several runs, whose best is taken.
         overrides: ``data.valid=FILE``, ``data.test=FILE`` and whatever else the section ``data`` of a run has. How
             files are read (``format``, ``columns``, ``header``, ``label_separator``, ``on_bad_row``) is as it was in
-            training where it is not given.
+            training where it is not given. And settings of the section ``task``, which change those of the model.
         output: directory for results, predictions and files to submit; None prints only.
         batch_size: most units of a forward pass.
         device: auto, cpu or cuda.
@@ -94,8 +96,9 @@ def evaluate_files(
     _check_device(device)
     if output is not None:
         _check_directory(output)
-    given = _data_settings(overrides)
-    saved = load_task(source, given)
+    settings = _settings(overrides, "data", "task")
+    given = settings["data"]
+    saved = load_task(source, given, settings["task"])
     task = saved.task
     splits = (*task.valid_splits, *task.test_splits)
     if not splits:
@@ -166,13 +169,15 @@ def _check_directory(output: Path) -> None:
         raise UserError(f"--output is {output}, but {there} may not be written to: give another directory")
 
 
-def _data_settings(overrides: list[str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def _settings(overrides: list[str], *sections: str) -> dict[str, dict[str, Any]]:
+    """Settings by section."""
+    tree: dict[str, Any] = {section: {} for section in sections}
     for override in overrides:
-        if not override.startswith("data."):
-            raise UserError(f"{override!r} is no setting of the data: give such as data.test=FILE")
+        if override.partition(".")[0] not in sections:
+            named, example = " or ".join(sections), f"{sections[0]}.{_EXAMPLES[sections[0]]}"
+            raise UserError(f"{override!r} is no setting of the {named}: give such as {example}")
         apply_override(tree, override)
-    return tree.get("data", {})
+    return tree
 
 
 class BadRowError(UserError):
@@ -189,6 +194,7 @@ def predict_stream(
     on_bad_row: str = "error",
     device: str = "auto",
     progress: bool = False,
+    overrides: Sequence[str] = (),
 ) -> int:
     """Answer JSON lines with JSON lines, in their order.
 
@@ -207,6 +213,7 @@ def predict_stream(
         on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
         device: auto, cpu or cuda.
         progress: show a progress bar.
+        overrides: ``task.key=value``, which change settings of the model's task.
 
     Returns:
         How many rows could not be read.
@@ -217,7 +224,7 @@ def predict_stream(
     if launched_world_size() > 1:
         raise UserError("predict works in one process: divide the input into files and start one for each")
     _check_device(device)
-    saved = load_task(source)
+    saved = load_task(source, None, _settings(list(overrides), "task")["task"])
     most = batch_size * _BUFFERED_BATCHES if stream is None else batch_size if stream else 1
     bad = done = 0
     with process_group(device, 600.0) as world, _bar(progress) as bar, arriving(rows) as arrivals:

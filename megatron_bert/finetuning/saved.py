@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_bert.config_file import validated
+from megatron_bert.convert.json_files import read_json
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.tokenizer import AutoTokenizer
-from megatron_bert.finetuning.families import ROBERTA, family_of
+from megatron_bert.finetuning.deduced import deduced_settings, has_head, told
+from megatron_bert.finetuning.families import MEGATRON, ROBERTA, USED_TYPES, family_of
 from megatron_bert.finetuning.runs import best_run
-from megatron_bert.finetuning.start import MODEL_FOLDER, family_in
+from megatron_bert.finetuning.start import MODEL_FOLDER, check_lengths, roberta_config
+from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
 from megatron_bert.tasks.settings import TaskDataSettings
 from megatron_bert.tasks.task import Task
 from parallel.checkpoint_reader import load_tensors
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
+from parallel.process_group import launched_rank
+from parallel.stored.file_range import FileRange
 
 #: File that says what the model was fine-tuned for.
 TASK_FILE = "task.json"
@@ -120,40 +126,85 @@ def _model_directory(source: Path) -> Path:
     best = best_run(source)
     if best is not None and (best / MODEL_FOLDER / TASK_FILE).is_file():
         return best / MODEL_FOLDER
+    if (source / CONFIG_NAME).is_file():
+        return source
     raise UserError(
-        f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, or the "
-        f"{MODEL_FOLDER} folder in it"
+        f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, the "
+        f"{MODEL_FOLDER} folder in it, or a directory that transformers has saved a fine-tuned model in"
     )
 
 
-@torch.no_grad()
-def load_task(source: Path, data: dict[str, Any] | None = None) -> SavedTask:
-    """Load a fine-tuned model.
-
-    Args:
-        source: a directory of :func:`save_task`, a fine-tuning run with one, or several runs of one command, whose
-            best is taken.
-        data: settings of the section ``data`` of a run, for files to evaluate on.
-
-    Raises:
-        UserError: it is none.
-    """
-    directory = _model_directory(source)
+def _of_ours(directory: Path, task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The description of a task that :func:`save_task` wrote, with changes, and how its files are read."""
     path = directory / TASK_FILE
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         how = dict(described.pop("columns"))
+        return described | {"settings": described["settings"] | task}, how
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
-    tokenizer: Tokenizer = load_tokenizer(directory)
+
+
+def _config_in(directory: Path, described: dict[str, Any], tokenizer: Tokenizer) -> MegatronBertConfig:
+    """The configuration of a fine-tuned model, in floating point."""
+    kind = str(described.get("model_type", MEGATRON.config.model_type))
+    if kind not in USED_TYPES:
+        raise UserError(f"{directory} is a {brief(kind)}: give a model of one of {', '.join(sorted(USED_TYPES))}")
+    family = USED_TYPES[kind]
+    if family is ROBERTA:
+        return roberta_config(directory, tokenizer)
+    values = {name: value for name, value in described.items() if not name.startswith(("directionality", "pooler_"))}
+    config = family.config.from_dict(values, label=str(directory / CONFIG_NAME), **family.floating)
+    for name in ("pruned_heads", "is_decoder"):
+        if getattr(config, name):
+            raise UserError(f"{directory / CONFIG_NAME} has {name}: only whole encoders can be used")
+    if config.position_embedding_type != "absolute":
+        raise UserError(
+            f"{directory / CONFIG_NAME} has position_embedding_type {config.position_embedding_type!r}: only absolute "
+            "positions can be used"
+        )
+    return config
+
+
+@torch.no_grad()
+def load_task(source: Path, data: dict[str, Any] | None = None, task: dict[str, Any] | None = None) -> SavedTask:
+    """Load a fine-tuned model.
+
+    Args:
+        source: a directory of :func:`save_task`, a fine-tuning run with one, several runs of one command, whose best is
+            taken, or a directory that transformers has saved a model with the head of a task in.
+        data: settings of the section ``data`` of a run, for files to evaluate on.
+        task: settings of the section ``task`` that change what the model was saved for, or what its config.json says.
+
+    Raises:
+        UserError: it is none, or what is given does not fit it.
+    """
+    directory, given = _model_directory(source), task or {}
+    stated = read_json(FileRange.whole(directory / CONFIG_NAME))
+    tokenizer: Tokenizer = load_tokenizer(directory, model_type=str(stated.get("model_type", "")))
+    ours = (directory / TASK_FILE).is_file()
+    if not ours and not has_head(stated):
+        raise UserError(
+            f"{directory} holds a model without the head of a task: fine-tune it (model.from), or give one that is"
+        )
+    config = _config_in(directory, stated, tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} words, but the model {config.vocab_size}: copy "
+            "the vocabulary that the model was trained with"
+        )
+    described, how = _of_ours(directory, given) if ours else ({}, {})
+    if not ours:
+        described = {"settings": deduced_settings(directory, stated, config, given)}
+        if launched_rank() == 0:
+            print(told(directory, stated, described["settings"]), file=sys.stderr)
     settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
-    family = family_in(directory)
-    task = restore_task(described, tokenizer, settings, input_format(tokenizer, roberta=family is ROBERTA))
-    public = family.classes[task.head.kind].from_pretrained(directory, **family.floating)
-    model = BertForTask(public.config, task.head.kind, task.head.outputs)
-    weights = {public.names.canonical(name): parameter for name, parameter in public.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+    found = restore_task(described, tokenizer, settings, input_format(tokenizer, roberta=config.like_roberta))
+    check_lengths(found, config)
+    found.any_pairs = not ours
+    kept = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
+    model = BertForTask(task_config(config, found, **kept), found.head.kind, found.head.outputs)
+    load_finetuned(model, directory)
     if (directory / RANGES_NAME).is_file():
         load_ranges(model, directory)
-    return SavedTask(model.eval(), task, directory)
+    return SavedTask(model.eval(), found, directory)
