@@ -68,6 +68,11 @@ class FillMask:
         settings: Settings = settings_from(state["settings"], source=str(checkpoint))
         copy, wanted = tokenizer_of_run(checkpoint), settings.tokenizer
         tokenizer = load_tokenizer(wanted.path, lowercase=wanted.lowercase) if copy is None else load_tokenizer(copy)
+        if state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise UserError(
+                f"{checkpoint} was trained with another vocabulary than that in {copy or wanted.path}: put the "
+                "tokenizer of the run back there"
+            )
         config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         model = BertForPretraining(config)
         with torch.no_grad():

@@ -25,7 +25,7 @@ from parallel.whole_files import reporting
 LOCK_FILE = "run.lock"
 #: Seconds between two renewals, and without one before an owner on another machine counts as gone.
 RENEWAL_SECONDS, STALE_SECONDS = 10.0, 90.0
-#: Seconds to wait for an owner that may be about to end: any on this machine, and one of the same launcher.
+#: Seconds to wait for an owner that may be about to end: any on this machine, and one of the same launcher or job.
 GRACE_SECONDS, RESTART_SECONDS = 3.0, 30.0
 _POLL_SECONDS = 0.2
 
@@ -83,6 +83,11 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" if self.token else "an unknown process"
+
+    def restarted_as(self, mine: Owner) -> bool:
+        """Whether the same launcher or Slurm job started both processes, and so ends the one before the other."""
+        same_job = self.job is not None and mine.job is not None and self.job[0] == mine.job[0]
+        return same_job or (self.launcher is not None and self.launcher == mine.launcher)
 
     def known_alive(self, mine: Owner) -> bool | None:
         """Whether the process runs, as far as the process ``mine`` can tell without waiting; None for unknown."""
@@ -279,8 +284,7 @@ class _Watch:
         if alive is False:
             _remove(self.path, owner)
             return
-        same_launcher = owner.launcher is not None and owner.launcher == self.mine.launcher
-        if alive and waited > min(self.patience, RESTART_SECONDS if same_launcher else GRACE_SECONDS):
+        if alive and waited > min(self.patience, RESTART_SECONDS if owner.restarted_as(self.mine) else GRACE_SECONDS):
             raise self._refusal("")
         time.sleep(_POLL_SECONDS)
 

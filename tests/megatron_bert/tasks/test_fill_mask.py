@@ -53,6 +53,17 @@ def test_the_run_keeps_its_tokenizer(run: Path) -> None:
         (run.parent / "moved.txt").rename(original)
 
 
+def test_another_vocabulary_in_the_run_is_refused(run: Path) -> None:
+    path = run / "tokenizer" / "tokenizer.json"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace('"w1"', '"other"'), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match=r"trained with another vocabulary than that in .*tokenizer"):
+            FillMask.from_checkpoint(run)
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
 def test_probabilities_of_all_words_sum_to_one(run: Path) -> None:
     model = FillMask.from_checkpoint(run)
     words = model.tokenizer.vocab_size - len(model.tokenizer.special_ids)
