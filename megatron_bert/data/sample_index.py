@@ -14,6 +14,10 @@ import numpy as np
 from megatron_bert.data.hashing import derive_key, keyed_hash
 from parallel.errors import UserError
 
+#: Numbers of a sample in the index.
+COLUMNS = 5
+
+
 CHUNK_SENTENCES = 1 << 21
 """Sentences worked on at a time: bounds the memory; one longer document is one chunk."""
 
@@ -63,7 +67,7 @@ def build_samples(
     bounds = np.array(document_indices[start : stop + 1], dtype=np.int64)
     index_type = np.int64 if len(sizes) > np.iinfo(np.int32).max else np.int32
     targets = _Targets(max_tokens, short_sequence_probability, seed)
-    parts = [np.empty((0, 5), dtype=index_type)]
+    parts = [np.empty((0, COLUMNS), dtype=index_type)]
     begin = 0
     while begin < len(bounds) - 1:
         # As many whole documents as fit a chunk, and at least one.
@@ -188,7 +192,7 @@ def _cut_pairs(sentences: _Sentences, targets: _Targets) -> np.ndarray:
     starts, ends = sentences.bounds[:-1], sentences.bounds[1:]
     enough = ends - starts >= 2
     starts, ends = starts[enough], ends[enough]
-    parts, places = [np.empty((0, 5), dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    parts, places = [np.empty((0, COLUMNS), dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     while starts.size:
         target = targets(sentences.numbers[starts], sentences.begins[starts])
         stops = np.searchsorted(before, before[starts] + target)
@@ -208,7 +212,7 @@ def _cut_single(sentences: _Sentences, targets: _Targets) -> np.ndarray:
     before = np.concatenate([[0], np.cumsum(sentences.lengths)])
     places, ends = before[sentences.bounds[:-1]], before[sentences.bounds[1:]]
     places, ends = places[places < ends], ends[places < ends]
-    parts, starts = [np.empty((0, 5), dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    parts, starts = [np.empty((0, COLUMNS), dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     while places.size:
         first = np.searchsorted(before, places, side="right") - 1
         begin = places - before[first]

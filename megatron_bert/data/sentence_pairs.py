@@ -12,7 +12,7 @@ from megatron_bert.data.corpus_use import CorpusUse, corpus_use
 from megatron_bert.data.hashing import derive_key
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.masking import mask_tokens
-from megatron_bert.data.sample_index import build_samples, cut_margin, piece_starts, split_documents
+from megatron_bert.data.sample_index import COLUMNS, build_samples, cut_margin, piece_starts, split_documents
 from megatron_bert.data.tokenizers import Tokenizer
 from parallel.errors import UserError
 
@@ -275,7 +275,7 @@ def _opened_index(path: Path) -> np.ndarray:
         OSError: it cannot be read.
     """
     index = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(index, np.ndarray) or index.ndim != 2 or index.shape[1] != 3 or index.dtype.kind != "i":
+    if not isinstance(index, np.ndarray) or index.shape[1:] != (COLUMNS,) or index.dtype.kind != "i":
         raise ValueError("no sample index")
     return np.asarray(index)
 
