@@ -21,8 +21,8 @@ from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
 #: Largest magnitude of a bias in accumulator units: with at most 12288 products of 255 * 127 the sum is below 2^29.
 _LARGEST_BIAS = 2**27 - 1
 
-#: Called with blocks of results before they are clamped, in units of their scale.
-Watch = Callable[[Tensor], None]
+#: Called with blocks of results before they are clamped, in units of their scale, and the rows they are.
+Watch = Callable[[Tensor, slice], None]
 
 
 class Target(NamedTuple):
@@ -87,7 +87,7 @@ def clamp_into(
     """
     rounded = rounded.float()
     if watch is not None:
-        watch(rounded)
+        watch(rounded, rows)
     clamped = torch.clamp(rounded, target.low, target.high, out=out[rows])
     if kept is not None:
         torch.eq(clamped, rounded, out=kept[rows])

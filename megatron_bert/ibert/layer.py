@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from parallel.collectives import all_gather_tokens, copy_to_ranks, gather_from_r
 from parallel.dropout import fold_in, keep_mask
 from parallel.errors import UserError
 from parallel.layers import RowParallelLinear
+from parallel.mesh import TensorParallel
 from parallel.recompute import recomputed
 from parallel.sharding import local_tensor
 
@@ -83,6 +86,25 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
         )
 
 
+class _Real(NamedTuple):
+    """Where tokens are neither padding nor filling, for ranges; None where all are.
+
+    Attributes:
+        everywhere: bool ``[T]``.
+        own: of this rank's tokens, which under sequence parallelism are fewer.
+        places: bool ``[B, S]``, of the rectangle of attention.
+    """
+
+    everywhere: Tensor | None = None
+    own: Tensor | None = None
+    places: Tensor | None = None
+
+
+def _real(layout: SequenceLayout, tp: TensorParallel) -> _Real:
+    everywhere = layout.real_tokens()
+    return _Real(everywhere, None if everywhere is None else own_tokens(everywhere, tp), layout.real_places())
+
+
 class QuantizedTransformerLayer(Quantized, TransformerLayer):
     """A transformer layer whose forward pass is the integer specification; its backward pass goes straight through.
 
@@ -128,40 +150,42 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
         attention = self.attention
-        read = self._integer_read(self.attention_norm, hidden, "input", "attention_input")
-        qkv = self._query_key_value(self._entered(read))
+        real = _real(layout, self.tp) if self.training else _Real()
+        read = self._integer_read(self.attention_norm, hidden, "input", "attention_input", real.own)
+        qkv = self._query_key_value(self._entered(read), real.everywhere)
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
         if request.past is not None:
             key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
         token_keys = None if keys is None else layout.to_rectangle(fold_in(keys, ATTENTION_PROBABILITIES))
         context, probabilities = recomputed(
-            self._attend, self.recompute, query, key, value, request, token_keys, at="selective"
+            self._attend, self.recompute, query, key, value, request, token_keys, real.places, at="selective"
         )
         rows = layout.from_rectangle(context.transpose(1, 2))
         self.quantizer("context").used(rows)
         part = self.multiply(rows.flatten(-2), attention.output.weight, "context", divided=self.tp)
         where = ("attention_sum", "middle") if self.post_norm else ("middle", "middle")
-        hidden = self._integer_add(self.attention_norm, hidden, part, attention.output, keys, ATTENTION_OUTPUT, where)
-        read = self._integer_read(self.mlp_norm, hidden, "middle", "mlp_input")
+        added = (attention.output, keys, ATTENTION_OUTPUT, where, real.own)
+        hidden = self._integer_add(self.attention_norm, hidden, part, *added)
+        read = self._integer_read(self.mlp_norm, hidden, "middle", "mlp_input", real.own)
         sums = self.multiply(self._entered(read), self.mlp.intermediate.weight, "mlp_input")
-        part = recomputed(self._activated, self.recompute, *sums, at="selective")
+        part = recomputed(self._activated, self.recompute, *sums, real.everywhere, at="selective")
         where = ("mlp_sum", "output") if self.post_norm else ("output", "output")
-        hidden = self._integer_add(self.mlp_norm, hidden, part, self.mlp.output, keys, MLP_OUTPUT, where)
+        hidden = self._integer_add(self.mlp_norm, hidden, part, self.mlp.output, keys, MLP_OUTPUT, where, real.own)
         return LayerOutput(hidden, probabilities, None, (key, value) if request.keep else None)
 
-    def _integer_read(self, norm: LayerNorm, hidden: Tensor, source: str, result: str) -> Tensor:
+    def _integer_read(self, norm: LayerNorm, hidden: Tensor, source: str, result: str, real: Tensor | None) -> Tensor:
         """What a part of the layer reads of the stream, as the integers its first matrix product takes."""
         if self.post_norm:
-            return self.read(hidden, result)
+            return self.read(hidden, result, real)
         if source == "input":
-            self.quantizer(source).note(hidden)
-        return self.normalise(norm, hidden, source, result)
+            self.quantizer(source).note(hidden, real)
+        return self.normalise(norm, hidden, source, result, real)
 
     def _entered(self, read: Tensor) -> Tensor:
         """All tokens, for matrices whose rows are divided over the tensor ranks."""
         return all_gather_tokens(read, self.tp) if self.tp.sequence else copy_to_ranks(read, self.tp)
 
-    def _query_key_value(self, x: Tensor) -> Tensor:
+    def _query_key_value(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Integers ``[T, A, 3, D]``, each of the three of its own scale."""
         heads, dim = self.attention.heads, self.attention.head_dim
         linear = self.attention.query_key_value
@@ -170,12 +194,12 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         scales = torch.tensor([q.scale() for q in quantizers], dtype=torch.float64, device=x.device)
         bias = None if linear.bias is None else local_tensor(linear.bias)
         factor = dyadic(scale / scales[None, :, None].expand(heads, 3, dim).flatten())
-        watches = [q.watch() for q in quantizers]
+        watches = [q.watch(real) for q in quantizers]
 
-        def watch(rounded: Tensor) -> None:
+        def watch(rounded: Tensor, rows: slice) -> None:
             for one, part in zip(watches, rounded.unflatten(-1, (heads, 3, dim)).unbind(2), strict=True):
                 if one is not None:
-                    one(part)
+                    one(part, rows)
 
         prepared = rescale(factor, None if bias is None else bias.detach(), scale)
         any_watch = watch if any(one is not None for one in watches) else None
@@ -185,7 +209,13 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         return qkv
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, request: AttentionRequest, keys: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        request: AttentionRequest,
+        keys: Tensor | None,
+        real: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[B, A, Q, D]`` in integers, and on request the probabilities ``[B, heads, Q, K]``."""
         attention, context = self.attention, self.quantizer("context")
@@ -197,10 +227,13 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value", "context")))
         if "softmax" in self.force:
             parts = zip((query, key, value), scales[:3], strict=True)
-            real = [dequantised(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
-            mixed = explicit_attention(real[0], real[1], real[2], request.mask, dropout, head_keys)
-            return quantised(mixed.contiguous(), scales.context, context.target(), context.watch()), None
+            wide = [dequantised(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
+            mixed = explicit_attention(wide[0], wide[1], wide[2], request.mask, dropout, head_keys)
+            watch = context.watch(None if real is None else real[:, None])
+            return quantised(mixed.contiguous(), scales.context, context.target(), watch), None
         kept = None if head_keys is None else keep_mask(head_keys, key.shape[2], dropout)
+        # Sequences times heads, as integer attention has them.
+        of_heads = None if real is None else real.repeat_interleave(query.shape[1], dim=0)
         result, numerators, sums = integer_attention(
             query,
             key,
@@ -210,19 +243,20 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             context.target(),
             kept=kept,
             keep_factor=1.0 / (1.0 - dropout),
-            watch=context.watch(),
+            watch=context.watch(of_heads),
         )
         if not request.probabilities:
             return result, None
         return result, gather_from_ranks(numerators / sums.clamp(min=1.0), self.tp, dim=1)
 
-    def _activated(self, sums: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _activated(self, sums: Tensor, scale: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """GELU of the wide accumulators, and the product with the second matrix."""
         gelu, linear = self.quantizer("gelu"), self.mlp.intermediate
         bias = None if linear.bias is None else local_tensor(linear.bias)
+        watch = gelu.watch(real)
         if "gelu" in self.force:
-            real = ACTIVATIONS[self.mlp.hidden_act](dequantised(sums, scale, bias))
-            q = quantised(real, gelu.scale(), gelu.target(), gelu.watch())
+            wide = ACTIVATIONS[self.mlp.hidden_act](dequantised(sums, scale, bias))
+            q = quantised(wide, gelu.scale(), gelu.target(), watch)
         else:
             q = gelu_requantised(
                 sums,
@@ -231,7 +265,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
                 gelu.scale(),
                 gelu.target(),
                 approximate=GELU_APPROXIMATIONS[self.mlp.hidden_act],
-                watch=gelu.watch(),
+                watch=watch,
             )
         gelu.used(q)
         return self.multiply(q, self.mlp.output.weight, "gelu", divided=self.tp)
@@ -245,6 +279,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         keys: Tensor | None,
         place: int,
         where: tuple[str, str],
+        real: Tensor | None,
     ) -> Tensor:
         """The stream with what a part of the layer gives: its accumulators and their scale."""
         sums, scale = part
@@ -256,10 +291,10 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             kept, factor = keep_mask(row_keys, hidden.shape[-1], self.dropout), 1.0 / (1.0 - self.dropout)
         bias = linear.bias
         prepared = rescale(dyadic(scale * (factor / target.unit)), None if bias is None else bias.detach(), scale)
-        watch = self.quantizer(total).watch()
+        watch = self.quantizer(total).watch(real)
         hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=factor, watch=watch)
         self.quantizer(total).used(hidden)
-        return self.normalise(norm, hidden, total, after) if self.post_norm else hidden
+        return self.normalise(norm, hidden, total, after, real) if self.post_norm else hidden
 
     # ---------------------------------------------------------------- in floating point, observed
 

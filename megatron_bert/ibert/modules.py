@@ -59,19 +59,22 @@ class Quantized(nn.Module):
         assert isinstance(found, Quantizer)
         return found
 
-    def read(self, x: Tensor, name: str) -> Tensor:
-        """Real values of the stream to integers of a quantiser."""
+    def read(self, x: Tensor, name: str, real: Tensor | None = None) -> Tensor:
+        """Real values of the stream to integers of a quantiser; ``real`` as for :meth:`Quantizer.watch`."""
         quantizer = self.quantizer(name)
-        q = quantised(checked(x), quantizer.scale(), quantizer.target(), quantizer.watch())
+        q = quantised(checked(x), quantizer.scale(), quantizer.target(), quantizer.watch(real))
         quantizer.used(q)
         return q
 
-    def normalise(self, norm: LayerNorm, x: Tensor, source: str, result: str) -> Tensor:
-        """Layer norm of the stream, from the integers of one quantiser to those of another."""
+    def normalise(self, norm: LayerNorm, x: Tensor, source: str, result: str, real: Tensor | None = None) -> Tensor:
+        """Layer norm of the stream, from the integers of one quantiser to those of another.
+
+        ``real`` is as for :meth:`Quantizer.watch`.
+        """
         before, after = self.quantizer(source), self.quantizer(result)
         if "layernorm" in self.force:
-            real = F.layer_norm(checked(x), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            return self.read(real, result)
+            normalised = F.layer_norm(checked(x), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
+            return self.read(normalised, result, real)
         q = normalised_stream(
             checked(x),
             norm.weight,
@@ -81,7 +84,7 @@ class Quantized(nn.Module):
             after.scale(),
             after.bits,
             after.target(),
-            after.watch(),
+            after.watch(real),
         )
         after.used(q)
         return q

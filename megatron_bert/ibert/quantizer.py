@@ -125,13 +125,21 @@ class Quantizer(nn.Module):
         if self.tap is not None:
             self.tap(self, q.detach())
 
-    def watch(self) -> Watch | None:
-        """What notes the magnitude of integers before they are clamped; None while the range is fixed."""
+    def watch(self, real: Tensor | None = None) -> Watch | None:
+        """What notes the magnitude of integers before they are clamped; None while the range is fixed.
+
+        Args:
+            real: bool, of the first dimensions of the tensor: where tokens are neither padding nor filling, whose
+                values count; None where all do. How many there are of the others depends on how a batch is divided.
+        """
         if self.frozen or self.observer != "min_max" or not self.training:
             return None
         scale = self.scale()
 
-        def note(rounded: Tensor) -> None:
+        def note(rounded: Tensor, rows: slice) -> None:
+            if real is not None:
+                others = ~real[rows]
+                rounded = rounded.masked_fill(others.reshape(*others.shape, *(1,) * (rounded.dim() - others.dim())), 0)
             low, high = torch.aminmax(rounded)
             peak = high if self.kind == "gelu" else torch.maximum(-low, high)
             self._note((peak.double().clamp_(min=0.0) * scale).float())
@@ -144,10 +152,15 @@ class Quantizer(nn.Module):
         self.pending = self.counts = None
         self.frozen = False
 
-    def note(self, x: Tensor) -> None:
-        """Take note of real values of the stream where integer arithmetic reads them; nothing while it is fixed."""
-        if self.watch() is not None:
-            self._note(x.detach().abs().max().float())
+    def note(self, x: Tensor, real: Tensor | None = None) -> None:
+        """Take note of real values of the stream where integer arithmetic reads them; nothing while it is fixed.
+
+        Args:
+            x: ``[T, ..]``.
+            real: as for :meth:`watch`.
+        """
+        if (watch := self.watch(real)) is not None:
+            watch(x.detach() / self.scale(), slice(None))
 
     def follow(self) -> None:
         """Move the range to what was observed since the last call; ranks must have agreed on it before."""

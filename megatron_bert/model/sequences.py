@@ -167,9 +167,15 @@ class SequenceLayout:
         if not self.fill:
             return None
         assert self.boundaries is not None, "only packed sequences are filled up"
-        real = self.boundaries.new_ones(sum(self.lengths), dtype=torch.bool)
+        tokens = self.batch * self.length if self.places is None else self.places.shape[0]
+        real = self.boundaries.new_ones(tokens, dtype=torch.bool)
         real[-self.fill :] = False
         return real
+
+    def real_places(self) -> Tensor | None:
+        """Bool ``[B, S]``, the same in the rectangle; None when all are."""
+        real = self.real_tokens()
+        return self.rectangle_mask() if real is None else self.to_rectangle(real)
 
     def rectangle_mask(self) -> Tensor | None:
         """Bool ``[B, S]``, true for tokens that may be attended to; None when all may."""

@@ -17,9 +17,11 @@ from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.saved import load_task
 from megatron_bert.ibert import quantizers
 from megatron_bert.quantizing.quantize import quantize
+from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from tests.megatron_bert.finetuning.support import join_world, rows
+from tests.megatron_bert.quantizing.layouts import KEPT, assert_same_steps, quantize_by_steps
 from tests.megatron_bert.quantizing.support import make_model, quantize_settings
 from tests.megatron_bert.training.runs import assert_same_checkpoint
 from tests.worlds import run_world
@@ -81,29 +83,22 @@ def test_scores_stand_side_by_side_and_the_model_is_saved(folder: Path, tmp_path
     assert float_model(torch.tensor([[2, 7, 3]])).logits.shape == (1, 3), "its weights serve in floating point too"
 
 
-def test_every_layout_gives_the_curve_of_one_process(folder: Path, tmp_path: Path) -> None:
-    """The first step is the same but for the rounding of float gradients; weights that differ by that may give another
-    integer here and there, so later ones agree to what these are worth in so small a model. Under sequence parallelism
-    ranges also see the tokens that make the batch divisible, from the first step on."""
-    expected = run(folder, tmp_path / "one", **SHORT, **TAUGHT)
-    run_world(2, _run_rank, folder, tmp_path, timeout=240)
-    before = json.loads((tmp_path / "one" / "before_training.json").read_text(encoding="utf-8"))
+def test_every_layout_takes_the_steps_of_one_process(folder: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "one"
+    quantize_by_steps(_short(folder, reference))
+    run_world(2, _run_rank, folder, tmp_path, reference, timeout=240)
     for name in LAYOUTS:
-        found = json.loads((tmp_path / name / "before_training.json").read_text(encoding="utf-8"))
-        for split, scores in before.items():
-            assert found[split] == pytest.approx(scores, rel=1e-3, abs=1e-3), (name, split)
-        actual = rows(tmp_path / name)
-        assert len(actual) == len(expected)
-        for mine, theirs in zip(actual, expected, strict=True):
-            for key in {"loss", "valid_loss", "grad_norm"} & theirs.keys():
-                close = 1e-5 if mine["step"] == 1 and name != "sequence" else 0.1
-                assert mine[key] == pytest.approx(theirs[key], rel=close), (name, mine["step"], key)
+        assert_same_steps(tmp_path / name, reference)
 
 
-def _run_rank(folder: Path, out: Path) -> None:
+def _short(folder: Path, run_dir: Path, **changes: Any) -> QuantizeSettings:
+    return quantize_settings(folder, training__run_dir=run_dir, **SHORT, **TAUGHT, **KEPT, **changes)
+
+
+def _run_rank(folder: Path, out: Path, reference: Path) -> None:
     join_world()
     for name, changes in LAYOUTS.items():
-        run(folder, out / name, **SHORT, **TAUGHT, **changes)
+        quantize_by_steps(_short(folder, out / name, **changes), reference)
 
 
 class KilledError(Exception):

@@ -25,8 +25,9 @@ from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.tasks.task import Unit
 from tests.megatron_bert.finetuning.roberta_support import make_roberta_run
-from tests.megatron_bert.finetuning.support import HEADS, join_world, rows
+from tests.megatron_bert.finetuning.support import HEADS, join_world
 from tests.megatron_bert.finetuning.test_model import roberta, units_for
+from tests.megatron_bert.quantizing.layouts import KEPT, assert_same_steps, quantize_by_steps
 from tests.megatron_bert.quantizing.support import quantize_settings
 from tests.worlds import run_world
 
@@ -60,7 +61,7 @@ def settings_of(folder: Path, run_dir: Path, **changes: Any) -> QuantizeSettings
 @pytest.fixture(scope="module")
 def quantized(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("quantized") / "run"
-    quantize(settings_of(folder, run_dir))
+    quantize_by_steps(settings_of(folder, run_dir, **KEPT))
     return run_dir
 
 
@@ -128,24 +129,15 @@ def test_evaluate_gives_the_scores_of_the_run(folder: Path, quantized: Path) -> 
 
 
 def test_layouts(folder: Path, quantized: Path, tmp_path: Path) -> None:
-    """As in test_quantize: the first step is the same, weights that differ by rounding then give other integers."""
-    expected = rows(quantized)
-    run_world(2, _run_rank, folder, tmp_path, timeout=240)
-    before = json.loads((quantized / "before_training.json").read_text(encoding="utf-8"))
+    run_world(2, _run_rank, folder, quantized, tmp_path, timeout=240)
     for name in LAYOUTS:
-        found = json.loads((tmp_path / name / "before_training.json").read_text(encoding="utf-8"))
-        for split, scores in before.items():
-            assert found[split] == pytest.approx(scores, rel=1e-3, abs=1e-3), (name, split)
-        for mine, theirs in zip(rows(tmp_path / name), expected, strict=True):
-            for key in {"loss", "valid_loss"} & theirs.keys():
-                close = 1e-5 if mine["step"] == 1 else 0.1
-                assert mine[key] == pytest.approx(theirs[key], rel=close), (name, mine["step"], key)
+        assert_same_steps(tmp_path / name, quantized)
 
 
-def _run_rank(folder: Path, out: Path) -> None:
+def _run_rank(folder: Path, reference: Path, out: Path) -> None:
     join_world()
     for name, changes in LAYOUTS.items():
-        quantize(settings_of(folder, out / name, **changes))
+        quantize_by_steps(settings_of(folder, out / name, **changes, **KEPT), reference)
 
 
 @pytest.mark.parametrize("kind", HEADS)
