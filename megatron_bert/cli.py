@@ -49,12 +49,14 @@ def _preprocess(arguments: argparse.Namespace) -> None:
         split_sentences=not arguments.keep_documents,
         append_eod=arguments.append_eod,
         language=arguments.language,
+        splitter=arguments.sentence_splitter,
         lowercase={"auto": None, "yes": True, "no": False}[arguments.lowercase],
         on_bad_row=arguments.on_bad_row,
     )
     skipped = report.skipped_empty + report.skipped_bad
     print(
-        f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences, {report.tokens:,} tokens "
+        f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences"
+        f"{f' by {report.splitter}' if report.splitter else ''}, {report.tokens:,} tokens "
         f"in {report.seconds:.1f} s"
         + (f"; skipped {report.skipped_empty:,} empty documents, {report.skipped_bad:,} bad rows" if skipped else "")
     )
@@ -155,7 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
     )
     preprocess.add_argument("--json-key", default="text", help="field of JSON lines that holds the text")
-    preprocess.add_argument("--language", default="en", help="language whose rules end sentences")
+    preprocess.add_argument("--language", default="en", metavar="CODE", help="ISO 639 code of the text (default: en)")
+    preprocess.add_argument(
+        "--sentence-splitter",
+        choices=("sentencex", "punkt"),
+        help="what splits sentences (default: sentencex; punkt splits as NVIDIA's preprocess_data.py does)",
+    )
     preprocess.add_argument(
         "--lowercase",
         choices=("auto", "yes", "no"),

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencex
 from tqdm import tqdm
 
 from megatron_bert.data.indexed import IndexedWriter, best_dtype
+from megatron_bert.data.sentences import SplitterName, check_splitter, sentence_splitter
 from megatron_bert.data.sidecar import check_tokenizer, remove_sidecar, write_sidecar
 from megatron_bert.data.text_files import OnBadRow, Row, RowReader, check_on_bad_row, decode_row
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
@@ -43,6 +43,7 @@ class PreprocessReport:
         documents: Documents written.
         sentences: Sentences written.
         tokens: Tokens written.
+        splitter: What split documents into sentences; None if nothing did.
         skipped_empty: Documents left out because they have no text.
         skipped_bad: Rows left out because they could not be decoded.
         seconds: Wall time.
@@ -52,6 +53,7 @@ class PreprocessReport:
     documents: int
     sentences: int
     tokens: int
+    splitter: SplitterName | None
     skipped_empty: int
     skipped_bad: int
     seconds: float
@@ -63,7 +65,7 @@ class _Job(NamedTuple):
     tokenizer_path: str
     lowercase: bool | None
     json_key: str
-    split_sentences: bool
+    splitter: SplitterName | None
     append_eod: bool
     language: str
     on_bad_row: OnBadRow
@@ -89,6 +91,7 @@ def preprocess(
     split_sentences: bool = True,
     append_eod: bool = False,
     language: str = "en",
+    splitter: SplitterName | None = None,
     lowercase: bool | None = None,
     on_bad_row: OnBadRow = "error",
     progress: bool = True,
@@ -105,7 +108,8 @@ def preprocess(
         json_key: Where a JSON line holds its text.
         split_sentences: Make a sentence of each sentence, as pretraining on pairs needs; otherwise of each document.
         append_eod: End each document with the separator token.
-        language: ISO 639 code for the sentence splitter, which treats codes it does not know by general rules.
+        language: ISO 639 code for the sentence splitter.
+        splitter: What splits sentences, "sentencex" by default; "punkt" splits as NVIDIA's preprocessing does.
         lowercase: As in `load_tokenizer`.
         on_bad_row: "error" stops at an undecodable row naming file and line, "skip" counts it.
         progress: Show a progress bar.
@@ -119,9 +123,16 @@ def preprocess(
         raise UserError(f"workers {workers} must be at least 1.")
     if not inputs:
         raise UserError("There is nothing to preprocess: give at least one input file.")
+    if splitter is not None and not split_sentences:
+        raise UserError(
+            f"Sentence splitter {splitter} has nothing to do where documents are kept whole: leave one out."
+        )
+    used = (splitter or "sentencex") if split_sentences else None
+    if used is not None:
+        check_splitter(used, language)
     readers = [RowReader(path) for path in inputs]
     tokenizer = load_tokenizer(tokenizer_path, lowercase=lowercase)
-    job = _Job(os.fspath(tokenizer_path), lowercase, json_key, split_sentences, append_eod, language, on_bad_row)
+    job = _Job(os.fspath(tokenizer_path), lowercase, json_key, used, append_eod, language, on_bad_row)
     prefix = f"{os.fspath(output_prefix)}_{json_key}_{'sentence' if split_sentences else 'document'}"
     documents = sentences = tokens = skipped_empty = skipped_bad = 0
     with IndexedWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer:
@@ -138,9 +149,10 @@ def preprocess(
                 f"No text was found in {names}: {skipped_empty} documents are empty, {skipped_bad} unreadable."
             )
         remove_sidecar(prefix)
-    write_sidecar(prefix, tokenizer, documents=documents, sentences=sentences, tokens=tokens, language=language)
+    how = {"language": language, "sentence_splitter": used}
+    write_sidecar(prefix, tokenizer, documents=documents, sentences=sentences, tokens=tokens, **how)
     seconds = time.perf_counter() - started
-    return PreprocessReport(prefix, documents, sentences, tokens, skipped_empty, skipped_bad, seconds)
+    return PreprocessReport(prefix, documents, sentences, tokens, used, skipped_empty, skipped_bad, seconds)
 
 
 def _chunks(readers: Sequence[RowReader], progress: bool) -> Iterator[list[Row]]:
@@ -206,7 +218,10 @@ def _tokenize_in_worker(rows: list[Row]) -> _Chunk:
 def _tokenize(rows: list[Row], job: _Job, tokenizer: Tokenizer) -> _Chunk:
     """Decode, split and tokenise rows; documents and sentences without tokens are left out."""
     texts, skipped_bad = _decode(rows, job)
-    split = [_sentences(text, job) for text in texts]
+    if job.splitter is None:
+        split = [[text] for text in texts]
+    else:
+        split = list(map(sentence_splitter(job.splitter, job.language), texts))
     ids = iter(tokenizer.encode_batch([sentence for sentences in split for sentence in sentences]))
     kept: list[list[int]] = []
     document_sizes: list[int] = []
@@ -236,11 +251,3 @@ def _decode(rows: list[Row], job: _Job) -> tuple[list[str], int]:
             if job.on_bad_row == "error":
                 raise
     return texts, len(rows) - len(texts)
-
-
-def _sentences(text: str, job: _Job) -> list[str]:
-    if not job.split_sentences:
-        return [text]
-    # A line end ends a sentence whatever the splitter thinks: titles and list items carry no full stop.
-    lines = (line for line in text.split("\n") if line.strip())
-    return [sentence for line in lines for sentence in sentencex.segment(job.language, line)]

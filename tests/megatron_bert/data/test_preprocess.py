@@ -56,13 +56,22 @@ def test_sentences_of_documents(tmp_path: Path) -> None:
     assert IndexedDataset(report.prefix).dtype == np.uint16
 
 
+@pytest.mark.parametrize(("options", "used"), [({}, "sentencex"), ({"splitter": "punkt", "workers": 2}, "punkt")])
+def test_the_note_names_the_splitter(tmp_path: Path, options: dict[str, Any], used: str) -> None:
+    source = json_lines(tmp_path / "x.jsonl", ["The cat, e.g. a dog, sat. The dog ran"])
+    report = run(tmp_path, [source], **options)
+    assert report.splitter == used
+    assert json.loads(Path(f"{report.prefix}.json").read_text())["sentence_splitter"] == used
+    assert report.sentences == {"sentencex": 2, "punkt": 3}[used]
+
+
 def test_whole_documents(tmp_path: Path) -> None:
     report = run(tmp_path, [json_lines(tmp_path / "x.jsonl", TEXTS)], split_sentences=False, append_eod=True)
     assert report.prefix.endswith("corpus_text_document")
     data = IndexedDataset(report.prefix)
     assert decoded(tmp_path, report.prefix)[0] == ["the cat sat. the dog ran! on the mat"]
     assert [int(data[i][-1]) for i in range(len(data))] == [3, 3, 3], "each document ends with [SEP]"
-    assert (report.sentences, report.tokens) == (3, 18)
+    assert (report.sentences, report.tokens, report.splitter) == (3, 18, None)
 
 
 def test_the_end_of_document_token_follows_the_last_sentence_only(tmp_path: Path) -> None:
@@ -133,6 +142,8 @@ def test_an_interrupted_run_keeps_the_earlier_output(tmp_path: Path, monkeypatch
         ({"json_key": "body"}, r'line 1 has no key "body"'),
         ({"json_key": "body", "on_bad_row": "skip"}, "0 documents are empty, 5 unreadable"),
         ({"inputs": []}, "nothing to preprocess"),
+        ({"splitter": "punkt", "split_sentences": False}, "Sentence splitter punkt has nothing to do"),
+        ({"splitter": "punkt", "language": "ja"}, 'no model of language "ja"'),
         ({"inputs": ["missing.jsonl"]}, r"missing\.jsonl does not exist"),
     ],
 )
