@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -15,8 +16,20 @@ from parallel.errors import UserError
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings name every key once; YAML itself would silently keep the last value."""
+    """YAML whose mappings name every key once; YAML itself would silently keep the last value.
+
+    As in YAML 1.2, ``true`` and ``false`` alone are truth values: ``yes``, ``no``, ``on`` and ``off`` are text, which
+    settings that are one or the other take too, and others, such as names of labels, as it is written.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        first: [(tag, re.compile("(true|True|TRUE|false|False|FALSE)$") if tag == _BOOL else p) for tag, p in found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the base class, after a look at the keys."""

@@ -44,6 +44,11 @@ def refusal(file: Path, *overrides: str) -> str:
 
 
 class TestOverrides:
+    @pytest.mark.parametrize(("given", "expected"), [("no", False), ("yes", True), ("off", False), ("True", True)])
+    def test_truth_values(self, file: Path, given: str, expected: bool) -> None:
+        """As YAML 1.1 writes them too, though ``no`` is text where a setting is text."""
+        assert load_settings(file, [f"logging.tensorboard={given}"]).logging.tensorboard is expected
+
     def test_values_are_yaml(self, file: Path) -> None:
         settings = load(
             file,
