@@ -109,10 +109,11 @@ def evaluate_files(
         scorer = Scorer(saved, world, batch_size)
         for split in splits:
             examples = task.examples(split)
-            if "label" in given.get("columns", {}) and not any(example.target for example in examples):
+            named = next((name for name in ("label", "answers", "tag") if name in (given.get("columns") or {})), None)
+            if named is not None and not any(example.labelled for example in examples):
                 raise UserError(
-                    f"data.columns.label is {given['columns']['label']}, but no row of the {split} file has that: give "
-                    "the column of the labels, or leave data.columns.label out where there are none"
+                    f"data.columns.{named} is {given['columns'][named]}, but no row of the {split} file has that: give "
+                    f"the column of the labels, or leave data.columns.{named} out where there are none"
                 )
             units = task.units(examples, train=False)
             scored = scorer.score(units)

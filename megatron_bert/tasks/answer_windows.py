@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_bert.data.tokenizers import SpannedTokens
 from megatron_bert.tasks.task import Unit
+from parallel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,24 @@ class Candidate(NamedTuple):
     def score(self) -> float:
         """What candidates are ranked by."""
         return self.start_logit + self.end_logit
+
+
+def check_stride(stride: int, room: int, where: str) -> None:
+    """Refuse windows that would leave out text between them.
+
+    Args:
+        stride: tokens by which a window moves on.
+        room: tokens of the text in a window.
+        where: what gives it this room, for the message.
+
+    Raises:
+        UserError: the stride is more than the room.
+    """
+    if stride > room:
+        raise UserError(
+            f"task.doc_stride {stride} would leave out text, for a window has room for {room} tokens of it with "
+            f"{where}: set it to {room} or less"
+        )
 
 
 def windows(tokens: int, room: int, stride: int) -> list[tuple[int, int]]:

@@ -1,21 +1,30 @@
-"""Files of multiple-choice questions: RACE, SWAG, ARC, and JSON lines."""
+"""Files of multiple-choice questions: RACE, SWAG, ARC, JSON lines and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_bert.tasks.rows import BadRows, Row, RowError, parse_object, read_lines, read_table
+from megatron_bert.tasks.choice_rows import (
+    FEWEST_CHOICES,
+    LETTERS,
+    NO_ANSWER,
+    answer_number,
+    flat_choices,
+    texts_of_choices,
+)
+from megatron_bert.tasks.rows import BadRows, Row, RowError, converted
+from megatron_bert.tasks.settings import ColumnSettings, TaskDataSettings
+from megatron_bert.tasks.tables import FORMATS, TableKind, first_row, read_table, table_rows
 from megatron_bert.tasks.task import Example
 from parallel.errors import UserError
 
-Format = Literal["race", "swag", "arc", "jsonl"]
+Format = Literal["race", "swag", "arc", "jsonl", "csv", "tsv"]
 
-FEWEST_CHOICES = 2
 DIGITS = "123456789"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NAMES_IN_LINE_1 = "if the line names columns, say in data.columns which hold question, choices and label"
 
 DIRECTORIES: dict[Format, dict[str, str]] = {
     "race": {"train": "train", "valid": "dev", "test": "test"},
@@ -45,6 +54,11 @@ class ChoiceExample(Example):
     part: str = ""
     passage: str = ""
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its answer is known."""
+        return self.answer is not None
+
 
 def official_choice_files(directory: Path) -> dict[str, list[Path]]:
     """The files of RACE's, SWAG's or ARC's directory, by split.
@@ -62,62 +76,96 @@ def official_choice_files(directory: Path) -> dict[str, list[Path]]:
     )
 
 
-def read_choices(path: Path, split: str, given: str | None, bad: BadRows) -> Iterator[ChoiceExample]:
+def choice_format(path: Path, data: TaskDataSettings) -> Format:
+    """The format of a file or directory: as the settings say, or as its ending and content show.
+
+    Raises:
+        UserError: the format is that of another task, or the file cannot be read.
+    """
+    if data.format == "conll":
+        raise UserError("data.format conll is for token classification: set race, swag, arc, jsonl, csv or tsv")
+    if data.format is not None:
+        return data.format
+    if path.is_dir() or path.suffix == ".txt":
+        return "race"
+    kind: TableKind = FORMATS.get(path.suffix.lower(), "jsonl")
+    if kind == "tsv" or data.columns != ColumnSettings():
+        return kind
+    values = first_row(path, kind) or {}
+    if "ending0" in values:
+        return "swag"
+    if kind == "csv":
+        return "csv" if "question" in values else "arc"
+    if "article" in values and "question" not in values:
+        return "race"
+    return "arc" if isinstance(values.get("question"), dict) else "jsonl"
+
+
+def read_choices(
+    path: Path, split: str, data: TaskDataSettings, bad: BadRows, numbers: Iterator[int]
+) -> Iterator[ChoiceExample]:
     """The questions of a file, or of a directory of RACE articles; bad rows go to `bad`.
 
     Args:
         path: file or directory.
         split: test splits may lack answers.
-        given: the format; None to see it in the content.
+        data: the format, None to see it in the content, and the columns of rows.
         bad: told of rows that cannot be used.
+        numbers: gives each row its number.
     """
-    kind = given or _format_of(path)
+    kind = choice_format(path, data)
+    listed = FORMATS.get(path.suffix.lower()) == "jsonl"
+    if not data.header and (kind in ("race", "swag") or (kind == "arc" and listed)):
+        raise UserError(f"data.header: false means nothing to the format {kind} of {path}: leave it out")
     if kind == "race":
-        yield from _read_race(path, split, bad)
-        return
-    if kind == "swag":
-        rows, convert = read_table(path, "csv", True, bad), _swag
-    elif kind == "jsonl":
-        rows, convert = read_table(path, "jsonl", True, bad), _json_line
-    elif kind != "arc":
-        raise UserError(f"data.format {kind} is no format of multiple choice: choose race, swag, arc or jsonl")
-    elif path.suffix == ".csv":
-        rows, convert = read_table(path, "csv", False, bad, equal_widths=False), _arc_row
+        rows = _race_rows(path, bad, numbers)
+    elif kind == "swag":
+        rows = read_table(path, "jsonl" if listed else "csv", True, bad, numbers=numbers)
+    elif kind == "arc" and not listed:
+        rows = read_table(path, "csv", False, bad, equal_widths=False, numbers=numbers)
+    elif kind == "arc":
+        rows = read_table(path, "jsonl", True, bad, numbers=numbers)
     else:
-        rows, convert = read_table(path, "jsonl", True, bad), _arc_line
-    yield from _converted(rows, split, convert, bad)
+        rows = table_rows(path, data.model_copy(update={"format": kind}), bad, numbers)
+
+    def example(row: Row) -> ChoiceExample:
+        found = _example(row, kind, split, data.columns)
+        _enough(found.choices)
+        if found.answer is not None and not 0 <= found.answer < len(found.choices):
+            raise RowError(f"its answer is choice {found.answer}, but it has {len(found.choices)} (from 0)")
+        if found.answer is None and not split.startswith("test"):
+            raise RowError("it has no answer")
+        return found
+
+    columns = "name its columns in data.columns (question, choices, label, context)"
+    return converted(rows, example, bad, columns=columns)
 
 
-def _format_of(path: Path) -> Format:
-    if path.is_dir() or path.suffix == ".txt":
-        return "race"
-    first = next((line for _, line in read_lines(path)), "")
-    if path.suffix == ".csv":
-        return "swag" if "ending0" in first.split(",") else "arc"
-    try:
-        values = parse_object(first)
-    except RowError:
-        return "jsonl"  # which then says what is wrong with the line
-    if "article" in values:
-        return "race"
-    return "arc" if isinstance(values.get("question"), dict) else "jsonl"
+def _example(row: Row, kind: Format, split: str, columns: ColumnSettings) -> ChoiceExample:
+    if isinstance(row, ArticleRow):
+        return _race_question(row, split)
+    if kind == "swag":
+        return _swag(row, split)
+    if kind == "arc" and row.names is None:
+        return _arc_row(row, split)
+    if kind == "arc" and not _has_text(row):
+        return _arc_line(row, split)
+    return _flat(row, split, columns)
 
 
-def _converted(
-    rows: Iterator[Row], split: str, convert: Callable[[Row, str], ChoiceExample], bad: BadRows
-) -> Iterator[ChoiceExample]:
-    for row in rows:
-        try:
-            example = convert(row, split)
-            _enough(example.choices)
-            if example.answer is not None and not 0 <= example.answer < len(example.choices):
-                raise RowError(f"its answer is choice {example.answer}, but it has {len(example.choices)} (from 0)")
-            if example.answer is None and not split.startswith("test"):
-                raise RowError("it has no answer")
-        except RowError as reason:
-            bad.add(row.path, f"line {row.line}", reason)
-            continue
-        yield example
+def _has_text(row: Row) -> bool:
+    """Whether a row's question is a text, as in the rows of ARC on the Hugging Face hub."""
+    return row.has("question") and isinstance(row.value("question"), str)
+
+
+def _flat(row: Row, split: str, columns: ColumnSettings) -> ChoiceExample:
+    """A question a row, in the columns that the settings name, or the usual ones; see `choice_rows`."""
+    found = flat_choices(row, columns, labelled=not split.startswith("test"))
+    question = row.text("question" if columns.question is None else columns.question)
+    name = _name(row) if columns.id is None else str(row.value(columns.id))
+    return ChoiceExample(
+        name, row.where, split, question, found.texts, found.context, found.answer, passage=found.context or ""
+    )
 
 
 def _swag(row: Row, split: str) -> ChoiceExample:
@@ -125,12 +173,8 @@ def _swag(row: Row, split: str) -> ChoiceExample:
     endings = [f"ending{number}" for number in range(len(row.cells)) if row.has(f"ending{number}")]
     begin = row.text("sent2")
     choices = tuple(f"{begin} {row.text(ending)}".strip() for ending in endings)
-    answer = None
-    if row.has("label"):
-        label = row.text("label")
-        if not label.isdecimal():
-            raise RowError(f'its label "{label[:20]}" is not the number of a choice')
-        answer = int(label)
+    unknown = split.startswith("test") and (not row.has("label") or row.value("label") in NO_ANSWER)
+    answer = None if unknown else answer_number(row.value("label"), choices)
     return ChoiceExample(str(row.number), row.where, split, row.text("sent1"), choices, None, answer)
 
 
@@ -143,7 +187,10 @@ def _arc_row(row: Row, split: str) -> ChoiceExample:
         choices.pop()
     _enough(choices)
     names = DIGITS if answer.isdecimal() else LETTERS
-    number = _letter(answer, names[: len(choices)])
+    unknown = split.startswith("test") and answer in NO_ANSWER
+    if not unknown and row.line == 1 and answer not in names[: len(choices)]:
+        raise RowError(f"its answer {answer!r} is none of {', '.join(names[: len(choices)])}; {NAMES_IN_LINE_1}")
+    number = None if unknown else _letter(answer, names[: len(choices)])
     return ChoiceExample(str(row.number), row.where, split, question, tuple(choices), None, number)
 
 
@@ -152,65 +199,66 @@ def _arc_line(row: Row, split: str) -> ChoiceExample:
     question = row.value("question")
     if not isinstance(question, Mapping) or not isinstance(question.get("choices"), list):
         raise RowError('its "question" is not an object with "stem" and "choices"')
-    choices = question["choices"]
-    if not all(isinstance(choice, Mapping) for choice in choices):
-        raise RowError('one of its "choices" is not an object with "text" and "label"')
-    names = [_text(choice, "label") for choice in choices]
-    answer = _letter(row.text("answerKey"), names) if row.has("answerKey") else None
-    texts = tuple(_text(choice, "text") for choice in choices)
+    texts, names = texts_of_choices(question["choices"])
+    unknown = not row.has("answerKey") or (split.startswith("test") and row.value("answerKey") in NO_ANSWER)
+    answer = None if unknown else _letter(row.text("answerKey"), names or ())
     return ChoiceExample(_name(row), row.where, split, _text(question, "stem"), texts, None, answer)
 
 
-def _json_line(row: Row, split: str) -> ChoiceExample:
-    """{"question", "choices": [...], "context", "label": index from 0, "id"}; context and id may lack."""
-    choices = row.value("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise RowError('its "choices" are not a list of texts')
-    answer = row.value("label") if row.has("label") else None
-    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, int)):
-        raise RowError(f'its "label" {answer!r} is not the number of a choice')
-    context = row.text("context") if row.has("context") else None
-    return ChoiceExample(
-        _name(row), row.where, split, row.text("question"), tuple(choices), context, answer, passage=context or ""
-    )
+@dataclass(frozen=True)
+class ArticleRow(Row):
+    """A row that is an article of RACE, to be read for one of its questions.
+
+    Attributes:
+        question: which of them, from 0.
+        part: the part of RACE, "middle" or "high", that the folder names; "" where it names none.
+    """
+
+    question: int = 0
+    part: str = ""
 
 
-def _read_race(path: Path, split: str, bad: BadRows) -> Iterator[ChoiceExample]:
-    """Articles with questions, one JSON object a line, in a *.txt file or all those below a directory."""
+def _race_rows(path: Path, bad: BadRows, numbers: Iterator[int]) -> Iterator[Row]:
+    """A row for each question of the articles in a *.txt file, or in all those below a directory.
+
+    An article is a JSON object a line. Rows of one question, as on the Hugging Face hub, stay what they are.
+    """
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no *.txt file: give a directory of RACE, such as RACE/train/middle")
     for file in files:
         # In the official directories an article is in the folder of its part, and its id begins with it.
         part = file.parent.name if file.parent.name in ("middle", "high") else ""
-        for row in read_table(file, "jsonl", True, bad):
+        for row in read_table(file, "jsonl", True, bad, numbers=numbers):
+            if _has_text(row):
+                yield row
+                continue
             questions = row.value("questions") if row.has("questions") else None
             # An article without a list of questions is one bad row, which the conversion reports.
             for number in range(len(questions) if isinstance(questions, list) else 1):
-                yield from _converted(iter([row]), split, _race_question(number, part), bad)
+                yield ArticleRow(file, row.line, row.number, row.cells, row.names, row.unit, number, part)
 
 
-def _race_question(number: int, part: str) -> Callable[[Row, str], ChoiceExample]:
-    def convert(row: Row, split: str) -> ChoiceExample:
-        questions, options = _list(row, "questions"), _list(row, "options")
-        answers = _list(row, "answers") if row.has("answers") else [None] * len(questions)
-        if not len(questions) == len(options) == len(answers):
-            raise RowError(f"it has {len(questions)} questions, {len(options)} options and {len(answers)} answers")
-        choices, question, answer = options[number], questions[number], answers[number]
-        if not isinstance(question, str) or not isinstance(choices, list):
-            raise RowError(f"question {number} or its options are not text")
-        if not all(isinstance(choice, str) for choice in choices):
-            raise RowError(f"an option of question {number} is not text")
-        _enough(choices)
-        index = None if answer is None else _letter(answer, LETTERS[: len(choices)])
-        article = row.text("article")
-        name = row.text("id") if row.has("id") else f"{row.path.name}:{row.line}"
-        where = f"{row.where} question {number}"
-        return ChoiceExample(
-            f"{name}-{number}", where, split, question, tuple(choices), article, index, part, passage=name
-        )
-
-    return convert
+def _race_question(row: ArticleRow, split: str) -> ChoiceExample:
+    """Question `row.question` of {"article", "questions": [..], "options": [[..], ..], "answers": ["A", ..], "id"}."""
+    number = row.question
+    questions, options = _list(row, "questions"), _list(row, "options")
+    answers = _list(row, "answers") if row.has("answers") else [None] * len(questions)
+    if not len(questions) == len(options) == len(answers):
+        raise RowError(f"it has {len(questions)} questions, {len(options)} options and {len(answers)} answers")
+    choices, question, answer = options[number], questions[number], answers[number]
+    if not isinstance(question, str) or not isinstance(choices, list):
+        raise RowError(f"question {number} or its options are not text")
+    if not all(isinstance(choice, str) for choice in choices):
+        raise RowError(f"an option of question {number} is not text")
+    _enough(choices)
+    index = None if answer is None else _letter(answer, LETTERS[: len(choices)])
+    article = row.text("article")
+    name = row.text("id") if row.has("id") else f"{row.path.name}:{row.line}"
+    where = f"{row.where} question {number}"
+    return ChoiceExample(
+        f"{name}-{number}", where, split, question, tuple(choices), article, index, row.part, passage=name
+    )
 
 
 def _enough(choices: Sequence[str]) -> None:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from megatron_bert.tasks.rows import BadRows, Row, RowError, read_table
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.tasks.encoding import BERT, InputFormat
+from megatron_bert.tasks.rows import BadRows, Row, RowError, brief, converted, structured
 from megatron_bert.tasks.sequence import SequenceTask, TextExample, class_number, number_of
-from megatron_bert.tasks.settings import Column
+from megatron_bert.tasks.settings import Column, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.tables import table_rows
+from megatron_bert.tasks.task import UNKNOWN_CLASS
 from parallel.errors import UserError
 
-FORMATS: dict[str, Literal["tsv", "csv", "jsonl"]] = {
-    ".tsv": "tsv",
-    ".txt": "tsv",
-    ".csv": "csv",
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-}
-"""File ending -> format."""
+_FLAGS = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
 
 
 class ClassificationTask(SequenceTask):
     """Rows of TSV, CSV or JSON lines files, whose columns the settings name; see `ColumnSettings`.
 
-    Labels are those of the settings, or those of the training file: whole numbers ascending, else in code point order.
+    Labels are those of the settings, or those of the training files: whole numbers ascending, else in code point order.
     Several labels of a text are one cell with separators, a JSON list, or one column of 0 and 1 for each label.
     """
+
+    def __init__(
+        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
+    ) -> None:
+        if data.label_separator is not None and not settings.multi_label:
+            raise UserError(
+                "data.label_separator is for multi-label tasks: set task.multi_label: true, or leave it out"
+            )
+        super().__init__(settings, data, tokenizer, form)
 
     @property
     def problem(self) -> Any:
@@ -55,39 +60,25 @@ class ClassificationTask(SequenceTask):
             return tuple(self.settings.labels or map(str, label))
         if self.problem == "regression" or self.settings.labels is not None:
             return tuple(self.settings.labels or ())
-        if self.data.train is None:
+        files = self.data.files("train")
+        if not files:
             raise UserError("there is no training file to find labels in: set task.labels or data.train")
         found: set[str] = set()
         bad = BadRows("skip")  # reported when they are read for training, unless nothing is left
-        for row in self._rows(self.data.train, bad):
-            try:
-                found.update(self._names(row))
-            except RowError as reason:
-                bad.add(row.path, f"line {row.line}", reason)
+        for path in files:
+            for names in converted(table_rows(path, self.data, bad), self._names, bad, columns=COLUMNS):
+                found.update(names)
         if not found and bad.reasons:
-            raise UserError(f"no row of {self.data.train} has a label that can be used: {bad.reasons[0]}")
+            raise UserError(f"no row of {files[0]} has a label that can be used: {bad.reasons[0]}")
         return in_order(found)
 
     def _found(self) -> dict[str, Any]:
         return {**super()._found(), "labels": list(self.labels) or None}
 
-    def read(self, path: Path, split: str) -> list[TextExample]:
+    def read(self, path: Path, split: str, numbers: Iterator[int]) -> list[TextExample]:
         """The examples of one file."""
-        examples = []
-        for row in self._rows(path, self.bad_rows):
-            try:
-                examples.append(self._example(row, split))
-            except RowError as reason:
-                self.bad_rows.add(path, f"line {row.line}", reason)
-        return examples
-
-    def _rows(self, path: Path, bad: BadRows) -> Any:
-        kind: Any = self.data.format or FORMATS.get(path.suffix)
-        if kind is None:
-            raise UserError(f"{path} does not show its format by its ending: set data.format: tsv, csv or jsonl")
-        if kind not in FORMATS.values():
-            raise UserError(f"data.format {kind} is for multiple choice: set tsv, csv or jsonl")
-        return read_table(path, kind, self.data.header, bad)
+        rows = table_rows(path, self.data, self.bad_rows, numbers)
+        return list(converted(rows, lambda row: self._example(row, split), self.bad_rows, columns=COLUMNS))
 
     def _example(self, row: Row, split: str) -> TextExample:
         columns = self.data.columns
@@ -98,8 +89,10 @@ class ClassificationTask(SequenceTask):
         return TextExample(name, row.where, split, text, pair, target)
 
     def _unlabelled(self, row: Row, split: str) -> bool:
-        """Whether a test row has no label, as test files may."""
-        nothing = (None,) if self.settings.multi_label else (None, "")
+        """Whether a test row has no label, as test files may; -1 stands for none unless it is a label."""
+        nothing: tuple[Any, ...] = (None,) if self.settings.multi_label else (None, "")
+        if self.problem == "single_label_classification" and "-1" not in self.labels:
+            nothing += UNKNOWN_CLASS
         columns = self._label_columns()
         return split.startswith("test") and all(not row.has(c) or row.value(c) in nothing for c in columns)
 
@@ -122,24 +115,43 @@ class ClassificationTask(SequenceTask):
         """The labels of a row; exactly one unless the task is multi-label."""
         value = row.value(self._label_columns()[0])
         if not self.settings.multi_label:
+            if isinstance(value, list):
+                raise RowError("its label is a list, as multi-label tasks have: set task.multi_label: true")
             return [_name(value)]
+        if self.data.label_separator is None:
+            value = structured(value, "its label")
         if isinstance(value, list):
-            return [_name(item) for item in value]
+            names = [_name(item) for item in value]
+            if len(set(names)) != len(names) or any(isinstance(item, float | bool) for item in value):
+                raise RowError(
+                    f"its labels {brief(value)} look like one 0 or 1 for each label: list the names of those that it "
+                    "has, or give each label a column (data.columns.label: [a, b])"
+                )
+            return names
         parts = _name(value, empty=True).split(self.data.label_separator or ",")
         return [part.strip() for part in parts if part.strip()]
 
     @staticmethod
     def _flag(row: Row, column: Column) -> float:
         value = row.value(column)
-        if value not in (0, 1, "0", "1"):
+        flag = _FLAGS.get(str(value).strip().lower())
+        if flag is None:
             raise RowError(f"column {column!r} holds {value!r}, expected 0 or 1")
-        return float(value)
+        return flag
+
+
+COLUMNS = "name its columns in data.columns (text, label)"
 
 
 def _name(value: Any, *, empty: bool = False) -> str:
-    """The label a cell holds: a text or a whole number."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError(f"its label {value!r} is neither a text nor a whole number")
+    """The label a cell holds: a text, a whole number (1.0 is 1), or a truth value, named as in JSON."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int):
+        hint = "; for numbers there is task.name: regression" if isinstance(value, float) else ""
+        raise RowError(f"its label {brief(value)} is neither a text nor a whole number{hint}")
     name = str(value).strip()
     if not name and not empty:
         raise RowError("its label is empty")

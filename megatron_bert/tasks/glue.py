@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_bert.tasks.glue_files import COLA_COLUMNS, LAYOUTS, official_files, read_glue
-from megatron_bert.tasks.rows import Row, RowError
+from megatron_bert.tasks.rows import Row, RowError, converted, other_format
 from megatron_bert.tasks.sequence import SequenceTask, TextExample, class_number, number_of
 from megatron_bert.tasks.settings import Column
 from megatron_bert.tasks.task import Prediction
@@ -59,15 +59,11 @@ class GlueTask(SequenceTask):
             )
         return found
 
-    def read(self, path: Path, split: str) -> list[TextExample]:
+    def read(self, path: Path, split: str, numbers: Iterator[int]) -> list[TextExample]:
         """The examples of one file."""
-        examples = []
-        for row in read_glue(self.settings.name, path, split, self.bad_rows):
-            try:
-                examples.append(self._example(row, split))
-            except RowError as reason:
-                self.bad_rows.add(path, f"line {row.line}", reason)
-        return examples
+        rows = read_glue(self.settings.name, path, split, self.bad_rows, numbers)
+        columns = f"give a file with the columns of GLUE's {self.layout.folder}, or take task.name: classification"
+        return list(converted(rows, lambda row: self._example(row, split), self.bad_rows, columns=columns))
 
     def _example(self, row: Row, split: str) -> TextExample:
         layout = self.layout
@@ -76,14 +72,20 @@ class GlueTask(SequenceTask):
         if row.names is not None and isinstance(text, int):
             text, label = "sentence", "label"  # CoLA's test file has names
         elif row.names is None and len(row.cells) != COLA_COLUMNS:
-            raise RowError(f"it has {len(row.cells)} columns, expected {COLA_COLUMNS}")
+            hint = other_format(row.cells)
+            raise RowError(f"it has {len(row.cells)} columns, expected {COLA_COLUMNS}{f'; {hint}' if hint else ''}")
         number = row.text(layout.number) if row.has(layout.number) else str(row.number)
         pair = None if layout.text_pair is None else row.text(layout.text_pair)
         target: tuple[float, ...] = ()
-        if row.has(label) or not split.startswith("test"):
+        if not (split.startswith("test") and self._unknown(row.text(label) if row.has(label) else "")):
             cell = row.text(label)
             target = (class_number(self.labels, cell) if self.labels else number_of(cell),)
         return TextExample(number, row.where, split, row.text(text), pair, target)
+
+    @staticmethod
+    def _unknown(cell: str) -> bool:
+        """Whether the label of a test row stands for none: nothing, or -1, which no task of GLUE has."""
+        return cell.strip() in ("", "-1", "-1.0")
 
     def write_submission(
         self, examples: Sequence[TextExample], predictions: Sequence[Prediction], directory: Path
@@ -92,9 +94,13 @@ class GlueTask(SequenceTask):
         directory.mkdir(parents=True, exist_ok=True)
         written = []
         for split, name in self.layout.submission.items():
-            given = self.data.test is not None and self.data.test.stem == split  # MNLI has several test files
-            splits = (split, "test") if given else (split,)
-            rows = [(e.id, p) for e, p in zip(examples, predictions, strict=True) if e.split in splits]
+            # MNLI has several test files, which may also be given one by one.
+            files = [f"{path} line " for path in self.data.files("test") if path.stem == split]
+            rows = [
+                (e.id, p)
+                for e, p in zip(examples, predictions, strict=True)
+                if e.split == split or (e.split == "test" and e.where.startswith(tuple(files)))
+            ]
             if not rows:
                 continue
             lines = ["index\tprediction", *(f"{number}\t{self._submitted(p)}" for number, p in rows)]

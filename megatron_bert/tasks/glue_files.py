@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bert.tasks.rows import BadRows, Row, RowError, read_lines, read_table
+from megatron_bert.tasks.rows import BadRows, Row, RowError
 from megatron_bert.tasks.settings import Column
+from megatron_bert.tasks.tables import read_lines, read_table
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ def official_files(name: str, directory: Path) -> dict[str, list[Path]]:
     return {split: [path] for split, path in found.items() if path is not None}
 
 
-def read_glue(name: str, path: Path, split: str, bad: BadRows) -> Iterator[Row]:
-    """Rows of one file for one split."""
+def read_glue(name: str, path: Path, split: str, bad: BadRows, numbers: Iterator[int]) -> Iterator[Row]:
+    """Rows of one file for one split, which `numbers` numbers."""
     # CoLA's training and development files have no header; its test file has one.
     header = name != "cola" or next((line for _, line in read_lines(path)), "").split("\t") == COLA_TEST_HEADER
-    rows = read_table(path, "tsv", header, bad)
+    rows = read_table(path, "tsv", header, bad, numbers=numbers)
     if path.name == MRPC_FILES["train"] and (path.parent / MRPC_DEVELOPMENT).is_file():
         rows = _mrpc_part(rows, path.parent / MRPC_DEVELOPMENT, split == "valid", bad)
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from megatron_bert.data.tokenizers import SpannedTokens, Tokenizer
 from megatron_bert.tasks import metrics
-from megatron_bert.tasks.choice_files import FEWEST_CHOICES, ChoiceExample, official_choice_files, read_choices
+from megatron_bert.tasks.choice_files import ChoiceExample, choice_format, official_choice_files, read_choices
+from megatron_bert.tasks.choice_rows import FEWEST_CHOICES
 from megatron_bert.tasks.encoding import BERT, Feature, InputFormat, feature, pooled_feature
-from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from megatron_bert.tasks.settings import ColumnSettings, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of, texts_of
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
 from parallel.errors import UserError
@@ -37,6 +38,8 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
         self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
     ) -> None:
         super().__init__(settings, data, tokenizer, form)
+        if isinstance(data.columns.label, list):
+            raise UserError("data.columns.label is a list, but a question has one right choice: name one column")
         self.head = Head("choice", 1)
         self.choose_metric(("accuracy",))
         room = self.max_length - form.pair_specials
@@ -47,16 +50,26 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
                 f"{self.max_length}: make it smaller, or task.max_length larger"
             )
 
-    def _found(self) -> dict[str, Any]:
-        return {**super()._found(), "max_query_length": self.max_query_length}
-
     def files(self) -> dict[str, list[Path]]:
         """The files of the directory, or those given."""
         return official_choice_files(self.data.directory) if self.data.directory is not None else super().files()
 
-    def read(self, path: Path, split: str) -> list[ChoiceExample]:
+    def read(self, path: Path, split: str, numbers: Iterator[int]) -> list[ChoiceExample]:
         """The questions of one file or directory."""
-        return list(read_choices(path, split, self.data.format, self.bad_rows))
+        return list(read_choices(path, split, self.data, self.bad_rows, numbers))
+
+    def check_training_data(self, examples: Sequence[ChoiceExample]) -> None:
+        """Names of columns are for rows, and the length of a question and choice for those with a passage."""
+        paths = self.files()["train"]
+        kinds = {choice_format(path, self.data): path for path in paths}
+        if self.data.columns != ColumnSettings() and not kinds.keys() & {"jsonl", "csv", "tsv"}:
+            kind, path = next(iter(kinds.items()))
+            raise UserError(f"data.columns means nothing to the format {kind} of {path}: leave it out")
+        if self.settings.max_query_length is not None and all(example.context is None for example in examples):
+            raise UserError(
+                f"task.max_query_length is {self.settings.max_query_length}, but no question of {paths[0]} has a "
+                "passage, beside which it would be cut: leave it out"
+            )
 
     def group(self, example: ChoiceExample) -> str:
         """Questions on one passage stay together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +16,14 @@ from megatron_bert.tasks.answer_windows import (
     WindowUnit,
     answer_tokens,
     candidates,
+    check_stride,
     widest_context,
     windows,
 )
 from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.metrics import softmax
-from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
-from megatron_bert.tasks.squad_files import SpanExample, read_squad
+from megatron_bert.tasks.settings import ColumnSettings, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.squad_files import QuestionReader, SpanExample, holds_articles
 from megatron_bert.tasks.squad_metrics import Judged, best_threshold, expected_f1, squad_metrics
 from megatron_bert.tasks.stream import name_of, text_of
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task
@@ -54,7 +55,6 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         names = ("f1", "exact_match", *(parts if settings.no_answer else ()))
         self.choose_metric(names, default="best_f1" if searched else None)
         self.null_threshold = settings.null_threshold or 0.0
-        self.doc_stride = settings.doc_stride or DOC_STRIDE
         room = self.max_length - form.pair_specials
         self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
         if self.max_query_length >= room:
@@ -62,10 +62,23 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
                 f"task.max_query_length {self.max_query_length} leaves no room for the text in sequences of "
                 f"{self.max_length}: make it smaller, or task.max_length larger"
             )
+        least = room - self.max_query_length
+        self.doc_stride = settings.doc_stride or min(DOC_STRIDE, least)
+        check_stride(self.doc_stride, least, f"task.max_length {self.max_length} beside a question")
+        self._readers: dict[str, QuestionReader] = {}
 
-    def read(self, path: Path, split: str) -> list[SpanExample]:
+    def read(self, path: Path, split: str, numbers: Iterator[int]) -> list[SpanExample]:
         """The questions of one file."""
-        return list(read_squad(path, split, self.settings.no_answer, self.bad_rows))
+        if split not in self._readers:
+            self._readers[split] = QuestionReader(self.data, split, self.settings.no_answer, self.bad_rows)
+        return list(self._readers[split].read(path, numbers))
+
+    def check_training_data(self, examples: Sequence[SpanExample]) -> None:
+        """Names of columns are for rows: articles have none."""
+        del examples
+        files = self.data.files("train")
+        if self.data.columns != ColumnSettings() and all(holds_articles(path) for path in files):
+            raise UserError(f"data.columns is for rows, but {files[0]} holds SQuAD's articles: leave it out")
 
     def group(self, example: SpanExample) -> str:
         """Questions on one article stay together."""

@@ -39,9 +39,10 @@ def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokeni
         data.check_used_by(settings.name)
     except ValueError as error:
         raise UserError(f"{error}") from None
-    given = {"directory": data.directory, "train": data.train, "valid": data.valid, "test": data.test}
-    for name, path in given.items():
-        if path is not None and not path.exists():
+    given = [("directory", data.directory)] if data.directory is not None else []
+    given += [(split, path) for split in ("train", "valid", "test") for path in data.files(split)]
+    for name, path in given:
+        if not path.exists():
             raise UserError(f"data.{name} is {path}, which does not exist: give an existing file or directory")
     return TASKS[settings.name](settings, data, tokenizer, form)
 

@@ -1,26 +1,37 @@
-"""Reading rows of text files, and what happens to malformed ones."""
+"""Rows of data files: their values, what happens to malformed ones, and fingerprints of files."""
 
 from __future__ import annotations
 
-import csv
+import ast
 import hashlib
 import json
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from megatron_bert.data.text_files import BYTE_ORDER_MARK
 from parallel.errors import UserError
 
 KEPT_REASONS = 5
 """Reasons of skipped rows that are kept for the report; the others are only counted."""
 
+Value = TypeVar("Value")
+
 
 class RowError(Exception):
     """A row cannot be used; the text says why."""
+
+
+class MissingColumnError(RowError):
+    """A row lacks a column.
+
+    Attributes:
+        column: its name or position.
+    """
+
+    def __init__(self, column: str | int, row: Row) -> None:
+        self.column = column
+        super().__init__(f"it has no column {column!r} (found: {row.found})")
 
 
 class BadRows:
@@ -50,7 +61,7 @@ class BadRows:
         """
         message = f"{path} {place}: {reason}"
         if self.policy == "error":
-            raise UserError(f"{message}; mend it, or set data.on_bad_row: skip")
+            raise UserError(f"{message}; fix it, or set data.on_bad_row: skip")
         self.skipped[str(path)] = self.skipped.get(str(path), 0) + 1
         if len(self.reasons) < KEPT_REASONS:
             self.reasons.append(message)
@@ -62,10 +73,11 @@ class Row:
 
     Attributes:
         path: its file.
-        line: number of its first line, from 1.
+        line: number of its first line, from 1; of an item of a JSON array, that of the item.
         number: how many rows came before it, malformed ones included.
         cells: its values; strings, or any JSON value.
         names: names of the columns; None where they have none.
+        unit: what `line` counts.
     """
 
     path: Path
@@ -73,11 +85,25 @@ class Row:
     number: int
     cells: Sequence[Any]
     names: tuple[str, ...] | None
+    unit: Literal["line", "item"] = "line"
+
+    @property
+    def place(self) -> str:
+        """Where it is in its file."""
+        return f"{self.unit} {self.line}"
 
     @property
     def where(self) -> str:
         """File and line."""
-        return f"{self.path} line {self.line}"
+        return f"{self.path} {self.place}"
+
+    @property
+    def found(self) -> str:
+        """The columns that it has, for messages."""
+        if self.names is None:
+            return f"{len(self.cells)} columns without names"
+        text = ", ".join(self.names)
+        return text if len(text) <= 120 else text[:117] + "..."
 
     def has(self, column: str | int) -> bool:
         """Whether the row has such a column."""
@@ -89,11 +115,10 @@ class Row:
         """The value in a column.
 
         Raises:
-            RowError: there is no such column.
+            MissingColumnError: there is no such column.
         """
         if not self.has(column):
-            found = ", ".join(self.names[:12]) if self.names is not None else f"{len(self.cells)} columns without names"
-            raise RowError(f"it has no column {column!r} (found: {found})")
+            raise MissingColumnError(column, self)
         if isinstance(column, str):
             assert self.names is not None
             column = self.names.index(column)
@@ -107,28 +132,107 @@ class Row:
         """
         value = self.value(column)
         if not isinstance(value, str):
-            raise RowError(f"column {column!r} holds {json.dumps(value)[:40]}, expected text")
+            raise RowError(f"column {column!r} holds {brief(value)}, expected text")
         return value
 
+    def first_of(self, given: str | int | None, usual: Sequence[str]) -> str | int:
+        """The column that the settings name, or else the first of the usual names that the row has."""
+        if given is not None:
+            return given
+        return next((name for name in usual if self.has(name)), usual[0])
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a file with their numbers, from 1, without line ends.
 
-    A byte order mark and carriage returns before line feeds are removed. Only line feeds end a line: other Unicode line
-    separators are text. Bytes that are not UTF-8 come as lone surrogates, which `check_text` finds.
+def brief(value: Any) -> str:
+    """A value for messages, as JSON writes it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def converted(
+    rows: Iterable[Row], convert: Callable[[Row], Value], bad: BadRows, *, columns: str = "see data.columns"
+) -> Iterator[Value]:
+    """What rows of one file hold; those that cannot be used go to `bad`.
+
+    Args:
+        rows: of one file.
+        convert: makes something of a row, or raises RowError.
+        bad: told of rows that cannot be used.
+        columns: what to do where no row has a column that is needed; ends the sentence.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: a bad row, if they are errors; or no row has a column that is needed, whatever the policy.
     """
+    rows = iter(rows)
+    used = False
+    lacked: set[str | int | None] = set()
+    first: Row | None = None
+    for row in rows:
+        try:
+            value = convert(row)
+        except RowError as reason:
+            column = reason.column if isinstance(reason, MissingColumnError) else None
+            stops = bad.policy == "error" and not used
+            if column is not None and stops and not any(other.has(column) for other in rows):
+                raise no_such_column(row, column, columns) from None
+            bad.add(row.path, row.place, reason)
+            lacked.add(column)
+            first = first or row
+            continue
+        used = True
+        yield value
+    if not used and first is not None and len(lacked) == 1 and (column := lacked.pop()) is not None:
+        raise no_such_column(first, column, columns)
+
+
+def no_such_column(row: Row, column: str | int, columns: str) -> UserError:
+    """The error of a file in which no row has a column; `row` is the first, `columns` ends the sentence."""
+    hint = other_format(row.names or row.cells)
+    return UserError(f"no row of {row.path} has a column {column!r} (found: {row.found}): {hint or columns}")
+
+
+def other_format(cells: Sequence[Any]) -> str | None:
+    """What a file seems to be whose line has a single cell; None where that says nothing."""
+    if len(cells) != 1 or not isinstance(cells[0], str):
+        return None
+    if cells[0].lstrip()[:1] in ("{", "["):
+        return "it seems to hold JSON: name it .jsonl, or set data.format: jsonl, for a task that reads JSON lines"
+    for separator, names in (("\t", "tabs"), (";", "semicolons"), (",", "commas")):
+        if separator in cells[0]:
+            read = "commas" if separator == "\t" else "tabs" if separator == "," else "tabs or commas"
+            kind = {"\t": "tsv", ",": "csv"}.get(separator)
+            advice = f"convert it, or set data.format: {kind}, for a task that has it" if kind else "convert it"
+            return f"{names} seem to separate its columns, where {read} were expected: {advice}"
+    return None
+
+
+def structured(value: Any, what: str) -> Any:
+    """A list or an object: as JSON has it, or from a cell that holds JSON, or a list or dict as Python prints it.
+
+    Args:
+        value: any value of a row; what does not look like a list or an object comes back as it is.
+        what: what holds it, for messages.
+
+    Raises:
+        RowError: a cell that looks like one is neither, such as an array that NumPy printed.
+    """
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    text = value.strip()
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(BYTE_ORDER_MARK)
-                text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", errors="surrogateescape")
-                yield number, text
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give an existing file") from None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None
+    # Python joins neighboring texts, so that NumPy's ['a' 'b'] would be read as one.
+    if repr(found) != text:
+        raise RowError(f"{what} holds {brief(text)}, which is neither JSON nor a Python list: write JSON lines instead")
+    return found
 
 
 def file_fingerprint(path: Path) -> dict[str, Any]:
@@ -162,112 +266,6 @@ def check_text(text: str) -> None:
         raise RowError(f"it holds a NUL character at character {text.index(chr(0)) + 1}")
 
 
-def read_table(
-    path: Path, kind: Literal["tsv", "csv", "jsonl"], header: bool, bad: BadRows, *, equal_widths: bool = True
-) -> Iterator[Row]:
-    r"""Rows of a table; blank lines are passed over.
-
-    Args:
-        path: the file.
-        kind: "tsv": separated by tabs, quotes are plain text, as in GLUE. "csv": RFC 4180, a quoted cell may hold
-            commas, doubled quotes and line ends. "jsonl": one JSON object a line.
-        header: whether the first line of a tsv or csv file names the columns.
-        bad: told of rows that cannot be read.
-        equal_widths: whether all rows of a tsv or csv file must have the same number of columns.
-
-    Raises:
-        UserError: the file cannot be read, or its header names a column twice.
-    """
-    if kind == "jsonl":
-        yield from _read_json_lines(path, bad)
-        return
-    names: tuple[str, ...] | None = None
-    width, number = 0, -1
-    read: Iterable[tuple[int, list[str] | RowError]] = _read_csv(path) if kind == "csv" else _read_tsv(path)
-    for line, cells in read:
-        if header and names is None:
-            names = _names(path, line, cells)
-            width = len(names)
-            continue
-        number += 1
-        try:
-            values = _checked(cells)
-            if equal_widths and width and len(values) != width:
-                raise RowError(f"it has {len(values)} columns, expected {width}")
-        except RowError as reason:
-            bad.add(path, f"line {line}", reason)
-            continue
-        width = width or len(values)
-        yield Row(path, line, number, values, names)
-
-
-def _names(path: Path, line: int, cells: list[str] | RowError) -> tuple[str, ...]:
-    """The columns' names, from the first line."""
-    try:
-        cells = _checked(cells)
-    except RowError as reason:
-        raise UserError(f"{path} line {line}, the names of the columns, cannot be used: {reason}") from None
-    if len(set(cells)) != len(cells):
-        raise UserError(f"{path} line {line} names a column twice: {', '.join(cells)}")
-    return tuple(cells)
-
-
-def _checked(cells: list[str] | RowError) -> list[str]:
-    if isinstance(cells, RowError):
-        raise cells
-    for cell in cells:
-        check_text(cell)
-    return cells
-
-
-def _read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for line, text in read_lines(path):
-        if text:
-            yield line, text.split("\t")
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, list[str] | RowError]]:
-    csv.field_size_limit(sys.maxsize)  # a cell may hold a long document
-    unread: deque[tuple[int, str]] = deque()
-    rest = read_lines(path)
-    taken: list[tuple[int, str]] = []
-
-    def lines() -> Iterator[str]:
-        while (numbered := unread.popleft() if unread else next(rest, None)) is not None:
-            taken.append(numbered)
-            yield numbered[1] + "\n"
-
-    reader = csv.reader(lines(), strict=True)
-    while True:
-        taken.clear()
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield taken[0][0], RowError(f"it is not CSV ({error})")
-            # A quote that nothing closes takes all that follows with it: that is read again, without its line.
-            unread.extendleft(reversed(taken[1:]))
-            reader = csv.reader(lines(), strict=True)
-            continue
-        if cells is None:
-            return
-        if cells:
-            yield taken[0][0], cells
-
-
-def _read_json_lines(path: Path, bad: BadRows) -> Iterator[Row]:
-    number = -1
-    for line, text in read_lines(path):
-        if not text.strip():
-            continue
-        number += 1
-        try:
-            values = parse_object(text)
-        except RowError as reason:
-            bad.add(path, f"line {line}", reason)
-            continue
-        yield Row(path, line, number, list(values.values()), tuple(values))
-
-
 def parse_object(text: str) -> dict[str, Any]:
     """A JSON object.
 
@@ -277,11 +275,21 @@ def parse_object(text: str) -> dict[str, Any]:
     check_text(text)
     try:
         values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"it is not JSON ({error}): expected one object a line") from None
+    return checked_object(values)
+
+
+def checked_object(values: Any) -> dict[str, Any]:
+    """A JSON value that is an object of valid text.
+
+    Raises:
+        RowError: it is no object, or holds half of a surrogate pair.
+    """
+    try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise RowError("it holds half of a surrogate pair, which is no valid text") from None
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"it is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise RowError(f"it is a JSON {type(values).__name__}, expected an object")
     return values

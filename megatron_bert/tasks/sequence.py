@@ -35,6 +35,11 @@ class TextExample(Example):
     text_pair: str | None
     target: tuple[float, ...] = ()
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its label is known."""
+        return bool(self.target)
+
 
 class SequenceTask(Task[TextExample, Unit]):
     """Classification or regression on the pooled first token.
@@ -183,7 +188,9 @@ def class_number(labels: Sequence[str], label: str) -> float:
     """
     if label not in labels:
         known = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-        raise RowError(f'its label "{label[:40]}" is unknown (known: {known})')
+        near = [name for name in labels if name.lower() == label.lower()]
+        hint = f'; "{near[0]}" differs in its case, which counts: quote the names in task.labels' if near else ""
+        raise RowError(f'its label "{label[:40]}" is unknown (known: {known}){hint}')
     return float(labels.index(label))
 
 

@@ -47,15 +47,22 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 }
 _DATA_ONLY_FOR: dict[str, tuple[str, ...]] = {
     "directory": (*GLUE_NAMES, "multiple_choice"),
-    "format": ("classification", "regression", "multiple_choice"),
-    "columns": ("classification", "regression", "token_classification"),
+    "format": ("classification", "regression", "multiple_choice", "token_classification"),
+    "columns": ("classification", "regression", "multiple_choice", "question_answering", "token_classification"),
     "label_separator": ("classification",),
-    "header": ("classification", "regression"),
+    "header": ("classification", "regression", "multiple_choice", "token_classification"),
 }
-_TABLES = ("classification", "regression")
 _COLUMNS_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("id", "text", "text_pair", "label"), _TABLES),
-    **dict.fromkeys(("token", "tag"), ("token_classification",)),
+    "id": _DATA_ONLY_FOR["columns"],
+    "text": ("classification", "regression"),
+    "text_pair": ("classification", "regression"),
+    "label": ("classification", "regression", "multiple_choice"),
+    "question": ("multiple_choice", "question_answering"),
+    "context": ("multiple_choice", "question_answering"),
+    "choices": ("multiple_choice",),
+    "answers": ("question_answering",),
+    "token": ("token_classification",),
+    "tag": ("token_classification",),
 }
 
 
@@ -136,6 +143,11 @@ class TaskSettings(Section):
             raise ValueError(f'task name "{name}" is unknown: choose {", ".join(KINDS)}')
         return known
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names_of_labels(cls, labels: Any) -> Any:
+        return [_label_name(label) for label in labels] if isinstance(labels, list) else labels
+
     @field_validator("labels")
     @classmethod
     def _different_labels(cls, labels: list[str] | None) -> list[str] | None:
@@ -147,7 +159,7 @@ class TaskSettings(Section):
     @classmethod
     def _names_of_weights(cls, weights: Any) -> Any:
         if isinstance(weights, dict):  # YAML reads the label 0 as a number
-            return {str(name): weight for name, weight in weights.items()}
+            return {_label_name(name): weight for name, weight in weights.items()}
         return weights
 
     @field_validator("class_weights")
@@ -172,37 +184,80 @@ class TaskSettings(Section):
         return KINDS[self.name]
 
 
+def _label_name(label: Any) -> str:
+    """A label as YAML has it: a text, a whole number, or a truth value, whose name is that in JSON."""
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    if isinstance(label, str | int):
+        return str(label)
+    raise ValueError(
+        f"task.labels holds {label!r}, which YAML does not read as text: quote each label as the data have it, such as "
+        'task.labels=\'["1.0", "null"]\''
+    )
+
+
 Column = str | int
 
 
 class ColumnSettings(Section):
     """Which columns of a file hold what: names, or positions counted from 0 (negative ones from the end)."""
 
-    id: Column | None = Field(None, description="What names a row in predictions; its number from 0 when unset.")
+    id: Column | None = Field(
+        None,
+        description="What names a row in predictions; when unset its number from 0 (multiple choice and question "
+        "answering: `id`, if there is one). In tables of one word a row: the sentence that the word is in.",
+    )
     text: Column | None = Field(None, description="The text, or the first of a pair; `text` when unset.")
     text_pair: Column | None = Field(None, description="The second text of a pair.")
     label: Column | list[Column] | None = Field(
         None,
         description="The label or number; `label` when unset. A list (multi label): one column of 0 and 1 for each "
-        "label, which are its names.",
+        "label, which are its names. Multiple choice: which choice is right; `label`, `answerKey` or `answer` when "
+        "unset.",
     )
-    token: Column | None = Field(None, description="Column files: the word's position; 0 when unset.")
-    tag: Column | None = Field(None, description="Column files: the tag's position; -1, the last, when unset.")
+    question: Column | None = Field(None, description="The question; `question` when unset.")
+    context: Column | None = Field(
+        None, description="The text that a question is about; `context` (multiple choice: or `article`) when unset."
+    )
+    choices: Column | list[Column] | None = Field(
+        None,
+        min_length=2,
+        description="The list of choices, or a column for each; `choices` or `options` when unset.",
+    )
+    answers: Column | None = Field(None, description="The answers with their `answer_start`; `answers` when unset.")
+    token: Column | None = Field(
+        None,
+        description="The words. Column files: their position, 0 when unset; JSON lines: `tokens` when unset; tables: "
+        "`token` or `tokens`.",
+    )
+    tag: Column | None = Field(
+        None,
+        description="The tags of the words. Column files: their position, -1, the last, when unset; JSON lines: `tags` "
+        "or `ner_tags` when unset; tables: `tag`, `tags` or `ner_tags`.",
+    )
+
+
+Files = Path | Annotated[list[Path], Field(min_length=1)]
 
 
 class TaskDataSettings(Section):
     """Where examples come from."""
 
-    train: Path | None = Field(None, description="Training file (multiple choice: file or RACE directory).")
-    valid: Path | None = Field(None, description="Validation file, on which the best checkpoint is chosen.")
-    test: Path | None = Field(None, description="Test file, with or without labels.")
+    train: Files | None = Field(
+        None,
+        description="Training file (multiple choice: file or RACE directory), or a list of them, read in this order.",
+    )
+    valid: Files | None = Field(
+        None, description="Validation file, on which the best checkpoint is chosen, or a list of them."
+    )
+    test: Files | None = Field(None, description="Test file, with or without labels, or a list of them.")
     directory: Path | None = Field(
         None, description="Directory in the official layout of a GLUE task or RACE, instead of train, valid and test."
     )
-    format: Literal["tsv", "csv", "jsonl", "race", "swag", "arc"] | None = Field(
+    format: Literal["tsv", "csv", "jsonl", "race", "swag", "arc", "conll"] | None = Field(
         None,
-        description="Classification and regression: tsv, csv or jsonl; multiple choice: race, swag, arc or jsonl. "
-        "Found from the file's ending, or its content, when unset.",
+        description="Tables and JSON lines: tsv, csv or jsonl; multiple choice also: race, swag or arc; token "
+        "classification also: conll. Found from the file's ending, or its content, when unset.",
     )
     columns: ColumnSettings = Field(default_factory=lambda: ColumnSettings(), description="Which column holds what.")
     header: bool = Field(True, description="Whether the first line of a tsv or csv file names its columns.")
@@ -232,6 +287,11 @@ class TaskDataSettings(Section):
         if self.directory is not None and (self.train or self.valid or self.test):
             raise ValueError("data.directory names all files: leave out data.train, data.valid and data.test")
         return self
+
+    def files(self, split: str) -> list[Path]:
+        """The files given for "train", "valid" or "test"; [] where there are none."""
+        given: Path | list[Path] | None = getattr(self, split)
+        return given if isinstance(given, list) else [] if given is None else [given]
 
     def check_used_by(self, name: str) -> None:
         """Refuse settings that a task of this name does not have (ValueError)."""

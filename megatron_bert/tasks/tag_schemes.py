@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ _SEQEVAL: dict[Scheme, Any] = {
     "IOBES": seqeval_scheme.IOBES,
 }
 
+_TAG = re.compile(r"O|[BIESLU](-.*[^-].*)?")
+
 _LETTERS: dict[Scheme, tuple[str, str, str, str]] = {
     "BIO": ("B", "I", "I", "B"),
     "IO": ("I", "I", "I", "I"),
@@ -44,22 +47,60 @@ class WordSpan(NamedTuple):
 
 def all_tags(types: set[str], scheme: Scheme) -> tuple[str, ...]:
     """All tags of some types of entity: "O", then by type in code point order, in the order of the scheme's letters."""
-    return (OUTSIDE, *(f"{prefix}-{name}" for name in sorted(types) for prefix in PREFIXES[scheme]))
+    return (OUTSIDE, *(f"{prefix}-{name}" if name else prefix for name in sorted(types) for prefix in PREFIXES[scheme]))
 
 
 def entity_type(tag: str, scheme: Scheme) -> str | None:
-    """The type in a tag; None for "O".
+    """The type in a tag; None for "O", "" for a letter alone.
 
     Raises:
         RowError: it is no tag of the scheme.
     """
     if tag == OUTSIDE:
         return None
-    prefix, _, name = tag.partition("-")
-    if len(prefix) != 1 or prefix not in PREFIXES[scheme] or not name.strip("-"):
+    prefix, dash, name = tag.partition("-")
+    if len(prefix) != 1 or prefix not in PREFIXES[scheme] or (dash and not name.strip("-")):
         allowed = ", ".join(f"{letter}-TYPE" for letter in PREFIXES[scheme])
-        raise RowError(f'its tag "{tag[:40]}" is none of {scheme}: expected O, {allowed}')
+        bare = " or ".join(PREFIXES[scheme])
+        raise RowError(f'its tag "{tag[:40]}" is none of {scheme}: expected O, {allowed} (or {bare} alone)')
     return name
+
+
+def looks_like_tag(text: str) -> bool:
+    """Whether a text is a tag of some scheme."""
+    return _TAG.fullmatch(text) is not None
+
+
+def fitting_schemes(sentences: Iterable[Sequence[str]]) -> list[Scheme]:
+    """The schemes that the tags of all sentences follow."""
+    fitting: list[Scheme] = ["BIO", "IOB1", "IO", "BILOU", "IOBES"]
+    for tags in sentences:
+        fitting = [scheme for scheme in fitting if _follows(tags, scheme)]
+    return fitting
+
+
+def scheme_hint(sentences: Iterable[Sequence[str]], what: str, *, whole: bool = True) -> str:
+    """Which scheme fits, as the end of a sentence; "" where none does.
+
+    Args:
+        sentences: their tags.
+        what: names the tags.
+        whole: whether they are sequences, not just names.
+    """
+    if whole:
+        fitting = fitting_schemes(sentences)
+    else:
+        names = {tag[0] for tags in sentences for tag in tags if looks_like_tag(tag)} - {OUTSIDE}
+        fitting = [scheme for scheme, letters in PREFIXES.items() if names <= set(letters)]
+    return f"; {what} follow {' and '.join(fitting)}: set task.scheme: {fitting[0]}" if fitting else ""
+
+
+def _follows(tags: Sequence[str], scheme: Scheme) -> bool:
+    try:
+        check_tags(tags, scheme)
+    except RowError:
+        return False
+    return True
 
 
 def scored(tags: Sequence[str], scheme: Scheme) -> tuple[list[str], Any]:
@@ -79,7 +120,8 @@ def entities(tags: Sequence[str], scheme: Scheme) -> list[WordSpan]:
         return []
     converted, seqeval_class = scored(tags, scheme)
     found = seqeval_scheme.Entities([converted], seqeval_class).entities[0]
-    return [WordSpan(entity.start, entity.end, entity.tag) for entity in found]
+    # A letter alone has no type, for which seqeval has a name of its own.
+    return [WordSpan(entity.start, entity.end, entity.tag if converted[entity.start][1:] else "") for entity in found]
 
 
 def tags_of(spans: Sequence[WordSpan], words: int, scheme: Scheme) -> list[str]:
@@ -93,7 +135,7 @@ def tags_of(spans: Sequence[WordSpan], words: int, scheme: Scheme) -> list[str]:
         if scheme == "IOB1" and (before.end, before.type) == (span.begin, span.type):
             letters = "B" + letters[1:]
         for place, letter in enumerate(letters, start=span.begin):
-            tags[place] = f"{letter}-{span.type}"
+            tags[place] = f"{letter}-{span.type}" if span.type else letter
         before = span
     return tags
 

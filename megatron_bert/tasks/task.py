@@ -6,8 +6,9 @@ This room works on numpy arrays alone. The training side turns a `Unit` into a m
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -24,6 +25,9 @@ from parallel.errors import UserError
 
 IGNORED = -100
 """Class number of what has no label and enters neither the loss nor a metric."""
+
+UNKNOWN_CLASS = (-1, "-1")
+"""What stands for an unknown class in test files, as those of GLUE and SWAG on the Hugging Face hub have it."""
 
 Prediction = dict[str, Any]
 """What a task says of one example: JSON-able."""
@@ -76,6 +80,11 @@ class Example:
     where: str
     split: str
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its label is known."""
+        raise NotImplementedError
+
 
 ExampleT = TypeVar("ExampleT", bound=Example)
 UnitT = TypeVar("UnitT", bound=Unit)
@@ -125,8 +134,8 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     def files(self) -> dict[str, list[Path]]:
         """The data files of each split, as the settings give them."""
-        given = {split: getattr(self.data, split) for split in ("train", "valid", "test")}
-        return {split: [path] for split, path in given.items() if path is not None}
+        given = {split: self.data.files(split) for split in ("train", "valid", "test")}
+        return {split: paths for split, paths in given.items() if paths}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -162,14 +171,18 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         files = self.files()
         source = split if split in files else "train"
         found: list[ExampleT] = []
+        numbers = itertools.count()
         for path in files[source]:
-            examples = self.read(path, source)
+            examples = self.read(path, source, numbers)
             self._rows_used[source, path] = len(examples)
             found += examples
         if not found:
             paths = ", ".join(str(path) for path in files[source])
-            raise UserError(f"{paths} holds no usable row: give a file in the format of the task")
+            reasons = (text for text in self.bad_rows.reasons if text.startswith(tuple(map(str, files[source]))))
+            because = f" (the first reason: {reason})" if (reason := next(reasons, None)) else ""
+            raise UserError(f"{paths} holds no usable row{because}: give a file in the format of the task")
         if source == "train":
+            self.check_training_data(found)
             groups = [self.group(example) for example in found]
             for part, places in divide(groups, self.data).items():
                 self._read[part] = [replace(found[place], split=part) for place in places]
@@ -192,8 +205,17 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         }
 
     @abstractmethod
-    def read(self, path: Path, split: str) -> list[ExampleT]:
-        """The examples of one file; bad rows go to `bad_rows`."""
+    def read(self, path: Path, split: str, numbers: Iterator[int]) -> list[ExampleT]:
+        """The examples of one file; bad rows go to `bad_rows`.
+
+        Args:
+            path: the file.
+            split: what it is read for; test splits may lack labels.
+            numbers: gives each row its number, which goes on from file to file of a split.
+        """
+
+    def check_training_data(self, examples: Sequence[ExampleT]) -> None:
+        """Refuse settings that do nothing with the training data (UserError)."""
 
     def group(self, example: ExampleT) -> str:
         """What keeps examples in one part when the training file is divided."""

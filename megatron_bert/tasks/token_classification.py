@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import seqeval.metrics
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks import metrics
+from megatron_bert.tasks.answer_windows import check_stride
 from megatron_bert.tasks.class_weights import given_weights
-from megatron_bert.tasks.conll_files import Sentence, WordsExample, joined, read_sentences
+from megatron_bert.tasks.conll_files import Sentence, WordsExample, columns_of_tags, joined, read_sentences
 from megatron_bert.tasks.encoding import BERT, InputFormat, feature
-from megatron_bert.tasks.rows import BadRows, RowError
+from megatron_bert.tasks.rows import BadRows, RowError, brief
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of, texts_of
-from megatron_bert.tasks.tag_schemes import OUTSIDE, all_tags, best_tags, check_tags, entities, entity_type, scored
+from megatron_bert.tasks.tables import FORMATS
+from megatron_bert.tasks.tag_schemes import (
+    OUTSIDE,
+    all_tags,
+    best_tags,
+    check_tags,
+    entities,
+    entity_type,
+    looks_like_tag,
+    scheme_hint,
+    scored,
+)
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
+from megatron_bert.tasks.token_rows import TokenRows
 from megatron_bert.tasks.words import pieces_of_words, split_words, word_windows
 from parallel.errors import UserError
 
@@ -52,11 +66,13 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
     ) -> None:
         super().__init__(settings, data, tokenizer, form)
-        self.doc_stride = settings.doc_stride or self.max_length // 2
+        room = self.max_length - 2
+        self.doc_stride = settings.doc_stride or min(self.max_length // 2, room)
+        check_stride(self.doc_stride, room, f"task.max_length {self.max_length}")
         self.labels = self._given_labels() if settings.labels is not None else self._find_labels()
         given_weights(settings.class_weights, self.labels)
         self.head = Head("token", len(self.labels))
-        types = sorted({tag[2:] for tag in self.labels if tag != OUTSIDE})
+        types = sorted({tag[2:] for tag in self.labels if tag != OUTSIDE} - {""})
         self.choose_metric(("f1", "precision", "recall", "accuracy", *(f"f1_{name}" for name in types)))
 
     def _given_labels(self) -> tuple[str, ...]:
@@ -65,56 +81,112 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
             for tag in labels:
                 entity_type(tag, self.settings.scheme)
         except RowError as reason:
-            raise UserError(f"task.labels: {reason}") from None
+            hint = scheme_hint([labels], "the labels", whole=False)
+            raise UserError(f"task.labels: {reason}{hint}") from None
         if OUTSIDE not in labels:
             raise UserError('task.labels has no "O", the tag of words outside of entities: add it')
         return tuple(labels)
 
     def _find_labels(self) -> tuple[str, ...]:
-        if self.data.train is None:
+        files = self.data.files("train")
+        if not files:
             raise UserError("there is no training file to find tags in: set task.labels or data.train")
         types: set[str] = set()
         bad = BadRows("skip")  # reported when they are read for training, unless nothing is left
-        for sentence in self._sentences(self.data.train, "train", bad):
+        for path in files:
+            for sentence in self._sentences(path, "train", bad, itertools.count()):
+                types |= {tag[2:] for tag in sentence.tags or () if tag != OUTSIDE}
+        if not types:
+            because = bad.reasons[0] if bad.reasons else "see task.scheme"
+            raise UserError(f"{files[0]} marks no entity in the scheme {self.settings.scheme}: {because}")
+        return all_tags(types, self.settings.scheme)
+
+    def _sentences(self, path: Path, split: str, bad: BadRows, numbers: Iterator[int]) -> list[Sentence]:
+        """The sentences of a file whose tags follow the scheme."""
+        read, found = [], []
+        for sentence in self._in_file(path, split, bad, numbers):
+            try:
+                read.append(self._named(path, sentence))
+            except RowError as reason:
+                bad.add(path, sentence.place, reason)
+        for sentence in read:
             try:
                 check_tags(sentence.tags or (), self.settings.scheme)
             except RowError as reason:
-                bad.add(self.data.train, f"line {sentence.line} (the sentence that begins there)", reason)
+                where = f"{sentence.place} (the sentence that begins there)"
+                hint = self._hint(path, [other.tags or () for other in read])
+                if hint:
+                    raise UserError(f"{path} {where}: {reason}{hint}") from None
+                bad.add(path, where, reason)
                 continue
-            types |= {tag[2:] for tag in sentence.tags or () if tag != OUTSIDE}
-        if not types:
-            because = bad.reasons[0] if bad.reasons else "see task.scheme"
-            raise UserError(f"{self.data.train} marks no entity in the scheme {self.settings.scheme}: {because}")
-        return all_tags(types, self.settings.scheme)
+            found.append(sentence)
+        return found
 
-    def _sentences(self, path: Path, split: str, bad: BadRows) -> Any:
+    def _in_file(self, path: Path, split: str, bad: BadRows, numbers: Iterator[int]) -> Iterator[Sentence]:
+        kind = self._format(path)
+        tags_may_lack = split.startswith("test")
+        if kind in ("csv", "tsv", "jsonl"):
+            yield from TokenRows(self.data, tags_may_lack, bad, numbers).read(path, kind)
+            return
         columns = self.data.columns
         token = 0 if columns.token is None else columns.token
         tag = -1 if columns.tag is None else columns.tag
-        if isinstance(token, str) or isinstance(tag, str):
-            raise UserError("data.columns.token and data.columns.tag of column files are positions: give whole numbers")
-        return read_sentences(path, token, tag, split.startswith("test"), bad)
+        if columns.id is not None or isinstance(token, str) or isinstance(tag, str):
+            raise UserError(
+                f"{path} is read as a column file, in which data.columns.token and data.columns.tag are positions: "
+                "give whole numbers and no data.columns.id, or set data.format: csv, tsv or jsonl"
+            )
+        yield from read_sentences(path, token, tag, tags_may_lack, bad, numbers)
 
-    def read(self, path: Path, split: str) -> list[WordsExample]:
+    def _format(self, path: Path) -> Literal["csv", "tsv", "jsonl", "conll"]:
+        kind = self.data.format
+        if kind is None:
+            by_ending = FORMATS.get(path.suffix.lower())
+            kind = by_ending if by_ending in ("csv", "jsonl") else "conll"
+        if kind not in ("csv", "tsv", "jsonl", "conll"):
+            raise UserError(f"data.format {kind} is for multiple choice: set conll, jsonl, csv or tsv")
+        if not self.data.header and kind not in ("csv", "tsv"):
+            raise UserError(f"data.header: false is for csv and tsv, but {path} is read as {kind}: leave it out")
+        return kind
+
+    def _named(self, path: Path, sentence: Sentence) -> Sentence:
+        """The sentence with the names of its tags, where the file has numbers."""
+        labels = self.settings.labels
+        tags = sentence.tags or ()
+        if not any(tag.lstrip("-").isdecimal() for tag in tags):
+            return sentence
+        if labels is None:
+            raise UserError(
+                f"{path} {sentence.place} has numbers for tags: set task.labels to their names in the order of the "
+                "numbers, such as task.labels=[O, B-PER, I-PER]"
+            )
+        wrong = next((tag for tag in tags if not (tag.isdecimal() and int(tag) < len(labels))), None)
+        if wrong is not None:
+            raise RowError(f"its tag {brief(wrong)} is not the number of one of the {len(labels)} task.labels")
+        return replace(sentence, tags=tuple(labels[int(tag)] for tag in tags))
+
+    def _hint(self, path: Path, sentences: Sequence[Sequence[Any]]) -> str:
+        """What to set so that the tags of a file fit; "" where nothing would do."""
+        if any(looks_like_tag(tag) and tag != OUTSIDE for tags in sentences for tag in tags):
+            return scheme_hint(sentences, "all tags of the file")
+        tag = self.data.columns.tag
+        hint = f"; no tag of the file is one: set data.columns.tag (now {-1 if tag is None else tag}"
+        places = columns_of_tags(path) if self._format(path) == "conll" else []
+        return hint + (f") to {' or '.join(map(str, places))}" if places else ") to the column of the tags")
+
+    def read(self, path: Path, split: str, numbers: Iterator[int]) -> list[WordsExample]:
         """The sentences of one file."""
         examples = []
-        for number, sentence in enumerate(self._sentences(path, split, self.bad_rows)):
-            try:
-                self._check(sentence)
-            except RowError as reason:
-                self.bad_rows.add(path, f"line {sentence.line} (the sentence that begins there)", reason)
+        for sentence in self._sentences(path, split, self.bad_rows, numbers):
+            unknown = next((tag for tag in sentence.tags or () if tag not in self.labels), None)
+            if unknown is not None:
+                reason = RowError(f'its tag "{unknown}" is unknown (known: {", ".join(self.labels)})')
+                self.bad_rows.add(path, f"{sentence.place} (the sentence that begins there)", reason)
                 continue
             text, words = joined(sentence.words)
-            where = f"{path} line {sentence.line}"
-            examples.append(WordsExample(str(number), where, split, text, words, sentence.tags))
+            where = f"{path} {sentence.place}"
+            examples.append(WordsExample(sentence.name, where, split, text, words, sentence.tags))
         return examples
-
-    def _check(self, sentence: Sentence) -> None:
-        tags = sentence.tags or ()
-        check_tags(tags, self.settings.scheme)
-        unknown = next((tag for tag in tags if tag not in self.labels), None)
-        if unknown is not None:
-            raise RowError(f'its tag "{unknown}" is unknown (known: {", ".join(self.labels)})')
 
     def example_from(self, row: Mapping[str, Any], where: str) -> WordsExample:
         """An example from `tokens`, or from `text`."""

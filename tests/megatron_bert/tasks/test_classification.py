@@ -149,7 +149,87 @@ def test_regression(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert all(name.endswith("loss") or name in ("pearson", "spearman", "pearson_spearman") for name in found)
 
 
+LABELS = [
+    ([True, False, True], ("false", "true"), [1, 0, 1]),
+    ([1.0, 0, "1"], ("0", "1"), [1, 0, 1]),
+    (["yes", "no", "yes"], ("no", "yes"), [1, 0, 1]),
+]
+
+
+@pytest.mark.parametrize(("values", "names", "numbers"), LABELS)
+def test_labels_of_json(
+    tmp_path: Path, tokenizer: Tokenizer, values: list[Any], names: tuple[str, ...], numbers: list[int]
+) -> None:
+    path = json_lines(tmp_path / "a.jsonl", [{"text": "x", "label": value} for value in values])
+    task = task_of(tokenizer, {"name": "classification"}, {"train": path})
+    assert (task.labels, [e.target[0] for e in task.examples("train")]) == (names, numbers)
+    task = task_of(tokenizer, {"name": "classification", "labels": list(names)}, {"train": path})
+    assert [e.target[0] for e in task.examples("train")] == numbers
+
+
+def test_a_label_whose_case_differs(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.csv", "text,label\nx,True\n")
+    with pytest.raises(UserError, match=r'"True" is unknown .*"true" differs in its case, .*quote .*task\.labels'):
+        task_of(tokenizer, {"name": "classification", "labels": [True, False]}, {"train": path}).examples("train")
+
+
+@pytest.mark.parametrize("cell", ["-1", ""])
+def test_test_files_may_say_that_a_label_is_unknown(tmp_path: Path, tokenizer: Tokenizer, cell: str) -> None:
+    """As test files on the Hugging Face hub do."""
+    test = write(tmp_path / "t.csv", f"text,label\nx,{cell}\ny,1\n")
+    task = task_of(tokenizer, {"name": "classification", "labels": ["0", "1"]}, {"test": test, "valid": test})
+    assert [e.target for e in task.examples("test")] == [(), (1.0,)]
+    with pytest.raises(UserError, match="line 2: its label"):
+        task.examples("valid")
+    found = task_of(tokenizer, {"name": "classification", "labels": ["-1", "1"]}, {"test": test}).examples("test")
+    assert [e.target for e in found] == [(0.0,) if cell else (), (1.0,)]
+
+
+def test_flags_as_they_are_written_elsewhere(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"text": "x", "a": "0.0", "b": True}, {"text": "x", "a": 1.0, "b": "False"}]
+    data = {"train": json_lines(tmp_path / "a.jsonl", rows), "columns": {"label": ["a", "b"]}}
+    task = task_of(tokenizer, {"name": "classification", "multi_label": True}, data)
+    assert [e.target for e in task.examples("train")] == [(0.0, 1.0), (1.0, 0.0)]
+
+
+def test_lists_of_labels_in_cells(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.tsv", "text\tlabel\nx\t['a', 'b']\ny\t[]\nz\tb\n")
+    task = task_of(tokenizer, {"name": "classification", "multi_label": True}, {"train": path})
+    assert task.labels == ("a", "b")
+    assert [e.target for e in task.examples("train")] == [(1.0, 1.0), (0.0, 0.0), (0.0, 1.0)]
+
+
+def test_several_files_are_read_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As if the second followed in the first; the formats may differ."""
+    first = write(tmp_path / "a.tsv", "text\tlabel\nx\ta\nbad\ny\ta\n")
+    second = json_lines(tmp_path / "b.jsonl", [{"text": "z", "label": "b"}])
+    data = {"train": [first, second], "test": [second, first], "on_bad_row": "skip"}
+    task = task_of(tokenizer, {"name": "classification"}, data)
+    assert task.labels == ("a", "b")
+    assert [(e.id, e.text, e.where) for e in task.examples("train")] == [
+        ("0", "x", f"{first} line 2"),
+        ("2", "y", f"{first} line 4"),
+        ("3", "z", f"{second} line 1"),
+    ]
+    assert [(e.id, e.text) for e in task.examples("test")] == [("0", "z"), ("1", "x"), ("3", "y")]
+    assert [entry["path"] for entry in task.data_fingerprints()["train"]] == [str(first), str(second)]
+    with pytest.raises(UserError, match=r"data\.train is .*c\.tsv, which does not exist"):
+        task_of(tokenizer, {"name": "classification"}, {"train": [first, tmp_path / "c.tsv"]})
+
+
+def test_settings_that_do_nothing_with_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = json_lines(tmp_path / "a.jsonl", [{"text": "x", "label": "a"}])
+    with pytest.raises(UserError, match=r"data\.header: false is for tsv and csv"):
+        task_of(tokenizer, {"name": "classification"}, {"train": path, "header": False})
+    with pytest.raises(UserError, match=r"data\.label_separator is for multi-label"):
+        task_of(tokenizer, {"name": "classification"}, {"train": path, "label_separator": ";"})
+
+
 BAD = [
+    ({"name": "classification"}, '{"text": "x", "label": ["a"]}', r"is a list, .* set task\.multi_label"),
+    ({"name": "classification"}, '{"text": "x", "label": 1.5}', r"1\.5 is neither .* task\.name: regression"),
+    ({"name": "classification", "multi_label": True}, '{"text": "x", "label": [1.0, 0.0]}', "one 0 or 1 for each"),
+    ({"name": "classification", "multi_label": True}, '{"text": "x", "label": [1, 0, 0]}', "one 0 or 1 for each"),
     ({"name": "classification"}, '{"text": "x"}', "no column 'label' .found: text."),
     ({"name": "classification"}, '{"text": "x", "label": null}', "neither a text nor a whole number"),
     ({"name": "classification"}, '{"text": "x", "label": " "}', "label is empty"),
@@ -207,7 +287,7 @@ def test_test_files_need_no_labels(tmp_path: Path, tokenizer: Tokenizer) -> None
     predictions = task.predictions(examples, units, scores_for([0, 1], 2))
     assert task.metrics(examples, predictions) == {}
     assert task.confusion(examples, predictions) is None
-    with pytest.raises(UserError, match="no column 'label'"):
+    with pytest.raises(UserError, match=r"no row of .*t\.tsv has a column 'label' .*found: text"):
         task_of(tokenizer, {"name": "classification"}, {"train": train, "valid": test}).examples("valid")
     emptied = write(tmp_path / "t.tsv", "text\tlabel\nx\t\n")
     task = task_of(tokenizer, {"name": "regression"}, {"test": emptied})
@@ -300,9 +380,9 @@ def test_bad_rows_of_a_stream(tokenizer: Tokenizer, row: dict, reason: str) -> N
     ("name", "content", "data", "reason"),
     [
         ("a.jsonl", '{"text": "x", "label": "a"', {}, "a.jsonl line 1: "),
-        ("a.tsv", "text\tlable\nx\ta\n", {}, r"line 2: it has no column 'label' \(found: text, lable\)"),
+        ("a.tsv", "text\tlable\nx\ta\n", {}, r"a\.tsv has a column 'label' \(found: text, lable\)"),
         ("a.tsv", b"text\tlabel\n\xe9\ta\n", {}, "line 2: it is not UTF-8 at character 1"),
-        ("a.tsv", "text\tlabel\nx\ta\n", {"format": "race"}, "data.format race is for multiple choice"),
+        ("a.tsv", "text\tlabel\nx\ta\n", {"format": "race"}, "data.format race is for other tasks"),
     ],
 )
 def test_why_no_label_was_found(

@@ -162,13 +162,52 @@ def test_bad_rows_of_official_files(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert "line 2: it has 3 columns, expected 4" in task.bad_rows.reasons[0]
     assert 'line 3: its label "2" is unknown (known: 0, 1)' in task.bad_rows.reasons[1]
     path = write(tmp_path / "b.tsv", "index\tquestion\tlabel\n0\ta\tentailment\n")
-    with pytest.raises(UserError, match=r"line 2: it has no column 'sentence' .found: index, question, label"):
+    with pytest.raises(UserError, match=r"has a column 'sentence' .found: index, question, label\): give a file"):
         task_of(tokenizer, {"name": "qnli"}, {"train": path}).examples("train")
     with pytest.raises(UserError, match=r"holds no file of QNLI, such as train\.tsv"):
         _ = task_of(tokenizer, {"name": "qnli"}, {"directory": tmp_path}).splits
     glue = write_glue(tmp_path / "glue")
     with pytest.raises(UserError, match=r"leave out data\.valid_fraction"):
         _ = task_of(tokenizer, {"name": "qnli"}, {"directory": glue, "valid_fraction": 0.5}).splits
+
+
+@pytest.mark.parametrize("cell", ["-1", "", "-1.0"])
+def test_test_files_may_say_that_a_label_is_unknown(tmp_path: Path, tokenizer: Tokenizer, cell: str) -> None:
+    """As those of the Hugging Face hub do, instead of leaving the column out."""
+    files = {
+        "sst2": table(["sentence", "label"], ["a", cell], ["b", cell]),
+        "qnli": table(["question", "sentence", "label"], ["a", "b", cell], ["c", "d", cell]),
+        "stsb": table(["sentence1", "sentence2", "score"], ["a", "b", cell], ["c", "d", cell]),
+        "cola": table(["x", cell, "", "a"], ["x", cell, "", "b"]),
+    }
+    for name, content in files.items():
+        path = write(tmp_path / name / "t.tsv", content)
+        task = task_of(tokenizer, {"name": name}, {"test": path, "valid": path})
+        assert [e.target for e in task.examples("test")] == [(), ()]
+        if name != "stsb" or not cell:
+            with pytest.raises(UserError, match=r"line \d: its label"):
+                task.examples("valid")
+
+
+def test_submissions_of_several_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    directory = write_glue(tmp_path / "glue") / "MNLI"
+    files = [directory / f"test_{part}.tsv" for part in ("mismatched", "matched")]
+    task = task_of(tokenizer, {"name": "mnli"}, {"test": files})
+    examples = task.examples("test")
+    predictions = task.predictions(examples, task.units(examples, train=False), scores_for([1, 0, 2, 2], 3))
+    written = task.write_submission(examples, predictions, tmp_path / "out")
+    assert {path.name: path.read_text().split()[2:] for path in written} == {
+        "MNLI-m.tsv": ["5", "neutral", "6", "neutral"],
+        "MNLI-mm.tsv": ["5", "entailment", "6", "contradiction"],
+    }
+
+
+def test_other_formats_are_recognised(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.tsv", "question,sentence,label\na,b,entailment\n")
+    with pytest.raises(UserError, match="commas seem to separate its columns, where tabs were expected"):
+        task_of(tokenizer, {"name": "qnli"}, {"train": path}).examples("train")
+    with pytest.raises(UserError, match="1 columns, expected 4; commas seem to separate"):
+        task_of(tokenizer, {"name": "cola"}, {"train": path}).examples("train")
 
 
 def test_restored(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -120,7 +120,7 @@ def test_sequences(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert (task.head.kind, task.head.outputs) == ("span", 2)
 
 
-@pytest.mark.parametrize(("length", "stride"), [(24, 5), (16, 11), (64, 20)])
+@pytest.mark.parametrize(("length", "stride"), [(24, 5), (16, 7), (64, 20)])
 def test_windows_equal_transformers(tmp_path: Path, tokenizer: Tokenizer, length: int, stride: int) -> None:
     peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=True)
     query, context = "who?", "The cat sat on a (big) MAT, 12.5 km; then nothing."
@@ -333,7 +333,7 @@ def test_bad_questions(tmp_path: Path, tokenizer: Tokenizer, change: dict, reaso
     [
         (b'{"data": [', "is not JSON"),
         (b'{"data": {}}', 'a list under "data"'),
-        (b"[]", 'a list under "data"'),
+        (b"[]", "is empty"),
         (b'{"data": "\xff"}', "not UTF-8 at byte 10"),
     ],
 )

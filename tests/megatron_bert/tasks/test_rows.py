@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
-from megatron_bert.tasks.rows import BadRows, Row, RowError, file_fingerprint, read_lines, read_table
+from megatron_bert.tasks.rows import BadRows, Row, RowError, converted, file_fingerprint, structured
+from megatron_bert.tasks.tables import read_lines, read_table
 from parallel.errors import UserError
 
 from .support import write
@@ -124,6 +126,93 @@ def test_reasons_are_kept_for_the_first_rows_alone(tmp_path: Path) -> None:
     bad = BadRows("skip")
     rows(write(tmp_path / "a.jsonl", "x\n" * 30), "jsonl", bad=bad)
     assert (bad.count, len(bad.reasons)) == (30, 5)
+
+
+ROWS = [{"text": "a", "label": 1}, 3, {"text": "\ud800"}, {"text": "b", "label": None}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_rows(tmp_path: Path, indent: int | None) -> None:
+    path = write(tmp_path / "a.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=indent).encode())
+    bad = BadRows("skip")
+    found = rows(path, "jsonl", bad=bad)
+    assert [(row.number, row.where, row.value("text")) for row in found] == [
+        (0, f"{path} item 1", "a"),
+        (3, f"{path} item 4", "b"),
+    ]
+    assert [reason.split(": ", 1)[1] for reason in bad.reasons] == [
+        "it is a JSON int, expected an object",
+        "it holds half of a surrogate pair, which is no valid text",
+    ]
+    with pytest.raises(UserError, match=r"a\.json begins as a JSON array does, but is not JSON"):
+        rows(write(path, '[{"text": "a"},\n'), "jsonl")
+    # A line that is a list is a bad row of JSON lines.
+    bad = BadRows("skip")
+    assert [row.text("text") for row in rows(write(path, '["x"]\n{"text": "a"}\n'), "jsonl", bad=bad)] == ["a"]
+    assert "line 1: it is a JSON list" in bad.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "reason"),
+    [
+        ("tsv", b"", "is empty"),
+        ("csv", b"\n\n", "is empty"),
+        ("jsonl", b" \n", "is empty"),
+        ("jsonl", b"[]", "is empty"),
+        ("tsv", b"text\tlabel\n", "names its columns in line 1, but holds no usable row"),
+        ("jsonl", b"PAR1\x15\x04", "a Parquet file: write its rows as JSON lines"),
+        ("csv", b"\x1f\x8b\x08", "compressed by gzip: unpack it"),
+    ],
+)
+def test_files_without_rows(tmp_path: Path, kind: str, content: bytes, reason: str) -> None:
+    for policy in ("error", "skip"):
+        with pytest.raises(UserError, match=f"a.{kind} .*{reason}"):
+            rows(write(tmp_path / f"a.{kind}", content), kind, bad=BadRows(policy))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "reason"),
+    [
+        ("tsv", "text,label\nx,1\n", r"\(found: text,label\): commas seem .* where tabs were .*data\.format: csv"),
+        ("csv", "text\tlabel\nx\t1\n", r"tabs seem .* where commas were expected: .*data\.format: tsv"),
+        ("csv", "text;label\nx;1\n", "semicolons seem .*: convert it"),
+        ("tsv", '{"text": "x", "label": 1}\n{"text": "y"}\n', r"seems to hold JSON: .*data\.format: jsonl"),
+        ("tsv", "text\tlable\nx\t1\ny\t2\n", r"\(found: text, lable\): see data\.columns"),
+        ("jsonl", '{"text": "x"}\n{"text": "y"}\n', r"\(found: text\): see data\.columns"),
+    ],
+)
+def test_a_column_that_no_row_has(tmp_path: Path, kind: str, content: str, reason: str) -> None:
+    """The file's fault, not a row's: skipping rows is no advice, and skips nothing."""
+    path = write(tmp_path / f"a.{kind}", content)
+    for policy in ("error", "skip"):
+        bad = BadRows(policy)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=rf"no row of .* has a column 'label' .*{reason}") as caught:
+            list(converted(rows(path, kind, bad=bad), lambda row: row.value("label"), bad))
+        assert "on_bad_row" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ['{"text": "x"}\n{"label": 1}\n', '{"label": 1}\n{"text": "x"}\n'])
+def test_a_column_that_a_row_lacks(tmp_path: Path, first: str) -> None:
+    path = write(tmp_path / "a.jsonl", first)
+    with pytest.raises(
+        UserError, match=r"line \d: it has no column 'label' \(found: text\); fix it, or set data\.on_bad"
+    ):
+        list(converted(rows(path, "jsonl"), lambda row: row.value("label"), BadRows("error")))
+    bad = BadRows("skip")
+    assert list(converted(rows(path, "jsonl"), lambda row: row.value("label"), bad)) == [1]
+    assert bad.count == 1
+
+
+def test_lists_in_cells() -> None:
+    for cell in ('["a", "b\'s"]', "['a', \"b's\"]"):
+        assert structured(cell, "it") == ["a", "b's"]
+    assert structured(["a"], "it") == ["a"]
+    assert structured("a", "it") == "a"
+    assert structured("{'text': ['a'], 'answer_start': [3]}", "it") == {"text": ["a"], "answer_start": [3]}
+    # As NumPy prints them: Python would join the texts.
+    for cell in ("['a' 'b']", "[array(['a'], dtype=object)]", "[" * 2000, "['a',"):
+        with pytest.raises(RowError, match="neither JSON nor a Python list: write JSON lines"):
+            structured(cell, "it")
 
 
 def test_fingerprints(tmp_path: Path) -> None:

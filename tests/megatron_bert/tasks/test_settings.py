@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from megatron_bert.config_file import apply_override
 from megatron_bert.tasks.registry import TASKS, build_task
 from megatron_bert.tasks.settings import KINDS, TaskDataSettings, TaskSettings
 from parallel.errors import UserError
@@ -53,8 +54,32 @@ def test_a_resolved_file_is_read_again() -> None:
     for name in KINDS:
         settings = TaskSettings(name=name)
         assert TaskSettings.model_validate(settings.model_dump(mode="json")) == settings
-    data = TaskDataSettings(train=Path("a"), columns={"text": 3, "label": ["x", "y"]})
+    data = TaskDataSettings(train=[Path("a"), Path("b")], test=Path("c"), columns={"text": 3, "label": ["x", "y"]})
     assert TaskDataSettings.model_validate(data.model_dump(mode="json")) == data
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("[0,1,2]", ["0", "1", "2"]),
+        ("[yes, no]", ["yes", "no"]),
+        ("[NO, SE, on]", ["NO", "SE", "on"]),
+        ("[true, False]", ["true", "false"]),
+        ("['1.0', 'null']", ["1.0", "null"]),
+    ],
+)
+def test_labels_as_yaml_types_them(given: str, expected: list[str]) -> None:
+    tree: dict = {}
+    apply_override(tree, f"task.labels={given}")
+    assert TaskSettings(name="classification", **tree["task"]).labels == expected
+
+
+@pytest.mark.parametrize("given", ["[1.0, 0.0]", "[null, a]", "[2020-01-01]"])
+def test_labels_that_yaml_does_not_read_as_text(given: str) -> None:
+    tree: dict = {}
+    apply_override(tree, f"task.labels={given}")
+    with pytest.raises(ValidationError, match="does not read as text: quote each label"):
+        TaskSettings(name="classification", **tree["task"])
 
 
 @pytest.mark.parametrize(
@@ -66,6 +91,7 @@ def test_a_resolved_file_is_read_again() -> None:
         {"directory": "a", "train": "b"},
         {"label_separator": ""},
         {"unknown": 1},
+        {"train": []},
     ],
 )
 def test_contradictions_in_data(data: dict) -> None:
@@ -80,6 +106,7 @@ def test_contradictions_in_data(data: dict) -> None:
         ("question_answering", {"directory": "."}),
         ("sst2", {"columns": {"text": "x"}}),
         ("sst2", {"header": False}),
+        ("question_answering", {"header": False}),
         ("question_answering", {"format": "jsonl"}),
         ("token_classification", {"label_separator": ";"}),
     ],

@@ -107,7 +107,7 @@ def test_what_does_not_follow_the_scheme_marks_nothing() -> None:
     assert entities([], "BIO") == []
 
 
-@pytest.mark.parametrize("tag", ["X-a", "B", "B-", "B-a-" * 0 + "BX", "", "o", "L-a", "BI-a", "-a"])
+@pytest.mark.parametrize("tag", ["X-a", "L", "B-", "B-a-" * 0 + "BX", "", "o", "L-a", "BI-a", "-a"])
 def test_unknown_tags(tag: str) -> None:
     with pytest.raises(RowError, match="none of BIO: expected O, B-TYPE, I-TYPE"):
         entity_type(tag, "BIO")
