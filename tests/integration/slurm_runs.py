@@ -93,7 +93,7 @@ class Session:
             assert main(list(arguments)) == 0, arguments
         return out.getvalue()
 
-    def site(self, name: str, cores: int = 1, **variables: str) -> Path:
+    def site(self, name: str, cores: int = 1, max_restarts: int = 3, **variables: str) -> Path:
         """A site file whose jobs have these environment variables and cores a process."""
         (self.folder / f"hold_{name}").mkdir()
         tree = {
@@ -101,6 +101,7 @@ class Session:
             "cpus_per_gpu": cores,
             "network_interface": "lo",
             "stop_seconds": 75,
+            "max_restarts": max_restarts,
             "environment": {
                 "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
                 "OMP_NUM_THREADS": "1",
