@@ -126,7 +126,7 @@ class Destination:
 
     def _check_kept(self, tree: FileTree) -> None:
         """What stays must not be taken for the checkpoint when the folder is read."""
-        stays = FileTree(tree.label, {name: tree[name] for name in tree if name.split("/")[0] in self.kept})
+        stays = FileTree(tree.label, {name: self.place / name for name in tree if name.split("/")[0] in self.kept})
         for format_ in FORMATS.values():
             if format_.name == self.to:
                 break
@@ -164,7 +164,7 @@ class Destination:
         scratch = self.place / name if self._inside else self.place.with_name(f".{self.place.name[:200]}{name}")
         self._scratch = scratch
         try:
-            with reporting("written", self.path, _REMEDY), _torch_errors_as_the_systems():
+            with reporting("written", self.path, _REMEDY), _system_errors_of_torch():
                 (scratch / "new").mkdir(parents=True)
                 yield scratch / "new"
         finally:
@@ -201,8 +201,10 @@ class Destination:
             _pack(folder, archive)
             check(archive)
             _sync(archive)
+            self._check_meanwhile(folder)
             archive.replace(self.place)
             return
+        self._check_meanwhile(folder)
         old = self._scratch / "old"
         moves: list[tuple[Path, Path]] = []
         if self._inside:
@@ -229,6 +231,13 @@ class Destination:
         with suppress(OSError):  # of a directory that may be written to but not be listed
             sync_directory(self.place.parent)
 
+    def _check_meanwhile(self, folder: Path) -> None:
+        """Refuse to replace what another process put there since the first check."""
+        if self._inside:
+            self.check_new(folder)
+        elif not self._overwrite and self.place.exists() and (self.zipped or any(self.place.iterdir())):
+            raise UserError(f"{self.path} was made by something else meanwhile: name another, or give --overwrite")
+
     def _move_back(self, moves: list[tuple[Path, Path]], error: BaseException) -> None:
         try:
             for start, end in reversed(moves):
@@ -243,7 +252,7 @@ class Destination:
 
 
 @contextmanager
-def _torch_errors_as_the_systems() -> Iterator[None]:
+def _system_errors_of_torch() -> Iterator[None]:
     """Raise what the file system refused where torch reports it as an error of its own."""
     try:
         yield

@@ -88,6 +88,7 @@ def test_files_of_the_user_stay(
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/today.txt").write_text("mine")
     (tmp_path / "vocab.txt").write_text("mine")
+    os.mkfifo(tmp_path / "notes/pipe")
     to, write = _WAYS[way]
     report = convert(source, tmp_path, to=to, read=_WORDS, write=write, overwrite=True)
     assert "holds files that are no checkpoint's, which stay: notes, vocab.txt" in str(report)
@@ -213,6 +214,23 @@ def test_a_result_that_something_else_hides_is_taken_back(
     with pytest.raises(UserError, match="several checkpoints"):
         convert(source, occupied, to="megatron", read=_WORDS, overwrite=True)
     assert _contents(occupied) == before
+
+
+def test_of_two_conversions_at_once_one_is_refused(
+    tmp_path: Path, source: Path, other: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = conversion.Progress.advance
+    for name, to in (("result", "native"), ("result.zip", "megatron")):
+
+        def overtaken(self: conversion.Progress, nbytes: int, name: str = name, to: str = to) -> None:
+            monkeypatch.setattr(conversion.Progress, "advance", advance)
+            convert(source, tmp_path / name, to=to, read=_WORDS)
+
+        monkeypatch.setattr(conversion.Progress, "advance", overtaken)
+        with pytest.raises(UserError, match="was made by something else meanwhile"):
+            convert(other, tmp_path / name, to=to)
+        assert_same_tensors(all_tensors(tmp_path / name), expected)
+    assert sorted(os.listdir(tmp_path)) == ["result", "result.zip"]
 
 
 def test_files_with_the_names_of_temporary_ones_are_the_users(tmp_path: Path, source: Path) -> None:
