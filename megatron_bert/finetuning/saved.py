@@ -24,7 +24,7 @@ from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
-from megatron_bert.tasks.settings import TaskDataSettings
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.task import Task
 from parallel.checkpoint_reader import load_tensors
 from parallel.errors import UserError, brief
@@ -153,8 +153,7 @@ def _config_in(directory: Path, described: dict[str, Any], tokenizer: Tokenizer)
     family = USED_TYPES[kind]
     if family is ROBERTA:
         return roberta_config(directory, tokenizer)
-    values = {name: value for name, value in described.items() if not name.startswith(("directionality", "pooler_"))}
-    config = family.config.from_dict(values, label=str(directory / CONFIG_NAME), **family.floating)
+    config = family.config.from_dict(described, label=str(directory / CONFIG_NAME), **family.floating)
     for name in ("pruned_heads", "is_decoder"):
         if getattr(config, name):
             raise UserError(f"{directory / CONFIG_NAME} has {name}: only whole encoders can be used")
@@ -198,6 +197,8 @@ def load_task(source: Path, data: dict[str, Any] | None = None, task: dict[str, 
         described = {"settings": deduced_settings(directory, stated, config, given)}
         if launched_rank() == 0:
             print(told(directory, stated, described["settings"]), file=sys.stderr)
+    if given:
+        validated(described["settings"], TaskSettings, source="the settings of the task")
     settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
     found = restore_task(described, tokenizer, settings, input_format(tokenizer, roberta=config.like_roberta))
     check_lengths(found, config)

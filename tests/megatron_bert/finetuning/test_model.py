@@ -20,6 +20,7 @@ from megatron_bert.finetuning.families import family_of
 from megatron_bert.finetuning.losses import label_weights, labelled, task_loss_sum
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.quantizing.distillation import distillation_sum
 from megatron_bert.tasks.task import Unit
 from tests.megatron_bert.finetuning.roberta_support import ROBERTA_SIZES
 from tests.megatron_bert.finetuning.support import CONFIG, HEADS, random_units
@@ -174,3 +175,16 @@ def test_class_weights_are_those_of_torch(kind: str) -> None:
     else:
         expected = torch.nn.CrossEntropyLoss(weight=weights)(joined, labels)
     torch.testing.assert_close(total / weight, expected)
+
+
+@pytest.mark.parametrize("kind", ["single", "token"])
+def test_the_distance_to_a_teacher_is_weighed_as_the_loss(kind: str) -> None:
+    head, units = HEADS[kind], random_units(kind, 6)
+    weights = torch.tensor([0.25, 3.0, 0.0, 1.5, 0.1][: head.outputs])
+    batch = collate_units(units, range(6), head, most_features=1)
+    torch.manual_seed(1)
+    mine, theirs = torch.randn(2, len(batch.rows), head.outputs)
+    counted = labelled(batch, head)
+    each = torch.nn.functional.kl_div(mine.log_softmax(1), theirs.softmax(1), reduction="none").sum(dim=1)
+    expected = (each * weights[batch.labels.clamp(min=0)])[counted].sum()
+    torch.testing.assert_close(distillation_sum(mine, theirs, batch, head, 1.0, weights), expected)

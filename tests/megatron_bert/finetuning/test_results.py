@@ -42,6 +42,16 @@ def test_each_split_is_predicted_once_and_written_as_scored(tmp_path: Path, monk
         assert next(iter(results["splits"][split])) == "loss"
 
 
+def test_class_weights_are_in_the_results(tmp_path: Path) -> None:
+    task = {"name": "classification", "max_length": 16, "class_weights": "balanced"}
+    finetune(make_run(tmp_path, training__steps=1, task=task))
+    labels = [json.loads(line)["label"] for line in (tmp_path / "train.jsonl").open(encoding="utf-8")]
+    results = read_results(tmp_path / "run")
+    assert results is not None
+    expected = {name: len(labels) / (3 * labels.count(name)) for name in "abc"}
+    assert results["class_weights"] == pytest.approx(expected)
+
+
 class Above:
     """A task that says whether a logit is above a threshold, which it can choose."""
 

@@ -147,7 +147,7 @@ def test_settings_of_the_task_may_be_changed(tmp_path: Path) -> None:
         ("single", {}, {"name": "token_classification"}, "is a BertForSequenceClassification: give a task with such"),
         ("single", {}, {"name": "sst2"}, "fine-tuned for the classes no, maybe, yes, but the task has"),
         ("single", {}, {"max_length": 64}, r"max_length is 64, but the model takes at most 3[24]"),
-        ("single", {}, {"maximum": 64}, "maximum"),
+        ("single", {}, {"maximum": 64}, "the settings of the task.*maximum"),
         ("regression", {"num_labels": 2, "problem_type": "regression"}, {}, "predicts 2 numbers for each text"),
         ("token", {"id2label": {0: "NOUN", 1: "VERB"}}, {}, r"task\.labels: .*NOUN"),
     ],
@@ -157,6 +157,20 @@ def test_what_does_not_fit(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         load_task(make_model(tmp_path, "Bert", kind, **changes), task=task)
+
+
+def test_settings_that_mean_nothing_here(tmp_path: Path) -> None:
+    """As published models have them."""
+    folder = make_model(tmp_path, "Bert", "single")
+    change_config(
+        folder, directionality="bidi", pooler_fc_size=768, language="english", name="Bert", padding="max_length"
+    )
+    assert load_task(folder).task.labels == ("no", "maybe", "yes")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +183,6 @@ def test_what_does_not_fit(
 )
 def test_other_models(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path, "Bert", "single")
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    change_config(folder, **changes)
     with pytest.raises(UserError, match=expected):
         load_task(folder)
