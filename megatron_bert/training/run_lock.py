@@ -65,7 +65,7 @@ class Owner:
             machine=_machine(),
             started=_start_of(os.getpid()),
             launcher=os.getppid() if launched else None,
-            launch=_numbered("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+            launch=_launch(),
             job=_numbered("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
         )
 
@@ -93,18 +93,28 @@ class Owner:
         """Whether the process runs, as far as the process ``mine`` can tell without waiting; None for unknown."""
         if not self.token:
             return None
-        if self.machine is not None and self.machine == mine.machine:
-            return _runs(self.pid, self.started)
-        # A new start by Slurm, or by torchrun, begins when all processes of the one before it have been ended.
+        # A new start by Slurm, or by torchrun, begins when all processes of the one before it have been ended, or when
+        # their node is lost: if they go on there all the same, they must not keep it out.
         for before, now in ((self.job, mine.job), (self.launch, mine.launch)):
             if before is not None and now is not None and before[0] == now[0] and before[1] < now[1]:
                 return False
+        if self.machine is not None and self.machine == mine.machine:
+            return _runs(self.pid, self.started)
         return None
 
 
 def _numbered(name: str, count: str) -> tuple[str, int] | None:
     found, number = os.environ.get(name, ""), os.environ.get(count, "0")
     return (found, int(number)) if found not in ("", "none") and number.isdecimal() else None
+
+
+def _launch() -> tuple[str, int] | None:
+    """The torchrun launch. Others may have its name, but not in the same Slurm job, or where the same ranks meet."""
+    found = _numbered("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    if found is None:
+        return None
+    place = os.environ.get("SLURM_JOB_ID") or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return f"{found[0]} {place}", found[1]
 
 
 def _machine() -> str | None:

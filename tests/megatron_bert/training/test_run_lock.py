@@ -153,6 +153,7 @@ class TestOnAnotherMachine:
             (("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"), (0, 2), True),
         ],
     )
+    @pytest.mark.parametrize("where", [{"machine": "elsewhere"}, {}], ids=["elsewhere", "here"])
     def test_a_new_start_of_the_same_job(
         self,
         tmp_path: Path,
@@ -160,16 +161,29 @@ class TestOnAnotherMachine:
         names: tuple[str, str],
         numbers: tuple[int, int],
         free: bool,
+        where: dict[str, Any],
     ) -> None:
         monkeypatch.setenv(names[0], "4711")
         monkeypatch.setenv(names[1], str(numbers[0]))
-        left_by(tmp_path, machine="elsewhere")
+        left_by(tmp_path, **where)
         monkeypatch.setenv(names[1], str(numbers[1]))
         if free:
             take(tmp_path, patience=0.0).release()
         else:
             with pytest.raises(UserError):
                 take(tmp_path, patience=0.0)
+
+    def test_another_launch_of_the_same_name_takes_nothing_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was refused, and its launcher has started it again."""
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "megatron-bert")
+        monkeypatch.setenv("MASTER_ADDR", "node1")
+        left_by(tmp_path, machine="elsewhere")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setenv("MASTER_ADDR", "node2")
+        with pytest.raises(UserError):
+            take(tmp_path, patience=0.0)
 
 
 def test_a_damaged_lock_counts_as_long_as_it_is_new(tmp_path: Path) -> None:
