@@ -55,8 +55,7 @@ def _preprocess(arguments: argparse.Namespace) -> None:
     )
     skipped = report.skipped_empty + report.skipped_bad
     print(
-        f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences"
-        f"{f' by {report.splitter}' if report.splitter else ''}, {report.tokens:,} tokens "
+        f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences, {report.tokens:,} tokens "
         f"in {report.seconds:.1f} s"
         + (f"; skipped {report.skipped_empty:,} empty documents, {report.skipped_bad:,} bad rows" if skipped else "")
     )

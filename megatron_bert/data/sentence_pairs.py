@@ -170,15 +170,24 @@ class PairDataset:
         sentence_starts = starts[starts >= low] - low
         word_starts[sentence_starts] = True
         begin, stop = (_word_start(word_starts, cut - low, margin) for cut in (begin, stop))
-        borders = [begin, *sentence_starts.tolist(), stop]
-        if self.objective != "none":
-            for k in np.flatnonzero(sizes > self._room):
-                cuts = starts[k] - low + piece_starts(int(sizes[k]), self._room)
-                borders += [_word_start(word_starts, cut, margin) for cut in cuts.tolist() if begin < cut < stop]
+        inside = sentence_starts[sentence_starts > begin]
+        if self.objective != "none" and sizes.max() > self._room:
+            inside = self._with_pieces(inside, sizes, starts - low, begin, stop, word_starts)
         if not self.whole_word:
             word_starts = np.ones_like(word_starts)
-        inside = np.unique([border for border in borders if begin <= border <= stop])
-        return _Segment(ids, word_starts).cut(begin, stop), inside - begin
+        return _Segment(ids, word_starts).cut(begin, stop), np.concatenate([[begin], inside, [stop]]) - begin
+
+    def _with_pieces(
+        self, inside: np.ndarray, sizes: np.ndarray, starts: np.ndarray, begin: int, stop: int, word_starts: np.ndarray
+    ) -> np.ndarray:
+        """Places between `begin` and `stop` where sentences start, and those where pieces of long ones do."""
+        cuts = [
+            _word_start(word_starts, cut, cut_margin(self._room))
+            for k in np.flatnonzero(sizes > self._room)
+            for cut in (starts[k] + piece_starts(int(sizes[k]), self._room)).tolist()
+            if begin < cut < stop
+        ]
+        return np.unique([*inside.tolist(), *(cut for cut in cuts if cut > begin)]).astype(np.int64)
 
     def _random_segment(self, index: int, rng: np.random.Generator) -> "_Segment":
         """Consecutive sentences from some sample of another document."""
@@ -292,11 +301,11 @@ class _Segment(NamedTuple):
 
 def _word_start(word_starts: np.ndarray, place: int, margin: int) -> int:
     """The last start of a word at most `margin` tokens before a place, or the place itself."""
-    window = word_starts[max(0, place - margin) : place + 1]
-    found = np.flatnonzero(window)
-    if place >= len(word_starts) or not found.size:
-        return place
-    return place - (len(window) - 1 - int(found[-1]))
+    if place < len(word_starts):
+        for start in range(place, max(0, place - margin) - 1, -1):
+            if word_starts[start]:
+                return start
+    return place
 
 
 def _truncated(length_a: int, length_b: int, total: int) -> tuple[int, int]:
