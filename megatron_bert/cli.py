@@ -5,23 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_bert.convert.commands import add_convert_commands
+from megatron_bert.ending import Ending
 from megatron_bert.finetuning.commands import add_finetuned_commands
 from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.schedule_command import add_schedule_command
-from parallel.errors import UserError
-
-#: Seconds that ranks above 0 hold back an error: rank 0 reports what all of them found, once, and the launcher then
-#: stops the others. An error of one rank alone comes through.
-_HOLD_BACK = 3.0
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
@@ -203,20 +197,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for mistakes a user can mend, 75 for a run that stopped before its last step.
+    """Run a command; 0 on success, 2 for mistakes a user can fix, 75 for a run that stopped before its last step.
+
+    :class:`~megatron_bert.ending.Ending` has the others.
 
     Args:
         arguments: of the command line; None takes those of the process, which then ends with the command.
     """
-    parsed = build_parser().parse_args(arguments)
-    parsed.own_process = arguments is None
-    try:
-        return parsed.func(parsed) or 0
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(_HOLD_BACK)
-        print(f"megatron-bert {parsed.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with Ending("megatron-bert") as ending:
+        parsed = build_parser().parse_args(arguments)
+        parsed.own_process = arguments is None
+        ending.name = f"megatron-bert {parsed.command}"
+        ending.code = parsed.func(parsed) or 0
+    return ending.code

@@ -15,6 +15,7 @@ from megatron_bert.data.collate import collate
 from megatron_bert.data.corpora import Part, open_corpus
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.ending import SIGNALS, end_with_parent, shielded_start
 from megatron_bert.model.batch import MicroBatch
 
 
@@ -91,35 +92,23 @@ class MicroBatchSource(Dataset[MicroBatch]):
         )
 
 
-#: They reach a whole process group, or every process of a Slurm step, and are the trainer's to answer.
-_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+def _start_worker(_: int) -> None:
+    """Leave signals to the trainer, and end when it does, however it ends.
 
-
-def _quiet_worker(_: int) -> None:
-    """Leave signals to the trainer; workers end when it does."""
-    for number in _TRAINERS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _start_quiet_server() -> None:
-    """Start the process that loader processes are forked from, deaf to the trainer's signals.
-
-    Without it the workers would take the run to be over, and end before the trainer has made its last step. It ends
-    when the trainer does.
+    A worker that took a signal for its own would end before the trainer has made its last step. torch's workers watch
+    the process they are forked from, which in turn lives as long as they do.
     """
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in _TRAINERS_SIGNALS}
-    try:
-        forkserver.ensure_running()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def micro_batches(source: MicroBatchSource, steps: int, device: torch.device) -> Iterator[MicroBatch]:
     """The micro batches of ``steps`` steps, in order, loaded in the background by ``data.workers`` processes."""
     workers = source.settings.data.workers
     if workers:
-        _start_quiet_server()
+        with shielded_start():  # the loader processes are forked from it
+            forkserver.ensure_running()
     loader = DataLoader(
         source,
         batch_size=None,
@@ -127,7 +116,7 @@ def micro_batches(source: MicroBatchSource, steps: int, device: torch.device) ->
         num_workers=workers,
         prefetch_factor=max(2, -(-2 * source.micro_batches_per_step // workers)) if workers else None,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet_worker if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         # A fresh interpreter: a fork would not survive the threads of the training process (collectives, checkpoints).
         multiprocessing_context="forkserver" if workers else None,
     )

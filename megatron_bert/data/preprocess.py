@@ -5,7 +5,6 @@ workers, a chunk of rows at a time, so the output is the same for any number of 
 """
 
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from megatron_bert.data.sentences import SplitterName, check_splitter, sentence_
 from megatron_bert.data.sidecar import check_tokenizer, remove_sidecar, write_sidecar
 from megatron_bert.data.text_files import OnBadRow, Row, RowReader, check_on_bad_row, decode_row
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bert.ending import shielded_start, worker_of_a_command
 from parallel.errors import UserError
 
 __all__ = ["PreprocessReport", "check_tokenizer", "preprocess"]
@@ -185,7 +185,8 @@ def _process(chunks: Iterator[list[Row]], job: _Job, tokenizer: Tokenizer, worke
     pending: deque[Future[_Chunk]] = deque()
     try:
         for rows in chunks:
-            pending.append(pool.submit(_tokenize_in_worker, rows))
+            with shielded_start():  # of the workers, at the first chunk
+                pending.append(pool.submit(_tokenize_in_worker, rows))
             if len(pending) >= workers * CHUNKS_AHEAD:
                 yield pending.popleft().result()
         while pending:
@@ -204,8 +205,7 @@ _worker_state: tuple[_Job, Tokenizer]
 
 def _start_worker(job: _Job) -> None:
     global _worker_state
-    # The parent handles Ctrl-C and stops the workers; their own tracebacks would only hide its message.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker_of_a_command()
     # One process a core is the parallelism; threads of the tokenizers library inside each would compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_state = job, load_tokenizer(job.tokenizer_path, lowercase=job.lowercase)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from megatron_bert.ending import SIGNALS
 from megatron_bert.launching.records import Record, rank_file
 from megatron_bert.launching.slurm_environment import adopt_slurm
 from parallel.errors import UserError
@@ -88,7 +89,7 @@ def _log_to(path: Path, *, echo: bool) -> None:
 
 def _ignore_signals() -> None:
     """What ends the run must not end its last words."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

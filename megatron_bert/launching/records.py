@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.ending import Terminated
 from parallel.errors import UserError
 from parallel.hosts import host_name
 
@@ -29,6 +30,8 @@ _FOLLOWED = re.compile(
 #: What is a rank's own trouble, although torch raises it as one of the network.
 _OWN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _NETWORK_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+#: How a launcher that has lost a rank ends the others.
+_ENDED = Terminated.__name__
 #: Keys of an event of each kind that readers rely on.
 _KEYS: dict[str, dict[str, Any]] = {
     "started": {"size": int},
@@ -114,7 +117,7 @@ class RankEnd:
             return False
         if error.get("ranks"):
             return self.rank not in error["ranks"]
-        return error["cause"] in _NETWORK_ERRORS or (
+        return error["cause"] in (*_NETWORK_ERRORS, _ENDED) or (
             error["cause"] == "RuntimeError" and _FOLLOWED.search(error["cause_message"]) is not None
         )
 

@@ -12,11 +12,11 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_bert.ending import SIGNALS, leave_terminal
 from megatron_bert.training.run_lock import RunLock
 from parallel.errors import UserError
 from parallel.whole_files import write_json
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = -1
 #: Exit code of a process alone whose run saved and stopped before its last step: the same command goes on from there.
 #: The number is EX_TEMPFAIL of sysexits.h, "try again later".
@@ -28,12 +28,12 @@ STOPPED_FILE = "stopped.json"
 class StopRequest:
     """Remembers that the run was asked to stop, while the block lasts.
 
-    SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and a clean end after the current step; a second SIGINT interrupts
-    at once. So does the time limit.
+    SIGTERM, SIGINT, SIGUSR1 and, without ``nohup``, SIGHUP ask for a checkpoint and a clean end after the current step;
+    a second SIGINT interrupts at once. So does the time limit.
 
     Args:
         max_minutes: time limit from now, or None.
-        ends_process: whether the process ends soon after the block. Then SIGTERM and SIGUSR1 are ignored from there on:
+        ends_process: whether the process ends soon after the block. Then all but SIGINT are ignored from there on:
             the interpreter puts back the default handlers while it shuts down, and a signal that comes late, or a
             second time, would make a failure of a run that has ended well.
         lock: of the run directory; None where there is none.
@@ -49,8 +49,9 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -68,6 +69,8 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == number:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         self._received = number
 
     def agreed(self) -> str | None:

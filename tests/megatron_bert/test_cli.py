@@ -171,7 +171,7 @@ def test_from_a_process(config: Path) -> None:
 
 def test_other_ranks_hold_their_report_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("megatron_bert.cli.time.sleep", waits.append)
+    monkeypatch.setattr("megatron_bert.ending.time.sleep", waits.append)
     assert main(["pretrain", str(tmp_path / "none.yaml")]) == 2
     monkeypatch.setenv("RANK", "1")
     assert main(["pretrain", str(tmp_path / "none.yaml")]) == 2
