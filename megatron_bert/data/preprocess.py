@@ -7,9 +7,10 @@ workers, a chunk of rows at a time, so the output is the same for any number of 
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -135,8 +136,13 @@ def preprocess(
     job = _Job(os.fspath(tokenizer_path), lowercase, json_key, used, append_eod, language, on_bad_row)
     prefix = f"{os.fspath(output_prefix)}_{json_key}_{'sentence' if split_sentences else 'document'}"
     documents = sentences = tokens = skipped_empty = skipped_bad = 0
-    with IndexedWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer:
-        for chunk in _process(_chunks(readers, progress), job, tokenizer, workers):
+    # Closed here, and not when the interpreter finds the time: the bar and the workers end before an error is reported.
+    with (
+        IndexedWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer,
+        closing(_chunks(readers, progress)) as chunks,
+        closing(_process(chunks, job, tokenizer, workers)) as processed,
+    ):
+        for chunk in processed:
             writer.add_documents(chunk.tokens, chunk.sizes, chunk.document_sizes)
             documents += len(chunk.document_sizes)
             sentences += len(chunk.sizes)
@@ -155,7 +161,7 @@ def preprocess(
     return PreprocessReport(prefix, documents, sentences, tokens, used, skipped_empty, skipped_bad, seconds)
 
 
-def _chunks(readers: Sequence[RowReader], progress: bool) -> Iterator[list[Row]]:
+def _chunks(readers: Sequence[RowReader], progress: bool) -> Generator[list[Row]]:
     """Group rows; moves the progress bar as the (compressed) input is consumed."""
     total = sum(Path(reader.path).stat().st_size for reader in readers)
     rows: list[Row] = []
@@ -174,14 +180,15 @@ def _chunks(readers: Sequence[RowReader], progress: bool) -> Iterator[list[Row]]
         bar.update(total - bar.n)
 
 
-def _process(chunks: Iterator[list[Row]], job: _Job, tokenizer: Tokenizer, workers: int) -> Iterator[_Chunk]:
+def _process(chunks: Iterator[list[Row]], job: _Job, tokenizer: Tokenizer, workers: int) -> Generator[_Chunk]:
     """Process chunks, here or in workers; results come in the order of the chunks."""
     if workers == 1:
         for rows in chunks:
             yield _tokenize(rows, job, tokenizer)
         return
     # spawn: threads of the calling process (a tokenizer's, torch's) would not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
+    with shielded_start():  # of multiprocessing's tracker
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(job,))
     pending: deque[Future[_Chunk]] = deque()
     try:
         for rows in chunks:

@@ -37,6 +37,9 @@ class StopRequest:
             the interpreter puts back the default handlers while it shuts down, and a signal that comes late, or a
             second time, would make a failure of a run that has ended well.
         lock: of the run directory; None where there is none.
+
+    Attributes:
+        save_failed: a rank that knows that a checkpoint was not written says so here; after :meth:`agreed` all know.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class StopRequest:
         self.lock = lock
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.ends_process = ends_process
+        self.save_failed = False
         self._received = 0
         self._previous: dict[int, object] = {}
 
@@ -84,12 +88,13 @@ class StopRequest:
             mine = _TIME_LIMIT
         # Signals reach ranks at different moments; the minimum and maximum together say whether any rank has one.
         taken = self.lock is not None and self.lock.taken_by is not None
-        asked = torch.tensor([mine, -mine, int(taken)])
+        asked = torch.tensor([mine, -mine, int(taken), int(self.save_failed)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked[2] > 0:
             if self.lock is not None:
                 self.lock.refuse_if_taken()
             raise UserError("another process has taken the run directory over: stopped; rank 0 says which")
+        self.save_failed = bool(asked[3])
         if asked[0] > 0:
             return signal.Signals(int(asked[0])).name
         return "training.max_minutes" if asked[1] > 0 else None

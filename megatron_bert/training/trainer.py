@@ -23,11 +23,13 @@ from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import ShardedAdamW
 from megatron_bert.training.precision import DTYPES, LossScale
 from megatron_bert.training.run_lock import RunLock
+from megatron_bert.training.saving import Saving
 from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.timeline import gather_timeline, write_timeline
-from parallel.checkpoint import CheckpointWriter, read_state
+from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
+from parallel.checkpoint_writer import CheckpointWriter
 from parallel.errors import UserError
 from parallel.gradients import (
     clip_factor,
@@ -101,6 +103,7 @@ class Trainer:
             keep=settings.checkpoint.keep,
             asynchronous=settings.checkpoint.asynchronous,
         )
+        self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
             self._resume(resume_from)
 
@@ -130,8 +133,11 @@ class Trainer:
             step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
             sums = self.train_step(step_batches)
             meter.count(step_batches)
+            stop.save_failed = self.checkpoints.failed
             reason = stop.agreed()
             report.advance()
+            if stop.save_failed:
+                self.saving.settle(report)
             if self.step % settings.logging.every == 0 or self.step == total:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
@@ -141,7 +147,7 @@ class Trainer:
                 better = self._evaluate(report)
                 meter.restart()
             if reason or better or self.step == total or self._due(settings.checkpoint.every):
-                self._save_finite(sums)
+                self._save_finite(sums, report, last=reason is not None or self.step == total)
         self.checkpoints.finish()
         return reason
 
@@ -150,10 +156,8 @@ class Trainer:
         scores = self.evaluate()
         self.evaluated_step = self.step
         report.evaluation(self.step, scores)
-        better = self.selection.update(self.step, scores)
-        if better:
-            self.checkpoints.protected = self.step
-        elif self.selection.exhausted:
+        better = self.saving.evaluated(self.step, scores)
+        if not better and self.selection.exhausted:
             report.say(
                 f"{self.selection.metric} has not improved on step {self.selection.best_step} in "
                 f"{self.selection.patience} evaluations: the run ends early"
@@ -283,13 +287,13 @@ class Trainer:
         stages = self.model.stages.values()
         return {f"model.{name}": t for stage in stages for name, t in self.objective.extra_tensors(stage).items()}
 
-    def _save_finite(self, sums: StepSums) -> None:
+    def _save_finite(self, sums: StepSums, report: Report, *, last: bool) -> None:
         if not self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item()):
             raise UserError(
                 f"training diverged: the gradient norm at step {self.step} is not finite, so no checkpoint was "
                 "written; go on from an earlier one with a lower learning_rate.peak or a longer warm-up"
             )
-        self.save()
+        self.saving.save(self.step, self.save, report, last=last)
 
     def save(self) -> None:
         """Write a checkpoint of this step.

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,8 @@ def test_a_signal_unwinds_and_gives_its_code(number: signal.Signals, capsys: pyt
 def test_a_signal_that_is_lost_on_the_way_still_counts() -> None:
     class Swallows:
         def __del__(self) -> None:
-            try:
+            with suppress(SystemExit):
                 signal.raise_signal(signal.SIGTERM)
-            except SystemExit:
-                pass
 
     with Ending("work") as ending:
         Swallows()

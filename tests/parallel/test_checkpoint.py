@@ -18,12 +18,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from parallel.checkpoint import (
     STATE_FILE,
-    CheckpointWriter,
     checkpoint_step,
     latest_checkpoint,
     read_state,
 )
 from parallel.checkpoint_reader import load_tensors
+from parallel.checkpoint_writer import CheckpointWriter
 from parallel.errors import UserError
 from parallel.process_group import process_group
 from tests.worlds import run_world
@@ -58,8 +58,8 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def save_and_finish(writer: CheckpointWriter) -> None:
-    writer.save(2, some_tensors(2.0), STATE)
+def save_and_finish(writer: CheckpointWriter, tensors: dict[str, Tensor] | None = None) -> None:
+    writer.save(2, some_tensors(2.0) if tensors is None else tensors, STATE)
     writer.finish()
 
 
@@ -153,12 +153,16 @@ class TestWriting:
             patch.setattr(dcp.FileSystemWriter, "write_data", fail)
             with pytest.raises(UserError, match=r"step_00000002 could not be written \(no space left on device\)"):
                 save_and_finish(writer)
-        assert names(tmp_path) == ["step_00000001", "step_00000002.partial"]
+        assert names(tmp_path) == ["step_00000001"]
         assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
         assert_holds(tmp_path / "step_00000001", 1.0)
-        # The next start clears up.
-        CheckpointWriter(tmp_path, keep=1, asynchronous=asynchronous)
-        assert names(tmp_path) == ["step_00000001"]
+        save_and_finish(writer)
+        assert names(tmp_path) == ["step_00000002"]
+
+    def test_a_start_clears_up(self, tmp_path: Path) -> None:
+        (tmp_path / "step_00000002.partial").mkdir()
+        CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        assert names(tmp_path) == []
 
     def test_an_error_in_the_final_step_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
@@ -167,8 +171,27 @@ class TestWriting:
         monkeypatch.setattr(CheckpointWriter, "_commit", fail)
         writer = CheckpointWriter(tmp_path, keep=1, asynchronous=True)
         writer.save(1, some_tensors(), STATE)
-        with pytest.raises(OSError, match="cannot rename"):
+        with pytest.raises(UserError, match=r"step_00000001 could not be written \(cannot rename\)"):
             writer.finish()
+
+    @ASYNCHRONOUS
+    def test_a_full_disk(self, tmp_path: Path, full_disk: Path, asynchronous: bool) -> None:
+        writer = CheckpointWriter(full_disk, keep=1, asynchronous=asynchronous)
+        writer.save(1, some_tensors(1.0), STATE)
+        writer.finish()
+        large = {"large": torch.zeros(4 << 20)}
+        with pytest.raises(UserError, match=r"step_00000002 could not be written \(No space left on device\): make"):
+            save_and_finish(writer, large)
+        assert names(full_disk) == ["step_00000001"]
+        assert not writer.failed
+        writer.save(3, some_tensors(3.0), STATE)
+        writer.finish()
+        assert_holds(full_disk / "step_00000003", 3.0)
+
+    def test_a_file_in_the_place_of_the_directory(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=r"checkpoints .* could not be written \(Not a directory\)"):
+            CheckpointWriter(tmp_path / "file" / "checkpoints", keep=1, asynchronous=False)
 
     def test_a_crash_while_deleting_leaves_no_whole_looking_rest(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

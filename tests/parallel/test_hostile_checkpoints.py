@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
 )
 
-from parallel.checkpoint import CheckpointWriter
 from parallel.checkpoint_reader import load_tensors
+from parallel.checkpoint_writer import CheckpointWriter
 from parallel.errors import UserError
 from parallel.process_group import process_group
 from tests.worlds import run_world

@@ -15,8 +15,9 @@ from megatron_bert.convert.opening import config_from, load_into, open_checkpoin
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.training.optimizer import MOMENTS
-from parallel.checkpoint import CheckpointWriter, read_state
+from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
+from parallel.checkpoint_writer import CheckpointWriter
 from parallel.data_parallel import apply_data_parallel
 from parallel.errors import UserError
 from tests.megatron_bert.convert.generator import Sizes, draw, forward, write_checkpoint
