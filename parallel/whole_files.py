@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -83,6 +84,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or not there."""
     with whole_file(path) as file:
         file.write(text)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of bytes that is whole or not there."""
+    with whole_file(path, "wb") as file:
+        file.write(content)
+
+
+def write_picture(path: Path, figure: Any, dpi: float) -> None:
+    """Write a figure of matplotlib as a PNG file that is whole or not there.
+
+    Drawn in memory: what writes PNG files does not say what the file system refuses.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    write_bytes(path, content.getvalue())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

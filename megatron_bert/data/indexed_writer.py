@@ -5,6 +5,7 @@ import shutil
 import uuid
 from array import array
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from megatron_bert.data.indexed_format import DTYPES, HEADER, MAGIC, VERSION, dtype_code
 from parallel.errors import UserError
+from parallel.whole_files import reporting
 
 if TYPE_CHECKING:
     from megatron_bert.data.indexed import IndexedDataset
@@ -50,8 +52,9 @@ class IndexedWriter:
         self._tokens_file: BinaryIO | None = None
 
     def __enter__(self) -> "IndexedWriter":
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._tokens_file = self._temporary[".bin"].open("wb")
+        with self._reporting():
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._tokens_file = self._temporary[".bin"].open("wb")
         return self
 
     def __exit__(
@@ -59,13 +62,19 @@ class IndexedWriter:
     ) -> None:
         assert self._tokens_file is not None
         try:
-            self._tokens_file.close()
             if kind is None:
-                self._write_index()
-                self._publish()
+                with self._reporting():
+                    self._tokens_file.close()
+                    self._write_index()
+                    self._publish()
         finally:
             for path in self._temporary.values():
                 path.unlink(missing_ok=True)
+            with suppress(OSError):  # what a full disk has refused before
+                self._tokens_file.close()
+
+    def _reporting(self) -> AbstractContextManager[None]:
+        return reporting("written", self.prefix, "give a place with room that you may write to")
 
     def add_sentence(self, tokens: ArrayLike) -> None:
         """Append one sentence, a sequence of integer ids, to the current document.
@@ -113,7 +122,7 @@ class IndexedWriter:
         if corpus.modes is not None:
             raise UserError(f"{corpus.prefix}.idx carries multimodal modes, which a text corpus cannot hold.")
         assert self._tokens_file is not None
-        with corpus.tokens_path.open("rb") as source:
+        with self._reporting(), corpus.tokens_path.open("rb") as source:
             shutil.copyfileobj(source, self._tokens_file, COPY_BYTES)
         ends = corpus.document_indices[1:] + len(self._sizes)
         self._sizes.frombytes(np.ascontiguousarray(corpus.sizes).tobytes())
@@ -129,7 +138,8 @@ class IndexedWriter:
                     f"Token id {low if low < limits.min else high} does not fit the {self.dtype} tokens of "
                     f"{self.prefix}.bin: write it with best_dtype(vocab_size)."
                 )
-        self._tokens_file.write(tokens.astype(self.dtype, copy=False).tobytes())
+        with self._reporting():
+            self._tokens_file.write(tokens.astype(self.dtype, copy=False).tobytes())
 
     def _write_index(self) -> None:
         sizes = np.frombuffer(self._sizes, dtype=np.intc)

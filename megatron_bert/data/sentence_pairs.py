@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import uuid
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from megatron_bert.data.masking import mask_tokens
 from megatron_bert.data.sample_index import COLUMNS, build_samples, cut_margin, piece_starts, split_documents
 from megatron_bert.data.tokenizers import Tokenizer
 from parallel.errors import UserError
+from parallel.whole_files import reporting, whole_file
 
 __all__ = ["Objective", "PairDataset", "Sample", "build_samples", "split_documents"]
 
@@ -238,10 +238,11 @@ class PairDataset:
             )
         if path is None:
             return index
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp.npy")  # hosts may share the directory
-        np.save(temporary, index)
-        temporary.replace(path)
+        with reporting("written", path, "set data.cache_dir to a directory with room that you may write to"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path, "wb") as file:  # numpy itself does not say why it cannot write
+                np.lib.format.write_array_header_2_0(file, np.lib.format.header_data_from_array_1_0(index))
+                file.write(np.ascontiguousarray(index).data)
         return _opened_index(path)
 
     @property

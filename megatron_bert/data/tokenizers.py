@@ -33,6 +33,7 @@ from megatron_bert.data.vocabularies import (
     wordpiece,
 )
 from parallel.errors import UserError
+from parallel.whole_files import write_bytes, write_text
 
 WORD_MARKS = ("\u2581", "\u0120")
 """What SentencePiece and byte-level BPE write for the space before a word."""
@@ -189,9 +190,9 @@ class JsonTokenizer(Tokenizer):
         """Write `tokenizer.json`, and `vocab.txt` for WordPiece."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / JSON_NAME).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        write_text(folder / JSON_NAME, self._backend.to_str(pretty=True))
         if isinstance(self._backend.model, WordPiece):
-            (folder / VOCAB_NAME).write_text("".join(f"{piece}\n" for piece in self._pieces), encoding="utf-8")
+            write_text(folder / VOCAB_NAME, "".join(f"{piece}\n" for piece in self._pieces))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -225,7 +226,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Write `tokenizer.model`."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_NAME).write_bytes(self._content)
+        write_bytes(folder / MODEL_NAME, self._content)
 
 
 def character_spans(text: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list[tuple[int, int]]:

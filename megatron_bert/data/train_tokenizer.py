@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
@@ -27,6 +28,7 @@ from megatron_bert.data.tokenizer_settings import Normalisation
 from megatron_bert.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from megatron_bert.data.vocabularies import MODEL_NAME, wordpiece
 from parallel.errors import UserError
+from parallel.whole_files import reporting, write_bytes
 
 Kind = Literal["wordpiece", "sentencepiece", "bpe"]
 
@@ -77,6 +79,10 @@ def train_tokenizer(
         raise UserError(f"Output {os.fspath(output)} is a file: give a directory, the tokenizer has fixed file names.")
     if vocab_size <= len(SPECIAL_TOKENS):
         raise UserError(f"vocab_size {vocab_size} is too small: {len(SPECIAL_TOKENS)} entries are special tokens.")
+    with reporting("written", Path(output), "give a directory that you may write to"):  # before the work of minutes
+        Path(output).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     text = _Lines([os.fspath(path) for path in inputs], json_key, progress)
     train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
     train(text, vocab_size, Path(output), cased)
@@ -210,8 +216,7 @@ def _train_sentencepiece(text: Iterable[str], vocab_size: int, output: Path, cas
         raise
     except (RuntimeError, OSError) as error:
         raise UserError(f"vocab_size {vocab_size} does not fit this text: {_last_sentence(error)}.") from None
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MODEL_NAME).write_bytes(model.getvalue())
+    write_bytes(output / MODEL_NAME, model.getvalue())
 
 
 def _cut_lines(text: Iterable[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from parallel.whole_files import write_picture
 
 _BLUE, _ORANGE, _GREEN = "#4c78a8", "#f58518", "#54a24b"
 #: Above as many classes, numbers in the cells of a confusion matrix could not be read.
@@ -107,5 +108,5 @@ def draw_runs(run_dir: Path, metric: str, runs: Mapping[str, Mapping[str, Mappin
 
 
 def _saved(figure: Any, target: Path) -> Path:
-    figure.savefig(target, dpi=130)
+    write_picture(target, figure, 130)
     return target

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_bert.ibert.quantization import in_mode, quantizers
 from megatron_bert.ibert.quantizer import Quantizer, Tap
 from parallel.errors import UserError
+from parallel.whole_files import write_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,4 +169,4 @@ def plot(rows: Sequence[QuantizerReport], path: str | Path) -> None:
     panels[2].set_yscale("log")
     panels[2].set_xlabel("layer")
     panels[0].legend(ncols=4, fontsize="small")
-    figure.savefig(path, dpi=120)
+    write_picture(Path(path), figure, 120)

@@ -13,6 +13,7 @@ from parallel.pipeline.communication import outgoing
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import Costs, Timeline, simulate
 from parallel.pipeline.validate import validate
+from parallel.whole_files import reporting
 
 _DESCRIPTION = """\
 Draw a pipeline schedule in the terminal, or compare several in a table: idle share of the step (bubble) and
@@ -79,10 +80,12 @@ def run_schedule(arguments: argparse.Namespace) -> None:
         print(text_grid(results[0][1], width=shutil.get_terminal_size((120, 24)).columns), end="\n\n")
     print(f"{comparison_table(results)}\n\n{_NOTE}")
     if arguments.png is not None:
-        gantt_png([(_title(schedule), timeline) for schedule, timeline in results], arguments.png)
+        with reporting("written", arguments.png, "give --png another file"):
+            gantt_png([(_title(schedule), timeline) for schedule, timeline in results], arguments.png)
     if arguments.trace is not None:
         # One unit of the costs is shown as a millisecond.
-        chrome_trace(results[0][1], arguments.trace, microseconds=1e3)
+        with reporting("written", arguments.trace, "give --trace another file"):
+            chrome_trace(results[0][1], arguments.trace, microseconds=1e3)
 
 
 def _parse_costs(text: str) -> tuple[float, float, float]:

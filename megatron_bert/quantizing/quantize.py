@@ -23,7 +23,7 @@ from megatron_bert.training.metrics import Report
 from megatron_bert.training.run import Start
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
-from parallel.whole_files import whole_directory, write_json
+from parallel.whole_files import whole_directory, write_json, write_text
 
 #: Scores of the float model and of the calibrated one, in a run directory from before its first step.
 BASELINE_FILE = "before_training.json"
@@ -137,5 +137,5 @@ class QuantizeStage(FinetuneStage):
 
 def _write_report(path: Path, rows: list[QuantizerReport]) -> None:
     write_json(path.with_suffix(".json"), {"tensors": [asdict(row) for row in rows]})
-    path.with_suffix(".txt").write_text(as_table(rows) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".txt"), as_table(rows) + "\n")
     plot(rows, path.with_suffix(".png"))

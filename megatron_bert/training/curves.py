@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from parallel.whole_files import write_picture
 
 
 def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path | None:
@@ -61,5 +62,5 @@ def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path 
     twin.plot(steps, [row["learning_rate"] for row in train], color="0.5", linewidth=1.0, linestyle="--")
     twin.set(ylabel="learning rate (dashed)", ylim=(0, None))
     target = run_dir / "curves.png"
-    figure.savefig(target, dpi=130)
+    write_picture(target, figure, 130)
     return target

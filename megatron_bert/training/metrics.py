@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from megatron_bert.config import LoggingSettings
-from parallel.whole_files import write_text
+from parallel.whole_files import reason_of, reporting, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -51,7 +52,10 @@ class Report:
         if not active:
             return
         self._forget_after(run_dir / METRICS_FILE, start)
-        self.file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        # Unbuffered, so that what a full disk refuses is known, and waits for the next try.
+        self.file = (run_dir / METRICS_FILE).open("ab", buffering=0)
+        self._unwritten = bytearray()
+        self._warned = False
         self.board: Any = None
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -78,9 +82,16 @@ class Report:
     ) -> None:
         if self.active:
             self.bar.close()
-            self.file.close()
             if self.board is not None:
-                self.board.close()
+                with suppress(OSError):  # reported at the row that could not be written, or of the last of them alone
+                    self.board.close()
+            with self.file:
+                if kind is None:
+                    self._write_last_rows()
+
+    def _write_last_rows(self) -> None:
+        with reporting("written", self.file.name, "its last rows are lost; make room before the next run"):
+            self._write_rows()
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -122,8 +133,26 @@ class Report:
         self.say(f"step {step}/{self.steps} | held out: {text}")
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self._unwritten += (json.dumps(row) + "\n").encode()
+        try:
+            self._write_rows()
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                self.say(f"warning: {METRICS_FILE} cannot be written ({reason_of(error)}): its rows wait for room")
+            self._warned = True
+        if self.board is not None:
+            try:
+                self._write_scalars(row, prefix)
+            except OSError as error:
+                self.board = None
+                self.say(f"warning: TensorBoard's events end here ({reason_of(error)}); {METRICS_FILE} has all of them")
+
+    def _write_rows(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: self.file.write(self._unwritten)]
+
+    def _write_scalars(self, row: dict[str, Any], prefix: str) -> None:
         if self.board is not None:
             for name, value in row.items():
                 if name != "step":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from parallel.pipeline.actions import Action, ActionKind
 from parallel.pipeline.simulate import TimedAction, Timeline
+from parallel.whole_files import write_picture, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +97,7 @@ def chrome_trace(timeline: Timeline, path: Path, *, microseconds: float = 1e6) -
         name = {"name": f"chunk {chunk} (stage {stage})"}
         events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": chunk, "args": name})
     events += [_trace_event(event, timeline, microseconds) for event in timeline.events]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def _trace_event(event: TimedAction, timeline: Timeline, microseconds: float) -> dict[str, object]:
@@ -142,7 +143,7 @@ def gantt_png(charts: Sequence[tuple[str, Timeline]], path: Path) -> None:
     if any(event.action.stage >= line.ranks for _, line in charts for event in line.events):
         patches.append(Patch(facecolor="white", edgecolor="#333333", label="paler: later chunk"))
     figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), frameon=False, fontsize=10)
-    figure.savefig(path, format="png")
+    write_picture(path, figure, 150)
 
 
 def _draw(axes: Axes, timeline: Timeline, points_per_time: float) -> None:
