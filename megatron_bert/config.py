@@ -279,7 +279,11 @@ class CheckpointSettings(Section):
         description="auto (newest of the run directory, if any), none (begin with the first step), or a checkpoint's "
         "path; none and a path are refused while the run directory holds later checkpoints of another command.",
     )
-    asynchronous: bool = Field(True, description="Write while training goes on.")
+    asynchronous: bool = Field(
+        True,
+        description="Write while training goes on. A save that fails is then a warning, and the next is made when it is "
+        "due; the run ends if three in a row fail, or the last one does.",
+    )
 
 
 class LoggingSettings(Section):

@@ -144,12 +144,13 @@ def test_native_code_does_not_keep_a_process_alive() -> None:
         import ctypes
         import megatron_bert.ending as ending
         ending._PATIENCE = 0.2
-        with ending.Ending("work"):
-            print("ready", flush=True)
+        with ending.Ending("work") as work:
             libc = ctypes.CDLL(None)
-            lock = ctypes.create_string_buffer(64)
+            lock = (ctypes.c_ulonglong * 8)()
             libc.pthread_mutex_lock(lock)
+            print("ready", flush=True)
             libc.pthread_mutex_lock(lock)
+        raise SystemExit(work.code)
     """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
