@@ -281,8 +281,8 @@ class CheckpointSettings(Section):
     )
     asynchronous: bool = Field(
         True,
-        description="Write while training goes on. A save that fails is then a warning, and the next is made when it is "
-        "due; the run ends if three in a row fail, or the last one does.",
+        description="Write while training goes on. A save that fails is then a warning, and the next is made when "
+        "it is due; the run ends if three in a row fail, or the last one does.",
     )
 
 
