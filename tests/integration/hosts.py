@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -85,10 +86,18 @@ class Hosts:
         _ip("-n", self._space("switch"), "link", "set", name, "down")
 
     def kill(self, name: str) -> None:
-        """Kill everything that runs on a host."""
+        """Kill everything that runs on a host at once: nothing on it lives to see, or report, that another died."""
+        stopped: set[int] = set()
+        while new := self._running(name) - stopped:  # what was started before its parent was stopped
+            self._signal(new, signal.SIGSTOP)
+            stopped |= new
+        self._signal(stopped, signal.SIGKILL)
+
+    def _running(self, name: str) -> set[int]:
         listed = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True)
-        for process in listed.stdout.split():
-            try:
-                os.kill(int(process), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        return {int(process) for process in listed.stdout.split()}
+
+    def _signal(self, processes: set[int], number: signal.Signals) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
