@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -158,9 +159,15 @@ class TaskSettings(Section):
     @field_validator("class_weights", mode="before")
     @classmethod
     def _names_of_weights(cls, weights: Any) -> Any:
-        if isinstance(weights, dict):  # YAML reads the label 0 as a number
-            return {_label_name(name): weight for name, weight in weights.items()}
-        return weights
+        if not isinstance(weights, dict | list):
+            if weights not in ("none", "balanced"):
+                raise ValueError(f"class_weights is {weights!r}: give none, balanced, or a weight for each label")
+            return weights
+        for weight in weights.values() if isinstance(weights, dict) else weights:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(f"class_weights holds {weight!r}: give a number of 0 or more for each label")
+        # YAML reads the label 0 as a number.
+        return {_label_name(name): w for name, w in weights.items()} if isinstance(weights, dict) else weights
 
     @field_validator("class_weights")
     @classmethod

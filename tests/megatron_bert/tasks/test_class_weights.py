@@ -68,9 +68,10 @@ def test_weights_of_other_labels(given: Any, expected: str, tmp_path: Path) -> N
         ({"name": "stsb", "class_weights": "balanced"}, 'means nothing to the task "stsb"'),
         ({"name": "question_answering", "class_weights": [1.0, 2.0]}, "means nothing"),
         ({"name": "mrpc", "class_weights": [0, 0]}, "all 0"),
-        ({"name": "mrpc", "class_weights": [1, -1]}, "greater than or equal to 0"),
-        ({"name": "mrpc", "class_weights": [1, float("inf")]}, "finite"),
-        ({"name": "mrpc", "class_weights": "equal"}, "balanced"),
+        ({"name": "mrpc", "class_weights": [1, -1]}, "holds -1: give a number of 0 or more"),
+        ({"name": "mrpc", "class_weights": [1, float("inf")]}, "holds inf"),
+        ({"name": "mrpc", "class_weights": "equal"}, "is 'equal': give none, balanced, or"),
+        ({"name": "mrpc", "class_weights": {"0": 1, "1": "x"}}, "holds 'x'"),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], expected: str) -> None:
