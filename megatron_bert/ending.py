@@ -164,14 +164,14 @@ class Ending:
         return 1 if isinstance(error, OSError) and error.errno in _PASSING else 2
 
 
-def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Make a function that returns an exit code the work of a command, as in :class:`Ending`."""
+def command(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Make a function that returns an exit code, or None for 0, the work of a command, as in :class:`Ending`."""
 
-    def decorate(work: Callable[..., int]) -> Callable[..., int]:
+    def decorate(work: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(work)
         def run(*args: Any, **kwargs: Any) -> int:
             with Ending(name) as ending:
-                ending.code = work(*args, **kwargs)
+                ending.code = work(*args, **kwargs) or 0
             return ending.code
 
         return run

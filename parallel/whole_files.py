@@ -72,7 +72,9 @@ def whole_file(path: Path, mode: str = "w", *, sync: bool = False) -> Iterator[I
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

@@ -25,6 +25,8 @@ from torch import Tensor
 
 import megatron_bert
 from megatron_bert import MegatronBertConfig
+from megatron_bert.ending import command
+from parallel.whole_files import write_text
 from tools.peers import transformers
 from tools.timing import machine_name, processor_seconds, seconds
 
@@ -133,6 +135,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+@command("benchmark_family")
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,7 +171,7 @@ def main() -> None:
         "cases": measure(arguments),
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from megatron_bert.config_file import load_sections
+from megatron_bert.ending import command
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -108,6 +109,7 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"metric": task.metric, "settings": essential_settings(file), "splits": summarise(found)}
 
 
+@command("benchmark_finetuning")
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_bert.ending import command
 from megatron_bert.training.timeline import gather_timeline, measured_costs
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.pipeline.actions import Schedule
@@ -36,6 +37,7 @@ from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import simulate
 from parallel.weight_gradients import WeightGradientQueue, active_queue
+from parallel.whole_files import write_text
 
 CPU = torch.device("cpu")
 #: Tokens and width of an activation: a message of 64 KiB.
@@ -203,6 +205,7 @@ def processor() -> str:
     return platform.processor()
 
 
+@command("benchmark_pipeline")
 def main(given: list[str] | None = None) -> int:
     """Run the benchmark; 1 if a step is 15% off its simulation, or zero-bubble H1 no faster than 1F1B."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -248,7 +251,7 @@ def main(given: list[str] | None = None) -> int:
         "zero_bubble_h1_speedup_over_1f1b": round(gain, 4),
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(report, indent=2) + "\n")
     within = all(abs(row["measured_over_simulated"] - 1) <= 0.15 for row in results)
     return 0 if within and gain > 1 else 1
 

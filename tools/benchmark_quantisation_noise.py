@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, in_mode, quantize_model
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.sharding import initialize
+from parallel.whole_files import write_text
 
 _OUTLIER_CHANNELS, _OUTLIER = [7, 130], 20.0
 #: Name -> settings.
@@ -89,6 +91,7 @@ def noise(placement: str, length: int, outliers: bool, settings: dict[str, Any])
     return round(10 * math.log10(float(real.square().sum() / (integer - real).square().sum())), 1)
 
 
+@command("benchmark_quantisation_noise")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -105,7 +108,7 @@ def main() -> None:
             results = {title: noise(placement, length, outliers, settings) for title, settings in chosen.items()}
             report[f"{placement}-layer-norm, {name}"] = results
     text = json.dumps(report, indent=2) + "\n"
-    arguments.output.write_text(text, encoding="utf-8")
+    write_text(arguments.output, text)
     print(text, end="")
 
 

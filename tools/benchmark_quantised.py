@@ -22,7 +22,9 @@ import torch
 
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
+from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
+from parallel.whole_files import write_text
 from tools.peers import transformers
 from tools.timing import machine_name, processor_seconds, seconds
 
@@ -107,6 +109,7 @@ def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+@command("benchmark_quantised")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -133,7 +136,7 @@ def main() -> None:
         "dropout 0.1": measure(0.1, arguments),
     }
     text = json.dumps(report, indent=2) + "\n"
-    arguments.output.write_text(text, encoding="utf-8")
+    write_text(arguments.output, text)
     print(text, end="")
 
 

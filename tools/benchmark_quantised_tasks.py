@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 
+from megatron_bert.ending import command
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from parallel.process_group import choose_device
+from parallel.whole_files import write_text
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
 from tools.timing import machine_name
 
@@ -62,6 +64,7 @@ def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Names
     }
 
 
+@command("benchmark_quantised_tasks")
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +108,7 @@ def main() -> None:
         },
         "tasks": tasks,
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     draw(tasks, arguments.output.with_suffix(".png"))
 
 

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
+from parallel.whole_files import write_text
 from tools.peers import transformers
 from tools.timing import machine_name, seconds
 
@@ -157,6 +159,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@command("benchmark_throughput")
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,7 +180,7 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_text(arguments.output, text + "\n")
 
 
 if __name__ == "__main__":

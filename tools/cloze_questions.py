@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.data.text_files import RowReader, decode_row
+from megatron_bert.ending import command
 from parallel.errors import UserError
-from parallel.whole_files import write_json
+from parallel.whole_files import reporting, write_json
 
 _WORD = re.compile(r"\S+")
 #: Words of an answer: short ones more often.
@@ -92,6 +93,7 @@ def questions(texts: list[str], count: int, words: tuple[int, int], seed: int = 
             yield found
 
 
+@command("cloze_questions")
 def main(given: list[str] | None = None) -> int:
     """Read documents, write questions; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,21 +103,12 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--words", type=int, nargs=2, default=(30, 160), help="least and most words of a passage")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(given)
-    try:
-        texts = [decode_row(row) for row in RowReader(arguments.input)]
-        least, most = arguments.words
-        paragraphs = list(questions(texts, arguments.questions, (least, most), arguments.seed))
-        write_json(
-            arguments.output, {"version": "1.1", "data": [{"title": arguments.input.name, "paragraphs": paragraphs}]}
-        )
-    except UserError as error:
-        print(f"cloze_questions: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"cloze_questions: {arguments.output} cannot be written ({error.strerror}): give another", file=sys.stderr
-        )
-        return 2
+    texts = [decode_row(row) for row in RowReader(arguments.input)]
+    least, most = arguments.words
+    paragraphs = list(questions(texts, arguments.questions, (least, most), arguments.seed))
+    found = {"version": "1.1", "data": [{"title": arguments.input.name, "paragraphs": paragraphs}]}
+    with reporting("written", arguments.output, "give another"):
+        write_json(arguments.output, found)
     print(f"{arguments.output}: {len(paragraphs):,} questions")
     return 0
 

@@ -25,6 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from megatron_bert.ending import command
+from parallel.whole_files import write_text
+
 #: Packages whose docstrings are read when they are installed; torch brings most of them.
 PACKAGES = ("torch", "numpy", "matplotlib", "sympy", "networkx")
 
@@ -128,6 +131,7 @@ def collect() -> list[str]:
     return found
 
 
+@command("collect_python_text")
 def main() -> int:
     """Write the corpus: a paragraph a line, a blank line between documents."""
     parser = argparse.ArgumentParser(description="Collect English prose from the Python installation.")
@@ -135,9 +139,7 @@ def main() -> int:
     output = parser.parse_args().output
     found = collect()
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text("\n\n".join(found) + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_text(output, "\n\n".join(found) + "\n")
     words = sum(len(document.split()) for document in found)
     print(f"{output}: {len(found):,} documents, {words:,} words, {output.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 from megatron_bert.convert.commands import add_read_options, add_write_options, convert_as_told
-from parallel.errors import UserError
+from megatron_bert.ending import command
 
 
+@command("convert_checkpoint")
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description="Convert a Megatron BERT checkpoint to Hugging Face files beside it.")
@@ -28,14 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     source: Path = parsed.source
     beside = source if source.is_dir() else source.parent
-    try:
-        convert_as_told(parsed, parsed.destination or beside, to="huggingface", beside=parsed.destination is None)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    convert_as_told(parsed, parsed.destination or beside, to="huggingface", beside=parsed.destination is None)
     return 0
 
 

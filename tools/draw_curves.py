@@ -19,6 +19,7 @@ from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sample_index import split_documents
+from megatron_bert.ending import command
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.metrics import METRICS_FILE, read_metrics
 from parallel.errors import UserError
@@ -45,6 +46,7 @@ def entropy(tokens: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+@command("draw_curves")
 def main() -> int:
     """Draw the picture and print the numbers."""
     parser = argparse.ArgumentParser(description="Draw a run's curves with the entropy of its word frequencies.")

@@ -31,6 +31,7 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
+from megatron_bert.ending import command
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.errors import UserError
 
@@ -357,6 +358,7 @@ def run_case(original: Path, folder: Path, seed: int, seconds: int = 20) -> tupl
     return outcome, what
 
 
+@command("fuzz_checkpoints")
 def main(arguments: list[str] | None = None) -> int:
     """Run many cases; 1 if one of them failed."""
     parser = argparse.ArgumentParser(description="Fuzz the checkpoint readers with broken and hostile files.")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_bert import MegatronBertForPreTraining
+from megatron_bert.ending import command
 from parallel.errors import UserError
 
 #: The least and the most of a weight that the first copy of a feature takes.
@@ -90,6 +91,7 @@ def grow(source: Path, target: Path, layers: list[int], seed: int = 0) -> None:
     save_file(new, target / "model.safetensors", metadata={"format": "pt"})
 
 
+@command("grow_checkpoint")
 def main(given: list[str] | None = None) -> int:
     """Grow the model of one directory into another; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,11 +100,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", required=True, help="the small model's layer for each layer")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(given)
-    try:
-        grow(arguments.source, arguments.target, arguments.layers, arguments.seed)
-    except UserError as error:
-        print(f"grow_checkpoint: {error}", file=sys.stderr)
-        return 2
+    grow(arguments.source, arguments.target, arguments.layers, arguments.seed)
     return 0
 
 

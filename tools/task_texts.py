@@ -18,12 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.ending import command
 from megatron_bert.finetuning.results import write_predictions
 from megatron_bert.tasks.choice_files import ChoiceExample
 from megatron_bert.tasks.sequence import TextExample
 from megatron_bert.tasks.squad_files import SpanExample
 from megatron_bert.tasks.task import Task
-from parallel.errors import UserError
+from parallel.whole_files import reporting
 from tools.task_scores import task_of_file
 
 
@@ -54,21 +55,16 @@ def training_texts(tasks: list[Task[Any, Any]]) -> list[str]:
     return ["\n".join(text) for text in texts if text and text[:1] not in held_out]
 
 
+@command("task_texts")
 def main(given: list[str] | None = None) -> int:
     """Read tasks, write their texts; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="settings of fine-tuning")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file to write")
     arguments = parser.parse_args(given)
-    try:
-        texts = training_texts([task_of_file(file) for file in arguments.files])
+    texts = training_texts([task_of_file(file) for file in arguments.files])
+    with reporting("written", arguments.output, "give another"):
         write_predictions(arguments.output, ({"text": text} for text in texts))
-    except UserError as error:
-        print(f"task_texts: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"task_texts: {arguments.output} cannot be written ({error.strerror}): give another", file=sys.stderr)
-        return 2
     print(f"{arguments.output}: {len(texts):,} texts")
     return 0
 

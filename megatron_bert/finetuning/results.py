@@ -16,12 +16,12 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
 from megatron_bert.training.resuming import flat_settings
 from parallel.errors import UserError
-from parallel.whole_files import write_json
+from parallel.whole_files import whole_file, write_json
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """One JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for prediction in predictions:
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
 
