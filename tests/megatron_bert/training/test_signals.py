@@ -19,6 +19,7 @@ from megatron_bert.training.metrics import METRICS_FILE, read_metrics
 from megatron_bert.training.signals import STOPPED_CODE, STOPPED_FILE, StopRequest, exit_code
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import latest_checkpoint, read_state
+from tests.megatron_bert.test_ending import members, wait_until
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings, write_config
 from tests.worlds import run_world
@@ -79,6 +80,23 @@ def test_signals_to_every_process_of_the_run_until_it_has_ended(config: Path) ->
     assert process.returncode == STOPPED_CODE, err
     assert err == ""
     assert "stopped by SIGUSR1" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_loader_processes_do_not_outlive_their_trainer(config: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config), "data.workers=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"step 2/{ENDLESS}"):
+                break
+        assert len(members(process.pid)) >= 4
+        process.send_signal(number)
+        assert process.wait(30) == -number
+        wait_until(lambda: not members(process.pid), 20)
 
 
 def test_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
