@@ -12,9 +12,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import UserError, brief
+from parallel.errors import DamagedCheckpointError, DamagedFileError, UserError, brief
+from parallel.manifest import MANIFEST_FILE, Manifest
+from parallel.stored.distributed_files import LARGE, METADATA, read_metadata
+from parallel.stored.file_range import FileRange
 
 STATE_FILE = "state.json"
+#: In the state of a checkpoint that was written with a manifest.
+HAS_MANIFEST = "manifest"
 _LONGEST_STATE = 64 << 20
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -22,9 +27,37 @@ _NAME = re.compile(r"step_(\d{8,})")
 def checkpoint_step(path: Path) -> int | None:
     """The step of a whole checkpoint directory; None for anything else."""
     match = _NAME.fullmatch(path.name)
-    if match is None or not (path / ".metadata").is_file() or not (path / STATE_FILE).is_file():
+    if match is None or not (path / METADATA).is_file() or not (path / STATE_FILE).is_file():
         return None
     return int(match.group(1))
+
+
+def named_checkpoints(root: Path) -> dict[int, Path]:
+    """Step -> directory of everything that is called a checkpoint in ``root``, whole or not, the newest last."""
+    if not root.is_dir():
+        return {}
+    named = ((_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    return dict(sorted((int(match.group(1)), path) for match, path in named if match is not None))
+
+
+def check_checkpoint(path: Path) -> None:
+    """Look for what can be found without reading the tensors: files that are missing, or of another size.
+
+    Raises:
+        DamagedCheckpointError: anything is not as it was written.
+    """
+    try:
+        for name in (STATE_FILE, METADATA):
+            if not (path / name).is_file():
+                raise DamagedFileError(f"{name} is missing")
+        manifest = Manifest.read(path)
+        if manifest is not None:
+            manifest.check_files()
+            manifest.check_range(METADATA)
+        read_state(path)
+        read_metadata(FileRange.whole(path / METADATA), LARGE)
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(path, error.fault) from None
 
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
@@ -43,18 +76,26 @@ def read_state(path: Path) -> dict[str, Any]:
     """What was saved beside the tensors.
 
     Raises:
-        UserError: the directory is not a whole checkpoint.
+        DamagedCheckpointError: what is there is not what was saved.
+        UserError: the directory is not a checkpoint.
     """
     try:
+        manifest = Manifest.read(path)
+        if manifest is not None:
+            manifest.check_range(STATE_FILE)
         with (path / STATE_FILE).open(encoding="utf-8") as file:
             text = file.read(_LONGEST_STATE)
             if file.read(1):
                 raise ValueError(f"more than {_LONGEST_STATE:,} characters")
         state = json.loads(text)
+        if not isinstance(state, dict):
+            raise ValueError("not a JSON object")
     except OSError:
         raise UserError(f"{path} is not a checkpoint: it holds no {STATE_FILE}; give a step_... directory") from None
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(path, error.fault) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path / STATE_FILE} is damaged ({brief(error)}): use another checkpoint") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path / STATE_FILE} is damaged (not a JSON object): use another checkpoint")
+        raise DamagedCheckpointError(path, f"{STATE_FILE} is damaged: {brief(error)}") from None
+    if manifest is None and state.get(HAS_MANIFEST):
+        raise DamagedCheckpointError(path, f"{MANIFEST_FILE} is missing")
     return state

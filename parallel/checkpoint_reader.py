@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.errors import DamagedFileError, UserError
+from parallel.errors import DamagedCheckpointError, DamagedFileError, UserError
+from parallel.manifest import Manifest
 from parallel.stored.distributed_files import LARGE, METADATA, Block, BlockedTensor, Sizes, read_block, read_metadata
 from parallel.stored.file_range import FileRange
 
@@ -29,27 +30,35 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGrou
             alone.
 
     Raises:
-        UserError: the checkpoint cannot be read, lacks a tensor, or holds it in another shape.
+        DamagedCheckpointError: what is there is not what was saved, as any rank has found.
+        UserError: the checkpoint lacks a tensor, or holds it in another shape.
     """
     failure: Exception | None = None
     try:
         _fill(path, tensors)
-    except DamagedFileError as error:
-        failure = UserError(f"checkpoint {path} cannot be read ({error.fault}): use another one")
     except Exception as error:
         failure = error
+    fault = failure.fault if isinstance(failure, DamagedFileError) else None
     known = failure is None or isinstance(failure, UserError)
-    reasons = [str(failure or "") if known else f"loading {path} failed: {type(failure).__name__}: {failure}"]
+    mine = (fault, str(failure or "") if known else f"loading {path} failed: {type(failure).__name__}: {failure}")
+    found = [mine]
     if group is not None:
-        reasons *= dist.get_world_size(group)
-        dist.all_gather_object(reasons, reasons[0], group=group)
+        found *= dist.get_world_size(group)
+        dist.all_gather_object(found, mine, group=group)
     if failure is not None and not known:
         raise failure
-    if any(reasons):
-        raise UserError("; ".join(dict.fromkeys(filter(None, reasons)))) from None
+    faults, reasons = ("; ".join(dict.fromkeys(filter(None, texts))) for texts in zip(*found, strict=True))
+    if faults:
+        raise DamagedCheckpointError(path, faults) from None
+    if reasons:
+        raise UserError(reasons) from None
 
 
 def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
+    manifest = Manifest.read(path)
+    if manifest is not None:
+        manifest.check_files()
+        manifest.check_range(METADATA)
     stored = read_metadata(FileRange.whole(path / METADATA), LARGE)
     parts: dict[str, _Part] = {}
     wanted: dict[str, list[tuple[Block, str]]] = defaultdict(list)
@@ -74,6 +83,8 @@ def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
     for file, blocks in wanted.items():
         with FileRange.whole(path / file).opened() as place:
             for block, name in sorted(blocks, key=lambda item: item[0].start):
+                if manifest is not None:
+                    manifest.check_range(file, block.start, block.length)
                 parts[name].fill(place, stored[name], block)
 
 

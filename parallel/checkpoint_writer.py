@@ -17,8 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from parallel.checkpoint import STATE_FILE, checkpoint_step
+from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, checkpoint_step
 from parallel.errors import UserError
+from parallel.manifest import MANIFEST_FILE, SummingFile, write_manifest, write_sums
 from parallel.process_group import new_group
 from parallel.whole_files import reason_of, sync_directory
 
@@ -165,6 +166,7 @@ class CheckpointWriter:
         return committed
 
     def _commit(self, partial: Path, final: Path, protected: int | None) -> None:
+        write_manifest(partial)
         if final.exists():
             self._remove(final)
         partial.rename(final)
@@ -191,7 +193,7 @@ def _begin(partial: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     with (partial / STATE_FILE).open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
+        json.dump(state | {HAS_MANIFEST: MANIFEST_FILE}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -206,7 +208,10 @@ def _reason(error: dcp.CheckpointException | OSError) -> str:
 
 
 class _FileSystem(FileSystem):
-    """Files whose writer learns what the system refused: torch's archives say no more than that something failed."""
+    """Files that leave their checksums for the manifest, and whose writer learns what the system refused.
+
+    Torch's archives say no more than that something failed.
+    """
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
@@ -215,36 +220,10 @@ class _FileSystem(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            remembering = _Remembering(stream)
+            summing = SummingFile(stream)
             try:
-                yield remembering
+                yield summing
             except Exception as error:
                 # What is left in the buffer would be an error once more.
-                raise OSError(reason_of(remembering.refused)) if remembering.refused else error from None
-
-
-class _Remembering(IOBase):
-    """A stream that keeps the error of a write, which native code between here and the caller loses."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.refused: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.stream.write(data)
-        except OSError as error:
-            self.refused = self.refused or error
-            raise
-
-    def tell(self) -> int:
-        return self.stream.tell()
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    def close(self) -> None:
-        self.stream.close()
+                raise OSError(reason_of(summing.refused)) if summing.refused else error from None
+        write_sums(Path(path), summing.sums())

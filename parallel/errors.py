@@ -24,6 +24,22 @@ class DamagedFileError(UserError):
         return f"{self.fault}{'; ' if ': ' in self.fault else ': '}{self.remedy}"
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are missing or not what was written: another one may be whole.
+
+    Attributes:
+        path: of the checkpoint.
+        fault: what is wrong with which file.
+    """
+
+    def __init__(self, path: object, fault: str) -> None:
+        super().__init__(str(path), fault)
+        self.path, self.fault = path, fault
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.path} cannot be read ({self.fault}): use another one"
+
+
 def brief(value: object, length: int = 100) -> str:
     """A value in a few printable characters: no line breaks, no terminal codes, no numbers of a thousand digits."""
     if isinstance(value, int) and value.bit_length() > 200:

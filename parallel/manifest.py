@@ -10,20 +10,19 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from parallel.errors import UserError
-from parallel.whole_files import reporting, whole_file
+from parallel.errors import DamagedFileError, brief
+from parallel.whole_files import reason_of, whole_file
 
 MANIFEST_FILE = "manifest.json"
 BLOCK_BYTES = 1 << 20
 #: Ending of the file beside a data file in which its writer leaves the checksums until the manifest is made.
 _SUMS = ".sums"
 _VERSION = 1
+_REMEDY = "use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,14 @@ class SummingFile(io.RawIOBase):
 
     Args:
         file: opened for writing, in bytes; closed with this one.
+
+    Attributes:
+        refused: the first error of the file system, which native code between here and the caller loses.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._size, self._sums, self._last = file, 0, list[int](), 0
+        self.refused: OSError | None = None
 
     def writable(self) -> bool:
         """Yes."""
@@ -74,8 +77,11 @@ class SummingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Append bytes."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), BLOCK_BYTES):
-            self._file.write(view[start : start + BLOCK_BYTES])
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
         at = 0
         while at < len(view):
             room = BLOCK_BYTES - self._size % BLOCK_BYTES
@@ -113,13 +119,10 @@ class SummingFile(io.RawIOBase):
         return FileSums(self._size, (*self._sums, *([self._last] if self._size % BLOCK_BYTES else [])))
 
 
-@contextmanager
-def summed_file(path: Path) -> Iterator[SummingFile]:
-    """A new file to write, which leaves its checksums beside it for :func:`write_manifest`."""
-    with SummingFile(path.open("wb")) as file:
-        yield file
-    with path.with_name(path.name + _SUMS).open("w", encoding="utf-8") as beside:
-        json.dump(file.sums().as_json(), beside)
+def write_sums(path: Path, sums: FileSums) -> None:
+    """Leave the checksums of a file beside it, for :func:`write_manifest`."""
+    with path.with_name(path.name + _SUMS).open("w", encoding="utf-8") as file:
+        json.dump(sums.as_json(), file)
 
 
 def write_manifest(directory: Path) -> None:
@@ -159,7 +162,7 @@ class Manifest:
         """The manifest of a checkpoint; None for one without, as older versions wrote them.
 
         Raises:
-            UserError: the manifest is damaged.
+            DamagedFileError: the manifest is damaged.
         """
         path = directory / MANIFEST_FILE
         try:
@@ -172,25 +175,25 @@ class Manifest:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): use another checkpoint") from None
+            raise DamagedFileError(f"{path} cannot be read ({reason_of(error)})", _REMEDY) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint") from None
+            raise DamagedFileError(f"{path} is damaged ({type(error).__name__}: {brief(error)})", _REMEDY) from None
         return Manifest(directory, files)
 
     def check_files(self) -> None:
         """Look for files that are missing, or have another size; nothing is read.
 
         Raises:
-            UserError: the first that is wrong.
+            DamagedFileError: the first that is wrong.
         """
         for name, expected in self.files.items():
             path = self.directory / name
             try:
                 size = path.stat().st_size
             except OSError as error:
-                raise UserError(f"{path} is missing ({error.strerror}): use another checkpoint") from None
+                raise DamagedFileError(f"{path} is missing ({reason_of(error)})", _REMEDY) from None
             if size != expected.size:
-                raise UserError(f"{path} holds {size:,} bytes instead of {expected.size:,}: use another checkpoint")
+                raise DamagedFileError(f"{path} holds {size:,} bytes instead of {expected.size:,}", _REMEDY)
 
     def check_range(self, name: str, start: int = 0, length: int | None = None) -> None:
         """Compare bytes with what was written, those of whole blocks around a range that were not compared before.
@@ -201,34 +204,37 @@ class Manifest:
             length: number of bytes; None for all that follow.
 
         Raises:
-            UserError: the file is not listed, cannot be read, or its bytes are not those that were written.
+            DamagedFileError: the file is not listed, cannot be read, or its bytes are not those that were written.
         """
         path, expected = self.directory / name, self.files.get(name)
         if expected is None:
-            raise UserError(f"{path} is not in {MANIFEST_FILE}, so it was not written with it: use another checkpoint")
+            raise DamagedFileError(f"{path} is not in {MANIFEST_FILE}, so it was not written with it", _REMEDY)
         end = expected.size if length is None else start + length
         checked = self._checked.setdefault(name, set())
         wanted = [n for n in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)) if n not in checked]
         if not wanted:
             return
-        with reporting("read", path, "use another checkpoint"), path.open("rb", buffering=0) as file:
-            for number in wanted:
-                self._check_block(path, number, _read_block(file, number), expected.sums)
+        try:
+            with path.open("rb", buffering=0) as file:
+                for number in wanted:
+                    self._check_block(path, number, _read_block(file, number), expected.sums)
+        except OSError as error:
+            raise DamagedFileError(f"{path} cannot be read ({reason_of(error)})", _REMEDY) from None
         checked.update(wanted)
 
     def _check_block(self, path: Path, number: int, data: memoryview, sums: tuple[int, ...]) -> None:
         if number >= len(sums) or zlib.crc32(data) != sums[number]:
             at = number * BLOCK_BYTES
-            raise UserError(
-                f"{path} has changed since it was written (bytes {at:,} to {at + len(data):,} do not have their "
-                "checksum): use another checkpoint"
+            raise DamagedFileError(
+                f"{path} has changed since it was written (checksum of bytes {at:,} to {at + len(data):,})",
+                _REMEDY,
             )
 
     def check_everything(self) -> None:
         """Read every file and compare it.
 
         Raises:
-            UserError: the first that is wrong.
+            DamagedFileError: the first that is wrong.
         """
         self.check_files()
         for name in self.files:

@@ -27,6 +27,7 @@ from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.run import Start, check_device, find_start, write_start
 from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import StopRequest, note_stop
+from megatron_bert.training.starting import start_trainer
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import UserError
@@ -271,9 +272,8 @@ def _run_one(
     """One run: what it found."""
     settings, objective = run.settings, run.objective
     training, task, steps = settings.training, objective.task, objective.total_steps
-    start = on_first_rank(lambda: find_start(settings, objective))
+    start, trainer = start_trainer(settings, objective, mesh, world, lock)
     placement = placement_notes(mesh.layout, start.checkpoint)
-    trainer = Trainer(settings, objective, mesh, world, start.checkpoint, lock)
     on_first_rank(lambda: write_start(settings))
     if world.is_first:
         (training.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run, if one begins anew

@@ -19,6 +19,7 @@ from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.run import Start, check_device, find_start, write_start
 from megatron_bert.training.run_lock import owning
 from megatron_bert.training.signals import StopRequest, note_stop
+from megatron_bert.training.starting import start_trainer
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import read_state
 from parallel.errors import UserError
@@ -67,12 +68,11 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
         check_device(settings, world)
         with owning(training.run_dir, settings.parallel.timeout_seconds) as lock:
-            # Again: the process that owned the directory until now may have saved since.
-            start = on_first_rank(lambda: find_start(settings, objective))
             with StopRequest(training.max_minutes, ends_process=ends_process, lock=lock) as stop:
                 mesh = ParallelMesh(layout, world.device)
+                # Looks for the checkpoint again: who owned the directory until now may have saved since.
+                start, trainer = start_trainer(settings, objective, mesh, world, lock)
                 placement = placement_notes(layout, start.checkpoint)
-                trainer = Trainer(settings, objective, mesh, world, start.checkpoint, lock)
                 objective.prepare(mesh, world)
                 on_first_rank(lambda: write_start(settings, tokenizer))
                 reason = _train(settings, trainer, start, placement, stop)
