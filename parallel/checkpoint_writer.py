@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from io import IOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -220,7 +220,7 @@ class _FileSystem(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            summing = SummingFile(stream)
+            summing = SummingFile(cast(IO[bytes], stream))
             try:
                 yield summing
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from parallel.checkpoint import (
+    HAS_MANIFEST,
     STATE_FILE,
     checkpoint_step,
     latest_checkpoint,
@@ -24,7 +26,8 @@ from parallel.checkpoint import (
 )
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
-from parallel.errors import UserError
+from parallel.errors import DamagedCheckpointError, UserError
+from parallel.manifest import MANIFEST_FILE
 from parallel.process_group import process_group
 from tests.worlds import run_world
 
@@ -41,6 +44,11 @@ def _world() -> Iterator[None]:
 
 def some_tensors(value: float = 0.0) -> dict[str, Tensor]:
     return {"model.weight": torch.arange(12.0).view(3, 4) + value, "model.bias": torch.full((5,), value)}
+
+
+def read_everything(path: Path) -> None:
+    read_state(path)
+    load_tensors(path, empty_tensors())
 
 
 def empty_tensors() -> dict[str, Tensor]:
@@ -80,7 +88,7 @@ class TestWriting:
         assert path == tmp_path / "new" / "checkpoints" / "step_00000003"
         assert names(path.parent) == ["step_00000003"]
         assert_holds(path, 2.0)
-        assert read_state(path) == STATE
+        assert read_state(path) == STATE | {HAS_MANIFEST: MANIFEST_FILE}
         assert checkpoint_step(path) == 3
 
     @pytest.mark.parametrize("attempt", range(3))
@@ -286,8 +294,30 @@ class TestLoading:
     @pytest.mark.parametrize("content", [b"", b'{"step": 3', b"\xff\xfe", b"[1, 2]", b"3", b"[" * 100_000])
     def test_damaged_state(self, saved: Path, content: bytes) -> None:
         (saved / STATE_FILE).write_bytes(content)
-        with pytest.raises(UserError, match=r"state\.json is damaged .*: use another checkpoint"):
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json has changed since .*: use another"):
             read_state(saved)
+        (saved / MANIFEST_FILE).unlink()  # as of an older version
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged.*: use another"):
+            read_state(saved)
+
+    def test_no_manifest(self, saved: Path) -> None:
+        (saved / MANIFEST_FILE).unlink()
+        with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is missing.: use another one"):
+            read_state(saved)
+
+    def test_any_flipped_bit(self, saved: Path) -> None:
+        """In weights and beside them, whatever file it is in."""
+        draw = random.Random(3)
+        for path in (path for path in saved.iterdir() if path.name != MANIFEST_FILE):
+            whole = path.read_bytes()
+            for at in draw.sample(range(len(whole)), 20):
+                flipped = bytearray(whole)
+                flipped[at] ^= 1 << draw.randrange(8)
+                path.write_bytes(flipped)
+                with pytest.raises(DamagedCheckpointError, match=r"has changed since it was written"):
+                    read_everything(saved)
+            path.write_bytes(whole)
+        assert_holds(saved, 0.0)
 
     def test_no_state(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"is not a checkpoint: it holds no state\.json"):
@@ -330,7 +360,7 @@ def test_two_ranks_save_and_any_number_loads(tmp_path: Path, asynchronous: bool)
     path, other = run_world(2, save_sharded, tmp_path / "checkpoints", asynchronous)
     assert path == other
     assert len(list(path.glob("*.distcp"))) == 2
-    assert json.loads((path / STATE_FILE).read_text(encoding="utf-8")) == STATE
+    assert json.loads((path / STATE_FILE).read_text(encoding="utf-8")) == STATE | {HAS_MANIFEST: MANIFEST_FILE}
     assert_holds(path, 2.0)
     expected = some_tensors(2.0)["model.weight"].tolist()
     assert run_world(2, load_sharded, path, tmp_path / "checkpoints") == [expected, expected]

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.errors import UserError
+from parallel.manifest import MANIFEST_FILE
 from parallel.process_group import process_group
 from tests.worlds import run_world
 
@@ -54,11 +55,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def checkpoint(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of it, without the checksums: who means harm makes them fit."""
     copy = tmp_path / whole.name
     copy.mkdir()
     for file in whole.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+        if file.name != MANIFEST_FILE:
+            (copy / file.name).write_bytes(file.read_bytes())
     load_tensors(copy, empty())
     return copy
 

@@ -115,7 +115,7 @@ def test_missing_shorter_longer_and_strange_files(directory: Path) -> None:
 )
 def test_damaged_manifests(directory: Path, text: str) -> None:
     (directory / MANIFEST_FILE).write_text(text)
-    with pytest.raises(DamagedFileError, match=r"manifest.json is damaged .*: use another checkpoint"):
+    with pytest.raises(DamagedFileError, match=r"manifest.json is damaged .*use another checkpoint"):
         Manifest.read(directory)
 
 
