@@ -40,8 +40,11 @@ def named_checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted((int(match.group(1)), path) for match, path in named if match is not None))
 
 
-def check_checkpoint(path: Path) -> None:
-    """Look for what can be found without reading the tensors: files that are missing, or of another size.
+def check_files(path: Path) -> Manifest | None:
+    """Look for files that are missing, or of another size, and read what describes the tensors.
+
+    Returns:
+        The checksums; None for a checkpoint of an older version.
 
     Raises:
         DamagedCheckpointError: anything is not as it was written.
@@ -54,10 +57,33 @@ def check_checkpoint(path: Path) -> None:
         if manifest is not None:
             manifest.check_files()
             manifest.check_range(METADATA)
-        read_state(path)
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(path, error.fault) from None
+    read_state(path)
+    return manifest
+
+
+def check_checkpoint(path: Path, *, everything: bool = False) -> Manifest | None:
+    """Look for what is not as it was written.
+
+    Args:
+        path: of the checkpoint.
+        everything: read all tensors too, not only what describes them.
+
+    Returns:
+        The checksums; None for a checkpoint of an older version, of whose tensors nothing is known.
+
+    Raises:
+        DamagedCheckpointError: anything is not as it was written.
+    """
+    manifest = check_files(path)
+    try:
+        if manifest is not None and everything:
+            manifest.check_everything()
         read_metadata(FileRange.whole(path / METADATA), LARGE)
     except DamagedFileError as error:
         raise DamagedCheckpointError(path, error.fault) from None
+    return manifest
 
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:

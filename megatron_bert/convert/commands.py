@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_bert.convert.options import ReadOptions
 
@@ -30,8 +32,13 @@ def add_convert_commands(commands: Any) -> None:
     add_write_options(convert)
     convert.set_defaults(func=run_convert)
 
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is")
-    inspect.add_argument("source", type=Path, metavar="SRC", help="a checkpoint file, its folder, or a zip file")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is, or which checkpoints a run has")
+    inspect.add_argument(
+        "source", type=Path, metavar="SRC", help="a checkpoint file, its folder, a zip file, or a run directory"
+    )
+    inspect.add_argument(
+        "--verify", action="store_true", help="read checkpoints of a run whole, and compare them with their checksums"
+    )
     add_read_options(inspect)
     inspect.set_defaults(func=run_inspect)
 
@@ -140,7 +147,34 @@ def convert_as_told(arguments: argparse.Namespace, destination: Path, *, to: str
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print what a checkpoint is."""
-    from megatron_bert.convert.inspection import inspect
+    """Print what a checkpoint is, of a run directory all of them.
 
-    print(inspect(arguments.source, read_options(arguments)))
+    Raises:
+        UserError: it is none; or of those of a run, one that was not set aside is damaged.
+    """
+    from megatron_bert.convert.inspection import inspect
+    from megatron_bert.convert.run_checkpoints import as_table, list_checkpoints
+    from parallel.checkpoint import checkpoint_step
+
+    found = list_checkpoints(arguments.source, verify=arguments.verify)
+    if not found:
+        if arguments.verify:
+            raise UserError(
+                f"{arguments.source} holds no checkpoint of a run, so it has no checksums: leave out --verify"
+            )
+        print(inspect(arguments.source, read_options(arguments)))
+        return
+    print(as_table(found))
+    whole = [row for row in found if row.fault is None and checkpoint_step(row.path) is not None]
+    if whole:
+        try:
+            print(f"\n{inspect(whole[-1].path, read_options(arguments))}")
+        except UserError as error:
+            print(f"note: {error}")  # of a task, or of another placement of the norms
+    damaged = [row for row in found if row.fault is not None and ".damaged" not in row.path.name]
+    if damaged:
+        names = ", ".join(row.path.name for row in damaged)
+        raise UserError(
+            f"of the checkpoints in {arguments.source}, {names} cannot be read: a run that resumes goes on from one "
+            "before it, and keeps it aside"
+        )

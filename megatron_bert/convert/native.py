@@ -30,9 +30,9 @@ from megatron_bert.convert.state import (
     StateTensor,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.checkpoint import STATE_FILE
+from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files
 from parallel.errors import UserError
-from parallel.manifest import MANIFEST_FILE
+from parallel.manifest import MANIFEST_FILE, write_manifest
 from parallel.stored.distributed_files import METADATA
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -55,6 +55,8 @@ class Native:
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open a checkpoint of a run at any layout, with its optimizer."""
         del stack
+        if tree.folder is not None:
+            check_files(tree.folder)
         run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
         stored = read_distributed(tree)
         model = {name.removeprefix(_MODEL): t for name, t in stored.items() if name.startswith(_MODEL)}
@@ -106,7 +108,9 @@ class Native:
         write_distributed(target, tensors, progress)
         run_state = dict(state.run_state or {"step": 0, "consumed_samples": 0})
         run_state[CONFIG_KEY] = {name: getattr(state.config, name) for name in CONFIG_FIELDS}
+        run_state[HAS_MANIFEST] = MANIFEST_FILE
         (target / STATE_FILE).write_text(json.dumps(run_state, indent=1), encoding="utf-8")
+        write_manifest(target)
 
 
 def _config(run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int) -> MegatronBertConfig:

@@ -1,0 +1,85 @@
+"""`inspect` of a run directory lists its checkpoints, and says which are whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.cli import main
+from megatron_bert.convert.run_checkpoints import list_checkpoints
+from megatron_bert.training.pretrain import pretrain
+from parallel.manifest import MANIFEST_FILE
+from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.runs import run_settings
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_data(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+        pretrain(run_settings(folder, folder / "run", checkpoint__every=2))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_all_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run)]) == 0
+    table, _, model = capsys.readouterr().out.partition("\n\n")
+    lines = table.splitlines()
+    assert len(lines) == 4
+    assert lines[1].split()[:8] == ["step_00000002", "2", "tensor", "1", "x", "pipeline", "1", "x"]
+    assert all("whole (names and sizes of files are right)" in line for line in lines[1:])
+    assert "hidden size" in model
+    size = sum(path.stat().st_size for path in (run / "checkpoints" / "step_00000002").iterdir())
+    assert f"  {size:,}  " in lines[1]
+
+
+def test_a_flipped_bit_is_found_by_reading_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data,) = (run / "checkpoints" / "step_00000004").glob("*.distcp")
+    flip(data, 2000)
+    assert main(["inspect", str(run)]) == 0
+    assert main(["inspect", str(run), "--verify"]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("distcp has changed since it was written") == 1
+    assert "step_00000004 cannot be read: a run that resumes goes on from one before it" in err
+    assert [row.fault is None for row in list_checkpoints(run, verify=True)] == [True, False, True]
+    assert main(["inspect", str(data.parent), "--verify"]) == 2
+
+
+def test_those_set_aside_are_listed_and_no_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = run / "checkpoints" / "step_00000006"
+    (newest / ".metadata").unlink()
+    assert main(["inspect", str(run)]) == 2
+    newest.rename(newest.with_name("step_00000006.damaged"))
+    capsys.readouterr()
+    assert main(["inspect", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "step_00000006.damaged  6 " in out
+    assert "damaged: .metadata is missing" in out
+
+
+def test_what_has_no_checksums(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "checkpoints" / "step_00000006"
+    (checkpoint / MANIFEST_FILE).unlink()
+    state = checkpoint / "state.json"
+    state.write_text(state.read_text().replace('"manifest": "manifest.json"', '"other": 1'))
+    (row,) = list_checkpoints(checkpoint, verify=True)
+    assert row.fault is None
+    assert row.checked == "without checksums, of an older version"
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "empty"), "--verify"]) == 2
+    assert "holds no checkpoint of a run, so it has no checksums: leave out --verify" in capsys.readouterr().err
