@@ -155,8 +155,8 @@ class Ending:
             return 130
         if not isinstance(error, UserError | OSError):
             return None
-        if isinstance(error, BrokenPipeError) and _unread(1):
-            _to_null(1)  # the interpreter will try to write the rest
+        if isinstance(error, BrokenPipeError) and _unread(_standard_output()):
+            _to_null(_standard_output())  # the interpreter will try to write the rest
             return _BROKEN_PIPE_CODE
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_HOLD_BACK)
@@ -239,7 +239,7 @@ def _flush(name: str) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        _to_null(1)  # the interpreter will try once more
+        _to_null(_standard_output())  # the interpreter will try once more
         if isinstance(error, BrokenPipeError):
             return _BROKEN_PIPE_CODE
         _say(f"{name}: cannot write to the standard output ({reason_of(error)}): {_REMEDIES[errno.ENOSPC]}")
@@ -247,6 +247,13 @@ def _flush(name: str) -> int:
     except ValueError:  # closed
         pass
     return 0
+
+
+def _standard_output() -> int:
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # none, not a file, or closed
+        return 1
 
 
 def _unread(descriptor: int) -> bool:

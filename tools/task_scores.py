@@ -14,6 +14,7 @@ from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
+from parallel.whole_files import write_picture
 
 
 def finished_run(
@@ -95,5 +96,5 @@ def draw(tasks: dict[str, Any], path: Path) -> None:
         axis.set_xticks(places, list(models), rotation=60, ha="right")
         axis.set_title(f"{name}: {task['metric']}, {split}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure, dpi=120)
     pyplot.close(figure)

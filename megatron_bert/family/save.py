@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from megatron_bert.family.names import separate
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import undivided
 from parallel.errors import UserError
+from parallel.whole_files import reporting
 
 if TYPE_CHECKING:
     from megatron_bert.family.pretrained import PreTrainedModel
@@ -66,11 +68,20 @@ def save_model(model: PreTrainedModel, directory: Path, max_shard_size: int | st
         if first:
             if number == len(shards):
                 tensors |= _own_names(model, model.extra_tensors())
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+            with reporting("written", directory, "make room, or give another directory"):
+                _write(tensors, directory / file)
             weight_map |= dict.fromkeys(tensors, file)
     if first and len(shards) > 1:
         index = {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": weight_map}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the file system refuses is in its words
+        path.unlink(missing_ok=True)
+        raise OSError(0, str(error), str(path)) from None
 
 
 def _theirs(model: PreTrainedModel, name: str, whole: Tensor) -> dict[str, Tensor]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
 from parallel.errors import UserError
+from parallel.whole_files import reporting, whole_file
 
 
 def add_finetuned_commands(commands: Any) -> None:
@@ -88,39 +87,26 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     batch_size, stream = _checked_batch_size(arguments), _checked_stream(arguments)
     bad, stopped = 0, None
-    try:
-        with _input(arguments.input) as rows, _output(arguments.output) as answers:
-            try:
-                bad = predict_stream(
-                    arguments.model,
-                    rows,
-                    answers,
-                    batch_size=batch_size,
-                    stream=stream,
-                    on_bad_row=arguments.on_bad_row,
-                    device=arguments.device,
-                    progress=arguments.output is not None and sys.stderr.isatty(),
-                    overrides=arguments.overrides,
-                )
-            except BadRowError as row:
-                stopped = row  # the answers before it are written whole
-    except BrokenPipeError:
-        return _end_of_pipe()
-    except OSError as error:
-        place = error.filename or "the input or the output"
-        raise UserError(f"cannot use {place}: {error.strerror or error}") from None
+    with _input(arguments.input) as rows, _output(arguments.output) as answers:
+        try:
+            bad = predict_stream(
+                arguments.model,
+                rows,
+                answers,
+                batch_size=batch_size,
+                stream=stream,
+                on_bad_row=arguments.on_bad_row,
+                device=arguments.device,
+                progress=arguments.output is not None and sys.stderr.isatty(),
+                overrides=arguments.overrides,
+            )
+        except BadRowError as row:
+            stopped = row  # the answers before it are written whole
     if stopped is not None:
         raise stopped
     if bad:
         print(f"{bad} rows could not be read: their answers hold the error", file=sys.stderr)
     return 0
-
-
-def _end_of_pipe() -> int:
-    """Nobody reads standard output any more: end as programs do that SIGPIPE kills, without saying anything."""
-    with suppress(OSError), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python flushes when it ends goes there
-    return 128 + signal.SIGPIPE
 
 
 @contextmanager
@@ -133,7 +119,9 @@ def _input(path: Path | None) -> Iterator[IO[str]]:
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
         yield sys.stdin
         return
-    with _opened(path, "r", path) as file:
+    with reporting("read", path, "check --input"):
+        file = path.open(encoding="utf-8", errors="surrogateescape", newline="\n")
+    with file:
         yield file
 
 
@@ -147,19 +135,5 @@ def _output(path: Path | None) -> Iterator[IO[str]]:
         return
     if path.exists() and not path.is_file():
         raise UserError(f"--output is {path}, which is no regular file: give a file, or leave it out to use a pipe")
-    partial = path.with_name(path.name + ".partial")
-    file = _opened(partial, "w", path)
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _opened(path: Path, mode: str, named: Path) -> IO[str]:
-    errors = "surrogateescape" if mode == "r" else "strict"
-    try:
-        return path.open(mode, encoding="utf-8", errors=errors, newline="\n")
-    except OSError as error:
-        raise UserError(f"cannot open {named}: {error.strerror}") from None
+    with reporting("written", path, "choose another --output, or make room"), whole_file(path) as file:
+        yield file

@@ -203,7 +203,7 @@ def test_answers_that_cannot_be_written(
     ("arguments", "expected"),
     [
         (["predict", "--output", "{here}"], "which is no regular file"),
-        (["predict", "--output", "{here}/none/answers.jsonl"], "none/answers.jsonl: No such file"),
+        (["predict", "--output", "{here}/none/answers.jsonl"], "none/answers.jsonl cannot be written (No such file"),
         (["predict", "--input", "{here}"], "Is a directory"),
         (["evaluate", "--output", "{here}/file"], "file is a file: give a directory"),
         (["evaluate", "--output", "{here}/file/below"], "give a directory"),
@@ -234,7 +234,7 @@ def test_no_such_device(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["evaluate", "{run}", "training.steps=3"], "no setting of the data"),
         (["evaluate", "{run}", "data.test=nowhere.jsonl"], "nowhere.jsonl"),
         (["evaluate", "{run}", "data.tset=x.jsonl"], "tset"),
-        (["predict", "{run}", "--input", "nowhere.jsonl"], "cannot open nowhere.jsonl"),
+        (["predict", "{run}", "--input", "nowhere.jsonl"], "nowhere.jsonl cannot be read (No such file"),
         (["predict", "{run}", "--batch-size", "0"], "give 1 or more"),
         (["predict", "{run}", "--wait", "1"], "give --stream too"),
         (["predict", "{run}", "--stream", "--wait", "-1"], "--wait is -1.0: give seconds"),
