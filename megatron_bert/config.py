@@ -284,6 +284,12 @@ class CheckpointSettings(Section):
         description="Write while training goes on. A save that fails is then a warning, and the next is made when "
         "it is due; the run ends if three in a row fail, or the last one does.",
     )
+    timeout_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="How long a checkpoint may take to write, in seconds, whatever parallel.timeout_seconds is; a disk "
+        "that takes longer is a save that fails.",
+    )
 
 
 class LoggingSettings(Section):

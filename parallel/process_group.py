@@ -82,17 +82,22 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def new_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+def new_group(
+    ranks: Sequence[int] | None = None, backend: str | None = None, timeout_seconds: float | None = None
+) -> dist.ProcessGroup:
     """A group that waits as long as the run's own; torch would give it half an hour. Every rank of the run must call.
 
     Args:
         ranks: global ranks of the group; None for all.
         backend: of the group; None for the run's.
+        timeout_seconds: how long it waits, if not as long as the run's own.
     """
     world = dist.group.WORLD
     assert world is not None, "groups are made of a running world"
     options = getattr(world._get_backend(torch.device("cpu")), "options", None)  # gloo's; not in every torch
     timeout = None if options is None else options._timeout
+    if timeout_seconds is not None:
+        timeout = timedelta(seconds=timeout_seconds)
     return dist.new_group(None if ranks is None else list(ranks), timeout=timeout, backend=backend)
 
 

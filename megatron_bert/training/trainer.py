@@ -102,6 +102,7 @@ class Trainer:
             settings.training.run_dir / "checkpoints",
             keep=settings.checkpoint.keep,
             asynchronous=settings.checkpoint.asynchronous,
+            timeout_seconds=settings.checkpoint.timeout_seconds,
         )
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from parallel import checkpoint_writer
 from parallel.checkpoint import (
     HAS_MANIFEST,
     STATE_FILE,
@@ -25,7 +29,7 @@ from parallel.checkpoint import (
     read_state,
 )
 from parallel.checkpoint_reader import load_tensors
-from parallel.checkpoint_writer import CheckpointWriter
+from parallel.checkpoint_writer import CheckpointWriter, NotWrittenError
 from parallel.errors import DamagedCheckpointError, UserError
 from parallel.manifest import MANIFEST_FILE
 from parallel.process_group import process_group
@@ -172,6 +176,32 @@ class TestWriting:
         CheckpointWriter(tmp_path, keep=1, asynchronous=False)
         assert names(tmp_path) == []
 
+    @ASYNCHRONOUS
+    @pytest.mark.parametrize("ending", ["", ".partial", ".old.partial"])
+    def test_a_file_or_a_link_of_its_name_makes_way(self, tmp_path: Path, asynchronous: bool, ending: str) -> None:
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=asynchronous)
+        (tmp_path / "step_00000001").mkdir()
+        (tmp_path / f"step_00000002{ending}").touch()
+        (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+        (tmp_path / "nowhere").rename(tmp_path / "step_00000003")
+        save_and_finish(writer)
+        writer.save(3, some_tensors(3.0), STATE)
+        writer.finish()
+        assert_holds(tmp_path / "step_00000003", 3.0)
+
+    def test_a_start_clears_up_files_too(self, tmp_path: Path) -> None:
+        (tmp_path / "step_00000002.partial").touch()
+        CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        assert names(tmp_path) == []
+
+    @ASYNCHRONOUS
+    def test_a_directory_that_was_removed_is_made_again(self, tmp_path: Path, asynchronous: bool) -> None:
+        root = tmp_path / "run" / "checkpoints"
+        writer = CheckpointWriter(root, keep=1, asynchronous=asynchronous)
+        shutil.rmtree(tmp_path / "run")
+        save_and_finish(writer)
+        assert names(root) == ["step_00000002"]
+
     def test_an_error_in_the_final_step_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
             raise OSError("cannot rename")
@@ -244,6 +274,49 @@ class TestFinding:
             for file in (".metadata", STATE_FILE):
                 (tmp_path / name / file).touch()
         assert latest_checkpoint(tmp_path) == tmp_path / "step_100000000"
+
+
+def _one_disk_stalls(root: Path, asynchronous: bool) -> tuple[list[str], float]:
+    """Rank 1's disk does not answer: what each rank says of the save, and whether training and the next save go on."""
+    writer = CheckpointWriter(root, keep=0, asynchronous=asynchronous, timeout_seconds=0.5)
+    answers = threading.Event()
+    original = checkpoint_writer._FileSystem.create_stream
+
+    def stalled(self: Any, path: Any, mode: str) -> Any:
+        if dist.get_rank() == 1:
+            answers.wait(60)
+        return original(self, path, mode)
+
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writer._FileSystem, "create_stream", stalled)
+        try:
+            save_and_finish(writer)
+        except NotWrittenError as error:
+            said.append(str(error))
+    total = torch.ones(())
+    dist.all_reduce(total)  # training goes on
+    left = names(root)
+    dist.barrier()
+    writer.save(3, some_tensors(3.0), STATE)
+    writer.finish()
+    answers.set()  # and the first save, whose disk answers at last, must take no name
+    writer.save(4, some_tensors(4.0), STATE)
+    writer.finish()
+    return [*said, *left], total.item()
+
+
+@ASYNCHRONOUS
+def test_a_rank_whose_disk_stalls_is_named_and_saves_go_on(tmp_path: Path, asynchronous: bool) -> None:
+    results = run_world(2, _one_disk_stalls, tmp_path, asynchronous)
+    for said, total in results:
+        assert said == [said[0]], "nothing stays of a checkpoint that is given up"
+        assert re.search(
+            r"step_00000002 could not be written \(after 0.5 s rank 1 on \S+ has not written its part\): look", said[0]
+        )
+        assert total == 2
+    assert {name for name in names(tmp_path) if not name.endswith(".partial")} == {"step_00000003", "step_00000004"}
+    assert_holds(tmp_path / "step_00000004", 4.0)
 
 
 class TestLoading:
