@@ -269,7 +269,7 @@ def payloads(canary: Path) -> list[bytes]:
     return raw
 
 
-def _inject(place: Path, chance: random.Random, canary: Path) -> str:
+def inject(place: Path, chance: random.Random, canary: Path) -> str:
     """Replace the pickle inside a file by a hostile one."""
     payload = chance.choice(payloads(canary))
     files = [path for path in _files(place) if path.suffix in (".pt", ".bin", "") or path.name == ".metadata"]
@@ -331,15 +331,32 @@ def run_case(original: Path, folder: Path, seed: int, seconds: int = 20) -> tupl
     chance = random.Random(seed)
     place, canary = folder / original.name, folder / "canary"
     (shutil.copytree if original.is_dir() else shutil.copy)(original, place)
+    what = inject(place, chance, canary) if chance.random() < 0.25 else break_files(place, chance)
+    scratch = folder if chance.random() < 0.1 else None
+    outcome = case_outcome(lambda: read_to_the_end(place, scratch), canary, seconds)
+    if outcome != "fine" and (folder / "result").exists():
+        outcome = f"a failed conversion left its result ({outcome})"
+    return outcome, what
+
+
+def break_files(place: Path, chance: random.Random) -> str:
+    """Change bytes, files, JSON or the content of a file of torch.save; returns what was done."""
     mutations: list[Mutation] = [_change_bytes, _change_files, _change_json, _change_structure]
-    if chance.random() < 0.25:
-        what = _inject(place, chance, canary)
-    else:
-        what = chance.choice(mutations)(place, chance)
+    return chance.choice(mutations)(place, chance)
+
+
+def case_outcome(work: Callable[[], None], canary: Path, seconds: int) -> str:
+    """``fine``, ``refused`` in one sentence, or a failure in words.
+
+    Args:
+        work: what may refuse the files of a case.
+        canary: a file that is there only if they were run.
+        seconds: after which the case is too slow.
+    """
     before = signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(seconds)
     try:
-        read_to_the_end(place, folder if chance.random() < 0.1 else None)
+        work()
         outcome = "fine"
     except UserError as error:
         text = str(error)
@@ -351,11 +368,7 @@ def run_case(original: Path, folder: Path, seed: int, seconds: int = 20) -> tupl
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    if canary.exists():
-        outcome = "code was run"
-    if outcome != "fine" and (folder / "result").exists():
-        outcome = f"a failed conversion left its result ({outcome})"
-    return outcome, what
+    return "code was run" if canary.exists() else outcome
 
 
 @command("fuzz_checkpoints")
