@@ -7,24 +7,25 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
-from io import IOBase
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, checkpoint_step
+from parallel.checkpoint_plan import WritePlan, local_part, plan_writing, signature
+from parallel.checkpoint_staging import Staging
 from parallel.errors import UserError
+from parallel.file_process import FileProcess, write_pieces
 from parallel.hosts import host_name
-from parallel.manifest import MANIFEST_FILE, SummingFile, write_manifest, write_sums
+from parallel.manifest import MANIFEST_FILE, FileSums, write_manifest
 from parallel.process_group import new_group
+from parallel.stored.distributed_files import METADATA
 from parallel.whole_files import reason_of, sync_directory
 
 #: Seconds by which a thread that waits for others outlasts the limit: who does not write is named by itself before.
@@ -35,6 +36,23 @@ class NotWrittenError(UserError):
     """The file system refuses a checkpoint; those before it are there still."""
 
 
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """What a checkpoint cost.
+
+    Attributes:
+        step: of the checkpoint.
+        stall_seconds: for which this rank's training stood still.
+        seconds: from the call to the moment at which the checkpoint had its name.
+        bytes: of all of its files but the manifest.
+    """
+
+    step: int
+    stall_seconds: float
+    seconds: float
+    bytes: int
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run, in the background if asked, and keeps the newest.
 
@@ -42,25 +60,38 @@ class CheckpointWriter:
     file system refuses any rank is raised on all of them, and nothing of that checkpoint stays; those before it do. So
     it is with a file system that does not answer for too long, whose ranks are named.
 
+    In the background, a save holds up its caller for a copy of what this rank writes, into memory that is taken once
+    and is all that saves need. A process of its own writes from there, so that the caller's interpreter is left alone;
+    a thread of the caller waits for it and agrees with the other ranks.
+
     Args:
         root: directory of the checkpoints.
         keep: how many to keep; 0 keeps all.
         asynchronous: return from :meth:`save` when the tensors are copied, and write while training goes on.
         timeout_seconds: how long a checkpoint may take to write.
+        keep_every: checkpoints of steps that this divides are kept for good; 0 for none.
 
     Attributes:
-        protected: step whose checkpoint those saved from now on leave beside the newest ones; None for none.
+        protected: steps whose checkpoints those saved from now on leave beside the newest ones.
 
     Raises:
         NotWrittenError: the directory cannot be made.
     """
 
-    def __init__(self, root: Path, *, keep: int, asynchronous: bool, timeout_seconds: float = 1800.0) -> None:
-        self.root, self.keep, self.asynchronous, self.limit = root, keep, asynchronous, timeout_seconds
+    def __init__(
+        self, root: Path, *, keep: int, asynchronous: bool, timeout_seconds: float = 1800.0, keep_every: int = 0
+    ) -> None:
+        self.root, self.keep, self.keep_every = root, keep, keep_every
+        self.asynchronous, self.limit = asynchronous, timeout_seconds
         self.group = self._new_group()
         self.is_first = dist.get_rank() == 0
-        self.protected: int | None = None
+        self.protected: frozenset[int] = frozenset()
         self._pending: _Save | None = None
+        self._saved: list[SavedCheckpoint] = []
+        self._signature: dict[str, Any] = {}
+        self._plan: WritePlan | None = None
+        self._staging: Staging | None = None
+        self._process: FileProcess | None = None
         self._on_first(root, self._prepare)
 
     def _new_group(self) -> dist.ProcessGroup:
@@ -80,31 +111,25 @@ class CheckpointWriter:
         Raises:
             NotWrittenError: this checkpoint, or the one before it, cannot be written.
         """
+        began = time.perf_counter()
         self.finish()
-        final = self.root / f"step_{step:08d}"
-        self._on_first(final, lambda: _begin(_partial(final), state))
-        writer = _Writer(_partial(final))
-        writer.fs = _FileSystem()
-        deadline = time.monotonic() + self.limit
-        arguments: dict[str, Any] = {"storage_writer": writer, "process_group": self.group}
+        text = json.dumps(state | {HAS_MANIFEST: MANIFEST_FILE}, indent=1)
+        plan = self._plan_for(tensors)
+        save = _Save(self, step, text, plan, began)
         if self.asynchronous:
-            # Only this thread's copy of the tensors is taken now.
-            written = dcp.async_save(tensors, **arguments)
-            assert isinstance(written, Future)
+            write = self._staged(plan, tensors)
+            stall = time.perf_counter() - began
         else:  # in a thread as well: nobody can wait for just so long for a write of their own
-            written = _in_thread(lambda: dcp.save(tensors, **arguments))
-        save = self._pending = _Save(final, writer, written, deadline)
-        if self.is_first:
-            # The coordinator's save ends after every rank's data is on disk, so its completion is the moment to give
-            # the directory its name.
-            protected = self.protected
-            save.commit_with(lambda: self._commit(_partial(final), final, protected))
+            stall, write = None, lambda path: _write_tensors(path, plan, tensors)
+        self._pending = save
+        save.start(write, stall)
         if not self.asynchronous:
             self.finish()
-        return final
+        return save.final
 
     def close(self) -> None:
-        """Give up the group, after :meth:`finish`; every rank calls."""
+        """Give up the group, memory and process, after :meth:`finish`; every rank calls."""
+        self._release()
         dist.destroy_process_group(self.group)
 
     @property
@@ -117,6 +142,13 @@ class CheckpointWriter:
         """Whether this rank knows already that the save in the background has failed: :meth:`finish` would raise."""
         return self._pending is not None and self._pending.failed
 
+    def saved(self) -> list[SavedCheckpoint]:
+        """The checkpoints that have been written since the last call; other ranks may learn of them later."""
+        saved = list[SavedCheckpoint]()
+        while self._saved:
+            saved.append(self._saved.pop(0))
+        return saved
+
     def finish(self) -> None:
         """Wait for a save in the background, and raise what went wrong in it, on every rank.
 
@@ -127,20 +159,59 @@ class CheckpointWriter:
             return
         save, self._pending = self._pending, None
         reason, stuck = save.outcome()
-        if stuck and save.writer.writing:
+        if stuck and save.writing:
             reason = f"rank {dist.get_rank()} on {host_name()} has not written its part"
         outcomes: list[tuple[str | None, bool]] = [(None, False)] * dist.get_world_size()
         dist.all_gather_object(outcomes, (reason, stuck))  # in the group of the run: the other one may be in use still
         reasons = list(dict.fromkeys(reason for reason, _ in outcomes if reason))
         if any(stuck for _, stuck in outcomes):
-            # Threads that wait, for the file system or for each other, keep the group that they are in.
+            # Threads that wait, for the file system or for each other, keep the group and the memory that they have.
             self.group = self._new_group()
+            self._abandon()
             if save.give_up() and self.is_first:
-                shutil.rmtree(_partial(save.final), ignore_errors=True)
+                shutil.rmtree(save.partial, ignore_errors=True)
             found = f"after {self.limit:g} s {'; '.join(reasons) or 'it is not complete'}"
             raise _not_written(save.final, found, "look into its disk, or raise checkpoint.timeout_seconds;")
         if reasons:
-            raise self._given_up(save.final, "; ".join(reasons))
+            if self.is_first:
+                shutil.rmtree(save.partial, ignore_errors=True)
+            raise _not_written(save.final, "; ".join(reasons))
+
+    # ---------------------------------------------------------------- what is written, and from where
+
+    def _plan_for(self, tensors: dict[str, Tensor]) -> WritePlan:
+        """What this rank writes: planned anew only when tensors have changed on any rank."""
+        now = signature(tensors)
+        changed = torch.tensor(int(self._plan is None or now != self._signature))
+        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.group)
+        if self._plan is None or changed.item():
+            self._release()
+            self._plan, self._signature = plan_writing(tensors, self.group), now
+        return self._plan
+
+    def _staged(self, plan: WritePlan, tensors: dict[str, Tensor]) -> Callable[[Path], FileSums]:
+        """Copy what this rank writes; what writes the copy."""
+        if self._staging is None:
+            self._staging = Staging(plan, next(iter(tensors.values())).device)
+        self._staging.fill(tensors)
+        if self._process is None or not self._process.alive:
+            self._process = FileProcess(self._staging.descriptor, plan.pieces)
+        return self._process.write
+
+    def _release(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        if self._staging is not None:
+            self._staging.close()
+        self._process = self._staging = None
+
+    def _abandon(self) -> None:
+        """Leave memory and process to a write that does not end."""
+        if self._process is not None:
+            self._process.kill()
+        self._process = self._staging = None
+
+    # ---------------------------------------------------------------- the directory
 
     def _on_first(self, final: Path, work: Callable[[], None]) -> None:
         """Let rank 0 work, and raise on every rank what the file system refuses it."""
@@ -149,31 +220,26 @@ class CheckpointWriter:
             try:
                 work()
             except OSError as error:
-                answer = [_reason(error)]
+                answer = [reason_of(error)]
         dist.broadcast_object_list(answer, group=self.group)
         if answer[0] is not None:
-            raise self._given_up(final, answer[0])
+            raise _not_written(final, answer[0], what="the directory of checkpoints")
 
-    def _given_up(self, final: Path, reason: str) -> NotWrittenError:
-        """Remove what there is of a checkpoint, of which no rank writes any more; the error to raise."""
-        if final == self.root:
-            return _not_written(final, reason, what="the directory of checkpoints")
-        if self.is_first:
-            shutil.rmtree(_partial(final), ignore_errors=True)
-        return _not_written(final, reason)
-
-    def _commit(self, partial: Path, final: Path, protected: int | None) -> None:
-        write_manifest(partial)
+    def _commit(self, partial: Path, final: Path, protected: frozenset[int]) -> None:
         if os.path.lexists(final):
             self._remove(final)
         partial.rename(final)
         sync_directory(self.root)
+        if not self.keep:
+            return
         # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.
-        others = [
-            path for path in self.root.iterdir() if checkpoint_step(path) not in (None, protected) and path != final
-        ]
-        others.sort(key=lambda path: checkpoint_step(path) or 0)
-        for old in others[: max(0, len(others) - self.keep + 1)] if self.keep else []:
+        others = {step: path for path in self.root.iterdir() if (step := checkpoint_step(path)) is not None}
+        others = {
+            step: path
+            for step, path in sorted(others.items())
+            if path != final and step not in protected and not (self.keep_every and step % self.keep_every == 0)
+        }
+        for old in list(others.values())[: max(0, len(others) - self.keep + 1)]:
             self._remove(old)
 
     @staticmethod
@@ -184,34 +250,113 @@ class CheckpointWriter:
         _discard(path.rename(old))
 
 
-def _partial(final: Path) -> Path:
-    return final.with_name(final.name + ".partial")
+class _Save:
+    """A checkpoint that is being written, in a thread.
 
+    Args:
+        writer: it belongs to.
+        step: of the checkpoint.
+        state: content of the file beside the tensors.
+        plan: of this rank's part.
+        began: when, by the performance counter.
+    """
 
-def _discard(path: Path) -> None:
-    """Remove a directory with all that is in it, or whatever else has the name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    def __init__(self, writer: CheckpointWriter, step: int, state: str, plan: WritePlan, began: float) -> None:
+        self.writer, self.step, self.state, self.plan, self.began = writer, step, state, plan, began
+        self.group, self.protected = writer.group, writer.protected
+        self.final = writer.root / f"step_{step:08d}"
+        self.partial = self.final.with_name(self.final.name + ".partial")
+        self.deadline = time.monotonic() + writer.limit
+        #: Whether this rank is at its own part: all else is waiting for others.
+        self.writing = False
+        self._done: Future[None] = Future()
+        self._lock = threading.Lock()
+        self._committing = self._given_up = False
 
+    def start(self, write: Callable[[Path], FileSums], stall: float | None) -> None:
+        """Write it in a thread that keeps no process from ending, on the GPU of this one.
 
-def _begin(partial: Path, state: dict[str, Any]) -> None:
-    _discard(partial)
-    partial.mkdir(parents=True)  # the directory of checkpoints may have been removed
-    with (partial / STATE_FILE).open("w", encoding="utf-8") as file:
-        json.dump(state | {HAS_MANIFEST: MANIFEST_FILE}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+        Args:
+            write: this rank's file.
+            stall: for how long training stood still; None for all of it.
+        """
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
+        def run() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                size = self._write(write)
+                seconds = time.perf_counter() - self.began
+                if size is not None:
+                    saved = SavedCheckpoint(self.step, seconds if stall is None else stall, seconds, size)
+                    self.writer._saved.append(saved)
+                self._done.set_result(None)
+            except BaseException as error:
+                self._done.set_exception(error)
 
-def _reasons(error: dcp.CheckpointException) -> str:
-    """What went wrong on any rank, each cause once, on one line."""
-    return "; ".join(dict.fromkeys(" ".join(str(failure[0]).split()) for failure in error.failures.values()))
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether :meth:`outcome` is there and not that it was written."""
+        return self._done.exception() is not None if self._done.done() else time.monotonic() > self.deadline
 
-def _reason(error: dcp.CheckpointException | OSError) -> str:
-    return _reasons(error) if isinstance(error, dcp.CheckpointException) else reason_of(error)
+    def outcome(self) -> tuple[str | None, bool]:
+        """Wait until the deadline: what the file system refused, and whether it, or another rank, did not answer."""
+        try:
+            self._done.result(max(0.0, self.deadline - time.monotonic()))
+        except OSError as error:
+            late = isinstance(error, TimeoutError) and not self._done.done()
+            return (None, True) if late else (reason_of(error), False)
+        except RuntimeError:  # of a collective: errors of writing come as the above
+            return None, True
+        return None, False
+
+    def give_up(self) -> bool:
+        """Keep it from taking its name; whether it cannot any more, even if its disk answers yet."""
+        with self._lock:
+            self._given_up = not self._committing
+        return self._given_up
+
+    def _write(self, write: Callable[[Path], FileSums]) -> int | None:
+        """Write this rank's part, and give the directory its name once all ranks have written theirs; its bytes."""
+        first, file = self.writer.is_first, self.plan.file
+        self._agreed(self._begin if first else lambda: None)
+        parts = self._agreed(lambda: None if file is None else (file, write(self.partial / file)))
+        sums = dict(part for part in parts if part is not None)
+        return self._agreed((lambda: self._end(sums)) if first else lambda: None)[0]
+
+    def _agreed(self, work: Callable[[], Any]) -> list[Any]:
+        """Work, and raise on every rank what the file system refused any, once all are here; else what each found."""
+        mine: tuple[str | None, Any]
+        self.writing = True
+        try:
+            mine = None, work()
+        except OSError as error:
+            mine = reason_of(error), None
+        self.writing = False
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, mine, group=self.group)
+        if reasons := list(dict.fromkeys(reason for reason, _ in found if reason is not None)):
+            raise OSError("; ".join(reasons))
+        return [one for _, one in found]
+
+    def _begin(self) -> None:
+        _discard(self.partial)
+        self.partial.mkdir(parents=True)  # the directory of checkpoints may have been removed
+        _write_synced(self.partial / STATE_FILE, self.state.encode())
+
+    def _end(self, sums: dict[str, FileSums]) -> int | None:
+        assert self.plan.metadata is not None
+        with self._lock:
+            self._committing = not self._given_up
+        if not self._committing:
+            return None
+        _write_synced(self.partial / METADATA, self.plan.metadata)
+        size = write_manifest(self.partial, sums)
+        self.writer._commit(self.partial, self.final, self.protected)
+        return size
 
 
 def _not_written(
@@ -223,113 +368,26 @@ def _not_written(
     )
 
 
-def _in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Work in a thread that keeps no process from ending, on the GPU of this one."""
-    done: Future[Any] = Future()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def run() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return done
+def _discard(path: Path) -> None:
+    """Remove a directory with all that is in it, or whatever else has the name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-class _Writer(dcp.FileSystemWriter):
-    """Knows whether this rank is at its own part: all else is waiting for others."""
-
-    writing = False
-
-    def write_data(self, *args: Any) -> Any:
-        self.writing = True
-        written = super().write_data(*args)
-        self.writing = False
-        return written
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-class _Save:
-    """A checkpoint that is being written.
+def _write_tensors(path: Path, plan: WritePlan, tensors: dict[str, Tensor]) -> FileSums:
+    """Write a rank's file from the tensors themselves."""
 
-    Args:
-        final: the directory it will have.
-        writer: of this rank's part.
-        written: done when the parts are.
-        deadline: until when that may take, by the monotonic clock.
-    """
+    def values(name: str) -> memoryview:
+        return local_part(tensors[name]).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
-    def __init__(self, final: Path, writer: _Writer, written: Future[Any], deadline: float) -> None:
-        self.final, self.writer, self.done, self.deadline = final, writer, written, deadline
-        self._lock = threading.Lock()
-        self._committing = self._given_up = False
-
-    @property
-    def failed(self) -> bool:
-        """Whether :meth:`outcome` is there and not that it was written."""
-        return self.done.exception() is not None if self.done.done() else time.monotonic() > self.deadline
-
-    def outcome(self) -> tuple[str | None, bool]:
-        """Wait until the deadline: what the file system refused, and whether it, or another rank, did not answer."""
-        try:
-            self.done.result(max(0.0, self.deadline - time.monotonic()))
-        except (dcp.CheckpointException, OSError) as error:
-            late = isinstance(error, TimeoutError) and not self.done.done()
-            return (None, True) if late else (_reason(error), False)
-        except RuntimeError:  # of a collective: errors of writing come as the above
-            return None, True
-        return None, False
-
-    def commit_with(self, commit: Callable[[], None]) -> None:
-        """Let the save end when the directory has its name.
-
-        A future of its own: one that is done wakes who waits for it before it calls back.
-        """
-        committed: Future[None] = Future()
-
-        def finish(written: Future[Any]) -> None:
-            try:
-                written.result()
-                with self._lock:
-                    self._committing = not self._given_up
-                if self._committing:
-                    self.writer.writing = True
-                    commit()
-            except BaseException as error:
-                committed.set_exception(error)
-            else:
-                committed.set_result(None)
-
-        written, self.done = self.done, committed
-        written.add_done_callback(finish)
-
-    def give_up(self) -> bool:
-        """Keep it from taking its name; whether it cannot any more, even if its disk answers yet."""
-        with self._lock:
-            self._given_up = not self._committing
-        return self._given_up
-
-
-class _FileSystem(FileSystem):
-    """Files that leave their checksums for the manifest, and whose writer learns what the system refused.
-
-    Torch's archives say no more than that something failed.
-    """
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
-        """A file that is open while the block lasts."""
-        with super().create_stream(path, mode) as stream:
-            if "w" not in mode:
-                yield stream
-                return
-            summing = SummingFile(cast(IO[bytes], stream))
-            try:
-                yield summing
-            except Exception as error:
-                # What is left in the buffer would be an error once more.
-                raise OSError(reason_of(summing.refused)) if summing.refused else error from None
-        write_sums(Path(path), summing.sums())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    return write_pieces(descriptor, ((piece, values(name)) for name, piece in zip(plan.names, plan.pieces)))

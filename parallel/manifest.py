@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,8 +20,6 @@ from parallel.whole_files import reason_of, whole_file
 
 MANIFEST_FILE = "manifest.json"
 BLOCK_BYTES = 1 << 20
-#: Ending of the file beside a data file in which its writer leaves the checksums until the manifest is made.
-_SUMS = ".sums"
 _VERSION = 1
 _REMEDY = "use another checkpoint"
 
@@ -119,24 +118,25 @@ class SummingFile(io.RawIOBase):
         return FileSums(self._size, (*self._sums, *([self._last] if self._size % BLOCK_BYTES else [])))
 
 
-def write_sums(path: Path, sums: FileSums) -> None:
-    """Leave the checksums of a file beside it, for :func:`write_manifest`."""
-    with path.with_name(path.name + _SUMS).open("w", encoding="utf-8") as file:
-        json.dump(sums.as_json(), file)
+def write_manifest(directory: Path, known: Mapping[str, FileSums] | None = None) -> int:
+    """List every file of a directory.
 
+    Args:
+        directory: of the files.
+        known: name -> what its writer has written; of other files, what they hold.
 
-def write_manifest(directory: Path) -> None:
-    """List every file of a directory, with the checksums that its writers left or, without those, of what it holds."""
-    files = {}
-    for path in sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE):
-        if path.name.endswith(_SUMS):
-            continue
-        beside = path.with_name(path.name + _SUMS)
-        files[path.name] = json.loads(beside.read_text()) if beside.exists() else _sums_of(path).as_json()
+    Returns:
+        Size of all of them in bytes.
+    """
+    files = {
+        path.name: (known or {}).get(path.name) or _sums_of(path)
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
     with whole_file(directory / MANIFEST_FILE, sync=True) as file:
-        json.dump({"version": _VERSION, "block_bytes": BLOCK_BYTES, "files": files}, file, indent=1)
-    for path in directory.glob(f"*{_SUMS}"):
-        path.unlink()
+        listed = {name: sums.as_json() for name, sums in files.items()}
+        json.dump({"version": _VERSION, "block_bytes": BLOCK_BYTES, "files": listed}, file, indent=1)
+    return sum(sums.size for sums in files.values())
 
 
 def _sums_of(path: Path) -> FileSums:

@@ -16,9 +16,10 @@ from megatron_bert.convert.megatron_shards import TRACKER
 from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
-from megatron_bert.convert.torch_writer import Slot, TorchFileWriter
+from megatron_bert.convert.torch_writer import TorchFileWriter
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from parallel.errors import UserError
+from parallel.stored.torch_pickles import Slot
 
 #: Names at the top of a checkpoint of Megatron's.
 MEGATRON_ENTRIES = rf"{re.escape(TRACKER)}|release|iter_\d{{7}}|mp_rank_\d\d+(?:_\d{{3}})?"

@@ -6,69 +6,17 @@ is simple: a zip file without compression that holds a pickle of the structure a
 
 from __future__ import annotations
 
-import io
-import pickle
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from parallel.stored.torch_pickles import pickle_structure
+
 _ALIGNMENT = 64
-_STORAGE_CLASSES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of a tensor in a structure to be saved.
-
-    Attributes:
-        name: by which its values are given to :meth:`TorchFileWriter.write`.
-        shape: of the tensor.
-        dtype: of its elements.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Storage:
-    slot: Slot
-    key: str
-
-
-class _Pickler(pickle.Pickler):
-    """Writes tensors as torch does: a call of its rebuild function on a persistent id."""
-
-    def __init__(self, file: io.BytesIO, keys: dict[str, str]) -> None:
-        super().__init__(file, protocol=2)
-        self._keys = keys
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Slot):
-            return NotImplemented
-        storage = _Storage(value, self._keys.setdefault(value.name, str(len(self._keys))))
-        stride = torch.empty(value.shape, device="meta").stride()
-        # Five arguments and no hooks: what torch of any age accepts.
-        return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, stride, False, {})
-
-    def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, _Storage):
-            return None
-        count = 1
-        for size in value.slot.shape:
-            count *= size
-        return ("storage", _STORAGE_CLASSES[value.slot.dtype], value.key, "cpu", count)
 
 
 class TorchFileWriter:
@@ -80,13 +28,10 @@ class TorchFileWriter:
     """
 
     def __init__(self, path: Path, structure: Any) -> None:
-        self._keys: dict[str, str] = {}
-        pickled = io.BytesIO()
-        _Pickler(pickled, self._keys).dump(structure)
+        self._pickled, self._keys = pickle_structure(structure)
         self._missing = set(self._keys)
         self._file = path.open("xb")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._pickled = pickled.getbuffer()
 
     def __enter__(self) -> TorchFileWriter:
         self._member("data.pkl", self._pickled)

@@ -36,7 +36,7 @@ class Saving:
         better = self.selection.update(step, scores)
         if better:
             self._before = {step: before}
-            self.checkpoints.protected = step
+            self.checkpoints.protected = frozenset({step})
         return better
 
     def save(self, step: int, write: Callable[[], None], report: Report, *, last: bool) -> None:
@@ -82,5 +82,5 @@ class Saving:
                 raise UserError(f"{error}; {FAILED_SAVES} saves in a row have failed") from None
             if (before := self._before.pop(self._step, None)) is not None:
                 self.selection.load_state(before)
-                self.checkpoints.protected = self.selection.best_step
+                self.checkpoints.protected = self.selection.protected
             report.say(f"warning: {error}; training goes on, and saves again when that is due")

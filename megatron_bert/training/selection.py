@@ -40,6 +40,11 @@ class Selection:
         """Whether the score has not improved for as long as the run is to wait."""
         return 0 < self.patience <= self._waited
 
+    @property
+    def protected(self) -> frozenset[int]:
+        """Steps whose checkpoints are kept whatever their age."""
+        return frozenset() if self.best_step is None else frozenset({self.best_step})
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint; plain values that JSON can hold."""
         score = self.best_score if self.best_step is not None else None

@@ -11,7 +11,7 @@ import pytest
 
 from parallel import manifest as module
 from parallel.errors import DamagedFileError
-from parallel.manifest import MANIFEST_FILE, FileSums, Manifest, SummingFile, write_manifest, write_sums
+from parallel.manifest import MANIFEST_FILE, FileSums, Manifest, SummingFile, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +22,14 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Two files of ranks, in pieces of any size, and one that was written otherwise."""
-    draw = random.Random(5)
+    draw, known = random.Random(5), {}
     for name, pieces in (("a", [1, 63, 64, 200, 0, 7]), ("b", [64, 64]), ("empty", [])):
         with SummingFile((tmp_path / name).open("wb")) as file:
             for length in pieces:
                 file.write(draw.randbytes(length))
-        write_sums(tmp_path / name, file.sums())
+        known[name] = file.sums()
     (tmp_path / "state.json").write_text(json.dumps({"step": 7}))
-    write_manifest(tmp_path)
+    write_manifest(tmp_path, known)
     return tmp_path
 
 

@@ -1,0 +1,67 @@
+"""The bytes around a tensor's values in a file of ``torch.save``, known before the values are.
+
+Such a file is a zip archive without compression. All of it but the checksum of the values follows from shape and type,
+so a writer that has no torch can put it together, and the size of a checkpoint's files is known in advance.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import torch
+
+from parallel.file_process import Piece
+from parallel.stored.torch_pickles import Slot, pickle_structure
+
+_ALIGNMENT = 64
+_LONG = 0xFFFFFFFF
+#: 1 January 1980, the earliest date that the format knows: the same tensors make the same bytes.
+_DATE = 0x21
+
+
+def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -> Piece:
+    """What ``torch.save`` would put around the values of a contiguous tensor.
+
+    Args:
+        shape: of the tensor.
+        dtype: of its elements.
+        start: offset of the values in the memory from which they are written.
+    """
+    pickled, _ = pickle_structure(Slot("tensor", shape, dtype))
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    head, entries = bytearray(), bytearray()
+    members = (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little"), ("data/0", None))
+    for name, content in members:
+        size = nbytes if content is None else len(content)
+        at = len(head)
+        local, entry = _records(f"archive/{name}".encode(), at, size, zlib.crc32(content or b""))
+        head += local
+        entries += entry
+        if content is not None:
+            head += content
+    # Of the values' records, which come last, the CRC-32 is at a fixed offset.
+    tail = bytes(entries) + _end(len(members), len(entries), len(head) + nbytes)
+    return Piece(start, nbytes, bytes(head), tail, at + 14, len(entries) - len(entry) + 16)
+
+
+def _records(name: bytes, start: int, size: int, crc: int) -> tuple[bytes, bytes]:
+    """A member's header, behind which its content starts at a multiple of 64 bytes, and its entry in the directory."""
+    long = size >= _LONG
+    large = struct.pack("<HHQQ", 1, 16, size, size) if long else b""
+    shown, version = (_LONG, 45) if long else (size, 20)
+    padding = -(start + 30 + len(name) + len(large) + 4) % _ALIGNMENT
+    extra = large + b"\x46\x42" + padding.to_bytes(2, "little") + b"Z" * padding
+    common = (0, 0, 0, _DATE, crc, shown, shown, len(name))
+    local = struct.pack("<IHHHHHIIIHH", 0x04034B50, version, *common, len(extra)) + name + extra
+    entry = struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, version, version, *common, len(large), 0, 0, 0, 0, start)
+    return local, entry + name + large
+
+
+def _end(count: int, size: int, start: int) -> bytes:
+    """The end of the archive: number of entries, and the size and place of the directory."""
+    last = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, size, min(start, _LONG), 0)
+    if start < _LONG:
+        return last
+    large = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
+    return large + struct.pack("<IIQI", 0x07064B50, 0, start + size, 1) + last
