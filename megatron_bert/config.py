@@ -291,6 +291,14 @@ class CheckpointSettings(Section):
         "that takes longer is a save that fails.",
     )
 
+    compare_replicas_every: int | None = Field(
+        None,
+        ge=0,
+        description="Steps between comparisons of the copies that several ranks hold of weights and optimizer states; "
+        "a rank whose copy was damaged is named, and the run ends. Copies are also compared before every checkpoint, "
+        "and only there when unset; 0 never compares them.",
+    )
+
 
 class LoggingSettings(Section):
     """What a run reports."""

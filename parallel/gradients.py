@@ -43,19 +43,23 @@ def sum_token_partial_gradients(model: nn.Module, tp: TensorParallel) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def counted_here(parameter: Tensor, mesh: ParallelMesh) -> bool:
-    """Whether this rank's part of a parameter is the one that stands for its copies on other ranks.
-
-    Every element of every parameter is counted on exactly one rank of a (tensor x data) plane.
-    """
+def replicated_axes(parameter: Tensor) -> set[str]:
+    """The axes of a (tensor x data) plane over which a parameter is copied; the others divide it."""
     sharded: set[str] = set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
         sharded = {
             name for name, placement in zip(names, parameter.placements, strict=True) if not placement.is_replicate()
         }
-    replicated = {"tensor", "data_replicate", "data_shard"} - sharded
-    return all(mesh.coordinate[axis] == 0 for axis in replicated)
+    return {"tensor", "data_replicate", "data_shard"} - sharded
+
+
+def counted_here(parameter: Tensor, mesh: ParallelMesh) -> bool:
+    """Whether this rank's part of a parameter is the one that stands for its copies on other ranks.
+
+    Every element of every parameter is counted on exactly one rank of a (tensor x data) plane.
+    """
+    return all(mesh.coordinate[axis] == 0 for axis in replicated_axes(parameter))
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +13,16 @@ from megatron_bert import backends
 from megatron_bert.config import RunSettings
 from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
-from megatron_bert.planning.flops import parameter_count, peak_tflops, training_flops
+from megatron_bert.planning.flops import parameter_count
 from megatron_bert.training.build import build_model
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
+from megatron_bert.training.meter import Meter
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import ShardedAdamW
 from megatron_bert.training.precision import DTYPES, LossScale
+from megatron_bert.training.replica_check import check_replicas
 from megatron_bert.training.run_lock import RunLock
 from megatron_bert.training.saving import Saving
 from megatron_bert.training.selection import Selection
@@ -126,7 +127,7 @@ class Trainer:
         batches = self.objective.training_batches(
             self.mesh, self.consumed_samples, total - self.step, self.world.device
         )
-        meter = _Meter(self)
+        meter = Meter(self)
         reason: str | None = None
         if self.step > 0 and self._evaluation_due() and self.evaluated_step != self.step and self._evaluate(report):
             self.save()  # the run was stopped before it could evaluate this step
@@ -143,6 +144,8 @@ class Trainer:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
                     self._write_timeline()
+            if self._due(settings.checkpoint.compare_replicas_every or 0):
+                check_replicas(self)
             better = False
             if reason is None and self._evaluation_due():
                 better = self._evaluate(report)
@@ -236,7 +239,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- reporting
 
-    def _log(self, sums: StepSums, meter: _Meter, report: Report) -> None:
+    def _log(self, sums: StepSums, meter: Meter, report: Report) -> None:
         losses = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
         parts = dict(zip(self.objective.loss_names, losses.tolist(), strict=True))
         loss = sum(parts.values())
@@ -275,25 +278,29 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Everything sharded, by global name: ``model.<name>`` and ``optimizer.<moment>.<name>``."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
             for moment, tensor in self.optimizer.moments(parameter).items():
                 tensors[f"optimizer.{moment}.{name}"] = tensor
-        return tensors | self._extra_tensors()
+        return tensors | self.extra_tensors()
 
-    def _extra_tensors(self) -> dict[str, Tensor]:
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What the objective adds to them."""
         stages = self.model.stages.values()
         return {f"model.{name}": t for stage in stages for name, t in self.objective.extra_tensors(stage).items()}
 
     def _save_finite(self, sums: StepSums, report: Report, *, last: bool) -> None:
+        settings = self.settings.checkpoint
         if not self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item()):
             raise UserError(
                 f"training diverged: the gradient norm at step {self.step} is not finite, so no checkpoint was "
                 "written; go on from an earlier one with a lower learning_rate.peak or a longer warm-up"
             )
+        if settings.compare_replicas_every != 0 and not self._due(settings.compare_replicas_every or 0):
+            check_replicas(self)
         self.saving.save(self.step, self.save, report, last=last)
 
     def save(self) -> None:
@@ -317,13 +324,13 @@ class Trainer:
         }
         if self.selection.metric is not None:
             state["selection"] = self.selection.state()
-        self.checkpoints.save(self.step, self._tensors(self.parameters), state)
+        self.checkpoints.save(self.step, self.tensors(self.parameters), state)
 
     def load_weights(self, path: Path) -> None:
         """Take the weights of another checkpoint of the run, to evaluate them."""
         everything = {**self.copies, **self.parameters}
         tensors = {f"model.{name}": parameter.detach() for name, parameter in everything.items()}
-        load_tensors(path, tensors | self._extra_tensors(), self.checkpoints.group)
+        load_tensors(path, tensors | self.extra_tensors(), self.checkpoints.group)
         with torch.no_grad():
             for name, copy in self.copies.items():
                 if name in self.parameters:
@@ -332,7 +339,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         state = read_state(path)
         # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
-        load_tensors(path, self._tensors({**self.copies, **self.parameters}), self.checkpoints.group)
+        load_tensors(path, self.tensors({**self.copies, **self.parameters}), self.checkpoints.group)
         for name, copy in self.copies.items():
             if name in self.parameters:
                 self._copy_state(self.parameters[name], copy)
@@ -368,42 +375,3 @@ class Trainer:
             f"{schedule.microbatches} micro batches, {schedule.chunks} a rank), data {layout.data} "
             f"(sharding {self.settings.parallel.sharding}), {self.settings.precision.compute}; {kernels}"
         )
-
-
-class _Meter:
-    """Counts work between two logged steps; reading it waits for the device."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        settings, device = trainer.settings, trainer.world.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.peak = settings.logging.peak_tflops or peak_tflops(name, settings.precision.compute)
-        self.restart()
-
-    def restart(self) -> None:
-        """Start counting from here."""
-        self.began, self.first_step = time.perf_counter(), self.trainer.step
-        self.tokens = self.squares = self.predictions = self.sequences = 0
-
-    def count(self, batches: list[TokenBatch]) -> None:
-        """Micro batches were worked through."""
-        for batch in batches:
-            self.tokens += sum(batch.lengths)
-            self.squares += sum(length * length for length in batch.lengths)
-            self.predictions += batch.predictions()
-            self.sequences += len(batch.lengths)
-
-    def read(self) -> dict[str, float | None]:
-        """tokens_per_second, mfu (None without a known peak) and step_seconds since the last reading."""
-        seconds = time.perf_counter() - self.began
-        steps = max(1, self.trainer.step - self.first_step)
-        work = torch.tensor([self.tokens, self.squares, self.predictions, self.sequences], dtype=torch.float64)
-        tokens, squares, predictions, sequences = self.trainer.mesh.all_reduce(
-            work.to(self.trainer.world.device), DATA_AXES
-        ).tolist()
-        mfu = None
-        if self.peak is not None:
-            flops = training_flops(self.trainer.config, tokens, squares, predictions, sequences)
-            mfu = flops / seconds / (self.trainer.world.size * self.peak * 1e12)
-        self.restart()
-        return {"tokens_per_second": tokens / seconds, "mfu": mfu, "step_seconds": seconds / steps}

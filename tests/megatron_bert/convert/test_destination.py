@@ -105,7 +105,7 @@ def test_names_of_a_checkpoint_alone_are_the_users(
     convert(source, tmp_path, to="megatron", read=_WORDS, overwrite=True)
     assert {"config.json", "manifest.json", "state.json"} < set(os.listdir(tmp_path))
     convert(source, tmp_path, to="native", read=_WORDS, overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == [".metadata", "__0_0.distcp", "config.json", "state.json"]
+    assert sorted(os.listdir(tmp_path)) == [".metadata", "__0_0.distcp", "config.json", "manifest.json", "state.json"]
     assert_same_tensors(all_tensors(tmp_path), expected)
 
 
@@ -379,4 +379,4 @@ def test_a_mount_point_is_a_destination(
     for overwrite in (False, True):
         convert(source, place, to="native", read=_WORDS, overwrite=overwrite)
         assert_same_tensors(all_tensors(place), expected)
-    assert sorted(os.listdir(place)) == [".metadata", "__0_0.distcp", "state.json"]
+    assert sorted(os.listdir(place)) == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]

@@ -20,6 +20,7 @@ from megatron_bert.config_checks import check_settings
 from megatron_bert.data.corpora import open_corpus
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.pretraining import Pretraining
+from megatron_bert.training.replica_check import check_replicas
 from megatron_bert.training.trainer import Trainer
 from parallel.mesh import DATA_AXES, ParallelMesh, Sharding
 from parallel.pipeline.schedules import SCHEDULES
@@ -295,6 +296,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
     outcome = Outcome()
     outcome.initial = {name: _digest(whole) for name, whole in _whole({**trainer.parameters, **trainer.copies}).items()}
     train(trainer, STEPS, outcome)
+    check_replicas(trainer)
     note_weights(trainer, outcome)
     outcome.scores = trainer.evaluate()
     return outcome

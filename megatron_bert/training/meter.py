@@ -1,0 +1,54 @@
+"""How fast a run trains."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_bert.model.batch import TokenBatch
+from megatron_bert.planning.flops import peak_tflops, training_flops
+from parallel.mesh import DATA_AXES
+
+if TYPE_CHECKING:
+    from megatron_bert.training.trainer import Trainer
+
+
+class Meter:
+    """Counts work between two logged steps; reading it waits for the device."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        settings, device = trainer.settings, trainer.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.peak = settings.logging.peak_tflops or peak_tflops(name, settings.precision.compute)
+        self.restart()
+
+    def restart(self) -> None:
+        """Start counting from here."""
+        self.began, self.first_step = time.perf_counter(), self.trainer.step
+        self.tokens = self.squares = self.predictions = self.sequences = 0
+
+    def count(self, batches: list[TokenBatch]) -> None:
+        """Micro batches were worked through."""
+        for batch in batches:
+            self.tokens += sum(batch.lengths)
+            self.squares += sum(length * length for length in batch.lengths)
+            self.predictions += batch.predictions()
+            self.sequences += len(batch.lengths)
+
+    def read(self) -> dict[str, float | None]:
+        """tokens_per_second, mfu (None without a known peak) and step_seconds since the last reading."""
+        seconds = time.perf_counter() - self.began
+        steps = max(1, self.trainer.step - self.first_step)
+        work = torch.tensor([self.tokens, self.squares, self.predictions, self.sequences], dtype=torch.float64)
+        tokens, squares, predictions, sequences = self.trainer.mesh.all_reduce(
+            work.to(self.trainer.world.device), DATA_AXES
+        ).tolist()
+        mfu = None
+        if self.peak is not None:
+            flops = training_flops(self.trainer.config, tokens, squares, predictions, sequences)
+            mfu = flops / seconds / (self.trainer.world.size * self.peak * 1e12)
+        self.restart()
+        return {"tokens_per_second": tokens / seconds, "mfu": mfu, "step_seconds": seconds / steps}
