@@ -72,18 +72,23 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def global_gradient_norm(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> Tensor:
+def global_gradient_norm(
+    parameters: Iterable[nn.Parameter], mesh: ParallelMesh, losses: Tensor | None = None
+) -> Tensor:
     """The L2 norm of the whole model's gradient, a float32 scalar that is the same on every rank.
 
     Args:
         parameters: this rank's parameters, without second copies of tied ones.
         mesh: where the run is laid out; all its ranks must call.
+        losses: of this rank; where one of them is not finite, the norm is NaN on every rank.
     """
     gradients = [raw_local(p.grad) for p in parameters if p.grad is not None and counted_here(p, mesh)]
     gradients = [gradient for gradient in gradients if gradient.numel()]
     total = torch.zeros((), device=mesh.device)
     if gradients:
         total = torch.stack(_norms(gradients)).float().square().sum()
+    if losses is not None:
+        total = total + 0.0 * losses.sum()
     return mesh.all_reduce(total, ("tensor", "data_shard", "data_replicate", "pipeline")).sqrt()
 
 

@@ -75,8 +75,8 @@ def bits_hash(values: Tensor) -> Tensor:
     """A hash of the bytes of a tensor, an int64 scalar on its device, the same wherever its kind of device is."""
     if values.is_cuda:
         return sum_hash(values)
-    content = values.contiguous().view(-1).view(torch.uint8).numpy()
-    digest = hashlib.blake2b(memoryview(content), digest_size=8).digest()
+    content = values.contiguous().view(-1).view(torch.uint8).numpy().data
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return torch.tensor(int.from_bytes(digest, "little", signed=True))
 
 

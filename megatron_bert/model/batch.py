@@ -35,12 +35,12 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on ``device``."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory, so that copies to the device overlap computation."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
         return replace(self, layout=self.layout.pin_memory(), **pinned)
 
     def dropout_keys(self, seed: int) -> Tensor:
@@ -51,7 +51,8 @@ class TokenBatch:
         """Positions whose words the masked-language head predicts, for counting operations."""
         return 0
 
-    def _tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Any]:
+        """The fields that are tensors, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

@@ -46,6 +46,7 @@ class QuantizationAware(Finetuning):
 
     # Tensors between modules are integers times a power of two, which bfloat16 would round.
     float32_activations: ClassVar[bool] = True
+    changes_after_step: ClassVar[bool] = True
     # Ranges are made before the first step, and their widths are part of the function.
     fixed_settings: ClassVar[tuple[str, ...]] = (*Finetuning.fixed_settings, "quantization.")
 

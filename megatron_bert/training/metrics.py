@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import suppress
@@ -105,7 +106,7 @@ class Report:
             self.bar.update()
 
     def step(self, row: dict[str, float | int | None]) -> None:
-        """A logged step: a row with ``step`` and its metrics; None values are left out."""
+        """A logged step: a row with ``step`` and its metrics; None is left out, and so is what is not finite."""
         if not self.active:
             return
         row = {name: value for name, value in row.items() if value is not None}
@@ -133,7 +134,9 @@ class Report:
         self.say(f"step {step}/{self.steps} | held out: {text}")
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
-        self._unwritten += (json.dumps(row) + "\n").encode()
+        # JSON has no NaN and no infinity: a float16 step that was skipped has no gradient norm.
+        row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        self._unwritten += (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
             self._write_rows()
             self._warned = False

@@ -46,6 +46,8 @@ class Objective(ABC):
     float32_activations: ClassVar[bool] = False
     #: Beginnings of the names of settings that a run cannot change when it goes on from a checkpoint.
     fixed_settings: ClassVar[tuple[str, ...]] = ()
+    #: Whether :meth:`after_step` changes what the next step computes, beside the optimizer.
+    changes_after_step: ClassVar[bool] = False
     #: Whether the last stage has a copy of the word embeddings.
     tied: ClassVar[bool]
 

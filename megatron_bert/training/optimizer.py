@@ -71,13 +71,23 @@ class ShardedAdamW:
             for local in self.local.values():
                 self.adam.state[local]["step"] = torch.tensor(float(self.steps), device=local.device)
 
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters from their gradients."""
+    def step(self, learning_rate: float, unless: Tensor | None = None) -> None:
+        """Update the parameters from their gradients.
+
+        Args:
+            learning_rate: of parameters whose factor is 1.
+            unless: float32 scalar on the device; where it is 1, nothing changes.
+        """
         for parameter, local in self.local.items():
             local.grad = None if parameter.grad is None else raw_local(parameter.grad)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate * group["scale"]
-        self.adam.step()
+        if self._counts_in_group:  # apex's kernel takes no such condition
+            if unless is None or not unless.item():
+                self.adam.step()
+        else:
+            self.adam.found_inf = unless  # type: ignore[attr-defined]
+            self.adam.step()
         self.steps += 1
 
     def zero_grad(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.flops import parameter_count
 from megatron_bert.training.build import build_model
+from megatron_bert.training.divergence import Watch, diagnosed
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.meter import Meter
@@ -31,7 +33,6 @@ from megatron_bert.training.timeline import gather_timeline, write_timeline
 from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
-from parallel.errors import UserError
 from parallel.gradients import (
     clip_factor,
     global_gradient_norm,
@@ -105,6 +106,7 @@ class Trainer:
             asynchronous=settings.checkpoint.asynchronous,
             timeout_seconds=settings.checkpoint.timeout_seconds,
         )
+        self.watch = Watch(self)
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
             self._resume(resume_from)
@@ -151,7 +153,7 @@ class Trainer:
                 better = self._evaluate(report)
                 meter.restart()
             if reason or better or self.step == total or self._due(settings.checkpoint.every):
-                self._save_finite(sums, report, last=reason is not None or self.step == total)
+                self._save_sound(report, last=reason is not None or self.step == total)
         self.checkpoints.finish()
         return reason
 
@@ -169,7 +171,32 @@ class Trainer:
         return better
 
     def train_step(self, batches: list[TokenBatch]) -> StepSums:
-        """One optimizer step on this data rank's micro batches of the global batch."""
+        """One optimizer step on this data rank's micro batches of the global batch.
+
+        Raises:
+            UserError: it is not finite, or on a GPU the step before it was not; the weights are those before it.
+        """
+        sums = self.compute_gradients(batches)
+        overflow = self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item())
+        if not overflow:
+            rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, self.objective.total_steps)
+            self.optimizer.step(rate, self.watch.note(batches, sums.grad_norm))
+        self.loss_scale.update(overflow)
+        if self.loss_scale.exhausted or (overflow and self.loss_scale.skipped_steps == self.objective.total_steps):
+            raise diagnosed(self, self.step + 1, batches)
+        self.optimizer.zero_grad()
+        self.objective.after_step(self.model, self.mesh)
+        self.step += 1
+        self.consumed_samples += self.settings.training.global_batch_size
+        return sums
+
+    def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:
+        """The gradients of a step, complete and clipped.
+
+        Args:
+            batches: this data rank's micro batches.
+            began: called with stage and micro batch before every forward pass.
+        """
         training = self.settings.training
         self.objective.before_step(self.model, batches)
         counts = self._global_counts(batches)
@@ -179,6 +206,8 @@ class Trainer:
         losses = torch.zeros(len(self.objective.loss_names), device=self.world.device)
 
         def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
+            if began is not None:
+                began(stage, index)
             module = self.model.stages[stage]
             output = module(batches[index], self.dropout_seed, received)
             if not module.part.last:
@@ -188,17 +217,7 @@ class Trainer:
             return (sums / counts).sum() * self.loss_scale.value
 
         self.engine.run(forward, lambda index: self.model.activation_shape(batches[index]))
-        grad_norm = self._finish_gradients()
-        overflow = self.loss_scale.dynamic and not math.isfinite(grad_norm.item())
-        if not overflow:
-            rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, self.objective.total_steps)
-            self.optimizer.step(rate)
-        self.loss_scale.update(overflow)
-        self.optimizer.zero_grad()
-        self.objective.after_step(self.model, self.mesh)
-        self.step += 1
-        self.consumed_samples += training.global_batch_size
-        return StepSums(losses, counts, grad_norm)
+        return StepSums(losses, counts, self._finish_gradients(losses))
 
     def evaluate(self) -> dict[str, float]:
         """Held-out scores."""
@@ -224,12 +243,12 @@ class Trainer:
         counts = self.mesh.all_reduce(self.objective.counts(batches), DATA_AXES).float()
         return torch.where(counts > 0, counts, 1.0)
 
-    def _finish_gradients(self) -> Tensor:
-        """Complete, unscale and clip the gradients; returns their norm before clipping."""
+    def _finish_gradients(self, losses: Tensor) -> Tensor:
+        """Complete, unscale and clip the gradients; returns their norm before clipping, not finite if a loss is not."""
         self.model.sum_tied_gradients()
         for stage in self.model.stages.values():
             sum_token_partial_gradients(stage, self.mesh.tensor_parallel)
-        norm = global_gradient_norm(self.parameters.values(), self.mesh) / self.loss_scale.value
+        norm = global_gradient_norm(self.parameters.values(), self.mesh, losses) / self.loss_scale.value
         maximum = self.settings.optimizer.clip_grad_norm
         factor = clip_factor(norm, maximum) if maximum > 0 else torch.ones_like(norm)
         if maximum > 0 or self.loss_scale.value != 1.0:
@@ -240,15 +259,11 @@ class Trainer:
     # ---------------------------------------------------------------- reporting
 
     def _log(self, sums: StepSums, meter: Meter, report: Report) -> None:
+        self.watch.check()
         losses = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
         parts = dict(zip(self.objective.loss_names, losses.tolist(), strict=True))
         loss = sum(parts.values())
         grad_norm = sums.grad_norm.item()
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.loss_scale.dynamic):
-            raise UserError(
-                f"training diverged: at step {self.step} the loss is {loss} and the gradient norm {grad_norm}; "
-                "go on from an earlier checkpoint with a lower learning_rate.peak or a longer warm-up"
-            )
         report.step(
             {
                 "step": self.step,
@@ -292,13 +307,9 @@ class Trainer:
         stages = self.model.stages.values()
         return {f"model.{name}": t for stage in stages for name, t in self.objective.extra_tensors(stage).items()}
 
-    def _save_finite(self, sums: StepSums, report: Report, *, last: bool) -> None:
+    def _save_sound(self, report: Report, *, last: bool) -> None:
         settings = self.settings.checkpoint
-        if not self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item()):
-            raise UserError(
-                f"training diverged: the gradient norm at step {self.step} is not finite, so no checkpoint was "
-                "written; go on from an earlier one with a lower learning_rate.peak or a longer warm-up"
-            )
+        self.watch.check()
         if settings.compare_replicas_every != 0 and not self._due(settings.compare_replicas_every or 0):
             check_replicas(self)
         self.saving.save(self.step, self.save, report, last=last)

@@ -1,0 +1,342 @@
+"""Values that are not finite: noticed in the step that makes them, and traced to a rank, a module and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.model.batch import TokenBatch
+from parallel.errors import UserError
+from parallel.gradients import raw_local
+from parallel.hosts import host_name
+from parallel.mesh import DATA_AXES
+from parallel.whole_files import reason_of, whole_file
+
+if TYPE_CHECKING:
+    from megatron_bert.training.trainer import Trainer
+
+#: Folder of a run directory with the batches of steps that were not finite.
+BATCHES_FOLDER = "diverged"
+#: A weight is taken for damaged, such as by a flipped bit of its exponent, if it is one of a few that are above both:
+#: so many times the median magnitude of their tensor, and this magnitude. Training that diverges moves many.
+_OUTLIER_RATIO, _OUTLIER = 1e4, 1e3
+_SHOWN = 3
+_DAMAGED = (
+    "memory or the checkpoint it went on from is damaged: go on from an earlier one, and without that host if it "
+    "happens there again"
+)
+_LOWER_RATE = "go on from an earlier checkpoint with a lower learning_rate.peak or a longer warm-up"
+
+
+class NotReproducedError(RuntimeError):
+    """A step was not finite, and computed again it was: another start may help."""
+
+
+class Watch:
+    """Looks at the gradient norm of every step.
+
+    From the first step that is not finite on, no update reaches the weights: the optimizer leaves them out on the
+    device. On a GPU the host learns of it a step later, so that it never waits for the device to finish what it does.
+
+    Args:
+        trainer: whose steps they are.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._found: Tensor | None = None
+        self._noted: tuple[int, list[TokenBatch], Tensor, Any] | None = None
+        # What changes with every step would be other when the step is computed again.
+        self.at_once = trainer.world.device.type == "cpu" or trainer.objective.changes_after_step
+
+    def note(self, batches: list[TokenBatch], norm: Tensor) -> Tensor:
+        """Take note of the step that is being made.
+
+        Args:
+            batches: its micro batches.
+            norm: of its gradient, the same on every rank; not finite where a loss is not.
+
+        Returns:
+            A float32 scalar, 1 if this or an earlier step was not finite, for the optimizer.
+
+        Raises:
+            UserError: it was not, or the step before was not.
+        """
+        self.check()
+        found = (~norm.isfinite()).float()
+        self._found = found if self._found is None else torch.maximum(self._found, found)
+        here, event = self._found, None
+        if norm.is_cuda:
+            here = torch.empty((), pin_memory=True)
+            here.copy_(self._found, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._noted = self.trainer.step + 1, batches, here, event
+        if self.at_once:
+            self.check()
+        return self._found
+
+    def check(self) -> None:
+        """Wait for the step that was noted; every rank calls.
+
+        Raises:
+            UserError: it was not finite.
+        """
+        if self._noted is None:
+            return
+        step, batches, found, event = self._noted
+        self._noted = None
+        if event is not None:
+            event.synchronize()
+        if found.item():
+            raise diagnosed(self.trainer, step, batches)
+
+
+@dataclass
+class _Origin:
+    """Where values that are not finite came up first on this rank.
+
+    Attributes:
+        order: of the backward pass or not, stage and module, as the computation runs.
+        what: for people.
+        microbatch: its number.
+        samples: numbers of the samples it was in.
+    """
+
+    order: tuple[int, int, int]
+    what: str
+    microbatch: int
+    samples: list[int]
+
+
+@dataclass
+class _Tracer:
+    """Looks at what every module gives, and at the gradients it gets."""
+
+    batches: Sequence[TokenBatch]
+    first: _Origin | None = None
+    running: tuple[int, int] = (0, 0)
+    count: int = 0
+    tensor: tuple[int, int] = field(default=(0, 1))
+
+    def begin(self, stage: int, microbatch: int) -> None:
+        """A stage's forward pass begins."""
+        self.running, self.count = (stage, microbatch), 0
+
+    @contextmanager
+    def attached(self, stages: dict[int, Any]) -> Iterator[None]:
+        """Look while the block lasts."""
+        hooks = []
+        for stage in stages.values():
+            for name, module in stage.named_modules():
+                hooks.append(module.register_forward_hook(self._hook(name or "the stage")))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Callable[[Any, Any, Any], None]:
+        def look(module: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001
+            self.count += 1
+            (stage, microbatch), place = self.running, self.count
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    continue
+                self._see(tensor, (0, stage, place), f"the output of {name}", microbatch)
+                if tensor.requires_grad:
+                    tensor.register_hook(
+                        lambda gradient: self._see(
+                            gradient, (1, -stage, -place), f"the gradient of the output of {name}", microbatch
+                        )
+                    )
+
+        return look
+
+    def _see(self, tensor: Tensor, order: tuple[int, int, int], what: str, microbatch: int) -> None:
+        if self.first is not None and self.first.order <= order:
+            return
+        finite = tensor.detach().isfinite()
+        if finite.all():
+            return
+        self.first = _Origin(order, what, microbatch, self._samples(~finite, self.batches[microbatch]))
+
+    def _samples(self, wrong: Tensor, batch: TokenBatch) -> list[int]:
+        """Numbers of the samples whose tokens are in the rows of a mask; all of the micro batch for other shapes."""
+        numbers = batch.samples
+        rank, size = self.tensor
+        if wrong.dim() and wrong.shape[0] * size == numbers.shape[0]:  # this rank's tokens, in sequence parallelism
+            numbers = numbers.chunk(size)[rank]
+        if wrong.dim() and wrong.shape[0] == numbers.shape[0]:
+            numbers = numbers[wrong.flatten(1).any(1) if wrong.dim() > 1 else wrong]
+        return [int(number) for number in numbers.unique().tolist()]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What a rank knows of a step that was not finite."""
+
+    host: str
+    data_rank: int
+    damaged: list[tuple[str, int]]
+    outliers: list[tuple[str, float, float]]
+    origin: _Origin | None
+
+
+def diagnosed(trainer: Trainer, step: int, batches: list[TokenBatch]) -> Exception:
+    """Find out why a step was not finite, by computing it again; every rank calls, and gets the same error.
+
+    Args:
+        trainer: whose weights are still those before the step.
+        step: its number.
+        batches: its micro batches, which are kept in a file.
+    """
+    damaged, outliers = _damaged(trainer), _outliers(trainer)
+    tp = trainer.mesh.tensor_parallel
+    tracer = _Tracer(batches, tensor=(tp.rank, tp.size))
+    trainer.optimizer.zero_grad()
+    trainer.step, now = step - 1, trainer.step
+    with tracer.attached(trainer.model.stages):
+        sums = trainer.compute_gradients(batches, tracer.begin)
+    trainer.step = now
+    trainer.optimizer.zero_grad()
+    loss = trainer.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
+    mine = _Finding(host_name(), trainer.mesh.data_rank, damaged, outliers, tracer.first)
+    everyone: list[Any] = [None] * trainer.world.size
+    dist.all_gather_object(everyone, mine, group=trainer.checkpoints.group)
+    found = {rank: finding for rank, finding in enumerate(everyone) if finding is not None}
+    origins = {rank: finding.origin for rank, finding in found.items() if finding.origin is not None}
+    first = min(origins, key=lambda rank: (origins[rank].order, rank), default=None)
+    kept = _kept(trainer, step, batches, None if first is None else found[first].data_rank)
+    values = f"the loss is {loss.sum().item():.4g} and the gradient norm {sums.grad_norm.item():.4g}"
+    scale = trainer.loss_scale
+    if scale.dynamic:
+        values = f"{values}, as in the {scale.skipped_steps} float16 steps up to it, all skipped"
+    if scale.dynamic and scale.value > 1.0:
+        cause = _damage(step, values, found) or (
+            f"every float16 step up to step {step} was skipped, since gradients overflow at a loss scale of "
+            f"{scale.value:.3g}, so nothing was trained: lower precision.initial_loss_scale, or train more steps"
+        )
+        return UserError(cause + kept)
+    return _error(step, values, found, first, bool(sums.grad_norm.isfinite()), scale.dynamic, kept)
+
+
+def _damage(step: int, values: str, found: dict[int, _Finding]) -> str:
+    """The cause in a sentence, if it is a weight that was damaged; empty otherwise."""
+    where = {rank: f"rank {rank} ({finding.host})" for rank, finding in found.items()}
+    broken = [
+        f"{count} of the values of {name} on {where[rank]} are NaN or infinite"
+        for rank, finding in found.items()
+        for name, count in finding.damaged
+    ]
+    if broken:
+        return f"step {step} is not finite because values were damaged before it: {_some(broken)}; {_DAMAGED}"
+    huge = [
+        f"{name} on {where[rank]} holds {largest:.3g}, {ratio:.1g} times its median magnitude"
+        for rank, finding in found.items()
+        for name, largest, ratio in finding.outliers
+    ]
+    if huge:
+        return f"at step {step} {values} because of weights out of all proportion: {_some(huge)}; {_DAMAGED}"
+    return ""
+
+
+def _error(
+    step: int, values: str, found: dict[int, _Finding], first: int | None, finite: bool, scaled: bool, kept: str
+) -> Exception:
+    """The cause in a sentence."""
+    where = {rank: f"rank {rank} ({finding.host})" for rank, finding in found.items()}
+    damage = _damage(step, values, found)
+    # Weights that are only large do not make a step that is finite when it is computed again.
+    if damage and (not finite or any(finding.damaged for finding in found.values())):
+        return UserError(damage + kept)
+    if finite:
+        return NotReproducedError(
+            f"step {step} was not finite, but computed again it is ({values}): a device or a connection gives wrong "
+            f"results at times; `megatron-bert doctor` examines the machines{kept}"
+        )
+    origin = ""
+    if first is not None:
+        came = found[first].origin
+        assert came is not None
+        origin = (
+            f"the first values that are not finite are in {came.what} on {where[first]}, stage {abs(came.order[1])}, "
+            f"micro batch {came.microbatch}, samples {_some(came.samples)}"
+        )
+    cause = origin or "every value is finite, but the squares of the gradients are too large to add up"
+    remedy = f"set precision.compute=bfloat16, or {_LOWER_RATE}" if scaled else _LOWER_RATE
+    return UserError(f"training diverged: at step {step} {values}; {cause}: {remedy}{kept}")
+
+
+def _some(items: Sequence[Any]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(map(str, items[:_SHOWN])) + more
+
+
+def _damaged(trainer: Trainer) -> list[tuple[str, int]]:
+    """Weights and optimizer states of this rank that are not finite: name, and how many values."""
+    found = {}
+    for parameters in (trainer.parameters, trainer.copies):
+        for name, tensor in trainer.tensors(parameters).items():
+            count = int((~raw_local(tensor).isfinite()).sum())
+            if count:
+                found[name] = count
+    return list(found.items())
+
+
+def _outliers(trainer: Trainer) -> list[tuple[str, float, float]]:
+    """Weights of this rank far from the rest of their tensor: name, largest magnitude, its ratio to the median."""
+    found = []
+    for name, parameter in {**trainer.copies, **trainer.parameters}.items():
+        values = raw_local(parameter).abs().flatten()
+        largest = values.max().item() if values.numel() else 0.0
+        if not math.isfinite(largest) or largest < _OUTLIER:
+            continue
+        median = max(values.median().item(), 1e-30)
+        few = int((values > max(_OUTLIER, _OUTLIER_RATIO * median)).sum())
+        if 0 < few <= max(8, values.numel() // 10_000):
+            found.append((f"model.{name}", largest, largest / median))
+    return found
+
+
+def _kept(trainer: Trainer, step: int, batches: list[TokenBatch], data_rank: int | None) -> str:
+    """Keep the micro batches of a data rank, or of all, in a file each; where they are, for people."""
+    folder = trainer.settings.training.run_dir / BATCHES_FOLDER
+    mesh, failure = trainer.mesh, ""
+    if mesh.coordinate["tensor"] == mesh.coordinate["pipeline"] == 0 and data_rank in (None, mesh.data_rank):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_batches(folder / f"step_{step:08d}_data_{mesh.data_rank:04d}.npz", step, batches)
+        except OSError as error:
+            failure = reason_of(error)
+    failures: list[str] = [""] * trainer.world.size
+    dist.all_gather_object(failures, failure, group=trainer.checkpoints.group)
+    if any(failures):
+        return f"; the batch could not be kept in {folder} ({next(filter(None, failures))})"
+    ranks = "*" if data_rank is None else f"{data_rank:04d}"
+    return f"; the batch is kept in {folder / f'step_{step:08d}_data_{ranks}.npz'}"
+
+
+def write_batches(path: Path, step: int, batches: Sequence[TokenBatch]) -> None:
+    """Write micro batches as arrays, which ``numpy.load`` reads: ``step``, and ``<number>.tokens`` and so on of each.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    arrays = {
+        f"{number}.{name}": tensor.cpu().numpy()
+        for number, batch in enumerate(batches)
+        for name, tensor in batch.tensors().items()
+    }
+    arrays |= {f"{number}.lengths": np.array(batch.lengths) for number, batch in enumerate(batches)}
+    with whole_file(path, "wb") as file:
+        np.savez_compressed(file, step=np.array(step), **arrays)
