@@ -21,7 +21,7 @@ preload(
     "matplotlib.backends.backend_agg",
     "megatron_bert.finetuning.inference",
     "megatron_bert.quantizing.quantize",
-    "torch.utils.tensorboard",
+    "megatron_bert.training.event_file",
 )
 
 

@@ -12,7 +12,7 @@ from megatron_bert.config_checks import check_settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.model.pretraining import BertForPretraining
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import latest_checkpoint
 

@@ -21,7 +21,7 @@ from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sample_index import split_documents
 from megatron_bert.ending import command
 from megatron_bert.training.curves import draw_curves
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.errors import UserError
 
 

@@ -104,7 +104,7 @@ class FinetuneStage:
         run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
         task, splits = settled(objective.task, splits)
         self.save(settings, trainer, checkpoint, task)
-        draw_run(run_dir, objective.metric)
+        report.attempt("curves.png", "there is no picture of the run", lambda: draw_run(run_dir, objective.metric))
         step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside(settings)
         results = write_results(
             run_dir,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics, rows_with
 from parallel.whole_files import write_picture
 
 _BLUE, _ORANGE, _GREEN = "#4c78a8", "#f58518", "#54a24b"
@@ -29,10 +29,10 @@ def draw_run(run_dir: Path, metric: str | None) -> Path | None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(run_dir / METRICS_FILE)
-    train = [row for row in rows if "loss" in row]
+    train = rows_with(rows, "loss")
     if not train:
         return None
-    held_out = [row for row in rows if "valid_loss" in row]
+    held_out = rows_with(rows, "valid_loss", *([] if metric is None else [f"valid_{metric}"]))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(

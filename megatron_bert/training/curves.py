@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics, rows_with
 from parallel.whole_files import write_picture
 
 
@@ -22,8 +22,8 @@ def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path 
     from matplotlib.figure import Figure
 
     rows = read_metrics(run_dir / METRICS_FILE)
-    train = [row for row in rows if "loss" in row]
-    valid = [row for row in rows if "valid_mlm_loss" in row]
+    train = rows_with(rows, "loss", "mlm_loss", "grad_norm", "learning_rate")
+    valid = rows_with(rows, "valid_mlm_loss")
     if len(train) < 2:
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -42,7 +42,7 @@ def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path 
             markersize=4,
             label="masked tokens, held out",
         )
-    pairs = [row for row in train if "sop_loss" in row]  # the objective may have changed on the way
+    pairs = rows_with(train, "sop_loss")  # the objective may have changed on the way
     if pairs:
         left.plot(
             [row["step"] for row in pairs],

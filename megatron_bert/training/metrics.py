@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,20 +14,9 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from megatron_bert.config import LoggingSettings
-from parallel.whole_files import reason_of, reporting, write_text
-
-METRICS_FILE = "metrics.jsonl"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, leaving out a last line that was cut off."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+from megatron_bert.training.heartbeat import Heartbeat
+from megatron_bert.training.metrics_file import METRICS_FILE, MetricsFile
+from parallel.whole_files import reason_of, reporting
 
 
 def _duration(seconds: float) -> str:
@@ -39,41 +28,46 @@ def _duration(seconds: float) -> str:
 class Report:
     """Reports of rank 0; on other ranks every method does nothing.
 
+    What the file system refuses is a warning, once until it is over, and never the end of the run.
+
     Args:
         run_dir: directory of the run.
         settings: what to report.
         active: whether this is rank 0.
         start: steps done before this process started.
         steps: steps of the whole run.
+
+    Attributes:
+        stopped: whether the run ends before its last step, as asked; the heartbeat says so.
+
+    Raises:
+        UserError: the directory cannot be written to.
     """
 
     def __init__(self, run_dir: Path, settings: LoggingSettings, *, active: bool, start: int, steps: int) -> None:
-        self.active, self.start, self.steps = active, start, steps
+        self.active, self.start, self.steps, self.done = active, start, steps, start
         self.began = time.monotonic()
+        self.stopped = False
         if not active:
             return
-        self._forget_after(run_dir / METRICS_FILE, start)
-        # Unbuffered, so that what a full disk refuses is known, and waits for the next try.
-        self.file = (run_dir / METRICS_FILE).open("ab", buffering=0)
-        self._unwritten = bytearray()
-        self._warned = False
+        self._refused: set[str] = set()
+        with reporting("written", run_dir / METRICS_FILE, "make room, or give access to it"):
+            self.file = MetricsFile(run_dir / METRICS_FILE, start)
         self.board: Any = None
         if settings.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from megatron_bert.training.event_file import EventFile
 
             if start == 0:  # events of an earlier run, which this one begins in place of
                 for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
-                    path.unlink()
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+                    with suppress(OSError):
+                        path.unlink()
+            self.board = EventFile(run_dir / "tensorboard", start + 1)
         show = sys.stderr.isatty() if settings.progress is None else settings.progress
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not show, dynamic_ncols=True)
-
-    @staticmethod
-    def _forget_after(path: Path, step: int) -> None:
-        """Drop rows that a resumed run will write again."""
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.heartbeat = Heartbeat(run_dir, steps)
+        self.heartbeat.beat("training", start)
+        if self.file.broken:
+            self.say(f"warning: {self.file.broken} lines of {METRICS_FILE} could not be read, and are left out")
 
     def __enter__(self) -> Self:
         return self
@@ -81,18 +75,18 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.active:
-            self.bar.close()
-            if self.board is not None:
-                with suppress(OSError):  # reported at the row that could not be written, or of the last of them alone
-                    self.board.close()
-            with self.file:
-                if kind is None:
-                    self._write_last_rows()
-
-    def _write_last_rows(self) -> None:
-        with reporting("written", self.file.name, "its last rows are lost; make room before the next run"):
-            self._write_rows()
+        if not self.active:
+            return
+        self.bar.close()
+        self.heartbeat.beat("failed" if kind is not None else "stopped" if self.stopped else "done")
+        with suppress(OSError):
+            self.file.flush()
+        if kind is None and (lost := self.file.lost + self.file.waiting):
+            self.say(f"warning: the last {lost} rows of {METRICS_FILE} could not be written, and are lost")
+        for file in (self.file, self.board):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -104,12 +98,41 @@ class Report:
         """One more step is done."""
         if self.active:
             self.bar.update()
+            self.done += 1
+            self.heartbeat.beat("training", self.done)
+
+    def doing(self, state: str) -> None:
+        """What the run does between two steps, for the heartbeat."""
+        if self.active:
+            self.heartbeat.beat(state)
+
+    def attempt(self, what: str, meanwhile: str, work: Callable[[], object]) -> None:
+        """Write what the run can do without: what the file system refuses is a warning, once until it is over.
+
+        Args:
+            what: is written.
+            meanwhile: what becomes of it.
+            work: writes it.
+        """
+        if not self.active:
+            return
+        try:
+            work()
+        except OSError as error:
+            if what not in self._refused:
+                self.say(f"warning: {what} cannot be written ({reason_of(error)}): {meanwhile}")
+            self._refused.add(what)
+        else:
+            if what in self._refused:
+                self.say(f"{what} can be written again")
+            self._refused.discard(what)
 
     def step(self, row: dict[str, float | int | None]) -> None:
         """A logged step: a row with ``step`` and its metrics; None is left out, and so is what is not finite."""
         if not self.active:
             return
         row = {name: value for name, value in row.items() if value is not None}
+        self.heartbeat.loss = row["loss"]
         self._write(row, prefix="train")
         step = int(row["step"] or 0)
         elapsed = time.monotonic() - self.began
@@ -134,29 +157,20 @@ class Report:
         self.say(f"step {step}/{self.steps} | held out: {text}")
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
-        # JSON has no NaN and no infinity: a float16 step that was skipped has no gradient norm.
-        row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
-        self._unwritten += (json.dumps(row, allow_nan=False) + "\n").encode()
-        try:
-            self._write_rows()
-            self._warned = False
-        except OSError as error:
-            if not self._warned:
-                self.say(f"warning: {METRICS_FILE} cannot be written ({reason_of(error)}): its rows wait for room")
-            self._warned = True
+        self.file.add(row)
+        self.attempt(METRICS_FILE, "its rows wait until it can be", self._write_rows)
         if self.board is not None:
-            try:
-                self._write_scalars(row, prefix)
-            except OSError as error:
-                self.board = None
-                self.say(f"warning: TensorBoard's events end here ({reason_of(error)}); {METRICS_FILE} has all of them")
+            values = {
+                f"{prefix}/{name.removeprefix('valid_')}": value
+                for name, value in row.items()
+                if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+            }
+            self.attempt(
+                "TensorBoard's events",
+                f"there are none of the steps until it can be; {METRICS_FILE} has all of them",
+                lambda: self.board.add(row["step"], values),
+            )
 
     def _write_rows(self) -> None:
-        while self._unwritten:
-            del self._unwritten[: self.file.write(self._unwritten)]
-
-    def _write_scalars(self, row: dict[str, Any], prefix: str) -> None:
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(f"{prefix}/{name.removeprefix('valid_')}", value, row["step"])
+        if self.file.flush():
+            self.say(f"warning: {self.file.path} was removed or replaced: it begins again, without the rows before")

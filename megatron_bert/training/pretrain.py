@@ -76,10 +76,8 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
                 objective.prepare(mesh, world)
                 on_first_rank(lambda: write_start(settings, tokenizer))
                 reason = _train(settings, trainer, start, placement, stop)
-            if world.is_first:
-                if reason is not None:
-                    note_stop(training.run_dir, reason, trainer.step)
-                draw_curves(training.run_dir)
+            if world.is_first and reason is not None:
+                note_stop(training.run_dir, reason, trainer.step)
     return reason
 
 
@@ -99,6 +97,7 @@ def _train(settings: Settings, trainer: Trainer, start: Start, placement: list[s
         for note in (*trainer.model.notes, *start.notes, *alone, *placement):
             report.say(f"note: {note}")
         reason = trainer.run(stop, report)
+        report.attempt("curves.png", "there is no picture of the run", lambda: draw_curves(training.run_dir))
         if reason is not None:
             report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
     return reason

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.checkpoint import STATE_FILE, latest_checkpoint
 from tests.integration.cluster_support import need
 from tests.integration.hosts import INTERFACE, PROGRAMS, Hosts

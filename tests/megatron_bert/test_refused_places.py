@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_bert.cli import main
 from megatron_bert.config import LoggingSettings
 from megatron_bert.data.indexed import IndexedWriter
-from megatron_bert.training.metrics import METRICS_FILE, Report, read_metrics
+from megatron_bert.training.metrics import Report
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.errors import UserError
 from tests.megatron_bert.data.support import small_vocabulary
 from tests.megatron_bert.training.layouts import make_data
@@ -109,12 +112,23 @@ def test_metrics_wait_for_room(full_disk: Path, capsys: pytest.CaptureFixture[st
     assert [row["step"] for row in read_metrics(full_disk / METRICS_FILE)] == [*range(201)]
 
 
-def fill_and_report(folder: Path) -> None:
-    with Report(folder, LoggingSettings(tensorboard=False), active=True, start=0, steps=3) as report:
-        (folder / "rest").write_bytes(bytes(full_disk_free(folder)))
+def test_metrics_that_are_lost_at_the_end_are_a_warning(full_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Report(full_disk, LoggingSettings(progress=False), active=True, start=0, steps=3) as report:
         report.evaluation(1, {"loss": 1.0})
-
-
-def test_metrics_that_are_lost_are_an_error(full_disk: Path) -> None:
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\)"):
-        fill_and_report(full_disk)
+        rest = full_disk / "rest"
+        rest.write_bytes(bytes(full_disk_free(full_disk)))
+        for step in range(2, 200):
+            report.evaluation(step, {"loss": 1.0})
+        lines = capsys.readouterr().out
+        assert lines.count("warning: TensorBoard's events cannot be written (No space left on device)") == 1
+        rest.unlink()
+        report.evaluation(200, {"loss": 1.0})
+        assert "TensorBoard's events can be written again\n" in capsys.readouterr().out
+        rest.write_bytes(bytes(full_disk_free(full_disk)))
+        for step in range(201, 400):
+            report.evaluation(step, {"loss": 1.0})
+    assert re.search(
+        r"warning: the last \d+ rows of metrics.jsonl could not be written, and are lost", capsys.readouterr().out
+    )
+    found = EventAccumulator(str(full_disk / "tensorboard")).Reload().Scalars("valid/loss")
+    assert {1, 200} <= {event.step for event in found}

@@ -19,7 +19,7 @@ from megatron_bert.finetuning import inference
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.encoding import Feature
 from megatron_bert.tasks.task import Head, Unit
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary
 from tests.worlds import CPU, preload

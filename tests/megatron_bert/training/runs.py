@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_bert.config import Settings
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.checkpoint import STATE_FILE, read_state
 from parallel.checkpoint_reader import load_tensors
 from parallel.stored.distributed_files import METADATA, read_metadata

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_bert.training.curves import draw_curves
-from megatron_bert.training.metrics import METRICS_FILE
+from megatron_bert.training.metrics_file import METRICS_FILE
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_bert.config import LoggingSettings
-from megatron_bert.training.metrics import METRICS_FILE, Report, read_metrics
+from megatron_bert.training import heartbeat
+from megatron_bert.training.heartbeat import HEARTBEAT_FILE
+from megatron_bert.training.metrics import Report
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
+from parallel.hosts import host_name
 
 QUIET = LoggingSettings(tensorboard=False, progress=False)
 
@@ -77,6 +84,86 @@ def test_a_line_cut_off_by_a_crash(tmp_path: Path) -> None:
     with report(tmp_path, start=1) as one:
         one.step(row(2))
     assert [found["step"] for found in read_metrics(path)] == [1, 2]
+
+
+BROKEN = [b"{", b"\xff\xfe\x00", b"[" * 100_000, b"null", b'{"step": "1"}', b'{"loss": 1.0}']
+
+
+def test_broken_lines_cost_only_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / METRICS_FILE
+    lines = [line for step in range(1, 7) for line in (json.dumps(row(step)).encode(), BROKEN[step - 1])]
+    path.write_bytes(b"\n".join([*lines, b""]))
+    assert [found["step"] for found in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    with report(tmp_path, start=5) as one:
+        one.step(row(6))
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert "warning: 6 lines of metrics.jsonl could not be read, and are left out" in capsys.readouterr().out
+
+
+def test_rows_are_strict_json(tmp_path: Path) -> None:
+    with report(tmp_path) as one:
+        one.step(row(1, grad_norm=float("inf")))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    found = json.loads((tmp_path / METRICS_FILE).read_text(encoding="utf-8"), parse_constant=refuse)
+    assert "grad_norm" not in found
+
+
+@pytest.mark.parametrize("removed", [METRICS_FILE, "tensorboard", "."])
+def test_what_is_removed_on_the_way_begins_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], removed: str
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with report(run_dir, LoggingSettings(progress=False)) as one:
+        one.step(row(1))
+        target = run_dir / removed
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+        one.step(row(2))
+    lost = removed != "tensorboard"
+    assert [found["step"] for found in read_metrics(run_dir / METRICS_FILE)] == ([2] if lost else [1, 2])
+    assert ("was removed or replaced" in capsys.readouterr().out) == lost
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == ([1, 2] if removed == METRICS_FILE else [2])
+
+
+def beats(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / HEARTBEAT_FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.0)
+    with report(tmp_path, start=3) as one:
+        assert beats(tmp_path)["state"] == "training"
+        one.step(row(4))
+        one.advance()
+        found = beats(tmp_path)
+        assert abs(found.pop("time") - time.time()) < 600
+        assert found == {
+            "state": "training", "step": 4, "steps": 10, "loss": 2.5 / 4, "host": host_name(), "pid": os.getpid()
+        }  # fmt: skip
+        one.doing("evaluating")
+        assert beats(tmp_path)["state"] == "evaluating"
+    assert beats(tmp_path)["state"] == "done"
+    with report(tmp_path) as one:
+        one.stopped = True
+    assert beats(tmp_path)["state"] == "stopped"
+    with pytest.raises(ArithmeticError), report(tmp_path):
+        raise ArithmeticError
+    assert beats(tmp_path)["state"] == "failed"
+
+
+def test_a_heartbeat_is_not_written_at_every_step(tmp_path: Path) -> None:
+    with report(tmp_path) as one:
+        before = (tmp_path / HEARTBEAT_FILE).stat()
+        one.advance()
+        assert (tmp_path / HEARTBEAT_FILE).stat() == before
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bert.cli import main
-from megatron_bert.training.metrics import METRICS_FILE, read_metrics
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.signals import STOPPED_CODE, STOPPED_FILE, StopRequest, exit_code
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import latest_checkpoint, read_state
