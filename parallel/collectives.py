@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import TensorParallel
+from parallel.presence import waits_for_others
 
 _functional = torch.ops._c10d_functional
 
@@ -46,6 +47,7 @@ def start_reduce_scatter(tensor: Tensor, size: int, group_name: str) -> Tensor:
     return _functional.reduce_scatter_tensor(tensor.contiguous(), "sum", size, group_name)
 
 
+@waits_for_others
 def wait(tensor: Tensor) -> Tensor:
     """Wait for a started collective; on CUDA the current stream waits, not the host."""
     return _functional.wait_tensor(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
+from parallel.presence import Presence
 from parallel.rendezvous import launcher_keeps_store, launchers_store, private_part
 
 #: Environment variables torchrun sets for every process.
@@ -139,6 +140,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
 
     Raises:
         UserError: a launcher variable is missing, or the device cannot be had.
+        LostRankError: in place of an error that says only that other ranks are missing; it names them.
     """
     local_rank = _launcher_number("LOCAL_RANK", 0)
     chosen = choose_device(device, local_rank)
@@ -162,8 +164,11 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
     else:
         spares = 0
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    known = dist.distributed_c10d._get_default_store()
     try:
-        yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=chosen)
+        with Presence(known, rank, size, timeout_seconds) if size > 1 else nullcontext():
+            yield World(rank=rank, size=size, local_rank=local_rank, device=chosen)
         if spares and dist.get_rank() == 0:
             _release_spares(spares)  # while the store is there, which may be this process's
     finally:

@@ -7,10 +7,13 @@ is tested, the program is run as a user runs it.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,8 +57,51 @@ def run_command(*arguments: str, folder: Path, timeout: float = 200.0) -> Ended:
         return Ended(process.exitcode, output.read())
 
 
-def _run(arguments: tuple[str, ...], folder: str, output: str) -> None:
+def run_ranks(
+    size: int, *arguments: str, folder: Path, before: Callable[..., Any], timeout: float = 200.0, **variables: str
+) -> list[Ended]:
+    """Run ``megatron-bert`` as the ranks of one run, all of which are killed when the first fails.
+
+    Args:
+        size: number of ranks.
+        *arguments: of the command.
+        folder: to run in.
+        before: called with nothing in each process before the command, and pickled for that.
+        timeout: seconds after which all are killed.
+        **variables: of the environment, beside a launcher's.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(size)}
+    processes = []
+    outputs = [folder / f"output_{rank}" for rank in range(size)]
+    for rank, output in enumerate(outputs):
+        output.touch()
+        environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
+        process = forkserver_context().Process(
+            target=_run, args=(arguments, str(folder), str(output), environment, before)
+        )
+        process.start()
+        processes.append(process)
+    while running := [process for process in processes if process.exitcode is None]:
+        ended = connection.wait([process.sentinel for process in running], timeout)
+        if not ended or any(process.exitcode for process in processes):
+            for process in running:
+                process.kill()
+    return [Ended(process.exitcode, output.read_text()) for process, output in zip(processes, outputs, strict=True)]
+
+
+def _run(
+    arguments: tuple[str, ...],
+    folder: str,
+    output: str,
+    environment: dict[str, str] | None = None,
+    before: Callable[..., Any] | None = None,
+) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environment or {})
+    if before is not None:
+        before()
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

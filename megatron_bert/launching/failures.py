@@ -87,6 +87,8 @@ def _last(folder: Path, start: Start) -> list[str]:
             f"{_SILENT} (killed, out of memory, or the host is gone): {_names(silent)}; "
             "whoever was left lost the connection to them"
         )
+        if (missed := next((end for end in failed if end.error and end.error.get("ranks")), None)) is not None:
+            lines.append(f"  {_where(missed)} {_describe(missed).splitlines()[0]}")
         shown = next((end for end in silent if _crash(folder, end)), silent[0])
         lines.append(f"  last lines of {rank_file(folder, shown.rank, 'log')}:")
         lines += [f"    {line}" for line in words_of(folder, shown)]

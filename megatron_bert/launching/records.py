@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -18,18 +17,10 @@ from typing import Any
 from megatron_bert.ending import Terminated
 from parallel.errors import UserError
 from parallel.hosts import host_name
+from parallel.presence import comes_from_others, root_cause
 
 #: Ranks of one start begin within this many seconds.
 _SAME_START = 300.0
-#: What torch says on a rank whose partner is gone: that is where the failure arrived, not where it began.
-_FOLLOWED = re.compile(
-    r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|socket|timed? ?out|nccl|gloo|"
-    r"remote process|store|heartbeat",
-    re.IGNORECASE,
-)
-#: What is a rank's own trouble, although torch raises it as one of the network.
-_OWN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-_NETWORK_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 #: How a launcher that has lost a rank ends the others.
 _ENDED = Terminated.__name__
 #: Keys of an event of each kind that readers rely on.
@@ -64,9 +55,7 @@ class Record:
 
     def failed(self, error: BaseException) -> None:
         """Add what went wrong, where, and the first error that it came from."""
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = root_cause(error)
         frames = traceback.extract_tb(cause.__traceback__)
         self.write(
             "failed",
@@ -113,13 +102,11 @@ class RankEnd:
     def followed(self) -> bool:
         """Whether it failed because another rank had gone, or reports what went wrong on another."""
         error = self.error
-        if error is None or _OWN.search(error["cause_message"]):
+        if error is None:
             return False
         if error.get("ranks"):
             return self.rank not in error["ranks"]
-        return error["cause"] in (*_NETWORK_ERRORS, _ENDED) or (
-            error["cause"] == "RuntimeError" and _FOLLOWED.search(error["cause_message"]) is not None
-        )
+        return error["cause"] == _ENDED or comes_from_others(error["cause"], error["cause_message"])
 
 
 @dataclass(frozen=True)

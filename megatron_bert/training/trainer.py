@@ -45,6 +45,7 @@ from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.schedules import forward_only
+from parallel.presence import sign
 from parallel.process_group import World
 from parallel.sharding import name_seed
 
@@ -134,6 +135,7 @@ class Trainer:
         if self.step > 0 and self._evaluation_due() and self.evaluated_step != self.step and self._evaluate(report):
             self.save()  # the run was stopped before it could evaluate this step
         while self.step < total and reason is None and not self.selection.exhausted:
+            sign(f"step {self.step + 1}")
             step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
             sums = self.train_step(step_batches)
             meter.count(step_batches)
@@ -145,7 +147,7 @@ class Trainer:
             if self.step % settings.logging.every == 0 or self.step == total:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
-                    self._write_timeline()
+                    self._write_timeline(report)
             if self._due(settings.checkpoint.compare_replicas_every or 0):
                 check_replicas(self)
             better = False
@@ -155,10 +157,13 @@ class Trainer:
             if reason or better or self.step == total or self._due(settings.checkpoint.every):
                 self._save_sound(report, last=reason is not None or self.step == total)
         self.checkpoints.finish()
+        report.stopped = reason is not None
         return reason
 
     def _evaluate(self, report: Report) -> bool:
         """Report held-out scores; whether they are the best of a run that follows one."""
+        report.doing("evaluating")
+        sign(f"the evaluation of step {self.step}")
         scores = self.evaluate()
         self.evaluated_step = self.step
         report.evaluation(self.step, scores)
@@ -279,10 +284,13 @@ class Trainer:
             }
         )
 
-    def _write_timeline(self) -> None:
-        timeline = gather_timeline(self.engine, self.mesh)
-        if self.world.is_first:
-            write_timeline(timeline, self.engine, self.settings.training.run_dir / "traces", self.step)
+    def _write_timeline(self, report: Report) -> None:
+        timeline, folder = gather_timeline(self.engine, self.mesh), self.settings.training.run_dir / "traces"
+        report.attempt(
+            "the trace",
+            "steps until it can be have none",
+            lambda: write_timeline(timeline, self.engine, folder, self.step),
+        )
 
     def _evaluation_due(self) -> bool:
         last = self.step == self.objective.total_steps
@@ -312,6 +320,8 @@ class Trainer:
         self.watch.check()
         if settings.compare_replicas_every != 0 and not self._due(settings.compare_replicas_every or 0):
             check_replicas(self)
+        report.doing("saving")
+        sign(f"the checkpoint of step {self.step}")
         self.saving.save(self.step, self.save, report, last=last)
 
     def save(self) -> None:

@@ -17,6 +17,7 @@ from parallel.pipeline.chart import text_grid
 from parallel.pipeline.communication import Message, Step, plan_communication
 from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.simulate import TimedAction, simulate
+from parallel.presence import sign, waits_for_others
 from parallel.weight_gradients import WeightGradientQueue, deferring
 
 #: Runs the forward pass of (stage, received activation or None, microbatch). The last stage returns the scalar loss.
@@ -99,6 +100,7 @@ class PipelineEngine:
         Raises:
             PipelineError: an action of this rank failed, or a message did not come.
         """
+        sign()
         state = _StepState(forward, shape)
         if self.record:
             # Ranks leave the barrier together, which makes times of different hosts comparable.
@@ -143,6 +145,7 @@ class PipelineEngine:
         buffer = torch.empty(state.shape(message.microbatch), dtype=self.dtype, device=self.device)
         state.receives[message] = (self.transport.receive(buffer, message.channel), buffer)
 
+    @waits_for_others
     def _take(self, step: Step, state: _StepState) -> Tensor | None:
         """The tensor an action works on: received, handed over by a stage on this rank, or none."""
         if step.receive is None:
@@ -152,6 +155,7 @@ class PipelineEngine:
         work.wait()
         return buffer
 
+    @waits_for_others
     def _finish(self, messages: tuple[Message, ...], state: _StepState) -> None:
         for message in messages:
             state.doing = f"finishing the send of the {message}"
