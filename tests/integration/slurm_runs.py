@@ -215,6 +215,16 @@ def failure(session: Session) -> Any:
     return session.until_ended(session.submit("failure", site, *arguments))
 
 
+def refusal(session: Session) -> Any:
+    """A run by each style whose data are not there, which its ranks find out."""
+    site, size = session.site("refused"), ["--nodes", "2", "--gpus-per-node", "1", "--partition", "high"]
+    jobs = [
+        session.submit(f"refused by {style}", site, "data.train=nowhere", "--style", style, *size)
+        for style in ("srun", "torchrun")
+    ]
+    return [job for number in jobs for job in session.until_ended(number)]
+
+
 def documented_scripts(session: Session) -> Any:
     """What sbatch says of the scripts in the documentation."""
     said = {}
@@ -241,7 +251,7 @@ def without_submit(session: Session) -> Any:
     return [*session.until_ended(said.strip()), {"doctor": report}]
 
 
-SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, documented_scripts, without_submit)
+SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, refusal, documented_scripts, without_submit)
 
 
 def undisturbed(settings: Settings, port: int) -> None:

@@ -119,6 +119,17 @@ def test_rank_that_fails_is_named_and_started_again(folder: Path, results: dict[
     assert_undisturbed(folder, "failure", 2)
 
 
+@pytest.mark.parametrize(("index", "style"), [(0, "srun"), (1, "torchrun")])
+def test_what_is_refused_is_started_once(folder: Path, results: dict[str, Any], index: int, style: str) -> None:
+    """Under a directory with a space, too."""
+    job = results["refusal"][index]
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    text = output(folder, f"refused by {style}")
+    assert text.count("another start would not help: it was refused with the sentence above") == 1
+    (record,) = (folder / f"refused by {style}" / "logs").glob("*.0/rank_00000.jsonl")
+    assert record.read_text().count('"started"') == 1
+
+
 def test_array_of_parts_of_one_run(folder: Path, results: dict[str, Any]) -> None:
     parts = results["arrays"][:3]
     for part in parts:

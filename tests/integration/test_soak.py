@@ -1,0 +1,25 @@
+"""A short soak in each way of starting a run; `python -m tests.integration.soak` is the long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration import hosts, slurm_cluster
+from tests.integration.cluster_support import need
+from tests.integration.soak import WAYS, soak
+
+KILLS = 5
+PROGRAMS = {"node": (), "hosts": hosts.PROGRAMS, "slurm": slurm_cluster.PROGRAMS}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_ranks_change_nothing_and_leave_nothing(tmp_path: Path, way: str) -> None:
+    if PROGRAMS[way]:
+        need(PROGRAMS[way], "iproute2 procps slurmctld slurmd slurm-client munge")
+    found = soak(way, KILLS, tmp_path / way)
+    assert sum(found[name] for name in found if name.startswith("SIG")) == KILLS
+    assert found["starts"] > 1
