@@ -22,6 +22,7 @@ from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.runs import RESULTS_FILE
 from megatron_bert.training.pretrain import pretrain
 from parallel.errors import UserError
+from parallel.manifest import write_manifest
 from tests.megatron_bert.finetuning.support import make_run
 from tests.megatron_bert.finetuning.support import run_settings as finetune_settings
 from tests.megatron_bert.quantizing.support import quantize_settings
@@ -69,6 +70,7 @@ def stream(canary: Path) -> bytes:
 def in_metadata(folder: Path, canary: Path) -> None:
     for path in folder.rglob(".metadata"):
         path.write_bytes(payload(canary) + path.read_bytes())
+        write_manifest(path.parent)  # who means harm makes the checksums fit
 
 
 def in_blocks(folder: Path, canary: Path) -> None:
@@ -79,6 +81,7 @@ def in_blocks(folder: Path, canary: Path) -> None:
             metadata.storage_data[index] = replace(info, offset=0, length=len(content))
             (path.parent / info.relative_path).write_bytes(content)
         path.write_bytes(pickle.dumps(metadata))
+        write_manifest(path.parent)
 
 
 def in_torch_files(folder: Path, canary: Path, content: Callable[[Path], bytes] = archive) -> None:

@@ -173,7 +173,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
             print(f"note: {error}")  # of a task, or of another placement of the norms
     damaged = [row for row in found if row.fault is not None and ".damaged" not in row.path.name]
     if damaged:
-        names = ", ".join(row.path.name for row in damaged)
+        names = ", ".join(f"{row.path.name} ({row.fault})" for row in damaged)
         raise UserError(
             f"of the checkpoints in {arguments.source}, {names} cannot be read: a run that resumes goes on from one "
             "before it, and keeps it aside"

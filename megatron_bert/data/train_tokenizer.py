@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal, get_args
@@ -79,13 +80,20 @@ def train_tokenizer(
         raise UserError(f"Output {os.fspath(output)} is a file: give a directory, the tokenizer has fixed file names.")
     if vocab_size <= len(SPECIAL_TOKENS):
         raise UserError(f"vocab_size {vocab_size} is too small: {len(SPECIAL_TOKENS)} entries are special tokens.")
+    made = not Path(output).exists()
     with reporting("written", Path(output), "give a directory that you may write to"):  # before the work of minutes
         Path(output).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     text = _Lines([os.fspath(path) for path in inputs], json_key, progress)
     train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
-    train(text, vocab_size, Path(output), cased)
+    try:
+        train(text, vocab_size, Path(output), cased)
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                Path(output).rmdir()
+        raise
     return load_tokenizer(output)
 
 

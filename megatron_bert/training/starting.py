@@ -9,7 +9,7 @@ from megatron_bert.training.run import Start, find_start, set_aside
 from megatron_bert.training.run_lock import RunLock
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
-from parallel.errors import DamagedCheckpointError
+from parallel.errors import DamagedCheckpointError, UserError
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World
 
@@ -37,7 +37,10 @@ def start_trainer(
     def find() -> Start:
         for error in bad:
             kept.append(set_aside(error))
-        start = find_start(settings, objective)
+        try:
+            start = find_start(settings, objective)
+        except UserError as error:
+            raise UserError("; ".join([*(text for _, text in kept), str(error)])) from None
         kept.extend(set_aside(error) for error in start.damaged)
         good = 0 if start.checkpoint is None else checkpoint_step(start.checkpoint) or 0
         notes = [f"{text}: steps {good + 1} to {step} are trained again" for step, text in kept]

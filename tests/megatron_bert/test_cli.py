@@ -15,6 +15,7 @@ from megatron_bert.data.sidecar import write_sidecar
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import STATE_FILE
+from parallel.manifest import write_manifest
 from tests.megatron_bert.data.support import numbered_tokenizer, small_vocabulary
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings, write_config
@@ -131,6 +132,7 @@ class TestPretrain:
         bare = tmp_path / "step_00000003"
         shutil.copytree(trained / "checkpoints" / bare.name, bare)
         (bare / STATE_FILE).write_text(json.dumps({"step": 0, "consumed_samples": 0}), encoding="utf-8")
+        write_manifest(bare)
         text = refusal("pretrain", config, f"checkpoint.resume={bare}")
         assert "holds no optimizer, loss_scale, tokenizer" in text
         assert "set model.from" in text

@@ -24,6 +24,17 @@ SCHEDULE = ("schedule", "--pipeline", "8", "--microbatches", "8", "--schedule", 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(autouse=True)
+def _no_signal_is_ignored() -> Iterator[None]:
+    """As at the start of a process; runs in this one, in other tests, leave some ignored when they end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def start(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
     given = [sys.executable, "-m", "megatron_bert", *map(str, arguments)]
     return subprocess.Popen(given, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options)  # type: ignore[call-overload, no-any-return]

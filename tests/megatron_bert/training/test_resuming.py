@@ -15,6 +15,7 @@ from megatron_bert.model.activations import same_activation
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError
+from parallel.manifest import write_manifest
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import STEPS, rows, run_settings
 
@@ -91,7 +92,7 @@ def test_a_damaged_checkpoint_leaves_the_directory_as_it_is(data: Path, whole: P
     for path in (run / "checkpoints").rglob("*.distcp"):
         path.write_bytes(b"")
     before = contents(run)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(step_00000006: "):
         pretrain(run_settings(data, run, training__steps=9, model__hidden_act="gelu_new"))
     assert contents(run) == before
 
@@ -103,6 +104,7 @@ def test_another_kind_of_run_is_refused(data: Path, whole: Path, tmp_path: Path)
     state = json.loads(path.read_text(encoding="utf-8"))
     state["settings"]["task"] = {}
     path.write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(path.parent)
     with pytest.raises(UserError, match="was written by `finetune`, and `pretrain` cannot go on from it"):
         pretrain(run_settings(data, run, training__steps=9, model__hidden_act="gelu_new"))
 
