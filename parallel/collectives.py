@@ -28,6 +28,7 @@ from torch import Tensor
 
 from parallel.mesh import TensorParallel
 from parallel.presence import waits_for_others
+from parallel.step_clock import waiting
 
 _functional = torch.ops._c10d_functional
 
@@ -50,7 +51,10 @@ def start_reduce_scatter(tensor: Tensor, size: int, group_name: str) -> Tensor:
 @waits_for_others
 def wait(tensor: Tensor) -> Tensor:
     """Wait for a started collective; on CUDA the current stream waits, not the host."""
-    return _functional.wait_tensor(tensor)
+    if tensor.is_cuda or torch.compiler.is_compiling():
+        return _functional.wait_tensor(tensor)
+    with waiting():
+        return _functional.wait_tensor(tensor)
 
 
 def _own_slice(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:

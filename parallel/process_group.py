@@ -15,6 +15,7 @@ import torch.distributed as dist
 from parallel.errors import UserError
 from parallel.presence import Presence
 from parallel.rendezvous import launcher_keeps_store, launchers_store, private_part
+from parallel.step_clock import counting_waits
 
 #: Environment variables torchrun sets for every process.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -167,7 +168,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0, size: in
     rank, size = dist.get_rank(), dist.get_world_size()
     known = dist.distributed_c10d._get_default_store()
     try:
-        with Presence(known, rank, size, timeout_seconds) if size > 1 else nullcontext():
+        with Presence(known, rank, size, timeout_seconds) if size > 1 else nullcontext(), counting_waits():
             yield World(rank=rank, size=size, local_rank=local_rank, device=chosen)
         if spares and dist.get_rank() == 0:
             _release_spares(spares)  # while the store is there, which may be this process's

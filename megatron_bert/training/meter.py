@@ -9,6 +9,7 @@ import torch
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.flops import peak_tflops, training_flops
+from megatron_bert.training.slow_ranks import RankTimes
 from parallel.mesh import DATA_AXES
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Meter:
         settings, device = trainer.settings, trainer.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = settings.logging.peak_tflops or peak_tflops(name, settings.precision.compute)
+        self.ranks = RankTimes(trainer.mesh, trainer.clock)
         self.restart()
 
     def restart(self) -> None:
@@ -38,8 +40,8 @@ class Meter:
             self.predictions += batch.predictions()
             self.sequences += len(batch.lengths)
 
-    def read(self) -> dict[str, float | None]:
-        """tokens_per_second, mfu (None without a known peak) and step_seconds since the last reading."""
+    def read(self) -> dict[str, float | str | None]:
+        """tokens_per_second, mfu (None without a known peak) and step_seconds since the last reading, and of ranks."""
         seconds = time.perf_counter() - self.began
         steps = max(1, self.trainer.step - self.first_step)
         work = torch.tensor([self.tokens, self.squares, self.predictions, self.sequences], dtype=torch.float64)
@@ -50,5 +52,7 @@ class Meter:
         if self.peak is not None:
             flops = training_flops(self.trainer.config, tokens, squares, predictions, sequences)
             mfu = flops / seconds / (self.trainer.world.size * self.peak * 1e12)
+        speed = {"tokens_per_second": tokens / seconds, "mfu": mfu, "step_seconds": seconds / steps}
+        of_ranks = self.ranks.read()
         self.restart()
-        return {"tokens_per_second": tokens / seconds, "mfu": mfu, "step_seconds": seconds / steps}
+        return speed | of_ranks

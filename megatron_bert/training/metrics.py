@@ -127,7 +127,7 @@ class Report:
                 self.say(f"{what} can be written again")
             self._refused.discard(what)
 
-    def step(self, row: dict[str, float | int | None]) -> None:
+    def step(self, row: dict[str, Any]) -> None:
         """A logged step: a row with ``step`` and its metrics; None is left out, and so is what is not finite."""
         if not self.active:
             return

@@ -48,6 +48,7 @@ from parallel.pipeline.schedules import forward_only
 from parallel.presence import sign
 from parallel.process_group import World
 from parallel.sharding import name_seed
+from parallel.step_clock import StepClock
 
 
 class StepSums(NamedTuple):
@@ -95,7 +96,8 @@ class Trainer:
             self._rate_factor,
         )
         self.transport = PipelineTransport.create(mesh)
-        self.engine = self._engine(schedule, record=settings.logging.trace)
+        self.clock = StepClock(world.device)
+        self.engine = self._engine(schedule, record=settings.logging.trace, clock=self.clock)
         self.evaluation_engine = self._engine(
             forward_only(schedule.ranks, schedule.microbatches, schedule.chunks, schedule.placement)
         )
@@ -136,7 +138,9 @@ class Trainer:
             self.save()  # the run was stopped before it could evaluate this step
         while self.step < total and reason is None and not self.selection.exhausted:
             sign(f"step {self.step + 1}")
-            step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
+            self.clock.begin_step()
+            with self.clock.on_host():
+                step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
             sums = self.train_step(step_batches)
             meter.count(step_batches)
             stop.save_failed = self.checkpoints.failed
@@ -232,7 +236,7 @@ class Trainer:
         decay = self.settings.learning_rate.layer_decay
         return layer_scale(name.removeprefix("tied."), self.config.num_hidden_layers, decay)
 
-    def _engine(self, schedule: Schedule, record: bool = False) -> PipelineEngine:
+    def _engine(self, schedule: Schedule, record: bool = False, clock: StepClock | None = None) -> PipelineEngine:
         return PipelineEngine(
             schedule,
             self.mesh.coordinate["pipeline"],
@@ -241,6 +245,7 @@ class Trainer:
             dtype=torch.float32 if self.objective.float32_activations else DTYPES[self.settings.precision.compute],
             device=self.world.device,
             record=record,
+            clock=clock,
         )
 
     def _global_counts(self, batches: list[TokenBatch]) -> Tensor:
@@ -283,6 +288,8 @@ class Trainer:
                 **meter.read(),
             }
         )
+        for note in meter.ranks.notes:
+            report.say(f"note: {note}")
 
     def _write_timeline(self, report: Report) -> None:
         timeline, folder = gather_timeline(self.engine, self.mesh), self.settings.training.run_dir / "traces"

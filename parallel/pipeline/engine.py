@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from parallel.pipeline.communication import Message, Step, plan_communication
 from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.simulate import TimedAction, simulate
 from parallel.presence import sign, waits_for_others
+from parallel.step_clock import StepClock
 from parallel.weight_gradients import WeightGradientQueue, deferring
 
 #: Runs the forward pass of (stage, received activation or None, microbatch). The last stage returns the scalar loss.
@@ -68,6 +70,7 @@ class PipelineEngine:
         device: of activations.
         record: take the time of every action; all ranks then start each step together, and on CUDA the device is
             waited for around each action, which costs overlap.
+        clock: takes the time of the computation; None to take none.
     """
 
     def __init__(
@@ -80,10 +83,11 @@ class PipelineEngine:
         dtype: torch.dtype,
         device: torch.device,
         record: bool = False,
+        clock: StepClock | None = None,
     ) -> None:
         assert set(stages) == set(schedule.stages_of(rank)), "a rank has the stages that the schedule places on it"
         self.schedule, self.rank, self.stages, self.transport = schedule, rank, stages, transport
-        self.dtype, self.device, self.record = dtype, device, record
+        self.dtype, self.device, self.record, self.clock = dtype, device, record, clock
         self.plan = plan_communication(schedule)[rank]
         last_kind = schedule.backward.kinds[-1] if schedule.backward.kinds else None
         self._last_backward = {action.stage: action for action in schedule.actions[rank] if action.kind is last_kind}
@@ -125,7 +129,8 @@ class PipelineEngine:
         self._finish(step.finish, state)
         state.doing = "computing"
         began = self._now()
-        produced = self._compute(action, taken, state)
+        with nullcontext() if self.clock is None else self.clock.on_device():
+            produced = self._compute(action, taken, state)
         if self.record:
             self.recorded.append(TimedAction(self.rank, action, began, self._now()))
         if produced is None:

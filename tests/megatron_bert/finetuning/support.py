@@ -22,6 +22,7 @@ from megatron_bert.tasks.task import Head, Unit
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary
+from tests.megatron_bert.training.runs import TIMED
 from tests.worlds import CPU, preload
 
 preload("megatron_bert.finetuning.inference", "megatron_bert.quantizing.quantize")
@@ -40,8 +41,6 @@ CONFIG = MegatronBertConfig(
     attention_probs_dropout_prob=0.1,
     layer_norm_eps=1e-5,
 )
-#: Depends on how long a step took.
-TIMED = ("tokens_per_second", "step_seconds", "mfu")
 HEADS = {
     "single": Head("sequence", 3, "single_label_classification"),
     "multi": Head("sequence", 3, "multi_label_classification"),

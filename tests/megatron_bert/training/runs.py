@@ -16,7 +16,16 @@ from parallel.stored.file_range import FileRange
 from tests.megatron_bert.training.layouts import Case
 
 #: Depends on how long a step took.
-TIMED = ("tokens_per_second", "step_seconds", "mfu")
+TIMED = (
+    "tokens_per_second",
+    "step_seconds",
+    "mfu",
+    "step_seconds_min",
+    "step_seconds_median",
+    "step_seconds_max",
+    "slowest_rank",
+    "slowest_host",
+)
 STEPS = 6
 
 
