@@ -294,7 +294,7 @@ class Trainer:
     def _write_timeline(self, report: Report) -> None:
         timeline, folder = gather_timeline(self.engine, self.mesh), self.settings.training.run_dir / "traces"
         report.attempt(
-            "the trace",
+            "the trace of a step",
             "steps until it can be have none",
             lambda: write_timeline(timeline, self.engine, folder, self.step),
         )
