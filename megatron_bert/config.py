@@ -267,6 +267,16 @@ class TrainingSettings(RunTrainingSettings):
     steps: int = Field(gt=0, description="Optimizer steps.")
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates at the end only.")
     evaluate_batches: int = Field(20, gt=0, description="Global batches of held-out samples an evaluation.")
+    spike_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="Return to the last checkpoint, and leave out the data since, when the loss is above its median "
+        "over the last spike_window steps by this many times its spread (median absolute deviation x 1.4826, at least "
+        "1% of the median); 0 never does. Waits for the loss of every step. 10 is a start.",
+    )
+    spike_window: int = Field(100, ge=3, description="Steps that spike_threshold compares with.")
+    spike_steps: int = Field(3, gt=0, description="Steps in a row above spike_threshold that make a spike.")
+    spike_returns: int = Field(3, gt=0, description="Returns to a checkpoint after which another spike ends the run.")
 
 
 class CheckpointSettings(Section):

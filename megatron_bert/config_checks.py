@@ -50,6 +50,11 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
         raise UserError(
             f"data.max_predictions {settings.max_predictions} is above data.seq_length {data.seq_length}: lower it"
         )
+    if settings.training.spike_threshold and not settings.checkpoint.every:
+        raise UserError(
+            f"training.spike_threshold is {settings.training.spike_threshold}, but checkpoint.every is 0, so there is "
+            "no checkpoint to return to: set checkpoint.every, or training.spike_threshold=0"
+        )
     settings.stage_parts(settings.schedule(layout), padded_vocab_size=0)
     check_learning_rate(settings.learning_rate, settings.training.steps)
     return layout

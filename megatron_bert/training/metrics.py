@@ -94,6 +94,22 @@ class Report:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def went_back(self, step: int, row: dict[str, float | int]) -> None:
+        """The run has returned to an earlier step: its later rows go, and one says why."""
+        if not self.active:
+            return
+        self.attempt(METRICS_FILE, "it keeps the steps that are made again", lambda: self.file.forget_after(step))
+        if self.board is not None:
+            from megatron_bert.training.event_file import EventFile
+
+            with suppress(OSError):
+                self.board.close()
+            self.board = EventFile(self.board.directory, step + 1)
+        self._write({"step": step, **row}, prefix="train")
+        self.start, self.done = min(self.start, step), step
+        self.bar.n = step
+        self.bar.refresh()
+
     def advance(self) -> None:
         """One more step is done."""
         if self.active:

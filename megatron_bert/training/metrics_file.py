@@ -117,6 +117,18 @@ class MetricsFile:
                 self._written = 0
         return began
 
+    def forget_after(self, step: int) -> None:
+        """Drop the rows after a step, which will come again.
+
+        Raises:
+            OSError: the file system refuses; the rows are there still.
+        """
+        self.flush()
+        rows = read_rows(self.path).rows
+        write_text(self.path, "".join(_line(row) for row in rows if row["step"] <= step))
+        self.close()
+        self._open()
+
     def close(self) -> None:
         """Close the file; rows that wait still are lost."""
         if self._file is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from megatron_bert.training.run_lock import RunLock
 from megatron_bert.training.saving import Saving
 from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.spikes import Spikes, go_back_after_spike
 from megatron_bert.training.timeline import gather_timeline, write_timeline
 from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
@@ -85,6 +86,8 @@ class Trainer:
         self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
+        #: Of the training stream, those that were left out after spikes.
+        self.skipped_samples = 0
         #: The last step whose weights were evaluated.
         self.evaluated_step = 0
         schedule = settings.schedule(mesh.layout)
@@ -109,10 +112,10 @@ class Trainer:
             asynchronous=settings.checkpoint.asynchronous,
             timeout_seconds=settings.checkpoint.timeout_seconds,
         )
-        self.watch = Watch(self)
+        self.watch, self.spikes = Watch(self), Spikes(settings.training)
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
-            self._resume(resume_from)
+            self.resume(resume_from)
 
     # ---------------------------------------------------------------- the loop
 
@@ -129,9 +132,7 @@ class Trainer:
 
     def _run(self, stop: StopRequest, report: Report) -> str | None:
         settings, total = self.settings, self.objective.total_steps
-        batches = self.objective.training_batches(
-            self.mesh, self.consumed_samples, total - self.step, self.world.device
-        )
+        batches = self._batches()
         meter = Meter(self)
         reason: str | None = None
         if self.step > 0 and self._evaluation_due() and self.evaluated_step != self.step and self._evaluate(report):
@@ -152,17 +153,27 @@ class Trainer:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
                     self._write_timeline(report)
+            if self.spikes.settings is not None and go_back_after_spike(self, sum(self.losses(sums)), report):
+                batches = self._batches()
+                meter.restart()
+                continue
             if self._due(settings.checkpoint.compare_replicas_every or 0):
                 check_replicas(self)
             better = False
             if reason is None and self._evaluation_due():
                 better = self._evaluate(report)
                 meter.restart()
-            if reason or better or self.step == total or self._due(settings.checkpoint.every):
+            due = self._due(settings.checkpoint.every) and not self.spikes.above
+            if reason or better or self.step == total or due:
                 self._save_sound(report, last=reason is not None or self.step == total)
         self.checkpoints.finish()
         report.stopped = reason is not None
         return reason
+
+    def _batches(self) -> Iterator[TokenBatch]:
+        """The micro batches of the steps to come."""
+        first, steps = self.consumed_samples + self.skipped_samples, self.objective.total_steps - self.step
+        return self.objective.training_batches(self.mesh, first, steps, self.world.device)
 
     def _evaluate(self, report: Report) -> bool:
         """Report held-out scores; whether they are the best of a run that follows one."""
@@ -268,10 +279,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- reporting
 
-    def _log(self, sums: StepSums, meter: Meter, report: Report) -> None:
+    def losses(self, sums: StepSums) -> list[float]:
+        """The losses of a step, of the whole global batch; every rank calls, and waits for the device."""
         self.watch.check()
-        losses = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
-        parts = dict(zip(self.objective.loss_names, losses.tolist(), strict=True))
+        total = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline"))
+        return cast(list[float], (total / sums.counts).tolist())
+
+    def _log(self, sums: StepSums, meter: Meter, report: Report) -> None:
+        parts = dict(zip(self.objective.loss_names, self.losses(sums), strict=True))
         loss = sum(parts.values())
         grad_norm = sums.grad_norm.item()
         report.step(
@@ -285,6 +300,7 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "loss_scale": self.loss_scale.value if self.loss_scale.dynamic else None,
                 "consumed_samples": self.consumed_samples,
+                "skipped_samples": self.skipped_samples or None,
                 **meter.read(),
             }
         )
@@ -342,6 +358,7 @@ class Trainer:
         state = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
+            "skipped_samples": self.skipped_samples,
             "evaluated_step": self.evaluated_step,
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
@@ -352,6 +369,8 @@ class Trainer:
         }
         if self.selection.metric is not None:
             state["selection"] = self.selection.state()
+        if self.spikes.settings is not None:
+            state["spikes"] = self.spikes.state()
         self.checkpoints.save(self.step, self.tensors(self.parameters), state)
 
     def load_weights(self, path: Path) -> None:
@@ -364,7 +383,8 @@ class Trainer:
                 if name in self.parameters:
                     raw_local(copy).copy_(raw_local(self.parameters[name]))
 
-    def _resume(self, path: Path) -> None:
+    def resume(self, path: Path) -> None:
+        """Take everything from a checkpoint of the run; every rank calls."""
         state = read_state(path)
         # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
         load_tensors(path, self.tensors({**self.copies, **self.parameters}), self.checkpoints.group)
@@ -372,6 +392,8 @@ class Trainer:
             if name in self.parameters:
                 self._copy_state(self.parameters[name], copy)
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
+        self.skipped_samples = state.get("skipped_samples", 0)
+        self.spikes.load_state(state.get("spikes") or Spikes(self.settings.training).state())
         self.evaluated_step = state.get("evaluated_step", self.step)
         self.optimizer.load_state(state["optimizer"])
         self.loss_scale.load_state(state["loss_scale"])
