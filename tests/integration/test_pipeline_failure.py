@@ -18,8 +18,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = Path(__file__).with_name("dying_rank.py")
-#: Seconds in which every rank must have ended, from the moment at which one broke.
-BOUND = 30.0
+#: Seconds in which every rank must have ended, from the moment at which one broke: on a busy machine too, but far from
+#: the ten minutes that collectives wait.
+BOUND = 120.0
 #: What a rank says that fails in its pipeline.
 COMPLAINT = re.compile(
     r"PipelineError: pipeline rank (\d) \(rank (\d)\) failed at (\d[FBIW]\d) of schedule 1f1b, while (.*)\n"
