@@ -284,6 +284,15 @@ class CheckpointSettings(Section):
 
     every: int = Field(1000, ge=0, description="Steps between checkpoints; 0 saves at the end only.")
     keep: int = Field(2, ge=0, description="Newest checkpoints kept; 0 keeps all.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints of the steps that this divides are kept for good; 0 keeps none of them so."
+    )
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="Checkpoints kept, whatever their age, of the evaluations with the lowest held-out loss; each "
+        "evaluation that is among them saves one.",
+    )
     resume: str = Field(
         "auto",
         description="auto (newest of the run directory, if any), none (begin with the first step), or a checkpoint's "

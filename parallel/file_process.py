@@ -18,6 +18,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -168,7 +169,11 @@ def serve(descriptor: int) -> None:
         descriptor: of the socket by which it is asked.
     """
     threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
-    connection = Connection(descriptor)
+    with suppress(EOFError, ConnectionError):
+        _serve(Connection(descriptor))
+
+
+def _serve(connection: Connection) -> None:
     memory: Any = mmap.mmap(reduction.recv_handle(connection), 0, access=mmap.ACCESS_READ)
     view = memoryview(memory)
     pieces: tuple[Piece, ...] = connection.recv()

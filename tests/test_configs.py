@@ -105,7 +105,8 @@ def test_trains_at_tiny_size(path: Path, corpus: list[str], tmp_path: Path) -> N
     rows = read_metrics(tmp_path / METRICS_FILE)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows if "loss" in row)
-    assert "valid_mlm_loss" in rows[-1]
+    assert [row["step"] for row in rows if "valid_mlm_loss" in row] == [2]
+    assert rows[-1]["checkpoint_bytes"] > 0
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == "step_00000002"

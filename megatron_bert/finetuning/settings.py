@@ -66,6 +66,9 @@ class FinetuneCheckpointSettings(CheckpointSettings):
 
     every: int = Field(0, ge=0, description="Steps between checkpoints beside those that are the best so far.")
     keep: int = Field(1, ge=0, description="Newest checkpoints kept beside the best; 0 keeps all.")
+    keep_best: int = Field(
+        1, ge=1, description="Checkpoints kept, whatever their age, of the evaluations with the best task.metric."
+    )
 
 
 class FinetuneSettings(RunSettings):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megatron_bert.config import LoggingSettings
 from megatron_bert.training.heartbeat import Heartbeat
 from megatron_bert.training.metrics_file import METRICS_FILE, MetricsFile
+from parallel.checkpoint_writer import SavedCheckpoint
 from parallel.whole_files import reason_of, reporting
 
 
@@ -172,12 +173,19 @@ class Report:
         text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self.say(f"step {step}/{self.steps} | held out: {text}")
 
+    def checkpoint(self, saved: SavedCheckpoint) -> None:
+        """A checkpoint that has been written, and what it cost."""
+        if self.active:
+            costs = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds, "bytes": saved.bytes}
+            row = {"step": saved.step, **{f"checkpoint_{name}": value for name, value in costs.items()}}
+            self._write(row, prefix="checkpoint")
+
     def _write(self, row: dict[str, Any], prefix: str) -> None:
         self.file.add(row)
         self.attempt(METRICS_FILE, "its rows wait until it can be", self._write_rows)
         if self.board is not None:
             values = {
-                f"{prefix}/{name.removeprefix('valid_')}": value
+                f"{prefix}/{name.removeprefix(f'{prefix}_')}": value
                 for name, value in row.items()
                 if name != "step" and isinstance(value, int | float) and math.isfinite(value)
             }

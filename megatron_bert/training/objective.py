@@ -31,7 +31,8 @@ class Objective(ABC):
         evaluates: whether there is anything to evaluate on.
         evaluate_every: steps between evaluations; 0 evaluates at the end only.
         loss_names: what each of the loss sums is called in reports.
-        metric: the score by which the best checkpoint is chosen, higher is better; None keeps the newest only.
+        metric: the score by which the best checkpoint is chosen; None keeps the newest only.
+        lower_is_better: whether a lower score is the better one.
         patience: evaluations without a better score after which the run ends; 0 never ends it.
         float32_activations: keep what goes between modules in float32, whatever the format of matrix products.
     """
@@ -42,6 +43,7 @@ class Objective(ABC):
     evaluate_every: int
     loss_names: ClassVar[tuple[str, ...]]
     metric: str | None = None
+    lower_is_better: ClassVar[bool] = False
     patience: int = 0
     float32_activations: ClassVar[bool] = False
     #: Beginnings of the names of settings that a run cannot change when it goes on from a checkpoint.

@@ -39,6 +39,7 @@ class Pretraining(Objective):
     """
 
     tied = True
+    lower_is_better = True
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
         self.settings, self.tokenizer = settings, tokenizer
@@ -47,6 +48,13 @@ class Pretraining(Objective):
         self.evaluate_every = settings.training.evaluate_every
         self._corpora: dict[Part, BlendedCorpus] = {}
         self.evaluates = holds_out(settings.data)
+        if settings.checkpoint.keep_best:
+            if not self.evaluates:
+                raise UserError(
+                    f"checkpoint.keep_best is {settings.checkpoint.keep_best}, but no data are held out to choose by: "
+                    "set data.valid or data.split, or checkpoint.keep_best=0"
+                )
+            self.metric = "loss"
 
     @property
     def loss_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -111,7 +119,10 @@ class Pretraining(Objective):
 
     def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
         """Loss, perplexity and accuracy on held-out samples, the same every time."""
-        return evaluate(model, engine, self.held_out_batches(mesh), self.settings.training.evaluate_batches, mesh)
+        scores = evaluate(model, engine, self.held_out_batches(mesh), self.settings.training.evaluate_batches, mesh)
+        if self.metric is None:
+            return scores
+        return scores | {"loss": sum(scores.get(name, 0.0) for name in self.loss_names)}
 
     def held_out_batches(self, mesh: ParallelMesh) -> Iterator[MicroBatch]:
         """The micro batches of an evaluation on this data rank."""

@@ -31,12 +31,12 @@ class Saving:
         self._step = 0
 
     def evaluated(self, step: int, scores: dict[str, float]) -> bool:
-        """Note held-out scores; whether they are the best, and the weights are to be saved and kept."""
+        """Note held-out scores; whether they are among the best, and the weights are to be saved and kept."""
         before = self.selection.state()
         better = self.selection.update(step, scores)
         if better:
             self._before = {step: before}
-            self.checkpoints.protected = frozenset({step})
+            self.checkpoints.protected = self.selection.protected
         return better
 
     def save(self, step: int, write: Callable[[], None], report: Report, *, last: bool) -> None:
@@ -59,6 +59,12 @@ class Saving:
             self.failures = 0
         else:
             self._tolerated(write, report)
+        self.report(report)
+
+    def report(self, report: Report) -> None:
+        """Report the checkpoints that have been written since the last call."""
+        for saved in self.checkpoints.saved():
+            report.checkpoint(saved)
 
     def settle(self, report: Report) -> None:
         """Wait for the save in the background, and report what went wrong in it.

@@ -105,12 +105,18 @@ class Trainer:
             forward_only(schedule.ranks, schedule.microbatches, schedule.chunks, schedule.placement)
         )
         self.loss_scale = LossScale(settings.precision)
-        self.selection = Selection(objective.metric, objective.patience)
+        self.selection = Selection(
+            objective.metric,
+            objective.patience,
+            settings.checkpoint.keep_best,
+            lower_is_better=objective.lower_is_better,
+        )
         self.checkpoints = CheckpointWriter(
             settings.training.run_dir / "checkpoints",
             keep=settings.checkpoint.keep,
             asynchronous=settings.checkpoint.asynchronous,
             timeout_seconds=settings.checkpoint.timeout_seconds,
+            keep_every=settings.checkpoint.keep_every,
         )
         self.watch, self.spikes = Watch(self), Spikes(settings.training)
         self.saving = Saving(self.checkpoints, self.selection)
@@ -147,6 +153,7 @@ class Trainer:
             stop.save_failed = self.checkpoints.failed
             reason = stop.agreed()
             report.advance()
+            self.saving.report(report)
             if stop.save_failed:
                 self.saving.settle(report)
             if self.step % settings.logging.every == 0 or self.step == total:
@@ -167,6 +174,7 @@ class Trainer:
             if reason or better or self.step == total or due:
                 self._save_sound(report, last=reason is not None or self.step == total)
         self.checkpoints.finish()
+        self.saving.report(report)
         report.stopped = reason is not None
         return reason
 
@@ -399,7 +407,8 @@ class Trainer:
         self.loss_scale.load_state(state["loss_scale"])
         # The best checkpoint of another run is not in this one's directory: its scores do not count here.
         if self.selection.metric is not None and path.resolve().parent == self.checkpoints.root.resolve():
-            self.selection.load_state(state["selection"])
+            if "selection" in state:  # a run may begin to keep the best ones on its way
+                self.selection.load_state(state["selection"])
             self.checkpoints.protected = self.selection.protected
 
     @torch.no_grad()

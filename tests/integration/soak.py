@@ -302,7 +302,7 @@ def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(event.step, event.value) for event in board.Scalars(tag)]
         for tag in board.Tags()["scalars"]
-        if tag.split("/")[-1] not in TIMED
+        if tag.split("/")[-1] not in TIMED and not tag.startswith("checkpoint/")
     }
 
 

@@ -132,6 +132,25 @@ class TestWriting:
         assert_holds(tmp_path / "step_00000010", 10.0)
         assert latest_checkpoint(tmp_path) == tmp_path / "step_00000011"
 
+    def test_those_of_an_interval_and_protected_ones_are_kept_for_good(self, tmp_path: Path) -> None:
+        (tmp_path / "step_00000001.damaged").mkdir()
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=False, keep_every=4)
+        for step in range(1, 11):
+            writer.protected = frozenset({2, 5} if step < 9 else {5})
+            writer.save(step, some_tensors(), STATE)
+        kept = [f"step_{step:08d}" for step in (4, 5, 8, 10)]
+        assert names(tmp_path) == ["step_00000001.damaged", *kept]
+
+    def test_what_a_checkpoint_costs_is_known(self, tmp_path: Path) -> None:
+        writer = CheckpointWriter(tmp_path, keep=1, asynchronous=True)
+        assert writer.saved() == []
+        path = writer.save(3, some_tensors(), STATE)
+        writer.finish()
+        (saved,) = writer.saved()
+        assert (saved.step, writer.saved()) == (3, [])
+        assert 0 < saved.stall_seconds <= saved.seconds
+        assert saved.bytes == sum(file.stat().st_size for file in path.iterdir() if file.name != MANIFEST_FILE)
+
     def test_keep_zero_keeps_all(self, tmp_path: Path) -> None:
         writer = CheckpointWriter(tmp_path, keep=0, asynchronous=False)
         for step in range(4):

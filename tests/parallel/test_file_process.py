@@ -84,6 +84,13 @@ def test_what_memory_holds_at_each_write_is_written(tmp_path: Path, process: Fil
         assert (tmp_path / name).read_bytes() == expected.read_bytes()
 
 
+def test_it_ends_quietly(tmp_path: Path, process: FileProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    process.write(tmp_path / "file")
+    process.close()
+    assert not process.alive
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_the_file_system_refuses(full_disk: Path) -> None:
     pieces, memory = pieces_of([torch.zeros(1 << 20)])
     descriptor = shared(memory)

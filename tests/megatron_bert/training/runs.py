@@ -54,8 +54,8 @@ def write_config(settings: Settings, path: Path) -> Path:
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl, without what depends on the clock."""
-    found = read_metrics(run_dir / METRICS_FILE)
+    """Rows of metrics.jsonl on training and evaluation, without what depends on the clock."""
+    found = [row for row in read_metrics(run_dir / METRICS_FILE) if "checkpoint_bytes" not in row]
     return [{name: value for name, value in row.items() if name not in TIMED} for row in found]
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.trainer import Trainer
-from parallel.checkpoint import latest_checkpoint
+from parallel.checkpoint import latest_checkpoint, whole_checkpoints
 from parallel.errors import UserError
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import STEPS, assert_same_checkpoint, rows, run_settings
@@ -218,3 +219,33 @@ def test_time_limit(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     pretrain(run_settings(data, tmp_path / "run", training__max_minutes=1e-9))
     assert "stopped by training.max_minutes after step 1" in capsys.readouterr().out
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000001"
+
+
+def test_the_best_are_kept_across_a_stop_and_what_saves_cost_is_reported(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = (3.0, 1.0, 2.5, 2.0, 4.0, 5.0)
+    seen: list[float] = []
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        seen.append(losses[len(seen)])
+        return {"mlm_loss": seen[-1], "sop_loss": 0.5}
+
+    monkeypatch.setattr("megatron_bert.training.pretraining.evaluate", evaluate)
+    settings = run_settings(
+        data, tmp_path, checkpoint__every=5, checkpoint__keep=1, checkpoint__keep_best=2, training__evaluate_every=1
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        pretrain(settings)
+    pretrain(settings)
+    assert len(seen) == STEPS
+    assert list(whole_checkpoints(tmp_path / "checkpoints")) == [2, 4, 6]
+    saves = [row for row in read_metrics(tmp_path / METRICS_FILE) if "checkpoint_bytes" in row]
+    assert {1, 2, 3, 4, 5, 6} == {row["step"] for row in saves}
+    assert all(0 < row["checkpoint_stall_seconds"] <= row["checkpoint_seconds"] for row in saves)
+
+
+def test_the_best_cannot_be_kept_without_held_out_data(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"keep_best is 2, but no data are held out .*: set data\.valid or data\.split"):
+        pretrain(run_settings(data, tmp_path, checkpoint__keep_best=2, data__valid=None, data__split="100,0,0"))

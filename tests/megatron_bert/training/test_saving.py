@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -27,6 +28,9 @@ class Disk:
         pending, self.pending = self.pending, False
         if pending and self.full:
             raise NotWrittenError("the disk is full")
+
+    def saved(self) -> list[Any]:
+        return []
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -90,3 +94,25 @@ def test_other_mistakes_are_not_taken_for_a_full_disk(disk: Disk) -> None:
     with pytest.raises(UserError, match="another process"):
         saving(disk).save(1, taken_over, disk, last=False)  # type: ignore[arg-type]
     assert disk.said == []
+
+
+def test_several_of_the_best_are_kept_and_known_again() -> None:
+    losses = {1: 3.0, 2: 2.0, 3: float("nan"), 4: 2.5, 5: 2.0, 6: 4.0, 7: 1.0}
+    selection = Selection("loss", keep=2, lower_is_better=True)
+    kept = {}
+    for step, loss in losses.items():
+        saved = selection.update(step, {"loss": loss})
+        assert saved == (step in selection.protected)
+        kept[step] = set(selection.protected)
+        resumed = Selection("loss", keep=2, lower_is_better=True)
+        resumed.load_state(json.loads(json.dumps(selection.state())))
+        assert (resumed.protected, resumed.best_step) == (selection.protected, selection.best_step)
+        selection = resumed
+    assert kept == {1: {1}, 2: {1, 2}, 3: {1, 2}, 4: {2, 4}, 5: {2, 5}, 6: {2, 5}, 7: {2, 7}}
+    assert selection.best_step == 7
+
+
+def test_a_state_of_before_several_were_kept() -> None:
+    selection = Selection("accuracy", keep=3)
+    selection.load_state({"best_step": 4, "best_score": 0.5, "last_step": 6, "waited": 2})
+    assert selection.protected == {4}
