@@ -31,7 +31,9 @@ class Staging:
         size = max(1, plan.staged_bytes)
         self.descriptor = os.memfd_create("checkpoint")
         os.ftruncate(self.descriptor, size)
-        self._memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        # All pages at once: taken one by one, they would make the first copy several times as long.
+        memory = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._device = device
         # Without pinning, which a limit on locked memory may refuse, copies are slower and otherwise the same.
         self._pinned = device.type == "cuda" and not int(
