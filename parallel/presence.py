@@ -94,7 +94,7 @@ class Presence:
         # Connections of their own: one that waits must not hold up the others, nor those of torch.
         self._signs, self._answers, self._questions = (_connection(store) for _ in range(3))
         self.rank, self.size, self.timeout = rank, size, timeout_seconds
-        self._what = "the start"
+        self._what, self._count = "the start", 0
         self._main = threading.main_thread().ident
         self._over = threading.Event()
         self._answering = threading.Thread(target=self._answer, name="presence", daemon=True)
@@ -121,10 +121,10 @@ class Presence:
 
     def sign(self, what: str | None = None) -> None:
         """This rank works."""
-        self._what = what or self._what
+        self._what, self._count = what or self._what, self._count + 1
         faulthandler.dump_traceback_later(self.timeout, file=_STDERR)
         with suppress(RuntimeError):  # a store that is gone is found out where it matters
-            self._post(self._signs, "sign", {"what": self._what})
+            self._post(self._signs, "sign", {"what": self._what, "count": self._count})
 
     def _post(self, store: dist.Store, key: str, values: dict[str, Any]) -> None:
         mine = {"host": host_name(), "pid": os.getpid(), "time": time.time()}
@@ -150,7 +150,11 @@ class Presence:
         others = isinstance(error, Exception) and comes_from_others(type(cause).__name__, str(cause))
         late = others and _TIMED_OUT.search(str(cause)) is not None
         words = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
-        end = {"words": brief(words.strip(), 200), "others": others, "late": late}
+        end = {
+            "words": brief((words.strip() or type(error).__name__).splitlines()[0], 200),
+            "others": others,
+            "late": late,
+        }
         found: list[LostRankError] = []
 
         def ask() -> None:
@@ -207,6 +211,9 @@ class Presence:
         failed = [rank for rank, end in ends.items() if not end["others"]]
         silent = [rank for rank in range(self.size) if rank not in ends and rank not in answers]
         busy = [rank for rank, answer in answers.items() if rank not in ends and answer["busy"] is not None]
+        # A thread that waits for a GPU, which waits for others, looks busy as well, but is as far as any.
+        behind = min((signs[rank]["count"] for rank in busy), default=0)
+        busy = [rank for rank in busy if signs[rank]["count"] == behind]
         late = [rank for rank, end in ends.items() if not end["late"]] if any(e["late"] for e in ends.values()) else []
         for ranks, says in (
             (failed, lambda rank: f"failed ({ends[rank]['words']})"),

@@ -65,6 +65,15 @@ def test_a_busy_rank_is_named_with_the_place_and_all_print_their_stacks(tmp_path
         )
 
 
+def test_of_busy_ranks_those_that_are_behind_are_named() -> None:
+    store = dist.HashStore()
+    mine = Presence(store, 0, 3, SECONDS)
+    signs = {rank: {"host": "n", "pid": 1, "time": 0.0, "what": "step 5", "count": 7 - rank // 2} for rank in range(3)}
+    busy = {"busy": "trainer.py:1 in _log"}
+    ranks, _ = mine._judge({0: {"others": True, "late": True}}, {1: busy, 2: busy}, signs)
+    assert ranks == [2]
+
+
 def test_a_rank_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     results = run_world(3, _one_is_missing, tmp_path, "fails")
     assert results[1][:2] == ("this rank has no data", [])
