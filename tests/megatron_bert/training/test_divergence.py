@@ -136,6 +136,29 @@ def test_the_cause_is_named(
         assert arrays["0.tokens"].shape == arrays["0.positions"].shape
 
 
+@pytest.mark.parametrize("every", [1, 100], ids=["logged", "not logged"])
+def test_a_gpu_says_so_a_step_later(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """Nothing waits for it; steps made by then have changed nothing, and it is the bad one that is computed again."""
+    weights: list[Tensor] = []
+    trainers: list[Trainer] = []
+
+    def change(trainer: Trainer) -> None:
+        trainer.watch.at_once = False
+        trainers.append(trainer)
+        weights.extend(raw_local(parameter).clone() for parameter in trainer.parameters.values())
+        faulty(100)(trainer)
+
+    before_step(monkeypatch, 3, change)
+    with pytest.raises(UserError, match=r"^training diverged: at step 3 the loss .* samples 16: "):
+        pretrain(run_settings(data, tmp_path, checkpoint__every=2, logging__every=every))
+    assert list(whole_checkpoints(tmp_path / "checkpoints")) == [2]
+    (trainer,) = trainers
+    assert trainer.step == 3
+    assert trainer.optimizer.steps == 3
+    for before, parameter in zip(weights, trainer.parameters.values(), strict=True):
+        assert torch.equal(before, raw_local(parameter))
+
+
 def test_a_learning_rate_that_is_too_high(data: Path, tmp_path: Path) -> None:
     """It moves all weights, and is not taken for damage."""
     settings = run_settings(data, tmp_path, learning_rate__peak=1e20, learning_rate__warmup_steps=0)
