@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.training.build import TIED_NAME
+from megatron_bert.training.metrics import Report
 from parallel.pipeline.schedules import build_schedule
 from parallel.sharding import initialize
 from tests.megatron_bert.training.layouts import (
@@ -166,7 +167,8 @@ def test_bfloat16_stays_close(runs, case):
 def _traced(folder: Path, run_dir: Path) -> None:
     trainer = make_trainer(TRACED, folder, run_dir=run_dir, trace=True)
     train(trainer, 1, Outcome())
-    trainer._write_timeline()
+    with Report(run_dir, trainer.settings.logging, active=trainer.world.is_first, start=0, steps=1) as report:
+        trainer._write_timeline(report)
 
 
 TRACED = Case(pipeline=2, schedule="zero-bubble-h1", microbatches=3)
