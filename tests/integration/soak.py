@@ -43,6 +43,8 @@ PATIENCE = 300.0
 PACE, EVERY = 0.1, 3
 SIGNALS = (signal.SIGKILL,) * 4 + (signal.SIGABRT,) * 3 + (signal.SIGSEGV,) * 2 + (signal.SIGSTOP,)
 SHARED_MEMORY = Path("/dev/shm")
+#: Environment variable by which every process of a soak is known.
+MARK = "SOAK_FOLDER"
 
 
 def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
@@ -79,9 +81,10 @@ def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "PACE": str(PACE),
+        MARK: str(folder),
     }
     with _STARTERS[way](folder, variables) as run:
-        killer = _Killer(run, folder / "run", seed)
+        killer = _Killer(run, folder, seed)
         for _ in range(kills):
             killer.kill_one()
         run.wait()
@@ -201,12 +204,13 @@ class _Killer:
 
     Args:
         run: whose ranks.
-        directory: of the run.
+        folder: of the soak.
         seed: of what is killed when.
     """
 
-    def __init__(self, run: _Run, directory: Path, seed: int) -> None:
-        self.run, self.directory, self.random = run, directory, random.Random(seed)
+    def __init__(self, run: _Run, folder: Path, seed: int) -> None:
+        self.run, self.folder, self.random = run, folder, random.Random(seed)
+        self.checkpoints = folder / "run" / "checkpoints"
         self.sent: Counter[str] = Counter()
         #: Of all ranks that were seen.
         self.pids: set[int] = set()
@@ -222,10 +226,10 @@ class _Killer:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.random.choice(ranks), number)
             self.sent[number.name] += 1
-        self._newest = latest_checkpoint(self.directory / "checkpoints")
+        self._newest = latest_checkpoint(self.checkpoints)
 
     def _has_saved(self) -> bool:
-        return latest_checkpoint(self.directory / "checkpoints") != self._newest
+        return latest_checkpoint(self.checkpoints) != self._newest
 
     def _ranks(self) -> list[int]:
         """Processes of the ranks of the last start that run."""
@@ -235,7 +239,7 @@ class _Killer:
             return []
         pids = [end.start["pid"] for end in last.ends if end.end is None]
         self.pids.update(pids)
-        return [pid for pid in pids if str(self.run.logs).encode() in _environment(pid)]
+        return [pid for pid in pids if _marked(pid, self.folder)]
 
     def _until(self, done: Any) -> Any:
         deadline = time.monotonic() + PATIENCE
@@ -246,20 +250,20 @@ class _Killer:
         return found
 
 
-def _environment(pid: int) -> bytes:
+def _marked(pid: int, folder: Path) -> bool:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return f"{MARK}={folder}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return b""
+        return False
 
 
 def _processes(folder: Path) -> dict[int, str]:
-    """What runs for a folder: by the environment that it was given, or its directory."""
+    """What runs for a folder."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         pid = int(entry.name)
         with contextlib.suppress(OSError):
-            if pid != os.getpid() and f"{folder}/run/logs".encode() in _environment(pid):
+            if pid != os.getpid() and _marked(pid, folder):
                 found[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
