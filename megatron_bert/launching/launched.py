@@ -24,6 +24,8 @@ from parallel.errors import UserError
 LOG_VARIABLE = "MEGATRON_BERT_LOG_DIR"
 #: Seconds that leftover loader processes, and the last lines of rank 0, may take at the end.
 _PATIENCE = 5.0
+#: The same where the run has failed.
+_AFTER_A_FAILURE = 0.5
 
 
 @contextmanager
@@ -40,13 +42,13 @@ def launched_process() -> Iterator[None]:
     adopt_slurm()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     named = os.environ.get(LOG_VARIABLE)
-    record = None
+    record, echo, patience = None, None, _PATIENCE
     if named is not None:
         folder = Path(named)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             log = rank_file(folder, rank, "log")
-            _log_to(log, echo=rank == 0)
+            echo = _log_to(log, echo=rank == 0)
             record = Record(folder, rank)
             record.write("started", size=size, log_bytes=log.stat().st_size)
         except OSError as error:
@@ -55,6 +57,10 @@ def launched_process() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # Who starts the ranks again waits for this one to end.
+        patience = _AFTER_A_FAILURE
+        if echo is not None:
+            echo.patience = patience
         if record is not None:
             record.failed(error)
         raise
@@ -62,11 +68,16 @@ def launched_process() -> Iterator[None]:
         if record is not None:
             record.write("ended")
     finally:
-        _end_children([child for child in multiprocessing.active_children() if child not in before])
+        _end_children([child for child in multiprocessing.active_children() if child not in before], patience)
 
 
-def _log_to(path: Path, *, echo: bool) -> None:
-    """Send this process's standard output and error, of native code too, to a file, and back to where it went."""
+def _log_to(path: Path, *, echo: bool) -> _Echo | None:
+    """Send this process's standard output and error, of native code too, to a file, and back to where it went.
+
+    Returns:
+        What brings it back; None where it is not to be.
+    """
+    back = None
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -77,7 +88,8 @@ def _log_to(path: Path, *, echo: bool) -> None:
         os.dup2(tee.stdin.fileno(), 1)
         os.dup2(tee.stdin.fileno(), 2)
         tee.stdin.close()
-        atexit.register(_finish_echo, tee, originals)
+        back = _Echo(tee, originals)
+        atexit.register(back.finish)
     else:
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -85,6 +97,7 @@ def _log_to(path: Path, *, echo: bool) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()  # a crash of native code shows where Python was
+    return back
 
 
 def _ignore_signals() -> None:
@@ -93,19 +106,30 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _finish_echo(tee: subprocess.Popen[bytes], originals: tuple[int, int]) -> None:
-    """Close the pipe, and let the last lines through before a launcher takes the process for gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for target, original in zip((1, 2), originals, strict=True):
-        os.dup2(original, target)
-    with suppress(subprocess.TimeoutExpired):  # a process that inherited the pipe lives on; tee ends with it
-        tee.wait(_PATIENCE)
+class _Echo:
+    """What brings the output of this process back to where it went before.
+
+    Args:
+        tee: the process that does so.
+        originals: descriptors of the standard output and error as they were.
+    """
+
+    def __init__(self, tee: subprocess.Popen[bytes], originals: tuple[int, int]) -> None:
+        self.tee, self.originals, self.patience = tee, originals, _PATIENCE
+
+    def finish(self) -> None:
+        """Close the pipe, and let the last lines through before a launcher takes the process for gone."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, original in zip((1, 2), self.originals, strict=True):
+            os.dup2(original, target)
+        with suppress(subprocess.TimeoutExpired):  # a process that inherited the pipe lives on; tee ends with it
+            self.tee.wait(self.patience)
 
 
-def _end_children(children: list[BaseProcess]) -> None:
+def _end_children(children: list[BaseProcess], patience: float) -> None:
     """Loader processes end by themselves; one that hangs, on a file system say, must not keep the run."""
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + patience
     for child in children:
         child.join(max(0.0, until - time.monotonic()))
         if child.is_alive():
