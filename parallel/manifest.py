@@ -240,10 +240,6 @@ class Manifest:
         for name in self.files:
             self.check_range(name)
 
-    def total_bytes(self) -> int:
-        """Size of the checkpoint, without the manifest."""
-        return sum(file.size for file in self.files.values())
-
 
 def _read_block(file: io.RawIOBase, number: int) -> memoryview:
     file.seek(number * BLOCK_BYTES)
