@@ -89,11 +89,11 @@ def global_plans(local: list[SavePlan]) -> list[WritePlan]:
     return found
 
 
-def plan_writing(tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> WritePlan:
-    """What this rank writes of the checkpoints of a run; every rank of the group calls."""
-    size, first = dist.get_world_size(group), dist.get_rank(group) == 0
+def plan_writing(tensors: Mapping[str, Tensor]) -> WritePlan:
+    """What this rank writes of the checkpoints of a run; every rank calls."""
+    size, first = dist.get_world_size(), dist.get_rank() == 0
     local: list[Any] = [None] * size
-    dist.gather_object(local_plan(tensors), local if first else None, group=group, group_dst=0)
+    dist.gather_object(local_plan(tensors), local if first else None)
     answer: list[Any] = [None]
     answers: list[Any] = [None] * size
     if first:
@@ -101,7 +101,7 @@ def plan_writing(tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> Wri
             answers = list(global_plans(local))
         except ValueError as error:  # which the others would wait for
             answers = [error] * size
-    dist.scatter_object_list(answer, answers if first else None, group=group, group_src=0)
+    dist.scatter_object_list(answer, answers if first else None)
     (mine,) = answer
     if isinstance(mine, ValueError):
         raise mine

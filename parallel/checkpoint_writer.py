@@ -95,7 +95,11 @@ class CheckpointWriter:
         self._on_first(root, self._prepare)
 
     def _new_group(self) -> dist.ProcessGroup:
-        """A group of its own: the background thread's collectives must not interleave with those of training."""
+        """A group of its own for the threads that write: they may wait for as long as a disk does.
+
+        The caller's own collectives use the group of the run, so that a rank that hangs is noticed as soon as in any
+        other part of a step.
+        """
         return new_group(backend="gloo", timeout_seconds=self.limit + _MARGIN_SECONDS)
 
     def _prepare(self) -> None:
@@ -183,10 +187,10 @@ class CheckpointWriter:
         """What this rank writes: planned anew only when tensors have changed on any rank."""
         now = signature(tensors)
         changed = torch.tensor(int(self._plan is None or now != self._signature))
-        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(changed, dist.ReduceOp.MAX)
         if self._plan is None or changed.item():
             self._release()
-            self._plan, self._signature = plan_writing(tensors, self.group), now
+            self._plan, self._signature = plan_writing(tensors), now
         return self._plan
 
     def _staged(self, plan: WritePlan, tensors: dict[str, Tensor]) -> Callable[[Path], FileSums]:
@@ -221,7 +225,7 @@ class CheckpointWriter:
                 work()
             except OSError as error:
                 answer = [reason_of(error)]
-        dist.broadcast_object_list(answer, group=self.group)
+        dist.broadcast_object_list(answer)
         if answer[0] is not None:
             raise _not_written(final, answer[0], what="the directory of checkpoints")
 

@@ -103,7 +103,6 @@ def _factors(count: int, device: torch.device) -> Tensor:
 def compare_replicas(
     copies: Iterable[Copy],
     mesh: ParallelMesh,
-    group: dist.ProcessGroup,
     saved: Callable[[str], Tensor | None] | None = None,
 ) -> None:
     """Compare what several ranks hold alike; every rank calls.
@@ -113,7 +112,6 @@ def compare_replicas(
     Args:
         copies: what this rank holds.
         mesh: where the run is laid out.
-        group: a group with CPU collectives over all ranks.
         saved: this rank's part of a value as it was saved last, or None; asked where two ranks differ and no third says
             which of them is right.
 
@@ -128,7 +126,7 @@ def compare_replicas(
         for place in places:
             mine[place][copy.name].add(value)  # two values where this rank holds two copies that differ
             by_name[place, copy.name] = copy
-    suspects = _differing(_gather({place: _digests(found) for place, found in mine.items()}, group))
+    suspects = _differing(_gather({place: _digests(found) for place, found in mine.items()}))
     if not suspects:
         return
     # From here on every rank knows that something differs, and takes part in finding out what.
@@ -136,14 +134,14 @@ def compare_replicas(
         (place, name): tuple(sorted(found)) for place in suspects & mine.keys() for name, found in mine[place].items()
     }
     evidence = {}
-    for key in sorted(_differing(_gather(named, group)) & by_name.keys()):
+    for key in sorted(_differing(_gather(named)) & by_name.keys()):
         copy = by_name[key]
         if "tensor" not in dict(key[0]) and _rounded(copy.values, mesh):
             continue
         before = None if saved is None else saved(copy.name)
         moved = None if before is None else (copy.values - before).abs().max().nan_to_num(torch.inf).item()
         evidence[key] = (named[key], moved, host_name())
-    found = _gather(evidence, group)
+    found = _gather(evidence)
     if any(found):
         raise UserError(_sentence(found))
 
@@ -155,9 +153,9 @@ def _digests(found: dict[str, set[int]]) -> tuple[bytes, ...]:
     return tuple({hashlib.blake2b(repr(values).encode(), digest_size=16).digest() for values in (first, last)})
 
 
-def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+def _gather(mine: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
     return everyone
 
 

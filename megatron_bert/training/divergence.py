@@ -212,7 +212,7 @@ def diagnosed(trainer: Trainer, step: int, batches: list[TokenBatch]) -> Excepti
     loss = trainer.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
     mine = _Finding(host_name(), trainer.mesh.data_rank, damaged, outliers, tracer.first)
     everyone: list[Any] = [None] * trainer.world.size
-    dist.all_gather_object(everyone, mine, group=trainer.checkpoints.group)
+    dist.all_gather_object(everyone, mine)
     found = {rank: finding for rank, finding in enumerate(everyone) if finding is not None}
     origins = {rank: finding.origin for rank, finding in found.items() if finding.origin is not None}
     first = min(origins, key=lambda rank: (origins[rank].order, rank), default=None)
@@ -319,7 +319,7 @@ def _kept(trainer: Trainer, step: int, batches: list[TokenBatch], data_rank: int
         except OSError as error:
             failure = reason_of(error)
     failures: list[str] = [""] * trainer.world.size
-    dist.all_gather_object(failures, failure, group=trainer.checkpoints.group)
+    dist.all_gather_object(failures, failure)
     if any(failures):
         return f"; the batch could not be kept in {folder} ({next(filter(None, failures))})"
     ranks = "*" if data_rank is None else f"{data_rank:04d}"

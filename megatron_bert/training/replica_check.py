@@ -25,7 +25,7 @@ def check_replicas(trainer: Trainer) -> None:
     Raises:
         UserError: a rank's copy differs from those of others.
     """
-    compare_replicas(_copies(trainer), trainer.mesh, trainer.checkpoints.group, lambda name: _saved(trainer, name))
+    compare_replicas(_copies(trainer), trainer.mesh, lambda name: _saved(trainer, name))
 
 
 def _copies(trainer: Trainer) -> Iterator[Copy]:

@@ -71,6 +71,7 @@ def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
         checkpoint__every=EVERY,
         parallel__data=None,
         parallel__timeout_seconds=10,
+        checkpoint__timeout_seconds=20,
         data__workers=1,
         logging__tensorboard=True,
     )
