@@ -16,12 +16,16 @@ from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.stage import StagePart, split_layers
 from parallel.recompute import Recompute
 
-#: The smallest number that float32 holds to its full precision; what is below it may count as 0.
-SMALLEST_FLOAT32 = 1.18e-38
+#: Magnitudes that float32 holds to its full precision: below them it may count as 0, above them it is infinite.
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.18e-38, 3.4e38
+#: Bound of rates and scales of weights. Weights that are larger overflow within a step or two.
+LARGEST_SCALE = 1e3
+#: Seconds of the longest wait; the system's own clocks overflow not far above it.
+LONGEST_WAIT = 1e8
 
 
 class Section(BaseModel):
-    """Settings that refuse unknown keys, numbers without a size and truth values for numbers, and stay as read."""
+    """Settings that refuse unknown keys, numbers beyond float32 and truth values for numbers, and stay as read."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, allow_inf_nan=False
@@ -34,6 +38,17 @@ class Section(BaseModel):
         given = any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value]))
         if given and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
             raise PydanticCustomError("truth", "true and false are no value for it")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_float32(cls, value: Any) -> Any:
+        """What is computed in float32 would be 0 or infinite there."""
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, float) and part and not SMALLEST_FLOAT32 <= abs(part) <= LARGEST_FLOAT32:
+                raise PydanticCustomError(
+                    "float32", f"it is computed with in float32, from {SMALLEST_FLOAT32:g} to {LARGEST_FLOAT32:g}"
+                )
         return value
 
 
@@ -70,11 +85,11 @@ class ModelSettings(Section):
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention probabilities.")
     max_position_embeddings: int = Field(512, gt=0, description="Longest sequence, in tokens.")
     type_vocab_size: int = Field(2, gt=0, description="Number of token types (segments).")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+    initializer_range: float = Field(0.02, gt=0, le=LARGEST_SCALE, description="Standard deviation of initial weights.")
     scaled_output_init: bool = Field(
         True, description="Initialise output projections with initializer_range / sqrt(2 x layers), as Megatron does."
     )
-    layer_norm_eps: float = Field(1e-5, ge=SMALLEST_FLOAT32, description="Added to the variance in every layer norm.")
+    layer_norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every layer norm.")
     vocab_size_multiple: int = Field(
         128, gt=0, description="The vocabulary is padded to a multiple of this many rows, at every layout alike."
     )
@@ -184,7 +199,7 @@ class ParallelSettings(Section):
     )
     shard_size: int | None = Field(None, gt=1, description="Ranks a shard group, for hybrid sharding.")
     timeout_seconds: float = Field(
-        600.0, gt=0, description="How long a collective waits for the other ranks, in seconds."
+        600.0, gt=0, le=LONGEST_WAIT, description="How long a collective waits for the other ranks, in seconds."
     )
 
 
@@ -193,16 +208,18 @@ class OptimizerSettings(Section):
 
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
-    eps: float = Field(1e-8, ge=SMALLEST_FLOAT32, description="Added to the denominator.")
-    weight_decay: float = Field(0.01, ge=0, description="Share of a weight removed a step, times the learning rate.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(
+        0.01, ge=0, le=LARGEST_SCALE, description="Share of a weight removed a step, times the learning rate."
+    )
     clip_grad_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 does not clip.")
 
 
 class LearningRateSettings(Section):
     """Warm-up, then a decay."""
 
-    peak: float = Field(1e-4, gt=0, description="Learning rate at the end of the warm-up.")
-    minimum: float = Field(0.0, ge=0, description="Learning rate after the end of the decay.")
+    peak: float = Field(1e-4, gt=0, le=LARGEST_SCALE, description="Learning rate at the end of the warm-up.")
+    minimum: float = Field(0.0, ge=0, le=LARGEST_SCALE, description="Learning rate after the end of the decay.")
     schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
         "linear", description="Shape after warm-up; wsd is warm-up, stable, decay."
     )
@@ -306,6 +323,7 @@ class CheckpointSettings(Section):
     timeout_seconds: float = Field(
         1800.0,
         gt=0,
+        le=LONGEST_WAIT,
         description="How long a checkpoint may take to write, in seconds, whatever parallel.timeout_seconds is; a disk "
         "that takes longer is a save that fails.",
     )

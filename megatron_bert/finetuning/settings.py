@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, Section, TokenizerSettings
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 
+#: Bound of the passes over the data, far above what anyone waits for.
+MOST_EPOCHS = 1e6
+
 
 class FinetuneModelSettings(Section):
     """The encoder to start from; its sizes are the checkpoint's."""
@@ -40,7 +43,7 @@ class FinetuneModelSettings(Section):
 class FinetuneTrainingSettings(RunTrainingSettings):
     """Length, batch and place of a fine-tuning run."""
 
-    epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    epochs: float = Field(3.0, gt=0, le=MOST_EPOCHS, description="Passes over the training data.")
     steps: int | None = Field(None, gt=0, description="Optimizer steps, in place of epochs.")
     evaluate_every: int | None = Field(None, ge=0, description="Steps between evaluations; once an epoch when unset.")
     evaluate_batch_size: int = Field(32, gt=0, description="Units (texts, questions) a forward pass of an evaluation.")

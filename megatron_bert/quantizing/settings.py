@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_bert.config import LearningRateSettings, Section
-from megatron_bert.finetuning.settings import FinetuneModelSettings, FinetuneSettings, FinetuneTrainingSettings
+from megatron_bert.config import LARGEST_SCALE, LearningRateSettings, Section
+from megatron_bert.finetuning.settings import (
+    MOST_EPOCHS,
+    FinetuneModelSettings,
+    FinetuneSettings,
+    FinetuneTrainingSettings,
+)
 from megatron_bert.ibert.settings import QuantizationConfig
 from parallel.errors import UserError
 
@@ -56,28 +61,36 @@ class DistillationSettings(Section):
     """Learning from the float model beside the labels (Hinton et al., arXiv 1503.02531)."""
 
     weight: float = Field(0.0, ge=0, le=1, description="Share of the float model's outputs in the loss; 0 is without.")
-    temperature: float = Field(1.0, gt=0, description="Divides the logits of classes before they are compared.")
+    temperature: float = Field(
+        1.0, ge=1e-3, le=LARGEST_SCALE, description="Divides the logits of classes before they are compared."
+    )
 
 
 class SearchSettings(Section):
     """Train with every combination of these and name the best; the defaults are the paper's (section 4.2)."""
 
     enabled: bool = Field(False, description="Whether to search.")
-    learning_rate: list[float] = Field([5e-7, 1e-6, 1.5e-6, 2e-6], min_length=1, description="Peak learning rates.")
-    attention_probs_dropout_prob: list[float] = Field([0.0, 0.1], min_length=1, description="Attention dropout.")
-    hidden_dropout_prob: list[float] = Field([0.1, 0.2], min_length=1, description="Dropout of the other layers.")
+    learning_rate: list[Annotated[float, Field(gt=0, le=LARGEST_SCALE)]] = Field(
+        [5e-7, 1e-6, 1.5e-6, 2e-6], min_length=1, description="Peak learning rates."
+    )
+    attention_probs_dropout_prob: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.0, 0.1], min_length=1, description="Attention dropout."
+    )
+    hidden_dropout_prob: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.1, 0.2], min_length=1, description="Dropout of the other layers."
+    )
 
 
 class QuantizeLearningRateSettings(LearningRateSettings):
     """Warm-up, then a decay; the peak is far below that of fine-tuning."""
 
-    peak: float = Field(1e-6, gt=0, description="Learning rate at the end of the warm-up.")
+    peak: float = Field(1e-6, gt=0, le=LARGEST_SCALE, description="Learning rate at the end of the warm-up.")
 
 
 class QuantizeTrainingSettings(FinetuneTrainingSettings):
     """Length, batch and place of a quantisation run."""
 
-    epochs: float = Field(3.0, ge=0, description="Passes over the training data; 0 calibrates only.")
+    epochs: float = Field(3.0, ge=0, le=MOST_EPOCHS, description="Passes over the training data; 0 calibrates only.")
 
 
 class QuantizeSettings(FinetuneSettings):
