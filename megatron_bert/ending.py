@@ -47,6 +47,11 @@ _REMEDIES = {
     errno.EACCES: "give a place that you have access to",
     errno.EPERM: "give a place that you have access to",
     errno.EROFS: "give a place that can be written to",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "give a path whose parents are directories",
+    errno.ELOOP: "give a path without a circle of links",
+    errno.EIO: "look at the disk, which has failed to read or write, or give a place on another",
+    errno.ESTALE: "mount the network file system again",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
@@ -223,7 +228,7 @@ def _sentence(error: UserError | OSError) -> str:
     if isinstance(error, UserError):
         return str(error)
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "the output or a file"
-    remedy = _REMEDIES.get(error.errno or 0, "check that, and try again")
+    remedy = _REMEDIES.get(error.errno or 0, "give another place, or make this one usable")
     return f"cannot use {place} ({reason_of(error)}): {remedy}"
 
 

@@ -56,7 +56,7 @@ class SavedCheckpoint:
 class CheckpointWriter:
     """Writes the checkpoints of a run, in the background if asked, and keeps the newest.
 
-    Every rank constructs it at the same point and calls :meth:`save` and :meth:`finish` at the same steps. What the
+    Every rank constructs it at the same point and calls its methods at the same steps. What the
     file system refuses any rank is raised on all of them, and nothing of that checkpoint stays; those before it do. So
     it is with a file system that does not answer for too long, whose ranks are named.
 
@@ -73,9 +73,6 @@ class CheckpointWriter:
 
     Attributes:
         protected: steps whose checkpoints those saved from now on leave beside the newest ones.
-
-    Raises:
-        NotWrittenError: the directory cannot be made.
     """
 
     def __init__(
@@ -92,7 +89,6 @@ class CheckpointWriter:
         self._plan: WritePlan | None = None
         self._staging: Staging | None = None
         self._process: FileProcess | None = None
-        self._on_first(root, self._prepare)
 
     def _new_group(self) -> dist.ProcessGroup:
         """A group of its own for the threads that write: they may wait for as long as a disk does.
@@ -102,10 +98,19 @@ class CheckpointWriter:
         """
         return new_group(backend="gloo", timeout_seconds=self.limit + _MARGIN_SECONDS)
 
-    def _prepare(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob("step_*.partial"):
-            _discard(leftover)
+    def prepare(self) -> None:
+        """Make the directory, and remove what an interrupted run left there.
+
+        Raises:
+            NotWrittenError: the directory cannot be made.
+        """
+
+        def make() -> None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob("step_*.partial"):
+                _discard(leftover)
+
+        self._on_first(self.root, make)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Save tensors by global name, and a JSON-able state, as the checkpoint of a step.

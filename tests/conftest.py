@@ -42,6 +42,13 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def one_name_left(tmp_path: Path) -> Iterator[Path]:
+    """A file system that takes one file or directory more, and no second one."""
+    with _mounted(tmp_path / "names", "-t", "tmpfs", "-o", "size=1m,nr_inodes=2", "tmpfs") as place:
+        yield place
+
+
+@pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that nothing can be written to, not even by root."""
     with _mounted(tmp_path / "read_only", "-t", "tmpfs", "-o", "ro", "tmpfs") as place:

@@ -81,13 +81,13 @@ def train_tokenizer(
     if vocab_size <= len(SPECIAL_TOKENS):
         raise UserError(f"vocab_size {vocab_size} is too small: {len(SPECIAL_TOKENS)} entries are special tokens.")
     made = not Path(output).exists()
-    with reporting("written", Path(output), "give a directory that you may write to"):  # before the work of minutes
-        Path(output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
     text = _Lines([os.fspath(path) for path in inputs], json_key, progress)
     train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
     try:
+        with reporting("written", Path(output), "give a directory that you may write to"):  # before the work of minutes
+            Path(output).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output):
+                pass
         train(text, vocab_size, Path(output), cased)
     except BaseException:
         if made:

@@ -122,6 +122,7 @@ class Trainer:
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
             self.resume(resume_from)
+        self.checkpoints.prepare()  # not before: a start that is refused leaves nothing behind
 
     # ---------------------------------------------------------------- the loop
 

@@ -59,6 +59,32 @@ def test_train_tokenizer(text: Path, read_only: Path, capsys: pytest.CaptureFixt
         assert refused(capsys, *given).startswith(f"{place} cannot be written ({reason}")
 
 
+def test_train_tokenizer_where_only_its_directory_can_be_made(
+    text: Path, one_name_left: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("train-tokenizer", "--input", text, "--vocab-size", "30", "--output", one_name_left / "new")
+    assert "(No space left on device" in refused(capsys, *given)
+    assert list(one_name_left.iterdir()) == []
+
+
+def test_names_that_are_too_long(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_data(tmp_path)
+    config = write_config(run_settings(tmp_path, tmp_path / "run"), tmp_path / "settings.yaml")
+    place = tmp_path / ("n" * 300)
+    before = sorted(tmp_path.iterdir())
+    for given in (
+        ("train-tokenizer", "--input", text, "--vocab-size", "30", "--output", place),
+        ("schedule", "--pipeline", "2", "--microbatches", "2", "--schedule", "gpipe", "--trace", place),
+        ("pretrain", config, f"training.run_dir={place}"),
+    ):
+        said = refused(capsys, *given)
+        assert f"{place}" in said
+        assert "(File name too long" in said
+        assert "give " in said
+        assert "another file" in said or "shorter name" in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_schedule(full_disk: Path, read_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("schedule", "--pipeline", "2", "--microbatches", "2", "--schedule", "gpipe")
     (full_disk / "rest").write_bytes(bytes(full_disk_free(full_disk)))

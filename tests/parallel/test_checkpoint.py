@@ -192,7 +192,7 @@ class TestWriting:
 
     def test_a_start_clears_up(self, tmp_path: Path) -> None:
         (tmp_path / "step_00000002.partial").mkdir()
-        CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        CheckpointWriter(tmp_path, keep=1, asynchronous=False).prepare()
         assert names(tmp_path) == []
 
     @ASYNCHRONOUS
@@ -210,13 +210,14 @@ class TestWriting:
 
     def test_a_start_clears_up_files_too(self, tmp_path: Path) -> None:
         (tmp_path / "step_00000002.partial").touch()
-        CheckpointWriter(tmp_path, keep=1, asynchronous=False)
+        CheckpointWriter(tmp_path, keep=1, asynchronous=False).prepare()
         assert names(tmp_path) == []
 
     @ASYNCHRONOUS
     def test_a_directory_that_was_removed_is_made_again(self, tmp_path: Path, asynchronous: bool) -> None:
         root = tmp_path / "run" / "checkpoints"
         writer = CheckpointWriter(root, keep=1, asynchronous=asynchronous)
+        writer.prepare()
         shutil.rmtree(tmp_path / "run")
         save_and_finish(writer)
         assert names(root) == ["step_00000002"]
@@ -248,7 +249,7 @@ class TestWriting:
     def test_a_file_in_the_place_of_the_directory(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match=r"checkpoints .* could not be written \(Not a directory\)"):
-            CheckpointWriter(tmp_path / "file" / "checkpoints", keep=1, asynchronous=False)
+            CheckpointWriter(tmp_path / "file" / "checkpoints", keep=1, asynchronous=False).prepare()
 
     def test_a_crash_while_deleting_leaves_no_whole_looking_rest(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

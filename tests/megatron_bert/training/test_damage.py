@@ -155,6 +155,7 @@ def test_one_that_is_named_is_refused(data: Path, run: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match=r"4 cannot be read .* has changed .*: use another one"):
         pretrain(settings)
     assert checkpoint.is_dir()
+    assert not list(run.with_name("other").glob("checkpoints")), "a refused start leaves nothing behind"
 
 
 def test_a_shard_that_one_rank_reads(data: Path, tmp_path: Path) -> None:
