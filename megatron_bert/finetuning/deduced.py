@@ -10,7 +10,15 @@ from typing import Any
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME as TOKENIZER_SETTINGS
 from megatron_bert.data.tokenizer_settings import read_settings
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.tasks.settings import GLUE_NAMES, KINDS, MAX_LENGTHS, Kind
+from megatron_bert.tasks.settings import (
+    GLUE_NAMES,
+    KINDS,
+    MAX_LENGTHS,
+    Kind,
+    meaningful,
+    meaningful_data,
+    task_name,
+)
 from parallel.errors import UserError
 
 #: What the name of a class ends in -> the kind of task.
@@ -60,12 +68,8 @@ def deduced_settings(
     if regression and labels > 1:
         raise UserError(f"{directory} predicts {labels} numbers for each text: only models for one number can be used")
     usual = kind if kind != "sequence" else "regression" if regression else "classification"
-    name = str(given.get("name", usual)).lower().replace("-", "")
-    if KINDS.get(name, kind) != kind:
-        raise UserError(
-            f"task.name is {name}, but {directory} is a {named}: give a task with such a head, such as {usual}, or "
-            "leave it out"
-        )
+    name = task_name(given.get("name", usual))
+    _check_kind(name, kind, directory, named, usual)
     found: dict[str, Any] = {"name": name, "max_length": _longest(directory, kind, config)}
     if name == "classification":
         found["multi_label"] = problem == "multi_label_classification"
@@ -74,6 +78,51 @@ def deduced_settings(
     if kind in ("sequence", "token_classification") and not regression and name not in GLUE_NAMES:
         found["labels"] = [label for _, label in sorted((config.id2label or {}).items())]
     return found | {key: value for key, value in given.items() if key != "name"}
+
+
+def _check_kind(name: str, kind: Kind, directory: Path, named: str, usual: str) -> None:
+    if KINDS.get(name, kind) != kind:
+        raise UserError(
+            f"task.name is {name}, but {directory} is a {named}: give a task with such a head, such as {usual}, or "
+            "leave it out"
+        )
+
+
+def changed_settings(
+    directory: Path,
+    saved: Mapping[str, Any],
+    how: Mapping[str, Any],
+    described: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section ``task`` of a model that was fine-tuned here, with the changes of a user, and how its files are read.
+
+    Under another name, what the saved task was set to and the other does not have is left out, and its classes are
+    those of the model.
+
+    Args:
+        directory: of the model.
+        saved: the section as it was saved.
+        how: of the section ``data``, how the training file was read.
+        described: config.json of the model.
+        given: settings of the section that the user gives.
+
+    Raises:
+        UserError: the user names a task with another head.
+    """
+    before = str(saved["name"])
+    name = task_name(given.get("name", before))
+    if name == before or name not in KINDS:
+        return {**saved, **given}, dict(how)
+    _check_kind(name, KINDS[before], directory, _class_of(described), before)
+    found = meaningful(saved, name)
+    if name == "classification" and not found.get("labels"):
+        found["labels"] = [label for _, label in sorted(described.get("id2label", {}).items(), key=_number)] or None
+    return {**found, "name": name, **given}, meaningful_data(how, name)
+
+
+def _number(item: tuple[Any, Any]) -> int:
+    return int(item[0])
 
 
 def _longest(directory: Path, kind: Kind, config: MegatronBertConfig) -> int:

@@ -13,7 +13,7 @@ from megatron_bert.config_file import validated
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.tokenizer import AutoTokenizer
-from megatron_bert.finetuning.deduced import deduced_settings, has_head, told
+from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, has_head, told
 from megatron_bert.finetuning.families import MEGATRON, ROBERTA, USED_TYPES, family_of
 from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.start import MODEL_FOLDER, check_lengths, roberta_config
@@ -134,13 +134,15 @@ def _model_directory(source: Path) -> Path:
     )
 
 
-def _of_ours(directory: Path, task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_ours(directory: Path, stated: dict[str, Any], task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The description of a task that :func:`save_task` wrote, with changes, and how its files are read."""
     path = directory / TASK_FILE
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        how = dict(described.pop("columns"))
-        return described | {"settings": described["settings"] | task}, how
+        settings, how = changed_settings(directory, described["settings"], described.pop("columns"), stated, task)
+        return described | {"settings": settings}, how
+    except UserError:
+        raise
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
 
@@ -192,7 +194,7 @@ def load_task(source: Path, data: dict[str, Any] | None = None, task: dict[str, 
             f"the tokenizer in {directory} has {tokenizer.vocab_size} words, but the model {config.vocab_size}: copy "
             "the vocabulary that the model was trained with"
         )
-    described, how = _of_ours(directory, given) if ours else ({}, {})
+    described, how = _of_ours(directory, stated, given) if ours else ({}, {})
     if not ours:
         described = {"settings": deduced_settings(directory, stated, config, given)}
         if launched_rank() == 0:

@@ -12,6 +12,7 @@ from megatron_bert.tasks.sequence import SequenceTask, TextExample, class_number
 from megatron_bert.tasks.settings import Column
 from megatron_bert.tasks.task import Prediction
 from parallel.errors import UserError
+from parallel.whole_files import write_text
 
 HIGHEST_SIMILARITY = 5.0
 """STS-B scores lie between 0 and this."""
@@ -104,7 +105,7 @@ class GlueTask(SequenceTask):
             if not rows:
                 continue
             lines = ["index\tprediction", *(f"{number}\t{self._submitted(p)}" for number, p in rows)]
-            (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_text(directory / name, "\n".join(lines) + "\n")
             written.append(directory / name)
         return written
 

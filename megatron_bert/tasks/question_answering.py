@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +27,7 @@ from megatron_bert.tasks.squad_metrics import Judged, best_threshold, expected_f
 from megatron_bert.tasks.stream import name_of, text_of
 from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task
 from parallel.errors import UserError
+from parallel.whole_files import write_json
 
 DOC_STRIDE, MAX_QUERY_LENGTH = 128, 64
 NO_CANDIDATE_ODDS = 1e9
@@ -240,8 +240,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
             chosen = [p for e, p in zip(examples, predictions, strict=True) if e.split == split]
             for name, key in keys.items():
                 path = directory / f"{split}_{name}.json"
-                content = {prediction["id"]: prediction[key] for prediction in chosen}
-                path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                write_json(path, {prediction["id"]: prediction[key] for prediction in chosen})
                 written.append(path)
         return written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -139,7 +140,7 @@ class TaskSettings(Section):
     @field_validator("name")
     @classmethod
     def _known_name(cls, name: str) -> str:
-        known = name.lower().replace("-", "")
+        known = task_name(name)
         if known not in KINDS:
             raise ValueError(f'task name "{name}" is unknown: choose {", ".join(KINDS)}')
         return known
@@ -304,6 +305,25 @@ class TaskDataSettings(Section):
         """Refuse settings that a task of this name does not have (ValueError)."""
         _refuse_unused(self, _DATA_ONLY_FOR, name, "data")
         _refuse_unused(self.columns, _COLUMNS_ONLY_FOR, name, "data.columns")
+
+
+def task_name(given: Any) -> str:
+    """The name of a task as it is in the tables, however a user spells it."""
+    return str(given).lower().replace("-", "")
+
+
+def meaningful(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of the settings of a saved task, those that a task of another name has too; its metric is its own."""
+    own = ("name", "metric", "class_weights")
+    return {key: value for key, value in settings.items() if key not in own and name in _ONLY_FOR.get(key, (name,))}
+
+
+def meaningful_data(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The same of the section ``data``."""
+    kept = {key: value for key, value in settings.items() if name in _DATA_ONLY_FOR.get(key, (name,))}
+    if "columns" in kept:
+        kept["columns"] = {key: value for key, value in kept["columns"].items() if name in _COLUMNS_ONLY_FOR[key]}
+    return kept
 
 
 def _refuse_unused(section: Section, only_for: dict[str, tuple[str, ...]], name: str, title: str) -> None:

@@ -36,6 +36,7 @@ from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
 from megatron_bert.tasks.token_rows import TokenRows
 from megatron_bert.tasks.words import pieces_of_words, split_words, word_windows
 from parallel.errors import UserError
+from parallel.whole_files import whole_file
 
 TINY = 1e-30
 """Least probability of a tag when sequences of tags are compared."""
@@ -302,7 +303,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         written = []
         for split in dict.fromkeys(example.split for example in examples):
             path = directory / f"{split}.conll"
-            with path.open("w", encoding="utf-8", newline="\n") as file:
+            with whole_file(path) as file:
                 for example, prediction in zip(examples, predictions, strict=True):
                     if example.split != split:
                         continue

@@ -19,6 +19,7 @@ from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.saved import load_task
+from megatron_bert.tasks.settings import TaskDataSettings
 from parallel.errors import UserError
 from parallel.whole_files import write_json
 from tests.megatron_bert.finetuning.support import join_world, make_run
@@ -91,6 +92,61 @@ def test_settings_of_the_data_are_merged_with_those_of_training(trained: Path, t
     found = evaluate_files(trained / "run", overrides, output=tmp_path / "out", batch_size=6, device="cpu")
     assert found["valid"] == pytest.approx(_scores(trained)["valid"], rel=1e-5)
     assert [row["id"] for row in predictions(tmp_path / "out")] == [row["id"] for row in predictions(trained / "run")]
+
+
+@pytest.fixture(scope="module")
+def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for the classes 1 and 0, from a table with columns of its own."""
+    folder = tmp_path_factory.mktemp("sentiment")
+    settings = make_run(folder, training__steps=2)
+    rows = "".join(f"w{30 + 10 * (number % 2)} w{number}\t{number % 2}\n" for number in range(16))
+    (folder / "train.tsv").write_text(rows, encoding="utf-8")
+    (folder / "test.tsv").write_text("sentence\tlabel\n" + rows, encoding="utf-8")
+    data = {"train": folder / "train.tsv", "header": False, "columns": {"text": 0, "label": 1}}
+    task = settings.task.model_copy(update={"labels": ["1", "0"], "metric": "f1_macro"})
+    finetune(settings.model_copy(update={"data": TaskDataSettings.model_validate(data), "task": task}))
+    return folder
+
+
+class TestAnotherName:
+    """``task.name`` for a model fine-tuned here: settings that only its own task has do not stand in the way."""
+
+    def scores(self, folder: Path, model: Path, file: str, *overrides: str) -> Any:
+        given = [f"data.test={folder / file}", *overrides]
+        return evaluate_files(model, given, output=None, batch_size=6, device="cpu")["test"]
+
+    def test_the_files_and_metrics_of_glue(self, sentiment: Path) -> None:
+        expected = self.scores(sentiment, sentiment / "run", "train.tsv")
+        found = self.scores(sentiment, sentiment / "run", "test.tsv", "task.name=SST-2")
+        assert found == pytest.approx({name: expected[name] for name in ("loss", "accuracy")}, rel=1e-5)
+        assert load_task(sentiment / "run", task={"name": "sst2"}).task.labels == ("0", "1")
+
+    def test_back_to_a_plain_classification(self, sentiment: Path, tmp_path: Path) -> None:
+        """Whose classes are those of the model, as there is no training file to find them in."""
+        shutil.copytree(sentiment / "run" / "model", tmp_path / "model")
+        described = load_task(sentiment / "run", task={"name": "sst2"}).task.describe()
+        write_json(tmp_path / "model" / "task.json", described | {"columns": {}})
+        columns = ("task.name=classification", "data.columns.text=sentence")
+        found = self.scores(sentiment, tmp_path / "model", "test.tsv", *columns)
+        expected = self.scores(sentiment, sentiment / "run", "train.tsv")
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("mnli", "fine-tuned for the classes 1, 0, but the task has contradiction, entailment, neutral"),
+            ("stsb", "fine-tuned for single_label_classification, but the task is regression"),
+            ("token_classification", "is a MegatronBertForSequenceClassification: give a task with such a head"),
+            ("sst3", 'task name "sst3" is unknown'),
+        ],
+    )
+    def test_what_does_not_fit(self, sentiment: Path, name: str, expected: str) -> None:
+        with pytest.raises(UserError, match=expected):
+            self.scores(sentiment, sentiment / "run", "test.tsv", f"task.name={name}")
+
+    def test_what_the_user_gives_must_mean_something(self, sentiment: Path) -> None:
+        with pytest.raises(UserError, match=r'data\.header means nothing to the task "sst2"'):
+            self.scores(sentiment, sentiment / "run", "test.tsv", "task.name=sst2", "data.header=false")
 
 
 def test_a_column_of_labels_that_is_not_there(trained: Path) -> None:
