@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -187,8 +188,8 @@ class Presence:
         store.set("alarm", "")
         until = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < until and not store.check(["verdict"]):
-            ends, answers = self._read("end"), self._read("answer")
-            if len(ends | answers) == self.size:
+            heard, signs = self._read("end") | self._read("answer"), self._read("sign")
+            if len(signs) == self.size and all(rank in heard or _gone(one) for rank, one in signs.items()):
                 break
             time.sleep(0.1)
         mine = self._judge(self._read("end"), self._read("answer"), self._read("sign"))
@@ -210,6 +211,7 @@ class Presence:
         """Ranks that are missing, and a sentence."""
         failed = [rank for rank, end in ends.items() if not end["others"]]
         silent = [rank for rank in range(self.size) if rank not in ends and rank not in answers]
+        gone = [rank for rank in silent if rank in signs and _gone(signs[rank])]
         busy = [rank for rank, answer in answers.items() if rank not in ends and answer["busy"] is not None]
         # A thread that waits for a GPU, which waits for others, looks busy as well, but is as far as any.
         behind = min((signs[rank]["count"] for rank in busy), default=0)
@@ -217,6 +219,7 @@ class Presence:
         late = [rank for rank, end in ends.items() if not end["late"]] if any(e["late"] for e in ends.values()) else []
         for ranks, says in (
             (failed, lambda rank: f"failed ({ends[rank]['words']})"),
+            (gone, lambda rank: f"has died, and gave its last sign {_ago(signs[rank])}"),
             (silent, lambda rank: f"does not answer, and gave its last sign {_ago(signs[rank])}"),
             (busy, lambda rank: f"is busy at {answers[rank]['busy']} and gave its last sign {_ago(signs[rank])}"),
             (late, lambda rank: f"came too late, and gave its last sign {_ago(signs[rank])}"),
@@ -237,6 +240,19 @@ def _remedy(ranks: list[int], waited: float | None) -> str:
 
 def _host(signs: dict[int, dict[str, Any]], rank: int) -> str:
     return f"{signs[rank]['host']} (process {signs[rank]['pid']})"
+
+
+def _gone(one: dict[str, Any]) -> bool:
+    """Whether the process that gave a sign is on this host and has ended, if only as a zombie."""
+    if one["host"] != host_name() or not os.path.isdir("/proc/self"):
+        return False
+    try:
+        # The state follows the name of the program, which is in parentheses and may hold any.
+        return Path(f"/proc/{one['pid']}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _ago(one: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.starting import start_trainer
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
-from parallel.errors import UserError
+from parallel.errors import DamagedCheckpointError, UserError
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
 from parallel.whole_files import whole_directory
@@ -80,17 +80,23 @@ class FinetuneStage:
 
     def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> dict[str, Any]:
         """Score the best checkpoint on every split, and write what a run leaves behind; every rank calls."""
-        checkpoint = self.take_best(settings, trainer)
+        checkpoint = self.take_best(settings, trainer, report)
         splits = score_splits(trainer)
         return on_first_rank(lambda: self.leave(settings, trainer, report, checkpoint, splits))
 
-    def take_best(self, settings: FinetuneSettings, trainer: Trainer) -> Path:
-        """Load the weights of the best checkpoint; its path."""
-        best = trainer.selection.best_step or trainer.step
-        checkpoint = settings.training.run_dir / "checkpoints" / f"step_{best:08d}"
-        if best != trainer.step:
-            trainer.load_weights(checkpoint)
-        return checkpoint
+    def take_best(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> Path:
+        """Load the weights of the best checkpoint, or of the last one if that cannot be read; its path."""
+        best, last = trainer.selection.best_step or trainer.step, trainer.step
+        checkpoints = {step: settings.training.run_dir / "checkpoints" / f"step_{step:08d}" for step in (best, last)}
+        if best == last:
+            return checkpoints[last]
+        try:
+            trainer.load_weights(checkpoints[best])
+        except DamagedCheckpointError as error:
+            report.say(f"warning: {error}; it had the best score, and the model of step {last} is taken in its place")
+            trainer.load_weights(checkpoints[last])
+            return checkpoints[last]
+        return checkpoints[best]
 
     def leave(
         self,
@@ -105,7 +111,7 @@ class FinetuneStage:
         task, splits = settled(objective.task, splits)
         self.save(settings, trainer, checkpoint, task)
         report.attempt("curves.png", "there is no picture of the run", lambda: draw_run(run_dir, objective.metric))
-        step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside(settings)
+        step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside()
         results = write_results(
             run_dir,
             settings,
@@ -127,7 +133,7 @@ class FinetuneStage:
         with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
             save_task(checkpoint, trainer.objective.config, task, directory)
 
-    def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:  # noqa: ARG002
+    def scores_beside(self) -> dict[str, dict[str, float]]:
         """Scores of other models that stand in the results too."""
         return {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import MODEL_FOLDER
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import QuantizerReport, as_table, plot
+from megatron_bert.json_file import read_object
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
 from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
@@ -76,6 +76,10 @@ def _combinations(settings: QuantizeSettings) -> dict[str, QuantizeSettings]:
 class QuantizeStage(FinetuneStage):
     """Scores before training, ranges that are fixed after it, and the report."""
 
+    def __init__(self) -> None:
+        #: Of the float and of the calibrated model, in the run that is trained.
+        self._before: dict[str, dict[str, float]] = {}
+
     def objective(
         self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int
     ) -> QuantizationAware:
@@ -96,7 +100,9 @@ class QuantizeStage(FinetuneStage):
         objective = cast(QuantizationAware, trainer.objective)
         if cast(QuantizeSettings, settings).distillation.weight > 0.0:
             objective.add_teacher(trainer.model, trainer.evaluation_engine, trainer.world.device)
+        path = settings.training.run_dir / BASELINE_FILE
         if trainer.step > 0:
+            self._before = on_first_rank(lambda: _read_scores(path))
             return
         before: dict[str, dict[str, float]] = {}
         with evaluating(trainer.model, floating=True):
@@ -105,7 +111,8 @@ class QuantizeStage(FinetuneStage):
         before |= {f"{split}_calibrated": found.scores for split, found in score_splits(trainer).items()}
         for split, scores in before.items():
             report.say(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        on_first_rank(lambda: write_json(settings.training.run_dir / BASELINE_FILE, before))
+        on_first_rank(lambda: write_json(path, before))
+        self._before = before
         if objective.total_steps == 0:
             trainer.save()
             trainer.checkpoints.finish()
@@ -113,7 +120,7 @@ class QuantizeStage(FinetuneStage):
     def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> dict[str, Any]:
         """Fix the ranges, score, compare every tensor with the float model, and save; every rank calls."""
         objective = cast(QuantizationAware, trainer.objective)
-        checkpoint = self.take_best(settings, trainer)
+        checkpoint = self.take_best(settings, trainer, report)
         freeze(trainer.model)
         splits = score_splits(trainer)
         rows = objective.report(trainer.model, trainer.evaluation_engine, trainer.mesh)
@@ -130,9 +137,16 @@ class QuantizeStage(FinetuneStage):
         with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
             save_task(checkpoint, trainer.objective.config, task, directory, quantization)
 
-    def scores_beside(self, settings: FinetuneSettings) -> dict[str, dict[str, float]]:
+    def scores_beside(self) -> dict[str, dict[str, float]]:
         """Those of the float and of the calibrated model."""
-        return json.loads((settings.training.run_dir / BASELINE_FILE).read_text(encoding="utf-8"))
+        return self._before
+
+
+def _read_scores(path: Path) -> dict[str, dict[str, float]]:
+    scores = read_object(path, "put back a copy of it, or start in a new training.run_dir")
+    if not all(isinstance(values, dict) for values in scores.values()):
+        raise UserError(f"{path} does not hold scores by split: put back a copy, or start in a new training.run_dir")
+    return scores
 
 
 def _write_report(path: Path, rows: list[QuantizerReport]) -> None:

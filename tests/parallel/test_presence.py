@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch.distributed as dist
 
 from parallel import presence
 from parallel.errors import UserError
-from parallel.presence import LostRankError, Presence, comes_from_others, sign
+from parallel.hosts import host_name
+from parallel.presence import LostRankError, Presence, _gone, comes_from_others, sign
 from tests.worlds import run_world
 
 #: Of a collective in these worlds.
@@ -86,6 +88,23 @@ def test_a_rank_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     with pytest.raises(LostRankError, match=r"rank 1 on \S+ \(process \d+\) does not answer, and gave its last sign"):
         run_world(3, _raised, tmp_path)
+
+
+def test_a_rank_that_has_died_is_not_waited_for() -> None:
+    mine = Presence(dist.HashStore(), 0, 2, SECONDS)
+    with subprocess.Popen(["true"]) as process:
+        while not _gone({"host": host_name(), "pid": process.pid}):  # a zombie: nobody has waited for it
+            time.sleep(0.01)
+        signs = {
+            rank: {"host": host_name(), "pid": pid, "time": 0.0, "what": "step 5", "count": 7}
+            for rank, pid in enumerate((os.getpid(), process.pid))
+        }
+        ranks, says = mine._judge({0: {"others": True, "late": False}}, {}, signs)
+    assert ranks == [1]
+    assert "has died, and gave its last sign" in says
+    assert _gone(signs[1]), "nor is one whose process is not there"
+    assert not _gone(signs[0])
+    assert not _gone(signs[1] | {"host": "another"})
 
 
 def _raised(folder: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import STATE_FILE
@@ -16,28 +13,11 @@ from parallel.errors import DamagedCheckpointError, UserError
 from parallel.manifest import MANIFEST_FILE
 from tests.integration.slurm_cluster import free_ports
 from tests.integration.slurm_runs import undisturbed
-from tests.megatron_bert.training.layouts import make_data
+from tests.megatron_bert.training.faults import Damage, cut, flip, lose, state, without_checksums
 from tests.megatron_bert.training.runs import STEPS, assert_same_checkpoint, rows, run_settings
 from tests.worlds import run_world
 
-Damage = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("_no_curves")
 
 
 @pytest.fixture(scope="module")
@@ -54,45 +34,6 @@ def run(whole: Path, tmp_path: Path) -> Path:
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "checkpoints" / f"step_{STEPS:08d}")
     return copy
-
-
-def flip(name: str, at: int) -> Damage:
-    def damage(checkpoint: Path) -> None:
-        path = next(checkpoint.glob(name))
-        data = bytearray(path.read_bytes())
-        data[at] ^= 4
-        path.write_bytes(data)
-
-    return damage
-
-
-def cut(name: str) -> Damage:
-    return lambda checkpoint: (path := next(checkpoint.glob(name))).write_bytes(path.read_bytes()[:-7])
-
-
-def lose(name: str) -> Damage:
-    return lambda checkpoint: next(checkpoint.glob(name)).unlink()
-
-
-def without_checksums(damage: Damage) -> Damage:
-    """As an older version wrote it."""
-
-    def change(checkpoint: Path) -> None:
-        (checkpoint / MANIFEST_FILE).unlink()
-        state = json.loads((checkpoint / STATE_FILE).read_text())
-        del state["manifest"]
-        (checkpoint / STATE_FILE).write_text(json.dumps(state))
-        damage(checkpoint)
-
-    return change
-
-
-def state(**changes: object) -> Damage:
-    def change(checkpoint: Path) -> None:
-        path = checkpoint / STATE_FILE
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -23,21 +23,11 @@ from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
 from parallel.gradients import raw_local
-from tests.megatron_bert.training.layouts import Case, Outcome, make_data, make_trainer, train
+from tests.megatron_bert.training.layouts import Case, Outcome, make_trainer, train
 from tests.megatron_bert.training.runs import rows, run_settings
 from tests.worlds import run_world
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+pytestmark = pytest.mark.usefixtures("_no_curves")
 
 
 def before_step(patch: pytest.MonkeyPatch, step: int, change: Callable[[Trainer], None]) -> None:
@@ -62,11 +52,13 @@ def put(name: str, value: float, elements: int = 1) -> Callable[[Trainer], None]
     return change
 
 
-def faulty(times: int, backward: bool = False) -> Callable[[Trainer], None]:
+def faulty(times: int, backward: bool = False, part: str = "mlp") -> Callable[[Trainer], None]:
+    """Spoil what the last layer gives, or a part of it."""
+
     def change(trainer: Trainer) -> None:
         for stage in trainer.model.stages.values():
             for layer in stage.encoder.layer_list()[-1:]:
-                layer.mlp.register_forward_hook(Fault(times, backward))
+                layer.get_submodule(part).register_forward_hook(Fault(times, backward))
 
     return change
 

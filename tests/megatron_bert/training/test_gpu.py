@@ -9,19 +9,11 @@ import pytest
 import torch
 
 from megatron_bert.training.pretrain import pretrain
-from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import rows, run_settings
 
 pytestmark = pytest.mark.gpu
 #: Heads of 16, the least that fused attention over packed sequences takes.
 SHAPE = {"model__hidden_size": 64, "model__num_attention_heads": 4, "model__num_hidden_layers": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
 
 
 def losses(data: Path, run: Path, **changes: Any) -> torch.Tensor:

@@ -10,15 +10,7 @@ import torch
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError
-from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import STEPS, rows, run_settings
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="finds a GPU to compute on")

@@ -20,17 +20,10 @@ from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
 from parallel.gradients import raw_local
 from parallel.replicas import bits_hash, sum_hash
-from tests.megatron_bert.training.layouts import STEPS, Case, Outcome, make_data, make_trainer, train
+from tests.megatron_bert.training.layouts import STEPS, Case, Outcome, make_trainer, train
 from tests.worlds import run_world
 
 NORM = "encoder.layers.0.mlp_norm.weight"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])

@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import latest_checkpoint, whole_checkpoints
 from parallel.errors import UserError
-from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import STEPS, assert_same_checkpoint, rows, run_settings
 from tests.worlds import run_world
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """Drawing takes longer than training here, and so does handing such small matrices to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("_no_curves")
 
 
 @pytest.fixture(scope="module")

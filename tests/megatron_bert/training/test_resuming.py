@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_bert.model.activations import same_activation
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError
 from parallel.manifest import write_manifest
-from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import STEPS, rows, run_settings
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

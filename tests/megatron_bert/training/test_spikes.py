@@ -16,21 +16,11 @@ from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.spikes import Spikes
 from parallel.checkpoint import read_state, whole_checkpoints
 from parallel.errors import UserError
-from tests.megatron_bert.training.layouts import BATCH, Case, make_data, make_trainer
+from tests.megatron_bert.training.layouts import BATCH, Case, make_trainer
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows, run_settings
 from tests.worlds import run_world
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+pytestmark = pytest.mark.usefixtures("_no_curves")
 
 
 def bad_samples(patch: pytest.MonkeyPatch, bad: range) -> None:

@@ -1,0 +1,26 @@
+"""Fixtures of the tests of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.megatron_bert.training.layouts import make_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus and a vocabulary."""
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _no_curves() -> Iterator[None]:
+    """Drawing takes longer than training here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+        yield
