@@ -4,55 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_bert.convert.commands import add_convert_commands
+from megatron_bert.data.commands import add_data_commands
 from megatron_bert.ending import Ending
 from megatron_bert.finetuning.commands import add_finetuned_commands
 from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.schedule_command import add_schedule_command
-
-
-def _train_tokenizer(arguments: argparse.Namespace) -> None:
-    from megatron_bert.data.train_tokenizer import train_tokenizer
-
-    train_tokenizer(
-        arguments.input,
-        arguments.type,
-        arguments.vocab_size,
-        arguments.output,
-        cased=arguments.cased,
-        json_key=arguments.json_key,
-    )
-
-
-def _preprocess(arguments: argparse.Namespace) -> None:
-    from megatron_bert.data.preprocess import preprocess
-
-    report = preprocess(
-        arguments.input,
-        arguments.tokenizer,
-        arguments.output_prefix,
-        workers=arguments.workers,
-        json_key=arguments.json_key,
-        split_sentences=not arguments.keep_documents,
-        append_eod=arguments.append_eod,
-        language=arguments.language,
-        splitter=arguments.sentence_splitter,
-        lowercase={"auto": None, "yes": True, "no": False}[arguments.lowercase],
-        on_bad_row=arguments.on_bad_row,
-    )
-    skipped = report.skipped_empty + report.skipped_bad
-    print(
-        f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences, {report.tokens:,} tokens "
-        f"in {report.seconds:.1f} s"
-        + (f"; skipped {report.skipped_empty:,} empty documents, {report.skipped_bad:,} bad rows" if skipped else "")
-    )
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -119,56 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    tokenizer = commands.add_parser("train-tokenizer", help="learn a vocabulary from text")
-    tokenizer.add_argument(
-        "--input",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSON lines or plain text, .gz and .zst too",
-    )
-    tokenizer.add_argument("--type", choices=("wordpiece", "sentencepiece", "bpe"), default="wordpiece")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR")
-    tokenizer.add_argument("--cased", action="store_true", help="keep upper case")
-    tokenizer.add_argument("--json-key", default="text", help="field of JSON lines that holds the text")
-    tokenizer.set_defaults(func=_train_tokenizer)
-
-    preprocess = commands.add_parser("preprocess", help="turn text into a .bin/.idx corpus")
-    preprocess.add_argument(
-        "--input",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSON lines, or plain text with blank lines between documents; .gz and .zst too",
-    )
-    preprocess.add_argument("--tokenizer", type=Path, required=True, metavar="PATH")
-    preprocess.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
-    preprocess.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
-    )
-    preprocess.add_argument("--json-key", default="text", help="field of JSON lines that holds the text")
-    preprocess.add_argument("--language", default="en", metavar="CODE", help="ISO 639 code of the text (default: en)")
-    preprocess.add_argument(
-        "--sentence-splitter",
-        choices=("sentencex", "punkt"),
-        help="what splits sentences (default: sentencex; punkt splits as NVIDIA's preprocess_data.py does)",
-    )
-    preprocess.add_argument(
-        "--lowercase",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="lower-case text (auto: as tokenizer_config.json says, or else as the vocabulary is)",
-    )
-    preprocess.add_argument("--keep-documents", action="store_true", help="do not split documents into sentences")
-    preprocess.add_argument("--append-eod", action="store_true", help="end every document with a separator token")
-    preprocess.add_argument(
-        "--on-bad-row", choices=("error", "skip"), default="error", help="what to do with lines that cannot be read"
-    )
-    preprocess.set_defaults(func=_preprocess)
-
+    add_data_commands(commands)
     for name, help_text, function in (
         ("pretrain", "pretrain an encoder (alone, or under torchrun)", _pretrain),
         ("finetune", "train an encoder for a task (alone, or under torchrun)", _finetune),

@@ -259,7 +259,7 @@ READING: dict[str, list[tuple[str, tuple[Poison, ...], Command]]] = {
 }
 #: Those that read no weights.
 OTHERS = {
-    *("train-tokenizer", "preprocess", "schedule", "config-schema"),
+    *("train-tokenizer", "preprocess", "merge", "schedule", "config-schema"),
     *("submit", "failures", "doctor"),
 }
 CASES = [

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.data.text_files import RowReader, decode_row
+from megatron_bert.data.rows import decode_row
+from megatron_bert.data.text_files import RowReader
 from megatron_bert.ending import command
 from parallel.errors import UserError
 from parallel.whole_files import reporting, write_json
@@ -97,7 +98,7 @@ def questions(texts: list[str], count: int, words: tuple[int, int], seed: int = 
 def main(given: list[str] | None = None) -> int:
     """Read documents, write questions; 0 on success, 2 for mistakes a user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="JSON lines or plain text; .gz and .zst too")
+    parser.add_argument("input", type=Path, help="JSON lines or plain text, compressed or not")
     parser.add_argument("output", type=Path, help="JSON file in the format of SQuAD 1.1")
     parser.add_argument("--questions", type=int, default=20_000)
     parser.add_argument("--words", type=int, nargs=2, default=(30, 160), help="least and most words of a passage")

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from megatron_bert.data.indexed_format import DTYPES, HEADER, MAGIC, VERSION, be
 from megatron_bert.data.indexed_writer import IndexedWriter
 from parallel.errors import UserError
 
-__all__ = ["IndexedDataset", "IndexedWriter", "best_dtype", "merge"]
+__all__ = ["IndexedDataset", "IndexedWriter", "best_dtype"]
 
 BLOCK = 1 << 22
 """Sentences checked at a time: bounds the memory of large files."""
@@ -177,26 +176,6 @@ class IndexedDataset:
 
     def _corrupt(self, offset: int, what: str) -> None:
         raise UserError(f"{self._index_path} byte {offset}: {what}; the index is corrupt, preprocess again.")
-
-
-def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
-    """Concatenate corpora written with one tokenizer into a new one.
-
-    Args:
-        prefixes: Corpora in the order wanted, paths without suffix.
-        output: Prefix of the merged corpus; not one of the inputs.
-
-    Raises:
-        UserError: No inputs, an unreadable or multimodal input, or token types that differ.
-    """
-    if not prefixes:
-        raise UserError("There is nothing to merge: give at least one corpus prefix.")
-    if any(Path(prefix).resolve() == Path(output).resolve() for prefix in prefixes):
-        raise UserError(f"The merged corpus {os.fspath(output)} cannot replace its own input: choose another prefix.")
-    corpora = [IndexedDataset(prefix) for prefix in prefixes]
-    with IndexedWriter(output, corpora[0].dtype) as writer:
-        for corpus in corpora:
-            writer.add_corpus(corpus)
 
 
 def _map(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

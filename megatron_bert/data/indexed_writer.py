@@ -1,5 +1,7 @@
 """Writing corpora in Megatron's memory-mapped format; `indexed_format` describes the bytes."""
 
+import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 COPY_BYTES = 16 << 20
 BLOCK = 1 << 20
 """Sentences whose offsets are computed at a time."""
+
+LOCKED_SECONDS = 10
+"""A file is locked within so many seconds after it was made."""
 
 
 class IndexedWriter:
@@ -55,6 +60,7 @@ class IndexedWriter:
         with self._reporting():
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             self._tokens_file = self._temporary[".bin"].open("wb")
+            remove_abandoned(self.prefix, self._tokens_file)
         return self
 
     def __exit__(
@@ -165,3 +171,25 @@ class IndexedWriter:
         index.unlink(missing_ok=True)
         self._temporary[".bin"].replace(f"{self.prefix}.bin")
         self._temporary[".idx"].replace(index)
+
+
+def remove_abandoned(prefix: str, own: BinaryIO) -> None:
+    """Remove the unfinished files that a killed writer of the same prefix has left.
+
+    A writer holds a lock on its file while it lives, on any host where the file system has locks; without locks, and
+    when in doubt, files stay.
+
+    Args:
+        prefix: Of the corpus.
+        own: The unfinished file of this writer, which is locked.
+    """
+    with suppress(OSError):
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        now = os.fstat(own.fileno()).st_mtime
+        folder, name = os.path.split(prefix)
+        for path in Path(folder or ".").glob(f"{glob.escape(name)}.bin.{'[0-9a-f]' * 32}.tmp"):
+            with suppress(OSError), path.open("rb") as file:
+                if os.path.samefile(path, own.name) or os.fstat(file.fileno()).st_mtime > now - LOCKED_SECONDS:
+                    continue
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()

@@ -13,16 +13,18 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from megatron_bert.data.duplicates import DuplicateCount, document_digests
 from megatron_bert.data.indexed import IndexedWriter, best_dtype
+from megatron_bert.data.inputs import InputRows, Part
+from megatron_bert.data.merging import part_prefix
+from megatron_bert.data.rows import OnBadRow, Row, check_on_bad_row, decode_row
 from megatron_bert.data.sentences import SplitterName, check_splitter, sentence_splitter
 from megatron_bert.data.sidecar import check_tokenizer, remove_sidecar, write_sidecar
-from megatron_bert.data.text_files import OnBadRow, Row, RowReader, check_on_bad_row, decode_row
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.ending import shielded_start, worker_of_a_command
 from parallel.errors import UserError
@@ -47,6 +49,7 @@ class PreprocessReport:
         splitter: What split documents into sentences; None if nothing did.
         skipped_empty: Documents left out because they have no text.
         skipped_bad: Rows left out because they could not be decoded.
+        duplicates: Documents written whose tokens are those of an earlier one.
         seconds: Wall time.
     """
 
@@ -57,6 +60,7 @@ class PreprocessReport:
     splitter: SplitterName | None
     skipped_empty: int
     skipped_bad: int
+    duplicates: int
     seconds: float
 
 
@@ -78,6 +82,7 @@ class _Chunk(NamedTuple):
     tokens: np.ndarray
     sizes: np.ndarray
     document_sizes: np.ndarray
+    digests: np.ndarray
     skipped_empty: int
     skipped_bad: int
 
@@ -95,6 +100,7 @@ def preprocess(
     splitter: SplitterName | None = None,
     lowercase: bool | None = None,
     on_bad_row: OnBadRow = "error",
+    part: Part | None = None,
     progress: bool = True,
 ) -> PreprocessReport:
     """Tokenise documents into `{output_prefix}_{json_key}_{sentence|document}.{bin,idx}` and a `.json` note.
@@ -102,17 +108,19 @@ def preprocess(
     Nothing appears under the final names before everything is done; a failed or interrupted run removes its files.
 
     Args:
-        inputs: JSON lines or plain text files, also .gz or .zst, see `RowReader`.
+        inputs: Files, directories and patterns, see `find_inputs`.
         tokenizer_path: Anything `load_tokenizer` takes.
         output_prefix: Start of the output names; missing directories are created.
         workers: Processes; 1 works in this one.
-        json_key: Where a JSON line holds its text.
+        json_key: Where a JSON object holds its text, or the column of a table.
         split_sentences: Make a sentence of each sentence, as pretraining on pairs needs; otherwise of each document.
         append_eod: End each document with the separator token.
         language: ISO 639 code for the sentence splitter.
         splitter: What splits sentences, "sentencex" by default; "punkt" splits as NVIDIA's preprocessing does.
         lowercase: As in `load_tokenizer`.
         on_bad_row: "error" stops at an undecodable row naming file and line, "skip" counts it.
+        part: Write this part of the corpus alone, under a name of its own (`part_prefix`); `merge_corpora` of all parts
+            gives what a run without parts writes, byte for byte.
         progress: Show a progress bar.
 
     Raises:
@@ -131,52 +139,57 @@ def preprocess(
     used = (splitter or "sentencex") if split_sentences else None
     if used is not None:
         check_splitter(used, language)
-    readers = [RowReader(path) for path in inputs]
+    rows = InputRows(inputs, json_key, part)
     tokenizer = load_tokenizer(tokenizer_path, lowercase=lowercase)
     job = _Job(os.fspath(tokenizer_path), lowercase, json_key, used, append_eod, language, on_bad_row)
     prefix = f"{os.fspath(output_prefix)}_{json_key}_{'sentence' if split_sentences else 'document'}"
+    if part is not None:
+        prefix = part_prefix(prefix, part)
     documents = sentences = tokens = skipped_empty = skipped_bad = 0
+    duplicates = DuplicateCount()
     # Closed here, and not when the interpreter finds the time: the bar and the workers end before an error is reported.
     with (
         IndexedWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer,
-        closing(_chunks(readers, progress)) as chunks,
+        closing(_chunks(rows, progress)) as chunks,
         closing(_process(chunks, job, tokenizer, workers)) as processed,
     ):
         for chunk in processed:
             writer.add_documents(chunk.tokens, chunk.sizes, chunk.document_sizes)
+            duplicates.add(chunk.digests)
             documents += len(chunk.document_sizes)
             sentences += len(chunk.sizes)
             tokens += chunk.tokens.size
             skipped_empty += chunk.skipped_empty
             skipped_bad += chunk.skipped_bad
-        if not documents:
-            names = ", ".join(reader.path for reader in readers)
+        if not documents and part is None:  # a part may be empty
+            names = ", ".join(reader.path for reader in rows.readers)
             raise UserError(
                 f"No text was found in {names}: {skipped_empty} documents are empty, {skipped_bad} unreadable."
             )
         remove_sidecar(prefix)
-    how = {"language": language, "sentence_splitter": used}
-    write_sidecar(prefix, tokenizer, documents=documents, sentences=sentences, tokens=tokens, **how)
+    how = {"language": language, "sentence_splitter": used, "append_eod": append_eod}
+    repeated = duplicates.total()
+    counts = {"documents": documents, "sentences": sentences, "tokens": tokens, "duplicate_documents": repeated}
+    write_sidecar(prefix, tokenizer, **counts, **how, **({} if part is None else {"part": rows.note()}))
     seconds = time.perf_counter() - started
-    return PreprocessReport(prefix, documents, sentences, tokens, used, skipped_empty, skipped_bad, seconds)
+    return PreprocessReport(prefix, documents, sentences, tokens, used, skipped_empty, skipped_bad, repeated, seconds)
 
 
-def _chunks(readers: Sequence[RowReader], progress: bool) -> Generator[list[Row]]:
+def _chunks(rows: InputRows, progress: bool) -> Generator[list[Row]]:
     """Group rows; moves the progress bar as the (compressed) input is consumed."""
-    total = sum(Path(reader.path).stat().st_size for reader in readers)
-    rows: list[Row] = []
+    chunk: list[Row] = []
     size = 0
+    total = rows.bytes_to_read
     with tqdm(total=total, unit="B", unit_scale=True, desc="preprocess", disable=not progress) as bar:
-        for reader in readers:
-            for row in reader:
-                rows.append(row)
-                size += len(row.data)
-                if size >= CHUNK_BYTES or len(rows) >= CHUNK_ROWS:
-                    yield rows
-                    rows, size = [], 0
-                    bar.update(sum(each.bytes_read for each in readers) - bar.n)
-        if rows:
-            yield rows
+        for row in rows:
+            chunk.append(row)
+            size += len(row.data)
+            if size >= CHUNK_BYTES or len(chunk) >= CHUNK_ROWS:
+                yield chunk
+                chunk, size = [], 0
+                bar.update(rows.bytes_read - bar.n)
+        if chunk:
+            yield chunk
         bar.update(total - bar.n)
 
 
@@ -239,10 +252,14 @@ def _tokenize(rows: list[Row], job: _Job, tokenizer: Tokenizer) -> _Chunk:
                 document[-1].append(tokenizer.sep_id)
             kept += document
             document_sizes.append(len(document))
+    tokens = np.array([token for sentence in kept for token in sentence], dtype=best_dtype(tokenizer.vocab_size))
+    sizes = np.array([len(sentence) for sentence in kept], dtype=np.int32)
+    sentences_of = np.array(document_sizes, dtype=np.int64)
     return _Chunk(
-        np.array([token for sentence in kept for token in sentence], dtype=best_dtype(tokenizer.vocab_size)),
-        np.array([len(sentence) for sentence in kept], dtype=np.int32),
-        np.array(document_sizes, dtype=np.int64),
+        tokens,
+        sizes,
+        sentences_of,
+        document_digests(tokens, sizes, sentences_of),
         len(texts) - len(document_sizes),
         skipped_bad,
     )

@@ -12,14 +12,36 @@ from parallel.whole_files import write_json
 
 def write_sidecar(prefix: str | os.PathLike[str], tokenizer: Tokenizer, **facts: Any) -> None:
     """Write `PREFIX.json` with the tokenizer's fingerprint and vocabulary size, and further facts for the reader."""
-    path = _path(prefix)
-    note = {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **facts}
-    write_json(path, note)
+    write_note(prefix, {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **facts})
+
+
+def write_note(prefix: str | os.PathLike[str], note: dict[str, Any]) -> None:
+    """Write `PREFIX.json` as `read_sidecar` gives it."""
+    write_json(_path(prefix), note)
 
 
 def remove_sidecar(prefix: str | os.PathLike[str]) -> None:
     """Remove `PREFIX.json` if it exists: a corpus about to be replaced must not keep the old note."""
     _path(prefix).unlink(missing_ok=True)
+
+
+def read_sidecar(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The note of a corpus; None if it has none, as one made by Megatron-LM.
+
+    Raises:
+        UserError: The note is unreadable.
+    """
+    path = _path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        note["tokenizer"], note["vocab_size"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is damaged: preprocess again, or remove it to skip the check of the tokenizer."
+        ) from None
+    return note
 
 
 def check_tokenizer(prefix: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
@@ -30,16 +52,10 @@ def check_tokenizer(prefix: str | os.PathLike[str], tokenizer: Tokenizer) -> Non
     Raises:
         UserError: The note names another tokenizer, or is unreadable.
     """
-    path = _path(prefix)
-    if not path.is_file():
+    note = read_sidecar(prefix)
+    if note is None:
         return
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint, vocab_size = note["tokenizer"], note["vocab_size"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is damaged: preprocess again, or remove it to skip the check of the tokenizer."
-        ) from None
+    fingerprint, vocab_size = note["tokenizer"], note["vocab_size"]
     if fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{prefix} was made with a tokenizer of {vocab_size} entries (fingerprint {fingerprint[:12]}) but the one "

@@ -24,7 +24,8 @@ from tokenizers.processors import BertProcessing
 from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
-from megatron_bert.data.text_files import DocumentReader
+from megatron_bert.data.compression import STANDARD_INPUT
+from megatron_bert.data.inputs import DocumentReader
 from megatron_bert.data.tokenizer_settings import Normalisation
 from megatron_bert.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from megatron_bert.data.vocabularies import MODEL_NAME, wordpiece
@@ -57,13 +58,13 @@ def train_tokenizer(
     """Train a tokenizer and write it into a directory; the same inputs always give the same files.
 
     Args:
-        inputs: JSON lines or plain text files, also .gz or .zst.
+        inputs: Files, directories and patterns, see `find_inputs`; they are read more than once.
         kind: "wordpiece" writes vocab.txt and tokenizer.json, "sentencepiece" (unigram) tokenizer.model, "bpe"
             (byte-level) tokenizer.json.
         vocab_size: Entries of the vocabulary, the five special tokens included.
         output: Directory for the files, created if missing.
         cased: Keep upper case; otherwise text is lower-cased, and for WordPiece stripped of accents.
-        json_key: Where a JSON line holds its text.
+        json_key: Where a JSON object holds its text, or the column of a table.
         progress: Show a progress bar.
 
     Returns:
@@ -76,6 +77,8 @@ def train_tokenizer(
         raise UserError(f'Tokenizer type "{kind}" is unknown: choose {", ".join(get_args(Kind))}.')
     if not inputs:
         raise UserError("There is nothing to train a tokenizer on: give at least one input file.")
+    if any(os.fspath(path) == STANDARD_INPUT for path in inputs):
+        raise UserError("A tokenizer is trained on text that is read more than once: give files, not standard input.")
     if Path(output).exists() and not Path(output).is_dir():
         raise UserError(f"Output {os.fspath(output)} is a file: give a directory, the tokenizer has fixed file names.")
     if vocab_size <= len(SPECIAL_TOKENS):
@@ -105,9 +108,10 @@ class _Lines:
 
     def __iter__(self) -> Iterator[str]:
         documents = DocumentReader(self._paths, json_key=self._json_key)
-        total = sum(Path(path).stat().st_size for path in self._paths)
         empty = True
-        with tqdm(total=total, unit="B", unit_scale=True, desc="read text", disable=not self._progress) as bar:
+        with tqdm(
+            total=documents.total, unit="B", unit_scale=True, desc="read text", disable=not self._progress
+        ) as bar:
             for document in documents:
                 for line in document.split("\n"):
                     if line.strip():

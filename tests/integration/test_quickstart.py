@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from megatron_bert.data.text_files import DocumentReader
+from megatron_bert.data.inputs import DocumentReader
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from tools import collect_python_text as collector
 

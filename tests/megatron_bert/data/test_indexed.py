@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bert.data.indexed import IndexedDataset, IndexedWriter, best_dtype, merge
+from megatron_bert.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from megatron_bert.data.merging import merge_corpora
 from parallel.errors import UserError
 
 from .support import write_corpus
@@ -103,7 +104,7 @@ def test_modes_of_multimodal_files(tmp_path: Path) -> None:
     assert data.modes is not None
     assert data.modes.tolist() == [0, 1]
     with pytest.raises(UserError, match="multimodal"):
-        merge([tmp_path / "x"], tmp_path / "y")
+        merge_corpora([tmp_path / "x"], tmp_path / "y")
 
 
 def test_fingerprint_follows_the_layout_not_the_place(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_merge_equals_writing_everything_at_once(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", DOCUMENTS)
     write_corpus(tmp_path / "b", more)
     write_corpus(tmp_path / "whole", DOCUMENTS + more + DOCUMENTS)
-    merge([tmp_path / "a", tmp_path / "b", tmp_path / "a"], tmp_path / "merged")
+    merge_corpora([tmp_path / "a", tmp_path / "b", tmp_path / "a"], tmp_path / "merged")
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"merged{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
@@ -205,9 +206,9 @@ def test_merge_refuses_what_does_not_go_together(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", DOCUMENTS)
     write_corpus(tmp_path / "wide", DOCUMENTS, dtype="i4")
     with pytest.raises(UserError, match=r"stores int32 tokens but .*merged uint16"):
-        merge([tmp_path / "a", tmp_path / "wide"], tmp_path / "merged")
+        merge_corpora([tmp_path / "a", tmp_path / "wide"], tmp_path / "merged")
     with pytest.raises(UserError, match="cannot replace its own input"):
-        merge([tmp_path / "a"], tmp_path / "a")
+        merge_corpora([tmp_path / "a"], tmp_path / "a")
     with pytest.raises(UserError, match="nothing to merge"):
-        merge([], tmp_path / "merged")
+        merge_corpora([], tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))

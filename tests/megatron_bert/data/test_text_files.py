@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_bert.data.text_files import DocumentReader, RowReader
+from megatron_bert.data.inputs import DocumentReader
+from megatron_bert.data.text_files import RowReader
 from parallel.errors import UserError
 
 JSON_LINES = '{"text": "one\\nline"}\n\n{"text": "zwei ä", "id": 2}\n{"text": ""}'.encode()

@@ -1,0 +1,131 @@
+"""The subcommands that make corpora: train-tokenizer, preprocess and merge."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+# Written out, so that the command line starts without loading the libraries.
+INPUT_HELP = (
+    "JSON lines, plain text with blank lines between documents, Parquet, Arrow or tar files, a dataset saved to disk, "
+    "a directory of such files, a pattern, or - for standard input; .gz, .bz2, .xz and .zst too"
+)
+KEY_HELP = "field of JSON objects, or column of tables, that holds the text (default: text)"
+
+
+def add_data_commands(commands: Any) -> None:
+    """Add the subcommands.
+
+    Args:
+        commands: what ``ArgumentParser.add_subparsers`` returned; each command sets ``func``.
+    """
+    tokenizer = commands.add_parser("train-tokenizer", help="learn a vocabulary from text")
+    tokenizer.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    tokenizer.add_argument("--type", choices=("wordpiece", "sentencepiece", "bpe"), default="wordpiece")
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR")
+    tokenizer.add_argument("--cased", action="store_true", help="keep upper case")
+    tokenizer.add_argument("--json-key", default="text", metavar="NAME", help=KEY_HELP)
+    tokenizer.set_defaults(func=_train_tokenizer)
+
+    preprocess = commands.add_parser("preprocess", help="turn text into a .bin/.idx corpus")
+    add_preprocess_options(preprocess)
+    preprocess.set_defaults(func=_preprocess)
+
+    merge = commands.add_parser("merge", help="join the parts of a corpus, or several corpora")
+    merge.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="of a corpus, with or without .idx; parts in any order"
+    )
+    merge.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the joined corpus")
+    merge.set_defaults(func=_merge)
+
+
+def add_preprocess_options(parser: argparse.ArgumentParser) -> None:
+    """The options of preprocess."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core it may use)")
+    parser.add_argument(
+        "--part", metavar="K/N", help="make part K of N alone, on this host; `merge` joins the parts of all hosts"
+    )
+    parser.add_argument("--json-key", default="text", metavar="NAME", help=KEY_HELP)
+    parser.add_argument("--language", default="en", metavar="CODE", help="ISO 639 code of the text (default: en)")
+    parser.add_argument(
+        "--sentence-splitter",
+        choices=("sentencex", "punkt"),
+        help="what splits sentences (default: sentencex; punkt splits as NVIDIA's preprocess_data.py does)",
+    )
+    parser.add_argument(
+        "--lowercase",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="lower-case text (auto: as tokenizer_config.json says, or else as the vocabulary is)",
+    )
+    parser.add_argument("--keep-documents", action="store_true", help="do not split documents into sentences")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with a separator token")
+    parser.add_argument(
+        "--on-bad-row", choices=("error", "skip"), default="error", help="what to do with rows that cannot be read"
+    )
+
+
+def _train_tokenizer(arguments: argparse.Namespace) -> None:
+    from megatron_bert.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer(
+        arguments.input,
+        arguments.type,
+        arguments.vocab_size,
+        arguments.output,
+        cased=arguments.cased,
+        json_key=arguments.json_key,
+    )
+
+
+def _preprocess(arguments: argparse.Namespace) -> None:
+    from megatron_bert.data.inputs import parse_part
+    from megatron_bert.data.preprocess import preprocess
+
+    report = preprocess(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.output_prefix,
+        workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+        json_key=arguments.json_key,
+        split_sentences=not arguments.keep_documents,
+        append_eod=arguments.append_eod,
+        language=arguments.language,
+        splitter=arguments.sentence_splitter,
+        lowercase={"auto": None, "yes": True, "no": False}[arguments.lowercase],
+        on_bad_row=arguments.on_bad_row,
+        part=None if arguments.part is None else parse_part(arguments.part),
+    )
+    counts = _counts(report.prefix, report.documents, report.sentences, report.tokens)
+    skipped = report.skipped_empty + report.skipped_bad
+    print(
+        f"{counts} in {report.seconds:.1f} s"
+        + (f"; skipped {report.skipped_empty:,} empty documents, {report.skipped_bad:,} bad rows" if skipped else "")
+    )
+    _print_duplicates(report.duplicates, report.documents)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from megatron_bert.data.merging import merge_corpora
+
+    report = merge_corpora(arguments.prefixes, arguments.output)
+    counts = _counts(report.prefix, report.documents, report.sentences, report.tokens)
+    print(f"{counts} of {report.corpora} corpora")
+    _print_duplicates(report.duplicates, report.documents)
+    if not report.noted:
+        print(f"note: {report.prefix}.json is not written: a corpus without such a note does not name its tokenizer")
+
+
+def _counts(prefix: str, documents: int, sentences: int, tokens: int) -> str:
+    return f"{prefix}: {documents:,} documents, {sentences:,} sentences, {tokens:,} tokens"
+
+
+def _print_duplicates(duplicates: int, documents: int) -> None:
+    if duplicates:
+        print(f"note: {duplicates:,} documents ({duplicates / documents:.1%}) equal an earlier one, and were kept")
