@@ -187,6 +187,8 @@ class ParallelMesh:
         self.device_mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=AXES)
         self.coordinate: dict[str, int] = {axis: self.device_mesh.get_local_rank(axis) for axis in AXES}
         self.size: dict[str, int] = {axis: self.device_mesh.size(i) for i, axis in enumerate(AXES)}
+        #: The global ranks of every pipeline, first stage first.
+        self.pipelines: list[list[int]] = ranks.flatten(1).t().tolist()
 
     def __repr__(self) -> str:
         """Rank and coordinates, as failures are read by them."""

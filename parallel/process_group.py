@@ -20,6 +20,8 @@ from parallel.step_clock import counting_waits
 #: Environment variables torchrun sets for every process.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+#: Backend of a world that is simulated by one of its ranks: collectives return at once.
+SIMULATED = "fake"
 #: Keys of the launcher's store by which spare processes learn that the run is over, and count who did.
 _OVER, _SEEN = "run/over", "run/spares_told"
 _RELEASE_SECONDS = 10.0
@@ -96,6 +98,8 @@ def new_group(
     """
     world = dist.group.WORLD
     assert world is not None, "groups are made of a running world"
+    if dist.get_backend() == SIMULATED:
+        backend = None  # all groups of a simulated world are
     options = getattr(world._get_backend(torch.device("cpu")), "options", None)  # gloo's; not in every torch
     timeout = None if options is None else options._timeout
     if timeout_seconds is not None:

@@ -28,6 +28,7 @@ from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
 from parallel.sharding import Normal, ParallelModule, divide
+from parallel.simulated_device import on_gpu
 
 __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
 
@@ -125,8 +126,10 @@ class AttentionHeads(nn.Module):
             ``[B, A, Q, D]``, and the probabilities ``[B, A, Q, K]`` where they were written out.
         """
         dropout = self.dropout if keys is not None else 0.0
-        keyed = dropout > 0.0 and not query.is_cuda
-        trained_on_cpu = self.training and query.device.type == "cpu" and query.dtype == torch.bfloat16
+        keyed = dropout > 0.0 and not on_gpu(query)
+        trained_on_cpu = (
+            self.training and query.device.type == "cpu" and not on_gpu(query) and query.dtype == torch.bfloat16
+        )
         faster = trained_on_cpu and key.shape[2] <= _WRITTEN_OUT_KEYS
         if not (keyed or faster or explicit or head_mask is not None or self.distance is not None):
             return fused_attention(query, key, value, mask, dropout), None
@@ -221,7 +224,7 @@ class SelfAttention(AttentionHeads):
             dropout = self.dropout if keys is not None else 0.0
             query, key, value = qkv.unbind(2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
-        elif layout.is_packed and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        elif layout.is_packed and qkv.device.type == "cpu" and not on_gpu(qkv) and not torch.compiler.is_compiling():
             context = self._attend_in_parts(qkv, layout.parts(_SCORES_PER_SEQUENCE // self.heads), keys)
         else:
             context = self._attend_within(qkv, layout, keys)

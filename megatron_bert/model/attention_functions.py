@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.dropout import dropped, keep_mask
+from parallel.simulated_device import is_simulated_gpu, on_gpu
 
 
 def attention_probabilities(
@@ -76,6 +77,9 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         mask: see above; every query has at least one key.
         dropout: probability of dropping an attention probability.
     """
+    if is_simulated_gpu() and mask is None:  # torch would choose as for a CPU
+        context: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
+        return context
     mask = None if mask is None else _broadcastable(mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
@@ -90,7 +94,7 @@ def has_packed_attention(tensor: Tensor) -> bool:
     """Whether :func:`packed_attention` takes query, key and value like this tensor, ``[.., D]``."""
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     fits = tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256
-    return tensor.is_cuda and half and fits and _gpu_has_flash_attention()
+    return on_gpu(tensor) and half and fits and (is_simulated_gpu() or _gpu_has_flash_attention())
 
 
 def packed_attention(

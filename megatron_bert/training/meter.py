@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_bert.model.batch import TokenBatch
-from megatron_bert.planning.flops import peak_tflops, training_flops
+from megatron_bert.model.flops import peak_tflops, training_flops
 from megatron_bert.training.slow_ranks import RankTimes
 from parallel.mesh import DATA_AXES
 

@@ -14,7 +14,7 @@ from megatron_bert import backends
 from megatron_bert.config import RunSettings
 from megatron_bert.convert.native import CONFIG_FIELDS, CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
-from megatron_bert.planning.flops import parameter_count
+from megatron_bert.model.flops import parameter_count
 from megatron_bert.training.build import build_model
 from megatron_bert.training.divergence import Watch, diagnosed
 from megatron_bert.training.first_rank import on_first_rank
@@ -122,7 +122,6 @@ class Trainer:
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
             self.resume(resume_from)
-        self.checkpoints.prepare()  # not before: a start that is refused leaves nothing behind
 
     # ---------------------------------------------------------------- the loop
 
@@ -139,6 +138,7 @@ class Trainer:
 
     def _run(self, stop: StopRequest, report: Report) -> str | None:
         settings, total = self.settings, self.objective.total_steps
+        self.checkpoints.prepare()  # not before: a start that is refused leaves nothing behind
         batches = self._batches()
         meter = Meter(self)
         reason: str | None = None

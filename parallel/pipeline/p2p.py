@@ -35,7 +35,7 @@ class PipelineTransport:
         if mesh.layout.pipeline == 1:
             return None
         mine: PipelineTransport | None = None
-        for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
+        for line in mesh.pipelines:
             up, down = new_group(line), new_group(line)
             if dist.get_rank() in line:
                 mine = PipelineTransport(tuple(line), up, down)

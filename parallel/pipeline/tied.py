@@ -41,7 +41,7 @@ class TiedParameter:
         self.group: dist.ProcessGroup | None = None
         if first_rank == last_rank:
             return
-        for line in mesh.device_mesh.mesh.flatten(1).t().tolist():
+        for line in mesh.pipelines:
             pair = [line[first_rank], line[last_rank]]
             group = new_group(pair)
             if dist.get_rank() in pair:

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits
 from megatron_bert.model.sequences import SequenceLayout
-from megatron_bert.planning.flops import parameter_count, peak_tflops, training_flops
 
 META = torch.device("meta")
 SEQUENCES, LENGTH, SLOTS = 3, 16, 6

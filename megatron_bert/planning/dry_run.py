@@ -1,0 +1,112 @@
+"""A real step of the real trainer on any rank of a world of any size, without its machines, memory or numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bert.config import Settings
+from megatron_bert.data.collate import collate
+from megatron_bert.data.sentence_pairs import Sample
+from megatron_bert.model.batch import MicroBatch
+from megatron_bert.planning.measuring import StepMeasurement, StepMeter, on_enter
+from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
+from megatron_bert.training.objective import Objective
+from megatron_bert.training.trainer import Trainer
+from parallel.mesh import AXES, ParallelLayout, ParallelMesh
+
+
+def dry_run_rank(
+    settings: Settings, make_objective: Callable[[Settings], Objective], rank: int, world_size: int
+) -> StepMeasurement:
+    """Measure one step of one rank.
+
+    Layers run as they are without ``torch.compile``, and sequences are as long as samples can be.
+
+    Args:
+        settings: of the run, checked for the world size.
+        make_objective: what the run trains.
+        rank: which rank.
+        world_size: ranks of the run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        training = settings.training.model_copy(update={"compile": False, "run_dir": Path(folder)})
+        settings = settings.model_copy(update={"training": training})
+        layout = settings.layout(world_size)
+        objective = make_objective(settings)
+        batch = longest_batch(settings, layout)
+        with simulated_world(rank, world_size) as world:
+            mesh = ParallelMesh(layout, world.device)
+            meter = StepMeter({})
+            with tensors_without_numbers(gpu=training.device != "cpu"), meter.counting():
+                trainer = Trainer(settings, objective, mesh, world, None)
+                trainer.watch.at_once = False  # there is no number to look at
+                meter.groups = _group_names(trainer)
+                meter.hold(trainer.parameters.values(), "weights")
+                meter.hold(trainer.copies.values(), "weights")
+                _follow(trainer, meter)
+                trainer.train_step([batch] * trainer.engine.schedule.microbatches)
+            return meter.finish()
+
+
+def _follow(trainer: Trainer, meter: StepMeter) -> None:
+    """Tell the meter which part of the step runs; what is there already and is no weight is the optimizer's."""
+    meter.measured.traffic.clear()
+    for key, (size, part) in list(meter._alive.items()):
+        if part != "weights":
+            meter._alive[key] = size, "optimizer"
+
+    def enter(part: Any) -> Callable[[], None]:
+        def act() -> None:
+            meter.phase = part
+
+        return act
+
+    for stage in trainer.model.stages.values():
+        on_enter(stage, enter("activations"))
+        for name, module in stage.named_children():
+            if name not in ("embeddings", "encoder"):
+                on_enter(module, enter("logits"))
+    run = trainer.engine.run
+
+    def run_and_tell(*args: Any) -> None:
+        run(*args)
+        meter.gradients_are_done()
+        meter.phase = "temporaries"
+
+    trainer.engine.run = run_and_tell  # type: ignore[method-assign]
+
+
+def _group_names(trainer: Trainer) -> dict[str, str]:
+    names = {trainer.mesh.device_mesh.get_group(axis).group_name: axis for axis in AXES}
+    if trainer.transport is not None:
+        names |= {group.group_name: "pipeline" for group in (trainer.transport.up, trainer.transport.down)}
+    tied = trainer.model.tied
+    if tied is not None and tied.group is not None:
+        names[tied.group.group_name] = "tied"
+    return names
+
+
+def longest_batch(settings: Settings, layout: ParallelLayout) -> MicroBatch:
+    """A micro batch of samples that are as long as they can be, with as many masked tokens."""
+    length, masked, size = settings.data.seq_length, settings.max_predictions, settings.training.micro_batch_size
+    sample = Sample(
+        tokens=np.full(length, 1),
+        types=np.zeros(length),
+        mask_positions=np.arange(masked),
+        mask_labels=np.full(masked, 1),
+        pair_label=-1 if settings.data.pair_objective == "none" else 0,
+    )
+    return collate(
+        [sample] * size,
+        range(size),
+        seq_length=length,
+        max_predictions=masked,
+        pad_id=0,
+        packed=settings.data.packed,
+        multiple=layout.tensor,
+    )

@@ -1,0 +1,35 @@
+"""Tensors that stand for those of a GPU, where a step is simulated on a machine without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+_gpu = False
+
+
+@contextmanager
+def standing_for_gpu(gpu: bool = True) -> Iterator[None]:
+    """While the block lasts, tensors stand for those of a GPU with flash attention: what is chosen by device is so.
+
+    Args:
+        gpu: False changes nothing.
+    """
+    global _gpu
+    before, _gpu = _gpu, gpu
+    try:
+        yield
+    finally:
+        _gpu = before
+
+
+def is_simulated_gpu() -> bool:
+    """Whether tensors stand for those of a GPU."""
+    return _gpu
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU, or stands for one that is."""
+    return tensor.is_cuda or _gpu
