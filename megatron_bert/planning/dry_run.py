@@ -48,16 +48,18 @@ def dry_run_rank(
                 meter.groups = _group_names(trainer)
                 meter.hold(trainer.parameters.values(), "weights")
                 meter.hold(trainer.copies.values(), "weights")
+                held = [*trainer.parameters.values(), *trainer.copies.values()]
+                meter.hold((p.grad for p in held if p.grad is not None), "gradients")
                 _follow(trainer, meter)
                 trainer.train_step([batch] * trainer.engine.schedule.microbatches)
             return meter.finish()
 
 
 def _follow(trainer: Trainer, meter: StepMeter) -> None:
-    """Tell the meter which part of the step runs; what is there already and is no weight is the optimizer's."""
+    """Tell the meter which part of the step runs; what is there already and has no part is the optimizer's."""
     meter.measured.traffic.clear()
     for key, (size, part) in list(meter._alive.items()):
-        if part != "weights":
+        if part not in ("weights", "gradients"):
             meter._alive[key] = size, "optimizer"
 
     def enter(part: Any) -> Callable[[], None]:
@@ -73,8 +75,8 @@ def _follow(trainer: Trainer, meter: StepMeter) -> None:
                 on_enter(module, enter("logits"))
     run = trainer.engine.run
 
-    def run_and_tell(*args: Any) -> None:
-        run(*args)
+    def run_and_tell(*args: Any, **kwargs: Any) -> None:
+        run(*args, **kwargs)
         meter.gradients_are_done()
         meter.phase = "temporaries"
 
@@ -82,7 +84,7 @@ def _follow(trainer: Trainer, meter: StepMeter) -> None:
 
 
 def _group_names(trainer: Trainer) -> dict[str, str]:
-    names = {trainer.mesh.device_mesh.get_group(axis).group_name: axis for axis in AXES}
+    names: dict[str, str] = {trainer.mesh.device_mesh.get_group(axis).group_name: axis for axis in AXES}
     if trainer.transport is not None:
         names |= {group.group_name: "pipeline" for group in (trainer.transport.up, trainer.transport.down)}
     tied = trainer.model.tied

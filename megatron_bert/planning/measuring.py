@@ -201,7 +201,7 @@ class StepMeter(TorchDispatchMode):
     def _part(self, name: str) -> Part:
         if name.startswith(("fsdp::", "c10d::", "_c10d_functional::")):
             return "buffers"
-        return "temporaries" if torch._C._current_autograd_node() is not None else self.phase  # type: ignore[attr-defined]
+        return "temporaries" if torch._C._current_autograd_node() is not None else self.phase
 
     def _count_flops(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         packet = func._overloadpacket

@@ -38,7 +38,7 @@ def tensors_without_numbers(gpu: bool) -> Iterator[None]:
     init, mesh = DeviceMesh.__init__, DeviceMesh.mesh
     # Meshes ask their own tensors for numbers.
     DeviceMesh.__init__ = _with_numbers(init)  # type: ignore[method-assign]
-    DeviceMesh.mesh = property(_with_numbers(mesh.fget))  # type: ignore[method-assign, attr-defined]
+    DeviceMesh.mesh = property(_with_numbers(mesh.fget))  # type: ignore[method-assign, attr-defined, assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), standing_for_gpu(gpu):
             yield
