@@ -13,10 +13,17 @@ from torch import Tensor
 
 from megatron_bert.ibert.blocks import blocks
 from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask
-from megatron_bert.ibert.exponential import ARGUMENT_BITS
-from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
-from megatron_bert.ibert.products import EXACT, exact_attended
-from megatron_bert.ibert.softmax import MEAN_BITS, MOST_KEYS, carried_numerators, inverse_sums, weighted_mean
+from megatron_bert.ibert.fixed_point import carried_short
+from megatron_bert.ibert.products import EXACT, exact_attended, exactly
+from megatron_bert.ibert.softmax import (
+    ARGUMENT_BITS,
+    MOST_KEYS,
+    carried_numerators,
+    mean_factor,
+    row_factor,
+    row_steps,
+    score_factor,
+)
 from parallel.errors import UserError
 
 
@@ -44,9 +51,10 @@ class _Attention(torch.autograd.Function):
         watch: Watch | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dim = query.shape[-1]
-        scores = torch.bmm(query, key.transpose(1, 2))
+        with exactly(query.device):
+            scores = torch.bmm(query, key.transpose(1, 2))
         numerators = torch.empty_like(scores)
-        factor = _scalar(scales.query * scales.key * score_factor(dim), query)
+        factor = score_factor(scales.query * scales.key * argument_factor(dim))
         for rows in blocks(scores):
             own = None if mask is None else mask[rows].float()
             numerators[rows].copy_(carried_numerators(scores[rows], factor, own))
@@ -54,12 +62,11 @@ class _Attention(torch.autograd.Function):
         products = exact_attended(numerators if kept is None else numerators * kept, value)
         out = torch.empty_like(query)
         inside = empty_mask(ctx, query)
-        onward = _scalar(scales.value * keep_factor * 2.0**-MEAN_BITS / scales.context, query).value()
-        half = torch.full_like(onward, 0.5)
-        inverses = inverse_sums(sums.long())
+        means = row_factor(sums.long(), mean_factor(scales.value * keep_factor / scales.context))
+        step, multiplier = row_steps(means)
+        half = step.new_full((), 0.5)
         for rows in blocks(out):
-            inverse = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
-            rounded = carried(weighted_mean(products[rows], inverse), onward, half)
+            rounded = carried_short(products[rows], step[rows], half, multiplier[rows])
             clamp_into(out, inside, rows, rounded, target, watch)
         ctx.mark_non_differentiable(numerators, sums)
         ctx.save_for_backward(query, key, value, numerators, sums, kept, inside)
@@ -87,13 +94,9 @@ class _Attention(torch.autograd.Function):
         return of_query, of_key, of_value, None, None, None, None, None, None
 
 
-def score_factor(dim: int) -> float:
+def argument_factor(dim: int) -> float:
     """What (scale of queries) * (scale of keys) is multiplied with to be the factor of softmax's argument."""
     return 2**ARGUMENT_BITS * math.log2(math.e) / math.sqrt(dim)
-
-
-def _scalar(value: float, like: Tensor) -> Dyadic:
-    return dyadic(torch.tensor(value, dtype=torch.float64, device=like.device))
 
 
 def integer_attention(

@@ -1,23 +1,58 @@
-"""Embeddings in integer arithmetic: tables of 16 bits (the residual stream's), summed as integers."""
+"""Embeddings in integers: words of 8 bits with a scale a row, positions and types of 16, and their sum."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from megatron_bert.ibert.epilogues import quantised
+from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask, quantised, rescale
+from megatron_bert.ibert.fixed_point import Factor, factor
 from megatron_bert.ibert.modules import Quantized
+from megatron_bert.ibert.products import quantise_weight
 from megatron_bert.ibert.quantizer import Kind
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.model.encoder import BertEmbeddings
 from megatron_bert.model.layer import own_tokens
 from parallel.dropout import keyed_dropout
 
+#: Bits of the word table, which with a masked-language head is its last matrix too.
+WORD_BITS = 8
+
+
+def row_factor(scale: Tensor, unit: float) -> Factor:
+    """What takes the integers of words to the stream's: a factor a row.
+
+    Args:
+        scale: float32 ``[N]``, of the rows.
+        unit: a step of the stream.
+    """
+    return factor(scale.double() / unit)
+
+
+class _Words(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, target: Target, watch: Watch | None) -> Tensor:
+        integers = quantise_weight(rows, WORD_BITS)
+        prepared = rescale(row_factor(integers.scale[:, None], target.unit), None, integers.scale)
+        out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        inside = empty_mask(ctx, rows)
+        clamp_into(out, inside, slice(None), prepared(integers.q), target, watch)
+        ctx.save_for_backward(inside)
+        ctx.dtype = rows.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return (gradient * ctx.saved_tensors[0]).to(ctx.dtype), None, None
+
 
 class QuantizedEmbeddings(Quantized, BertEmbeddings):
     """Rows of the tables rounded to the stream's scale, their sum, and with post-layer-norm its norm.
 
-    Rows are rounded when they are looked up, which gives the integers of a rounded table. I-BERT's tables have 8 bits;
-    they take no part in a matrix product, so 16 cost memory only.
+    Rows are rounded when they are looked up, which gives the integers of a rounded table. Words are most of a file, and
+    with a scale a row their 8 bits cost little; the other tables are small, and have the stream's 16.
     """
 
     def quantise(self, settings: QuantizationConfig) -> None:
@@ -42,14 +77,20 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
         if self.absolute:
             parts.append(self.position_embeddings(own_tokens(positions, self.tp)))
         parts.append(self.token_type_embeddings(own_tokens(types, self.tp)))
+        summed = "output" if self.norm is None else "sum"
         if self.mode == "observe":
+            for part in parts:  # which have the scale of their sum
+                self.quantizer(summed).see(part)
             hidden = sum(parts[1:], parts[0])
             if self.norm is not None:
                 hidden = self.norm(self.observe("sum", hidden))
             return self.observe("output", hidden).float()
-        summed = "output" if self.norm is None else "sum"
         quantizer = self.quantizer(summed)
-        rounded = [quantised(part.float(), quantizer.scale(), quantizer.target(), quantizer.watch()) for part in parts]
+        to = (quantizer.target(), quantizer.watch())
+        rounded = [
+            _Words.apply(parts[0], *to),
+            *(quantised(part.float(), quantizer.scale(), *to) for part in parts[1:]),
+        ]
         hidden = self.read(sum(rounded[1:], rounded[0]), summed)
         if self.norm is not None:
             hidden = self.normalise(self.norm, hidden, "sum", "output")

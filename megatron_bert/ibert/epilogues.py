@@ -16,7 +16,16 @@ from torch import Tensor
 from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert import tanh as integer_tanh
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.fixed_point import Dyadic, carried, dyadic
+from megatron_bert.ibert.fixed_point import (
+    LARGEST_SHORT,
+    Dyadic,
+    Factor,
+    carried,
+    carried_short,
+    factor,
+    inverse_power,
+    reading_factor,
+)
 
 #: Largest magnitude of a bias in accumulator units: with at most 12288 products of 255 * 127 the sum is below 2^29.
 _LARGEST_BIAS = 2**27 - 1
@@ -40,30 +49,45 @@ class Target(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """A requantisation of accumulators with their bias, prepared: ``floor(a * factor + constant)``.
+    """A requantization of accumulators with their bias, prepared: ``floor(a * step + constant)``, and the product.
 
     Attributes:
-        factor: float64 ``[N]`` or a scalar; multiplier / 2^shift.
-        constant: float64 ``[N]`` or a scalar; bias * factor + 1/2.
+        step: float64 ``[N]`` or a scalar: 2^-shift, or without a multiplier the whole factor.
+        constant: float64 ``[N]`` or a scalar; bias * step + 1/2.
+        multiplier: float64 ``[N]`` or a scalar, multiplier / 2^15 of what is saturated to 16 bits before; None for a
+            result that is wider, or exact.
     """
 
-    factor: Tensor
+    step: Tensor
     constant: Tensor
+    multiplier: Tensor | None
+
+    def __call__(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
+        """A block of accumulators in the new scale, rounded and carried in float64."""
+        if self.multiplier is None:
+            return carried(a[rows], self.step, self.constant)
+        return carried_short(a[rows], self.step, self.constant, self.multiplier)
 
 
 @torch.no_grad()
-def rescale(factor: Dyadic, bias: Tensor | None, accumulator_scale: Tensor) -> Rescale:
-    """Prepare a requantisation.
+def rescale(number: Factor | Dyadic, bias: Tensor | None, accumulator_scale: Tensor) -> Rescale:
+    """Prepare a requantization.
 
     Args:
-        factor: accumulator scale / result scale.
+        number: accumulator scale / result scale.
         bias: float ``[N]`` of the layer, or None.
         accumulator_scale: float64 ``[N]``.
     """
-    value = factor.value()
-    if bias is None:
-        return Rescale(value, torch.full_like(value, 0.5))
-    return Rescale(value, integer_bias(bias, accumulator_scale) * value + 0.5)
+    short = isinstance(number, Factor)
+    step = inverse_power(number.shift) if short else number.value()
+    constant = torch.full_like(step, 0.5) if bias is None else integer_bias(bias, accumulator_scale) * step + 0.5
+    return Rescale(step, constant, number.multiplier.double() * 2.0**-15 if short else None)
+
+
+def exact_read(scale: float, device: torch.device) -> Rescale:
+    """Real values to integers of a scale that is a power of two: one rounding."""
+    step = torch.tensor(1.0 / scale, dtype=torch.float64, device=device)
+    return Rescale(step, torch.full_like(step, 0.5), None)
 
 
 def integer_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
@@ -124,8 +148,7 @@ class _Requantise(torch.autograd.Function):
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         kept = empty_mask(ctx, a)
         for rows in blocks(a):
-            rounded = carried(a[rows], prepared.factor, prepared.constant)
-            clamp_into(out, kept, rows, rounded, target, watch)
+            clamp_into(out, kept, rows, prepared(a, rows), target, watch)
         ctx.save_for_backward(kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
@@ -142,7 +165,7 @@ def requantised(
     """Accumulators (or any real values) to integers of another scale.
 
     Args:
-        a: ``[T, N]`` accumulators; or real values, with 1 / scale as factor.
+        a: ``[T, N]`` accumulators; or real values, with 1 / scale as the number that is prepared.
         bias: float ``[N]``, only for its gradient: ``prepared`` holds its integers. None without.
         prepared: of :func:`rescale`.
         target: bounds and unit of the result.
@@ -155,13 +178,15 @@ def requantised(
 
 
 def quantised(x: Tensor, scale: float, target: Target, watch: Watch | None = None) -> Tensor:
-    """Real values to integers of a scale: ``clamp(floor(x * d + 1/2))``, d the dyadic number nearest to 1 / scale.
+    """Real values to integers of a scale.
 
-    For values of the residual stream the product is exact: they have at most 18 bits, and d has 23. A power of two as
-    scale makes d exact too.
+    Where the scale is the target's unit, a power of two, it is one rounding: ``clamp(floor(x / scale + 1/2))``. Else it
+    is a requantization by 1 / scale, whose shift takes real values, multiples of a power of two, to integers.
     """
-    factor = dyadic(torch.tensor(1.0 / scale, dtype=torch.float64, device=x.device))
-    return requantised(x, None, rescale(factor, None, factor.value()), target, watch)
+    if target.unit != 1.0:
+        return requantised(x, None, exact_read(scale, x.device), target, watch)
+    number = torch.tensor(1.0 / scale, dtype=torch.float64, device=x.device)
+    return requantised(x, None, rescale(reading_factor(number), None, number), target, watch)
 
 
 class _Dequantise(torch.autograd.Function):
@@ -186,14 +211,27 @@ def dequantised(a: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Dequantise.apply(a, bias, scale, None if bias is None else integer_bias(bias.detach(), scale))
 
 
+class GeluSteps(NamedTuple):
+    """What follows the accumulators of a GELU.
+
+    Attributes:
+        argument: to 16 bits of scale 2^-exponent.
+        exponent: see above.
+        result: from that scale to the result's.
+    """
+
+    argument: Rescale
+    exponent: int
+    result: Rescale
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         a: Tensor,
         bias: Tensor | None,
-        prepared: Rescale,
-        out_factor: Tensor,
+        steps: GeluSteps,
         target: Target,
         approximate: str,
         watch: Watch | None,
@@ -201,17 +239,16 @@ class _Gelu(torch.autograd.Function):
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         kept = empty_mask(ctx, a)
         argument = None if kept is None else torch.empty_like(out)
-        bound, half = integer_gelu.LARGEST_ARGUMENT, torch.full_like(out_factor, 0.5)
-        results = None
+        bound, results = LARGEST_SHORT, None
         if a.numel() > 2 * bound:
             # There are no more arguments than these, and looking one up costs less than computing its result.
-            results = carried(integer_gelu.table(a.device), out_factor, half).float()
+            results = steps.result(integer_gelu.table(steps.exponent, a.device)).float()
         for rows in blocks(a):
-            x = carried(a[rows], prepared.factor, prepared.constant).clamp_(-bound, bound)
+            x = steps.argument(a, rows)
             if argument is not None:
-                torch.mul(x.float(), 2.0**-integer_gelu.ARGUMENT_BITS, out=argument[rows])
+                torch.mul(x.float(), 2.0**-steps.exponent, out=argument[rows])
             if results is None:
-                rounded = carried(integer_gelu.gelu(x.int()), out_factor, half)
+                rounded = steps.result(integer_gelu.gelu(x.int(), steps.exponent).double())
             else:
                 places = x.add_(bound).int().clamp_(0, 2 * bound)  # NaN has none: see softmax.carried_numerators
                 rounded = results.index_select(0, places.flatten()).view(x.shape)
@@ -221,10 +258,22 @@ class _Gelu(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         argument, kept = ctx.saved_tensors
         gradient = torch.ops.aten.gelu_backward(gradient * kept, argument, approximate=ctx.approximate)
-        return gradient, _bias_gradient(ctx, gradient), None, None, None, None, None
+        return gradient, _bias_gradient(ctx, gradient), None, None, None, None
+
+
+def gelu_steps(bias: Tensor | None, accumulator_scale: Tensor, result_scale: float, target: Target) -> GeluSteps:
+    """Prepare a GELU: arguments as in :func:`gelu_requantised`."""
+    device = accumulator_scale.device
+    exponent = integer_gelu.argument_exponent(result_scale, of_stream=target.unit != 1.0)
+    argument = rescale(factor(accumulator_scale * 2.0**exponent), bias, accumulator_scale)
+    if target.unit != 1.0:
+        return GeluSteps(argument, exponent, exact_read(result_scale * 2.0**exponent, device))
+    onward = torch.tensor(2.0**-exponent / result_scale, dtype=torch.float64, device=device)
+    multiplier = (onward * 2.0**15 + 0.5).floor().clamp_(max=LARGEST_SHORT).long()
+    return GeluSteps(argument, exponent, rescale(Factor(multiplier, multiplier * 0), None, onward))
 
 
 def gelu_requantised(
@@ -237,9 +286,10 @@ def gelu_requantised(
     approximate: str = "none",
     watch: Watch | None = None,
 ) -> Tensor:
-    """Bias, GELU and requantisation of accumulators ``[T, N]``.
+    """Bias, GELU and requantization of accumulators ``[T, N]``.
 
-    The argument is rounded to 16 bits of scale 2^-9, whatever the data. Where it is clamped, at 64, GELU is linear.
+    The argument is rounded to 16 bits, whose steps are 16 to 32 times as fine as those of an 8-bit result: where it
+    saturates, so does the result.
 
     Args:
         a, bias: as in :func:`requantised`.
@@ -249,17 +299,15 @@ def gelu_requantised(
         approximate: whose derivative is taken, ``none`` or ``tanh``.
         watch: sees the results before they are clamped.
     """
-    into = dyadic(accumulator_scale * 2.0**integer_gelu.ARGUMENT_BITS)
-    out = dyadic(torch.tensor(2.0**-integer_gelu.RESULT_BITS / result_scale, dtype=torch.float64, device=a.device))
-    prepared = rescale(into, bias, accumulator_scale)
-    return _Gelu.apply(a, tracked(bias), prepared, out.value(), target, approximate, watch)
+    steps = gelu_steps(None if bias is None else bias.detach(), accumulator_scale, result_scale, target)
+    return _Gelu.apply(a, tracked(bias), steps, target, approximate, watch)
 
 
 class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale) -> Tensor:
         bound = integer_tanh.LARGEST_ARGUMENT
-        argument = carried(a, prepared.factor, prepared.constant).clamp_(-bound, bound).int()
+        argument = prepared(a).clamp_(-bound, bound).int()
         out = integer_tanh.tanh(argument).float().mul_(2.0**-integer_tanh.RESULT_BITS)
         ctx.save_for_backward(out)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -274,5 +322,5 @@ class _Tanh(torch.autograd.Function):
 
 def tanh_requantised(a: Tensor, bias: Tensor | None, accumulator_scale: Tensor) -> Tensor:
     """Bias and tanh of accumulators ``[N, H]``: multiples of 2^-15."""
-    into = dyadic(accumulator_scale * integer_tanh.ARGUMENT_FACTOR)
+    into = factor(accumulator_scale * integer_tanh.ARGUMENT_FACTOR)
     return _Tanh.apply(a, tracked(bias), rescale(into, bias, accumulator_scale))

@@ -32,8 +32,9 @@ def equalise_model(encoders: Iterable[Encoder], kind: str) -> None:
 
     Args:
         encoders: whose parameters hold values, and are not divided by data parallelism.
-        kind: ``none``; ``gamma``, the factor is the gain's magnitude; or ``smooth``, the root of the channel's range
-            over that of its column (SmoothQuant's balance, arXiv 2211.10438, with ranges estimated from gain and bias).
+        kind: ``none``; ``gamma``, the factor is the gain's magnitude; ``smooth``, the root of the channel's range over
+            that of its column (SmoothQuant's balance, arXiv 2211.10438, with ranges estimated from gain and bias); or
+            ``auto``, which is ``smooth`` with pre-layer-norm, else none.
 
     Raises:
         UserError: post-layer-norm, where this cannot be done.
@@ -43,6 +44,8 @@ def equalise_model(encoders: Iterable[Encoder], kind: str) -> None:
     for encoder in encoders:
         for layer in encoder.layer_list():
             if layer.post_norm:
+                if kind == "auto":
+                    continue
                 raise UserError(
                     f"equalisation is {kind!r}, but the norms of post-layer-norm feed the residual stream too: set it "
                     "to none"
@@ -51,18 +54,22 @@ def equalise_model(encoders: Iterable[Encoder], kind: str) -> None:
                 (layer.attention_norm, layer.attention.query_key_value),
                 (layer.mlp_norm, layer.mlp.intermediate),
             ):
-                _move(norm, linear, _factors(norm, linear, kind, layer.tp))
+                _move(norm, linear, _factors(norm, linear, "smooth" if kind == "auto" else kind, layer.tp))
 
 
 def _factors(norm: LayerNorm, linear: ColumnParallelLinear, kind: str, tp: TensorParallel) -> Tensor:
     """What a channel is divided by, ``[H]``; the same on every tensor rank."""
     gain = norm.weight.abs()
     if kind == "gamma":
+        if not gain.any():
+            return torch.ones_like(gain)
         return gain.clamp(min=float(gain.max()) * _LEAST)
     columns = raw_local(linear.weight).abs().amax(0)
     if tp.size > 1:
         dist.all_reduce(columns, op=dist.ReduceOp.MAX, group=tp.group)
     ranges = gain * _TYPICAL_PEAK + norm.bias.abs()
+    if not (ranges.any() and columns.any()):  # there is nothing to balance
+        return torch.ones_like(gain)
     ranges, columns = (t.clamp(min=float(t.max()) * _LEAST) for t in (ranges, columns))
     return (ranges / columns).sqrt()
 

@@ -1,9 +1,9 @@
-"""2^-x in integers, for softmax and tanh.
+"""2^-x in integers, for tanh.
 
 I-BERT computes e^x by splitting off multiples of ln 2, which it rounds to a multiple of the input's scale (a bias of
 0.45% at a scale of 0.01), and by a second-degree polynomial whose error is 1.9e-3. Here the argument already is in
 units of log 2: its integer part is a shift, and only the fraction in [0, 1) needs a polynomial. Of degree 2 its error
-is 1.5e-3, or 0.4 steps of an 8-bit softmax numerator; of degree 3, one multiplication more, 6.3e-5.
+is 1.5e-3; of degree 3, one multiplication more, 6.3e-5. Softmax has the same in 16 bits: see ``softmax.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""GELU in integers.
+"""GELU in integers of 16 bits.
 
-GELU(x) = max(x, 0) - |x| Phi(-|x|). The second term is even, at most 0.17 and vanishes for large |x|, so it is a
+GELU(x) = max(x, 0) - |x| Phi(-|x|). The second term is even, at most 0.17 and vanishes for large |x|, so Phi is a
 polynomial in (c - |x|) with a double root at c, and 0 beyond. I-BERT's is of degree 2: off by 0.018, more than a step
 of the 8-bit result (typically 0.015). What one can have at the same place, each a minimax fit (largest error):
 
@@ -8,51 +8,65 @@ of the 8-bit result (typically 0.015). What one can have at the same place, each
 |---|---|---|---|---|---|
 | I-BERT's class, refitted | 0.0163 | 0.0050 | 0.0059 | 0.0034 | 0.00091 |
 
-The last is taken, with c = 3.5: three multiplications more than I-BERT's, all in 32 bits, and its error is about the
-sixteenth part of a step. The tanh approximation of GELU, which some models are trained with, differs from GELU by up to
-4.7e-4, so the same function serves both.
+The last is taken, with c = 3.5: three multiplications more than I-BERT's, each one instruction on 16-bit elements. The
+tanh approximation of GELU, which some models are trained with, differs from GELU by up to 4.7e-4, so the same function
+serves both.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from math import frexp
 
 import torch
 from torch import Tensor
 
-#: Fraction bits of the argument (Q6.9 in 16 bits: -64 to 64) and of the result.
-ARGUMENT_BITS, RESULT_BITS = 9, 24
-LARGEST_ARGUMENT = 32767
-#: c = 3.5 with 9 fraction bits.
-_CUT = 1792
-#: Of Phi(-|x|) = u^2 (b2 + b3 u + b4 u^2 + b5 u^3), u = (c - |x|) / 4, with 16 fraction bits.
-_B2, _B3, _B4, _B5 = 13326, -79331, 236465, -120919
-_U_BITS = 11
-#: The least value of GELU is above -0.17, which zero points of its asymmetric quantiser leave room for.
+from megatron_bert.ibert.fixed_point import LARGEST_SHORT, multiply_short
+
+#: What fraction bits the argument may have.
+EXPONENTS = range(1, 14)
+#: Fraction bits the argument keeps below a step of an 8-bit result.
+_GUARD_BITS = 4
+#: Of Phi(-|x|) / 4 = u^2 (b2 + b3 u + b4 u^2 + b5 u^3), u = (c - |x|) / 4, with 15 fraction bits.
+_B2, _B3, _B4, _B5 = 1655, -9868, 29496, -15097
+#: The least value of GELU is above -0.17, which zero points of its asymmetric quantizer leave room for.
 LEAST = -0.17
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU with 24 fraction bits.
+def argument_exponent(scale: float, *, of_stream: bool = False) -> int:
+    """Fraction bits of the argument of a GELU.
 
     Args:
-        x: int32 or int64, -32767 to 32767, scale 2^-9.
+        scale: of its result.
+        of_stream: whether that has 16 bits, and a power of two as scale, which the argument then has too; else its
+            steps are 16 to 32 times as fine.
+    """
+    wanted = frexp(1.0 / scale)[1] - 1 if of_stream else frexp(2.0**_GUARD_BITS / scale)[1]
+    return min(max(wanted, EXPONENTS.start), EXPONENTS.stop - 1)
+
+
+def gelu(x: Tensor, exponent: int) -> Tensor:
+    """GELU with as many fraction bits as its argument.
+
+    Args:
+        x: int32 or int64, -32767 to 32767, scale 2^-exponent.
+        exponent: 1 to 13.
 
     Returns:
-        The type of ``x``, scale 2^-24, magnitude below 2^30; 0 at 0. Off by at most 1e-3 from GELU of the rounded
-        argument. The widest intermediate has 31 bits.
+        The type of ``x``, 16 bits; 0 at 0. Off by at most 0.0011 + 0.9 * 2^-exponent from GELU of the argument. Every
+        intermediate that is kept has 16 bits, products and half a unit 31.
     """
-    size = x.abs().clamp(max=_CUT)
-    u = _CUT - size
-    h = ((u * _B5) >> _U_BITS) + _B4
-    h = ((h * u) >> _U_BITS) + _B3
-    h = ((h * u) >> _U_BITS) + _B2
-    h = (h * u) >> _U_BITS
-    tail = (h * u + (1 << _U_BITS)) >> (_U_BITS + 1)  # Phi(-|x|) with 15 fraction bits
-    return x.clamp(min=0) * (1 << (RESULT_BITS - ARGUMENT_BITS)) - size * tail
+    cut = 7 << (exponent - 1)
+    size = x.abs().clamp(max=cut)
+    u = (cut - size) << (EXPONENTS.stop - 1 - exponent)
+    h = multiply_short(u, _B5) + _B4
+    h = multiply_short(h, u) + _B3
+    h = multiply_short(h, u) + _B2
+    quarter = multiply_short(multiply_short(h, u), u)
+    return x.clamp(min=0) - multiply_short(size, quarter * 4)
 
 
 @cache
-def table(device: torch.device) -> Tensor:
+def table(exponent: int, device: torch.device) -> Tensor:
     """GELU of -32767 to 32767 in turn, carried in float64 ``[65535]``."""
-    return gelu(torch.arange(-LARGEST_ARGUMENT, LARGEST_ARGUMENT + 1, dtype=torch.int32, device=device)).double()
+    return gelu(torch.arange(-LARGEST_SHORT, LARGEST_SHORT + 1, dtype=torch.int32, device=device), exponent).double()

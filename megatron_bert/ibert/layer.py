@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
 from megatron_bert.ibert.epilogues import dequantised, gelu_requantised, quantised, requantised, rescale
-from megatron_bert.ibert.fixed_point import dyadic
+from megatron_bert.ibert.fixed_point import GUARD_BITS, factor
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.quantizer import Kind
 from megatron_bert.ibert.settings import QuantizationConfig
@@ -36,9 +36,9 @@ from parallel.sharding import local_tensor
 
 _MATRIX_INPUTS: dict[str, Kind] = {
     "attention_input": "signed",
-    "query": "signed",
-    "key": "signed",
-    "value": "signed",
+    "query": "attention",
+    "key": "attention",
+    "value": "attention",
     "context": "signed",
     "mlp_input": "signed",
     "gelu": "gelu",
@@ -193,7 +193,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         quantizers = [self.quantizer(name) for name in ("query", "key", "value")]
         scales = torch.tensor([q.scale() for q in quantizers], dtype=torch.float64, device=x.device)
         bias = None if linear.bias is None else local_tensor(linear.bias)
-        factor = dyadic(scale / scales[None, :, None].expand(heads, 3, dim).flatten())
+        number = factor(scale / scales[None, :, None].expand(heads, 3, dim).flatten(), GUARD_BITS)
         watches = [q.watch(real) for q in quantizers]
 
         def watch(rounded: Tensor, rows: slice) -> None:
@@ -201,7 +201,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
                 if one is not None:
                     one(part, rows)
 
-        prepared = rescale(factor, None if bias is None else bias.detach(), scale)
+        prepared = rescale(number, None if bias is None else bias.detach(), scale)
         any_watch = watch if any(one is not None for one in watches) else None
         qkv = requantised(sums, bias, prepared, quantizers[0].target(), any_watch).unflatten(-1, (heads, 3, dim))
         for quantizer, part in zip(quantizers, qkv.unbind(2), strict=True):
@@ -285,14 +285,15 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         sums, scale = part
         total, after = where
         target = self.quantizer(total).target()
-        kept, factor = None, 1.0
+        kept, keep_factor = None, 1.0
         if keys is not None and self.dropout > 0.0:
             row_keys = fold_in(own_tokens(keys, self.tp), place)
-            kept, factor = keep_mask(row_keys, hidden.shape[-1], self.dropout), 1.0 / (1.0 - self.dropout)
+            kept, keep_factor = keep_mask(row_keys, hidden.shape[-1], self.dropout), 1.0 / (1.0 - self.dropout)
         bias = linear.bias
-        prepared = rescale(dyadic(scale * (factor / target.unit)), None if bias is None else bias.detach(), scale)
+        number = factor(scale * (keep_factor / target.unit))
+        prepared = rescale(number, None if bias is None else bias.detach(), scale)
         watch = self.quantizer(total).watch(real)
-        hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=factor, watch=watch)
+        hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=keep_factor, watch=watch)
         self.quantizer(total).used(hidden)
         return self.normalise(norm, hidden, total, after, real) if self.post_norm else hidden
 
@@ -321,17 +322,21 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         )
         rows = layout.from_rectangle(context.transpose(1, 2))
         part = attention.output(self.observe("context", rows, everywhere).flatten(-2))
-        hidden = self._observed_add(self.attention_norm, hidden, part, real, ("attention_sum", "middle"))
+        where = ("attention_sum", "middle") if self.post_norm else ("middle", "middle")
+        hidden = self._observed_add(self.attention_norm, hidden, part, real, where)
         read = self.observe("mlp_input", self._read(self.mlp_norm, hidden), real)
         wide = ACTIVATIONS[self.mlp.hidden_act](self.mlp.intermediate(read))
         part = self.mlp.output(self.observe("gelu", wide, everywhere))
-        hidden = self._observed_add(self.mlp_norm, hidden, part, real, ("mlp_sum", "output"))
+        where = ("mlp_sum", "output") if self.post_norm else ("output", "output")
+        hidden = self._observed_add(self.mlp_norm, hidden, part, real, where)
         shown = attention.all_heads(probabilities, request.probabilities)
         return LayerOutput(hidden.float(), shown, None, (key, value) if request.keep else None)
 
     def _observed_add(
         self, norm: LayerNorm, hidden: Tensor, part: Tensor, real: Tensor | None, where: tuple[str, str]
     ) -> Tensor:
+        for term in (hidden, part):  # which have the scale of their sum
+            self.quantizer(where[0]).see(term, real)
         if self.post_norm:
             self.observe(where[0], hidden + part, real)
         return self.observe(where[1], self._add(norm, hidden, part), real)

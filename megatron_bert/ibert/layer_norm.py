@@ -3,51 +3,69 @@
 With N columns, s1 = sum x and s2 = sum x^2, the variance is V / N^2 for V = N s2 - s1^2, exactly, so nothing is lost to
 rounding the mean. I-BERT rounds it, shifts by an amount that depends on the batch, drops epsilon, and divides the bias
 by gamma, which gives the bias no gradient.
+
+The deviation's bit length says by how much a row's N x - s1 is shifted to 16 bits, so that its elements keep the same
+relative precision whatever the row's magnitude.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from megatron_bert.ibert.fixed_point import Dyadic, carried, reciprocal, requantise
+from megatron_bert.ibert.fixed_point import (
+    LARGEST_SHORT,
+    LEAST_SHORT,
+    Factor,
+    bit_length,
+    inverse_power,
+    multiply_short,
+    rounding_shift,
+    short,
+)
 from megatron_bert.ibert.square_root import square_root
 
-#: Fraction bits of a normalised element. It is below sqrt(N), so 18 bits and a sign hold it for N up to 4096.
-NORMAL_BITS = 12
-LARGEST_NORMAL = 2**18 - 1
-_LARGEST_GAIN, _LARGEST_OFFSET = 2**24 - 1, 2**30
+#: Largest fraction bits of a result before its last shift, and magnitude of the offset there.
+_LARGEST_SHIFT = 24
+_LARGEST_OFFSET = 2**30 - 2**_LARGEST_SHIFT
 
 
 class Affine(NamedTuple):
     """Gain and offset of a layer norm in integers.
 
     Attributes:
-        gain: int64 ``[N]``, below 2^24 in magnitude.
-        offset: int64 ``[N]``, at most 2^30 in magnitude.
-        shift: of the result.
+        gain: int64 ``[N]``, 16 bits.
+        offset: int64 ``[N]``, below 2^30 in magnitude.
+        shift: int64 scalar, of the result: 1 to 24.
     """
 
     gain: Tensor
     offset: Tensor
-    shift: int
+    shift: Tensor
 
 
-def affine(weight: Tensor, bias: Tensor, scale: Tensor, bits: int) -> Affine:
-    """Gain ``floor(weight / scale * 2^g + 1/2)`` and offset ``floor(bias / scale * 2^(12+g) + 1/2)``.
+def normal_bits(columns: int) -> int:
+    """Fraction bits of a normalized element, which is below sqrt(N): 16 bits hold it. 9 of 257 to 1024 columns."""
+    return 14 - -(-(columns - 1).bit_length() // 2)
 
-    g is 8 for results of 8 bits and 3 for wider ones, so that the offset fits in 32 bits.
+
+def affine(weight: Tensor, bias: Tensor, scale: Tensor) -> Affine:
+    """Gain ``floor(weight / scale * 2^(shift-f) + 1/2)`` and offset ``floor(bias / scale * 2^shift + 1/2)``.
+
+    f is that of :func:`normal_bits`, and the shift the largest up to 24 with which gains have 16 bits and offsets 30.
 
     Args:
         weight, bias: ``[N]``.
         scale: float64, of the result.
-        bits: of the result.
     """
-    gain_bits = 8 if bits <= 8 else 3
-    shift = NORMAL_BITS + gain_bits
-    gain = (weight.double() / scale * 2.0**gain_bits + 0.5).floor_().clamp_(-_LARGEST_GAIN, _LARGEST_GAIN)
-    offset = (bias.double() / scale * 2.0**shift + 0.5).floor_().clamp_(-_LARGEST_OFFSET, _LARGEST_OFFSET)
+    bits = normal_bits(weight.shape[0])
+    gains, offsets = weight.double() / scale, bias.double() / scale
+    of_gain, of_offset = (torch.frexp(t.abs().max())[1].long() for t in (gains, offsets))
+    shift = torch.minimum(15 - of_gain + bits, 30 - of_offset).clamp(1, _LARGEST_SHIFT)
+    gain = (gains * inverse_power(bits - shift) + 0.5).floor_().clamp_(-LARGEST_SHORT, LARGEST_SHORT)
+    offset = (offsets * inverse_power(-shift) + 0.5).floor_().clamp_(-_LARGEST_OFFSET, _LARGEST_OFFSET)
     return Affine(gain.long(), offset.long(), shift)
 
 
@@ -55,10 +73,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of x and of x^2, ``[.., 1]`` each.
 
     Args:
-        x: ``[.., N]`` with N |x| < 2^28: int64, or carried in float64 where |x| < 2^17 and N < 2^19.
+        x: ``[.., N]`` of 16 bits, with N |x| at most 2^28: int64, or carried in float64.
 
     Returns:
-        Like ``x``. The squares are below 2^56 in int64, and below 2^53 where they are carried.
+        Like ``x``. The squares are below 2^43.
     """
     return x.sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
 
@@ -76,45 +94,64 @@ def deviation(total: Tensor, squares: Tensor, columns: int, epsilon: Tensor) -> 
     return square_root(squares * columns - total * total + epsilon).clamp(min=1)
 
 
-def normalised(x: Tensor, total: Tensor, inverse: Dyadic, columns: int) -> Tensor:
-    """(x - mean) / standard deviation with 12 fraction bits: rq(N x - total; inverse * 2^12).
+def row_factor(deviations: Tensor, columns: int) -> Factor:
+    """What takes N x - s1 to a normalized element, by one division a row: shift, and 2^(L+14) // deviation.
 
     Args:
-        x: ``[.., N]``, N |x| < 2^28: int64, or carried in float64.
-        total: ``[.., 1]`` of the same type.
-        inverse: the reciprocal of the deviation.
+        deviations: int64, 1 to 2^30; L is their bit length.
         columns: N.
 
     Returns:
-        Like ``x``, magnitude below 2^18. The widest intermediate has 53 bits.
+        A multiplier of 15 bits. The dividend has up to 46.
     """
-    return requantise(x * columns - total, inverse.shifted(NORMAL_BITS), -LARGEST_NORMAL, LARGEST_NORMAL)
+    length = bit_length(deviations)
+    multiplier = (((deviations * 0 + 1) << (length + 14)) // deviations).clamp(max=LARGEST_SHORT)
+    return Factor(multiplier, length - 1 - normal_bits(columns))
+
+
+def normalised(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor:
+    """(x - mean) / standard deviation with the fraction bits of :func:`normal_bits`; 16 bits.
+
+    Args:
+        x: int64 ``[.., N]``, 16 bits, N |x| at most 2^28.
+        total: ``[.., 1]``.
+        number: of :func:`row_factor`.
+        columns: N.
+    """
+    return multiply_short(short(rounding_shift(x * columns - total, number.shift)), number.multiplier)
+
+
+def carried_normalised(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor:
+    """What :func:`normalised` gives, for ``x`` and ``total`` carried in float64."""
+    step = inverse_power(number.shift)
+    narrow = (x * columns).sub_(total).mul_(step).add_(0.5).floor_().clamp_(LEAST_SHORT, LARGEST_SHORT)
+    return narrow.mul_(number.multiplier.double() * 2.0**-15).add_(0.5).floor_()
 
 
 def scaled(normal: Tensor, parameters: Affine) -> Tensor:
-    """``(normal * gain + offset + 2^(shift-1)) >> shift``, carried if ``normal`` is; at most 43 bits."""
+    """``(normal * gain + offset + 2^(shift-1)) >> shift``: 31 bits at most; carried in float64 if ``normal`` is."""
     shift = parameters.shift
+    half = (shift * 0 + 1) << (shift - 1)
     if normal.is_floating_point():
-        step = 2.0**-shift
-        offset = (parameters.offset + (1 << (shift - 1))).double()
-        return carried(normal, parameters.gain.double() * step, offset * step)
-    return (normal * parameters.gain + parameters.offset + (1 << (shift - 1))) >> shift
+        step = inverse_power(shift)
+        return torch.addcmul((parameters.offset + half) * step, normal, parameters.gain * step).floor_()
+    return (normal * parameters.gain + parameters.offset + half) >> shift
 
 
 def layer_norm(x: Tensor, epsilon: Tensor, parameters: Affine, limit: int) -> Tensor:
     """Layer norm of rows.
 
     Args:
-        x: int64 ``[.., N]``, N |x| < 2^28.
+        x: int64 ``[.., N]``, 16 bits, N |x| at most 2^28.
         epsilon: as in :func:`deviation`.
         parameters: gain and offset.
         limit: largest magnitude of the result.
 
     Returns:
-        int64 ``[.., N]``. Before the clamp it is within 0.501 + |normalised| / 2^(g+1) + gain / 4096 of the real
-        function, the gain in steps of the result and g as in :func:`affine`: half a step of rounding, the rounded gain,
-        and the 12 bits of a normalised element. A row of equal elements gives its bias.
+        int64 ``[.., N]``. Before the clamp it is within 0.51 + (0.5 + 2^-9 |normalized|) of a gain's step of the real
+        function: half a step of rounding, and two steps of a normalized element's last bit at most, times the gain. A
+        row of equal elements gives its bias.
     """
     total, squares = moments(x)
-    inverse = reciprocal(deviation(total, squares, x.shape[-1], epsilon))
-    return scaled(normalised(x, total, inverse, x.shape[-1]), parameters).clamp(-limit, limit)
+    number = row_factor(deviation(total, squares, x.shape[-1], epsilon), x.shape[-1])
+    return scaled(normalised(x, total, number, x.shape[-1]), parameters).clamp(-limit, limit)

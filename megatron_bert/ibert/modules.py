@@ -82,7 +82,6 @@ class Quantized(nn.Module):
             norm.eps,
             before.target(),
             after.scale(),
-            after.bits,
             after.target(),
             after.watch(real),
         )

@@ -59,6 +59,11 @@ def quantise_weight(weight: Tensor, bits: int, tp: TensorParallel | None = None)
     return IntegerWeight(quantise(weight, scale[:, None], bits), scale)
 
 
+def exactly(device: torch.device) -> torch.autocast:
+    """A block whose products are in the type of their operands, whatever autocast is in force around it."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def parts_needed(q: Tensor, largest_input: int) -> int:
     """Into how many parts of the summed dimension a product must be divided, to be exact in float32.
 
@@ -91,7 +96,11 @@ def exact_product(x: Tensor, q: Tensor, largest_input: int) -> Tensor:
     Returns:
         ``[T, N]`` integers carried in float32, or in float64 where the product was divided.
     """
-    parts = parts_needed(q, largest_input)
+    with exactly(x.device):
+        return _exact_product(x, q, parts_needed(q, largest_input))
+
+
+def _exact_product(x: Tensor, q: Tensor, parts: int) -> Tensor:
     if parts == 1:
         return x @ q.t()
     size = -(-q.shape[1] // parts)
@@ -106,10 +115,11 @@ def exact_product(x: Tensor, q: Tensor, largest_input: int) -> Tensor:
 def exact_attended(numerators: Tensor, values: Tensor) -> Tensor:
     """Sums of numerator * value: ``[G, Q, K]`` times ``[G, K, D]``, exact as in :func:`exact_product`."""
     size = EXACT // (255 * 127) - 1
-    if numerators.shape[-1] <= size:
-        return torch.bmm(numerators, values)
-    parts = zip(numerators.split(size, dim=2), values.split(size, dim=1), strict=True)
-    return torch.stack([torch.bmm(left, right).double() for left, right in parts]).sum(0)
+    with exactly(values.device):
+        if numerators.shape[-1] <= size:
+            return torch.bmm(numerators, values)
+        parts = zip(numerators.split(size, dim=2), values.split(size, dim=1), strict=True)
+        return torch.stack([torch.bmm(left, right).double() for left, right in parts]).sum(0)
 
 
 class _Product(torch.autograd.Function):

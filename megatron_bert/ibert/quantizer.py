@@ -16,22 +16,26 @@ from megatron_bert.ibert.observers import histogram, least_error_range, percenti
 from megatron_bert.ibert.settings import QuantizationConfig
 from parallel.errors import UserError
 
-#: ``signed``: symmetric, for inputs of matrix products. ``gelu``: asymmetric, from the least value of GELU up.
-#: ``stream``: symmetric, with a power of two as scale.
-Kind = Literal["signed", "gelu", "stream"]
+#: ``signed``: symmetric, for inputs of matrix products; ``attention``: the same, for queries, keys and values.
+#: ``gelu``: asymmetric, from the least value of GELU up. ``stream``: symmetric, with a power of two as scale.
+Kind = Literal["signed", "attention", "gelu", "stream"]
 #: Given a quantiser and its tensor: real values of the float model, or the integers as they are carried.
 Tap = Callable[["Quantizer", Tensor], None]
 
 
-#: No scale is finer than 2^-20: its inverse is a dyadic number then.
+#: No scale is finer than 2^-20.
 _FINEST = 20
+#: A range of the stream is at most this many steps: a requantized term of a sum saturates from 2^14 steps on.
+_LARGEST_TERM = 2**14 - 1
+#: The range of what was never seen. A tensor of zeros has the range 0.
+UNKNOWN = -1.0
 
 
 class Quantizer(nn.Module):
     """The range of one tensor.
 
     Attributes:
-        range: float32 scalar buffer, the largest magnitude (``gelu``: value) that is represented; 0 until calibrated.
+        range: float32 scalar buffer, the largest magnitude (``gelu``: value) that is represented; -1 until calibrated.
         frozen: whether observations leave the range as it is.
         tap: called with the tensor at each use, integers as they are carried; None mostly.
     """
@@ -41,9 +45,10 @@ class Quantizer(nn.Module):
     def __init__(self, kind: Kind, settings: QuantizationConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.kind, self.settings = kind, settings
-        self.bits = settings.residual_bits if kind == "stream" else settings.activation_bits
+        of_kind = {"stream": settings.residual_bits, "attention": settings.attention_bits}
+        self.bits = of_kind.get(kind, settings.activation_bits)
         self.observer = "min_max" if kind == "stream" else settings.observer
-        self.register_buffer("range", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("range", torch.full((), UNKNOWN, dtype=torch.float32, device=device))
         self.frozen = False
         self.tap: Tap | None = None
         #: Of the step in progress: the largest magnitude, or a histogram; None when nothing was seen.
@@ -65,6 +70,11 @@ class Quantizer(nn.Module):
             self._known = (held, version, float(held))
         return self._known[2]
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a range."""
+        return self.limit() >= 0.0
+
     def scale(self) -> float:
         """The real value of one step.
 
@@ -72,13 +82,15 @@ class Quantizer(nn.Module):
             UserError: the range was never calibrated.
         """
         limit = self.limit()
-        if not limit > 0.0:
+        if not limit >= 0.0:
             raise UserError(
                 "a quantised model was run before its ranges were calibrated: run calibrate(), or load a checkpoint "
                 "that holds ranges"
             )
         if self.kind == "stream":
-            return 2.0 ** -min(_FINEST, floor(log2(largest(self.bits) / limit)))
+            # The finest scale serves all ranges that ask for less.
+            most = min(largest(self.bits), _LARGEST_TERM)
+            return 2.0 ** -min(_FINEST, floor(log2(most / max(limit, 2.0**-_FINEST))))
         if self.kind == "gelu":
             return (limit - LEAST) / (2**self.bits - 1)
         return max(2.0**-_FINEST, limit / largest(self.bits))
@@ -107,12 +119,18 @@ class Quantizer(nn.Module):
         """
         if self.tap is not None:
             self.tap(self, x.detach())
+        self.see(x, real)
+
+    def see(self, x: Tensor, real: Tensor | None = None) -> None:
+        """Let real values count for the range that are not those the quantizer stands for, but have its scale."""
         if self.frozen:
             return
         x = x if real is None else x[real]
+        if x.numel() == 0:
+            return
         magnitudes = x.detach().clamp(min=0.0) if self.kind == "gelu" else x.detach().abs()
         if self.observer == "min_max":
-            self._note(magnitudes.max().float() if magnitudes.numel() else self.range * 0.0)
+            self._note(magnitudes.max().float())
         else:
             counts = histogram(magnitudes)
             self.pending = counts if self.pending is None else self.pending + counts
@@ -148,7 +166,7 @@ class Quantizer(nn.Module):
 
     def restart(self) -> None:
         """Forget the range and what it came from, for a calibration."""
-        self.range.zero_()
+        self.range.fill_(UNKNOWN)
         self.pending = self.counts = None
         self.frozen = False
 
@@ -169,7 +187,7 @@ class Quantizer(nn.Module):
             return
         if self.observer == "min_max":
             peak = self.pending
-            momentum = self.settings.momentum if self.limit() > 0.0 else 0.0
+            momentum = self.settings.momentum if self.known else 0.0
             self.range.copy_(self.range.float() * momentum + peak * (1.0 - momentum))
         else:
             self.counts = self.pending if self.counts is None else self.counts + self.pending

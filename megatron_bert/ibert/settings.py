@@ -16,9 +16,9 @@ FORCE_DEQUANT: dict[str, frozenset[str]] = {
     "nonlinear": frozenset({"gelu", "softmax", "layernorm"}),
 }
 OBSERVERS = ("min_max", "percentile", "mse")
-EQUALISATIONS = ("none", "gamma", "smooth")
-#: Width of the residual stream beyond which layer norm would leave 64 bits, or a value float32's 24.
-_RESIDUAL_BITS = range(10, 19)
+EQUALISATIONS = ("auto", "none", "gamma", "smooth")
+#: Widths of the residual stream, which is held in 16 bits.
+_RESIDUAL_BITS = range(10, 17)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class QuantizationConfig:
     Attributes:
         weight_bits: 8, or 7, with which sums of two products stay exact in the 16-bit accumulation of CPUs without
             dot-product instructions.
-        activation_bits: of the inputs of matrix products: 8 or 7.
-        residual_bits: of the residual stream and of every tensor between modules: 10 to 18.
+        activation_bits: of the inputs of matrix products with weights: 8 or 7.
+        attention_bits: of queries, keys and values: 8, or 7, with which the same holds for the products of attention.
+        residual_bits: of the residual stream and of every tensor between modules: 10 to 16.
         observer: what makes a range of the inputs of matrix products from what calibration sees: ``min_max`` (the
             largest magnitude, averaged over batches), ``percentile`` or ``mse`` (the range of least squared error, both
             of a histogram of all batches). The residual stream always uses its largest magnitude.
@@ -38,22 +39,24 @@ class QuantizationConfig:
         force_dequant: what is computed in floating point from dequantised values, to find out what costs accuracy:
             ``none``, ``gelu``, ``softmax``, ``layernorm`` or ``nonlinear`` (all three).
         layer_force_dequant: layer number -> the same, in place of ``force_dequant``.
-        equalisation: pre-layer-norm only: ``gamma`` moves the gain of each norm before a matrix product into the
-            matrix, ``smooth`` a per-channel factor that balances the two; the float model stays the same function.
+        equalisation: ``gamma`` moves the gain of each norm before a matrix product into the matrix, ``smooth`` a
+            per-channel factor that balances the two; the float model stays the same function. Both need
+            pre-layer-norm. ``auto`` is ``smooth`` there, and ``none`` with post-layer-norm.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
+    attention_bits: int = 8
     residual_bits: int = 16
     observer: str = "min_max"
     momentum: float = 0.95
     percentile: float = 99.99
     force_dequant: str = "none"
     layer_force_dequant: Mapping[int, str] = field(default_factory=dict)
-    equalisation: str = "none"
+    equalisation: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
+        for name in ("weight_bits", "activation_bits", "attention_bits"):
             if getattr(self, name) not in (7, 8):
                 raise UserError(f"{name} is {getattr(self, name)!r}: give 8 or 7")
         if self.residual_bits not in _RESIDUAL_BITS:

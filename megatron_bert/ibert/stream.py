@@ -1,4 +1,4 @@
-"""The residual stream: integers of 16 bits (or more) whose scale is a power of two.
+"""The residual stream: integers of 16 bits (or fewer) whose scale is a power of two.
 
 A tensor that leaves a module holds the real values n 2^-k, which float32 represents exactly, so that whatever stands
 between the modules (pipeline stages, gathers over tokens, selections, additions of zeros) needs to know nothing of
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_bert.ibert import layer_norm as integer_norm
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.epilogues import Rescale, Target, Watch, clamp_into, empty_mask, tracked
-from megatron_bert.ibert.fixed_point import Dyadic, carried, reciprocal
+from megatron_bert.ibert.epilogues import Rescale, Target, Watch, clamp_into, empty_mask, exact_read, tracked
+from megatron_bert.ibert.fixed_point import LARGEST_SHORT, Factor
 
 
 class _AddToStream(torch.autograd.Function):
@@ -33,13 +33,16 @@ class _AddToStream(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty(stream.shape, dtype=torch.float32, device=a.device)
         inside = empty_mask(ctx, stream)
-        steps = torch.tensor(1.0 / target.unit, dtype=torch.float64, device=a.device)
-        half = torch.full_like(steps, 0.5)
+        read = exact_read(target.unit, a.device)
         for rows in blocks(out):
-            part = carried(a[rows], prepared.factor, prepared.constant)
+            part = prepared(a, rows)
             if kept_of_part is not None:
                 part.mul_(kept_of_part[rows])
-            total = part.add_(carried(stream[rows], steps, half))
+            before = read(stream, rows)
+            if watch is not None:
+                watch(part.float(), rows)
+                watch(before.float(), rows)
+            total = part.add_(before.clamp_(-LARGEST_SHORT, LARGEST_SHORT))
             clamp_into(out, inside, rows, total, target, watch)
         ctx.save_for_backward(inside, kept_of_part)
         ctx.keep_factor, ctx.bias_dtype = keep_factor, None if bias is None else bias.dtype
@@ -67,7 +70,7 @@ def added_to_stream(
     keep_factor: float = 1.0,
     watch: Watch | None = None,
 ) -> Tensor:
-    """The residual sum: ``clamp(floor(stream / unit + 1/2) + floor((a + b) * factor + 1/2)) * unit``.
+    """The residual sum: ``clamp(floor(stream / unit + 1/2) + requantized (a + b)) * unit``, both terms of 16 bits.
 
     Args:
         stream: ``[T, H]`` real values of the stream.
@@ -77,7 +80,7 @@ def added_to_stream(
         target: bounds and unit of the result.
         kept: bool ``[T, H]``, elements of the part that dropout keeps; None without dropout.
         keep_factor: 1 / (1 - probability of dropout).
-        watch: sees the sums before they are clamped.
+        watch: sees the sums and their terms before they are clamped.
     """
     return _AddToStream.apply(stream, a, tracked(bias), prepared, target, kept, keep_factor, watch)
 
@@ -98,21 +101,20 @@ class _LayerNorm(torch.autograd.Function):
         width = stream.shape[-1]
         out = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
         inside = empty_mask(ctx, stream)
-        steps = torch.tensor(1.0 / source.unit, dtype=torch.float64, device=stream.device)
-        half = torch.full_like(steps, 0.5)
+        read = exact_read(source.unit, stream.device)
         epsilon = torch.tensor(epsilon_steps(eps, width, source.unit), device=stream.device)
 
         def integers(rows: slice) -> Tensor:
-            return carried(stream[rows], steps, half).clamp_(source.low, source.high)
+            return read(stream, rows).clamp_(source.low, source.high)
 
         # What is done once a row is done for all rows at once.
         sums = [integer_norm.moments(integers(rows)) for rows in blocks(stream)]
         totals, squares = (torch.cat(parts) for parts in zip(*sums, strict=True))
         deviations = integer_norm.deviation(totals.long(), squares.long(), width, epsilon)
-        inverses = reciprocal(deviations)
+        factors = integer_norm.row_factor(deviations, width)
         for rows in blocks(stream):
-            own = Dyadic(inverses.multiplier[rows], inverses.shift[rows])
-            normal = integer_norm.normalised(integers(rows), totals[rows], own, width)
+            own = Factor(factors.multiplier[rows], factors.shift[rows])
+            normal = integer_norm.carried_normalised(integers(rows), totals[rows], own, width)
             result = integer_norm.scaled(normal, parameters)
             clamp_into(out, inside, rows, result, target, watch)
         if inside is not None:
@@ -152,7 +154,6 @@ def normalised_stream(
     eps: float,
     source: Target,
     scale: float,
-    bits: int,
     target: Target,
     watch: Watch | None = None,
 ) -> Tensor:
@@ -163,10 +164,10 @@ def normalised_stream(
         weight, bias: ``[H]``.
         eps: added to the variance.
         source: bounds and unit that the stream is rounded to first; it already is, if its writer used the same.
-        scale, bits: of the result's integers.
+        scale: of the result's integers.
         target: bounds and unit of the result.
         watch: sees the results before they are clamped.
     """
     step = torch.tensor(scale, dtype=torch.float64, device=stream.device)
-    parameters = integer_norm.affine(weight.detach(), bias.detach(), step, bits)
+    parameters = integer_norm.affine(weight.detach(), bias.detach(), step)
     return _LayerNorm.apply(stream, tracked(weight), tracked(bias), source, eps, parameters, target, watch)

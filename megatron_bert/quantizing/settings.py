@@ -31,8 +31,9 @@ class QuantizationSettings(Section):
     weight_bits: Literal[7, 8] = Field(
         8, description="Of weights; with 7, CPUs without dot-product instructions add products exactly in 16 bits."
     )
-    activation_bits: Literal[7, 8] = Field(8, description="Of the inputs of matrix products.")
-    residual_bits: int = Field(16, ge=10, le=18, description="Of the residual stream and tensors between modules.")
+    activation_bits: Literal[7, 8] = Field(8, description="Of the inputs of matrix products with weights.")
+    attention_bits: Literal[7, 8] = Field(8, description="Of queries, keys and values.")
+    residual_bits: int = Field(16, ge=10, le=16, description="Of the residual stream and tensors between modules.")
     observer: Literal["min_max", "percentile", "mse"] = Field(
         "min_max",
         description="What makes ranges of what is seen: largest magnitude averaged over batches, a percentile, or the "
@@ -40,8 +41,10 @@ class QuantizationSettings(Section):
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="min_max: of the average over batches.")
     percentile: float = Field(99.99, gt=50, le=100, description="percentile: per cent of elements inside the range.")
-    equalisation: Literal["none", "gamma", "smooth"] = Field(
-        "none", description="Balance channels first: move norms' gains into the next matrix, or per-channel factors."
+    equalisation: Literal["auto", "none", "gamma", "smooth"] = Field(
+        "auto",
+        description="Balance channels first: move norms' gains into the next matrix (gamma), or per-channel factors "
+        "(smooth). auto: smooth where norms come first, as in MegatronBERT; elsewhere none.",
     )
     force_dequant: Dequantised = Field(
         "none", description="Kind of function computed in floating point, to find out what costs accuracy."

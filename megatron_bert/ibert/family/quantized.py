@@ -60,7 +60,7 @@ def follow_training(model: nn.Module) -> None:
 def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     if not model.training:
         return
-    if any(quantizer.limit() == 0.0 and not quantizer.frozen for _, quantizer in quantizers(model)):
+    if any(not quantizer.known and not quantizer.frozen for _, quantizer in quantizers(model)):
         with in_evaluation(model), torch.no_grad(), in_mode(model, "observe"):
             model.forward(*arguments, **named)
     update_ranges(model)

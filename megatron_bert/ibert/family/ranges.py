@@ -17,9 +17,13 @@ from torch import nn
 from megatron_bert.family.pretrained import PreTrainedModel
 from megatron_bert.family.save import RANGES_NAME
 from megatron_bert.ibert.quantization import quantize_model, quantizers
+from megatron_bert.ibert.quantizer import UNKNOWN
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.model.directories import directory_path
 from parallel.errors import UserError
+
+#: Of the arithmetic that ranges belong to: see the specification.
+VERSION = 2
 
 
 def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
@@ -32,10 +36,11 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
     if not found:
         raise UserError(f"{type(model).__name__} has no ranges to save: quantise it first")
     content = {
+        "version": VERSION,
         "settings": asdict(next(iter(found.values())).settings),
         "frozen": all(quantizer.frozen for quantizer in found.values()),
         # A float32 number is exact as a Python float, and that as its shortest text.
-        "ranges": {model.names.canonical(name): quantizer.limit() for name, quantizer in found.items()},
+        "ranges": {model.names.canonical(name): q.limit() for name, q in found.items() if q.known},
     }
     (directory_path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -62,15 +67,16 @@ def load_ranges(model: nn.Module, directory: str | Path, *, force_dequant: str |
         settings = replace(settings, force_dequant=force_dequant)
     quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
     for name, quantizer in quantizers(model):
-        limit = ranges.get(model.names.canonical(name) if isinstance(model, PreTrainedModel) else name, 0.0)
+        limit = ranges.get(model.names.canonical(name) if isinstance(model, PreTrainedModel) else name, UNKNOWN)
         quantizer.range.fill_(limit)
-        quantizer.frozen = frozen and limit > 0.0
+        quantizer.frozen = frozen and quantizer.known
 
 
 def _read(path: Path) -> tuple[QuantizationConfig, dict[str, float], bool]:
     known = {field.name for field in fields(QuantizationConfig)}
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
+        _check_version(path, content.get("version", 1))
         settings = dict(content["settings"])
         ranges = {str(name): float(limit) for name, limit in content["ranges"].items()}
         by_layer = {int(layer): kind for layer, kind in settings.pop("layer_force_dequant", {}).items()}
@@ -81,3 +87,14 @@ def _read(path: Path) -> tuple[QuantizationConfig, dict[str, float], bool]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged ({type(error).__name__}): save the quantised model again") from None
+
+
+def _check_version(path: Path, version: object) -> None:
+    if version == VERSION:
+        return
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f"{path} has version {version}, this is for {VERSION}: load it with a newer megatron-bert")
+    raise UserError(
+        f"{path} has version {version} of the integer arithmetic, whose numbers are others in version {VERSION}: "
+        "quantize the float model again"
+    )

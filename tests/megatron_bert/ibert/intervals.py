@@ -47,6 +47,9 @@ class Interval:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __neg__(self):
+        return Interval(-self.high, -self.low, self.count)
+
     def __rsub__(self, other):
         return as_interval(other) - self
 
@@ -73,7 +76,7 @@ class Interval:
         return Interval(self.low * self.count, self.high * self.count)
 
     def amax(self, dim, keepdim):
-        return self
+        return Interval(self.high, self.high)
 
     def is_floating_point(self) -> bool:
         return False

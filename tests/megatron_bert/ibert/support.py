@@ -30,22 +30,24 @@ class Stack(torch.nn.Module):
         return self.encoder(hidden, layout, None)
 
 
+#: Of a narrow stack whose parts all matter in its result.
+SIZES = {
+    "vocab_size": 90,
+    "vocab_size_multiple": 32,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.25,
+    "scaled_output_init": False,
+}
+
+
 def make_stack(placement: str, layers: int = 12, **changes: Any) -> Stack:
-    """A narrow stack whose parts all matter in its result."""
-    sizes = {
-        "vocab_size": 90,
-        "vocab_size_multiple": 32,
-        "hidden_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 512,
-        "layer_norm_eps": 1e-5,
-        "initializer_range": 0.25,
-        "scaled_output_init": False,
-        "layer_norm_placement": placement,
-    }
-    stack = Stack(MegatronBertConfig(**(sizes | changes)))
+    """A narrow stack."""
+    own = {"num_hidden_layers": layers, "layer_norm_placement": placement}
+    stack = Stack(MegatronBertConfig(**(SIZES | own | changes)))
     with torch.no_grad():
         for parameter in stack.parameters():
             if parameter.dim() == 1:

@@ -119,7 +119,9 @@ def test_what_is_forced_is_computed_in_floating_point(force, free):
     assert bool((forced[name] == forced[name].round()).all())
 
 
-@pytest.mark.parametrize("settings", [{"weight_bits": 7}, {"activation_bits": 7}, {"residual_bits": 12}])
+@pytest.mark.parametrize(
+    "settings", [{"weight_bits": 7}, {"activation_bits": 7}, {"attention_bits": 7}, {"residual_bits": 12}]
+)
 def test_widths(settings):
     config = QuantizationConfig(**settings)
     stack = quantised_stack("pre", 2, config)
@@ -130,7 +132,8 @@ def test_widths(settings):
         if kind in stream:
             limit = 2 ** (config.residual_bits - 1) - 1
         else:
-            limit = 2**config.activation_bits - 1 if kind == "gelu" else 2 ** (config.activation_bits - 1) - 1
+            bits = config.attention_bits if kind in ("query", "key", "value") else config.activation_bits
+            limit = 2**bits - 1 if kind == "gelu" else 2 ** (bits - 1) - 1
         assert limit / 8 < float(q.abs().max()) <= limit, name
 
 
@@ -162,3 +165,14 @@ def test_the_published_code_does_not_hold_integers():
     model(ids)
     assert fractions[0] < 1e-4
     assert min(fractions[1:]) > 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_integer(dtype):
+    """It would compute products in 8 significant bits, and say nothing."""
+    stack = quantised_stack("pre", 2)
+    batch = padded(*sequences(30, 9))
+    with torch.no_grad():
+        expected = stack(*batch)
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(stack(*batch), expected)

@@ -20,7 +20,7 @@ from megatron_bert.ibert.epilogues import (
     rescale,
     tanh_requantised,
 )
-from megatron_bert.ibert.fixed_point import dyadic, requantise
+from megatron_bert.ibert.fixed_point import factor
 from megatron_bert.ibert.products import (
     EXACT,
     exact_attended,
@@ -84,15 +84,16 @@ def test_gradient_of_a_product():
 def test_gradient_of_a_requantisation_is_masked_where_it_clamps():
     a, bias = _accumulators(50, 8), torch.randn(8, requires_grad=True)
     scale = torch.full((8,), 1e-4, dtype=torch.float64)
-    prepared = rescale(dyadic(scale / 0.01), bias.detach(), scale)
+    prepared = rescale(factor(scale / 0.01, 4), bias.detach(), scale)
     q = requantised(a, bias, prepared, SIGNED)
     gradient = torch.randn(50, 8)
     q.backward(gradient)
     exact = (a.detach().double() + (bias.detach().double() / 1e-4 + 0.5).floor()) * 0.01
-    inside = (exact >= -127.5) & (exact < 127.5)
+    inside = exact.abs() < 127.5
+    sure = (exact.abs() - 127.5).abs() > 0.2  # beside what the multiplier's last bit decides
     assert 0 < int((~inside).sum()) < inside.numel()
-    assert torch.equal(a.grad, gradient * inside)
-    torch.testing.assert_close(bias.grad, (gradient * inside).sum(0))
+    assert torch.equal(a.grad[sure], (gradient * inside)[sure])
+    torch.testing.assert_close(bias.grad, a.grad.sum(0))
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["computed", "looked up"])
@@ -100,14 +101,16 @@ def test_gelu_of_all_arguments(rows):
     """Looked up where there are many, computed where there are few; clamped at both ends of the argument."""
     a = torch.arange(-40000, 40000, 3 - rows)
     result_scale, target = 0.25, Target(-1, 200)
-    factor = dyadic(_double(2.0**-integer_gelu.RESULT_BITS / result_scale))
-    bound = integer_gelu.LARGEST_ARGUMENT
-    expected = requantise(integer_gelu.gelu(a.clamp(-bound, bound)), factor, target.low, target.high)
-    scale = _double(2.0**-integer_gelu.ARGUMENT_BITS)
+    exponent = integer_gelu.argument_exponent(result_scale)
+    assert exponent == 7
+    steps = integer_gelu.gelu(a.clamp(-32767, 32767), exponent)
+    expected = ((steps * 2**10 + 2**14) >> 15).clamp(target.low, target.high)
+    scale = _double(2.0**-exponent * (1 - 2.0**-15))  # for a multiplier of 32767
     given = a.float()[:, None].repeat(1, rows)
-    assert (given.numel() > 2 * bound) == (rows == 2)
+    assert (given.numel() > 2 * 32767) == (rows == 2)
     for column in gelu_requantised(given, None, scale, result_scale, target).unbind(1):
-        assert torch.equal(column.long(), expected)
+        assert int((column.long() - expected).abs().max()) <= 1
+        assert (column.long() != expected).float().mean() < 0.02
     given[5] = torch.nan  # of a model that diverges: no error, the loss says so
     gelu_requantised(given, None, scale, result_scale, target)
 
@@ -151,11 +154,11 @@ def test_gradient_of_the_residual_sum_with_dropout():
     scale = torch.full((8,), 2e-4, dtype=torch.float64)
     kept, unit = torch.rand(40, 8) > 0.25, 2.0**-9
     target = Target(-2047, 2047, unit)
-    prepared = rescale(dyadic(scale / unit / 0.75), bias.detach(), scale)
+    prepared = rescale(factor(scale / unit / 0.75), bias.detach(), scale)
     out = added_to_stream(stream, a, bias, prepared, target, kept=kept, keep_factor=1 / 0.75)
     total = stream.detach() + (a.detach() * 2e-4 + bias.detach()) * kept / 0.75
     assert torch.equal(out / unit, (out / unit).round())
-    torch.testing.assert_close(out.detach(), total.clamp(-2047 * unit, 2047 * unit), rtol=0, atol=1.01 * unit)
+    torch.testing.assert_close(out.detach(), total.clamp(-2047 * unit, 2047 * unit), rtol=0, atol=1.51 * unit)
     gradient = torch.randn(40, 8)
     out.backward(gradient)
     inside = total.abs() < 2047 * unit
@@ -176,7 +179,7 @@ def test_gradient_of_layer_norm():
     inside = steps < 127.5
     # None for the few elements so near the bound that rounding decides.
     gradient = torch.randn(20, 64) * ((steps - 127.5).abs() > 0.05)
-    q = normalised_stream(stream, weight, bias, 1e-5, source, 0.02, 8, SIGNED)
+    q = normalised_stream(stream, weight, bias, 1e-5, source, 0.02, SIGNED)
     q.backward(gradient)
     assert int((~inside).sum()) > 0
     real.backward(gradient * inside)

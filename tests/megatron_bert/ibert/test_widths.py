@@ -5,19 +5,41 @@ from __future__ import annotations
 from math import isqrt
 
 import pytest
+import torch
 
 from megatron_bert.ibert import exponential, gelu, layer_norm, softmax, tanh
-from megatron_bert.ibert.fixed_point import LARGEST_ACCUMULATOR, Dyadic, requantise
-from tests.megatron_bert.ibert.intervals import Interval, watched
+from megatron_bert.ibert.fixed_point import (
+    LARGEST_ACCUMULATOR,
+    LARGEST_SHORT,
+    Dyadic,
+    Factor,
+    requantise,
+    wide_requantise,
+)
+from tests.megatron_bert.ibert.intervals import Interval, bits, watched
 
-#: Any dyadic number of the package.
-ANY = Dyadic(Interval(0, 2**23), Interval(1, 52))
+#: Any factor of the package that shifts to the right.
+ANY = Factor(Interval(0, LARGEST_SHORT), Interval(1, 30))
+SHORT = (-(2**15), 2**15 - 1)
 
 
-def test_requantisation_has_53_bits():
+def test_accumulators_have_29_bits():
+    assert LARGEST_ACCUMULATOR >= 12288 * 255 * 127 + 2**27 - 1
+
+
+def test_requantisation_has_31_bits():
+    for a in (LARGEST_ACCUMULATOR, 2**29):  # an accumulator; and N x - s1 or sums of attention
+        for shift in range(1, 31):
+            with watched():
+                result = requantise(Interval(-a, a), Factor(Interval(0, LARGEST_SHORT), Interval(shift, shift)), *SHORT)
+            assert Interval.widest <= 31
+            assert (result.low, result.high) >= SHORT
+
+
+def test_wide_requantisation_has_53_bits():
     with watched():
-        result = requantise(Interval(-LARGEST_ACCUMULATOR, LARGEST_ACCUMULATOR), ANY, -127, 127)
-    assert (result.low, result.high) == (-127, 127)
+        number = Dyadic(Interval(0, 2**23), Interval(1, 52))
+        wide_requantise(Interval(-LARGEST_ACCUMULATOR, LARGEST_ACCUMULATOR), number, -(2**24), 2**24)
     # float64 holds all integers of 53 bits, so it carries the same sum.
     assert Interval.widest == 53
 
@@ -30,10 +52,19 @@ def test_exponential_has_25_bits():
     assert result.high == exponential.ONE
 
 
-def test_gelu_has_31_bits():
-    with watched():
-        gelu.gelu(Interval(-gelu.LARGEST_ARGUMENT, gelu.LARGEST_ARGUMENT))
-    assert Interval.widest <= 31
+@pytest.mark.parametrize("exponent", gelu.EXPONENTS)
+def test_gelu_has_16_bits_between_products(exponent, monkeypatch):
+    """Of every argument: intervals forget that its terms belong together."""
+    whole = gelu.multiply_short
+
+    def multiplied(n, multiplier):
+        assert int(n.abs().max()) <= LARGEST_SHORT
+        assert int(torch.as_tensor(multiplier).abs().max()) <= LARGEST_SHORT
+        return whole(n, multiplier)
+
+    monkeypatch.setattr(gelu, "multiply_short", multiplied)
+    argument = torch.arange(-LARGEST_SHORT, LARGEST_SHORT + 1)
+    assert int(gelu.gelu(argument, exponent).abs().max()) <= LARGEST_SHORT
 
 
 def test_tanh_has_30_bits():
@@ -43,50 +74,49 @@ def test_tanh_has_30_bits():
     assert (result.low, result.high) == (-tanh.LARGEST, tanh.LARGEST)
 
 
-def test_softmax_holds_32_bits_outside_of_requantisation(monkeypatch):
+@pytest.mark.parametrize("shift", [-16, -3, 0, 5])
+def test_softmax_has_32_bits_without_sign(shift):
     scores = Interval(-(2**24) + 1, 2**24 - 1)
-    whole = softmax.requantise
-    widths = []
-
-    def requantised(*args):
-        before = Interval.widest
-        result = whole(*args)
-        widths.append(Interval.widest)
-        Interval.widest = before
-        return result
-
-    monkeypatch.setattr(softmax, "requantise", requantised)
     with watched():
-        result = softmax.softmax_numerators(scores, ANY, None)
-    assert Interval.widest <= 31
-    assert widths[0] <= 53
+        result = softmax.softmax_numerators(scores, softmax.ScoreFactor(2**16 - 1, shift), None)
+    assert Interval.widest <= 32
     assert (result.low, result.high) == (0, 255)
 
 
-def test_weighted_mean_has_53_bits():
+def test_means_have_31_bits_and_38_once_a_row():
     sums = 255 * softmax.MOST_KEYS
     assert sums < 2**22
-    inverse = Dyadic(Interval(2**22, 2**23), Interval(23 - softmax.MEAN_BITS, 44 - softmax.MEAN_BITS))
+    assert 127 * sums < 2**29
     with watched():
-        softmax.weighted_mean(Interval(-127 * sums, 127 * sums), inverse)
-    assert Interval.widest <= 53
+        length = 22
+        inverse = Interval(1 << (length + 15), 1 << (length + 15)) // Interval(2 ** (length - 1), 2**length - 1)
+        assert inverse.high <= 2**16
+        multiplier = inverse * (2**15 - 1)
+        assert bits(multiplier.high) <= 31
+        assert (multiplier >> 20).high < 2**11
+    assert Interval.widest <= 38
 
 
-@pytest.mark.parametrize(("columns", "bits"), [(1024, 16), (2560, 16), (8192, 16), (2048, 18)])
-def test_layer_norm_holds_64_bits(columns, bits, monkeypatch):
+@pytest.mark.parametrize(("columns", "bits_of_stream"), [(1024, 16), (2560, 16), (8192, 16), (4096, 12)])
+def test_layer_norm_holds_64_bits_a_row_and_32_an_element(columns, bits_of_stream, monkeypatch):
     monkeypatch.setattr(layer_norm, "square_root", lambda n: Interval(0, isqrt(n.high)))
-    limit = 2 ** (bits - 1) - 1
+    limit = 2 ** (bits_of_stream - 1) - 1
     assert columns * limit < 2**28
     with watched():
         total, squares = layer_norm.moments(Interval(-limit, limit, columns))
         deviation = layer_norm.deviation(total, squares, columns, Interval(0, 2**60))
     assert Interval.widest <= 62
     assert deviation.high < 2**31
-    inverse = Dyadic(Interval(2**22, 2**23), Interval(23, 53))
-    with watched():
-        normal = layer_norm.normalised(Interval(-limit, limit), total, inverse, columns)
-    assert Interval.widest <= 53
-    parameters = layer_norm.Affine(Interval(-(2**24), 2**24), Interval(-(2**30), 2**30), 20)
-    with watched():
-        layer_norm.scaled(normal, parameters)
-    assert Interval.widest <= 43
+    for shift in (1, 9, 21):
+        number = Factor(Interval(2**14, LARGEST_SHORT), Interval(shift, shift))
+        with watched():
+            normal = layer_norm.normalised(Interval(-limit, limit), total, number, columns)
+        assert Interval.widest <= 31
+        assert max(bits(normal.low), bits(normal.high)) <= 15
+        for last in (1, 24):
+            most = 2**30 - 2**24
+            gain = Interval(-LARGEST_SHORT, LARGEST_SHORT)
+            parameters = layer_norm.Affine(gain, Interval(-most, most), Interval(last, last))
+            with watched():
+                layer_norm.scaled(normal, parameters)
+            assert Interval.widest <= 31

@@ -79,7 +79,7 @@ def test_integers_in_every_class(family, head):
 def test_quant_mode_finds_its_ranges_in_training():
     model = _build("IBert", "ForSequenceClassification", quant_mode=True, hidden_dropout_prob=0.1)
     batch = _batch("IBert", "ForSequenceClassification")
-    assert all(float(limit) == 0.0 for limit in named_ranges(model).values())
+    assert all(float(limit) == -1.0 for limit in named_ranges(model).values())
     with pytest.raises(UserError, match="before its ranges were calibrated"):
         model(**batch)
     model.train()

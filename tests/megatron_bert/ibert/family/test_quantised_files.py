@@ -85,7 +85,7 @@ def test_another_head_keeps_the_ranges_of_the_encoder(trained, tmp_path):
     ranges = {name: float(limit) for name, limit in named_ranges(other).items()}
     expected = {name: float(limit) for name, limit in named_ranges(trained).items() if "ibert." in name}
     assert {name: ranges.pop(name) for name in expected} == expected
-    assert set(ranges.values()) == {0.0}
+    assert set(ranges.values()) == {-1.0}
     head = "ForSequenceClassification"
     other.train()(**batch_for(head), **labels_for(head)).loss.backward()
     assert {name: float(named_ranges(other)[name]) for name in expected} == expected
@@ -123,7 +123,7 @@ def test_the_ranges_of_transformers_are_taken_over(tmp_path):
 
     model, info = IBertForMaskedLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert len(info["quantization_keys"]) > 100
-    unknown = {name for name, limit in named_ranges(model).items() if not float(limit)}
+    unknown = {name for name, limit in named_ranges(model).items() if float(limit) < 0}
     in_head = {name for name in named_ranges(model) if name.startswith("masked_head.")}
     assert unknown == in_head | {"ibert.embeddings.ranges.sum.range"}
     ranges = named_ranges(model)
@@ -134,8 +134,9 @@ def test_the_ranges_of_transformers_are_taken_over(tmp_path):
     calibrated = quantize_model(build(HEAD, config_of(HEAD, **SMALL)), QuantizationConfig())
     calibrate(calibrated, [batch], lambda batch: calibrated(**batch))
     for name, limit in named_ranges(calibrated).items():
-        if name not in unknown:
-            assert float(ranges[name]) == pytest.approx(float(limit), rel=0.01), name
+        if name not in unknown:  # sums have the range of their terms too here
+            rel = 0.2 if "sum" in name else 0.01
+            assert float(ranges[name]) == pytest.approx(float(limit), rel=rel), name
     model.train()(**batch)
     logits = model.eval()(**batch).logits
     exact = source(**batch).logits
@@ -193,7 +194,21 @@ def test_damaged_files(damage, trained, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"quantization\.json is damaged"):
         IBertForMaskedLM.from_pretrained(tmp_path)
-    content = {"settings": {"weight_bits": 9}, "ranges": {}, "frozen": True}
+    content = {"version": 2, "settings": {"weight_bits": 9}, "ranges": {}, "frozen": True}
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="weight_bits is 9: give 8 or 7"):
+        IBertForMaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [(None, "version 1 of the integer arithmetic"), (3, "load it with a newer megatron-bert")]
+)
+def test_files_of_another_arithmetic(version, said, trained, tmp_path):
+    """Its ranges would load, and mean something else."""
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "quantization.json"
+    content = json.loads(path.read_text())
+    assert content.pop("version") == 2
+    path.write_text(json.dumps(content if version is None else content | {"version": version}))
+    with pytest.raises(UserError, match=said):
         IBertForMaskedLM.from_pretrained(tmp_path)
