@@ -26,6 +26,9 @@ from megatron_bert.ibert.softmax import (
 )
 from parallel.errors import UserError
 
+#: Most dimensions of a head, with which scores of 8 bits are exact in float32.
+HEAD_DIMENSIONS = (EXACT - 1) // 127**2
+
 
 class AttentionScales(NamedTuple):
     """Real values of one step of the tensors of attention."""
@@ -129,10 +132,10 @@ def integer_attention(
     """
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
-    if dim * 127 * 127 >= EXACT or keys > MOST_KEYS:
+    if dim > HEAD_DIMENSIONS or keys > MOST_KEYS:
         raise UserError(
-            f"attention of head dimension {dim} to {keys} keys is not exact in integers: at most 1040 dimensions and "
-            f"{MOST_KEYS} keys are"
+            f"attention of head dimension {dim} to {keys} keys is not exact in integers: at most {HEAD_DIMENSIONS} "
+            f"dimensions and {MOST_KEYS} keys are"
         )
     if mask is not None:
         mask = mask[:, None, None, :] if mask.dim() == 2 else mask

@@ -54,7 +54,7 @@ _POST_STREAM: dict[str, Kind] = {
 
 
 #: Limits of exactness: N |x| < 2^28 for layer norm, 12288 products of 255 * 127 in an accumulator.
-_LARGEST_ROW, _MOST_PRODUCTS = 2**28, 12288
+LARGEST_ROW, MOST_PRODUCTS = 2**28, 12288
 
 
 def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
@@ -65,13 +65,13 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
             sums.
     """
     width, products = layer.attention_norm.weight.shape[0], layer.mlp.output.in_features
-    if width * 2 ** (settings.residual_bits - 1) > _LARGEST_ROW:
+    if width * 2 ** (settings.residual_bits - 1) > LARGEST_ROW:
         raise UserError(
             f"a residual stream of {settings.residual_bits} bits and {width} columns overflows layer norm's sums: set "
-            f"residual_bits to {(_LARGEST_ROW // width).bit_length()} or less"
+            f"residual_bits to {(LARGEST_ROW // width).bit_length()} or less"
         )
-    if products > _MOST_PRODUCTS:
-        raise UserError(f"the intermediate size is {products}, but accumulators hold {_MOST_PRODUCTS} products at most")
+    if products > MOST_PRODUCTS:
+        raise UserError(f"the intermediate size is {products}, but accumulators hold {MOST_PRODUCTS} products at most")
     if layer.mlp.hidden_act not in GELU_APPROXIMATIONS:
         raise UserError(
             f"the model has hidden_act {layer.mlp.hidden_act}, which integer arithmetic does not cover: quantise a "

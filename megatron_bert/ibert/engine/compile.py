@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     Attributes:
         config: of the model.
         task: what it answers.
+        output: matrix of the masked-language head, where that is not the table of words.
     """
 
     config: MegatronBertConfig
@@ -67,6 +68,7 @@ class Parts(NamedTuple):
     classifier: nn.Module | None = None
     pair: nn.Module | None = None
     masked: nn.Module | None = None
+    output: Tensor | None = None
 
 
 @torch.no_grad()
@@ -301,7 +303,8 @@ def _masked(parts: Parts, module: nn.Module, producer: int) -> MaskedLanguage:
     dense, sums = _matrix(module.dense.weight, module.dense.bias, reads.scale(), bits)
     exponent = integer_gelu.argument_exponent(gelu.scale(), of_stream=True)
     vocabulary = parts.config.vocab_size
-    words = local_tensor(parts.embeddings.word_embeddings.weight)[:vocabulary]
+    tied = parts.output is None
+    words = local_tensor(parts.embeddings.word_embeddings.weight if parts.output is None else parts.output)[:vocabulary]
     scale = module.quantizer("features").scale()
     decoder, of_words = _matrix(words, local_tensor(module.bias)[:vocabulary], scale, bits)
     return MaskedLanguage(
@@ -312,7 +315,7 @@ def _masked(parts: Parts, module: nn.Module, producer: int) -> MaskedLanguage:
         gelu_read=exponent - _exponent(gelu),
         gelu_limit=gelu.target().high,
         norm=_norm(module, module.norm, "gelu", "features", _exponent(gelu)),
-        decoder=None if bits == WORD_BITS else decoder.weight,
+        decoder=None if tied and bits == WORD_BITS else decoder.weight,
         bias=decoder.bias,
         wide=_wide(of_words),
     )

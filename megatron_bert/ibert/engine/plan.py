@@ -59,7 +59,7 @@ class Read8:
     """From the stream's 16 bits to 8: one requantization for all elements, then a clamp.
 
     Attributes:
-        shift: -60 to 30.
+        shift: -60 to 60, to the left below 0.
         multiplier: 0 to 32767.
         limit: 127 or 63.
     """

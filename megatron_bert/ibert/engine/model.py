@@ -1,0 +1,290 @@
+"""A model that computes in integers from token ids to logits.
+
+Shapes: B sequences, S tokens of each, T tokens end to end, H hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.family.outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+    MegatronBertForPreTrainingOutput,
+    MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from megatron_bert.ibert.engine.backend import HeadName, backend_by_name
+from megatron_bert.ibert.engine.parts import plan_of
+from megatron_bert.ibert.engine.plan import Plan
+from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan, write_plan
+from megatron_bert.ibert.heads import LOGIT_BITS
+from megatron_bert.ibert.softmax import MOST_KEYS
+from megatron_bert.ibert.tanh import RESULT_BITS
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.errors import UserError, brief
+
+
+class Packed(NamedTuple):
+    """Sequences end to end, checked.
+
+    Attributes:
+        tokens, positions, types: int32 ``[T]``.
+        starts: int32 ``[B + 1]``.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    types: Tensor
+    starts: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """Where each sequence begins, int64 ``[B]``."""
+        return self.starts[:-1].long()
+
+
+class IntegerModel:
+    """A quantized model, run in integers by a backend; all backends give the same bits.
+
+    Args:
+        plan: of the model.
+        backend: ``auto`` (the fastest that runs here), ``reference``, ``cpu``.
+        threads: to use; None leaves it to the backend.
+
+    Attributes:
+        plan: see above.
+        config: of the model.
+        backend: name of the backend.
+    """
+
+    def __init__(self, plan: Plan, backend: str = "auto", threads: int | None = None) -> None:
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
+        chosen = backend_by_name(backend, warn=lambda text: print(text, file=sys.stderr))
+        self.plan, self.backend = plan, chosen.name
+        self.config = MegatronBertConfig.from_dict(dict(plan.config)) if _of_megatron(plan) else _ibert_config(plan)
+        self._executable = chosen.prepare(plan, threads)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, backend: str = "auto", threads: int | None = None) -> Self:
+        """Load a plan.
+
+        Args:
+            path: its file, the directory of a quantized model, or the run that made it.
+            backend, threads: see the class.
+
+        Raises:
+            UserError: there is no plan, or it is damaged.
+        """
+        return cls(read_plan(plan_path(Path(path))), backend, threads)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, backend: str = "auto", threads: int | None = None) -> Self:
+        """Compile a quantized model; see :func:`~megatron_bert.ibert.engine.parts.plan_of`."""
+        return cls(plan_of(model), backend, threads)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a file."""
+        write_plan(self.plan, path)
+
+    # ---------------------------------------------------------------- tensors
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Any:
+        """What the float model's class returns, in float32, without what asks for gradients or inner tensors.
+
+        Tokens that the mask leaves out cost nothing; their results are 0.
+
+        Args:
+            input_ids: integers ``[B, S]``, of a choice ``[B, choices, S]``.
+            attention_mask: 1 for tokens that count; all do by default.
+            token_type_ids, position_ids: as of the float classes.
+
+        Raises:
+            UserError: ids out of range, shapes that do not fit, or sequences that are empty or too long.
+        """
+        if self.plan.task == "choice":
+            return self._choices(input_ids, attention_mask, token_type_ids, position_ids)
+        packed, kept, shape = self._packed(input_ids, attention_mask, token_type_ids, position_ids)
+        return self._answer(self.encode(packed), packed, kept, shape)
+
+    def encode(self, packed: Packed) -> Tensor:
+        """The final stream, int16 ``[T, H]`` of scale 2^-``plan.hidden_exponent``."""
+        return self._executable.encode(*packed)
+
+    def head(self, name: HeadName, rows: Tensor) -> Tensor:
+        """Logits of rows of the stream as float32; see :class:`~megatron_bert.ibert.engine.backend.Executable`."""
+        if name in ("classifier", "pair") and self._pooled:
+            rows = self._executable.head("pooler", rows)
+        return self._executable.head(name, rows).float() * 2.0 ** -(RESULT_BITS if name == "pooler" else LOGIT_BITS)
+
+    def pack(self, tokens: Tensor, positions: Tensor, types: Tensor, lengths: Sequence[int]) -> Packed:
+        """Check sequences that stand end to end.
+
+        Args:
+            tokens, positions, types: integers ``[T]``; positions are rows of the table.
+            lengths: of the sequences.
+
+        Raises:
+            UserError: something is out of range.
+        """
+        tables = self.plan.embeddings
+        if not lengths or min(lengths) < 1:
+            raise UserError("a batch has no sequence, or one without tokens: give at least one token of each")
+        if max(lengths) > min(self.plan.longest, MOST_KEYS):
+            raise UserError(
+                f"a sequence has {max(lengths)} tokens, but the model takes {self.plan.longest}: cut or divide it"
+            )
+        checked = [
+            _in_table(values, table.shape[0], name)
+            for name, values, table in (
+                ("input_ids", tokens, tables.word),
+                ("position_ids", positions, tables.position),
+                ("token_type_ids", types, tables.token_type),
+            )
+        ]
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        if not all(values.shape == (int(starts[-1]),) for values in checked):
+            raise UserError(f"the sequences have {int(starts[-1])} tokens, but the batch holds another number")
+        return Packed(*checked, starts)
+
+    # ---------------------------------------------------------------- rectangles
+
+    @property
+    def _pooled(self) -> bool:
+        return self.plan.heads.pooler is not None and self.plan.task in ("sequence", "choice", "pretraining", "pair")
+
+    def _packed(
+        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None
+    ) -> tuple[Packed, Tensor, tuple[int, int]]:
+        """The tokens that count, where they stand in the rectangle, and its shape."""
+        _integers(ids, "input_ids")
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise UserError(f"input_ids has the shape {list(ids.shape)}: give sequences of tokens, [B, S]")
+        shape = (ids.shape[0], ids.shape[1])
+        for name, given in (("attention_mask", mask), ("token_type_ids", types), ("position_ids", positions)):
+            if given is not None and given.shape != shape and (name != "position_ids" or given.shape != (1, shape[1])):
+                raise UserError(f"{name} has the shape {list(given.shape)}, but input_ids {list(shape)}: give the same")
+        real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu() != 0
+        lengths = real.sum(1).tolist()
+        if min(lengths) < 1:
+            raise UserError(f"attention_mask leaves nothing of sequence {lengths.index(0)}: give it a token at least")
+        if self.plan.task in ("sequence", "choice", "pair", "pretraining") and not bool(real[:, 0].all()):
+            raise UserError("attention_mask leaves out a first token, which the answer is made of: pad on the right")
+        if max(lengths) > self.plan.longest:
+            raise UserError(
+                f"a sequence has {max(lengths)} tokens, but the model takes {self.plan.longest}: cut or divide it"
+            )
+        if positions is None:
+            positions = self._positions(ids.cpu())
+        types = torch.zeros_like(ids) if types is None else types
+        kept = real.flatten().nonzero()[:, 0]
+        flat = [each.cpu().expand(shape).flatten()[kept] for each in (ids, positions, types)]
+        return self.pack(*flat, lengths), kept, shape
+
+    def _positions(self, ids: Tensor) -> Tensor:
+        """Rows of the position table: by place, or as of RoBERTa by the number of tokens before that are no padding."""
+        if self.plan.embeddings.first_position == 0:
+            return torch.arange(ids.shape[1]).expand(ids.shape)
+        padding = self.plan.embeddings.first_position - 1
+        real = (ids != padding).long()
+        return real.cumsum(1) * real + padding
+
+    def _answer(self, hidden: Tensor, packed: Packed, kept: Tensor, shape: tuple[int, int]) -> Any:
+        def rectangle(values: Tensor) -> Tensor:
+            filled = values.new_zeros((shape[0] * shape[1], *values.shape[1:]))
+            return filled.index_copy_(0, kept, values).unflatten(0, shape)
+
+        task, heads, first = self.plan.task, self.plan.heads, packed.first
+        if task == "encoder":
+            pooled = None if heads.pooler is None else self.head("pooler", hidden[first])
+            states = rectangle(self.plan.hidden_values(hidden))
+            return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+        if task == "sequence":
+            return SequenceClassifierOutput(logits=self.head("classifier", hidden[first]))
+        if task == "pair":
+            return NextSentencePredictorOutput(logits=self.head("pair", hidden[first]))
+        if task == "token":
+            return TokenClassifierOutput(logits=rectangle(self.head("classifier", hidden)))
+        if task == "span":
+            start, end = rectangle(self.head("classifier", hidden)).unbind(-1)
+            return QuestionAnsweringModelOutput(start_logits=start.contiguous(), end_logits=end.contiguous())
+        words = rectangle(self.head("masked", hidden))
+        if task == "masked":
+            return MaskedLMOutput(logits=words)
+        pair = None if heads.pair is None else self.head("pair", hidden[first])
+        return MegatronBertForPreTrainingOutput(prediction_logits=words, seq_relationship_logits=pair)
+
+    def _choices(self, ids: Tensor, *others: Tensor | None) -> MultipleChoiceModelOutput:
+        if ids.dim() != 3:
+            raise UserError(f"input_ids has the shape {list(ids.shape)}: give choices of sequences, [B, choices, S]")
+        flat = [None if each is None else each.flatten(0, 1) for each in (ids, *others)]
+        assert flat[0] is not None
+        packed, *_ = self._packed(flat[0], *flat[1:])
+        logits = self.head("classifier", self.encode(packed)[packed.first])
+        return MultipleChoiceModelOutput(logits=logits.view(ids.shape[:2]))
+
+
+def plan_path(path: Path) -> Path:
+    """The plan's file: itself, in a model's directory, or in that of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    for place in (path, path / PLAN_NAME, path / "model" / PLAN_NAME):
+        if place.is_file():
+            return place
+    raise UserError(
+        f"{path} holds no {PLAN_NAME}: give a model that `megatron-bert quantize` has made, or one that was quantized "
+        "before and `IntegerModel.from_model(model).save(path)` has written"
+    )
+
+
+def _of_megatron(plan: Plan) -> bool:
+    return plan.config.get("model_type") == MegatronBertConfig.model_type
+
+
+def _ibert_config(plan: Plan) -> MegatronBertConfig:
+    from megatron_bert.ibert.configuration import IBertConfig
+
+    return IBertConfig.from_dict(dict(plan.config))
+
+
+def _integers(values: Tensor, name: str) -> None:
+    if (
+        not isinstance(values, Tensor)
+        or values.is_floating_point()
+        or values.is_complex()
+        or values.dtype == torch.bool
+    ):
+        raise UserError(f"{name} is {brief(values)}: give a tensor of integers")
+
+
+def _in_table(values: Tensor, rows: int, name: str) -> Tensor:
+    """Numbers of rows as int32.
+
+    Raises:
+        UserError: they are none.
+    """
+    _integers(values, name)
+    if values.numel():
+        least, most = values.aminmax()
+        if int(least) < 0 or int(most) >= rows:
+            wrong = int(least) if int(least) < 0 else int(most)
+            raise UserError(f"{name} has {wrong}, but the model's go from 0 to {rows - 1}")
+    return values.to("cpu", torch.int32)

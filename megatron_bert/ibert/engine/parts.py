@@ -1,0 +1,78 @@
+"""The quantized modules of a model of any class, by their names in a pretraining checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from megatron_bert.ibert.engine.compile import Parts, compile_plan
+from megatron_bert.ibert.engine.plan import Plan, Task
+from megatron_bert.model.encoder import Encoder
+from megatron_bert.model.heads import SequenceHead
+from parallel.errors import UserError
+
+#: Ends of the names of public classes.
+_OF_CLASSES: dict[str, Task] = {
+    "ForSequenceClassification": "sequence",
+    "ForMultipleChoice": "choice",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "span",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForPretraining": "pretraining",
+    "ForNextSentencePrediction": "pair",
+    "BertModel": "encoder",
+    "IBertModel": "encoder",
+}
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Compile a quantized model: of a public class, of a task, or of pretraining.
+
+    Args:
+        model: whole and on the CPU, with ranges, in evaluation mode or not: dropout is no part of a plan.
+
+    Raises:
+        UserError: it is of another kind, in floating point, a decoder, or has no ranges.
+    """
+    return compile_plan(parts_of(model))
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """Find them.
+
+    Raises:
+        UserError: see :func:`plan_of`.
+    """
+    config: Any = getattr(model, "config", None)
+    task = getattr(model, "kind", None) or next(
+        (task for end, task in _OF_CLASSES.items() if type(model).__name__.endswith(end)), None
+    )
+    if config is None or task is None:
+        raise UserError(f"{type(model).__name__} has no integer plan: give an encoder of a public class or of a task")
+    if getattr(config, "is_decoder", False):
+        raise UserError("the model is a decoder, which no integer engine runs: give an encoder")
+    canonical: Callable[[str], str] = model.names.canonical if hasattr(model, "names") else str  # type: ignore[assignment, union-attr]
+    found = {canonical(f"{name}.").removesuffix("."): module for name, module in model.named_modules() if name}
+    encoder = found.get("encoder")
+    if not isinstance(encoder, Encoder) or "embeddings" not in found:
+        raise UserError(f"{type(model).__name__} holds no whole encoder: give a model that is not divided")
+    head = found.get("classifier") or found.get("qa_outputs")
+    pooler = found.get("pair_head.pooler")
+    if isinstance(head, SequenceHead):
+        pooler, head = head.dense, head.out_proj
+    output = found.get("output_embeddings")
+    return Parts(
+        config=config,
+        task=task,
+        embeddings=found["embeddings"],
+        layers=list(encoder.layers.values()),
+        final_norm=encoder.final_norm,
+        pooler=pooler,
+        classifier=head,
+        pair=found.get("pair_head.classifier"),
+        masked=found.get("masked_head"),
+        output=None if output is None else output.weight,
+    )

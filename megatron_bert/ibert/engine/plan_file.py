@@ -1,0 +1,159 @@
+"""Plans as files: safetensors, with everything that is no tensor as JSON in its header.
+
+A file holds no floating-point tensor. It says its own version, and a digest of all it holds, so that a damaged file
+never gives wrong answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from megatron_bert.ibert.engine.plan import Plan
+from megatron_bert.ibert.engine.plan_check import check_plan
+from parallel.errors import UserError, brief
+from parallel.whole_files import write_bytes
+
+#: Name of a plan's file in a model's directory.
+PLAN_NAME = "integer_plan.safetensors"
+#: What the header calls the format, and its version: of the file and of the arithmetic.
+FORMAT, VERSION, ARITHMETIC = "megatron-bert integer plan", 1, 2
+_Tensors = dict[str, Tensor]
+
+
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan as a file that is whole or not there."""
+    tensors: _Tensors = {}
+    tree = json.dumps(_flattened(plan, "", tensors), sort_keys=True)
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "arithmetic": str(ARITHMETIC),
+        "plan": tree,
+        "digest": _digest(tree, tensors),
+    }
+    write_bytes(Path(path), safetensors.torch.save(tensors, header))
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan and check all of it.
+
+    Raises:
+        UserError: there is none, it is damaged, or of another version.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            _check_header(header, path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} is not there: give the plan of a quantized model") from None
+        raise UserError(f"{path} is a damaged integer plan ({brief(error)}): write or fetch it again") from None
+    if header["digest"] != _digest(header["plan"], tensors):
+        raise UserError(f"{path} is a damaged integer plan (its digest is another): write or fetch it again")
+    try:
+        plan = _built(Plan, json.loads(header["plan"]), "", tensors)
+        if tensors:
+            raise ValueError(f"{min(tensors)} has no place in it")
+        check_plan(plan)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is no integer plan ({brief(error)}): write it again") from None
+    return plan
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a safetensors file says in its header that it is a plan; only the header is read."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
+        return False
+
+
+def _check_header(header: dict[str, str], path: Path) -> None:
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path} is no integer plan: give one that `megatron-bert quantize` has written")
+    for name, known in (("version", VERSION), ("arithmetic", ARITHMETIC)):
+        found = header.get(name, "")
+        if found == str(known):
+            continue
+        newer = found.isdecimal() and int(found) > known
+        remedy = "run it with a newer megatron-bert" if newer else "compile the quantized model again"
+        raise UserError(f"{path} has {name} {found or 'none'}, this reads {known}: {remedy}")
+    if "plan" not in header or "digest" not in header:
+        raise UserError(f"{path} is a damaged integer plan (its header is cut): write or fetch it again")
+
+
+def _digest(tree: str, tensors: _Tensors) -> str:
+    digest = hashlib.sha256(tree.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- dataclasses and JSON
+
+
+def _flattened(value: Any, name: str, tensors: _Tensors) -> Any:
+    """JSON of a plan's part; its tensors go into a dictionary by their place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.contiguous()
+        return {"tensor": name}
+    if is_dataclass(value):
+        own = f"{name}." if name else ""
+        return {
+            field.name: _flattened(getattr(value, field.name), own + field.name, tensors) for field in fields(value)
+        }
+    if isinstance(value, tuple):
+        return [_flattened(each, f"{name}.{place}", tensors) for place, each in enumerate(value)]
+    return value
+
+
+def _built(kind: Any, tree: Any, name: str, tensors: _Tensors) -> Any:
+    """The part of a plan that JSON describes, taking its tensors.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if isinstance(kind, types.UnionType):  # something or None
+        if tree is None:
+            return None
+        kind = next(each for each in get_args(kind) if each is not types.NoneType)
+    if kind is Tensor:
+        if tree != {"tensor": name} or name not in tensors:
+            raise ValueError(f"{name} is missing")
+        return tensors.pop(name)
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints, own = get_type_hints(kind), f"{name}." if name else ""
+        if not isinstance(tree, dict) or tree.keys() != {field.name for field in fields(kind)}:
+            raise ValueError(f"{name or 'the plan'} has other fields")
+        return kind(**{each: _built(hints[each], tree[each], own + each, tensors) for each in tree})
+    if get_origin(kind) is tuple:
+        if not isinstance(tree, list):
+            raise ValueError(f"{name} is no list")
+        return tuple(_built(get_args(kind)[0], each, f"{name}.{place}", tensors) for place, each in enumerate(tree))
+    if get_origin(kind) is Literal:
+        if tree not in get_args(kind):
+            raise ValueError(f"{name} is {brief(tree)}")
+        return tree
+    wanted = get_origin(kind) or kind
+    if not isinstance(tree, wanted) or isinstance(tree, bool):
+        raise ValueError(f"{name} is {brief(tree)}")
+    return tree
