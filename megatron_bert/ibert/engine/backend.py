@@ -72,8 +72,14 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
+def _cpu() -> Backend:
+    from megatron_bert.ibert.engine.cpu import CpuBackend
+
+    return CpuBackend()
+
+
 #: Backends by name, each made when it is asked for, which fails with a UserError where it cannot run.
-BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference}
+BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference}
 #: In which order ``auto`` tries.
 _PREFERRED = ("cpu", "reference")
 

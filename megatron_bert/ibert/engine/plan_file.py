@@ -32,16 +32,22 @@ _Tensors = dict[str, Tensor]
 
 def write_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan as a file that is whole or not there."""
+    write_bytes(Path(path), plan_bytes(plan))
+
+
+def plan_bytes(plan: Plan, digest: bool = True) -> bytes:
+    """The contents of a plan's file.
+
+    Args:
+        plan: to write.
+        digest: with that of all it holds, as files have it.
+    """
     tensors: _Tensors = {}
     tree = json.dumps(_flattened(plan, "", tensors), sort_keys=True)
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "arithmetic": str(ARITHMETIC),
-        "plan": tree,
-        "digest": _digest(tree, tensors),
-    }
-    write_bytes(Path(path), safetensors.torch.save(tensors, header))
+    header = {"format": FORMAT, "version": str(VERSION), "arithmetic": str(ARITHMETIC), "plan": tree}
+    if digest:
+        header["digest"] = _digest(tree, tensors)
+    return safetensors.torch.save(tensors, header)
 
 
 def read_plan(path: str | Path) -> Plan:
