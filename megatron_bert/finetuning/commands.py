@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from parallel.errors import UserError
 from parallel.whole_files import reporting, whole_file
+
+if TYPE_CHECKING:
+    from megatron_bert.finetuning.inference import Engine
 
 
 def add_finetuned_commands(commands: Any) -> None:
@@ -53,6 +56,20 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, metavar="MODEL", help="a fine-tuning run, or a model directory")
     command.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts a forward pass (default 32)")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument(
+        "--backend",
+        choices=("torch", "integer", "reference", "cpu"),
+        default="torch",
+        help="integer: run a quantized model by the fastest integer engine here, or by the one that is named, with the "
+        "same answers (default torch)",
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="of an integer engine (default: its choice)")
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    from megatron_bert.finetuning.inference import Engine
+
+    return Engine(arguments.backend, arguments.threads)
 
 
 def _checked_batch_size(arguments: argparse.Namespace) -> int:
@@ -79,6 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         batch_size=_checked_batch_size(arguments),
         device=arguments.device,
+        engine=_engine(arguments),
     )
 
 
@@ -97,6 +115,7 @@ def _predict(arguments: argparse.Namespace) -> int:
                 stream=stream,
                 on_bad_row=arguments.on_bad_row,
                 device=arguments.device,
+                engine=_engine(arguments),
                 progress=arguments.output is not None and sys.stderr.isatty(),
                 overrides=arguments.overrides,
             )

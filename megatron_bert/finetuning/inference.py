@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -37,6 +37,30 @@ _BUFFERED_BATCHES = 32
 _EXAMPLES = {"data": "test=FILE", "task": "max_length=256"}
 
 
+class Engine(NamedTuple):
+    """What computes.
+
+    Attributes:
+        backend: ``torch``; ``integer``, the fastest engine of quantized models that runs here; or an engine's name.
+        threads: of an engine; None leaves them to it.
+    """
+
+    backend: str = "torch"
+    threads: int | None = None
+
+    def device(self, asked: str) -> str:
+        """The device to run on, given what was asked for.
+
+        Raises:
+            UserError: an engine cannot run there.
+        """
+        if self.backend == "torch":
+            return asked
+        if asked == "cuda":
+            raise UserError(f"--backend {self.backend} computes on the CPU: leave --device cuda out")
+        return "cpu"
+
+
 class Scorer:
     """A saved model on this process's device, or on those of all data ranks.
 
@@ -44,12 +68,13 @@ class Scorer:
         saved: the model.
         world: the processes; all of them hold the whole model.
         batch_size: most units of a forward pass.
+        engine: what computes, and its threads: see :meth:`SavedTask.stage`.
     """
 
-    def __init__(self, saved: SavedTask, world: World, batch_size: int) -> None:
+    def __init__(self, saved: SavedTask, world: World, batch_size: int, engine: Engine) -> None:
         self.saved, self.batch_size = saved, batch_size
         self.mesh = ParallelMesh(ParallelLayout(data=world.size), world.device)
-        stage = saved.model.to(world.device)
+        stage = saved.stage(*engine).to(world.device)
         self.model = StagedModel({0: stage}, None)
         self.engine = PipelineEngine(
             forward_only(1, 1),
@@ -74,7 +99,13 @@ class Scorer:
 
 
 def evaluate_files(
-    source: Path, overrides: list[str], *, output: Path | None, batch_size: int, device: str = "auto"
+    source: Path,
+    overrides: list[str],
+    *,
+    output: Path | None,
+    batch_size: int,
+    device: str = "auto",
+    engine: Engine = Engine(),  # noqa: B008 (it cannot change)
 ) -> dict[str, dict[str, float]]:
     """Score a fine-tuned model on labelled files, alone or on all ranks of torchrun.
 
@@ -86,6 +117,7 @@ def evaluate_files(
         output: directory for results, predictions and files to submit; None prints only.
         batch_size: most units of a forward pass.
         device: auto, cpu or cuda.
+        engine: what computes.
 
     Returns:
         Split -> scores, on every rank.
@@ -93,6 +125,7 @@ def evaluate_files(
     Raises:
         UserError: no model, no files, bad rows in them, or an output that cannot be written; on every rank.
     """
+    device = engine.device(device)
     _check_device(device)
     if output is not None:
         _check_directory(output)
@@ -106,7 +139,7 @@ def evaluate_files(
     scores: dict[str, dict[str, float]] = {}
     files: list[str] = []
     with process_group(device, 600.0) as world:
-        scorer = Scorer(saved, world, batch_size)
+        scorer = Scorer(saved, world, batch_size, engine)
         for split in splits:
             examples = task.examples(split)
             named = next((name for name in ("label", "answers", "tag") if name in (given.get("columns") or {})), None)
@@ -194,6 +227,7 @@ def predict_stream(
     stream: float | None = None,
     on_bad_row: str = "error",
     device: str = "auto",
+    engine: Engine = Engine(),  # noqa: B008 (it cannot change)
     progress: bool = False,
     overrides: Sequence[str] = (),
 ) -> int:
@@ -213,6 +247,7 @@ def predict_stream(
             rows at most; None leaves it to how fast they come.
         on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
         device: auto, cpu or cuda.
+        engine: what computes.
         progress: show a progress bar.
         overrides: ``task.key=value``, which change settings of the model's task.
 
@@ -224,12 +259,13 @@ def predict_stream(
     """
     if launched_world_size() > 1:
         raise UserError("predict works in one process: divide the input into files and start one for each")
+    device = engine.device(device)
     _check_device(device)
     saved = load_task(source, None, _settings(list(overrides), "task")["task"])
     most = batch_size * _BUFFERED_BATCHES if stream is None else batch_size if stream else 1
     bad = done = 0
     with process_group(device, 600.0) as world, _bar(progress) as bar, arriving(rows) as arrivals:
-        scorer = Scorer(saved, world, batch_size)
+        scorer = Scorer(saved, world, batch_size, engine)
         while lines := arrivals.take(most, stream or 0.0):
             read: list[Example | dict[str, Any]] = []
             stopped = None

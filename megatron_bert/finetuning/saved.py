@@ -15,10 +15,13 @@ from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.tokenizer import AutoTokenizer
 from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, has_head, told
 from megatron_bert.finetuning.families import MEGATRON, ROBERTA, USED_TYPES, family_of
+from megatron_bert.finetuning.integer import IntegerTask, integer_task
 from megatron_bert.finetuning.runs import best_run
 from megatron_bert.finetuning.start import MODEL_FOLDER, check_lengths, roberta_config
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
+from megatron_bert.ibert.engine.parts import plan_of
+from megatron_bert.ibert.engine.plan_file import PLAN_NAME, write_plan
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
@@ -48,6 +51,22 @@ class SavedTask(NamedTuple):
     task: Task
     directory: Path
 
+    def stage(self, backend: str = "torch", threads: int | None = None) -> BertForTask | IntegerTask:
+        """What computes: the model itself, or an integer engine of its plan.
+
+        Args:
+            backend: ``torch``; ``integer``, the fastest engine that runs here; or an engine's name.
+            threads: of an engine.
+
+        Raises:
+            UserError: an engine is asked for a float model.
+        """
+        if backend != "torch":
+            return integer_task(self.model, self.directory, backend, threads)
+        if threads is not None:
+            raise UserError("--threads is of integer engines: give --backend integer too")
+        return self.model
+
 
 def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> MegatronBertConfig:
     """The configuration of an encoder with a task's tokenizer and classes.
@@ -72,6 +91,7 @@ def save_task(
     task: Task,
     directory: Path,
     quantization: QuantizationConfig | None = None,
+    computed_in: torch.dtype = torch.float32,
 ) -> None:
     """Write the model of a checkpoint of a fine-tuning run as a directory; one process, whatever layout trained it.
 
@@ -81,6 +101,8 @@ def save_task(
         task: it was trained for.
         directory: to write; empty, or not there.
         quantization: how the model is quantised; None for a float model.
+        computed_in: number format in which a quantised model saw its parameters, which are rounded to it, so that what
+            is saved has the integers that were trained and scored.
     """
     model = family_of(config).classes[task.head.kind](config, initial=False)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -89,14 +111,24 @@ def save_task(
         freeze_ranges(model)
         tensors |= named_ranges(model)
     load_tensors(checkpoint, {f"model.{model.names.canonical(name)}": tensor for name, tensor in tensors.items()})
+    if quantization is not None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(computed_in))
     directory.mkdir(parents=True, exist_ok=True)
     if quantization is not None:
         save_ranges(model, directory)
     model.save_pretrained(directory)
+    if quantization is not None and not _in_float(quantization):
+        write_plan(plan_of(model), directory / PLAN_NAME)
     tokenizer = AutoTokenizer(task.tokenizer, config.longest_sequence, roberta=config.like_roberta)
     tokenizer.save_pretrained(directory)
     described = task.describe() | {"columns": _how_to_read(task.data)}
     (directory / TASK_FILE).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _in_float(quantization: QuantizationConfig) -> bool:
+    """Whether anything is computed in floating point, which no engine does."""
+    return any(kind != "none" for kind in (quantization.force_dequant, *quantization.layer_force_dequant.values()))
 
 
 def _how_to_read(data: TaskDataSettings) -> dict[str, Any]:

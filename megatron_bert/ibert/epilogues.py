@@ -78,10 +78,9 @@ def rescale(number: Factor | Dyadic, bias: Tensor | None, accumulator_scale: Ten
         bias: float ``[N]`` of the layer, or None.
         accumulator_scale: float64 ``[N]``.
     """
-    short = isinstance(number, Factor)
-    step = inverse_power(number.shift) if short else number.value()
+    step = inverse_power(number.shift) if isinstance(number, Factor) else number.value()
     constant = torch.full_like(step, 0.5) if bias is None else integer_bias(bias, accumulator_scale) * step + 0.5
-    return Rescale(step, constant, number.multiplier.double() * 2.0**-15 if short else None)
+    return Rescale(step, constant, number.multiplier.double() * 2.0**-15 if isinstance(number, Factor) else None)
 
 
 def exact_read(scale: float, device: torch.device) -> Rescale:

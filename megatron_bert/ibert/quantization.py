@@ -53,9 +53,7 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: 
     encoders = [module for module in model.modules() if isinstance(module, Encoder)]
     if not encoders:
         raise UserError(f"{type(model).__name__} holds no encoder: quantise a model with one")
-    for encoder in encoders:
-        for layer in encoder.layer_list():
-            check_layer(layer, settings)
+    _check_layers(model, encoders, settings)
     if equalise:
         equalise_model(encoders, settings.equalisation)
     for encoder in encoders:
@@ -67,6 +65,20 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: 
             encoder.final_norm.quantise(settings)  # type: ignore[operator]
     _change(model, settings)
     return model
+
+
+def _check_layers(model: nn.Module, encoders: list[Encoder], settings: QuantizationConfig) -> None:
+    for encoder in encoders:
+        for layer in encoder.layer_list():
+            check_layer(layer, settings)
+    # A pipeline stage has some of its model's layers, whose number its configuration knows.
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    count = max(1 + int(number) for encoder in encoders for number in encoder.layers) if count is None else count
+    absent = sorted(number for number in settings.layer_force_dequant if not 0 <= number < count)
+    if absent:
+        raise UserError(
+            f"layer_force_dequant names layer {absent[0]}, but the model has layers 0 to {count - 1}: give one of them"
+        )
 
 
 def _change(module: nn.Module, settings: QuantizationConfig) -> None:

@@ -20,6 +20,7 @@ from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.precision import DTYPES
 from megatron_bert.training.run import Start
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
@@ -135,7 +136,8 @@ class QuantizeStage(FinetuneStage):
         """Write the model of a checkpoint, with its ranges."""
         quantization = cast(QuantizeSettings, settings).quantization.config()
         with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
-            save_task(checkpoint, trainer.objective.config, task, directory, quantization)
+            computed_in = DTYPES[settings.precision.compute]
+            save_task(checkpoint, trainer.objective.config, task, directory, quantization, computed_in)
 
     def scores_beside(self) -> dict[str, dict[str, float]]:
         """Those of the float and of the calibrated model."""

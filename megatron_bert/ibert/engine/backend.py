@@ -5,13 +5,11 @@ Every backend gives the same bits: those of the specification.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from megatron_bert.ibert.engine.plan import Plan
-from parallel.errors import UserError
 
 HeadName = Literal["pooler", "classifier", "pair", "masked"]
 
@@ -64,48 +62,3 @@ class Backend(Protocol):
             UserError: this machine cannot run it.
         """
         ...
-
-
-def _reference() -> Backend:
-    from megatron_bert.ibert.engine.reference import ReferenceBackend
-
-    return ReferenceBackend()
-
-
-def _cpu() -> Backend:
-    from megatron_bert.ibert.engine.cpu import CpuBackend
-
-    return CpuBackend()
-
-
-#: Backends by name, each made when it is asked for, which fails with a UserError where it cannot run.
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference}
-#: In which order ``auto`` tries.
-_PREFERRED = ("cpu", "reference")
-
-
-def backend_by_name(name: str, warn: Callable[[str], None] | None = None) -> Backend:
-    """A backend.
-
-    Args:
-        name: of one, or ``auto`` for the fastest that runs here.
-        warn: told why a faster one does not.
-
-    Raises:
-        UserError: there is none of that name, or it does not run here.
-    """
-    if name != "auto":
-        if name not in BACKENDS:
-            raise UserError(f"backend is {name!r}: choose one of auto, {', '.join(BACKENDS)}")
-        return BACKENDS[name]()
-    reasons = []
-    for each in (each for each in _PREFERRED if each in BACKENDS):
-        try:
-            found = BACKENDS[each]()
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        if reasons and warn is not None:
-            warn(f"{'; '.join(reasons)}: the {each} backend runs instead, with the same results")
-        return found
-    raise UserError(f"no backend runs here: {'; '.join(reasons)}")

@@ -23,7 +23,8 @@ from megatron_bert.family.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from megatron_bert.ibert.engine.backend import HeadName, backend_by_name
+from megatron_bert.ibert.engine.backend import HeadName
+from megatron_bert.ibert.engine.backends import backend_by_name
 from megatron_bert.ibert.engine.parts import plan_of
 from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan, write_plan
@@ -150,18 +151,16 @@ class IntegerModel:
             raise UserError(
                 f"a sequence has {max(lengths)} tokens, but the model takes {self.plan.longest}: cut or divide it"
             )
-        checked = [
-            _in_table(values, table.shape[0], name)
-            for name, values, table in (
-                ("input_ids", tokens, tables.word),
-                ("position_ids", positions, tables.position),
-                ("token_type_ids", types, tables.token_type),
-            )
-        ]
         starts = torch.tensor([0, *lengths]).cumsum(0).int()
-        if not all(values.shape == (int(starts[-1]),) for values in checked):
+        packed = Packed(
+            _in_table(tokens, tables.word.shape[0], "input_ids"),
+            _in_table(positions, tables.position.shape[0], "position_ids"),
+            _in_table(types, tables.token_type.shape[0], "token_type_ids"),
+            starts,
+        )
+        if not all(values.shape == (int(starts[-1]),) for values in packed[:3]):
             raise UserError(f"the sequences have {int(starts[-1])} tokens, but the batch holds another number")
-        return Packed(*checked, starts)
+        return packed
 
     # ---------------------------------------------------------------- rectangles
 
@@ -194,8 +193,8 @@ class IntegerModel:
             positions = self._positions(ids.cpu())
         types = torch.zeros_like(ids) if types is None else types
         kept = real.flatten().nonzero()[:, 0]
-        flat = [each.cpu().expand(shape).flatten()[kept] for each in (ids, positions, types)]
-        return self.pack(*flat, lengths), kept, shape
+        flat, places, kinds = (each.cpu().expand(shape).flatten()[kept] for each in (ids, positions, types))
+        return self.pack(flat, places, kinds, lengths), kept, shape
 
     def _positions(self, ids: Tensor) -> Tensor:
         """Rows of the position table: by place, or as of RoBERTa by the number of tokens before that are no padding."""

@@ -110,7 +110,7 @@ def _digest(tree: str, tensors: _Tensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

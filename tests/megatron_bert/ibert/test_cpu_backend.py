@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.ibert.engine import native_library
-from megatron_bert.ibert.engine.backend import backend_by_name
+from megatron_bert.ibert.engine.backends import backend_by_name
 from megatron_bert.ibert.engine.cpu import CpuBackend, CpuExecutable, native
 from megatron_bert.ibert.engine.plan_file import plan_bytes, write_plan
 from megatron_bert.ibert.engine.reference import ReferenceBackend

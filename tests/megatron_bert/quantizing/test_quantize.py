@@ -71,6 +71,20 @@ def test_scores_stand_side_by_side_and_the_model_is_saved(folder: Path, tmp_path
     assert again["valid"]["accuracy"] == splits["valid"]["accuracy"]
     assert again["valid"]["loss"] == pytest.approx(splits["valid"]["loss"], rel=1e-6)
 
+    # The engine's answers are those of torch, byte for byte, and its scores the run's.
+    plan = tmp_path / "run" / "model" / "integer_plan.safetensors"
+    texts = [json.loads(line) for line in (folder / "valid.jsonl").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    answers = {}
+    for backend in ("torch", "integer", "reference"):
+        if backend == "reference":
+            plan.unlink()  # compiled from the weights and ranges then
+        arguments = ["predict", str(tmp_path / "run"), "--input", str(tmp_path / "rows.jsonl"), "--backend", backend]
+        assert main([*arguments, "--output", str(tmp_path / f"{backend}.jsonl"), "--device", "auto"]) == 0
+        answers[backend] = (tmp_path / f"{backend}.jsonl").read_bytes()
+    assert answers["torch"] == answers["integer"] == answers["reference"]
+    assert main(["evaluate", str(folder / "run"), f"data.valid={folder / 'valid.jsonl'}", "--backend", "integer"]) == 2
+
     report = json.loads((tmp_path / "run" / "quantization_report.json").read_text(encoding="utf-8"))["tensors"]
     assert {row["name"] for row in report} <= {f"{name}" for name, _ in quantizers(saved.model)}
     assert len(report) > 30
@@ -164,6 +178,10 @@ def test_bfloat16_master_training(folder: Path, tmp_path: Path) -> None:
     results = read_results(tmp_path / "run")
     assert results is not None
     assert results["splits"]["valid"]["accuracy"] > results["splits"]["valid_float"]["accuracy"] - 0.15
+    # What is saved has the integers that were scored: those of weights in bfloat16.
+    valid = [f"data.valid={folder / 'valid.jsonl'}"]
+    again = evaluate_files(tmp_path / "run", valid, output=None, batch_size=5, device="cpu")
+    assert again["valid"]["loss"] == pytest.approx(results["splits"]["valid"]["loss"], rel=1e-6)
 
 
 def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +219,7 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["precision.compute=float16"], "float32 or bfloat16"),
         (["quantization.weight_bits=4"], "quantization.weight_bits"),
         (["quantization.observer=median"], "quantization.observer"),
+        (["quantization.layer_force_dequant={9: gelu}"], "names layer 9, but the model has layers 0 to 3"),
         (["model.from={folder}/encoder"], "was not fine-tuned with this kind of head"),
         (["model.keep_head=false"], "model.keep_head"),
         (["quantisation.weight_bits=8"], "did you mean quantization?"),

@@ -1,0 +1,67 @@
+"""A quantized model of a task, run by an integer engine where a float model would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from megatron_bert.ibert import quantizers
+from megatron_bert.ibert.engine.model import IntegerModel
+from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.finetuning import BertForTask, TaskBatch
+from parallel.errors import UserError
+from parallel.pipeline.stage import StagePart
+
+
+class IntegerTask(nn.Module):
+    """The logits of a task's rows, computed by an engine; without parameters, on the CPU.
+
+    Args:
+        model: runs the plan.
+        kind: of the head.
+    """
+
+    def __init__(self, model: IntegerModel, kind: str) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+        self.config: MegatronBertConfig = model.config
+        self.part = StagePart(range(self.config.num_hidden_layers), first=True, last=True)
+
+    def forward(self, batch: TaskBatch, dropout_seed: int | None = None, received: Tensor | None = None) -> Tensor:
+        """float32 ``[R, outputs]``, as :class:`BertForTask` gives them without dropout."""
+        assert dropout_seed is None, "an engine does not train"
+        assert received is None, "an engine runs whole models"
+        lengths = batch.layout.lengths[: len(batch.lengths)]  # what follows is filling
+        tokens = sum(lengths)
+        positions = batch.positions + self.config.first_position
+        packed = self.model.pack(batch.tokens[:tokens], positions[:tokens], batch.types[:tokens], lengths)
+        return self.model.head("classifier", self.model.encode(packed)[batch.rows])
+
+
+def integer_task(model: BertForTask, directory: Path, backend: str, threads: int | None) -> IntegerTask:
+    """A task's model in integers: by the plan beside it, or compiled now where there is none.
+
+    Args:
+        model: as it was loaded, with ranges if it is quantized.
+        directory: it was loaded from.
+        backend, threads: of the engine.
+
+    Raises:
+        UserError: it is a float model, or the plan is that of another.
+    """
+    if not any(True for _ in quantizers(model)):
+        raise UserError(
+            f"--backend {backend} runs quantized models, but {directory} is in floating point: `megatron-bert "
+            "quantize` it, or leave --backend out"
+        )
+    name = "auto" if backend == "integer" else backend
+    path = directory / PLAN_NAME
+    if not path.is_file():
+        return IntegerTask(IntegerModel.from_model(model, name, threads), model.kind)
+    plan = read_plan(path)
+    outputs = 0 if plan.heads.classifier is None else len(plan.heads.classifier.matrix.bias)
+    if plan.task != model.kind or outputs != model.get_parameter(f"{model.output_name}.bias").shape[0]:
+        raise UserError(f"{path} is the plan of another model: compile this one again, or remove the file")
+    return IntegerTask(IntegerModel(plan, name, threads), model.kind)
