@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -344,6 +344,12 @@ class LoggingSettings(Section):
     trace: bool = Field(
         False, description="Record the pipeline timeline of logged steps as pictures and Chrome traces in `traces`."
     )
+    profile: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]*:[1-9][0-9]*$",
+        description="START:STOP, the first and the last step that torch's profiler records: a trace of each pipeline "
+        "stage for viewers, and tables of the time by part of the model, in `profile`. A few steps are enough.",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     progress: bool | None = Field(None, description="Show a progress bar; on a terminal only when unset.")
     peak_tflops: float | None = Field(
@@ -352,6 +358,18 @@ class LoggingSettings(Section):
         description="Peak of one device for the compute format, in TFLOP/s, for the MFU; "
         "looked up from the device's name when unset.",
     )
+
+    @property
+    def profiled_steps(self) -> range:
+        """Those that ``profile`` names; empty without."""
+        first, last = map(int, (self.profile or "1:0").split(":"))
+        return range(first, last + 1)
+
+    @model_validator(mode="after")
+    def _profiles_forward(self) -> Self:
+        if self.profile is not None and not self.profiled_steps:
+            raise ValueError(f"logging.profile is {self.profile}, which has no step: give START:STOP, such as 10:12")
+        return self
 
 
 #: Sections in the order in which a settings file is written.

@@ -24,6 +24,7 @@ from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import ShardedAdamW
 from megatron_bert.training.precision import DTYPES, LossScale
+from megatron_bert.training.profiling import StepProfiler
 from megatron_bert.training.replica_check import check_replicas
 from megatron_bert.training.run_lock import RunLock
 from megatron_bert.training.saving import Saving
@@ -140,12 +141,13 @@ class Trainer:
         settings, total = self.settings, self.objective.total_steps
         self.checkpoints.prepare()  # not before: a start that is refused leaves nothing behind
         batches = self._batches()
-        meter = Meter(self)
+        meter, profiler = Meter(self), StepProfiler(self, self.settings.logging.profiled_steps)
         reason: str | None = None
         if self.step > 0 and self._evaluation_due() and self.evaluated_step != self.step and self._evaluate(report):
             self.save()  # the run was stopped before it could evaluate this step
         while self.step < total and reason is None and not self.selection.exhausted:
             sign(f"step {self.step + 1}")
+            profiler.before(self.step + 1)
             self.clock.begin_step()
             with self.clock.on_host():
                 step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
@@ -153,6 +155,7 @@ class Trainer:
             meter.count(step_batches)
             stop.save_failed = self.checkpoints.failed
             reason = stop.agreed()
+            profiler.after(self.step, report, last=reason is not None or self.step == total)
             report.advance()
             self.saving.report(report)
             if stop.save_failed:
