@@ -146,13 +146,7 @@ def forkserver_context() -> Any:
 def _rank_main(payload: bytes, rank: int, size: int, store: str, timeout: float, parent: Any) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, size),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout),
-        )
+        _join(rank, size, store, timeout)
         function, args = pickle.loads(payload)
         message = pickle.dumps((True, function(*args), ""))
         dist.destroy_process_group()
@@ -163,6 +157,22 @@ def _rank_main(payload: bytes, rank: int, size: int, store: str, timeout: float,
         parent.poll(timeout)
     else:
         parent.send_bytes(message)
+
+
+def _join(rank: int, size: int, store: str, timeout: float) -> None:
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+        )
+    except (RuntimeError, dist.DistError) as error:
+        raise RankError(
+            f"the ranks of this test did not find each other, before any of its code ran ({error}): the machine is too "
+            "busy, or the ports of the loopback interface are used up"
+        ) from error
 
 
 def _failure(error: BaseException, text: str) -> bytes:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -157,9 +156,9 @@ def test_short_targets_are_as_frequent_and_as_long_as_asked() -> None:
     assert abs(short.mean() - 63) < 2
 
 
+@pytest.mark.timeout(60)  # work that grows with the square of its length would take many minutes
 def test_one_long_document_is_fast() -> None:
     sizes = np.random.default_rng(0).geometric(1 / 22, size=200_000).astype(np.int32)
-    started = time.perf_counter()
     samples = build_samples(
         sizes,
         np.array([0, len(sizes)]),
@@ -169,7 +168,6 @@ def test_one_long_document_is_fast() -> None:
         pairs=True,
         seed=1,
     )
-    assert time.perf_counter() - started < 5
     assert samples[0, 0] == 0
     assert samples[-1, 1] == len(sizes)
     assert np.array_equal(samples[1:, 0], samples[:-1, 1])
