@@ -150,11 +150,10 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is, of a run directory all of them.
 
     Raises:
-        UserError: it is none; or of those of a run, one that was not set aside is damaged.
+        UserError: it is none; or of those of a run, one that was not set aside is damaged, or none is whole.
     """
     from megatron_bert.convert.inspection import inspect
     from megatron_bert.convert.run_checkpoints import as_table, list_checkpoints
-    from parallel.checkpoint import checkpoint_step
 
     found = list_checkpoints(arguments.source, verify=arguments.verify)
     if not found:
@@ -165,16 +164,18 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print(inspect(arguments.source, read_options(arguments)))
         return
     print(as_table(found))
-    whole = [row for row in found if row.fault is None and checkpoint_step(row.path) is not None]
+    whole = [row for row in found if row.fault is None and not row.set_aside]
     if whole:
         try:
             print(f"\n{inspect(whole[-1].path, read_options(arguments))}")
         except UserError as error:
             print(f"note: {error}")  # of a task, or of another placement of the norms
-    damaged = [row for row in found if row.fault is not None and ".damaged" not in row.path.name]
-    if damaged:
+    damaged = [row for row in found if row.fault is not None and not row.set_aside]
+    if damaged and found[0].path == arguments.source:
+        raise UserError(f"{arguments.source} cannot be read ({damaged[0].fault}): use another checkpoint")
+    if damaged or not whole:
         names = ", ".join(f"{row.path.name} ({row.fault})" for row in damaged)
-        raise UserError(
-            f"of the checkpoints in {arguments.source}, {names} cannot be read: a run that resumes goes on from one "
-            "before it, and keeps it aside"
-        )
+        said = f"of the checkpoints in {arguments.source}, {names or 'all'} cannot be read"
+        if whole:
+            raise UserError(f"{said}: a run that resumes goes on from {whole[-1].path.name}, and sets later ones aside")
+        raise UserError(f"{said}: none is whole, so bring one back from a copy")

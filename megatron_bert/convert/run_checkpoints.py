@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint import check_checkpoint, read_state
+from parallel.checkpoint import check_checkpoint, checkpoint_step, read_state
 from parallel.errors import DamagedCheckpointError, UserError
 
 FOLDER = "checkpoints"
@@ -31,6 +31,11 @@ class RunCheckpoint:
     size: int
     fault: str | None
     checked: str
+
+    @property
+    def set_aside(self) -> bool:
+        """Whether a run has found it damaged, and given it another name."""
+        return checkpoint_step(self.path) is None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -83,6 +88,8 @@ def as_table(checkpoints: list[RunCheckpoint]) -> str:
     rows = [("checkpoint", "step", "layout", "bytes", "state")]
     for found in checkpoints:
         state = f"whole ({found.checked})" if found.fault is None else f"damaged: {found.fault}"
+        if found.set_aside:
+            state = f"set aside as damaged{'' if found.fault is None else f': {found.fault}'}"
         step = "?" if found.step is None else str(found.step)
         rows.append((found.path.name, step, found.layout, f"{found.size:,}", state))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

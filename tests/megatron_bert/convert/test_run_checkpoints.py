@@ -56,9 +56,10 @@ def test_a_flipped_bit_is_found_by_reading_everything(run: Path, capsys: pytest.
     out, err = capsys.readouterr()
     assert out.count("distcp has changed since it was written") == 1
     assert err.count("step_00000004 (") == 1
-    assert "cannot be read: a run that resumes goes on from one before it" in err
+    assert "cannot be read: a run that resumes goes on from step_00000006, and sets later ones aside" in err
     assert [row.fault is None for row in list_checkpoints(run, verify=True)] == [True, False, True]
     assert main(["inspect", str(data.parent), "--verify"]) == 2
+    assert f"{data.parent} cannot be read (" in capsys.readouterr().err
 
 
 def test_those_set_aside_are_listed_and_no_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +71,16 @@ def test_those_set_aside_are_listed_and_no_error(run: Path, capsys: pytest.Captu
     assert main(["inspect", str(run)]) == 0
     out = capsys.readouterr().out
     assert "step_00000006.damaged  6 " in out
-    assert "damaged: .metadata is missing" in out
+    assert "set aside as damaged: .metadata is missing" in out
+
+
+def test_without_a_whole_one_it_is_an_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for checkpoint in sorted((run / "checkpoints").iterdir()):
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+    assert main(["inspect", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("set aside as damaged") == 3
+    assert "all cannot be read: none is whole, so bring one back from a copy" in err
 
 
 def test_what_has_no_checksums(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
