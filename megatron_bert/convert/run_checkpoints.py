@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint import check_checkpoint, checkpoint_step, read_state
+from parallel.checkpoint import check_checkpoint, read_state
 from parallel.errors import DamagedCheckpointError, UserError
 
 FOLDER = "checkpoints"
@@ -35,7 +35,7 @@ class RunCheckpoint:
     @property
     def set_aside(self) -> bool:
         """Whether a run has found it damaged, and given it another name."""
-        return checkpoint_step(self.path) is None
+        return ".damaged" in self.path.name
 
 
 def is_checkpoint(path: Path) -> bool:
