@@ -15,6 +15,7 @@ from megatron_bert.ending import Ending
 from megatron_bert.finetuning.commands import add_finetuned_commands
 from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
+from megatron_bert.planning.commands import add_plan_command
 from megatron_bert.planning.schedule_command import add_schedule_command
 
 
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     fill.set_defaults(func=_fill_mask)
 
     add_schedule_command(commands)
+    add_plan_command(commands)
     add_finetuned_commands(commands)
     add_convert_commands(commands)
     add_launch_commands(commands)

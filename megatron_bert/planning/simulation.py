@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import _utils
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.process_group import SIMULATED, World
 from parallel.simulated_device import standing_for_gpu
@@ -22,6 +25,8 @@ def simulated_world(rank: int, size: int) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a process is in one world at a time"
+    # What torch remembers of operators on sharded tensors names the groups of the world before.
+    _clear_sharding_prop_cache()
     dist.init_process_group(SIMULATED, store=FakeStore(), rank=rank, world_size=size)
     try:
         yield World(rank=rank, size=size, local_rank=0, device=torch.device("cpu"))
@@ -35,16 +40,16 @@ def tensors_without_numbers(gpu: bool) -> Iterator[None]:
 
     They are on the CPU by name: without CUDA, torch cannot differentiate those of a GPU.
     """
-    init, mesh = DeviceMesh.__init__, DeviceMesh.mesh
-    # Meshes ask their own tensors for numbers.
-    DeviceMesh.__init__ = _with_numbers(init)  # type: ignore[method-assign]
-    DeviceMesh.mesh = property(_with_numbers(mesh.fget))  # type: ignore[method-assign, attr-defined, assignment]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), standing_for_gpu(gpu):
-            yield
-    finally:
-        DeviceMesh.__init__ = init  # type: ignore[method-assign]
-        DeviceMesh.mesh = mesh  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        # Meshes, and shards of tensors on them, ask tensors of their own for numbers.
+        stack.enter_context(patch.object(DeviceMesh, "__init__", _with_numbers(DeviceMesh.__init__)))
+        mesh = DeviceMesh.mesh.fget  # type: ignore[attr-defined]
+        stack.enter_context(patch.object(DeviceMesh, "mesh", property(_with_numbers(mesh))))
+        where = "_compute_local_shape_and_global_offset"
+        stack.enter_context(patch.object(_utils, where, _with_numbers(getattr(_utils, where))))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(standing_for_gpu(gpu))
+        yield
 
 
 def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,40 @@
+"""The subcommands of planning, whose work is loaded when one runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+#: Devices whose published numbers are known; see :mod:`megatron_bert.planning.devices`.
+DEVICE_NAMES = ("b200", "h200", "h100", "a100", "l40s", "v100", "cpu")
+
+_DESCRIPTION = """\
+Compare every way to lay a run out over a number of devices: memory, messages, step time, and what the run takes.
+Settings of pretrain, finetune and quantize. Nothing is started, and no device is needed."""
+
+
+def add_plan_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand to the command line's parser."""
+    parser = subparsers.add_parser("plan", help="find the fastest layout of a run", description=_DESCRIPTION)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="devices, each with a rank")
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="NAME|FILE",
+        help=f"{', '.join(DEVICE_NAMES)}, or a file of `megatron-bert bench`",
+    )
+    parser.add_argument("--network", type=Path, metavar="FILE", help="link between nodes (default: 400 Gbit/s a GPU)")
+    parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="file system, for checkpoints")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown")
+    parser.add_argument("--explain", action="store_true", help="say why the other layouts are out")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the settings of the fastest layout")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory, a step, and throughput")
+    parser.set_defaults(func=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_bert.planning.plan_command import run_plan
+
+    run_plan(arguments)

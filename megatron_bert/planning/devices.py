@@ -1,0 +1,135 @@
+"""What devices and networks can do: from the makers' data sheets, or measured by ``megatron-bert bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from megatron_bert.config import Section
+from megatron_bert.planning.workload import BYTES
+from parallel.errors import UserError, brief
+
+#: Bytes of a gibibyte.
+GIB = 2**30
+
+
+class Link(Section):
+    """A connection between ranks, as one of them sees it in one direction."""
+
+    gigabytes_per_second: float = Field(gt=0, description="Of one rank, in one direction.")
+    latency_microseconds: float = Field(ge=0, description="Of a collective of nothing.")
+
+
+class Device(Section):
+    """What a rank computes on.
+
+    Shares say what of a peak is reached. Those of published devices are from runs that others or this project
+    published, see docs/planning.md.
+    """
+
+    name: str = Field(description="For people.")
+    source: Literal["published", "measured"] = Field("published", description="Where the numbers are from.")
+    note: str = Field("", description="By what they were measured.")
+    memory_gib: float = Field(gt=0, description="Of one rank.")
+    peak_tflops: dict[str, float] = Field(min_length=1, description="Dense matrix products, by format.")
+    product_share: float = Field(0.85, gt=0, le=1, description="Of the peak, that large matrix products reach.")
+    product_size: float = Field(64, ge=0, description="Rows or columns of a product at which half of that is reached.")
+    attention_share: float = Field(0.2, gt=0, le=1, description="Of the peak, that attention reaches.")
+    memory_gb_per_second: float = Field(gt=0, description="Of reading and writing.")
+    memory_share: float = Field(0.8, gt=0, le=1, description="Of that, that elementwise operators reach.")
+    optimizer_gb_per_second: float | None = Field(
+        None, gt=0, description="Of the optimizer; as other operators where unset."
+    )
+    launch_microseconds: float = Field(6.0, ge=0, description="Of the host, for each operator.")
+    asynchronous: bool = Field(True, description="Whether the host and messages work on beside it, as with a GPU.")
+    devices_per_node: int = Field(8, gt=0, description="That share the inner link.")
+    link: Link = Field(description="Inside a node.")
+
+    @field_validator("peak_tflops")
+    @classmethod
+    def _of_formats(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, peak in value.items():
+            if name not in BYTES or not peak > 0:
+                raise ValueError(f"{name}: {peak} is no peak of {', '.join(BYTES)}")
+        return value
+
+
+def _gpu(name: str, memory: float, half: float, single: float, bandwidth: float, link: float, **more: Any) -> Device:
+    return Device(
+        name=name,
+        memory_gib=memory,
+        peak_tflops={"float32": single, "bfloat16": half, "float16": half},
+        memory_gb_per_second=bandwidth,
+        link=Link(gigabytes_per_second=link, latency_microseconds=12),
+        **more,
+    )
+
+
+#: Dense peaks, memory and links of the makers' data sheets; links in one direction. V100 has no bfloat16 products.
+DEVICES: dict[str, Device] = {
+    "b200": _gpu("B200", 179, 2250, 80, 8000, 900),
+    "h200": _gpu("H200 SXM", 140, 989, 67, 4800, 450),
+    "h100": _gpu("H100 SXM", 79, 989, 67, 3350, 450),
+    "a100": _gpu("A100 SXM 80 GB", 79, 312, 19.5, 2039, 300, attention_share=0.4),
+    "l40s": _gpu("L40S", 44, 362, 91.6, 864, 32, attention_share=0.4),
+    "v100": Device(
+        name="V100 SXM 32 GB",
+        memory_gib=31.5,
+        peak_tflops={"float32": 15.7, "float16": 125},
+        memory_gb_per_second=900,
+        product_share=0.75,
+        attention_share=0.25,
+        link=Link(gigabytes_per_second=150, latency_microseconds=12),
+    ),
+    "cpu": Device(
+        name="a core with AVX-512",
+        memory_gib=16,
+        peak_tflops={"float32": 0.12, "bfloat16": 0.25},
+        memory_gb_per_second=10,
+        memory_share=0.5,
+        attention_share=0.3,
+        launch_microseconds=10,
+        asynchronous=False,
+        link=Link(gigabytes_per_second=1, latency_microseconds=100),
+    ),
+}
+
+#: Between nodes: 400 Gbit/s a device, as such clusters have.
+NETWORK = Link(gigabytes_per_second=50, latency_microseconds=25)
+
+
+def load_device(name: str) -> Device:
+    """A device by its name, or from a file that ``megatron-bert bench`` wrote.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if name.lower() in DEVICES:
+        return DEVICES[name.lower()]
+    return _load(Path(name), Device, f"--gpu is {name!r}: give one of {', '.join(DEVICES)}, or a file")
+
+
+def load_network(path: Path | None) -> Link:
+    """The link between nodes; the usual one without a file.
+
+    Raises:
+        UserError: the file cannot be read, or is not one.
+    """
+    return NETWORK if path is None else _load(path, Link, f"--network is {str(path)!r}: give a file")
+
+
+def _load(path: Path, kind: type[Any], says: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{says} that `megatron-bert bench` wrote")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return kind.model_validate(values.get(kind.__name__.lower(), values) if isinstance(values, dict) else values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({brief(error)}): write it with `megatron-bert bench`") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {place}: {brief(first['msg'])}; write it with `megatron-bert bench`") from error

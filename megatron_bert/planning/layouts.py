@@ -1,0 +1,275 @@
+"""The ways in which a workload can be laid out over a number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from megatron_bert.planning.parameters import GROUP_PARAMETERS, WORDS, Parameter, StageParameters, stage_parameters
+from megatron_bert.planning.workload import Workload
+from parallel.mesh import Sharding
+from parallel.pipeline.actions import Backward, Schedule
+from parallel.pipeline.schedules import SCHEDULES, build_schedule
+from parallel.pipeline.stage import StagePart
+from parallel.recompute import Recompute
+
+#: Elements that parameters of flat buffers begin at multiples of; see :mod:`parallel.flat_buffers`.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is laid out: what its settings say, resolved.
+
+    Attributes:
+        tensor, pipeline, data: ranks of the axes.
+        sequence: whether tensor ranks divide tokens.
+        schedule: of the pipeline.
+        chunks: stages a pipeline rank.
+        micro_batch: samples of a forward pass.
+        recompute: what the backward pass computes again.
+        sharding: what data ranks divide.
+        shard_size: ranks of a shard group, for hybrid sharding.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    schedule: str = "1f1b"
+    chunks: int = 1
+    micro_batch: int = 1
+    recompute: Recompute = "none"
+    sharding: Sharding = "none"
+    shard_size: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def shards(self) -> int:
+        """Data ranks that share one copy of what is divided."""
+        if self.sharding == "none":
+            return 1
+        return self.shard_size or self.data if self.sharding == "hybrid" else self.data
+
+    @property
+    def flat(self) -> bool:
+        """Whether weights stay whole on every rank, in flat buffers."""
+        return self.data == 1 or self.sharding in ("none", "optimizer")
+
+    @property
+    def split_tokens(self) -> int:
+        """Ranks that divide the tokens between matrix products."""
+        return self.tensor if self.sequence else 1
+
+    def microbatches(self, workload: Workload) -> int:
+        """Of a step on each data rank."""
+        return workload.global_batch // (self.micro_batch * self.data)
+
+
+@lru_cache(maxsize=4096)
+def schedule_of(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
+    """The schedule, built once."""
+    return build_schedule(name, ranks, microbatches, chunks)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring parameters of a flat buffer, communicated at once.
+
+    Attributes:
+        places: each parameter with its first element in the bucket.
+        size: elements, with what fills it up.
+    """
+
+    places: tuple[tuple[Parameter, int], ...]
+    size: int
+
+    def own_share(self, tensor: int, shards: int, rank: int, names: frozenset[str]) -> int:
+        """Elements of some parameters in the range of one of the ranks that divide the bucket."""
+        low, high = rank * self.size // shards, (rank + 1) * self.size // shards
+        return sum(
+            max(0, min(start + parameter.local(tensor), high) - max(start, low))
+            for parameter, start in self.places
+            if parameter.name in names
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage in a layout; the same for all micro batches, schedules and recomputations.
+
+    Attributes:
+        number: of the stage.
+        part: what it holds of the model.
+        parameters: of it.
+        alone: whether its word embeddings have a copy on another stage.
+        tensor: ranks that divide its matrices.
+        shards: data ranks that share one copy of what is divided.
+        flat: whether weights stay whole, in flat buffers.
+    """
+
+    number: int
+    part: StagePart
+    parameters: StageParameters
+    alone: bool
+    tensor: int
+    shards: int
+    flat: bool
+
+    @cached_property
+    def count(self) -> int:
+        """Parameters of a tensor rank."""
+        return sum(parameter.local(self.tensor) for parameter in self.parameters)
+
+    @cached_property
+    def root_count(self) -> int:
+        """Of these, those outside of layers."""
+        return sum(parameter.local(self.tensor) for parameter in self.parameters.root)
+
+    @cached_property
+    def layer_count(self) -> int:
+        """Of these, those of a layer."""
+        return sum(parameter.local(self.tensor) for parameter in self.parameters.layers[0])
+
+    @cached_property
+    def flat_size(self) -> int:
+        """Elements of the flat buffers."""
+        return sum(bucket.size for bucket in self.buckets)
+
+    @cached_property
+    def share(self) -> float:
+        """Elements on one of the ranks among which FSDP2 divides parameters."""
+        return sum(padded(parameter, self.tensor, self.shards) for parameter in self.parameters) / self.shards
+
+    @cached_property
+    def groups(self) -> list[tuple[tuple[Parameter, ...], ...]]:
+        """Layers whose parameters are communicated together."""
+        if not self.flat:
+            return [(layer,) for layer in self.parameters.layers]
+        groups: list[list[tuple[Parameter, ...]]] = []
+        size = GROUP_PARAMETERS
+        for layer in self.parameters.layers:
+            if size >= GROUP_PARAMETERS:
+                groups.append([])
+                size = 0
+            groups[-1].append(layer)
+            size += sum(math.prod(parameter.shape) for parameter in layer)
+        return [tuple(group) for group in groups]
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Of the flat buffers."""
+        root = list(self.parameters.root)
+        found = [[p] for p in root if p.name == WORDS and self.alone]
+        found.append([p for p in root if not (p.name == WORDS and self.alone)])
+        found += [[p for layer in group for p in layer] for group in self.groups]
+        return [self._packed(bucket) for bucket in found if bucket]
+
+    def _packed(self, parameters: list[Parameter]) -> Bucket:
+        tensor = self.tensor
+        places, end = [], 0
+        for parameter in sorted(
+            parameters, key=lambda p: (not (tensor > 1 and p.divided is not None), len(p.shape) < 2)
+        ):
+            places.append((parameter, end))
+            end += _up(parameter.local(tensor), ALIGNMENT)
+        return Bucket(tuple(places), _up(end, ALIGNMENT * self.shards))
+
+
+def padded(parameter: Parameter, tensor: int, shards: int) -> int:
+    """Elements of a tensor rank's part of a parameter with what FSDP2 fills its first dimension up with."""
+    rows, *rest = parameter.local_shape(tensor)
+    return -(-rows // shards) * shards * math.prod(rest)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def stages_of(workload: Workload, layout: Layout, sizes: list[int] | None = None) -> list[Stage]:
+    """The stages of a layout, all of them.
+
+    Raises:
+        UserError: more stages than layers, or sizes that do not fit.
+    """
+    count = layout.pipeline * layout.chunks
+    return [
+        Stage(
+            number,
+            part,
+            stage_parameters(workload.config, part, pretraining=workload.pretraining),
+            workload.pretraining and count > 1 and (part.first or part.last),
+            layout.tensor,
+            layout.shards,
+            layout.flat,
+        )
+        for number, part in enumerate(workload.stage_parts(count, sizes))
+    ]
+
+
+def why_not(workload: Workload, layout: Layout) -> str | None:
+    """Why a layout cannot be, by the rules of the settings; None for one that can."""
+    config, compiled = workload.config, workload.compiled
+    for name, size in (
+        ("heads", config.num_attention_heads),
+        ("features of the MLP", config.intermediate_size),
+        ("rows of the vocabulary", config.padded_vocab_size),
+    ):
+        if size % layout.tensor:
+            return f"tensor {layout.tensor} does not divide the {size} {name}"
+    if layout.sequence and layout.micro_batch * workload.length % layout.tensor:
+        return f"tensor {layout.tensor} does not divide the {layout.micro_batch * workload.length} tokens"
+    if workload.global_batch % (layout.micro_batch * layout.data):
+        return f"data {layout.data} x micro batch {layout.micro_batch} does not divide {workload.global_batch} samples"
+    if layout.pipeline * layout.chunks > config.num_hidden_layers:
+        return f"{layout.pipeline * layout.chunks} stages are more than the {config.num_hidden_layers} layers"
+    if SCHEDULES[layout.schedule].backward is Backward.SPLIT and compiled:
+        return f"schedule {layout.schedule} cannot run compiled layers"
+    return None
+
+
+def layouts(workload: Workload, ranks: int) -> Iterator[Layout]:
+    """Every way to lay a workload out over a number of ranks, those that cannot be included."""
+    config = workload.config
+    for tensor in _divisors(ranks, 16):
+        for pipeline in _divisors(ranks // tensor, config.num_hidden_layers):
+            data = ranks // tensor // pipeline
+            share = workload.global_batch // data
+            micro = [size for size in _divisors(share, 256) if size & (size - 1) == 0] if share else [1]
+            for schedule, chunks in _schedules(pipeline, config.num_hidden_layers):
+                for sequence in (False, True) if tensor > 1 else (False,):
+                    for recompute in ("none", "selective", "full"):
+                        for sharding in ("none", "optimizer", "full") if data > 1 else ("none",):
+                            for size in micro:
+                                yield Layout(
+                                    tensor=tensor,
+                                    pipeline=pipeline,
+                                    data=data,
+                                    sequence=sequence,
+                                    schedule=schedule,
+                                    chunks=chunks,
+                                    micro_batch=size,
+                                    recompute=recompute,
+                                    sharding=sharding,
+                                )
+
+
+def _schedules(pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
+    if pipeline == 1:
+        yield "1f1b", 1
+        return
+    for name, kind in SCHEDULES.items():
+        least, most = kind.chunks
+        for chunks in range(least, (most or 4) + 1):
+            if pipeline * chunks <= layers and name != "gpipe":
+                yield name, chunks
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]

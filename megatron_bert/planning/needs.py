@@ -1,0 +1,103 @@
+"""What a run needs beside its devices: data, room for checkpoints, memory of hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_bert.config import RunSettings, Settings
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.planning.checkpoints import CheckpointPlan, SavedTensor, plan_checkpoint
+from megatron_bert.planning.devices import GIB
+from megatron_bert.planning.layouts import Layout, Stage, stages_of
+from megatron_bert.planning.workload import Workload
+from parallel.pipeline.schedules import SCHEDULES
+
+#: Passes through a text up to which repeated text is about as good as new (Muennighoff et al., arXiv 2305.16264).
+FEW_EPOCHS = 4.0
+#: Memory of a loader process, with its interpreter and libraries, without the files that it maps.
+LOADER_GIB = 0.35
+
+
+def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
+    """Tokens that the steps take, epochs of the corpora that are there, and a warning at more than a few."""
+    each = workload.global_batch * workload.length
+    lines = [f"data: {each:,} tokens a step, {each * workload.steps:,} in {workload.steps:,} steps, if none is padding"]
+    if not isinstance(settings, Settings):
+        return lines
+    train, *_ = (float(part) for part in settings.data.split.split(","))
+    used = train / sum(float(part) for part in settings.data.split.split(","))
+    whole = sum(corpus.weight for corpus in settings.data.train)
+    for corpus in settings.data.train:
+        if not Path(f"{corpus.prefix}.idx").exists():
+            lines.append(f"  {corpus.prefix} is not there, so its epochs are not known")
+            continue
+        tokens = int(IndexedDataset(corpus.prefix).sizes.sum()) * (used if settings.data.valid is None else 1.0)
+        epochs = each * workload.steps * corpus.weight / whole / max(tokens, 1.0)
+        lines.append(f"  {corpus.prefix}: {tokens:,.0f} tokens to train on, {epochs:,.1f} epochs")
+        if epochs > FEW_EPOCHS:
+            lines.append(
+                f"  warning: {epochs:,.0f} epochs are more than the {FEW_EPOCHS:.0f} up to which repeated text is "
+                "about as good as new: get more text, or take fewer steps"
+            )
+    return lines
+
+
+def checkpoint_of(layout: Layout, stages: list[Stage]) -> CheckpointPlan:
+    """The checkpoint of a layout: weights and two moments in float32, each value once."""
+    placement = SCHEDULES[layout.schedule].placement
+    tensors = [
+        SavedTensor(
+            nbytes=4 * _size(parameter.shape),
+            shards=(layout.tensor if parameter.divided is not None else 1) * layout.shards,
+            stage=placement.rank(stage.number, layout.pipeline),
+        )
+        for stage in stages
+        for parameter in stage.parameters
+        if not (stage.alone and stage.number and parameter is stage.parameters.root[0])
+        for _ in range(3)
+    ]
+    return plan_checkpoint(tensors, layout.world_size, layout.pipeline)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, disk: float) -> list[str]:
+    """Size of a checkpoint, how long it takes to write, and room for those that are kept.
+
+    Args:
+        settings: of the run.
+        workload: what it computes.
+        layout: how.
+        disk: gigabytes a second that the file system takes from all ranks together.
+    """
+    plan = checkpoint_of(layout, stages_of(workload, layout))
+    size, keep = plan.value_bytes + plan.metadata_bytes, settings.checkpoint.keep
+    kept = f"; {keep} kept and one being written: {(keep + 1) * size / 1e9:,.1f} GB" if keep else "; all are kept"
+    return [
+        f"checkpoints: {size / 1e9:,.1f} GB in {plan.files} files, {size / 1e9 / disk:,.0f} s at {disk:g} GB/s; a rank "
+        f"writes {plan.rank_bytes / 1e9:,.2f} GB at most{kept}"
+    ]
+
+
+def host_lines(settings: RunSettings, workload: Workload, layout: Layout, ranks_of_node: int) -> list[str]:
+    """Memory that loaders and the copies of checkpoints take on a host."""
+    if not isinstance(settings, Settings):
+        return []
+    ranks = min(ranks_of_node, layout.world_size)
+    workers = settings.data.workers
+    # Tokens, positions, types and samples of eight bytes each; two steps are loaded ahead.
+    batches = 2 * layout.microbatches(workload) * layout.micro_batch * workload.length * 32
+    staged = 0.0
+    if settings.checkpoint.asynchronous:
+        staged = checkpoint_of(layout, stages_of(workload, layout)).rank_bytes
+    loaders = workers * LOADER_GIB + batches / GIB
+    return [
+        f"host memory: {ranks * (loaders + LOADER_GIB + staged / GIB):,.1f} GiB a node of {ranks} ranks: "
+        f"{ranks * loaders:,.1f} of {workers} loaders a rank, {ranks * staged / GIB:,.1f} of copies of checkpoints, "
+        "the rest of the ranks themselves"
+    ]

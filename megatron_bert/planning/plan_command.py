@@ -1,0 +1,206 @@
+"""``megatron-bert plan``: which layout of a run is fastest on given devices, whether it fits, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_bert.config import RunSettings
+from megatron_bert.planning.devices import GIB, load_device, load_network
+from megatron_bert.planning.layouts import Layout, why_not
+from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_lines
+from megatron_bert.planning.picture import draw_plan
+from megatron_bert.planning.planned import load_planned
+from megatron_bert.planning.search import Prediction, Search, predict, search, usable_bytes
+from megatron_bert.planning.step_time import Machine
+from megatron_bert.planning.workload import Workload
+from parallel.errors import UserError
+from parallel.whole_files import reporting, write_text
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Run the subcommand.
+
+    Raises:
+        UserError: settings, a device or a number that cannot be; or no layout fits.
+    """
+    for name, value in (("--gpus", arguments.gpus), ("--top", arguments.top), ("--disk", arguments.disk)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} is {value}: give a number above 0")
+    for name, path in (("--write", arguments.write), ("--png", arguments.png)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"{name} {path} cannot be written: name a file in a folder that exists")
+    machine = Machine(load_device(arguments.gpu), load_network(arguments.network))
+    planned = load_planned(arguments.config, arguments.overrides)
+    settings, workload = planned.settings, planned.workload
+    if workload.compute not in machine.device.peak_tflops:
+        raise UserError(
+            f"precision.compute is {workload.compute}, for which no peak of {machine.device.name} is known: choose "
+            f"{' or '.join(machine.device.peak_tflops)}"
+        )
+    found = search(workload, arguments.gpus, machine)
+    print("\n".join(_heading(workload, machine, arguments.gpus, planned.notes)))
+    print(_configured(planned.layout(arguments.gpus), workload, machine, settings.parallel.stage_layers))
+    if arguments.explain:
+        print("\n".join(["", *_reasons(found, machine)]))
+    if not found.ranked:
+        raise UserError(_none_fits(found, machine, arguments.gpus))
+    print("\n" + table(found.ranked[: arguments.top]))
+    best = found.ranked[0]
+    print("\n" + "\n".join(_details(settings, best, arguments.disk)))
+    if arguments.write is not None:
+        with reporting("written", arguments.write, "give --write another file"):
+            write_text(arguments.write, with_layout(settings, best.layout).dump())
+        print(f"settings of the first line: {arguments.write}")
+    if arguments.png is not None:
+        with reporting("written", arguments.png, "give --png another file"):
+            draw_plan(found.ranked[: max(arguments.top, 12)], arguments.png)
+
+
+def _heading(workload: Workload, machine: Machine, ranks: int, notes: Sequence[str]) -> list[str]:
+    device = machine.device
+    source = f"measured{f' by {device.note}' if device.note else ''}" if device.source == "measured" else "published"
+    return [
+        f"{ranks} x {device.name} ({source} numbers: {device.peak_tflops[workload.compute]:g} TFLOP/s in "
+        f"{workload.compute}, {device.memory_gib:g} GiB, {usable_bytes(machine) / GIB:.1f} of them usable)",
+        *(f"note: {note}" for note in notes),
+    ]
+
+
+def _configured(
+    layout: Layout | UserError, workload: Workload, machine: Machine, stage_layers: list[int] | None
+) -> str:
+    """A line on the layout that the settings have."""
+    if isinstance(layout, UserError):
+        return f"as configured: not possible: {layout}"
+    reason = why_not(workload, layout)
+    if reason is not None:
+        return f"as configured: not possible: {reason}"
+    prediction = predict(workload, layout, machine, stage_layers)
+    over = prediction.memory.peak - usable_bytes(machine)
+    return f"as configured: {one_line(prediction)}" + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
+
+
+def one_line(prediction: Prediction) -> str:
+    """A prediction in a few words."""
+    layout = prediction.layout
+    parts = [f"tensor {layout.tensor}{' (sequence)' if layout.sequence else ''}"]
+    if layout.pipeline > 1:
+        parts.append(f"pipeline {layout.pipeline} ({layout.schedule}, {layout.chunks} a rank)")
+    parts += [f"data {layout.data} ({layout.sharding})", f"micro batch {layout.micro_batch}", layout.recompute]
+    return (
+        f"{', '.join(parts)}: {prediction.memory.peak / GIB:.1f} GiB, {prediction.time.seconds:.3g} s a step, "
+        f"{prediction.tokens_per_second:,.0f} tokens/s, MFU {prediction.mfu:.1%}"
+    )
+
+
+def table(predictions: Sequence[Prediction]) -> str:
+    """Layouts, one a line."""
+    rows = [
+        (
+            "tensor",
+            "pipeline",
+            "data",
+            "micro",
+            "recompute",
+            "GiB",
+            "bubble",
+            "s/step",
+            "tokens/s",
+            "MFU",
+            "days",
+            "GPU h",
+        )
+    ]
+    for prediction in predictions:
+        layout = prediction.layout
+        pipeline = f"{layout.pipeline} {layout.schedule} x {layout.chunks}" if layout.pipeline > 1 else "1"
+        rows.append(
+            (
+                f"{layout.tensor}{' seq' if layout.sequence else ''}",
+                pipeline,
+                f"{layout.data} {layout.sharding}",
+                str(layout.micro_batch),
+                layout.recompute,
+                f"{prediction.memory.peak / GIB:.1f}",
+                f"{prediction.time.bubble:.1%}",
+                f"{prediction.time.seconds:.3g}",
+                f"{prediction.tokens_per_second:,.0f}",
+                f"{prediction.mfu:.1%}",
+                f"{prediction.hours / 24:,.1f}",
+                f"{prediction.device_hours:,.0f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
+    layout, memory, time = best.layout, best.memory, best.time
+    parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in memory.parts.items() if size)
+    lines = [
+        f"fastest: {one_line(best)}",
+        f"memory of the fullest rank: {parts} GiB",
+        f"time: passes {time.pipeline:.3g} s, data axis {time.data:.2g} s, optimizer {time.optimizer:.2g} s",
+        "messages of the first rank, of whole tensors:",
+    ]
+    sums: dict[tuple[str, str], tuple[int, float]] = {}
+    for message in best.messages:
+        count, size = sums.get((message.kind, message.group), (0, 0.0))
+        sums[message.kind, message.group] = count + message.count, size + message.count * message.bytes
+    for (kind, group), (count, size) in sums.items():
+        if size > 1e6:
+            axis = "data" if group.startswith("data") else group
+            link = "a node" if best.machine.link(layout, axis) is best.machine.device.link else "the network"
+            lines.append(
+                f"  {kind} over {group.replace('_', ' ')}: {count:,} of {size / 1e9:.3g} GB in all, inside {link}"
+            )
+    lines += data_lines(settings, best.workload)
+    lines += checkpoint_lines(settings, best.workload, layout, disk)
+    return lines + host_lines(settings, best.workload, layout, best.machine.device.devices_per_node)
+
+
+def _reasons(found: Search, machine: Machine) -> list[str]:
+    lines = [f"{found.tried:,} layouts, of which {found.tried - sum(found.out.values()):,} fit; the others are out:"]
+    lines += [f"  {count:>6,}  {reason}" for reason, count in found.out.most_common()]
+    if found.nearest is not None:
+        layout, memory = found.nearest
+        lines.append(
+            f"of those with too much memory, tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
+            f"micro batch {layout.micro_batch}, {layout.sharding} is nearest: {memory / GIB:.1f} GiB of "
+            f"{usable_bytes(machine) / GIB:.1f}"
+        )
+    return lines
+
+
+def _none_fits(found: Search, machine: Machine, ranks: int) -> str:
+    if found.nearest is not None:
+        return (
+            f"no layout fits on {ranks} x {machine.device.name}: the smallest takes {found.nearest[1] / GIB:.1f} GiB "
+            f"of the {usable_bytes(machine) / GIB:.1f} that are usable; take more or larger devices"
+        )
+    reasons = "; ".join(reason for reason, _ in found.out.most_common(2))
+    return f"no layout is possible on {ranks} x {machine.device.name} ({reasons}): choose another number with --gpus"
+
+
+def with_layout(settings: RunSettings, layout: Layout) -> RunSettings:
+    """The settings with a layout."""
+    parallel = settings.parallel.model_copy(
+        update={
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "data": layout.data,
+            "sequence": layout.sequence,
+            "schedule": layout.schedule,
+            "virtual_stages": layout.chunks if layout.chunks > 1 else None,
+            "stage_layers": None,
+            "sharding": layout.sharding,
+            "shard_size": layout.shard_size,
+        }
+    )
+    training = settings.training.model_copy(
+        update={"micro_batch_size": layout.micro_batch, "recompute": layout.recompute}
+    )
+    return settings.model_copy(update={"parallel": parallel, "training": training})

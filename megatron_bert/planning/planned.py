@@ -1,0 +1,88 @@
+"""Settings of any kind of run as a workload to plan for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_bert.config import RunSettings, Settings
+from megatron_bert.config_file import load_sections, load_settings
+from megatron_bert.convert.opening import config_from
+from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.planning.layouts import Layout
+from megatron_bert.planning.memory import layout_of
+from megatron_bert.planning.workload import USUAL_VOCABULARY, Workload, workload_of
+from parallel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to plan.
+
+    Attributes:
+        settings: of it.
+        workload: what it computes.
+        notes: what is assumed.
+    """
+
+    settings: RunSettings
+    workload: Workload
+    notes: tuple[str, ...]
+
+    def layout(self, ranks: int) -> Layout | UserError:
+        """The layout that the settings have on so many ranks, or why there is none."""
+        try:
+            return layout_of(self.settings, ranks)
+        except UserError as error:
+            return error
+
+
+def load_planned(path: Path, overrides: list[str]) -> Planned:
+    """Read settings of pretrain, finetune or quantize, told apart by their sections.
+
+    Raises:
+        UserError: they cannot be read, or the checkpoint that they start from cannot.
+    """
+    kind = _kind_of(path)
+    if kind is Settings:
+        return _pretraining(load_settings(path, overrides))
+    settings: Any = load_sections(path, overrides, kind)
+    notes = []
+    steps = settings.training.steps
+    if steps is None:
+        steps = 1
+        notes.append("training.steps is not set: times are of one step, the number of which depends on the data")
+    config = config_from(settings.model.from_)
+    return Planned(settings, workload_of(settings, config, steps, settings.task.max_length), tuple(notes))
+
+
+def _kind_of(path: Path) -> Any:
+    from megatron_bert.finetuning.settings import FinetuneSettings
+    from megatron_bert.quantizing.settings import QuantizeSettings
+
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return Settings  # whose reader says what is wrong
+    if not isinstance(sections, dict) or "task" not in sections:
+        return Settings
+    return QuantizeSettings if {"quantization", "distillation", "search"} & set(sections) else FinetuneSettings
+
+
+def _pretraining(settings: Settings) -> Planned:
+    from megatron_bert.training.pretrain import take_sizes
+
+    notes = []
+    settings = take_sizes(settings)
+    if settings.tokenizer.path.exists():
+        tokenizer = load_tokenizer(settings.tokenizer.path, lowercase=settings.tokenizer.lowercase)
+        config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
+    else:
+        notes.append(f"{settings.tokenizer.path} is not there: a vocabulary of {USUAL_VOCABULARY:,} is assumed")
+        config = settings.model_config_for(USUAL_VOCABULARY, 0)
+    return Planned(
+        settings, workload_of(settings, config, settings.training.steps, settings.data.seq_length), tuple(notes)
+    )

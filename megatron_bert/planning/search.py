@@ -1,0 +1,159 @@
+"""Layouts compared: what each takes, whether it fits, and which is fastest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_bert.planning.communication import Message, data_messages, step_messages
+from megatron_bert.planning.devices import GIB
+from megatron_bert.planning.layouts import Layout, Stage, layouts, stages_of, why_not
+from megatron_bert.planning.memory import RankMemory, rank_memory
+from megatron_bert.planning.step_time import Machine, StepTime, step_time
+from megatron_bert.planning.workload import Workload
+from parallel.pipeline.schedules import SCHEDULES
+
+#: Of a device's memory: what a rank may fill, beside CUDA's context, buffers of NCCL and what fragmentation wastes.
+USABLE_SHARE, CONTEXT_GIB = 0.95, 1.5
+#: Layouts whose schedule is simulated; those below are ranked by closed forms alone, and are not shown.
+_SIMULATED = 40
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run takes in a layout.
+
+    Attributes:
+        workload: what is computed.
+        layout: how.
+        machine: where.
+        memory: of the fullest rank.
+        time: of a step.
+        messages: of the first pipeline rank in a step.
+    """
+
+    workload: Workload
+    layout: Layout
+    machine: Machine
+    memory: RankMemory
+    time: StepTime
+    messages: list[Message]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return self.workload.global_batch * self.workload.length / self.time.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Operations of the model over what the dense peaks of all devices would do in the same time."""
+        peak = self.machine.device.peak_tflops[self.workload.compute] * 1e12
+        return self.workload.step_flops / (self.time.seconds * self.layout.world_size * peak)
+
+    @property
+    def hours(self) -> float:
+        """Of all steps."""
+        return self.time.seconds * self.workload.steps / 3600
+
+    @property
+    def device_hours(self) -> float:
+        """Of all steps on all ranks."""
+        return self.hours * self.layout.world_size
+
+
+def usable_bytes(machine: Machine) -> float:
+    """Memory that a rank may fill."""
+    memory = machine.device.memory_gib
+    return memory * GIB if not machine.device.asynchronous else (memory * USABLE_SHARE - CONTEXT_GIB) * GIB
+
+
+def fullest(workload: Workload, layout: Layout, stages: list[Stage]) -> RankMemory:
+    """Memory of the rank that takes most: the first of a pipeline, or the one with the heads."""
+    placement = SCHEDULES[layout.schedule].placement
+    ranks = {0, placement.rank(layout.pipeline * layout.chunks - 1, layout.pipeline)}
+    return max((rank_memory(workload, layout, stages, rank) for rank in ranks), key=lambda memory: memory.peak)
+
+
+def predict(
+    workload: Workload,
+    layout: Layout,
+    machine: Machine,
+    stage_layers: list[int] | None = None,
+    *,
+    simulated: bool = True,
+) -> Prediction:
+    """What a layout takes, which can be.
+
+    Raises:
+        UserError: stages that do not fit.
+    """
+    stages = stages_of(workload, layout, stage_layers)
+    messages = step_messages(workload, layout, stages)
+    time = step_time(workload, layout, stages, messages, machine, simulated=simulated)
+    return Prediction(workload, layout, machine, fullest(workload, layout, stages), time, messages)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Layouts of a workload on a number of ranks.
+
+    Attributes:
+        ranked: those that fit, the fastest first.
+        tried: how many layouts there are.
+        out: why the others are out, and how many for each reason.
+        nearest: of those that do not fit, the one that needs least memory.
+    """
+
+    ranked: list[Prediction]
+    tried: int
+    out: Counter[str]
+    nearest: tuple[Layout, float] | None
+
+
+def search(workload: Workload, ranks: int, machine: Machine, given: Iterable[Layout] | None = None) -> Search:
+    """Rank every layout.
+
+    Args:
+        workload: what is computed.
+        ranks: of the run.
+        machine: where.
+        given: layouts to choose from; all by default.
+    """
+    limit, out, tried = usable_bytes(machine), Counter[str](), 0
+    fitting: list[tuple[float, Layout]] = []
+    nearest: tuple[Layout, float] | None = None
+    stages_by: dict[tuple[object, ...], list[Stage]] = {}
+    for layout in layouts(workload, ranks) if given is None else given:
+        tried += 1
+        reason = why_not(workload, layout)
+        if reason is not None:
+            out[reason] += 1
+            continue
+        stages = _stages_of(workload, layout, stages_by)
+        memory = fullest(workload, layout, stages).peak
+        if memory > limit:
+            out["more memory than a rank has"] += 1
+            if nearest is None or memory < nearest[1]:
+                nearest = layout, memory
+            continue
+        fitting.append((_rough_seconds(workload, layout, stages, machine), layout))
+    fitting.sort(key=lambda entry: entry[0])
+    ranked = [predict(workload, layout, machine) for _, layout in fitting[:_SIMULATED]]
+    ranked.sort(key=lambda prediction: prediction.time.seconds)
+    return Search(ranked, tried, out, nearest)
+
+
+def _rough_seconds(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
+    mine = SCHEDULES[layout.schedule].placement.stages(0, layout.pipeline, layout.chunks)
+    count = layout.microbatches(workload)
+    messages = [message for number in mine for message in data_messages(workload, layout, stages[number], count)]
+    return step_time(workload, layout, stages, messages, machine, simulated=False).seconds
+
+
+def _stages_of(workload: Workload, layout: Layout, known: dict[tuple[object, ...], list[Stage]]) -> list[Stage]:
+    """The stages of a layout, made once for those that divide the model alike."""
+    key = (layout.tensor, layout.pipeline, layout.chunks, layout.flat, layout.shards)
+    if key not in known:
+        known[key] = stages_of(workload, layout)
+    return known[key]

@@ -1,0 +1,294 @@
+"""How long a step takes: products, attention, memory, messages, and the pipeline between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_bert.planning.communication import Message, tensor_messages_of_layer
+from megatron_bert.planning.devices import Device, Link
+from megatron_bert.planning.layouts import Layout, Stage, schedule_of
+from megatron_bert.planning.workload import Workload
+from parallel.pipeline.actions import Backward
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.simulate import Costs, Timeline, simulate
+
+
+class Times(NamedTuple):
+    """Seconds of a stage for a micro batch.
+
+    Attributes:
+        forward, backward_input, backward_weight: of the actions.
+    """
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.forward + self.backward_input + self.backward_weight
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where ranks run.
+
+    Attributes:
+        device: of each.
+        network: between nodes.
+    """
+
+    device: Device
+    network: Link
+
+    def link(self, layout: Layout, axis: str) -> Link:
+        """The link that the ranks of an axis have between them: neighbours in rank are in one node."""
+        span = {"tensor": layout.tensor, "data": layout.tensor * layout.data}.get(axis, layout.world_size)
+        return self.device.link if span <= self.device.devices_per_node else self.network
+
+    def product(self, rows: float, columns: float, inner: float, compute: str) -> float:
+        """Seconds of a matrix product: small ones reach less of the peak."""
+        device = self.device
+        share = device.product_share
+        for size in (rows, columns, inner):
+            share *= size / (size + device.product_size)
+        return 2 * rows * columns * inner / (device.peak_tflops[compute] * 1e12 * share)
+
+    def attention(self, flops: float, compute: str) -> float:
+        """Seconds of attention."""
+        return flops / (self.device.peak_tflops[compute] * 1e12 * self.device.attention_share)
+
+    def moving(self, size: float) -> float:
+        """Seconds of elementwise operators that read and write so many bytes."""
+        return size / (self.device.memory_gb_per_second * 1e9 * self.device.memory_share)
+
+    def message(self, kind: str, size: float, ranks: int, link: Link) -> float:
+        """Seconds of a message: collectives go around a ring."""
+        if ranks == 1:
+            return 0.0
+        around = (ranks - 1) / ranks
+        factor = {"all-reduce": 2 * around, "all-gather": around, "reduce-scatter": around}.get(kind, 1.0)
+        return factor * size / (link.gigabytes_per_second * 1e9) + link.latency_microseconds * 1e-6
+
+    def with_host(self, device_seconds: float, operators: float) -> float:
+        """Seconds of operators with what the host takes to start them, which a GPU does not wait for."""
+        host = operators * self.device.launch_microseconds * 1e-6
+        return max(device_seconds, host) if self.device.asynchronous else device_seconds + host
+
+
+def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
+    """Of a layer for a micro batch."""
+    config, number, compute = workload.config, workload.number_bytes, workload.compute
+    hidden, tensor = config.hidden_size, layout.tensor
+    tokens = layout.micro_batch * workload.length
+    own = tokens / layout.split_tokens
+    wide, inner = config.intermediate_size / tensor, hidden / tensor
+    shapes = [(3 * inner, hidden), (hidden, inner), (wide, hidden), (hidden, wide)]
+    forward = sum(machine.product(tokens, out, into, compute) for out, into in shapes)
+    backward = sum(machine.product(tokens, into, out, compute) for out, into in shapes)
+    weights = [machine.product(out, into, tokens, compute) for out, into in shapes]
+    scores = machine.attention(4 * tokens * workload.length * inner, compute)
+    # Norms, dropout and sums on the stream of features; the activation; fusing compilers save about a third.
+    drops = config.hidden_dropout_prob > 0
+    waste = 1.0 if workload.compiled else 1.5
+    stream, act = own * hidden, tokens * wide
+    moved = waste * (stream * (10 * number + (2 if drops else 0)) + act * 2 * number)
+    moved_back = waste * (stream * (16 * number + (2 if drops else 0)) + act * 3 * number + tokens * inner * 7 * number)
+    # Gradients of weights are made in one format and added up in float32.
+    moved_weights = (4 * hidden * inner + 2 * hidden * wide) * (number + 8)
+    link = machine.link(layout, "tensor")
+    size = tokens * hidden * number
+    each = {kind: machine.message(kind, size, tensor, link) for kind in ("all-reduce", "all-gather", "reduce-scatter")}
+    ahead, behind = tensor_messages_of_layer(layout)
+    sent = sum(count * each[kind] for kind, count in ahead.items())
+    sent_back = sum(count * each[kind] for kind, count in behind.items())
+    split = SCHEDULES[layout.schedule].backward is Backward.SPLIT
+    if machine.device.asynchronous and not split:
+        # Sums of input gradients run beside the weight gradients of the two column-parallel products.
+        summed = each["reduce-scatter" if layout.sequence else "all-reduce"]
+        sent_back -= min(summed, weights[0]) + min(summed, weights[2])
+        if layout.sequence:
+            sent_back -= min(2 * each["all-gather"], backward / 2)
+    operators = 30 if workload.compiled else 55
+    ahead_seconds = machine.with_host(forward + scores + machine.moving(moved), operators) + sent
+    back_seconds = machine.with_host(backward + 2.5 * scores + machine.moving(moved_back), operators) + sent_back
+    if layout.recompute == "full":
+        back_seconds += ahead_seconds - machine.product(tokens, hidden, wide, compute)
+    elif layout.recompute == "selective":
+        back_seconds += machine.moving(waste * act * 2 * number)
+    return Times(ahead_seconds, back_seconds, machine.with_host(sum(weights) + machine.moving(moved_weights), 12))
+
+
+def ends_times(workload: Workload, layout: Layout, stage: Stage, machine: Machine) -> Times:
+    """Of what a stage has besides layers: embeddings, and heads with their losses."""
+    config, number, compute = workload.config, workload.number_bytes, workload.compute
+    hidden, rows = config.hidden_size, config.padded_vocab_size / layout.tensor
+    forward = backward = weight = 0.0
+    if stage.part.first:
+        stream = layout.micro_batch * workload.length / layout.split_tokens * hidden
+        forward += machine.with_host(machine.moving(stream * 12 * number), 15)
+        # The gradient of the whole table is made, and added.
+        backward += machine.with_host(machine.moving(stream * 8 * number + rows * hidden * (2 * number + 8)), 15)
+    if stage.part.last:
+        slots = layout.micro_batch * workload.slots
+        logits = slots * rows
+        products = [(slots, rows, hidden), (slots, hidden, hidden)] if slots else []
+        forward += machine.with_host(
+            sum(machine.product(*shape, compute) for shape in products) + machine.moving(logits * (2 * number + 12)), 25
+        )
+        backward += machine.with_host(
+            sum(machine.product(m, k, n, compute) for m, n, k in products) + machine.moving(logits * (4 * number + 28)),
+            35,
+        )
+        weight += sum(machine.product(n, k, m, compute) for m, n, k in products)
+        if slots:
+            weight += machine.moving(rows * hidden * (number + 8))
+    return Times(forward, backward, weight)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where the time of a step goes, on the rank that takes longest.
+
+    Attributes:
+        pipeline: seconds of forward and backward passes, bubbles included.
+        bubble: idle share of these.
+        data: seconds of messages over the data axis that nothing hides.
+        optimizer: seconds of the update.
+        timeline: of the pipeline, where it was simulated.
+    """
+
+    pipeline: float
+    bubble: float
+    data: float
+    optimizer: float
+    timeline: Timeline | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.pipeline + self.data + self.optimizer
+
+
+def stage_times(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> list[Times]:
+    """Of every stage for a micro batch."""
+    layer = layer_times(workload, layout, machine)
+    gathered = _gathering(workload, layout, stages, machine, layer)
+    times = []
+    for stage in stages:
+        count, ends = len(stage.part.layers), ends_times(workload, layout, stage, machine)
+        times.append(
+            Times(
+                count * layer.forward + ends.forward + count * gathered[0],
+                count * layer.backward_input + ends.backward_input + count * gathered[1],
+                count * layer.backward_weight + ends.backward_weight,
+            )
+        )
+    return times
+
+
+def _gathering(
+    workload: Workload, layout: Layout, stages: list[Stage], machine: Machine, layer: Times
+) -> tuple[float, float]:
+    """Seconds a layer for which it waits for its weights where they are divided, forward and backward."""
+    if layout.flat:
+        return 0.0, 0.0
+    size = stages[0].layer_count * workload.number_bytes
+    link = machine.link(layout, "data")
+    # The host has some 160 operators to start for each of FSDP2's groups.
+    seconds = max(machine.message("all-gather", size, layout.shards, link), machine.with_host(0.0, 160))
+    if not machine.device.asynchronous:
+        return seconds, seconds
+    return max(0.0, seconds - layer.forward), max(0.0, seconds - layer.backward_input - layer.backward_weight)
+
+
+def step_time(
+    workload: Workload,
+    layout: Layout,
+    stages: list[Stage],
+    messages: list[Message],
+    machine: Machine,
+    *,
+    simulated: bool = True,
+) -> StepTime:
+    """The time of a step.
+
+    Args:
+        workload: what is computed.
+        layout: how.
+        stages: of the layout, all of them.
+        messages: of a rank in a step, for what it waits for over the data axis.
+        machine: where.
+        simulated: run the schedule; or else take the closed form of its bubble, to compare many layouts.
+    """
+    times, microbatches = stage_times(workload, layout, stages, machine), layout.microbatches(workload)
+    pipeline, bubble, timeline = _pipeline(workload, layout, times, microbatches, machine, simulated)
+    link = machine.link(layout, "data")
+    wait = 0.0
+    of_data = [message for message in messages if message.group.startswith("data") and message.dtype != "int64"]
+    per_microbatch = max(time.total for time in times) * layout.chunks
+    for kind, hidden_by in (("reduce-scatter", 0.6), ("all-reduce", 0.6), ("all-gather", 0.3)):
+        found = [message for message in of_data if message.kind == kind and message.bytes > 8]
+        if not layout.flat and kind == "all-gather":
+            continue  # waited for in every layer
+        seconds = sum(m.count * machine.message(kind, m.bytes, m.size, link) for m in found)
+        if machine.device.asynchronous and seconds:
+            # The last bucket has nothing left to hide behind.
+            seconds = max(seconds / max(1, len(found)), seconds - hidden_by * per_microbatch)
+        wait += seconds
+    small = [m for m in messages if m.bytes <= 16 or m.group == "tied"]
+    wait += sum(m.count * machine.message(m.kind, m.bytes, m.size, machine.network) for m in small) if small else 0.0
+    return StepTime(pipeline, bubble, wait, _optimizer(workload, layout, stages, machine), timeline)
+
+
+def _optimizer(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
+    """Seconds of norm and update: gradient, weights and moments are read, weights and moments written."""
+    placement = SCHEDULES[layout.schedule].placement
+    count = max(
+        sum(stages[number].count for number in placement.stages(rank, layout.pipeline, layout.chunks))
+        for rank in (0, layout.pipeline - 1)
+    )
+    rate = machine.device.optimizer_gb_per_second
+    size = count / layout.shards * (4 + 28 + workload.number_bytes) + 4 * count
+    return size / (rate * 1e9) if rate else machine.moving(size)
+
+
+def _pipeline(
+    workload: Workload, layout: Layout, times: list[Times], microbatches: int, machine: Machine, simulated: bool
+) -> tuple[float, float, Timeline | None]:
+    if layout.pipeline == 1:
+        return microbatches * sum(time.total for time in times), 0.0, None
+    kind = SCHEDULES[layout.schedule]
+    tokens = layout.micro_batch * workload.length / layout.split_tokens
+    size = tokens * workload.config.hidden_size * workload.number_bytes
+    message = machine.message("send", size, 2, machine.link(layout, "pipeline"))
+    if not simulated:
+        by_rank = [
+            sum(times[number].total for number in kind.placement.stages(rank, layout.pipeline, layout.chunks))
+            for rank in range(layout.pipeline)
+        ]
+        bubble = kind.bubble(layout.pipeline, microbatches, layout.chunks)
+        return microbatches * max(by_rank) / (1 - bubble), bubble, None
+    costs = Costs(
+        [time.forward for time in times],
+        [time.backward_input for time in times],
+        [time.backward_weight for time in times],
+        message,
+    )
+    few = _SIMULATED_ROUNDS * layout.pipeline
+    if microbatches <= 2 * few:
+        timeline = simulate(schedule_of(layout.schedule, layout.pipeline, microbatches, layout.chunks), costs)
+        return timeline.makespan, timeline.bubble, timeline
+    # A step is a beginning, an end and rounds that are alike: each adds as much as the one before.
+    first, second = (
+        simulate(schedule_of(layout.schedule, layout.pipeline, few * n, layout.chunks), costs) for n in (1, 2)
+    )
+    seconds = second.makespan + (second.makespan - first.makespan) * (microbatches - 2 * few) / few
+    busy = sum(time.total for time in times) * microbatches / layout.pipeline
+    return seconds, 1 - busy / seconds, second
+
+
+#: Rounds of micro batches through a pipeline that are simulated, twice, to know how much each adds.
+_SIMULATED_ROUNDS = 3

@@ -1,0 +1,45 @@
+"""Operations that a rank carries out in a step: those of matrix products and attention, recomputation included."""
+
+from __future__ import annotations
+
+from megatron_bert.planning.layouts import Layout, Stage, schedule_of
+from megatron_bert.planning.workload import Workload
+
+
+def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
+    """Of a layer and micro batch on one rank, forward and backward.
+
+    A backward pass has twice the products of the forward pass. That of fused attention computes the scores again: five
+    products for the two of the forward pass.
+    """
+    config, tensor = workload.config, layout.tensor
+    tokens = layout.micro_batch * workload.length
+    hidden, wide = config.hidden_size, config.intermediate_size // tensor
+    products = 2 * tokens * (4 * hidden * (hidden // tensor) + 2 * hidden * wide)
+    attention = 4 * tokens * workload.length * (hidden // tensor)
+    forward, backward = products + attention, 2 * products + attention * 5 // 2
+    if layout.recompute == "full":
+        # All but the last product, which nothing needs again.
+        backward += forward - 2 * tokens * wide * hidden
+    return forward, backward
+
+
+def head_flops(workload: Workload, layout: Layout) -> int:
+    """Of the forward pass of the heads for a micro batch on one rank; those of a hidden size are on every one."""
+    config = workload.config
+    hidden, slots = config.hidden_size, layout.micro_batch * workload.slots
+    masked = 2 * slots * hidden * (hidden + config.padded_vocab_size // layout.tensor)
+    pairs = layout.micro_batch * (2 * hidden * hidden + 4 * hidden) if config.binary_head or not slots else 0
+    return masked + pairs
+
+
+def rank_flops(workload: Workload, layout: Layout, stages: list[Stage], rank: int = 0) -> int:
+    """Of a step on one rank of the pipeline."""
+    microbatches = layout.microbatches(workload)
+    schedule = schedule_of(layout.schedule, layout.pipeline, microbatches, layout.chunks)
+    each = sum(layer_flops(workload, layout))
+    total = 0
+    for number in schedule.stages_of(rank):
+        part = stages[number].part
+        total += len(part.layers) * each + (3 * head_flops(workload, layout) if part.last else 0)
+    return microbatches * total

@@ -1,0 +1,99 @@
+"""What a run computes, whatever its layout: the model, the length of its samples, the batch and the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.config import RunSettings, Settings
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.flops import training_flops
+from parallel.pipeline.stage import StagePart, split_layers
+
+#: Bytes of a number.
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Words that stand for a vocabulary which is not there yet: those of BERT's.
+USUAL_VOCABULARY = 30522
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Workload:
+    """A training run without its layout.
+
+    Attributes:
+        config: of the encoder.
+        length: tokens of a sample.
+        slots: masked tokens of a sample; 0 where there is no masked-language head.
+        global_batch: samples of an optimizer step.
+        steps: of the run.
+        compute: format of matrix products.
+        compiled: whether layers are compiled.
+        losses: what the loss has of terms.
+        fused_attention: whether attention never holds its scores, as on GPUs.
+    """
+
+    config: MegatronBertConfig
+    length: int
+    slots: int
+    global_batch: int
+    steps: int
+    compute: str
+    compiled: bool
+    losses: int
+    fused_attention: bool = True
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a number in the format of matrix products."""
+        return BYTES[self.compute]
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether it ends in the masked-language head, which shares the word embeddings."""
+        return self.slots > 0
+
+    @property
+    def step_flops(self) -> float:
+        """Operations of the model in a step, by which the MFU is: no recomputation, scores of both directions."""
+        batch = self.global_batch
+        return training_flops(
+            self.config,
+            tokens=batch * self.length,
+            squared_lengths=batch * self.length**2,
+            predictions=batch * self.slots,
+            pairs=batch if self.config.binary_head else 0,
+        )
+
+    def stage_parts(self, stages: int, sizes: list[int] | None = None) -> list[StagePart]:
+        """What each stage holds, balanced as a run does.
+
+        Raises:
+            UserError: more stages than layers, or sizes that do not fit.
+        """
+        config = self.config
+        layer = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * self.length
+        head = self.slots / self.length * (config.hidden_size + config.padded_vocab_size)
+        return split_layers(config.num_hidden_layers, stages, last_cost=head / layer, sizes=sizes)
+
+
+def workload_of(settings: RunSettings, config: MegatronBertConfig, steps: int, length: int) -> Workload:
+    """The workload of a run.
+
+    Args:
+        settings: of the run, of any kind.
+        config: of its encoder.
+        steps: optimizer steps.
+        length: tokens of a sample.
+    """
+    pretraining = isinstance(settings, Settings)
+    slots = settings.max_predictions if isinstance(settings, Settings) else 0
+    return Workload(
+        config=config,
+        length=length,
+        slots=slots,
+        global_batch=settings.training.global_batch_size,
+        steps=steps,
+        compute=settings.precision.compute,
+        compiled=settings.training.compile,
+        losses=2 if pretraining and config.binary_head else 1,
+        fused_attention=settings.training.device != "cpu",
+    )
