@@ -10,7 +10,6 @@ import yaml
 
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.config_file import load_sections, load_settings
-from megatron_bert.convert.opening import config_from
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.planning.layouts import Layout
 from megatron_bert.planning.memory import layout_of
@@ -46,6 +45,8 @@ def load_planned(path: Path, overrides: list[str]) -> Planned:
     Raises:
         UserError: they cannot be read, or the checkpoint that they start from cannot.
     """
+    from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+
     kind = _kind_of(path)
     if kind is Settings:
         return _pretraining(load_settings(path, overrides))
@@ -55,7 +56,7 @@ def load_planned(path: Path, overrides: list[str]) -> Planned:
     if steps is None:
         steps = 1
         notes.append("training.steps is not set: times are of one step, the number of which depends on the data")
-    config = config_from(settings.model.from_)
+    config = encoder_config(settings, find_tokenizer(settings))
     return Planned(settings, workload_of(settings, config, steps, settings.task.max_length), tuple(notes))
 
 

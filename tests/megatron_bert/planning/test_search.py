@@ -1,0 +1,151 @@
+"""Layouts compared: the step of a layout, the ranking, and the command."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_bert.cli import build_parser
+from megatron_bert.config_checks import check_settings
+from megatron_bert.config_file import load_settings
+from megatron_bert.planning.commands import DEVICE_NAMES
+from megatron_bert.planning.devices import DEVICES, GIB, NETWORK, load_device, load_network
+from megatron_bert.planning.layouts import Layout, stages_of, why_not
+from megatron_bert.planning.plan_command import run_plan
+from megatron_bert.planning.search import predict, search, usable_bytes
+from megatron_bert.planning.step_time import Machine, stage_times
+from parallel.errors import UserError
+from parallel.pipeline.schedules import SCHEDULES, build_schedule
+from parallel.pipeline.simulate import Costs, simulate
+from tests.megatron_bert.finetuning.support import make_encoder
+from tests.megatron_bert.planning.support import CONFIGS
+from tests.megatron_bert.planning.test_closed_forms import workload
+
+H100 = Machine(DEVICES["h100"], NETWORK)
+
+
+def test_names_of_devices_are_those_there_are() -> None:
+    assert set(DEVICE_NAMES) == set(DEVICES)
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "gpipe"])
+def test_many_micro_batches_take_as_long_as_simulated(schedule: str) -> None:
+    """Rounds that are alike are added up: within half a percent of a simulation of all."""
+    work, ranks = workload(layers=8), 4
+    chunks = SCHEDULES[schedule].default_chunks
+    layout = Layout(pipeline=ranks, schedule=schedule, chunks=chunks, micro_batch=8)
+    stages = stages_of(work, layout)
+    times = stage_times(work, layout, stages, H100)
+    names = ("forward", "backward_input", "backward_weight")
+    costs = Costs(*([getattr(one, name) for one in times] for name in names))
+    whole = simulate(build_schedule(schedule, ranks, layout.microbatches(work), chunks), costs)
+    found = predict(work, layout, H100).time
+    assert found.pipeline == pytest.approx(whole.makespan, rel=0.005)
+    assert found.bubble == pytest.approx(whole.bubble, abs=0.005)
+
+
+def test_what_is_ranked_fits_and_can_be() -> None:
+    work = workload(hidden=2560, layers=48)
+    found = search(work, 8, H100)
+    assert found.ranked
+    seconds = [prediction.time.seconds for prediction in found.ranked]
+    assert seconds == sorted(seconds)
+    for prediction in found.ranked:
+        assert why_not(work, prediction.layout) is None
+        assert prediction.memory.peak <= usable_bytes(H100)
+        assert prediction.layout.world_size == 8
+        assert 0 < prediction.mfu < H100.device.product_share
+    # A model of 65 GiB of states is on no single device of 31 GiB, whatever the layout.
+    assert not search(work, 1, Machine(DEVICES["v100"], NETWORK)).ranked
+
+
+def test_more_bandwidth_is_never_slower_and_recomputation_never_larger() -> None:
+    work, layout = workload(), Layout(tensor=2, sequence=True, data=4, sharding="optimizer", micro_batch=16)
+    slow = Machine(DEVICES["h100"].model_copy(update={"memory_gb_per_second": 1000.0}), NETWORK)
+    assert predict(work, layout, slow).time.seconds > predict(work, layout, H100).time.seconds
+    peaks = [
+        predict(work, Layout(micro_batch=16, recompute=recompute), H100).memory.peak  # type: ignore[arg-type]
+        for recompute in ("none", "selective", "full")
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_thousands_of_layouts_of_512_ranks() -> None:
+    work = workload(hidden=2560, layers=48)
+    began = time.process_time()
+    found = search(work, 512, H100)
+    assert found.tried > 10_000
+    assert time.process_time() - began < 60  # some 6 seconds; far more would be of another order
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    return build_parser().parse_args(["plan", *given])
+
+
+def test_the_plan_is_written_as_settings_that_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written, picture = tmp_path / "fast.yaml", tmp_path / "plan.png"
+    run_plan(
+        arguments(
+            str(CONFIGS / "bert_1.3b.yaml"),
+            *("--gpus", "16", "--gpu", "a100", "--explain", "--top", "3"),
+            *("--write", str(written), "--png", str(picture)),
+        )
+    )
+    said = capsys.readouterr().out
+    for words in (
+        "as configured:",
+        "tokens/s",
+        "the others are out",
+        "checkpoints: 15.4 GB",
+        "host memory:",
+        "published",
+    ):
+        assert words in said
+    settings = load_settings(written, [])
+    assert check_settings(settings, 16).world_size == 16
+    assert f"micro batch {settings.training.micro_batch_size}" in said
+    assert picture.stat().st_size > 10_000
+
+
+def test_fine_tuning_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = make_encoder(tmp_path)
+    run_plan(
+        arguments(str(CONFIGS / "finetune" / "mnli.yaml"), f"model.from={encoder}", "task.max_length=24", "--gpus", "2")
+    )
+    assert "training.steps is not set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--gpus", "0"), "--gpus is 0"),
+        (("--gpus", "8", "--gpu", "tpu"), "--gpu is 'tpu'"),
+        (("--gpus", "8", "--gpu", "v100"), "precision.compute is bfloat16"),
+        (("--gpus", "1", "--gpu", "l40s"), "no layout fits on 1 x L40S"),
+        (("--gpus", "97"), "no layout is possible on 97"),
+        (("--gpus", "8", "--write", "nowhere/x.yaml"), "--write nowhere/x.yaml cannot be written"),
+        (("--gpus", "8", "--network", "nowhere"), "--network is 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(given: tuple[str, ...], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        run_plan(arguments(str(CONFIGS / "bert_3.9b.yaml"), *given))
+
+
+def test_files_of_devices(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    values = DEVICES["h100"].model_dump() | {"name": "mine", "source": "measured"}
+    path.write_text(yaml.safe_dump({"device": values, "link": NETWORK.model_dump()}))
+    assert load_device(str(path)).name == "mine"
+    assert load_network(path) == NETWORK
+    path.write_text("device: {name: mine}")
+    with pytest.raises(UserError, match=r"memory_gib: Field required"):
+        load_device(str(path))
+    path.write_text("device: [")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_device(str(path))
+    assert usable_bytes(H100) < 79 * GIB
