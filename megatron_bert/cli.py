@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.commands import add_convert_commands
+from megatron_bert.convert.commands import add_convert_commands, run_inspect
 from megatron_bert.data.commands import add_data_commands
 from megatron_bert.ending import Ending
+from megatron_bert.exporting.commands import add_export_command
 from megatron_bert.finetuning.commands import add_finetuned_commands
 from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
@@ -61,6 +62,18 @@ def _fill_mask(arguments: argparse.Namespace) -> None:
             print(f"  {guess.probability:6.1%}  {guess.token:<16} {guess.sentence}")
 
 
+def _inspect(arguments: argparse.Namespace) -> None:
+    """A checkpoint, and the integer plan beside it."""
+    from megatron_bert.ibert.engine.inspection import describe_plan, plan_in
+
+    source: Path = arguments.source
+    plan = next((path for path in map(plan_in, (source, source / "model")) if path is not None), None)
+    if plan is None or plan != source:
+        run_inspect(arguments)
+    if plan is not None:
+        print(describe_plan(plan) if plan == source else f"\n{describe_plan(plan)}")
+
+
 def _config_schema(arguments: argparse.Namespace) -> None:
     from pydantic import BaseModel
 
@@ -104,6 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan_command(commands)
     add_finetuned_commands(commands)
     add_convert_commands(commands)
+    commands.choices["inspect"].set_defaults(func=_inspect)  # which knows of integer plans too
+    add_export_command(commands)
     add_launch_commands(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")

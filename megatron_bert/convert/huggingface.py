@@ -36,6 +36,8 @@ from parallel.stored.torch_files import load_torch_file
 CONFIG_NAME = "config.json"
 #: Where weights are looked for, the safer kind first.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+#: File of a quantized model's ranges.
+_RANGES = "quantization.json"
 #: Copies of other tensors, and buffers.
 _COPIES = {
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
@@ -69,6 +71,11 @@ class HuggingFace:
         assumptions = assumed + assumptions
         warnings: list[str] = []
         tensors = _canonical(tree.label, stored, config, warnings)
+        if _RANGES in tree:
+            warnings.append(
+                f"{tree.label} is a quantized model: its {_RANGES} was left out, and what remains computes in floating "
+                "point (`megatron-bert export --to integer` keeps its integers)"
+            )
         for name in VOCABULARY_TENSORS & tensors.keys():
             tensors[name] = trimmed(tensors[name], config.vocab_size)
         facts = SourceFacts(

@@ -40,6 +40,12 @@ _MODEL, _OPTIMIZER = "model.", "optimizer."
 _POST_NORM = "embeddings.norm.weight"
 #: Key of state.json under which the encoder's configuration stands.
 CONFIG_KEY = "config"
+#: End of the names of a quantized model's ranges, and what is said of them.
+_RANGE = ".range"
+_QUANTIZED = (
+    "the checkpoint is of a quantized model: its {} ranges were left out, and what remains computes in floating point; "
+    "the folder model of a finished run keeps them"
+)
 
 
 class Native:
@@ -60,8 +66,9 @@ class Native:
         run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
         stored = read_distributed(tree)
         model = {name.removeprefix(_MODEL): t for name, t in stored.items() if name.startswith(_MODEL)}
-        heads = [name for name in model if name.startswith(TASK_HEADS)]
-        model = {name: tensor for name, tensor in model.items() if name not in heads}
+        ranges = [name for name in model if name.endswith(_RANGE)]
+        heads = [name for name in model if name.startswith(TASK_HEADS) and name not in ranges]
+        model = {name: tensor for name, tensor in model.items() if name not in heads and name not in ranges}
         if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
             raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
         if _POST_NORM in model:
@@ -77,7 +84,7 @@ class Native:
         if words is None:
             assumptions.append(f"the number of words is not stored: all {rows} rows of the table were taken")
         optimizer = {name.removeprefix(_OPTIMIZER): t for name, t in stored.items() if name.startswith(_OPTIMIZER)}
-        if heads:
+        if heads or ranges:
             optimizer = {}  # of a task, whose head it would lack
         step = run_state.get("step")
         return CanonicalState(
@@ -93,8 +100,11 @@ class Native:
             ),
             tensors=_without_padding(model, config),
             optimizer=_without_padding(optimizer, config),
-            run_state=None if heads else run_state,
-            warnings=[f"{name} was left out: it is no part of a pretraining model" for name in heads],
+            run_state=None if heads or ranges else run_state,
+            warnings=[
+                *(f"{name} was left out: it is no part of a pretraining model" for name in heads),
+                *([_QUANTIZED.format(len(ranges))] if ranges else []),
+            ],
         )
 
     def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:

@@ -260,7 +260,17 @@ class PreTrainedModel(Recomputing):
             )
 
     def finish_loading(self, directory: Path, report: LoadingReport) -> None:
-        """Do what is to be done once the parameters are loaded."""
+        """Do what is to be done once the parameters are loaded; here, say what is not done with a quantized model."""
+        del report
+        if (directory / RANGES_NAME).is_file():
+            logger.warning(
+                "%s: %s is a quantized model, loaded in floating point without its %s: "
+                "megatron_bert.ibert.family.ranges.load_ranges(model, directory) restores the integers, and "
+                "megatron_bert.ibert.IntegerModel runs them",
+                type(self).__name__,
+                directory,
+                RANGES_NAME,
+            )
 
     def save_pretrained(
         self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None

@@ -11,6 +11,7 @@ from megatron_bert.ibert.engine.model import IntegerModel
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
+from megatron_bert.tasks.task import Head
 from parallel.errors import UserError
 from parallel.pipeline.stage import StagePart
 
@@ -40,28 +41,30 @@ class IntegerTask(nn.Module):
         return self.model.head("classifier", self.model.encode(packed)[batch.rows])
 
 
-def integer_task(model: BertForTask, directory: Path, backend: str, threads: int | None) -> IntegerTask:
+def integer_task(
+    model: BertForTask | None, head: Head, directory: Path, backend: str, threads: int | None
+) -> IntegerTask:
     """A task's model in integers: by the plan beside it, or compiled now where there is none.
 
     Args:
-        model: as it was loaded, with ranges if it is quantized.
+        model: as it was loaded, with ranges if it is quantized; None where there is a plan and no weights.
+        head: of the task.
         directory: it was loaded from.
         backend, threads: of the engine.
 
     Raises:
         UserError: it is a float model, or the plan is that of another.
     """
-    if not any(True for _ in quantizers(model)):
+    name, path = "auto" if backend == "integer" else backend, directory / PLAN_NAME
+    if model is not None and not any(True for _ in quantizers(model)):
         raise UserError(
             f"--backend {backend} runs quantized models, but {directory} is in floating point: `megatron-bert "
             "quantize` it, or leave --backend out"
         )
-    name = "auto" if backend == "integer" else backend
-    path = directory / PLAN_NAME
-    if not path.is_file():
-        return IntegerTask(IntegerModel.from_model(model, name, threads), model.kind)
+    if model is not None and not path.is_file():
+        return IntegerTask(IntegerModel.from_model(model, name, threads), head.kind)
     plan = read_plan(path)
     outputs = 0 if plan.heads.classifier is None else len(plan.heads.classifier.matrix.bias)
-    if plan.task != model.kind or outputs != model.get_parameter(f"{model.output_name}.bias").shape[0]:
-        raise UserError(f"{path} is the plan of another model: compile this one again, or remove the file")
-    return IntegerTask(IntegerModel(plan, name, threads), model.kind)
+    if plan.task != head.kind or outputs != head.outputs:
+        raise UserError(f"{path} is the plan of another model: export this one again")
+    return IntegerTask(IntegerModel(plan, name, threads), head.kind)

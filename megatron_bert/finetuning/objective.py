@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.opening import load_into
+from megatron_bert.family.save import RANGES_NAME
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
 from megatron_bert.finetuning.losses import label_weights, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
@@ -107,14 +108,16 @@ class Finetuning(Objective):
 
     def fill(self, stage: BertForTask) -> list[str]:
         """With the weights of ``model.from``."""
-        wanted = self.settings.model
+        wanted, notes = self.settings.model, []
+        if (finetuned_directory(wanted.from_) / RANGES_NAME).is_file():
+            notes.append(f"{wanted.from_} is a quantized model: the run goes on from its weights, without its ranges")
         if wanted.keep_head:
             load_finetuned(stage, wanted.from_)
-            return []
+            return notes
         if stage.config.like_roberta:
-            return load_encoder(stage, wanted.from_)
+            return notes + load_encoder(stage, wanted.from_)
         report = load_into(stage, finetuned_directory(wanted.from_))
-        notes = [warning for warning in report.warnings if "left out" not in warning]
+        notes += [warning for warning in report.warnings if "left out" not in warning]
         return notes + [f"{name} is not in {wanted.from_} and starts anew" for name in report.missing]
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bert.config_file import validated
+from megatron_bert.convert.huggingface import WEIGHTS
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.tokenizer import AutoTokenizer
@@ -42,12 +43,12 @@ class SavedTask(NamedTuple):
     """A fine-tuned model, ready to predict.
 
     Attributes:
-        model: with its weights.
+        model: with its weights; None where there is an integer plan alone.
         task: with the model's tokenizer.
         directory: it was loaded from.
     """
 
-    model: BertForTask
+    model: BertForTask | None
     task: Task
     directory: Path
 
@@ -62,9 +63,11 @@ class SavedTask(NamedTuple):
             UserError: an engine is asked for a float model.
         """
         if backend != "torch":
-            return integer_task(self.model, self.directory, backend, threads)
+            return integer_task(self.model, self.task.head, self.directory, backend, threads)
         if threads is not None:
             raise UserError("--threads is of integer engines: give --backend integer too")
+        if self.model is None:
+            raise UserError(f"{self.directory} holds an integer plan and no weights: give --backend integer")
         return self.model
 
 
@@ -238,6 +241,8 @@ def load_task(source: Path, data: dict[str, Any] | None = None, task: dict[str, 
     check_lengths(found, config)
     found.any_pairs = not ours
     kept = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
+    if (directory / PLAN_NAME).is_file() and not any((directory / name).is_file() for name in WEIGHTS):
+        return SavedTask(None, found, directory)
     model = BertForTask(task_config(config, found, **kept), found.head.kind, found.head.outputs)
     load_finetuned(model, directory)
     if (directory / RANGES_NAME).is_file():

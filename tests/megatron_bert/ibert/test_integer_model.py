@@ -31,7 +31,7 @@ CLASSES = (
 )
 
 
-def _quantized(name: str, **settings):
+def quantized(name: str, **settings):
     """A model of a public class, its inputs, and its answers."""
     config = (megatron_bert.IBertConfig if name.startswith("IBert") else megatron_bert.MegatronBertConfig)(**SIZES)
     model = getattr(megatron_bert, name)(config).eval()
@@ -52,14 +52,14 @@ def _quantized(name: str, **settings):
 
 @pytest.fixture
 def saved(tmp_path) -> tuple[Path, dict]:
-    model, given, _ = _quantized("MegatronBertForSequenceClassification")
+    model, given, _ = quantized("MegatronBertForSequenceClassification")
     IntegerModel.from_model(model, "reference").save(tmp_path / "plan.safetensors")
     return tmp_path / "plan.safetensors", given
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes(name, tmp_path):
-    model, given, expected = _quantized(name, weight_bits=7 if name == "IBertForMaskedLM" else 8)
+    model, given, expected = quantized(name, weight_bits=7 if name == "IBertForMaskedLM" else 8)
     IntegerModel.from_model(model, "reference").save(tmp_path / "plan.safetensors")
     found = IntegerModel.from_pretrained(tmp_path / "plan.safetensors", "reference")(**given)
     assert list(found) == list(expected)

@@ -76,13 +76,20 @@ def test_scores_stand_side_by_side_and_the_model_is_saved(folder: Path, tmp_path
     texts = [json.loads(line) for line in (folder / "valid.jsonl").read_text(encoding="utf-8").splitlines()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
     answers = {}
-    for backend in ("torch", "integer", "reference"):
-        if backend == "reference":
-            plan.unlink()  # compiled from the weights and ranges then
-        arguments = ["predict", str(tmp_path / "run"), "--input", str(tmp_path / "rows.jsonl"), "--backend", backend]
-        assert main([*arguments, "--output", str(tmp_path / f"{backend}.jsonl"), "--device", "auto"]) == 0
-        answers[backend] = (tmp_path / f"{backend}.jsonl").read_bytes()
-    assert answers["torch"] == answers["integer"] == answers["reference"]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "alone"), "--to", "integer"]) == 0
+    for name, source, backend in (
+        ("torch", "run", "torch"),
+        ("engine", "run", "integer"),
+        ("without weights", "alone", "integer"),
+        ("compiled now", "run", "reference"),
+    ):
+        if name == "compiled now":
+            plan.unlink()
+        arguments = ["predict", str(tmp_path / source), "--input", str(tmp_path / "rows.jsonl"), "--backend", backend]
+        assert main([*arguments, "--output", str(tmp_path / "answers.jsonl")]) == 0
+        answers[name] = (tmp_path / "answers.jsonl").read_bytes()
+    assert len(set(answers.values())) == 1
+    assert main(["predict", str(tmp_path / "alone"), "--input", str(tmp_path / "rows.jsonl")]) == 2
     assert main(["evaluate", str(folder / "run"), f"data.valid={folder / 'valid.jsonl'}", "--backend", "integer"]) == 2
 
     report = json.loads((tmp_path / "run" / "quantization_report.json").read_text(encoding="utf-8"))["tensors"]

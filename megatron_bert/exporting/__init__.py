@@ -1,0 +1,1 @@
+"""`megatron-bert export`: a quantized model in forms that other programs run."""

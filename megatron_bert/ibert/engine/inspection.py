@@ -1,0 +1,58 @@
+"""What an integer plan is, as rows of a table."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_bert.ibert.engine.plan import Plan
+from megatron_bert.ibert.engine.plan_file import ARITHMETIC, PLAN_NAME, VERSION, is_plan, read_plan
+
+
+def plan_in(source: Path) -> Path | None:
+    """The plan that a path stands for: a plan's file, or that in a model's directory; None where there is none."""
+    path = source / PLAN_NAME if source.is_dir() else source
+    return path if path.is_file() and is_plan(path) else None
+
+
+def describe_plan(path: Path) -> str:
+    """A table of facts about a plan, which is read and checked whole.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    plan = read_plan(path)
+    settings, embeddings, size = plan.settings, plan.embeddings, path.stat().st_size
+    numbers = sum(tensor.numel() for tensor in _tensors(plan))
+    heads = [name for name in ("pooler", "classifier", "pair", "masked") if getattr(plan.heads, name) is not None]
+    rows = [
+        ("format", f"integer plan, version {VERSION}, arithmetic {ARITHMETIC}"),
+        ("task", plan.task),
+        ("norms", "after each sum" if plan.layers[0].post_norm else "before each part"),
+        ("layers", str(len(plan.layers))),
+        ("hidden size", str(plan.hidden_size)),
+        ("attention heads", str(plan.layers[0].attention.heads)),
+        ("feed-forward size", str(len(plan.layers[0].intermediate.bias))),
+        ("positions", f"{embeddings.position.shape[0]}, sequences of at most {plan.longest} tokens"),
+        ("vocabulary", f"{embeddings.word.shape[0]} words"),
+        ("heads on top", ", ".join(heads) or "none"),
+        (
+            "bits",
+            f"weights {settings.get('weight_bits')}, activations {settings.get('activation_bits')}, attention "
+            f"{settings.get('attention_bits')}, residual stream {settings.get('residual_bits')}",
+        ),
+        ("integers", f"{numbers:,} in {size:,} bytes"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([str(path), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    if isinstance(part, Tensor):
+        return [part]
+    if isinstance(part, Plan) or is_dataclass(part):
+        return [tensor for field in fields(part) for tensor in _tensors(getattr(part, field.name))]
+    return [tensor for each in part for tensor in _tensors(each)] if isinstance(part, tuple) else []
