@@ -16,7 +16,7 @@ from megatron_bert.exporting.commands import add_export_command
 from megatron_bert.finetuning.commands import add_finetuned_commands
 from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
-from megatron_bert.planning.commands import add_plan_command
+from megatron_bert.planning.commands import add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
 
 
@@ -24,6 +24,11 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from megatron_bert.config_file import load_settings
     from megatron_bert.training.pretrain import pretrain
 
+    if check_dry_run(arguments):
+        from megatron_bert.planning.dry_run_command import run_dry_run
+
+        run_dry_run(arguments)
+        return 0
     return _run(arguments, load_settings, pretrain)
 
 
@@ -106,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
         run.add_argument("config", type=Path, metavar="CONFIG.yaml")
         run.add_argument("overrides", nargs="*", metavar="section.key=value")
         run.set_defaults(func=function)
+        if name == "pretrain":
+            add_dry_run(run)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
     fill.add_argument("model", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")

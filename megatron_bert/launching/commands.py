@@ -49,6 +49,9 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("--site", type=Path, metavar="FILE", help="the cluster (default: $MEGATRON_BERT_SITE)")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="queue without a step of pretraining on simulated devices before"
+    )
     parser.set_defaults(func=_submit)
 
 

@@ -44,6 +44,10 @@ def run_submit(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(script, end="")
         return
+    check_slurm()
+    if not arguments.unchecked:
+        for note in dry_run(job):
+            print(note, file=sys.stderr)
     number = submit(job, script)
     print("\n".join(_how_to_watch(job, number)))
 
@@ -70,16 +74,40 @@ def command_line(arguments: argparse.Namespace) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def submit(job: CheckedJob, script: str) -> str:
-    """Queue the script, and keep a copy in the log directory; returns the job's number.
+def check_slurm() -> None:
+    """There must be a Slurm to submit to.
 
     Raises:
-        UserError: there is no Slurm, or it refuses the job.
+        UserError: there is none.
     """
     if shutil.which("sbatch") is None:
         raise UserError(
             "there is no sbatch here: run this where jobs are submitted from, or use --dry-run to see the script"
         )
+
+
+def dry_run(job: CheckedJob) -> list[str]:
+    """Run a step of two ranks on no device, of a pretraining job; what submitting it should say.
+
+    The files of the run may be where its nodes are and not here, so nothing is asked of them.
+
+    Raises:
+        UserError: the trainer refuses the settings.
+    """
+    if job.request.command != "pretrain":
+        return []
+    from megatron_bert.planning.dry_run_command import measure_unseen
+
+    overrides = [text.replace(TASK, "0") for text in (*job.overrides, f"training.run_dir={job.run_dir}")]
+    return measure_unseen(job.request.config, overrides, job.layout.world_size)
+
+
+def submit(job: CheckedJob, script: str) -> str:
+    """Queue the script, and keep a copy in the log directory; returns the job's number.
+
+    Raises:
+        UserError: Slurm refuses the job.
+    """
     tasks = check_array(job.request.array) if job.request.array else [0]
     folders = [Path(log_directory(job).replace(TASK, str(task))) for task in tasks]
     for folder in folders:

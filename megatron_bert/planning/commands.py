@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from parallel.errors import UserError
+
 #: Devices whose published numbers are known; see :mod:`megatron_bert.planning.devices`.
 DEVICE_NAMES = ("b200", "h200", "h100", "a100", "l40s", "v100", "cpu")
 
@@ -38,3 +40,29 @@ def _plan(arguments: argparse.Namespace) -> None:
     from megatron_bert.planning.plan_command import run_plan
 
     run_plan(arguments)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Let a command that starts a run check it instead."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the run, measure a step of some ranks, and start nothing"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="dry run: processes (default: those that are started)")
+    parser.add_argument(
+        "--rank", type=int, action="append", metavar="R", help="dry run: which ranks (default: two that take most)"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME|FILE", help="dry run: refuse a rank that does not fit; as `megatron-bert plan`"
+    )
+
+
+def check_dry_run(arguments: argparse.Namespace) -> bool:
+    """Whether a run is only to be checked.
+
+    Raises:
+        UserError: options of a dry run without one.
+    """
+    given = [name for name in ("gpus", "rank", "gpu") if getattr(arguments, name) is not None]
+    if given and not arguments.dry_run:
+        raise UserError(f"--{given[0]} is an option of --dry-run: add that, or leave it out")
+    return bool(arguments.dry_run)

@@ -275,8 +275,22 @@ class TestRefusals:
         sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
         sbatch.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        message = submit.refused(f"training.run_dir={tmp_path / 'run'}", *SIZE)
+        message = submit.refused(f"training.run_dir={tmp_path / 'run'}", *SIZE, "--unchecked")
         assert "sbatch refused the job: sbatch: error: invalid partition" in message
+
+    def test_a_dry_run_goes_before(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sbatch = tmp_path / "sbatch"
+        sbatch.write_text("#!/bin/sh\necho 7\n")
+        sbatch.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("MEGATRON_BERT_SITE", raising=False)
+        small = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=4"]
+        assert main(["submit", CONFIG, f"training.run_dir={tmp_path / 'run'}", *small, *SIZE]) == 0
+        out, err = capsys.readouterr()
+        assert "dry run: rank 0 of 16 takes" in err
+        assert "job 7:" in out
 
 
 def test_tensor_groups_across_nodes(submit: Submit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from pathlib import Path
 
-from tests.megatron_bert.planning.support import measured, settings_of
+import pytest
+import torch.distributed as dist
+import yaml
+
+from megatron_bert.cli import main
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.planning.devices import DEVICES
+from tests.megatron_bert.planning.support import CONFIGS, measured, settings_of
 
 
 def test_a_rank_of_512_runs_a_step_without_the_others() -> None:
@@ -37,7 +44,65 @@ def test_a_rank_of_512_runs_a_step_without_the_others() -> None:
 def test_a_cpu_run_takes_the_path_of_a_cpu() -> None:
     """Attention with dropout is written out there, and what fused attention never holds is held."""
     on = {
-        device: measured(settings_of(f"training.device={device}", "data.packed=false"), 0, 1)
+        device: measured(
+            settings_of(f"training.device={device}", "data.packed=false", "training.micro_batch_size=32"), 0, 1
+        )
         for device in ("cpu", "cuda")
     }
     assert on["cpu"].peak["activations"] > on["cuda"].peak["activations"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A vocabulary and a corpus."""
+    folder = tmp_path_factory.mktemp("dry")
+    words = [f"w{number}" for number in range(40)]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]), encoding="utf-8")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join("\n".join(f"w{i} w{i + 1} w{i + 2} ." for i in range(9)) for _ in range(20)))
+    report = preprocess([text], vocabulary, folder / "corpus", lowercase=True, progress=False)
+    return [f"tokenizer.path={vocabulary}", "tokenizer.lowercase=true", f"data.train={report.prefix}"]
+
+
+SMALL = [
+    "model.hidden_size=64",
+    "model.num_hidden_layers=4",
+    "model.num_attention_heads=4",
+    "data.seq_length=32",
+    "training.global_batch_size=32",
+    "training.micro_batch_size=4",
+]
+
+
+def test_the_command_checks_a_run_and_leaves_nothing(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    given = [*SMALL, *files, f"training.run_dir={run_dir}", "parallel.pipeline=2", "--dry-run", "--gpus", "4"]
+    assert main(["pretrain", str(CONFIGS / "bert_345m.yaml"), *given, "--gpu", "h100"]) == 0
+    said = capsys.readouterr().out
+    for words in ("rank 0 of 4", "rank 2 of 4", "by closed form", "send over 2 (pipeline)", "epochs", "warning:"):
+        assert words in said
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--dry-run", "--gpus", "3"], "does not divide the 3 processes"),
+        (["--dry-run", "--gpus", "4", "--rank", "4"], "--rank is 4: give 0 to 3"),
+        (["--dry-run", "--gpus", "4", "--gpu", "FILE"], "are usable"),
+        (["data.train=nowhere", "--dry-run", "--gpus", "4"], "nowhere"),
+        (["--gpus", "4"], "--gpus is an option of --dry-run"),
+    ],
+)
+def test_what_a_dry_run_refuses(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], says: str
+) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump({"device": DEVICES["cpu"].model_dump() | {"memory_gib": 0.001}}))
+    given = [str(small) if word == "FILE" else word for word in given]
+    overrides = [*SMALL, *files, f"training.run_dir={tmp_path / 'run'}", "parallel.pipeline=2"]
+    assert main(["pretrain", str(CONFIGS / "bert_345m.yaml"), *overrides, *given]) == 2
+    assert says in capsys.readouterr().err
