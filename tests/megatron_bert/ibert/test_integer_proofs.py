@@ -16,8 +16,11 @@ from megatron_bert.ibert.engine import reference
 from megatron_bert.ibert.engine.backend import Executable
 from megatron_bert.ibert.engine.backends import BACKENDS, backend_by_name
 from megatron_bert.ibert.engine.plan import Plan
+from megatron_bert.ibert.family.ranges import save_ranges
 from parallel.errors import UserError
 from tests.megatron_bert.ibert.engine_plans import WORDS, random_plan
+from tests.megatron_bert.ibert.literal_reader import Classifier
+from tests.megatron_bert.ibert.test_integer_model import quantized
 
 HEADS = ("pooler", "classifier", "pair", "masked")
 #: SHA-256 of the hidden states and of all heads' results of two fixed plans, on every machine.
@@ -133,3 +136,18 @@ def test_batches_and_kinds_of_products_change_nothing(exact, monkeypatch):
         alone = [part[first:last] for part in (tokens, positions, types)]
         found = executable.encode(*alone, torch.tensor([0, last - first], dtype=torch.int32))
         assert torch.equal(found, together[first:last])
+
+
+@pytest.mark.parametrize("name", ["MegatronBertForSequenceClassification", "IBertForSequenceClassification"])
+def test_a_literal_reader_of_a_models_files_gives_the_logits(name, tmp_path):
+    """The document and the files are enough: nothing of the package reads or computes there."""
+    model, given, expected = quantized(name)
+    model.save_pretrained(tmp_path)
+    save_ranges(model, tmp_path)
+    reader = Classifier(tmp_path)
+    for ids, mask, logits in zip(given["input_ids"], given["attention_mask"], expected.logits, strict=True):
+        with torch.no_grad():
+            alone = model(ids[mask.bool()][None]).logits[0]
+        assert reader.logits(ids[mask.bool()].numpy())[0].tolist() == (alone * 2**12).tolist()
+        if not given["token_type_ids"].any():
+            assert torch.equal(alone, logits)
