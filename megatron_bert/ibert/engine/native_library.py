@@ -21,6 +21,7 @@ SOURCES = Path(__file__).parent / "native"
 LIBRARY = "libinteger_engine.so"
 #: Where a wheel has the library it was built with.
 BUILT_WITH_WHEEL = SOURCES / "built"
+_STAMP = "sources.sha256"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 #: Instruction sets by the suffix of their macro, with the compiler's flags; those it does not know are left out.
@@ -96,6 +97,19 @@ def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
     return library
 
 
+def build_for_wheel(folder: Path) -> None:
+    """Compile the library into the package of a wheel, with a note of what it was built from.
+
+    Args:
+        folder: in the wheel; is made.
+    """
+    with tempfile.TemporaryDirectory() as building:
+        built = build(Path(building))
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(built, folder / LIBRARY)
+    (folder / _STAMP).write_text(f"{sources_hash()}\n", encoding="utf-8")
+
+
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -121,7 +135,7 @@ def library() -> Path:
     Raises:
         UserError: it is not there, and cannot be built.
     """
-    stamp = BUILT_WITH_WHEEL / "sources.sha256"
+    stamp = BUILT_WITH_WHEEL / _STAMP
     sources = sources_hash()
     if stamp.is_file() and stamp.read_text().strip() == sources and (BUILT_WITH_WHEEL / LIBRARY).is_file():
         return BUILT_WITH_WHEEL / LIBRARY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from parallel.errors import UserError
 from tests.megatron_bert.ibert.engine_plans import WORDS, random_plan
 
 TARGETS = ("plain", "avx2", "avxvnni", "avx512", "amx")
+GOLDEN = "8f08d23db6493e4c11e8cdb79b93f1eb2848f25fcd3aceb60ec52cd91c7b01c0"
 HEADS = ("pooler", "classifier", "pair", "masked")
 
 
@@ -85,6 +87,15 @@ def test_a_sequence_has_the_same_bits_in_any_batch_and_after_any_other(target):
         own = slice(int(starts[number]), int(starts[number + 1]))
         alone = engine.encode(tokens[own], positions[own], types[own], torch.tensor([0, length]))
         assert torch.equal(alone, together[own])
+
+
+def test_golden_hash_of_logits(target):
+    """Of a fixed plan, on any machine, of any release: another hash is another arithmetic."""
+    plan, inputs = random_plan(seed=7), sequences([64, 1, 30])
+    for backend in (CpuBackend(), ReferenceBackend()):
+        engine = backend.prepare(plan)
+        logits = engine.head("masked", engine.encode(*inputs))
+        assert hashlib.sha256(logits.numpy().tobytes()).hexdigest() == GOLDEN
 
 
 def test_no_floating_point_flag_is_raised(target):

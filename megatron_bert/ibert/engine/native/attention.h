@@ -41,20 +41,21 @@ static size_t scratch_bytes(int dim, int longest) { return attention_shape(dim, 
 static void pack_keys(const AttentionShape& s, const int8_t* keys, size_t stride, int count, uint8_t* scratch) {
   auto* packed = (int8_t*)scratch + s.keys_at;
   auto* starts = (int32_t*)(scratch + s.key_starts_at);
-  const int panels = int(rounded_up(count, NR) / NR);
+  const int panels = int(rounded_up(count, NR) / NR), dim = s.dim;  // stores of bytes may alias whatever is not local
   const size_t panel_bytes = size_t(NR) * s.padded_dim;
-  if (s.dim < s.padded_dim || count < panels * NR) std::memset(packed, 0, panels * panel_bytes);
+  if (dim < s.padded_dim || count < panels * NR) std::memset(packed, 0, panels * panel_bytes);
   for (int panel = 0; panel < panels; panel++) {
     for (int p = 0; p < NR; p++) {
       const int key = panel * NR + column(p);
-      int32_t& start = starts[panel * NR + p];
-      start = -(1 << 29);  // never the largest score
-      if (key >= count) continue;
+      if (key >= count) {
+        starts[panel * NR + p] = -(1 << 29);  // never the largest score
+        continue;
+      }
       const int8_t* row = keys + key * stride;
       int8_t* to = packed + panel * panel_bytes;
       int32_t sum = 0;
       int k = 0;
-      for (; k + 4 <= s.dim; k += 4) {
+      for (; k + 4 <= dim; k += 4) {
         int32_t group;
         std::memcpy(&group, row + k, 4);
         if constexpr (sizeof(QueryPart) == 2) {
@@ -65,10 +66,10 @@ static void pack_keys(const AttentionShape& s, const int8_t* keys, size_t stride
           std::memcpy(to + AttentionProducts::place(k, p), &group, 4);
         }
       }
-      for (; k < s.dim; k++) to[AttentionProducts::place(k, p)] = row[k];
+      for (; k < dim; k++) to[AttentionProducts::place(k, p)] = row[k];
       if (AttentionProducts::ZERO)
-        for (k = 0; k < s.dim; k++) sum += row[k];
-      start = -AttentionProducts::ZERO * sum;
+        for (k = 0; k < dim; k++) sum += row[k];
+      starts[panel * NR + p] = -AttentionProducts::ZERO * sum;
     }
   }
 }
@@ -79,10 +80,11 @@ static void pack_values(const AttentionShape& s, const int8_t* values, size_t st
   auto* packed = (int8_t*)scratch + s.values_at;
   const size_t panel_bytes = size_t(NR) * padded;
   if (count < padded || s.dim % NR) std::memset(packed, 0, panel_bytes * s.value_panels);
+  const int dim = s.dim, value_panels = s.value_panels;
   int key = 0;
 #if defined(TARGET_AVX512) || defined(TARGET_AMX) || defined(TARGET_AVXVNNI)
   // Four keys by sixteen columns at a time: bytes of a column together.
-  const int whole = s.dim / 16 * 16;
+  const int whole = dim / 16 * 16;
   for (; key + 4 <= count; key += 4) {
     const int8_t* row = values + key * stride;
     for (int d = 0; d < whole; d += 16) {
@@ -99,20 +101,50 @@ static void pack_values(const AttentionShape& s, const int8_t* values, size_t st
         _mm_storeu_si128((__m128i*)(to + AttentionProducts::place(key, p)), out[i]);
       }
     }
-    for (int d = whole; d < s.dim; d++)
+    for (int d = whole; d < dim; d++)
       for (int i = 0; i < 4; i++) {
         const int natural = d % NR, p = (natural / 8) * 4 + natural / 4 % 2 * (NR / 2) + natural % 4;
         packed[d / NR * panel_bytes + AttentionProducts::place(key + i, p)] = row[i * stride + d];
       }
   }
+#elif defined(TARGET_AVX2) || defined(TARGET_AVX2_SEVEN)
+  // Two keys by sixteen columns, which is a panel.
+  if (dim % NR == 0)
+    for (; key + 2 <= count; key += 2) {
+      const int8_t* row = values + key * stride;
+      for (int panel = 0; panel < value_panels; panel++) {
+        const __m128i a = _mm_loadu_si128((const __m128i*)(row + panel * NR));
+        const __m128i b = _mm_loadu_si128((const __m128i*)(row + stride + panel * NR));
+        const __m128i lo = _mm_unpacklo_epi8(a, b), hi = _mm_unpackhi_epi8(a, b);
+        int8_t* to = packed + panel * panel_bytes + AttentionProducts::place(key, 0);
+        _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi64(lo, hi));
+        _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi64(lo, hi));
+      }
+    }
 #endif
   for (; key < count; key++)
-    for (int panel = 0; panel < s.value_panels; panel++)
+    for (int panel = 0; panel < value_panels; panel++)
       for (int p = 0; p < NR; p++) {
         const int d = panel * NR + column(p);
-        if (d < s.dim)
+        if (d < dim)
           packed[panel * panel_bytes + AttentionProducts::place(key, p)] = values[key * stride + d];
       }
+}
+
+// A query as products read it: with what is added to signed integers, or in 16 bits.
+static inline void take_query(const int8_t* query, int dim, QueryPart* to) {
+  int k = 0;
+  if constexpr (sizeof(QueryPart) == 1) {
+    for (; k + 8 <= dim; k += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, query + k, 8);
+      if (AttentionProducts::ZERO) eight ^= 0x8080808080808080u;  // adds 128 to each
+      std::memcpy(to + k, &eight, 8);
+    }
+  } else {
+    for (; k + NR <= dim; k += NR) S::store(to + k, S::load_s8(query + k));
+  }
+  for (; k < dim; k++) to[k] = QueryPart(query[k] + AttentionProducts::ZERO);
 }
 
 // A row of scores to numerators; returns their sum.
@@ -177,7 +209,8 @@ struct AttentionJob {
     const AttentionShape& s = *shape;
     const int sequence = u / heads, head = u % heads;
     const int first = starts[sequence], count = starts[sequence + 1] - first;
-    const int8_t* queries = qkv + first * qkv_stride + head * s.dim;
+    const int dim = s.dim;
+    const int8_t* queries = qkv + first * qkv_stride + head * dim;
     const int padded = int(rounded_up(count, K_STEP)), key_panels = (count + NR - 1) / NR;
     pack_keys(s, queries + attended, qkv_stride, count, memory);
     pack_values(s, queries + 2 * attended, qkv_stride, count, padded, memory);
@@ -195,9 +228,7 @@ struct AttentionJob {
     for (int row = 0; row < count; row += s.query_block) {
       const int rows = count - row < s.query_block ? count - row : s.query_block;
       for (int r = 0; r < rows; r++)
-        for (int k = 0; k < s.dim; k++)
-          own_queries[r * s.padded_dim + k] =
-              QueryPart(queries[(row + r) * qkv_stride + k] + AttentionProducts::ZERO);
+        take_query(queries + (row + r) * qkv_stride, dim, own_queries + r * s.padded_dim);
       const size_t ld = size_t(key_panels) * NR;
       for (int panel = 0; panel < key_panels; panel++)
         for (int r = 0; r < rows; r += MR)

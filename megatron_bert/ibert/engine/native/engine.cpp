@@ -16,10 +16,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace ibert {
@@ -110,7 +111,8 @@ const Target* chosen_target() {
   throw std::runtime_error("MEGATRON_BERT_CPU_TARGET is '" + std::string(wanted) + "', but this processor runs " + names);
 }
 
-// Memory that begins at a multiple of 64 bytes, zeroed; it only grows.
+// Memory that begins at a multiple of 64 bytes, zeroed; it only grows. Large blocks have large pages where Linux gives them:
+// a pass reads every weight once, and with pages of 4 KB looking up addresses costs as much as the memory.
 class Block {
  public:
   ~Block() { std::free(at_); }
@@ -120,22 +122,28 @@ class Block {
     if (bytes > size_) {
       std::free(at_);
       size_ = 0;
-      at_ = static_cast<uint8_t*>(std::aligned_alloc(64, rounded_up(bytes, 64)));
+      const size_t page = bytes >= LARGE_PAGE ? LARGE_PAGE : 64, whole = rounded_up(bytes, page);
+      at_ = static_cast<uint8_t*>(std::aligned_alloc(page, whole));
       if (!at_) throw std::bad_alloc();
+#if defined(__linux__)
+      if (page == LARGE_PAGE) madvise(at_, whole, MADV_HUGEPAGE);
+#endif
       size_ = bytes;
-      std::memset(at_, 0, rounded_up(bytes, 64));
+      std::memset(at_, 0, whole);
     }
     return at_;
   }
   uint8_t* data() const { return at_; }
 
  private:
+  static constexpr size_t LARGE_PAGE = size_t(1) << 21;
   uint8_t* at_ = nullptr;
   size_t size_ = 0;
 };
 
 struct PackedLayer {
-  Block matrices[4], norms[2];
+  uint8_t* matrices[4];
+  Block norms[2];
 };
 
 // rs and sat16 of one value.
@@ -169,13 +177,22 @@ class Engine {
 #if defined(HAVE_AVX2_SEVEN)
     if (target_ == &target_avx2 && seven_bits()) target_ = &target_avx2_seven;
 #endif
+    size_t room = 0;
+    for (const Layer& l : plan_.layers)
+      for (const Matrix* m : {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output})
+        room += rounded_up(target_->packed_bytes(*m), 64);
+    uint8_t* next = weights_.of(room);
     for (const Layer& l : plan_.layers) {
       layers_.emplace_back(new PackedLayer);
       PackedLayer& p = *layers_.back();
       const Matrix* matrices[4] = {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output};
       const Rescale* rescales[4] = {&l.query_key_value_rescale, &l.attention_output_rescale, &l.intermediate_rescale,
                                     &l.output_rescale};
-      for (int i = 0; i < 4; i++) pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point : target_->zero, p.matrices[i]);
+      for (int i = 0; i < 4; i++) {
+        p.matrices[i] = next;
+        target_->pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point : target_->zero, next);
+        next += rounded_up(target_->packed_bytes(*matrices[i]), 64);
+      }
       pack(l.attention_norm, p.norms[0]);
       pack(l.mlp_norm, p.norms[1]);
       widest_ = std::max(widest_, l.intermediate.rows);
@@ -250,7 +267,7 @@ class Engine {
     for (size_t i = 0; i < layers_.size(); i++) {
       const PackedLayer& p = *layers_[i];
       const Packed* matrices[4];
-      for (int j = 0; j < 4; j++) matrices[j] = (const Packed*)p.matrices[j].data();
+      for (int j = 0; j < 4; j++) matrices[j] = (const Packed*)p.matrices[j];
       const PackedNorm* norms[2] = {(const PackedNorm*)p.norms[0].data(), (const PackedNorm*)p.norms[1].data()};
       target_->layer(&pool_, plan_.layers[i], matrices, norms, sizes, starts, b);
     }
@@ -304,7 +321,7 @@ class Engine {
   Threads pool_;
   Plan plan_;
   std::vector<std::unique_ptr<PackedLayer>> layers_;
-  Block final_norm_, embedding_norm_, pooler_, classifier_, pair_, masked_dense_, masked_norm_, decoder_;
+  Block weights_, final_norm_, embedding_norm_, pooler_, classifier_, pair_, masked_dense_, masked_norm_, decoder_;
   Block decoder_shift_, decoder_multiplier_, classifier_wide_[2], pair_wide_[2];
   Block word_, word_shift_, word_multiplier_, position_, token_type_;
   Block stream_, narrow_, qkv_, wide_, scratch_, head_stream_, head_narrow_;

@@ -107,12 +107,17 @@ struct MultiplyJob {
     const int end_row = first_row + row_block < rows ? first_row + row_block : rows;
     const int end_panel = first_panel + panel_block < h.panels ? first_panel + panel_block : h.panels;
     alignas(64) int32_t sums[Products::MR * NR];
+    // A panel has NR lines for 64 of the inner dimension; the tiles above each other fetch the next one in turn.
+    const int tiles = (end_row - first_row + Products::MR - 1) / Products::MR, lines = (NR + tiles - 1) / tiles;
+    const size_t panel_bytes = size_t(NR) * h.padded_depth;
     for (int panel = first_panel; panel < end_panel; panel++) {
       const PanelConstants& c = constants(matrix, panel);
       const int8_t* weights = panel_weights(matrix, panel);
-      for (int row = first_row; row < end_row; row += Products::MR) {
+      // Prefetching beyond the last panel is harmless.
+      Ahead ahead = {weights + panel_bytes, lines};
+      for (int row = first_row; row < end_row; row += Products::MR, ahead.at += size_t(lines) * h.padded_depth) {
         const int count = end_row - row < Products::MR ? end_row - row : Products::MR;
-        Products::tile(in + row * stride, stride, count, weights, h.padded_depth, c.start, sums, NR);
+        Products::tile(in + row * stride, stride, count, weights, h.padded_depth, c.start, sums, NR, ahead);
         for (int r = 0; r < count; r++) {
           if constexpr (RAW)
             (*finish)(panel, row + r, sums + r * NR);

@@ -15,6 +15,18 @@ static inline int column(int p) {
 // Inner dimensions are padded with zero weights to a multiple of this, whatever the instruction set.
 static constexpr int K_STEP = 64;
 
+// Weights that are needed next, fetched from memory while others are multiplied: so many lines of 64 bytes for each 64 of
+// the inner dimension.
+struct Ahead {
+  const int8_t* at = nullptr;
+  int lines = 0;
+#if !defined(TARGET_PLAIN)
+  inline void fetch() {
+    for (int i = 0; i < lines; i++, at += 64) _mm_prefetch((const char*)at, _MM_HINT_T1);
+  }
+#endif
+};
+
 // Weights in groups of G successive k: [K / G][NR][G].
 template <int G>
 static inline size_t grouped(int k, int p) {
@@ -27,7 +39,8 @@ struct Products {
   static constexpr int MR = 4, ZERO = 128;
   static size_t place(int k, int p) { return grouped<4>(k, p); }
   static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                   size_t ldc) {
+                   size_t ldc, Ahead ahead = {}) {
+    (void)ahead;
     for (int r = 0; r < rows; r++) {
       uint32_t sums[NR];  // which may wrap on the way to a result that does not
       std::memcpy(sums, start, sizeof sums);
@@ -44,11 +57,12 @@ using AttentionProducts = Products;
 #if defined(TARGET_AVX2) || defined(TARGET_AVX2_SEVEN) || defined(TARGET_AVXVNNI)
 template <class F, int R>
 static inline void rows256(const typename F::Activation* a, size_t lda, const int8_t* b, int depth,
-                           const int32_t* start, int32_t* c, size_t ldc) {
+                           const int32_t* start, int32_t* c, size_t ldc, Ahead ahead) {
   __m256i sums[R][2];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < 2; j++) sums[r][j] = _mm256_loadu_si256((const __m256i*)(start + 8 * j));
   for (int k = 0; k < depth; k += F::G, b += F::G * NR) {
+    if (k % K_STEP == 0) ahead.fetch();
     __m256i b0 = F::weights(b), b1 = F::weights(b + F::G * 8);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
@@ -68,14 +82,14 @@ struct Products256 : F {
   static constexpr int MR = 6;
   static size_t place(int k, int p) { return grouped<F::G>(k, p); }
   static void tile(const typename F::Activation* a, size_t lda, int rows, const int8_t* b, int depth,
-                   const int32_t* start, int32_t* c, size_t ldc) {
+                   const int32_t* start, int32_t* c, size_t ldc, Ahead ahead = {}) {
     switch (rows) {
-      case 6: return rows256<F, 6>(a, lda, b, depth, start, c, ldc);
-      case 5: return rows256<F, 5>(a, lda, b, depth, start, c, ldc);
-      case 4: return rows256<F, 4>(a, lda, b, depth, start, c, ldc);
-      case 3: return rows256<F, 3>(a, lda, b, depth, start, c, ldc);
-      case 2: return rows256<F, 2>(a, lda, b, depth, start, c, ldc);
-      default: return rows256<F, 1>(a, lda, b, depth, start, c, ldc);
+      case 6: return rows256<F, 6>(a, lda, b, depth, start, c, ldc, ahead);
+      case 5: return rows256<F, 5>(a, lda, b, depth, start, c, ldc, ahead);
+      case 4: return rows256<F, 4>(a, lda, b, depth, start, c, ldc, ahead);
+      case 3: return rows256<F, 3>(a, lda, b, depth, start, c, ldc, ahead);
+      case 2: return rows256<F, 2>(a, lda, b, depth, start, c, ldc, ahead);
+      default: return rows256<F, 1>(a, lda, b, depth, start, c, ldc, ahead);
     }
   }
 };
@@ -119,21 +133,24 @@ using AttentionProducts = Products;
 #if defined(TARGET_AVX512) || defined(TARGET_AMX)
 template <int R>
 static inline void rows512(const uint8_t* a, size_t lda, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                           size_t ldc) {
+                           size_t ldc, Ahead ahead) {
   __m512i sums[R][2];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < 2; j++) sums[r][j] = _mm512_loadu_si512(start + 16 * j);
-  for (int k = 0; k < depth; k += 4, b += 128) {
-    __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
-    _mm_prefetch((const char*)(b + 1024), _MM_HINT_T0);
-    _mm_prefetch((const char*)(b + 1088), _MM_HINT_T0);
+  for (int k = 0; k < depth;) {
+    ahead.fetch();
+    for (const int end = k + K_STEP; k < end; k += 4, b += 128) {
+      __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
+      _mm_prefetch((const char*)(b + 1024), _MM_HINT_T0);
+      _mm_prefetch((const char*)(b + 1088), _MM_HINT_T0);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      int32_t group;
-      std::memcpy(&group, a + r * lda + k, 4);
-      __m512i x = _mm512_set1_epi32(group);
-      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], x, b0);
-      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, b1);
+      for (int r = 0; r < R; r++) {
+        int32_t group;
+        std::memcpy(&group, a + r * lda + k, 4);
+        __m512i x = _mm512_set1_epi32(group);
+        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], x, b0);
+        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, b1);
+      }
     }
   }
   for (int r = 0; r < R; r++)
@@ -146,20 +163,20 @@ struct Products {
   static constexpr int MR = 12, ZERO = 128;
   static size_t place(int k, int p) { return grouped<4>(k, p); }
   static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                   size_t ldc) {
+                   size_t ldc, Ahead ahead = {}) {
     switch (rows) {
-      case 12: return rows512<12>(a, lda, b, depth, start, c, ldc);
-      case 11: return rows512<11>(a, lda, b, depth, start, c, ldc);
-      case 10: return rows512<10>(a, lda, b, depth, start, c, ldc);
-      case 9: return rows512<9>(a, lda, b, depth, start, c, ldc);
-      case 8: return rows512<8>(a, lda, b, depth, start, c, ldc);
-      case 7: return rows512<7>(a, lda, b, depth, start, c, ldc);
-      case 6: return rows512<6>(a, lda, b, depth, start, c, ldc);
-      case 5: return rows512<5>(a, lda, b, depth, start, c, ldc);
-      case 4: return rows512<4>(a, lda, b, depth, start, c, ldc);
-      case 3: return rows512<3>(a, lda, b, depth, start, c, ldc);
-      case 2: return rows512<2>(a, lda, b, depth, start, c, ldc);
-      default: return rows512<1>(a, lda, b, depth, start, c, ldc);
+      case 12: return rows512<12>(a, lda, b, depth, start, c, ldc, ahead);
+      case 11: return rows512<11>(a, lda, b, depth, start, c, ldc, ahead);
+      case 10: return rows512<10>(a, lda, b, depth, start, c, ldc, ahead);
+      case 9: return rows512<9>(a, lda, b, depth, start, c, ldc, ahead);
+      case 8: return rows512<8>(a, lda, b, depth, start, c, ldc, ahead);
+      case 7: return rows512<7>(a, lda, b, depth, start, c, ldc, ahead);
+      case 6: return rows512<6>(a, lda, b, depth, start, c, ldc, ahead);
+      case 5: return rows512<5>(a, lda, b, depth, start, c, ldc, ahead);
+      case 4: return rows512<4>(a, lda, b, depth, start, c, ldc, ahead);
+      case 3: return rows512<3>(a, lda, b, depth, start, c, ldc, ahead);
+      case 2: return rows512<2>(a, lda, b, depth, start, c, ldc, ahead);
+      default: return rows512<1>(a, lda, b, depth, start, c, ldc, ahead);
     }
   }
 };
@@ -175,7 +192,7 @@ struct Products {
     return size_t(k / 64) * 2048 + (p / 16) * 1024 + (k % 64) / 4 * 64 + (p % 16) * 4 + k % 4;
   }
   static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                   size_t ldc) {
+                   size_t ldc, Ahead ahead = {}) {
     // A stride of 0 gives every row of a tile the same start.
     _tile_loadd(0, start, 0);
     _tile_loadd(1, start + 16, 0);
@@ -184,6 +201,7 @@ struct Products {
       _tile_loadd(2, start, 0);
       _tile_loadd(3, start + 16, 0);
       for (int k = 0; k < depth; k += 64, b += 2048) {
+        ahead.fetch();
         _tile_loadd(4, a + k, lda);
         _tile_loadd(6, b, 64);
         _tile_dpbusd(0, 4, 6);
@@ -197,6 +215,7 @@ struct Products {
       _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
     } else {
       for (int k = 0; k < depth; k += 64, b += 2048) {
+        ahead.fetch();
         _tile_loadd(4, a + k, lda);
         _tile_loadd(6, b, 64);
         _tile_dpbusd(0, 4, 6);
