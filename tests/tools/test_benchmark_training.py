@@ -1,0 +1,55 @@
+"""The benchmark of training times the real trainer's step and transformers' in turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.process_group import World
+from tools import benchmark_training
+from tools.benchmark_throughput import make_batch
+from tools.benchmark_training import SIZES, Size, main, their_inputs
+
+
+def test_results(tmp_path: Path) -> None:
+    kinds = ["ours", "transformers", "transformers' Trainer"]
+    options = [part for kind in kinds for part in ("--kind", kind)]
+    output = tmp_path / "results.json"
+    assert main(["--size", "tiny", *options, "--warmup", "1", "--steps", "2", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    (found,) = report["sizes"]
+    assert found["failures"] == {}
+    assert found["together"]
+    tokens = 4 * 2 * 64
+    for kind in kinds:
+        times = found["kinds"][kind]["step_seconds"]
+        assert 0 < times["min"] <= times["median"] <= times["max"]
+        assert found["kinds"][kind]["tokens_per_second"] == tokens / times["median"]
+    assert "times_as_long_as_ours" not in found["kinds"]["ours"]
+    assert found["kinds"]["transformers"]["times_as_long_as_ours"]["median"] > 0
+
+
+def test_the_three_sizes_are_those_of_the_configurations() -> None:
+    shapes = {name: (size.layers, size.hidden, size.heads) for name, size in SIZES.items()}
+    assert shapes["345m"] == (24, 1024, 16)
+    assert shapes["1.3b"] == (24, 2048, 32)
+    assert shapes["3.9b"] == (48, 2560, 40)
+
+
+def test_models_too_large_to_be_held_together_take_turns() -> None:
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    options = benchmark_training.argparse.Namespace(device="cpu", dtype="float32", dropout=0.1, attention_dropout=0.1)
+    assert benchmark_training._fit_together(SIZES["tiny"], options, 5, world)
+    assert not benchmark_training._fit_together(Size(200, 8192, 64, 512, 1, 1), options, 5, world)
+
+
+def test_both_train_on_the_same_words() -> None:
+    batch = make_batch(MegatronBertConfig(vocab_size=100), 3, 16)
+    given = their_inputs(batch, "cpu")
+    assert given["input_ids"].shape == (3, 16)
+    masked = given["labels"].flatten() >= 0
+    assert masked.nonzero().flatten().tolist() == sorted(batch.slots.tolist())
+    assert torch.equal(given["labels"].flatten()[batch.slots], batch.slot_labels)

@@ -1,0 +1,366 @@
+"""A whole training step of this project's trainer beside transformers' class, alternating in one run.
+
+The same model sizes, batch, number format, clipping and fused AdamW; sequences of full length, so that nobody has
+padding to skip. The kinds take turns, and ratios are taken turn by turn: a machine whose speed drifts favors none.
+
+    python -m tools.benchmark_training --size tiny
+    python -m tools.benchmark_training --size 345m --size 1.3b --size 3.9b --device cuda --dtype bfloat16 --seconds 420
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from megatron_bert.config import Settings
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.ending import command
+from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.flops import parameter_count, peak_tflops, training_flops
+from megatron_bert.training.pretraining import Pretraining
+from megatron_bert.training.trainer import Trainer
+from parallel.cross_entropy import IGNORED
+from parallel.mesh import ParallelMesh
+from parallel.process_group import World, process_group
+from parallel.whole_files import write_json
+from tools.benchmark_throughput import make_batch
+from tools.peers import transformers
+from tools.timing import machine_name
+
+VOCABULARY = 30522
+
+
+class Size(NamedTuple):
+    """A model and the batch that it is measured with."""
+
+    layers: int
+    hidden: int
+    heads: int
+    length: int
+    micro_batch: int
+    micro_batches: int
+
+
+SIZES = {
+    "tiny": Size(2, 64, 4, 64, 4, 2),
+    "small": Size(4, 256, 4, 128, 8, 2),
+    "345m": Size(24, 1024, 16, 512, 32, 2),
+    "1.3b": Size(24, 2048, 32, 512, 16, 2),
+    "3.9b": Size(48, 2560, 40, 512, 8, 2),
+}
+KINDS = ("ours", "ours, compiled", "transformers", "transformers, compiled", "transformers' Trainer")
+
+Step = Callable[[], Any]
+
+
+def settings_of(size: Size, options: argparse.Namespace, run_dir: Path, *, compiled: bool) -> Settings:
+    """Of a pretraining run on one rank."""
+    return Settings.model_validate(
+        {
+            "model": {
+                "hidden_size": size.hidden,
+                "num_hidden_layers": size.layers,
+                "num_attention_heads": size.heads,
+                "max_position_embeddings": size.length,
+                "attention_probs_dropout_prob": options.attention_dropout,
+                "hidden_dropout_prob": options.dropout,
+            },
+            "tokenizer": {"path": "unused"},
+            "data": {"train": [{"prefix": "unused"}], "seq_length": size.length, "split": "1,0,0"},
+            "parallel": {"data": 1},
+            "precision": {"compute": options.dtype},
+            "training": {
+                "run_dir": run_dir,
+                "steps": 1_000_000,
+                "global_batch_size": size.micro_batch * size.micro_batches,
+                "micro_batch_size": size.micro_batch,
+                "compile": compiled,
+                "device": options.device,
+            },
+        }
+    )
+
+
+@contextmanager
+def our_step(size: Size, options: argparse.Namespace, world: World, *, compiled: bool) -> Iterator[Step]:
+    """One step of the trainer: gradients of all micro batches, norm, clipping, optimizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(size, options, Path(folder), compiled=compiled)
+        tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=VOCABULARY, pad_id=0, fingerprint=""))
+        mesh = ParallelMesh(settings.layout(1), world.device)
+        trainer = Trainer(settings, Pretraining(settings, tokenizer), mesh, world, None)
+        batch = make_batch(trainer.config, size.micro_batch, size.length).to(world.device)
+        yield lambda: trainer.train_step([batch] * size.micro_batches)
+        trainer.close()
+
+
+def their_model(size: Size, options: argparse.Namespace) -> torch.nn.Module:
+    """Transformers' model of the same sizes."""
+    config = transformers.MegatronBertConfig(
+        vocab_size=-(-VOCABULARY // 128) * 128,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
+        max_position_embeddings=size.length,
+        layer_norm_eps=1e-5,
+        hidden_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=options.attention_dropout,
+    )
+    return cast(torch.nn.Module, transformers.MegatronBertForPreTraining(config)).to(options.device)
+
+
+def their_inputs(batch: MicroBatch, device: str) -> dict[str, Tensor]:
+    """A micro batch as the arguments of transformers' model."""
+    rows, length = batch.layout.batch, batch.layout.length
+    labels = torch.full((rows * length,), IGNORED)
+    labels[batch.slots] = batch.slot_labels
+    given = {
+        "input_ids": batch.tokens.view(rows, length),
+        "token_type_ids": batch.types.view(rows, length),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        "labels": labels.view(rows, length),
+        "next_sentence_label": batch.pair_labels,
+    }
+    return {name: tensor.to(device) for name, tensor in given.items()}
+
+
+@contextmanager
+def their_step(size: Size, options: argparse.Namespace, batch: MicroBatch, *, compiled: bool) -> Iterator[Step]:
+    """The same step of transformers' model, in a loop as its examples have it."""
+    model = their_model(size, options).train()
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    inputs, device = their_inputs(batch, options.device), torch.device(options.device)
+    dtype = getattr(torch, options.dtype)
+
+    def step() -> None:
+        for _ in range(size.micro_batches):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = run(**inputs).loss / size.micro_batches
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    yield step
+
+
+@contextmanager
+def trainer_step(size: Size, options: argparse.Namespace, batch: MicroBatch) -> Iterator[Step]:
+    """Steps of transformers' Trainer: one call trains for one, by pausing its loop in a generator."""
+    given = {name: tensor.cpu() for name, tensor in their_inputs(batch, "cpu").items()}
+    rows = [{name: tensor[row] for name, tensor in given.items()} for row in range(size.micro_batch)]
+
+    class Endless(torch.utils.data.Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return size.micro_batch * size.micro_batches
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return rows[index % size.micro_batch]
+
+    model = their_model(size, options)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            per_device_train_batch_size=size.micro_batch,
+            gradient_accumulation_steps=size.micro_batches,
+            max_steps=1,
+            bf16=options.dtype == "bfloat16",
+            use_cpu=options.device == "cpu",
+            optim="adamw_torch_fused",
+            weight_decay=0.01,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=Endless())
+        trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        # Its own step and loop; what it does once before the first step is not counted.
+        trainer.train()
+        accelerator, prepared, optimizer = trainer.accelerator, trainer.model_wrapped, trainer.optimizer
+        batches = [{n: t.to(arguments.device) for n, t in given.items()} for _ in range(size.micro_batches)]
+
+        def step() -> None:
+            prepared.train()
+            trainer.current_gradient_accumulation_steps = size.micro_batches
+            for number, one in enumerate(batches):
+                accelerator.gradient_state._set_sync_gradients(number + 1 == len(batches))
+                trainer.training_step(prepared, dict(one))
+            accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+            optimizer.step()
+            prepared.zero_grad()
+
+        yield step
+
+
+def opened(kind: str, size: Size, options: argparse.Namespace, world: World) -> Any:
+    """What measures a kind of step."""
+    compiled = kind.endswith("compiled")
+    if kind.startswith("ours"):
+        return our_step(size, options, world, compiled=compiled)
+    from megatron_bert.model.configuration import MegatronBertConfig
+
+    batch = make_batch(MegatronBertConfig(vocab_size=VOCABULARY), size.micro_batch, size.length)
+    if kind == "transformers' Trainer":
+        return trainer_step(size, options, batch)
+    return their_step(size, options, batch, compiled=compiled)
+
+
+def measure(name: str, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
+    """Let the kinds take turns for so many seconds.
+
+    Step by step where all models fit in memory together; else one model after the other, each for a few steps.
+    """
+    size, kinds = SIZES[name], list(options.kind or KINDS)
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    peaks: dict[str, int | None] = dict.fromkeys(kinds)
+    failures: dict[str, str] = {}
+    deadline = time.perf_counter() + seconds
+    with ExitStack() as stack:
+        steps: dict[str, Step] = {}
+        together = _fit_together(size, options, len(kinds), world)
+        for kind in kinds:
+            _clear(world)
+            try:
+                steps[kind] = stack.enter_context(opened(kind, size, options, world))
+                for _ in range(options.warmup):
+                    steps[kind]()
+                if not together:
+                    times[kind] = [_timed(steps[kind], world) for _ in range(options.steps)]
+            except (RuntimeError, ImportError) as error:  # out of memory, or a package is missing
+                failures[kind] = (str(error) or type(error).__name__).splitlines()[0]
+                steps.pop(kind, None)
+            if world.device.type == "cuda":
+                peaks[kind] = torch.cuda.max_memory_allocated()
+            if not together:
+                steps.clear()
+                stack.close()
+        for _ in range(options.steps if together else 0):
+            for kind, step in steps.items():
+                times[kind].append(_timed(step, world))
+            if time.perf_counter() > deadline:
+                break
+    found = {kind: seconds for kind, seconds in times.items() if seconds}
+    for kind, measured in found.items():
+        print(f"{name:6s}{kind:26s}{statistics.median(measured) * 1000:10.1f} ms", flush=True)
+    summary = _summary(size, options, found, peaks, world)
+    return {"size": name, **size._asdict(), "together": together, "failures": failures, "kinds": summary}
+
+
+def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: World) -> bool:
+    """Whether all models fit in half of the memory: 18 bytes a parameter, and as much for activations."""
+    config = settings_of(size, options, Path("unused"), compiled=False).model_config_for(VOCABULARY, 0)
+    if world.device.type == "cuda":
+        room = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 36 * parameter_count(config) * kinds < room / 2
+
+
+def _timed(step: Step, world: World) -> float:
+    began = time.perf_counter()
+    step()
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _clear(world: World) -> None:
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _summary(
+    size: Size,
+    options: argparse.Namespace,
+    times: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    world: World,
+) -> dict[str, Any]:
+    """Tokens a second, MFU and peak memory of each kind, and how many times as fast as each other one ours is."""
+    settings = settings_of(size, options, Path("unused"), compiled=False)
+    config = settings.model_config_for(VOCABULARY, 0)
+    sequences = size.micro_batch * size.micro_batches
+    tokens = sequences * size.length
+    masked = round(0.15 * size.length) * sequences
+    flops = training_flops(config, tokens, tokens * size.length, masked, sequences)
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    peak = peak_tflops(device, options.dtype)
+    medians = {kind: statistics.median(found) for kind, found in times.items()}
+    ours = min((kind for kind in medians if kind.startswith("ours")), key=medians.__getitem__, default=None)
+    summary: dict[str, Any] = {"parameters": parameter_count(config)}
+    for kind, found in times.items():
+        middle = medians[kind]
+        summary[kind] = {
+            "step_seconds": {"min": min(found), "median": middle, "max": max(found)},
+            "tokens_per_second": tokens / middle,
+            "mfu": None if peak is None else flops / middle / (peak * 1e12),
+            "peak_bytes": peaks[kind],
+        }
+        if ours is not None and not kind.startswith("ours"):
+            ratios = sorted(b / a for a, b in zip(times[ours], found))
+            summary[kind]["times_as_long_as_ours"] = {
+                "min": ratios[0],
+                "median": statistics.median(ratios),
+                "max": ratios[-1],
+            }
+    return summary
+
+
+@command("benchmark_training")
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", action="append", choices=SIZES, help="repeatable; small by default")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="repeatable; all by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the hidden states")
+    parser.add_argument("--attention-dropout", type=float, default=0.1, help="of the attention probabilities")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each kind that are not counted")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each kind that are counted")
+    parser.add_argument("--seconds", type=float, default=420.0, help="for all sizes, but for what opening takes")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    sizes = options.size or ["small"]
+    with process_group(options.device) as world:
+        report = {
+            "command": "python -m tools.benchmark_training " + " ".join(arguments or sys.argv[1:]),
+            "machine": machine_name(world.device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "dtype": options.dtype,
+            "dropout": options.dropout,
+            "attention_dropout": options.attention_dropout,
+            "threads": torch.get_num_threads(),
+            "sizes": [measure(name, options, world, options.seconds / len(sizes)) for name in sizes],
+        }
+    print(json.dumps(report, indent=2))
+    if options.output is not None:
+        write_json(options.output, report)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
