@@ -49,7 +49,9 @@ def run(folder: Path, run_dir: Path, **changes: Any) -> list[dict[str, Any]]:
     return rows(run_dir)
 
 
-def test_scores_stand_side_by_side_and_the_model_is_saved(folder: Path, tmp_path: Path) -> None:
+def test_scores_stand_side_by_side_and_the_model_is_saved(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     run(folder, tmp_path / "run")
     results, float_results = read_results(tmp_path / "run"), read_results(folder / "run")
     assert results is not None
@@ -92,6 +94,13 @@ def test_scores_stand_side_by_side_and_the_model_is_saved(folder: Path, tmp_path
     assert main(["predict", str(tmp_path / "alone"), "--input", str(tmp_path / "rows.jsonl")]) == 2
     assert main(["evaluate", str(folder / "run"), f"data.valid={folder / 'valid.jsonl'}", "--backend", "integer"]) == 2
 
+    # Nothing drops the quantization without a note.
+    for source in ("run", "run/model"):
+        for command in (["inspect"], ["convert", str(tmp_path / "converted"), "--to", "huggingface", "--dry-run"]):
+            capsys.readouterr()
+            assert main([*command[:1], str(tmp_path / source), *command[1:]]) == 0
+            assert "quantized model" in capsys.readouterr().out
+
     report = json.loads((tmp_path / "run" / "quantization_report.json").read_text(encoding="utf-8"))["tensors"]
     assert {row["name"] for row in report} <= {f"{name}" for name, _ in quantizers(saved.model)}
     assert len(report) > 30
@@ -102,6 +111,7 @@ def test_scores_stand_side_by_side_and_the_model_is_saved(folder: Path, tmp_path
 
     float_model = megatron_bert.MegatronBertForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert float_model(torch.tensor([[2, 7, 3]])).logits.shape == (1, 3), "its weights serve in floating point too"
+    assert "is a quantized model, loaded in floating point without its quantization.json" in caplog.text
 
 
 def test_every_layout_takes_the_steps_of_one_process(folder: Path, tmp_path: Path) -> None:
