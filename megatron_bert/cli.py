@@ -16,7 +16,7 @@ from megatron_bert.exporting.commands import add_export_command
 from megatron_bert.finetuning.commands import add_finetuned_commands
 from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
-from megatron_bert.planning.commands import add_dry_run, add_plan_command, check_dry_run
+from megatron_bert.planning.commands import add_bench_command, add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
 
 
@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_schedule_command(commands)
     add_plan_command(commands)
+    add_bench_command(commands)
     add_finetuned_commands(commands)
     add_convert_commands(commands)
     commands.choices["inspect"].set_defaults(func=_inspect)  # which knows of integer plans too

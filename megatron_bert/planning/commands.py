@@ -36,6 +36,26 @@ def add_plan_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     parser.set_defaults(func=_plan)
 
 
+def add_bench_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand to the command line's parser."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure this machine for `plan`",
+        description="Measure matrix products, attention, memory, the optimizer and the link between ranks of this "
+        "machine, and write them as a file that `megatron-bert plan --gpu` and `--network` read.",
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that measure at once (default: 1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write")
+    parser.set_defaults(func=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from megatron_bert.planning.bench import run_bench
+
+    run_bench(arguments)
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from megatron_bert.planning.plan_command import run_plan
 

@@ -37,7 +37,10 @@ class Device(Section):
     peak_tflops: dict[str, float] = Field(min_length=1, description="Dense matrix products, by format.")
     product_share: float = Field(0.85, gt=0, le=1, description="Of the peak, that large matrix products reach.")
     product_size: float = Field(64, ge=0, description="Rows or columns of a product at which half of that is reached.")
-    attention_share: float = Field(0.2, gt=0, le=1, description="Of the peak, that attention reaches.")
+    attention_share: float = Field(0.24, gt=0, le=1, description="Of the peak, that attention reaches.")
+    attention_dropout_share: float | None = Field(
+        None, gt=0, le=1, description="The same with dropout; five sixths of it where unset."
+    )
     memory_gb_per_second: float = Field(gt=0, description="Of reading and writing.")
     memory_share: float = Field(0.8, gt=0, le=1, description="Of that, that elementwise operators reach.")
     optimizer_gb_per_second: float | None = Field(

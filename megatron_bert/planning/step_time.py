@@ -56,9 +56,12 @@ class Machine:
             share *= size / (size + device.product_size)
         return 2 * rows * columns * inner / (device.peak_tflops[compute] * 1e12 * share)
 
-    def attention(self, flops: float, compute: str) -> float:
+    def attention(self, flops: float, compute: str, dropout: bool) -> float:
         """Seconds of attention."""
-        return flops / (self.device.peak_tflops[compute] * 1e12 * self.device.attention_share)
+        share = self.device.attention_share
+        if dropout:
+            share = self.device.attention_dropout_share or share * 5 / 6
+        return flops / (self.device.peak_tflops[compute] * 1e12 * share)
 
     def moving(self, size: float) -> float:
         """Seconds of elementwise operators that read and write so many bytes."""
@@ -89,7 +92,7 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
     forward = sum(machine.product(tokens, out, into, compute) for out, into in shapes)
     backward = sum(machine.product(tokens, into, out, compute) for out, into in shapes)
     weights = [machine.product(out, into, tokens, compute) for out, into in shapes]
-    scores = machine.attention(4 * tokens * workload.length * inner, compute)
+    scores = machine.attention(4 * tokens * workload.length * inner, compute, config.attention_probs_dropout_prob > 0)
     # Norms, dropout and sums on the stream of features; the activation; fusing compilers save about a third.
     drops = config.hidden_dropout_prob > 0
     waste = 1.0 if workload.compiled else 1.5

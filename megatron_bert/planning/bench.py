@@ -1,0 +1,277 @@
+"""``megatron-bert bench``: what the machine at hand can do, as the file that `megatron-bert plan` reads.
+
+Every rank measures at the same time as the others, as they compute in a run: processes of one host share its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.attention import SelfAttention
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.planning.devices import GIB, Device, Link
+from parallel.dropout import keyed_dropout
+from parallel.errors import UserError
+from parallel.mesh import SINGLE
+from parallel.process_group import process_group
+from parallel.sharding import initialize
+from parallel.whole_files import reporting, write_text
+
+#: Rows of the products and tokens of the layers that are measured, on a processor and on a GPU.
+_ROWS = {"cpu": 512, "cuda": 8192}
+_WIDTHS = {"cpu": (64, 128, 256, 512, 1024), "cuda": (256, 512, 1024, 2048, 4096)}
+_LENGTH, _HEAD = 128, 64
+#: Moved by the elementwise operators of a layer without a compiler: see `step_time.layer_times`.
+_WASTE = 1.5
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """Run the subcommand.
+
+    Raises:
+        UserError: a number or a file that cannot be, or a device that is not there.
+    """
+    if arguments.ranks < 1:
+        raise UserError(f"--ranks is {arguments.ranks}: give 1 or more")
+    output: Path | None = arguments.output
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output {output} cannot be written: name a file in a folder that exists")
+    device, link = bench(arguments.ranks, arguments.device)
+    text = yaml.safe_dump({"device": device.model_dump(), "link": link.model_dump()}, sort_keys=False)
+    print(text, end="")
+    if output is not None:
+        with reporting("written", output, "give --output another file"):
+            write_text(output, text)
+
+
+def bench(ranks: int, device: str = "auto") -> tuple[Device, Link]:
+    """Measure a device and the link between ranks of this host.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if ranks == 1:
+        found = _measure(device)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = torch.multiprocessing.get_context("spawn")
+        queue: Any = context.SimpleQueue()
+        torch.multiprocessing.spawn(_rank, (ranks, port, device, queue), nprocs=ranks)
+        found = queue.get()
+    return Device.model_validate(found), Link.model_validate(found["link"])
+
+
+def _rank(rank: int, ranks: int, port: int, device: str, queue: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
+    )
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    found = _measure(device)
+    if rank == 0:
+        queue.put(found)
+
+
+def _measure(name: str) -> dict[str, Any]:
+    with process_group(name) as world:
+        device = world.device
+        formats = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
+        products = {compute: _products(device, getattr(torch, compute)) for compute in formats}
+        half = "bfloat16" if device.type == "cuda" else "float32"
+        plain, dropped = (_attention(device, getattr(torch, half), chance) for chance in (0.0, 0.1))
+        peak = products[half][0]
+        moved = _moving(device, getattr(torch, half))
+        link = _link(device)
+        return {
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "source": "measured",
+            "note": f"megatron-bert bench --ranks {world.size}, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads a rank",
+            "memory_gib": _memory(device) / world.size if device.type == "cpu" else _memory(device),
+            "peak_tflops": {compute: found[0] for compute, found in products.items()},
+            "product_share": 1.0,
+            "product_size": products[half][1],
+            "attention_share": min(1.0, plain / peak),
+            "attention_dropout_share": min(1.0, dropped / peak),
+            "memory_gb_per_second": moved,
+            "memory_share": 1.0,
+            "optimizer_gb_per_second": _optimizer(device),
+            "launch_microseconds": _launch(device),
+            "asynchronous": device.type == "cuda",
+            "devices_per_node": world.size,
+            "link": link,
+        }
+
+
+#: Seconds for which something is measured, and how often at least and at most; messages as often on every rank.
+_LEAST_SECONDS, _LEAST_TIMES, _MOST_TIMES, _MESSAGES = 0.15, 3, 200, 10
+
+
+def _seconds(work: Callable[[], object], device: torch.device, times: int | None = None) -> float:
+    """Median seconds of some work, which all ranks do at once.
+
+    Args:
+        work: what is timed.
+        device: that does it.
+        times: how often; None for as long as it takes to know.
+    """
+    work()
+    _settle(device)
+    dist.barrier()
+    found: list[float] = []
+    began = time.perf_counter()
+    while times is not None or len(found) < _LEAST_TIMES or time.perf_counter() - began < _LEAST_SECONDS:
+        start = time.perf_counter()
+        work()
+        _settle(device)
+        found.append(time.perf_counter() - start)
+        if len(found) == (times or _MOST_TIMES):
+            break
+    return statistics.median(found)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """TFLOP/s of large products, and the size of rows or columns at which half of that is reached."""
+    rows, rates = _ROWS[device.type], {}
+    for width in _WIDTHS[device.type]:
+        a, b = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, width), (width, width)))
+        rates[width] = 2 * rows * width * width / _seconds(partial(F.linear, a, b), device) / 1e12
+    best = (float("inf"), 0.0, 0.0)
+    for half in range(0, 257, 2):
+        shares = {w: (w / (w + half)) ** 2 * rows / (rows + half) for w in rates}
+        peak = statistics.geometric_mean(rate / shares[w] for w, rate in rates.items())
+        error = sum((rate / (peak * shares[w]) - 1) ** 2 for w, rate in rates.items())
+        best = min(best, (error, peak, float(half)))
+    return best[1], best[2]
+
+
+def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> float:
+    """TFLOP/s of attention itself, forward and backward: of a module, without its products."""
+    tokens, heads = _ROWS[device.type], 4
+    hidden = heads * _HEAD
+    config = MegatronBertConfig(
+        vocab_size=128,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        attention_probs_dropout_prob=dropout,
+    )
+    module = SelfAttention(config, tp=SINGLE, device=device)
+    initialize(module, 1)
+    module = module.to(dtype)
+    layout = SequenceLayout.packed(torch.full((tokens // _LENGTH,), _LENGTH), _LENGTH).to(device)
+    keys = torch.arange(tokens, device=device) if dropout else None
+    qkv = torch.randn(tokens, 3 * hidden, device=device, dtype=dtype)
+
+    class Given(nn.Module):
+        """In place of the product that makes query, key and value."""
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    module.query_key_value = Given()  # type: ignore[assignment]
+    module.output = Given()  # type: ignore[assignment]
+
+    def work() -> None:
+        given = qkv.detach().requires_grad_()
+        out = module(given, layout, keys)
+        assert isinstance(out, Tensor)
+        out.backward(out.detach())
+
+    return 14 * tokens * _LENGTH * hidden / _seconds(work, device) / 1e12
+
+
+def _moving(device: torch.device, dtype: torch.dtype) -> float:
+    """GB/s of the elementwise operators of a layer, forward and backward."""
+    tokens = _ROWS[device.type]
+    hidden = 256 if device.type == "cpu" else 1024
+    number = torch.empty(0, dtype=dtype).element_size()
+    weight, bias = (torch.ones(hidden, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    stream = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    wide = torch.randn(tokens, 4 * hidden, device=device, dtype=dtype)
+    keys = torch.arange(tokens, device=device)
+
+    def work() -> None:
+        x, y = stream.detach().requires_grad_(), wide.detach().requires_grad_()
+        for _ in range(2):
+            x = x + keyed_dropout(F.layer_norm(x, (hidden,), weight, bias), 0.1, keys)
+        torch.autograd.backward([x, ACTIVATIONS["gelu"](y)], [stream, wide])
+
+    forward = hidden * (10 * number + 2) + 4 * hidden * 2 * number
+    backward = hidden * (16 * number + 2) + 4 * hidden * 3 * number
+    return _WASTE * tokens * (forward + backward) / _seconds(work, device) / 1e9
+
+
+def _optimizer(device: torch.device) -> float:
+    """GB/s of the fused update."""
+    count = 2**22 if device.type == "cpu" else 2**26
+    parameter = nn.Parameter(torch.zeros(count, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    adam = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
+    return 36 * count / _seconds(lambda: (adam.step(), torch.linalg.vector_norm(parameter.grad)), device) / 1e9
+
+
+def _launch(device: torch.device) -> float:
+    """Microseconds of the host for an operator and its backward pass."""
+    small = torch.ones(8, device=device, requires_grad=True)
+
+    def work() -> None:
+        x = small
+        for _ in range(100):
+            x = x + 1.0
+        x.sum().backward()
+
+    return max(_seconds(work, device) / 200 * 1e6, 0.5)
+
+
+def _link(device: torch.device) -> dict[str, float]:
+    """Of a ring of all ranks of this host."""
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}
+    size = 2**22 if device.type == "cpu" else 2**26
+    small, large = (torch.ones(count, device=device) for count in (16, size))
+    latency = _seconds(lambda: dist.all_reduce(small), device, _MESSAGES)
+    seconds = max(_seconds(lambda: dist.all_reduce(large), device, _MESSAGES) - latency, 1e-9)
+    return {
+        "gigabytes_per_second": 2 * (ranks - 1) / ranks * 4 * size / seconds / 1e9,
+        "latency_microseconds": latency * 1e6,
+    }
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _processor() -> str:
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "a processor"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "a processor")

@@ -1,0 +1,142 @@
+"""Predicted step times beside measured ones, of small runs on this machine's processor.
+
+Each world is calibrated (`megatron-bert bench --ranks N`), its steps are predicted, and then trained.
+
+    python -m tools.benchmark_planning --output benchmarks/planning_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bert.config import Settings
+from megatron_bert.config_file import load_settings
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.ending import command
+from megatron_bert.planning.bench import bench
+from megatron_bert.planning.memory import layout_of
+from megatron_bert.planning.search import predict
+from megatron_bert.planning.step_time import Machine
+from megatron_bert.planning.workload import workload_of
+from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
+from megatron_bert.training.pretrain import pretrain
+from parallel.whole_files import write_text
+from tools.timing import machine_name
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert_345m.yaml"
+#: Ranks, and settings of their layouts.
+WORLDS: dict[int, list[list[str]]] = {
+    1: [["parallel.tensor=1"]],
+    2: [["parallel.tensor=1"], ["parallel.tensor=2"], ["parallel.pipeline=2"]],
+    4: [["parallel.tensor=2", "parallel.sequence=true"], ["parallel.tensor=1"]],
+}
+SIZES = [
+    "model.hidden_size=256",
+    "model.num_hidden_layers=4",
+    "model.num_attention_heads=4",
+    "model.max_position_embeddings=128",
+    "data.seq_length=128",
+    "data.workers=0",
+    "data.split=1,0,0",
+    "data.pair_objective=none",
+    "data.short_sequence_probability=0.0",
+    "precision.compute=float32",
+    "training.compile=false",
+    "training.device=cpu",
+    "training.global_batch_size=16",
+    "training.micro_batch_size=4",
+    "logging.every=1",
+    "logging.tensorboard=false",
+    "checkpoint.every=0",
+]
+
+
+def make_corpus(folder: Path) -> list[str]:
+    """Overrides that name a corpus of made-up documents, long enough to fill samples."""
+    words = [f"w{number}" for number in range(2000)]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]), encoding="utf-8")
+    sentences = [" ".join(words[(i * k) % len(words)] for k in range(1, 13)) + " ." for i in range(1, 1000)]
+    text = folder / "text.txt"
+    documents = ["\n".join(sentences[(7 * d + s) % len(sentences)] for s in range(60)) for d in range(40)]
+    text.write_text("\n\n".join(documents), encoding="utf-8")
+    report = preprocess([text], vocabulary, folder / "corpus", lowercase=True, progress=False)
+    return [f"tokenizer.path={vocabulary}", "tokenizer.lowercase=true", f"data.train={report.prefix}"]
+
+
+def _train(rank: int, ranks: int, port: int, overrides: list[str]) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
+    )
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    pretrain(load_settings(CONFIG, overrides))
+
+
+def measured_seconds(overrides: list[str], ranks: int, folder: Path) -> float:
+    """Median seconds of a step, the first ones left out."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_train, (ranks, port, [*overrides, f"training.run_dir={folder}"]), nprocs=ranks)
+    rows = [row["step_seconds"] for row in read_metrics(folder / METRICS_FILE) if "step_seconds" in row]
+    return statistics.median(rows[2:])
+
+
+def compare(ranks: int, steps: int) -> list[dict[str, Any]]:
+    """Predictions and measurements of the layouts of a number of ranks."""
+    machine = Machine(*bench(ranks, "cpu"))
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = make_corpus(folder)
+        for number, chosen in enumerate(WORLDS[ranks]):
+            overrides = [*SIZES, *corpus, *chosen, f"training.steps={steps}", "learning_rate.warmup_steps=1"]
+            settings: Settings = load_settings(CONFIG, overrides)
+            work = workload_of(settings, settings.model_config_for(2006, 0), steps, settings.data.seq_length)
+            predicted = predict(work, layout_of(settings, ranks), machine).time.seconds
+            measured = measured_seconds(overrides, ranks, folder / str(number))
+            rows.append(
+                {
+                    "ranks": ranks,
+                    "settings": chosen,
+                    "predicted_seconds": predicted,
+                    "measured_seconds": measured,
+                    "error": predicted / measured - 1,
+                }
+            )
+    return rows
+
+
+@command("benchmark_planning")
+def main() -> None:
+    """Predict, measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": machine_name(torch.device("cpu")),
+        "torch": torch.__version__,
+        "worlds": [row for ranks in arguments.ranks for row in compare(ranks, arguments.steps)],
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output is not None:
+        write_text(arguments.output, text + "\n")
+
+
+if __name__ == "__main__":
+    main()
