@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -87,6 +88,11 @@ class _Chunk(NamedTuple):
     skipped_bad: int
 
 
+def corpus_prefix(output_prefix: str | os.PathLike[str], json_key: str, *, split_sentences: bool) -> str:
+    """Prefix of the corpus that `preprocess` writes."""
+    return f"{os.fspath(output_prefix)}_{json_key}_{'sentence' if split_sentences else 'document'}"
+
+
 def preprocess(
     inputs: Sequence[str | os.PathLike[str]],
     tokenizer_path: str | os.PathLike[str],
@@ -142,7 +148,7 @@ def preprocess(
     rows = InputRows(inputs, json_key, part)
     tokenizer = load_tokenizer(tokenizer_path, lowercase=lowercase)
     job = _Job(os.fspath(tokenizer_path), lowercase, json_key, used, append_eod, language, on_bad_row)
-    prefix = f"{os.fspath(output_prefix)}_{json_key}_{'sentence' if split_sentences else 'document'}"
+    prefix = corpus_prefix(output_prefix, json_key, split_sentences=split_sentences)
     if part is not None:
         prefix = part_prefix(prefix, part)
     documents = sentences = tokens = skipped_empty = skipped_bad = 0
@@ -252,7 +258,7 @@ def _tokenize(rows: list[Row], job: _Job, tokenizer: Tokenizer) -> _Chunk:
                 document[-1].append(tokenizer.sep_id)
             kept += document
             document_sizes.append(len(document))
-    tokens = np.array([token for sentence in kept for token in sentence], dtype=best_dtype(tokenizer.vocab_size))
+    tokens = np.fromiter(chain.from_iterable(kept), dtype=best_dtype(tokenizer.vocab_size))
     sizes = np.array([len(sentence) for sentence in kept], dtype=np.int32)
     sentences_of = np.array(document_sizes, dtype=np.int64)
     return _Chunk(

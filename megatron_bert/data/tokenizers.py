@@ -32,6 +32,7 @@ from megatron_bert.data.vocabularies import (
     read_vocabulary,
     wordpiece,
 )
+from megatron_bert.data.word_cache import WordCache, splits_at_spaces
 from parallel.errors import UserError
 from parallel.whole_files import write_bytes, write_text
 
@@ -166,9 +167,13 @@ class JsonTokenizer(Tokenizer):
         decisive = [description["normalizer"], description["pre_tokenizer"], description["model"], text_tokens]
         fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         super().__init__(source, pieces, special, _continuation(source, description), fingerprint)
+        self._words = WordCache(self._encode_whole) if splits_at_spaces(backend) else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, without special tokens."""
+        return self._encode_whole(texts) if self._words is None else self._words(texts)
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Sequence[tuple[int, int]]]]:
