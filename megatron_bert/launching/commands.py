@@ -17,10 +17,10 @@ _REFUSED, _REPEATED = 3, 4
 
 def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("submit", help="submit a run to Slurm", description=_SUBMIT)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="settings; for preprocess its own options, after --")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="processes a node, a GPU each")
+    parser.add_argument("--nodes", type=int, metavar="N", help="needed for all but preprocess")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="processes a node, a GPU each; needed too")
     parser.add_argument("--time", required=True, metavar="T", help="time limit: minutes, HH:MM:SS or D-HH:MM:SS")
     parser.add_argument(
         "--min-nodes", type=int, metavar="N", help="start on fewer nodes, down to N, when no more are free or left"
@@ -28,14 +28,17 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--command",
         dest="subcommand",
-        choices=("pretrain", "finetune", "quantize"),
+        choices=("pretrain", "finetune", "quantize", "preprocess"),
         default="pretrain",
         help="what to run on the nodes (default: pretrain)",
+    )
+    parser.add_argument("--parts", type=int, metavar="N", help="preprocess: parts of the corpus, a node each")
+    parser.add_argument(
+        "--cpus-per-part", type=int, metavar="C", help="preprocess: cores a part (default: whole nodes)"
     )
     parser.add_argument(
         "--style",
         choices=("torchrun", "srun"),
-        default="torchrun",
         help="a torchrun on each node, or each process a task of srun (default: torchrun)",
     )
     parser.add_argument("--name", help="of the job (default: the run directory's)")
@@ -56,6 +59,11 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _submit(arguments: argparse.Namespace) -> None:
+    if arguments.subcommand == "preprocess":
+        from megatron_bert.launching.corpus_parts import run_submit_parts
+
+        run_submit_parts(arguments)
+        return
     from megatron_bert.launching.submit import run_submit
 
     run_submit(arguments)

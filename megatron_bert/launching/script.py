@@ -25,7 +25,7 @@ def render(job: CheckedJob, site: SiteSettings, command_line: str) -> str:
         f"#!/usr/bin/env bash\n# {command_line}",
         "\n".join(f"#SBATCH {option}" for option in sbatch_options(job, site)),
         "\n".join(_values(job, site)),
-        "\n".join(_surroundings(site)),
+        "\n".join(surroundings(site)),
         "# ---- from here on the same for every job ----\n" + job_body().rstrip("\n"),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -76,17 +76,17 @@ def sbatch_options(job: CheckedJob, site: SiteSettings) -> list[str]:
         f"--signal=B:USR1@{site.stop_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={_pattern(log_directory(job), request.array is not None)}/slurm-{number}.out",
+        f"--output={name_pattern(log_directory(job), request.array is not None)}/slurm-{number}.out",
     ]
-    return [_option(option) for option in options] + site.options
+    return [option_line(option) for option in options] + site.options
 
 
-def _option(option: str) -> str:
+def option_line(option: str) -> str:
     """An option as sbatch reads it from a script: one word, in quotes where white space or a comment would end it."""
     return option if re.fullmatch(r"[^\s\"'\\#]+", option) else '"' + re.sub(r'([\\"])', r"\\\1", option) + '"'
 
 
-def _pattern(path: str, array: bool) -> str:
+def name_pattern(path: str, array: bool) -> str:
     """A path in a file name of sbatch, where a percent sign begins a pattern."""
     return path.replace("%", "%%").replace(f"%{TASK}", TASK if array else f"%{TASK}")
 
@@ -98,35 +98,35 @@ def job_name(run_dir: str) -> str:
 
 def _values(job: CheckedJob, site: SiteSettings) -> list[str]:
     request = job.request
-    container, srun_options = _container(site.container)
+    container, srun_options = container_words(site.container)
     after = "0 # the next task of the array goes on" if request.is_chain else "1"
     return [
         f"COMMAND={request.command}",
-        f"CONFIG={_quoted(str(request.config))}",
-        f"RUN_DIR={_quoted(job.run_dir)}",
-        _array("OVERRIDES", job.overrides),
+        f"CONFIG={quoted(str(request.config))}",
+        f"RUN_DIR={quoted(job.run_dir)}",
+        bash_array("OVERRIDES", job.overrides),
         f"STYLE={request.style}",
         f"NODE_COUNTS=({' '.join(str(count) for count in job.node_counts)})",
         f"GPUS_PER_NODE={request.gpus_per_node}",
         f"MAX_RESTARTS={site.max_restarts}",
         f"REQUEUE={after}",
-        f"PYTHON={_quoted(site.python)}",
-        _array("CONTAINER", container),
-        _array("SRUN_OPTIONS", [*site.srun_options, *srun_options]),
+        f"PYTHON={quoted(site.python)}",
+        bash_array("CONTAINER", container),
+        bash_array("SRUN_OPTIONS", [*site.srun_options, *srun_options]),
     ]
 
 
-def _surroundings(site: SiteSettings) -> list[str]:
+def surroundings(site: SiteSettings) -> list[str]:
     """Modules, set-up and environment."""
-    lines = [f"module load {_quoted(name)}" for name in site.modules] + site.setup
+    lines = [f"module load {quoted(name)}" for name in site.modules] + site.setup
     variables = dict(site.environment)
     if site.network_interface is not None:
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
             variables.setdefault(name, site.network_interface)
-    return lines + [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    return lines + [f"export {name}={quoted(value)}" for name, value in variables.items()]
 
 
-def _container(container: ContainerSettings | None) -> tuple[list[str], list[str]]:
+def container_words(container: ContainerSettings | None) -> tuple[list[str], list[str]]:
     """What stands before the interpreter, and options of srun."""
     if container is None:
         return [], []
@@ -137,11 +137,12 @@ def _container(container: ContainerSettings | None) -> tuple[list[str], list[str
     return ["apptainer", "exec", "--nv", *(["--bind", mounts] if mounts else []), container.image], []
 
 
-def _array(name: str, values: list[str]) -> str:
-    return f"{name}=({' '.join(_quoted(value) for value in values)})"
+def bash_array(name: str, values: list[str]) -> str:
+    """An array of bash."""
+    return f"{name}=({' '.join(quoted(value) for value in values)})"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A word of bash; :data:`TASK` becomes the number of the array task."""
     parts = [shlex.quote(part) if part else "" for part in text.split(TASK)]
     return _TASK_VARIABLE.join(parts) if text else "''"

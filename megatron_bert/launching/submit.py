@@ -21,10 +21,17 @@ def run_submit(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the request does not fit, or Slurm refuses it.
     """
+    for name in ("nodes", "gpus_per_node"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing: say how many")
+    for name in ("parts", "cpus_per_part"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --command preprocess, not {arguments.subcommand}")
+    arguments.style = arguments.style or "torchrun"
     site = load_site(arguments.site)
     request = JobRequest(
         command=arguments.subcommand,
-        config=arguments.config,
+        config=Path(arguments.config),
         overrides=arguments.overrides,
         nodes=arguments.nodes,
         min_nodes=arguments.min_nodes if arguments.min_nodes is not None else arguments.nodes,
@@ -112,13 +119,22 @@ def submit(job: CheckedJob, script: str) -> str:
     folders = [Path(log_directory(job).replace(TASK, str(task))) for task in tasks]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)  # Slurm would not, and the job would leave no output
-    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
-    number = done.stdout.strip().split(";")[0]
+    number = queue(script)
     for folder in folders:
         (folder / f"job-{number}.sbatch").write_text(script, encoding="utf-8")
     return number
+
+
+def queue(script: str) -> str:
+    """Hand a script to Slurm; returns the job's number.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]
 
 
 def _how_to_watch(job: CheckedJob, number: str) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -251,7 +252,32 @@ def without_submit(session: Session) -> Any:
     return [*session.until_ended(said.strip()), {"doctor": report}]
 
 
-SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, refusal, documented_scripts, without_submit)
+def corpus(session: Session) -> Any:
+    """A corpus in four parts, one of which is killed on the way and started again, and the job that merges them."""
+    folder = session.folder / "corpus"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "."]))
+    lines = [json.dumps({"text": f"The cat {number}. The cat! " * 40}) + "\n" for number in range(8000)]
+    (folder / "text.jsonl").write_text("".join(lines))
+    given = ["--input", "text.jsonl", "--tokenizer", "vocab.txt", "--output-prefix"]
+    job = ["--command", "preprocess", "--parts", "4", "--cpus-per-part", "1", "--time", "10"]
+    words = [*job, "--site", str(session.site("corpus")), "--", *given, "out/apart", "--workers", "1"]
+    said = session.command("submit", *words, cwd=folder)
+    match = re.match(r"job (\d+): .*; job (\d+) merges", said)
+    assert match is not None, said
+    parts, merging = match.groups()
+    killed = random.randint(1, 4)
+    place = folder / "out"
+    session.until(
+        lambda: any(path.stat().st_size for path in place.glob(f"*part-0000{killed}*.bin*.tmp")), "a part on its way"
+    )
+    session.call("scontrol", "requeue", f"{parts}_{killed}")
+    ended = session.until_ended(merging) + session.until_ended(parts)
+    session.command("preprocess", *given, "out/whole", "--workers", "1", cwd=folder)
+    return ended
+
+
+SCENARIOS = (time_limit, preemption, lost_node, arrays, failure, refusal, corpus, documented_scripts, without_submit)
 
 
 def undisturbed(settings: Settings, port: int) -> None:

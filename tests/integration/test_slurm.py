@@ -169,3 +169,13 @@ def test_documented_scripts_are_accepted(results: dict[str, Any], name: str) -> 
     code, said = results["documented_scripts"][name]
     assert code == 0, said
     assert f"using {DOCUMENTED[name] * CORES} processors" in said  # whole nodes
+
+
+def test_a_corpus_in_parts(folder: Path, results: dict[str, Any]) -> None:
+    for job in results["corpus"]:
+        assert_completed(job)
+    assert sum(int(job["Restarts"]) for job in results["corpus"]) == 1, "of the part that was killed"
+    place = folder / "corpus" / "out"
+    for suffix in (".bin", ".idx", ".json"):
+        parts, whole = (place / f"{name}_text_sentence{suffix}" for name in ("apart", "whole"))
+        assert parts.read_bytes() == whole.read_bytes()
