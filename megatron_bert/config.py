@@ -351,6 +351,12 @@ class LoggingSettings(Section):
         "stage for viewers, and tables of the time by part of the model, in `profile`. A few steps are enough.",
     )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        default_factory=list,
+        description="Further places for metrics: wandb (Weights & Biases; offline with WANDB_MODE=offline) and mlflow "
+        "(MLFLOW_TRACKING_URI, or files in the run directory). Their libraries are installed separately.",
+    )
+    project: str = Field("megatron-bert", description="Project (wandb) or experiment (mlflow) that the run belongs to.")
     progress: bool | None = Field(None, description="Show a progress bar; on a terminal only when unset.")
     peak_tflops: float | None = Field(
         None,

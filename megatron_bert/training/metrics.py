@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from megatron_bert.config import LoggingSettings
 from megatron_bert.training.heartbeat import Heartbeat
 from megatron_bert.training.metrics_file import METRICS_FILE, MetricsFile
+from megatron_bert.training.trackers import open_trackers
 from parallel.checkpoint_writer import SavedCheckpoint
 from parallel.whole_files import reason_of, reporting
 
@@ -63,6 +65,7 @@ class Report:
                     with suppress(OSError):
                         path.unlink()
             self.board = EventFile(run_dir / "tensorboard", start + 1)
+        self.trackers = open_trackers(list(settings.trackers), run_dir, settings.project)
         show = sys.stderr.isatty() if settings.progress is None else settings.progress
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not show, dynamic_ncols=True)
         self.heartbeat = Heartbeat(run_dir, steps)
@@ -88,6 +91,8 @@ class Report:
             if file is not None:
                 with suppress(OSError):
                     file.close()
+        for name, tracker in self.trackers.items():
+            self._track(name, partial(tracker.close, kind is not None))
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -183,17 +188,32 @@ class Report:
     def _write(self, row: dict[str, Any], prefix: str) -> None:
         self.file.add(row)
         self.attempt(METRICS_FILE, "its rows wait until it can be", self._write_rows)
+        values = {
+            f"{prefix}/{name.removeprefix(f'{prefix}_')}": value
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
+        for name, tracker in self.trackers.items():
+            self._track(name, partial(tracker.add, int(row["step"]), values))
         if self.board is not None:
-            values = {
-                f"{prefix}/{name.removeprefix(f'{prefix}_')}": value
-                for name, value in row.items()
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value)
-            }
             self.attempt(
                 "TensorBoard's events",
                 f"there are none of the steps until it can be; {METRICS_FILE} has all of them",
                 lambda: self.board.add(row["step"], values),
             )
+
+    def _track(self, name: str, work: Callable[[], object]) -> None:
+        """Hand something to a tracker; what it raises is a warning, once until it is over."""
+
+        def reported() -> None:
+            try:
+                work()
+            except OSError:
+                raise
+            except Exception as error:  # of a library, which may raise anything
+                raise OSError(0, " ".join(str(error).split()) or type(error).__name__) from error
+
+        self.attempt(f"what {name} is to get", f"{METRICS_FILE} has all of it", reported)
 
     def _write_rows(self) -> None:
         if self.file.flush():
