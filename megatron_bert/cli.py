@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_bert import __version__
 from megatron_bert.convert.commands import add_convert_commands, run_inspect
-from megatron_bert.data.commands import add_data_commands
+from megatron_bert.data.commands import add_corpus_inspection, add_data_commands
 from megatron_bert.ending import Ending
 from megatron_bert.exporting.commands import add_export_command
 from megatron_bert.finetuning.commands import add_finetuned_commands
@@ -18,6 +19,8 @@ from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.commands import add_bench_command, add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
+from megatron_bert.shipped import copy_shipped, purpose, shipped_configs, shipped_scripts
+from parallel.errors import UserError
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -94,21 +97,47 @@ def _config_schema(arguments: argparse.Namespace) -> None:
     print(json.dumps(kinds[arguments.of].model_json_schema(), indent=2))
 
 
+def _shipped(known: Callable[[], dict[str, Path]], arguments: argparse.Namespace) -> None:
+    files = known()
+    if arguments.output is not None:
+        for path in copy_shipped(files, arguments.names, arguments.output):
+            print(path)
+        return
+    unknown = [name for name in arguments.names if name not in files]
+    if unknown:
+        raise UserError(f"{unknown[0]} is not among what comes with megatron-bert: {', '.join(files)}")
+    if arguments.names:  # for $(megatron-bert scripts torchrun.sh)
+        print("\n".join(str(files[name]) for name in arguments.names))
+        return
+    width = max(map(len, files))
+    print("\n".join(f"{name:<{width}}  {purpose(path)}".rstrip() for name, path in files.items()))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands."""
     parser = argparse.ArgumentParser(
         prog="megatron-bert", description="Pretrain BERT encoders with Megatron parallelism."
     )
+    parser.add_argument("--version", action="version", version=f"megatron-bert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add_data_commands(commands)
+    for name, help_text, known in (
+        ("configs", "list or copy the settings files that come with megatron-bert", shipped_configs),
+        ("scripts", "list or copy scripts and definitions of images to start runs with", shipped_scripts),
+    ):
+        shipped = commands.add_parser(name, help=help_text)
+        shipped.add_argument("names", nargs="*", metavar="NAME", help="of the files (default: all)")
+        shipped.add_argument("--output", type=Path, metavar="DIR", help="copy them there")
+        shipped.set_defaults(func=partial(_shipped, known))
+
     for name, help_text, function in (
         ("pretrain", "pretrain an encoder (alone, or under torchrun)", _pretrain),
         ("finetune", "train an encoder for a task (alone, or under torchrun)", _finetune),
         ("quantize", "make a fine-tuned encoder compute in integers, and train it so", _quantize),
     ):
         run = commands.add_parser(name, help=help_text)
-        run.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        run.add_argument("config", type=Path, metavar="CONFIG", help="a settings file, or a name of `configs`")
         run.add_argument("overrides", nargs="*", metavar="section.key=value")
         run.set_defaults(func=function)
         if name == "pretrain":
@@ -127,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert_commands(commands)
     commands.choices["inspect"].set_defaults(func=_inspect)  # which knows of integer plans too
     add_export_command(commands)
+    add_corpus_inspection(commands)
     add_launch_commands(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_bert.config import Settings, WeightedPrefix
+from megatron_bert.shipped import find_config
 from parallel.errors import UserError
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -78,17 +79,19 @@ def read_tree(path: Path, overrides: list[str], *, as_written: bool = False) -> 
     """Read a YAML file and apply ``section.key=value`` overrides, whose values are YAML too.
 
     Args:
-        path: of the file.
+        path: of the file, or the name of one that comes with the package.
         overrides: in order.
         as_written: take values of the file as text, for names that YAML would take for numbers or truth values.
 
     Raises:
         UserError: the file cannot be read, or an override is none.
     """
+    path = find_config(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the settings file {path}: {error.strerror}") from None
+        names = "" if path.suffix in (".yaml", ".yml") else "; `megatron-bert configs` lists those that come with it"
+        raise UserError(f"cannot read the settings file {path}: {error.strerror}{names}") from None
     except UnicodeDecodeError:
         raise UserError(f"the settings file {path} is not text in UTF-8: save it as such") from None
     try:

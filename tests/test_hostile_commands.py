@@ -259,7 +259,7 @@ READING: dict[str, list[tuple[str, tuple[Poison, ...], Command]]] = {
 }
 #: Those that read no weights.
 OTHERS = {
-    *("train-tokenizer", "preprocess", "merge", "schedule", "config-schema"),
+    *("train-tokenizer", "preprocess", "merge", "schedule", "config-schema", "configs", "scripts"),
     *("submit", "failures", "doctor"),
 }
 CASES = [

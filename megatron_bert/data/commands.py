@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from parallel.errors import UserError
 
 # Written out, so that the command line starts without loading the libraries.
 INPUT_HELP = (
@@ -40,6 +44,55 @@ def add_data_commands(commands: Any) -> None:
     )
     merge.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the joined corpus")
     merge.set_defaults(func=_merge)
+
+
+def add_corpus_inspection(commands: Any) -> None:
+    """Let `inspect`, which is there already, take corpora too."""
+    parser = commands.choices["inspect"]
+    group = parser.add_argument_group("corpora", "for SRC the prefix of a corpus, or its .idx file")
+    group.add_argument("--sample", type=int, metavar="N", help="print N training samples with their masks")
+    group.add_argument("--png", type=Path, metavar="FILE", help="draw histograms of the lengths")
+    group.add_argument("--seq-length", type=int, metavar="N", help="tokens a sample (default: 512)")
+    group.add_argument("--pair-objective", choices=("sop", "nsp", "none"), help="of samples (default: sop)")
+    group.add_argument("--tokenizer", type=Path, metavar="PATH", help="that the corpus was made with, to see its text")
+    parser.set_defaults(func=partial(_inspect, parser.get_default("func")))
+
+
+def _inspect(of_checkpoint: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> Any:
+    from megatron_bert.data.corpus_report import is_corpus
+
+    if is_corpus(str(arguments.source)):
+        _inspect_corpus(arguments)
+        return None
+    for name in ("sample", "png", "seq_length", "pair_objective", "tokenizer"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for corpora, and there is no {arguments.source}.idx.")
+    return of_checkpoint(arguments)
+
+
+def _inspect_corpus(arguments: argparse.Namespace) -> None:
+    from megatron_bert.data.corpus_report import CorpusReport, SampleOptions
+    from megatron_bert.data.tokenizers import load_tokenizer
+
+    if arguments.verify:
+        raise UserError("--verify is for checkpoints: a corpus is checked whenever it is opened.")
+    if arguments.sample is not None and (arguments.sample < 1 or arguments.tokenizer is None):
+        raise UserError(
+            "--sample needs a number of samples, 1 or more, and --tokenizer, which the corpus was made with."
+        )
+    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    report = CorpusReport(str(arguments.source), tokenizer)
+    given = {"seq_length": arguments.seq_length, "objective": arguments.pair_objective}
+    options = SampleOptions(**{name: value for name, value in given.items() if value is not None})
+    print("\n".join(report.lines(options)))
+    if tokenizer is not None:
+        print("\n".join(["", *report.texts(3)]))
+    if arguments.sample is not None:
+        print("\n".join(["", "samples; what is to be predicted is in braces, with what stood there:"]))
+        print("\n".join(report.samples(arguments.sample, options)))
+    if arguments.png is not None:
+        report.draw(arguments.png)
+        print(f"\nhistograms: {arguments.png}")
 
 
 def add_preprocess_options(parser: argparse.ArgumentParser) -> None:
