@@ -1,0 +1,58 @@
+"""The tables in the comments of the shipped settings are what `megatron-bert plan` says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_bert.config_file import load_settings
+from megatron_bert.planning.devices import DEVICES, GIB, NETWORK
+from megatron_bert.planning.layouts import stages_of
+from megatron_bert.planning.memory import layout_of
+from megatron_bert.planning.search import fullest, predict, usable_bytes
+from megatron_bert.planning.step_time import Machine
+from megatron_bert.planning.workload import workload_of
+from tests.megatron_bert.planning.support import CONFIGS
+from tests.test_configs import WORLD_SIZES
+
+H100 = Machine(DEVICES["h100"], NETWORK)
+#: What the comments recommend for smaller devices, whose memory they name: GB of the smallest, GPUs, settings.
+SMALLER = {
+    "bert_345m": (16, 1, ["training.micro_batch_size=4", "training.recompute=selective"]),
+    "bert_1.3b": (32, 8, ["parallel.tensor=2", "parallel.sequence=true", "training.micro_batch_size=8"]),
+    "bert_3.9b": (32, 8, ["parallel.tensor=8", "training.micro_batch_size=4"]),
+}
+
+
+def table(name: str) -> list[str]:
+    """The lines of a file's table."""
+    settings = load_settings(CONFIGS / f"{name}.yaml", [])
+    work = workload_of(settings, settings.model_config_for(30522, 0), settings.training.steps, settings.data.seq_length)
+    lines = ["# H100s   layout                        micro batches   GiB   tokens/s    MFU   days"]
+    for ranks in WORLD_SIZES[name]:
+        layout = layout_of(settings, ranks)
+        found = predict(work, layout, H100)
+        assert found.memory.peak < usable_bytes(H100)
+        what = f"tensor {layout.tensor}{' (sequence)' if layout.sequence else ''}, data {layout.data}"
+        lines.append(
+            f"# {ranks:>5}   {what:<28}  {layout.microbatches(work):>13}  {found.memory.peak / GIB:>4.1f}  "
+            f"{found.tokens_per_second:>9,.0f}  {found.mfu:>5.1%}  {found.hours / 24:>5,.0f}"
+        )
+    return lines
+
+
+@pytest.mark.parametrize("name", [name for name in WORLD_SIZES if name != "bert_tiny"])
+def test_table_is_what_plan_says(name: str) -> None:
+    expected = "\n".join(table(name))
+    assert expected in (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"), f"the table is\n{expected}"
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_what_is_said_of_smaller_devices_fits(name: str) -> None:
+    gigabytes, ranks, overrides = SMALLER[name]
+    text = " ".join((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").replace("#", " ").split())
+    assert all(override in text for override in overrides)
+    settings = load_settings(CONFIGS / f"{name}.yaml", overrides)
+    work = workload_of(settings, settings.model_config_for(30522, 0), 1, settings.data.seq_length)
+    layout = layout_of(settings, ranks)
+    small = Machine(H100.device.model_copy(update={"memory_gib": gigabytes * 1e9 / GIB}), NETWORK)
+    assert fullest(work, layout, stages_of(work, layout)).peak < usable_bytes(small)
