@@ -47,9 +47,11 @@ class Backend(Protocol):
 
     Attributes:
         name: of it.
+        keeps_plan: whether what it prepares goes on reading the plan's tensors; else they may be given back.
     """
 
     name: str
+    keeps_plan: bool
 
     def prepare(self, plan: Plan, threads: int | None = None) -> Executable:
         """Make a plan ready.

@@ -58,6 +58,7 @@ class CpuBackend:
     """C++ on this machine's processor."""
 
     name = "cpu"
+    keeps_plan = False
 
     def __init__(self) -> None:
         native()

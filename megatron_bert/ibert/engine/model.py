@@ -63,7 +63,7 @@ class IntegerModel:
         threads: to use; None leaves it to the backend.
 
     Attributes:
-        plan: see above.
+        plan: see above; of a model that was loaded without the values that the backend has packed.
         config: of the model.
         backend: name of the backend.
     """
@@ -75,6 +75,9 @@ class IntegerModel:
         self.plan, self.backend = plan, chosen.name
         self.config = MegatronBertConfig.from_dict(dict(plan.config)) if _of_megatron(plan) else _ibert_config(plan)
         self._executable = chosen.prepare(plan, threads)
+        #: Where the plan's values are, if they are held by the backend alone.
+        self._stored: Path | None = None
+        self._keeps_plan = chosen.keeps_plan
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backend: str = "auto", threads: int | None = None) -> Self:
@@ -87,7 +90,11 @@ class IntegerModel:
         Raises:
             UserError: there is no plan, or it is damaged.
         """
-        return cls(read_plan(plan_path(Path(path))), backend, threads)
+        place = plan_path(Path(path))
+        model = cls(read_plan(place), backend, threads)
+        if not model._keeps_plan:
+            model.plan, model._stored = model.plan.shapes(), place
+        return model
 
     @classmethod
     def from_model(cls, model: nn.Module, backend: str = "auto", threads: int | None = None) -> Self:
@@ -96,7 +103,7 @@ class IntegerModel:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as a file."""
-        write_plan(self.plan, path)
+        write_plan(self.plan if self._stored is None else read_plan(self._stored), path)
 
     # ---------------------------------------------------------------- tensors
 

@@ -72,6 +72,16 @@ def test_classes(name, tmp_path):
             assert not found[field][~mask].any()
 
 
+def test_a_loaded_model_can_be_saved_again(saved, tmp_path):
+    """Though the values are the backend's then, and not held twice."""
+    model = IntegerModel.from_pretrained(saved[0])
+    if model.backend == "cpu":
+        assert model.plan.embeddings.word.is_meta
+    model.save(tmp_path / "again.safetensors")
+    again = IntegerModel.from_pretrained(tmp_path / "again.safetensors", "reference")
+    assert torch.equal(again(**saved[1]).logits, model(**saved[1]).logits)
+
+
 def test_a_plan_holds_no_floating_point_and_is_small(tmp_path):
     sizes = SIZES | {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 3000}
     model = megatron_bert.MegatronBertForMaskedLM(megatron_bert.MegatronBertConfig(**sizes)).eval()
