@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.file_process import Piece
+from parallel.parts import Part, Region, Sizes
 from parallel.stored.torch_archive import tensor_archive
 
 #: Values are staged at multiples of this, for every type of element.
@@ -31,13 +33,13 @@ class WritePlan:
 
     Attributes:
         file: its name; None where the rank writes nothing.
-        names: global names of the tensors whose local part is written, in the order of the file.
+        blocks: global names and offsets of the blocks that are written, in the order of the file.
         pieces: where their values are staged, and what is written around them.
         metadata: content of the file ``.metadata``, on rank 0; else None.
     """
 
     file: str | None
-    names: tuple[str, ...]
+    blocks: tuple[tuple[str, Sizes], ...]
     pieces: tuple[Piece, ...]
     metadata: bytes | None
 
@@ -52,24 +54,25 @@ class WritePlan:
         return _aligned(self.pieces[-1].start + self.pieces[-1].nbytes) if self.pieces else 0
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def signature(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def signature(tensors: Mapping[str, Tensor | Part]) -> dict[str, Any]:
     """What a plan depends on."""
-    return {
-        name: (tensor.shape, tensor.dtype, local_part(tensor).shape, getattr(tensor, "placements", None))
-        for name, tensor in tensors.items()
-    }
+    parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+    return {name: (part.shape, part.dtype, part.regions, part.axes) for name, part in parts.items()}
 
 
-def local_plan(tensors: Mapping[str, Tensor]) -> SavePlan:
+def local_plan(tensors: Mapping[str, Tensor | Part]) -> SavePlan:
     """What this rank has, whether or not others have it as well."""
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(dict(tensors), is_coordinator=True)
-    return planner.create_local_plan()
+    items = []
+    for name, tensor in tensors.items():
+        part = Part.of(tensor)
+        items += [_item(name, part, region) for region in part.regions]
+    return SavePlan(items, planner_data={name: (name,) for name in tensors})
+
+
+def _item(name: str, part: Part, region: Region) -> WriteItem:
+    chunk = ChunkStorageMetadata(*map(torch.Size, region))
+    data = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size(part.shape))
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 def global_plans(local: list[SavePlan]) -> list[WritePlan]:
@@ -85,11 +88,11 @@ def global_plans(local: list[SavePlan]) -> list[WritePlan]:
         index: info for plan, write in zip(plans, found, strict=True) for index, info in _places(plan, write)
     }
     first = found[0]
-    found[0] = WritePlan(first.file, first.names, first.pieces, pickle.dumps(metadata))
+    found[0] = WritePlan(first.file, first.blocks, first.pieces, pickle.dumps(metadata))
     return found
 
 
-def plan_writing(tensors: Mapping[str, Tensor]) -> WritePlan:
+def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:
     """What this rank writes of the checkpoints of a run; every rank calls."""
     size, first = dist.get_world_size(), dist.get_rank() == 0
     local: list[Any] = [None] * size
@@ -106,8 +109,8 @@ def plan_writing(tensors: Mapping[str, Tensor]) -> WritePlan:
     if isinstance(mine, ValueError):
         raise mine
     assert isinstance(mine, WritePlan)
-    for name, piece in zip(mine.names, mine.pieces, strict=True):
-        assert local_part(tensors[name]).nbytes == piece.nbytes, name
+    for (name, offsets), piece in zip(mine.blocks, mine.pieces, strict=True):
+        assert Part.of(tensors[name]).block(offsets).nbytes == piece.nbytes, name
     return mine
 
 
@@ -120,7 +123,12 @@ def _write_plan(rank: int, plan: SavePlan) -> WritePlan:
         pieces.append(tensor_archive(tuple(data.chunk.sizes), data.properties.dtype, start))
         start = _aligned(start + pieces[-1].nbytes)
     file = f"__{rank}_0.distcp" if pieces else None
-    return WritePlan(file, tuple(item.index.fqn for item in plan.items), tuple(pieces), None)
+    return WritePlan(file, tuple(_block(item) for item in plan.items), tuple(pieces), None)
+
+
+def _block(item: WriteItem) -> tuple[str, Sizes]:
+    assert item.tensor_data is not None
+    return item.index.fqn, tuple(item.tensor_data.chunk.offsets)
 
 
 def _places(plan: SavePlan, write: WritePlan) -> list[tuple[Any, _StorageInfo]]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from parallel.checkpoint_plan import WritePlan, local_part
+from parallel.checkpoint_plan import WritePlan
+from parallel.parts import Part
 
 
 class Staging:
@@ -41,11 +42,11 @@ class Staging:
         )
 
     @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+    def fill(self, tensors: Mapping[str, Tensor | Part]) -> None:
         """Copy the values; when this returns, the tensors may change."""
-        for name, piece in zip(self.plan.names, self.plan.pieces, strict=True):
+        for (name, offsets), piece in zip(self.plan.blocks, self.plan.pieces, strict=True):
             if piece.nbytes:
-                source = local_part(tensors[name])
+                source = Part.of(tensors[name]).block(offsets)
                 place = self._memory[piece.start : piece.start + piece.nbytes].view(source.dtype)
                 place.view(source.shape).copy_(source, non_blocking=self._pinned)
         if self._pinned:

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, checkpoint_step
-from parallel.checkpoint_plan import WritePlan, local_part, plan_writing, signature
+from parallel.checkpoint_plan import WritePlan, plan_writing, signature
 from parallel.checkpoint_staging import Staging
 from parallel.errors import UserError
 from parallel.file_process import FileProcess, write_pieces
 from parallel.hosts import host_name
 from parallel.manifest import MANIFEST_FILE, FileSums, write_manifest
+from parallel.parts import Part, Sizes
 from parallel.process_group import new_group
 from parallel.stored.distributed_files import METADATA
 from parallel.whole_files import reason_of, sync_directory
@@ -112,7 +113,7 @@ class CheckpointWriter:
 
         self._on_first(self.root, make)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(self, step: int, tensors: dict[str, Tensor | Part], state: dict[str, Any]) -> Path:
         """Save tensors by global name, and a JSON-able state, as the checkpoint of a step.
 
         An earlier save still being written is finished first. Returns the directory the checkpoint will have.
@@ -188,7 +189,7 @@ class CheckpointWriter:
 
     # ---------------------------------------------------------------- what is written, and from where
 
-    def _plan_for(self, tensors: dict[str, Tensor]) -> WritePlan:
+    def _plan_for(self, tensors: dict[str, Tensor | Part]) -> WritePlan:
         """What this rank writes: planned anew only when tensors have changed on any rank."""
         now = signature(tensors)
         changed = torch.tensor(int(self._plan is None or now != self._signature))
@@ -198,10 +199,10 @@ class CheckpointWriter:
             self._plan, self._signature = plan_writing(tensors), now
         return self._plan
 
-    def _staged(self, plan: WritePlan, tensors: dict[str, Tensor]) -> Callable[[Path], FileSums]:
+    def _staged(self, plan: WritePlan, tensors: dict[str, Tensor | Part]) -> Callable[[Path], FileSums]:
         """Copy what this rank writes; what writes the copy."""
         if self._staging is None:
-            self._staging = Staging(plan, next(iter(tensors.values())).device)
+            self._staging = Staging(plan, Part.of(next(iter(tensors.values()))).values.device)
         self._staging.fill(tensors)
         if self._process is None or not self._process.alive:
             self._process = FileProcess(self._staging.descriptor, plan.pieces)
@@ -392,11 +393,12 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_tensors(path: Path, plan: WritePlan, tensors: dict[str, Tensor]) -> FileSums:
+def _write_tensors(path: Path, plan: WritePlan, tensors: dict[str, Tensor | Part]) -> FileSums:
     """Write a rank's file from the tensors themselves."""
 
-    def values(name: str) -> memoryview:
-        return local_part(tensors[name]).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    def values(name: str, offsets: Sizes) -> memoryview:
+        block = Part.of(tensors[name]).block(offsets)
+        return block.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    return write_pieces(descriptor, ((piece, values(name)) for name, piece in zip(plan.names, plan.pieces)))
+    return write_pieces(descriptor, ((piece, values(*block)) for block, piece in zip(plan.blocks, plan.pieces)))

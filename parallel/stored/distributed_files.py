@@ -158,23 +158,36 @@ def _sizes(value: Any) -> Sizes:
 
 
 def _check_tiling(name: str, shape: Sizes, blocks: list[Block], label: str) -> None:
-    """The blocks are the cells of a grid over the tensor, as ranks of every layout divide it."""
+    """The blocks make up the tensor, each element once."""
     count: int = math.prod(shape)
     if count == 0:
         return
-    if sum(math.prod(block.sizes) for block in blocks) < count:
+    volume = sum(math.prod(block.sizes) for block in blocks)
+    if volume < count:
         raise DamagedFileError(
             f"{label} speaks of only a part of {brief(name)}: the checkpoint was not written to its end",
             "use another checkpoint",
         )
-    cells = 1
-    for dimension, size in enumerate(shape):
-        cuts = sorted({(block.offsets[dimension], block.sizes[dimension]) for block in blocks})
-        if [*(start for start, _ in cuts), size] != [0, *(start + length for start, length in cuts)]:
-            raise ValueError("blocks that overlap")
-        cells *= len(cuts)
-    if not len({block.offsets for block in blocks}) == len(blocks) == cells:
+    if volume > count or not _tile([(block.offsets, block.sizes) for block in blocks], shape):
         raise ValueError("blocks that overlap")
+
+
+def _tile(blocks: list[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
+    """Whether blocks, given by offsets and sizes, cover a box and nothing twice: slab by slab between their edges."""
+    if not shape:
+        return len(blocks) == 1
+    ahead = sorted(blocks, reverse=True)
+    edges = sorted({edge for (first, *_), (size, *_) in blocks for edge in (first, first + size)})
+    if not edges or (edges[0], edges[-1]) != (0, shape[0]):
+        return False
+    across: list[tuple[Sizes, Sizes]] = []
+    for edge in edges[:-1]:
+        across = [(offsets, sizes) for offsets, sizes in across if offsets[0] + sizes[0] > edge]
+        while ahead and ahead[-1][0][0] == edge:
+            across.append(ahead.pop())
+        if not _tile([(offsets[1:], sizes[1:]) for offsets, sizes in across], shape[1:]):
+            return False
+    return True
 
 
 def read_block(place: FileRange, tensor: BlockedTensor, block: Block, offsets: Sizes, sizes: Sizes) -> Tensor:
