@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -194,7 +194,7 @@ class ParallelSettings(Section):
     sequence: bool = Field(False, description="Divide activations by token over the tensor ranks between the matrices.")
     sharding: Sharding = Field(
         "none",
-        description="What data ranks divide: none, optimizer (and gradients), full (and parameters), "
+        description="What data ranks divide: none, optimizer (states), full (gradients and weights, too), "
         "or hybrid (full inside groups of shard_size ranks, copied between them).",
     )
     shard_size: int | None = Field(None, gt=1, description="Ranks a shard group, for hybrid sharding.")
@@ -203,14 +203,27 @@ class ParallelSettings(Section):
     )
 
 
-class OptimizerSettings(Section):
-    """AdamW with decoupled weight decay; biases and norms do not decay."""
+OptimizerName = Literal["adamw", "lamb"]
 
+
+class OptimizerSettings(Section):
+    """An optimizer with decoupled weight decay; biases and norms do not decay."""
+
+    name: OptimizerName = Field(
+        "adamw",
+        description="lamb scales the step of every matrix to the size of the matrix, which keeps batches of tens of "
+        "thousands of sequences stable, at a peak learning rate some ten times that of adamw.",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(
         0.01, ge=0, le=LARGEST_SCALE, description="Share of a weight removed a step, times the learning rate."
+    )
+    weight_decay_by_name: dict[str, Annotated[float, Field(ge=0, le=LARGEST_SCALE)]] = Field(
+        default_factory=dict,
+        description="Weight decay of parameters whose names match a pattern (* and ?), such as "
+        "'*.word_embeddings.weight': 0; the first that matches counts. Others have weight_decay if they are matrices.",
     )
     clip_grad_norm: float = Field(1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 does not clip.")
 

@@ -1,15 +1,16 @@
-"""Data parallelism by PyTorch's FSDP2 over the data axes of the mesh."""
+"""Data parallelism: on flat buffers where weights stay whole, by PyTorch's FSDP2 where they are divided as well."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from parallel.flat_buffers import FlatBuffers
 from parallel.mesh import ParallelMesh, Sharding
 
 
@@ -21,45 +22,45 @@ def apply_data_parallel(
     sharding: Sharding,
     compute_dtype: torch.dtype,
     cast_inputs: bool = True,
+    alone: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Wrap a model so that its gradients are summed (not averaged) over the data axis.
+    """Prepare a model so that its gradients are summed (not averaged) over the data axis.
 
-    Parameters and gradients stay in float32 between steps; computation runs in ``compute_dtype``. A single data rank
-    that computes in float32 needs no wrapping and is left as it is.
+    The model computes in ``compute_dtype``; master weights and gradients between steps are float32. Parameters become
+    others, and DTensors only where ``full`` or ``hybrid`` divides them.
 
     Args:
         model: the whole model, or the part of it on this pipeline stage.
         units: the sub-modules whose parameters are gathered together (the layers), in the order they run; several small
-            ones at a time where they stay gathered.
+            ones at a time where weights stay whole.
         mesh: where the run is laid out.
-        sharding: ``full`` and ``hybrid`` gather each unit's parameters anew in every pass; ``optimizer`` gathers them
-            once a step, so that only gradients and optimizer states are divided.
+        sharding: ``full`` and ``hybrid`` gather each unit's parameters anew in every pass; ``optimizer`` divides only
+            gradients and optimizer states, and gathers updated weights once a step; ``none`` divides nothing.
         compute_dtype: float32, bfloat16 or float16.
-        cast_inputs: give units their inputs in that format too; False leaves activations as they are.
+        cast_inputs: with ``full`` and ``hybrid``, give units their inputs in that format too; False leaves activations
+            as they are. Elsewhere nothing casts them.
+        alone: parameters that another stage has a copy of, which is divided in the same way.
     """
-    if mesh.layout.data == 1 and compute_dtype == torch.float32:
+    if mesh.layout.data == 1 or sharding in ("none", "optimizer"):
+        _FLAT[model] = FlatBuffers(model, _grouped(units), mesh, compute_dtype, alone)
         return
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=cast_inputs,
     )
-    reshard = sharding in ("full", "hybrid")
-    for group in [[unit] for unit in units] if reshard else _grouped(units):
-        fully_shard(group, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=reshard)
+    for unit in units:
+        fully_shard(unit, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by global counts before the backward pass, so gradients of the ranks simply add up.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    if not reshard:
-        _KEPT_FOR_A_STEP.add(model)
 
 
-#: So many parameters are gathered, and their gradients reduced, at a time where they stay gathered. FSDP2 takes the
-#: processor about a millisecond a group and micro batch, which a GPU must not wait for; 128 MiB of gradients in float32
-#: still leave communication of a large model to overlap with computation.
+#: So many parameters are communicated at a time where weights stay whole: few collectives and kernels, and yet 128 MiB
+#: of gradients in float32 leave those of a large model to overlap with computation.
 _GROUP_PARAMETERS = 2**25
 
 
@@ -76,19 +77,21 @@ def _grouped(units: Iterable[nn.Module]) -> list[list[nn.Module]]:
     return groups
 
 
-#: Models whose gathered parameters serve all micro batches of a step.
-_KEPT_FOR_A_STEP: WeakSet[nn.Module] = WeakSet()
+_FLAT: WeakKeyDictionary[nn.Module, FlatBuffers] = WeakKeyDictionary()
+
+
+def flat_buffers(model: nn.Module) -> FlatBuffers | None:
+    """The buffers of a model whose weights stay whole; None for others."""
+    return _FLAT.get(model)
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Say whether the coming backward pass is the last of the step: only then are gradients reduced.
-
-    Only then, too, are gathered parameters given back where they are gathered once a step.
-    """
-    if isinstance(model, FSDPModule):
+    """Say whether the coming backward pass is the last of the step: only then are gradients reduced."""
+    if (flat := flat_buffers(model)) is not None:
+        flat.begin_backward(last)
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
-        model.set_reshard_after_backward(last or model not in _KEPT_FOR_A_STEP)
 
 
 def _parameter_groups(model: FSDPModule) -> Iterator[Any]:
@@ -105,7 +108,7 @@ def keep_gradients(model: nn.Module) -> None:
     """Add gradients that were completed after a backward pass to those kept in float32.
 
     FSDP2 does so in hooks of the backward pass; left to the next of them, gradients of several micro batches would be
-    summed in the format of the computation.
+    summed in the format of the computation. Those of flat buffers are float32 from the start.
     """
     if isinstance(model, FSDPModule):
         for group in _parameter_groups(model):
@@ -119,9 +122,16 @@ def reduce_gradients(model: nn.Module) -> None:
 
     FSDP2 reduces in hooks of the backward pass; this runs them by hand, as torch's own pipeline schedules do.
     """
-    if not isinstance(model, FSDPModule):
-        return
-    set_gradient_sync(model, last=True)
-    for group in _parameter_groups(model):
-        group.post_backward()
-    model._get_fsdp_state()._root_post_backward_final_callback()
+    if (flat := flat_buffers(model)) is not None:
+        flat.reduce()
+    elif isinstance(model, FSDPModule):
+        set_gradient_sync(model, last=True)
+        for group in _parameter_groups(model):
+            group.post_backward()
+        model._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def finish_gradients(model: nn.Module) -> None:
+    """Wait until the gradients of a step are summed over data ranks, after its last backward pass."""
+    if (flat := flat_buffers(model)) is not None:
+        flat.finish()

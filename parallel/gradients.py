@@ -12,10 +12,26 @@ from torch.distributed.tensor import DTensor
 from parallel.mesh import ParallelMesh, TensorParallel
 from parallel.sharding import ParallelModule
 
+#: Elements whose squares are added up before their sums are.
+_ROW = 4096
+
 
 def raw_local(tensor: Tensor) -> Tensor:
     """This rank's storage of a parameter or gradient, outside autograd."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def set_own_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Say which part of a parameter's gradient this rank has the sum over data ranks of, if not all of it."""
+    parameter.own_gradient = gradient  # type: ignore[attr-defined]
+
+
+def own_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's part of a gradient that is summed over data ranks; None where there is none."""
+    own: Tensor | None = getattr(parameter, "own_gradient", None)
+    if own is not None:
+        return own
+    return None if parameter.grad is None else raw_local(parameter.grad)
 
 
 def token_partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -34,7 +50,8 @@ def sum_token_partial_gradients(model: nn.Module, tp: TensorParallel) -> None:
     """
     if not tp.sequence:
         return
-    gradients = [raw_local(p.grad) for p in token_partial_parameters(model) if p.grad is not None]
+    own = (own_gradient(parameter) for parameter in token_partial_parameters(model))
+    gradients = [gradient for gradient in own if gradient is not None]
     if not gradients:
         return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -43,61 +60,40 @@ def sum_token_partial_gradients(model: nn.Module, tp: TensorParallel) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def replicated_axes(parameter: Tensor) -> set[str]:
-    """The axes of a (tensor x data) plane over which a parameter is copied; the others divide it."""
-    sharded: set[str] = set()
-    if isinstance(parameter, DTensor):
-        names = parameter.device_mesh.mesh_dim_names or ()
-        sharded = {
-            name for name, placement in zip(names, parameter.placements, strict=True) if not placement.is_replicate()
-        }
-    return {"tensor", "data_replicate", "data_shard"} - sharded
-
-
-def counted_here(parameter: Tensor, mesh: ParallelMesh) -> bool:
-    """Whether this rank's part of a parameter is the one that stands for its copies on other ranks.
-
-    Every element of every parameter is counted on exactly one rank of a (tensor x data) plane.
-    """
-    return all(mesh.coordinate[axis] == 0 for axis in replicated_axes(parameter))
-
-
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
     if tensors[0].is_cuda:
         return list(torch._foreach_norm(tensors))
     # On the CPU torch adds up millions of squares in a few float32 accumulators and loses the fourth digit; norms of
     # rows first keep six at twice the (small) time.
-    rows = [torch.linalg.vector_norm(tensor, dim=-1) if tensor.dim() > 1 else tensor for tensor in tensors]
-    return [torch.linalg.vector_norm(row) for row in rows]
+    return [torch.linalg.vector_norm(_norms_of_rows(tensor)) for tensor in tensors]
+
+
+def _norms_of_rows(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=-1)
+    return torch.cat([rows, torch.linalg.vector_norm(flat[whole:]).view(1)]) if whole else flat
+
+
+def sums_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Of each tensor, float32 ``[tensors]``; none of them is empty."""
+    return torch.stack(_norms(tensors)).float().square()
 
 
 @torch.no_grad()
-def global_gradient_norm(
-    parameters: Iterable[nn.Parameter], mesh: ParallelMesh, losses: Tensor | None = None
-) -> Tensor:
+def global_gradient_norm(gradients: Iterable[Tensor], mesh: ParallelMesh, losses: Tensor | None = None) -> Tensor:
     """The L2 norm of the whole model's gradient, a float32 scalar that is the same on every rank.
 
     Args:
-        parameters: this rank's parameters, without second copies of tied ones.
+        gradients: of this rank, those that stand for their copies on others and on this one.
         mesh: where the run is laid out; all its ranks must call.
         losses: of this rank; where one of them is not finite, the norm is NaN on every rank.
     """
-    gradients = [raw_local(p.grad) for p in parameters if p.grad is not None and counted_here(p, mesh)]
     gradients = [gradient for gradient in gradients if gradient.numel()]
-    total = torch.zeros((), device=mesh.device)
-    if gradients:
-        total = torch.stack(_norms(gradients)).float().square().sum()
+    total = sums_of_squares(gradients).sum() if gradients else torch.zeros((), device=mesh.device)
     if losses is not None:
         total = total + 0.0 * losses.sum()
     return mesh.all_reduce(total, ("tensor", "data_shard", "data_replicate", "pipeline")).sqrt()
-
-
-@torch.no_grad()
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient by a scalar tensor, without asking the device for its value."""
-    gradients = [raw_local(p.grad) for p in parameters if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
 
 
 def clip_factor(norm: Tensor, maximum: float) -> Tensor:

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import UserError
-from parallel.gradients import raw_local, replicated_axes
 from parallel.hosts import host_name
 from parallel.mesh import AXES, ParallelMesh
+from parallel.parts import Part
 
 #: Elements hashed at a time: 32 MiB of temporary values.
 _CHUNK = 2**22
@@ -58,9 +58,10 @@ class Copy:
     axes: frozenset[str]
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, *more_axes: str) -> Copy:
+    def of(cls, name: str, tensor: Tensor | Part, *more_axes: str) -> Copy:
         """What this rank holds of a parameter or its state, with axes it is copied over beside those it shows."""
-        return cls(name, raw_local(tensor), frozenset(replicated_axes(tensor)) | frozenset(more_axes))
+        part = Part.of(tensor)
+        return cls(name, part.values, part.axes | frozenset(more_axes))
 
     def places(self, mesh: ParallelMesh) -> list[Place]:
         """Where they are compared: with all other copies of this tensor rank, and over the tensor ranks."""

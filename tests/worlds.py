@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import SINGLE, ParallelLayout, ParallelMesh, TensorParallel
+from parallel.parts import PLANE, Part
 
 CPU = torch.device("cpu")
 
@@ -187,6 +188,15 @@ def _failure(error: BaseException, text: str) -> bytes:
 def make_mesh(**layout: Any) -> ParallelMesh:
     """A mesh on the CPU over the world this is called in; arguments are those of ParallelLayout."""
     return ParallelMesh(ParallelLayout(**layout), CPU)
+
+
+def gathered(part: Part, mesh: ParallelMesh) -> torch.Tensor:
+    """The whole tensor of which every rank of a (tensor x data) plane holds a part; all of them call."""
+    whole = torch.zeros(part.shape, dtype=part.dtype)
+    if all(mesh.coordinate[axis] == 0 for axis in part.axes):  # of the ranks with copies one has a say
+        for (offsets, sizes), values in part.blocks():
+            whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))] = values
+    return mesh.all_reduce(whole, tuple(sorted(PLANE)))
 
 
 def make_tensor_parallel(*, sequence: bool = False) -> TensorParallel:

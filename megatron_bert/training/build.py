@@ -90,6 +90,10 @@ class StagedModel:
         copy = None if self.tied is None else self.tied.last
         return {TIED_NAME: copy} if copy is not None and self._is_copy(copy) else {}
 
+    def copied(self) -> list[nn.Parameter]:
+        """The parameters of this rank that two stages hold."""
+        return [] if self.tied is None else self.tied.copies()
+
     def sum_tied_gradients(self) -> None:
         """Give both copies of the word embeddings the sum of their gradients."""
         if self.tied is not None:
@@ -138,6 +142,7 @@ def build_model(
             sharding=settings.parallel.sharding,
             compute_dtype=DTYPES[settings.precision.compute],
             cast_inputs=not objective.float32_activations,
+            alone=_alone(stage, schedule, objective),
         )
         stages[index] = stage
     if not objective.tied:
@@ -151,3 +156,9 @@ def build_model(
         last=None if last is None else last.word_embeddings,
     )
     return StagedModel(stages, tied, tuple(notes))
+
+
+def _alone(stage: Any, schedule: Schedule, objective: Objective) -> list[nn.Parameter]:
+    """The parameters of a stage that another stage has as well."""
+    words = stage.word_embeddings
+    return [words] if objective.tied and schedule.stages > 1 and words is not None else []

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_bert.model.batch import TokenBatch
 from parallel.errors import UserError
-from parallel.gradients import raw_local
 from parallel.hosts import host_name
 from parallel.mesh import DATA_AXES
+from parallel.parts import Part
 from parallel.whole_files import reason_of, whole_file
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def _damaged(trainer: Trainer) -> list[tuple[str, int]]:
     found = {}
     for parameters in (trainer.parameters, trainer.copies):
         for name, tensor in trainer.tensors(parameters).items():
-            count = int((~raw_local(tensor).isfinite()).sum())
+            count = int((~Part.of(tensor).values.isfinite()).sum())
             if count:
                 found[name] = count
     return list(found.items())
@@ -297,7 +297,7 @@ def _outliers(trainer: Trainer) -> list[tuple[str, float, float]]:
     """Weights of this rank far from the rest of their tensor: name, largest magnitude, its ratio to the median."""
     found = []
     for name, parameter in {**trainer.copies, **trainer.parameters}.items():
-        values = raw_local(parameter).abs().flatten()
+        values = trainer.optimizer.weights(parameter).values.abs().flatten()
         largest = values.max().item() if values.numel() else 0.0
         if not math.isfinite(largest) or largest < _OUTLIER:
             continue

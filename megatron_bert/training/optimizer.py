@@ -1,20 +1,24 @@
-"""AdamW over this rank's share of the parameters."""
+"""The optimizer of a run, over this rank's share of the parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from megatron_bert import backends
 from megatron_bert.config import OptimizerSettings
-from parallel.gradients import raw_local
+from megatron_bert.training.update_rules import UPDATE_RULES, Kind
+from parallel.data_parallel import flat_buffers
+from parallel.errors import UserError
+from parallel.mesh import ParallelMesh
+from parallel.parts import Part
+from parallel.runs import Run, lone_run
 
-#: Optimizer state kept for every parameter, as named in checkpoints.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Before the name of the last stage's copy of a parameter.
+TIED_PREFIX = "tied."
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -22,83 +26,125 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() > 1 and not name.endswith(".bias")
 
 
-class ShardedAdamW:
-    """AdamW on plain local tensors, one for each parameter of the model.
+def weight_decay_of(name: str, parameter: Tensor, settings: OptimizerSettings) -> float:
+    """The weight decay of a parameter."""
+    for pattern, decay in settings.weight_decay_by_name.items():
+        if fnmatchcase(name, pattern):
+            return decay
+    return settings.weight_decay if decays(name, parameter) else 0.0
 
-    Parameters may be DTensors over any mesh axes. An elementwise optimizer does not care, and plain tensors of one
-    kind go through one fused kernel: several times cheaper on the host than DTensors of mixed placements. The local
-    tensors share memory with the model's parameters, which are the float32 master weights.
+
+def check_patterns(names: Iterable[str], settings: OptimizerSettings) -> None:
+    """Refuse patterns that match no parameter; every rank calls.
 
     Args:
-        parameters: name -> parameter, after wrapping for data parallelism.
-        settings: betas, eps and weight decay.
+        names: of this rank's parameters.
+        settings: with the patterns.
+
+    Raises:
+        UserError: a pattern matches none of any rank.
+    """
+    patterns = list(settings.weight_decay_by_name)
+    if not patterns:
+        return
+    mine = list(names)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [any(fnmatchcase(name, pattern) for name in mine) for pattern in patterns])
+    for pattern, *matched in zip(patterns, *found, strict=True):
+        if not any(matched):
+            raise UserError(
+                f"optimizer.weight_decay_by_name has the pattern {pattern!r}, which matches no parameter: names are "
+                f"like {mine[0] if mine else 'those in a checkpoint'}, and * stands for any characters, dots included"
+            )
+
+
+class ShardedOptimizer:
+    """An update rule on the master weights of this rank.
+
+    They are plain float32 tensors, whatever the mesh axes that divide the parameters: ranges of flat buffers, or the
+    local tensors of parameters that are DTensors. Neighbours in memory that are updated alike count as one tensor.
+
+    Args:
+        parameters: name -> parameter, after they have been prepared for data parallelism.
+        settings: the rule and its numbers.
+        mesh: where the run is laid out; None for one rank.
         scale: factor on the learning rate of the parameter of a name; 1 when None.
+        stages: which have parameters in flat buffers.
+        tied: parameters that another rank updates as well, with the same numbers.
     """
 
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
         settings: OptimizerSettings,
+        mesh: ParallelMesh | None = None,
         scale: Callable[[str], float] | None = None,
+        stages: Iterable[nn.Module] = (),
+        tied: Iterable[nn.Parameter] = (),
     ) -> None:
-        self.local = {parameter: nn.Parameter(raw_local(parameter)) for parameter in parameters.values()}
-        members: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in parameters.items():
-            kind = settings.weight_decay if decays(name, parameter) else 0.0, scale(name) if scale else 1.0
-            members.setdefault(kind, []).append(self.local[parameter])
-        groups = [
-            {"params": params, "weight_decay": decay, "scale": factor} for (decay, factor), params in members.items()
-        ]
-        betas = (settings.beta1, settings.beta2)
-        fused_adam = backends.apex_adam() if any(p.is_cuda for p in self.local.values()) else None
-        self.adam: torch.optim.Optimizer
-        if fused_adam is not None:
-            self.adam = fused_adam(groups, lr=0.0, betas=betas, eps=settings.eps, adam_w_mode=True)
-        else:
-            self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.eps, fused=True)
-        self._counts_in_group = fused_adam is not None
+        kinds = {
+            parameter: Kind(
+                weight_decay_of(name.removeprefix(TIED_PREFIX), parameter, settings), scale(name) if scale else 1.0
+            )
+            for name, parameter in parameters.items()
+        }
+        self.buffers = [flat for stage in stages if (flat := flat_buffers(stage)) is not None]
+        self.runs: list[Run] = [run for flat in self.buffers for run in flat.runs(kinds.__getitem__)]
+        #: The run of every parameter.
+        self.run_of = {parameter: run for run in self.runs for parameter in run.members}
+        for parameter, kind in kinds.items():
+            if parameter not in self.run_of:
+                self.run_of[parameter] = lone_run(parameter, kind)
+                self.runs.append(self.run_of[parameter])
+        self.rule = UPDATE_RULES[settings.name](self.runs, settings, mesh, list(parameters.values()), frozenset(tied))
         self.steps = 0
-        for local in self.local.values():
-            # Created now rather than at the first step, so that a checkpoint can be loaded in place.
-            self.adam.state[local] = {moment: torch.zeros_like(local) for moment in MOMENTS}
-        self._set_steps()
 
-    def _set_steps(self) -> None:
-        if self._counts_in_group:
-            for group in self.adam.param_groups:
-                group["step"] = self.steps
-        else:
-            for local in self.local.values():
-                self.adam.state[local]["step"] = torch.tensor(float(self.steps), device=local.device)
+    def gradients(self, mesh: ParallelMesh, without: Iterable[nn.Parameter] = ()) -> list[Tensor]:
+        """Gradients of this rank that stand for their copies on other ranks.
 
-    def step(self, learning_rate: float, unless: Tensor | None = None) -> None:
+        Args:
+            mesh: where the run is laid out.
+            without: parameters, none or all of a run, that are copies of others.
+        """
+        copies = set(without)
+        counted = (run for run in self.runs if run.counted_here(mesh) and copies.isdisjoint(run.members))
+        return [gradient for run in counted if (gradient := run.gradient) is not None]
+
+    def step(self, learning_rate: float, unless: Tensor | None = None, factor: Tensor | None = None) -> None:
         """Update the parameters from their gradients.
 
         Args:
             learning_rate: of parameters whose factor is 1.
             unless: float32 scalar on the device; where it is 1, nothing changes.
+            factor: scalar on the device by which gradients are multiplied first.
         """
-        for parameter, local in self.local.items():
-            local.grad = None if parameter.grad is None else raw_local(parameter.grad)
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate * group["scale"]
-        if self._counts_in_group:  # apex's kernel takes no such condition
-            if unless is None or not unless.item():
-                self.adam.step()
-        else:
-            self.adam.found_inf = unless  # type: ignore[attr-defined]
-            self.adam.step()
+        self.rule.step(learning_rate, unless, factor)
         self.steps += 1
+        self.publish()
+
+    def publish(self) -> None:
+        """Compute with the master weights from now on, after they have changed; every rank calls."""
+        for flat in self.buffers:
+            flat.publish()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for parameter, local in self.local.items():
-            parameter.grad = local.grad = None
+        for flat in self.buffers:
+            flat.zero()
+        for run in self.runs:
+            if run.buffer is None:
+                for parameter in run.members:
+                    parameter.grad = None
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """A parameter's state by name, sharded as the parameter is and sharing memory with the optimizer's."""
-        state = self.adam.state[self.local[parameter]]
-        return {moment: _placed_like(state[moment], parameter) for moment in MOMENTS}
+    def weights(self, parameter: nn.Parameter) -> Part:
+        """What this rank has of a parameter's master weights, sharing memory with them."""
+        run = self.run_of[parameter]
+        return run.part(parameter, run.values)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Part]:
+        """A parameter's state by name, divided as its master weights are and sharing memory with the optimizer's."""
+        run = self.run_of[parameter]
+        return {moment: run.part(parameter, tensor) for moment, tensor in self.rule.moments[run].items()}
 
     def state(self) -> dict[str, Any]:
         """What is not a tensor per parameter."""
@@ -107,17 +153,4 @@ class ShardedAdamW:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state`."""
         self.steps = int(state["steps"])
-        self._set_steps()
-
-
-def _placed_like(local: Tensor, parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return local.detach()
-    return DTensor.from_local(
-        local.detach(),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+        self.rule.set_steps(self.steps)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from megatron_bert.training.build import TIED_NAME
 from parallel.checkpoint import latest_checkpoint
 from parallel.checkpoint_reader import load_tensors
 from parallel.errors import UserError
-from parallel.gradients import raw_local
+from parallel.parts import Part
 from parallel.replicas import Copy, compare_replicas
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ def _saved(trainer: Trainer, name: str) -> Tensor | None:
     everything = trainer.tensors({**trainer.copies, **trainer.parameters})
     if path is None or name not in everything:
         return None
-    before = torch.empty_like(everything[name])
+    before = Part.of(everything[name]).empty_like()
     try:
         load_tensors(path, {name: before})
     except UserError:
         return None
-    return raw_local(before)
+    return before.values

@@ -22,7 +22,7 @@ from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.meter import Meter
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
-from megatron_bert.training.optimizer import ShardedAdamW
+from megatron_bert.training.optimizer import TIED_PREFIX, ShardedOptimizer, check_patterns
 from megatron_bert.training.precision import DTYPES, LossScale
 from megatron_bert.training.profiling import StepProfiler
 from megatron_bert.training.replica_check import check_replicas
@@ -35,14 +35,10 @@ from megatron_bert.training.timeline import gather_timeline, write_timeline
 from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
-from parallel.gradients import (
-    clip_factor,
-    global_gradient_norm,
-    raw_local,
-    scale_gradients,
-    sum_token_partial_gradients,
-)
+from parallel.data_parallel import finish_gradients
+from parallel.gradients import clip_factor, global_gradient_norm, sum_token_partial_gradients
 from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.parts import Part
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.p2p import PipelineTransport
@@ -94,10 +90,14 @@ class Trainer:
         schedule = settings.schedule(mesh.layout)
         self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
-        self.optimizer = ShardedAdamW(
-            {**self.parameters, **{f"tied.{name}": copy for name, copy in self.copies.items()}},
+        check_patterns(self.parameters, settings.optimizer)
+        self.optimizer = ShardedOptimizer(
+            {**self.parameters, **{f"{TIED_PREFIX}{name}": copy for name, copy in self.copies.items()}},
             settings.optimizer,
+            mesh,
             self._rate_factor,
+            stages=self.model.stages.values(),
+            tied=self.model.copied(),
         )
         self.transport = PipelineTransport.create(mesh)
         self.clock = StepClock(world.device)
@@ -212,7 +212,7 @@ class Trainer:
         overflow = self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item())
         if not overflow:
             rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, self.objective.total_steps)
-            self.optimizer.step(rate, self.watch.note(batches, sums.grad_norm))
+            self.optimizer.step(rate, self.watch.note(batches, sums.grad_norm), self._factor(sums.grad_norm))
         self.loss_scale.update(overflow)
         if self.loss_scale.exhausted or (overflow and self.loss_scale.skipped_steps == self.objective.total_steps):
             raise diagnosed(self, self.step + 1, batches)
@@ -223,7 +223,7 @@ class Trainer:
         return sums
 
     def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:
-        """The gradients of a step, complete and clipped.
+        """The gradients of a step, complete; neither unscaled nor clipped, which the optimizer does as it reads them.
 
         Args:
             batches: this data rank's micro batches.
@@ -257,7 +257,7 @@ class Trainer:
 
     def _rate_factor(self, name: str) -> float:
         decay = self.settings.learning_rate.layer_decay
-        return layer_scale(name.removeprefix("tied."), self.config.num_hidden_layers, decay)
+        return layer_scale(name.removeprefix(TIED_PREFIX), self.config.num_hidden_layers, decay)
 
     def _engine(self, schedule: Schedule, record: bool = False, clock: StepClock | None = None) -> PipelineEngine:
         return PipelineEngine(
@@ -277,17 +277,21 @@ class Trainer:
         return torch.where(counts > 0, counts, 1.0)
 
     def _finish_gradients(self, losses: Tensor) -> Tensor:
-        """Complete, unscale and clip the gradients; returns their norm before clipping, not finite if a loss is not."""
+        """Complete the gradients; returns their norm, unscaled, and not finite if a loss is not."""
+        for stage in self.model.stages.values():
+            finish_gradients(stage)
         self.model.sum_tied_gradients()
         for stage in self.model.stages.values():
             sum_token_partial_gradients(stage, self.mesh.tensor_parallel)
-        norm = global_gradient_norm(self.parameters.values(), self.mesh, losses) / self.loss_scale.value
+        gradients = self.optimizer.gradients(self.mesh, without=self.copies.values())
+        return global_gradient_norm(gradients, self.mesh, losses) / self.loss_scale.value
+
+    def _factor(self, norm: Tensor) -> Tensor | None:
+        """By which the gradients of the step are unscaled and clipped, given their norm; None leaves them."""
         maximum = self.settings.optimizer.clip_grad_norm
-        factor = clip_factor(norm, maximum) if maximum > 0 else torch.ones_like(norm)
-        if maximum > 0 or self.loss_scale.value != 1.0:
-            everything = [*self.parameters.values(), *self.copies.values()]
-            scale_gradients(everything, factor / self.loss_scale.value)
-        return norm
+        if maximum > 0:
+            return clip_factor(norm, maximum) / self.loss_scale.value
+        return torch.full_like(norm, 1.0 / self.loss_scale.value) if self.loss_scale.value != 1.0 else None
 
     # ---------------------------------------------------------------- reporting
 
@@ -336,11 +340,11 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor | Part]:
         """Everything sharded, by global name: ``model.<name>`` and ``optimizer.<moment>.<name>``."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor | Part] = {}
         for name, parameter in parameters.items():
-            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"model.{name}"] = self.optimizer.weights(parameter)
             for moment, tensor in self.optimizer.moments(parameter).items():
                 tensors[f"optimizer.{moment}.{name}"] = tensor
         return tensors | self.extra_tensors()
@@ -388,12 +392,12 @@ class Trainer:
     def load_weights(self, path: Path) -> None:
         """Take the weights of another checkpoint of the run, to evaluate them."""
         everything = {**self.copies, **self.parameters}
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in everything.items()}
-        load_tensors(path, tensors | self.extra_tensors(), self.checkpoints.group)
-        with torch.no_grad():
-            for name, copy in self.copies.items():
-                if name in self.parameters:
-                    raw_local(copy).copy_(raw_local(self.parameters[name]))
+        tensors = {f"model.{name}": self.optimizer.weights(parameter) for name, parameter in everything.items()}
+        load_tensors(path, {**tensors, **self.extra_tensors()}, self.checkpoints.group)
+        for name, copy in self.copies.items():
+            if name in self.parameters:
+                self.optimizer.weights(copy).values.copy_(self.optimizer.weights(self.parameters[name]).values)
+        self.optimizer.publish()
 
     def resume(self, path: Path) -> None:
         """Take everything from a checkpoint of the run; every rank calls."""
@@ -403,6 +407,7 @@ class Trainer:
         for name, copy in self.copies.items():
             if name in self.parameters:
                 self._copy_state(self.parameters[name], copy)
+        self.optimizer.publish()
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         self.skipped_samples = state.get("skipped_samples", 0)
         self.spikes.load_state(state.get("spikes") or Spikes(self.settings.training).state())
@@ -415,11 +420,10 @@ class Trainer:
                 self.selection.load_state(state["selection"])
             self.checkpoints.protected = self.selection.protected
 
-    @torch.no_grad()
     def _copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
-        raw_local(target).copy_(raw_local(source))
-        for moment, tensor in self.optimizer.moments(source).items():
-            raw_local(self.optimizer.moments(target)[moment]).copy_(raw_local(tensor))
+        self.optimizer.weights(target).values.copy_(self.optimizer.weights(source).values)
+        for moment, part in self.optimizer.moments(source).items():
+            self.optimizer.moments(target)[moment].values.copy_(part.values)
 
     def close(self) -> None:
         """Give up the groups of the run, before another one begins; every rank calls."""

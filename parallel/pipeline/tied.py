@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.gradients import raw_local
+from parallel.gradients import own_gradient
 from parallel.mesh import ParallelMesh
 from parallel.process_group import new_group
 
@@ -47,6 +47,11 @@ class TiedParameter:
             if dist.get_rank() in pair:
                 self.group = group
 
+    def copies(self) -> list[nn.Parameter]:
+        """Those of this rank; none where the model has a single one."""
+        mine = [parameter for parameter in (self.first, self.last) if parameter is not None]
+        return mine if self.group is not None or (len(mine) == 2 and mine[0] is not mine[1]) else []
+
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Give both copies the sum of their gradients."""
@@ -61,5 +66,6 @@ class TiedParameter:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "the stage has run its backward pass"
-    return raw_local(parameter.grad)
+    gradient = own_gradient(parameter)
+    assert gradient is not None, "the stage has run its backward pass"
+    return gradient

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from megatron_bert import backends
 from megatron_bert.config import OptimizerSettings
-from megatron_bert.training.optimizer import ShardedAdamW
+from megatron_bert.training.optimizer import ShardedOptimizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = ("apex", "apex.normalization", "apex.normalization.fused_layer_norm", "apex.optimizers")
@@ -123,11 +123,11 @@ def test_another_package_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_optimizer_takes_apex_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     install_apex(monkeypatch, "amp_C")
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    assert isinstance(ShardedAdamW({"w": weight}, OptimizerSettings()).adam, torch.optim.AdamW)
+    assert isinstance(ShardedOptimizer({"w": weight}, OptimizerSettings()).rule.adam, torch.optim.AdamW)
 
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
-    optimizer = ShardedAdamW({"w": weight}, OptimizerSettings())
-    assert isinstance(optimizer.adam, FakeAdam)
+    optimizer = ShardedOptimizer({"w": weight}, OptimizerSettings())
+    assert isinstance(optimizer.rule.adam, FakeAdam)
     optimizer.load_state({"steps": 5})
     optimizer.step(0.1)
-    assert (optimizer.steps, optimizer.adam.param_groups[0]["step"]) == (6, 6)
+    assert (optimizer.steps, optimizer.rule.adam.param_groups[0]["step"]) == (6, 6)

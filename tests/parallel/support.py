@@ -14,11 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallel.collectives import gather_from_ranks
+from parallel.data_parallel import finish_gradients, flat_buffers
 from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
+from parallel.runs import Run, lone_run
 from parallel.sharding import Constant, ParallelModule
+from tests.worlds import gathered
 
 EPS64 = torch.finfo(torch.float64).eps
 
@@ -43,13 +46,26 @@ def assert_sums_equal(actual: Tensor, expected: Tensor, terms: int, magnitude: f
     torch.testing.assert_close(actual, expected, rtol=0, atol=2 * terms**2 * eps * magnitude)
 
 
+def runs_of(model: nn.Module) -> list[Run]:
+    """What this rank updates of a model."""
+    flat = flat_buffers(model)
+    return [lone_run(p) for p in model.parameters()] if flat is None else flat.runs(lambda _: None)
+
+
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The whole gradient of every parameter by name; every rank must call."""
-    gradients = {}
+    """The whole gradient of every parameter by name, after the backward passes of a step; every rank must call."""
+    finish_gradients(model)
+    flat, gradients = flat_buffers(model), {}
+    run_of = {parameter: run for run in runs_of(model) for parameter in run.members}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         gradient = parameter.grad
-        gradients[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
+        if flat is not None:
+            run = run_of[parameter]
+            assert run.gradient is not None
+            gradients[name] = gathered(run.part(parameter, run.gradient), flat.mesh)
+        else:
+            gradients[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
     return gradients
 
 

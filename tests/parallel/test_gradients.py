@@ -14,20 +14,18 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel import data_parallel
-from parallel.data_parallel import apply_data_parallel, set_gradient_sync
+from parallel.data_parallel import apply_data_parallel, finish_gradients, flat_buffers, set_gradient_sync
 from parallel.gradients import (
     clip_factor,
-    counted_here,
     global_gradient_norm,
     raw_local,
-    scale_gradients,
     sum_token_partial_gradients,
     token_partial_parameters,
 )
 from parallel.mesh import SINGLE, ParallelMesh, Sharding, data_shard_size
 from parallel.process_group import process_group
 from parallel.sharding import initialize
-from tests.parallel.support import Operators, ToyModel, full_gradients
+from tests.parallel.support import Operators, ToyModel, full_gradients, runs_of
 from tests.worlds import make_mesh, make_tensor_parallel, run_world
 
 TOKENS = torch.tensor([0, 9, 3, 3, 7, 5, 0, 2, 1, 4, 8, 9, 6, 6, 2, 1])
@@ -67,6 +65,7 @@ def _all_layouts(tensor: int, sequence: bool, sharding: Sharding, micro_batches:
         set_gradient_sync(model, last=number == micro_batches - 1)
         out = model(tokens)
         (out.float().square() * torch.arange(1.0, ToyModel.SIZE + 1)).sum().backward()
+    finish_gradients(model)
     sum_token_partial_gradients(model, mesh.tensor_parallel)
 
     plain = _plain(mesh.layout.data * micro_batches)
@@ -77,22 +76,23 @@ def _all_layouts(tensor: int, sequence: bool, sharding: Sharding, micro_batches:
         torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
     # Every element stands for its copies on exactly one rank.
-    counted = torch.tensor(
-        sum(raw_local(parameter).numel() for parameter in model.parameters() if counted_here(parameter, mesh))
-    )
-    assert int(mesh.all_reduce(counted, ("tensor", "data_shard", "data_replicate"))) == sum(
+    counted = [run for run in runs_of(model) if run.counted_here(mesh)]
+    elements = torch.tensor(sum(member.count for run in counted for member in run.members.values()))
+    assert int(mesh.all_reduce(elements, ("tensor", "data_shard", "data_replicate"))) == sum(
         parameter.numel() for parameter in plain.parameters()
     )
 
-    norm = global_gradient_norm(model.parameters(), mesh)
+    own = [run.gradient for run in counted]
+    norm = global_gradient_norm(own, mesh)
     maximum = 0.5 * float(norm)
     expected_norm = nn.utils.clip_grad_norm_(plain.parameters(), maximum)
     torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
-    scale_gradients(model.parameters(), clip_factor(norm, maximum))
+    for run in runs_of(model):
+        run.gradient.mul_(clip_factor(norm, maximum))
     clipped = full_gradients(model)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(clipped[name], parameter.grad, **CLOSE)
-    torch.testing.assert_close(global_gradient_norm(model.parameters(), mesh), torch.tensor(maximum), rtol=2e-5, atol=0)
+    torch.testing.assert_close(global_gradient_norm(own, mesh), torch.tensor(maximum), rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
@@ -133,6 +133,11 @@ def _collectives(sharding: Sharding, *names: str) -> list[int]:
         set_gradient_sync(model, last=number == 2)
         with Operators() as passes:
             model(TOKENS).sum().backward()
+            if number == 2:
+                finish_gradients(model)
+        if number == 2 and (flat := flat_buffers(model)) is not None:
+            with passes:
+                flat.publish()
         counts.append(passes.count(*names))
     return counts
 
@@ -145,11 +150,14 @@ def test_gradients_are_reduced_in_the_last_backward_pass_only(sharding):
         assert last > 0
 
 
-@pytest.mark.parametrize("sharding", ["optimizer", "full"])
-def test_parameters_are_gathered_once_a_step_unless_they_are_freed_in_between(sharding):
-    for first, second, last, following in run_world(2, _collectives, sharding, "_allgather_base_", "allgather_"):
-        assert first == following > 0
-        assert second == last == (first if sharding == "full" else 0)
+def test_parameters_are_gathered_in_every_pass_where_they_are_divided():
+    for first, second, last, following in run_world(2, _collectives, "full", "_allgather_base_", "allgather_"):
+        assert first == second == last == following > 0
+
+
+def test_updated_weights_are_gathered_once_a_step():
+    for counts in run_world(2, _collectives, "optimizer", "_allgather_base_", "allgather_"):
+        assert counts == [0, 0, 2, 0]  # of the layers, and of what is around them
 
 
 def _bfloat16(sharding: Sharding) -> None:
@@ -161,10 +169,9 @@ def _bfloat16(sharding: Sharding) -> None:
     out.float().square().sum().backward()
     assert seen == [torch.bfloat16]
     assert out.dtype == torch.bfloat16
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32, name
-        assert parameter.grad is not None
-        assert parameter.grad.dtype == torch.float32, name
+    for run in runs_of(model):
+        assert run.values.dtype == torch.float32
+        assert run.gradient.dtype == torch.float32
     exact = ToyModel()
     initialize(exact, 5)
     exact(TOKENS).square().sum().backward()
@@ -181,14 +188,23 @@ def test_bfloat16_computes_and_float32_stays(size, sharding):
     run_world(size, _bfloat16, sharding)
 
 
-def _untouched() -> None:
-    model = _model(make_mesh())
-    assert type(model) is ToyModel
-    set_gradient_sync(model, last=True)  # nothing to say to a plain model
+def _one_rank() -> None:
+    mesh = make_mesh()
+    model = _model(mesh)
+    plain = _plain(2)
+    with Operators() as operators:
+        for tokens in TOKENS.chunk(2):
+            set_gradient_sync(model, last=True)
+            model.loss(tokens).backward()
+        finish_gradients(model)
+        flat_buffers(model).publish()
+    assert not any("reduce" in name or "gather" in name for name in operators.names)
+    for name, parameter in plain.named_parameters():
+        assert model.get_parameter(name).grad.equal(parameter.grad)
 
 
-def test_one_rank_in_float32_needs_no_wrapping():
-    run_world(1, _untouched)
+def test_one_rank_in_float32_computes_what_a_plain_model_does_and_communicates_nothing():
+    run_world(1, _one_rank)
 
 
 def _resharding(sharding: Sharding) -> list[int]:
@@ -251,7 +267,7 @@ def test_partial_gradients_are_summed_once():
 
 def _no_gradients() -> float:
     mesh = make_mesh(tensor=2)
-    return float(global_gradient_norm(ToyModel(tp=mesh.tensor_parallel).parameters(), mesh))
+    return float(global_gradient_norm([], mesh))
 
 
 def test_the_norm_without_gradients_is_zero():
@@ -271,16 +287,11 @@ def test_a_norm_that_is_not_a_number_shows():
     assert clip_factor(torch.tensor(float("inf")), 1.0) == 0
 
 
-def test_scaling_without_gradients():
-    scale_gradients([nn.Parameter(torch.zeros(1))], torch.tensor(0.5))
-
-
 @pytest.mark.parametrize("shape", [(2048, 2048), (50_000,)])
 def test_the_norm_of_millions_of_numbers_is_accurate(shape):
-    parameter = nn.Parameter(torch.empty(shape))
-    parameter.grad = torch.randn(shape)
+    gradient = torch.randn(shape)
     with process_group("cpu"):
-        norm = global_gradient_norm([parameter], make_mesh())
+        norm = global_gradient_norm([gradient], make_mesh())
     # Pairwise or blocked sums of 4 million squares keep a relative error well below 100 eps; one running float32 sum
     # in a few lanes does not.
-    torch.testing.assert_close(norm.double(), parameter.grad.double().norm(), rtol=100 * 1.2e-7, atol=0)
+    torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=100 * 1.2e-7, atol=0)

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.cross_entropy import vocab_parallel_cross_entropy
-from parallel.data_parallel import apply_data_parallel, keep_gradients, reduce_gradients, set_gradient_sync
+from parallel.data_parallel import (
+    apply_data_parallel,
+    finish_gradients,
+    keep_gradients,
+    reduce_gradients,
+    set_gradient_sync,
+)
 from parallel.dropout import fold_in
 from parallel.gradients import sum_token_partial_gradients
 from parallel.layers import column_parallel_linear
@@ -61,6 +67,7 @@ def _normal(model: TiedModel, mesh: ParallelMesh) -> dict[str, Tensor]:
     for number, ids in enumerate(batches):
         set_gradient_sync(model, last=number == len(batches) - 1)
         model(ids).backward()
+    finish_gradients(model)
     sum_token_partial_gradients(model, mesh.tensor_parallel)
     return full_gradients(model)
 
@@ -87,6 +94,7 @@ def _deferred(model: TiedModel, mesh: ParallelMesh, late: bool) -> dict[str, Ten
     while waiting:
         run_oldest()
     reduce_gradients(model)
+    finish_gradients(model)
     sum_token_partial_gradients(model, mesh.tensor_parallel)
     return full_gradients(model)
 

@@ -17,7 +17,7 @@ from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.encoder import Encoder
 from parallel.data_parallel import apply_data_parallel
 from parallel.gradients import sum_token_partial_gradients
-from parallel.mesh import SINGLE, TensorParallel
+from parallel.mesh import SINGLE, Sharding, TensorParallel
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import CONFIG, assert_steps_equal, make_batch, whole
 from tests.worlds import make_mesh, make_tensor_parallel, run_world
@@ -48,11 +48,13 @@ def _compile(encoder: Encoder) -> CountingBackend:
     return backend
 
 
-def _step(encoder: nn.Module, tp: TensorParallel, packed: bool, dropout: bool) -> dict[str, Tensor]:
+def _step(
+    encoder: nn.Module, tp: TensorParallel, packed: bool, dropout: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     batch = make_batch(packed=packed)
     total = len(batch.tokens)
     x = torch.randn(total, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
-    x = (x.chunk(tp.size)[tp.rank] if tp.sequence else x).clone().requires_grad_()
+    x = (x.chunk(tp.size)[tp.rank] if tp.sequence else x).to(dtype, copy=True).requires_grad_()
     out = encoder(x, batch.layout, batch.dropout_keys(5) if dropout else None)
     (out * torch.linspace(-1, 1, CONFIG.hidden_size)).square().sum().backward()
     sum_token_partial_gradients(encoder, tp)
@@ -77,9 +79,9 @@ def _compiled(tp: TensorParallel, packed: bool, dropout: bool, recompute: str, a
     return backend.graphs
 
 
-def _fully_sharded() -> int:
-    """The same under FSDP on top of tensor parallelism, in bfloat16."""
-    mesh = make_mesh(tensor=2, sequence=True)
+def _prepared(sharding: Sharding, **layout: Any) -> int:
+    """The same in bfloat16, with its parameters prepared for data parallelism."""
+    mesh = make_mesh(**layout)
     tp = mesh.tensor_parallel
     torch._dynamo.reset()
     results, graphs = [], 0
@@ -87,8 +89,8 @@ def _fully_sharded() -> int:
         encoder = _encoder(tp)
         backend = _compile(encoder) if compiled else CountingBackend()
         layers = list(encoder.layers.values())
-        apply_data_parallel(encoder, layers, mesh, sharding="full", compute_dtype=torch.bfloat16)
-        results.append(_step(encoder, tp, False, True))
+        apply_data_parallel(encoder, layers, mesh, sharding=sharding, compute_dtype=torch.bfloat16)
+        results.append(_step(encoder, tp, False, True, torch.bfloat16))
         graphs += backend.graphs
     # A rounding here or there in another order: a few bfloat16 steps of the largest element.
     assert_steps_equal(results[1], results[0], 4 * torch.finfo(torch.bfloat16).eps)
@@ -113,7 +115,10 @@ def _all_cases() -> dict[str, int | str]:
             graphs[name] = _compiled(make_tensor_parallel(sequence=sequence), *case)
         except Exception:
             graphs[name] = traceback.format_exc()
-    return graphs | {"fully-sharded": _fully_sharded()}
+    return graphs | {
+        "flat-buffers": _prepared("none", tensor=2, sequence=True),
+        "fully-sharded": _prepared("full", data=2, data_shard=2),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +126,7 @@ def graphs() -> list[dict[str, int | str]]:
     return run_world(2, _all_cases, timeout=240)
 
 
-@pytest.mark.parametrize("case", [*CASES, "fully-sharded"])
+@pytest.mark.parametrize("case", [*CASES, "flat-buffers", "fully-sharded"])
 def test_divided_layers_share_one_graph_and_give_the_eager_result(case, graphs):
     assert [of_rank[case] for of_rank in graphs] == [1, 1]
 

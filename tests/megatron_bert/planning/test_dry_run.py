@@ -10,8 +10,10 @@ import yaml
 
 from megatron_bert.cli import main
 from megatron_bert.data.preprocess import preprocess
+from megatron_bert.model.flops import parameter_count
 from megatron_bert.planning.devices import DEVICES
-from tests.megatron_bert.planning.support import CONFIGS, measured, settings_of
+from parallel.flat_buffers import ALIGNMENT
+from tests.megatron_bert.planning.support import CONFIGS, Vocabulary, measured, settings_of
 
 
 def test_a_rank_of_512_runs_a_step_without_the_others() -> None:
@@ -106,3 +108,45 @@ def test_what_a_dry_run_refuses(
     overrides = [*SMALL, *files, f"training.run_dir={tmp_path / 'run'}", "parallel.pipeline=2"]
     assert main(["pretrain", str(CONFIGS / "bert_345m.yaml"), *overrides, *given]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sharding", "compute"),
+    [
+        (8, "optimizer", "bfloat16"),
+        (512, "optimizer", "bfloat16"),
+        (64, "none", "bfloat16"),
+        (8, "optimizer", "float32"),
+    ],
+)
+def test_what_data_parallelism_holds_and_sends(ranks: int, sharding: str, compute: str) -> None:
+    """6 + 12/d bytes a parameter in bfloat16, 18 undivided, 8 + 8/d in float32; every byte is sent once."""
+    settings = settings_of(
+        f"training.global_batch_size={8 * ranks}",
+        f"parallel.sharding={sharding}",
+        f"precision.compute={compute}",
+        "training.micro_batch_size=2",
+    )
+    step = measured(settings, 1, ranks)
+    parameters = parameter_count(settings.model_config_for(Vocabulary.vocab_size, Vocabulary.pad_id))
+    axis = "data_shard" if sharding == "optimizer" else "data_replicate"
+    divided = ranks if sharding == "optimizer" else 1
+    elements = step.resident["gradients"] // 4
+    # Every parameter and every one of three buckets is filled up.
+    assert parameters <= elements <= parameters + ALIGNMENT * (16 * 4 + 20 + 3 * divided)
+    width = 2 if compute == "bfloat16" else 4
+    assert step.resident["weights"] == width * elements
+    states = (12 if compute == "bfloat16" else 8) * elements / divided
+    assert 0.7 * states <= step.resident["optimizer"] <= states + 4096
+    sent = {(what.kind, what.dtype): entry for what, entry in step.traffic.items() if what.group == axis}
+    counts = sent.pop(("all-reduce", "int64"))
+    assert counts.count == 1  # of masked tokens and pairs
+    whole = sent["all-reduce", "float32"]
+    if sharding == "optimizer":
+        assert (whole.count, whole.bytes) == (1, 4)  # the norm
+        reduced, gathered = sent["reduce-scatter", "float32"], sent["all-gather", compute]
+        assert (reduced.count, reduced.bytes) == (2, 4 * elements)
+        assert (gathered.count, gathered.bytes) == (2, width * elements)
+    else:
+        assert (whole.count, whole.bytes) == (1 + 2, 4 + 4 * elements)
+    assert len(sent) == (3 if sharding == "optimizer" else 1)

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
@@ -27,7 +26,7 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.process_group import World
 from parallel.recompute import Recompute
 from tests.megatron_bert.data.support import numbered_tokenizer, random_corpus
-from tests.worlds import CPU
+from tests.worlds import CPU, gathered
 
 #: Samples a step. The numbers of data ranks below divide it.
 BATCH = 24
@@ -58,6 +57,7 @@ class Case:
     by_hand: bool = False
     depth: int = 5
     compute: str = "float32"
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
         """The test's id."""
@@ -76,6 +76,8 @@ class Case:
             parts.append("by_hand")
         if self.compute != "float32":
             parts.append(self.compute)
+        if self.optimizer != "adamw":
+            parts.append(self.optimizer)
         return "-".join(parts)
 
     @property
@@ -94,7 +96,7 @@ class Case:
     @property
     def plain(self) -> Case:
         """The same model on one process, all samples of a step in one microbatch."""
-        return Case(depth=self.depth, packed=self.packed)
+        return Case(depth=self.depth, packed=self.packed, optimizer=self.optimizer)
 
     def stage_layers(self) -> list[int] | None:
         """As uneven as can be: all spare layers on the last stage, which has the head already."""
@@ -136,7 +138,7 @@ class Case:
                 },
                 # Adam divides a gradient by its own size: the smallest, which are all rounding, would move weights as
                 # far as any other. This eps, about the size of a typical gradient here, keeps the update smooth.
-                "optimizer": {"eps": 1e-3, "clip_grad_norm": 0.5},
+                "optimizer": {"name": self.optimizer, "eps": 1e-3, "clip_grad_norm": 0.5},
                 "learning_rate": {"peak": 1e-2, "schedule": "constant"},
                 "precision": {"compute": self.compute},
                 "training": {
@@ -294,7 +296,9 @@ def run_case(case: Case, folder: Path) -> Outcome:
     """A run from the first step to the last, and an evaluation."""
     trainer = make_trainer(case, folder)
     outcome = Outcome()
-    outcome.initial = {name: _digest(whole) for name, whole in _whole({**trainer.parameters, **trainer.copies}).items()}
+    outcome.initial = {
+        name: _digest(whole) for name, whole in _whole(trainer, {**trainer.parameters, **trainer.copies}).items()
+    }
     train(trainer, STEPS, outcome)
     check_replicas(trainer)
     note_weights(trainer, outcome)
@@ -309,17 +313,15 @@ def run_cases(cases: list[Case], folder: Path) -> list[Outcome]:
 
 def note_weights(trainer: Trainer, outcome: Outcome) -> None:
     """Gather the weights; ranks that would only repeat them return none."""
-    weights, copies = _whole(trainer.parameters), _whole(trainer.copies)
+    weights, copies = _whole(trainer, trainer.parameters), _whole(trainer, trainer.copies)
     coordinate = trainer.mesh.coordinate
     if all(coordinate[axis] == 0 for axis in ("tensor", *DATA_AXES)):
         outcome.weights, outcome.copies = weights, copies
 
 
-def _whole(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
-        for name, parameter in parameters.items()
-    }
+def _whole(trainer: Trainer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    weights = {name: trainer.optimizer.weights(parameter) for name, parameter in parameters.items()}
+    return {name: gathered(part, trainer.mesh) for name, part in weights.items()}
 
 
 def _digest(tensor: Tensor) -> str:

@@ -16,13 +16,12 @@ from megatron_bert.config import OptimizerSettings
 from megatron_bert.training.build import TIED_NAME
 from megatron_bert.training.divergence import NotReproducedError
 from megatron_bert.training.metrics import METRICS_FILE
-from megatron_bert.training.optimizer import ShardedAdamW
+from megatron_bert.training.optimizer import ShardedOptimizer
 from megatron_bert.training.precision import LossScale
 from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
-from parallel.gradients import raw_local
 from tests.megatron_bert.training.layouts import Case, Outcome, make_trainer, train
 from tests.megatron_bert.training.runs import rows, run_settings
 from tests.worlds import run_world
@@ -46,8 +45,8 @@ def put(name: str, value: float, elements: int = 1) -> Callable[[Trainer], None]
     """Overwrite some weights."""
 
     def change(trainer: Trainer) -> None:
-        with torch.no_grad():
-            raw_local(trainer.parameters[name]).view(-1)[:elements] = value
+        trainer.optimizer.weights(trainer.parameters[name]).values.view(-1)[:elements] = value
+        trainer.optimizer.publish()
 
     return change
 
@@ -137,7 +136,7 @@ def test_a_gpu_says_so_a_step_later(data: Path, tmp_path: Path, monkeypatch: pyt
     def change(trainer: Trainer) -> None:
         trainer.watch.at_once = False
         trainers.append(trainer)
-        weights.extend(raw_local(parameter).clone() for parameter in trainer.parameters.values())
+        weights.extend(trainer.optimizer.weights(parameter).values.clone() for parameter in trainer.parameters.values())
         faulty(100)(trainer)
 
     before_step(monkeypatch, 3, change)
@@ -148,7 +147,7 @@ def test_a_gpu_says_so_a_step_later(data: Path, tmp_path: Path, monkeypatch: pyt
     assert trainer.step == 3
     assert trainer.optimizer.steps == 3
     for before, parameter in zip(weights, trainer.parameters.values(), strict=True):
-        assert torch.equal(before, raw_local(parameter))
+        assert torch.equal(before, trainer.optimizer.weights(parameter).values)
 
 
 def test_a_learning_rate_that_is_too_high(data: Path, tmp_path: Path) -> None:
@@ -223,12 +222,12 @@ class TestFloat16:
 
 def test_the_optimizer_can_be_kept_from_changing_anything() -> None:
     parameter = nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(1)))
-    adam = ShardedAdamW({"one": parameter}, OptimizerSettings())
+    adam = ShardedOptimizer({"one": parameter}, OptimizerSettings())
     before = parameter.detach().clone()
     parameter.grad = torch.full((5,), torch.nan)
     adam.step(0.1, torch.tensor(1.0))
     assert torch.equal(parameter, before)
-    assert all(moment.eq(0).all() for moment in adam.moments(parameter).values())
+    assert all(moment.values.eq(0).all() for moment in adam.moments(parameter).values())
     parameter.grad = torch.ones(5)
     adam.step(0.1, torch.tensor(0.0))
     assert not torch.equal(parameter, before)
@@ -240,12 +239,14 @@ def traced(case: Case, folder: Path, run_dir: Path, rank: int) -> str:
     train(trainer, 1, Outcome())
     if trainer.world.rank == rank:
         faulty(100)(trainer)
-    weights = {name: raw_local(parameter).clone() for name, parameter in trainer.parameters.items()}
+    weights = {
+        name: trainer.optimizer.weights(parameter).values.clone() for name, parameter in trainer.parameters.items()
+    }
     try:
         train(trainer, 1, Outcome())
     except UserError as error:
         for name, parameter in trainer.parameters.items():
-            assert torch.equal(raw_local(parameter), weights[name])
+            assert torch.equal(trainer.optimizer.weights(parameter).values, weights[name])
         return str(error)
     return ""
 

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.config import OptimizerName, OptimizerSettings
+from megatron_bert.training.optimizer import ShardedOptimizer
 from megatron_bert.training.pretrain import pretrain
+from parallel.data_parallel import apply_data_parallel, finish_gradients
+from parallel.gradients import clip_factor, global_gradient_norm
+from parallel.mesh import ParallelLayout, ParallelMesh
+from parallel.process_group import process_group
+from parallel.sharding import initialize
 from tests.megatron_bert.training.runs import rows, run_settings
+from tests.parallel.support import ToyModel
 
 pytestmark = pytest.mark.gpu
 #: Heads of 16, the least that fused attention over packed sequences takes.
@@ -62,3 +70,32 @@ def test_goes_on(data: Path, tmp_path: Path, compute: str) -> None:
     middle = tmp_path / "whole" / "checkpoints" / "step_00000003"
     rest = losses(data, tmp_path / "rest", checkpoint__resume=str(middle), **options)
     torch.testing.assert_close(rest, whole[3:], rtol=1e-5 if compute == "float32" else 2**-8, atol=0)
+
+
+def updated(device: str, name: OptimizerName) -> dict[str, torch.Tensor]:
+    """Master weights after two steps, in which the host asks the device for nothing once gradients are there."""
+    ids = torch.arange(8, device=device)
+    with process_group(device) as world:
+        mesh = ParallelMesh(ParallelLayout(), world.device)
+        model = ToyModel().to(world.device)
+        initialize(model, 5)
+        apply_data_parallel(model, model.units(), mesh, sharding="none", compute_dtype=torch.bfloat16)
+        parameters = dict(model.named_parameters())
+        optimizer = ShardedOptimizer(parameters, OptimizerSettings(name=name, eps=0.1), mesh, stages=[model])
+        for _ in range(2):
+            model(ids).float().square().sum().backward()
+            torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+            finish_gradients(model)
+            norm = global_gradient_norm(optimizer.gradients(mesh), mesh)
+            optimizer.step(0.01, (~norm.isfinite()).float(), clip_factor(norm, 1.0))
+            optimizer.zero_grad()
+            torch.cuda.set_sync_debug_mode("default")
+        return {key: optimizer.weights(parameter).values.cpu() for key, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_updates_wait_for_nothing(name: OptimizerName) -> None:
+    here, there = (updated(device, name) for device in ("cpu", "cuda"))
+    for key, weight in here.items():
+        # Two steps of about 0.01, the gradients of which are off by bfloat16's rounding.
+        torch.testing.assert_close(there[key], weight, rtol=0, atol=1e-3, msg=key)

@@ -141,6 +141,21 @@ def test_one_process_equals_a_loop_written_by_hand(runs, folder):
     assert min(norms) > 0.5  # clipping took part
 
 
+LAMB = [
+    Case(pipeline=2, data=3, schedule="zero-bubble-h1", sharding="optimizer", microbatches=4, optimizer="lamb"),
+    Case(tensor=2, pipeline=2, data=2, sequence=True, sharding="full", microbatches=2, optimizer="lamb"),
+]
+
+
+@pytest.mark.parametrize("case", LAMB, ids=str)
+def test_lamb_equals_one_process(runs, case):
+    """Ratios are of whole parameters, and the copies of the tied embeddings get the same."""
+    mine = runs(case)
+    assert largest_difference(mine, runs(case.plain)) < TOLERANCE
+    for name, copy in mine.copies.items():
+        assert torch.equal(copy, mine.weights[name])
+
+
 def test_packing_changes_nothing(runs):
     assert largest_difference(runs(Case(packed=True)), runs(Case())) < TOLERANCE
 
@@ -149,6 +164,7 @@ BFLOAT16 = [
     Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="full", microbatches=4),
     Case(pipeline=2, schedule="zero-bubble-v", chunks=2, recompute="full", microbatches=4, packed=True),
     Case(tensor=2, pipeline=2, microbatches=3, recompute="selective"),
+    Case(tensor=2, data=3, sharding="optimizer", microbatches=2),
 ]
 
 
@@ -189,6 +205,7 @@ SAME_LAYOUT = [
     Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="optimizer", microbatches=3),
     Case(pipeline=2, schedule="zero-bubble-v", chunks=2, microbatches=4, packed=True),
     Case(pipeline=2, data=2, schedule="interleaved-1f1b", chunks=2, sharding="full", microbatches=4),
+    Case(pipeline=2, data=2, sharding="optimizer", microbatches=2, compute="bfloat16", optimizer="lamb"),
 ]
 
 

@@ -18,7 +18,6 @@ from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
-from parallel.gradients import raw_local
 from parallel.replicas import bits_hash, sum_hash
 from tests.megatron_bert.training.layouts import STEPS, Case, Outcome, make_trainer, train
 from tests.worlds import run_world
@@ -57,9 +56,9 @@ def test_zeros_of_either_sign_and_elements_of_later_chunks_count(monkeypatch: py
 
 def damage(trainer: Trainer, name: str, *, moment: str | None = None, amount: float = 0.5) -> None:
     parameter = {**trainer.copies, **trainer.parameters}[name]
-    target = parameter if moment is None else trainer.optimizer.moments(parameter)[moment]
-    with torch.no_grad():
-        raw_local(target).view(-1)[:8] += amount
+    optimizer = trainer.optimizer
+    part = optimizer.weights(parameter) if moment is None else optimizer.moments(parameter)[moment]
+    part.values.view(-1)[:8] += amount
 
 
 Damage = tuple[int, str, str | None]

@@ -1,0 +1,402 @@
+"""Data parallelism on flat buffers: weights that every rank holds whole, states that each holds a share of.
+
+The parameters of a stage are views of one buffer in the format of the computation, and their gradients add up in
+another one in float32, straight from the backward pass of every micro batch. Both are cut into buckets. While the last
+backward pass of a step goes on, complete buckets are summed over the data ranks: each rank gets its range of every
+bucket (reduce-scatter), or everything where nothing is divided (all-reduce). Each rank updates the float32 master
+weights of its ranges and gives the others what they compute with (all-gather), behind the next forward pass. This is
+Megatron-LM's distributed optimizer, or ZeRO stage 1 (Rajbhandari et al., arXiv 1910.02054).
+
+A range knows nothing of parameters, but any range of a matrix is at most three rectangles, by which checkpoints name
+it. Bytes a parameter: 6 for weights and gradients and 12 / d for master weights and two moments on d ranks in
+bfloat16; 8 + 8 / d in float32, whose weights are the master weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.gradients import set_own_gradient
+from parallel.mesh import ParallelMesh
+from parallel.parts import PLANE, Region, Sizes, flat_regions
+from parallel.runs import Member, Run
+
+#: Parameters begin, and buckets are divided, at multiples of so many elements: 128 bytes in two-byte formats, which
+#: every kernel's loads and every collective are content with.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """Where a parameter lies.
+
+    Attributes:
+        parameter: which the modules use: this tensor rank's part, a view of the weights.
+        gradient: of it, before data ranks are summed.
+        shape: of the whole parameter.
+        offsets: of this tensor rank's part in it.
+        divided: whether tensor ranks divide it.
+        start: in the buffers.
+    """
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    shape: Sizes
+    offsets: Sizes
+    divided: bool
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parameter.numel()
+
+    def regions(self, first: int, last: int) -> tuple[Region, ...]:
+        """Blocks of the whole parameter that elements of this tensor rank's part are."""
+        local = flat_regions(tuple(self.parameter.shape), first, last)
+        return tuple((tuple(map(sum, zip(self.offsets, offsets))), sizes) for offsets, sizes in local)
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """A part of the buffers, communicated at once.
+
+    Attributes:
+        slots: in the order of their starts.
+        start: in the buffers.
+        size: with what fills it up.
+        own: range in the buffers that this rank updates.
+        master: float32 weights of that range.
+        missing: gradients that the last backward pass of the step has yet to add.
+        reducing: the sum over data ranks, once it has begun.
+        gathering: of the updated weights, until it has been waited for.
+    """
+
+    slots: list[_Slot]
+    start: int
+    size: int
+    own: slice
+    master: Tensor = field(init=False)
+    missing: int = 0
+    reducing: dist.Work | None = None
+    gathering: dist.Work | None = None
+
+
+class FlatBuffers:
+    """The parameters of a stage, their gradients and master weights.
+
+    The parameters of the model are replaced: by plain ones, this tensor rank's part of each, in the format of the
+    computation, with a float32 gradient that is never None.
+
+    Args:
+        model: the whole model, or the part of it on this pipeline stage.
+        groups: modules inside of it whose parameters are communicated together, in the order they run; the rest of the
+            model comes before them.
+        mesh: where the run is laid out.
+        compute_dtype: float32, bfloat16 or float16.
+        alone: parameters that get a bucket each, so that another stage with a copy divides it in the same way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[nn.Module]],
+        mesh: ParallelMesh,
+        compute_dtype: torch.dtype,
+        alone: Iterable[nn.Parameter] = (),
+    ) -> None:
+        self.mesh = mesh
+        #: Over which gradients are summed; one of the axes, since they are either divided or copied.
+        self.axis = "data_shard" if mesh.layout.data_shard > 1 else "data_replicate"
+        self.ranks = mesh.layout.data
+        assert mesh.layout.data_shard in (1, self.ranks), "flat buffers are divided over all data ranks or none"
+        self.divided = mesh.layout.data_shard > 1
+        self._last = self._summed = False
+        self._next_to_reduce = 0
+        self._allocate(model, self._bucket_parameters(model, groups, alone), compute_dtype)
+        if compute_dtype != torch.float32:
+            # torch.compile does not take parameters whose gradients have another format, wherever they are used.
+            model.register_forward_pre_hook(lambda *_: self._hide_gradients())
+            model.register_forward_hook(lambda *_: self._show_gradients(), always_call=True)
+        if self.ranks > 1:
+            self._watch(model, groups)
+
+    # ---------------------------------------------------------------- layout
+
+    @staticmethod
+    def _bucket_parameters(
+        model: nn.Module, groups: Sequence[Sequence[nn.Module]], alone: Iterable[nn.Parameter]
+    ) -> list[list[nn.Parameter]]:
+        """The parameters of each bucket: those alone, those of the root, and those of each group."""
+        rest: dict[nn.Parameter, None] = dict.fromkeys(model.parameters())
+
+        def taken(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+            """Those that are in no bucket yet."""
+            return [parameter for parameter in parameters if rest.pop(parameter, parameter) is None]
+
+        first = [taken([parameter]) for parameter in alone]
+        inside = [taken(parameter for unit in group for parameter in unit.parameters()) for group in groups]
+        return [bucket for bucket in [*first, list(rest), *inside] if bucket]
+
+    def _allocate(self, model: nn.Module, buckets: list[list[nn.Parameter]], compute_dtype: torch.dtype) -> None:
+        unit = ALIGNMENT * (self.ranks if self.divided else 1)
+        places: list[tuple[list[tuple[nn.Parameter, int]], int, int]] = []
+        end = 0
+        for bucket in buckets:
+            start, inside = end, []
+            # Of one kind together: the optimizer takes neighbours of one kind as one tensor.
+            for parameter in sorted(bucket, key=lambda p: (not isinstance(p, DTensor), p.dim() < 2)):
+                inside.append((parameter, end))
+                end += _up(_local(parameter).numel(), ALIGNMENT)
+            end = start + _up(end - start, unit)
+            places.append((inside, start, end - start))
+        device = self.mesh.device
+        self.weights = torch.zeros(end, dtype=compute_dtype, device=device)
+        self.gradients = torch.zeros(end, device=device)
+        share = end // self.ranks if self.divided else end
+        #: Float32 weights of this rank's ranges, one after the other; none where those computed with are float32.
+        self.masters = torch.zeros(share if compute_dtype != torch.float32 else 0, device=device)
+        replacements: dict[nn.Parameter, nn.Parameter] = {}
+        self.buckets = [self._fill(*place, replacements) for place in places]
+        _replace(model, replacements)
+
+    @torch.no_grad()
+    def _fill(
+        self,
+        inside: list[tuple[nn.Parameter, int]],
+        start: int,
+        size: int,
+        replacements: dict[nn.Parameter, nn.Parameter],
+    ) -> _Bucket:
+        own = slice(start, start + size)
+        first = start
+        if self.divided:
+            share = size // self.ranks
+            own = slice(start + self.mesh.data_rank * share, start + (self.mesh.data_rank + 1) * share)
+            first = start // self.ranks
+        bucket = _Bucket([], start, size, own)
+        inside_master = slice(first, first + own.stop - own.start)
+        bucket.master = self.masters[inside_master] if self.masters.numel() else self.weights[own]
+        for parameter, place in inside:
+            local = _local(parameter)
+            view = slice(place, place + local.numel())
+            self.weights[view].copy_(local.reshape(-1))
+            fresh = nn.Parameter(self.weights[view].view(local.shape), requires_grad=parameter.requires_grad)
+            # Gradients come in the format of the computation and add up in float32, in the kernel that adds them.
+            fresh.grad_dtype = None
+            fresh.grad = gradient = self.gradients[view].view(local.shape)
+            offsets, divided = _tensor_offsets(parameter)
+            slot = _Slot(fresh, gradient, tuple(parameter.shape), offsets, divided, place)
+            bucket.slots.append(slot)
+            replacements[parameter] = fresh
+            low, high = self._own_part(bucket, slot)
+            set_own_gradient(fresh, self.gradients[low:high])
+            if self.masters.numel():
+                bucket.master[low - own.start : high - own.start].copy_(local.reshape(-1)[low - place : high - place])
+        return bucket
+
+    @staticmethod
+    def _own_part(bucket: _Bucket, slot: _Slot) -> tuple[int, int]:
+        """What this rank updates of a parameter, in the buffers."""
+        low = min(max(slot.start, bucket.own.start), slot.stop)
+        return low, max(low, min(slot.stop, bucket.own.stop))
+
+    def runs(self, kind: Callable[[nn.Parameter], Hashable]) -> list[Run]:
+        """What this rank updates, neighbours of one kind together.
+
+        Args:
+            kind: of a parameter.
+
+        Returns:
+            Runs in which every parameter of the stage occurs once: in one without values if this rank has none of it.
+        """
+        runs: list[Run] = []
+        absent: dict[tuple[Hashable, bool], dict[nn.Parameter, Member]] = {}
+        for bucket in self.buckets:
+            together: list[tuple[_Slot, int, int]] = []
+            for slot in bucket.slots:
+                low, high = self._own_part(bucket, slot)
+                if low == high:
+                    empty = Member(slot.shape, 0, 0, ())
+                    absent.setdefault((kind(slot.parameter), slot.divided), {})[slot.parameter] = empty
+                    continue
+                if together and _differs(together[-1][0], slot, kind):
+                    runs.append(self._run(bucket, together, kind))
+                    together = []
+                together.append((slot, low, high))
+            if together:
+                runs.append(self._run(bucket, together, kind))
+        nothing = self.gradients[:0]
+        runs += [Run(nothing, found, key[0], self._axes(key[1]), nothing) for key, found in absent.items()]
+        return runs
+
+    def _run(
+        self, bucket: _Bucket, together: list[tuple[_Slot, int, int]], kind: Callable[[nn.Parameter], Hashable]
+    ) -> Run:
+        first, last = together[0][1], together[-1][2]
+        members = {
+            slot.parameter: Member(
+                slot.shape, low - first, high - low, slot.regions(low - slot.start, high - slot.start)
+            )
+            for slot, low, high in together
+        }
+        slot = together[0][0]
+        values = bucket.master[first - bucket.own.start : last - bucket.own.start]
+        return Run(values, members, kind(slot.parameter), self._axes(slot.divided), self.gradients[first:last])
+
+    def _axes(self, divided: bool) -> frozenset[str]:
+        """Over which values of this rank are copied."""
+        shared = {"data_shard"} if self.divided else set()
+        return PLANE - shared - ({"tensor"} if divided else set())
+
+    def _hide_gradients(self) -> None:
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                slot.parameter.grad = None
+
+    def _show_gradients(self) -> None:
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                slot.parameter.grad = slot.gradient
+
+    # ---------------------------------------------------------------- a step
+
+    def begin_backward(self, last: bool) -> None:
+        """Say whether the coming backward pass is the last of the step, after which gradients are summed."""
+        self._summed = False
+        self._last = last and self.ranks > 1
+        if self._last:
+            self._next_to_reduce = len(self.buckets) - 1
+            for bucket in self.buckets:
+                bucket.missing = len(bucket.slots)
+
+    def _arrived(self, bucket: _Bucket) -> None:
+        if not self._last:
+            return
+        bucket.missing -= 1
+        # In one order on all ranks, whatever the order in which gradients arrive.
+        while self._next_to_reduce >= 0 and self.buckets[self._next_to_reduce].missing == 0:
+            self._reduce(self.buckets[self._next_to_reduce])
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        self._next_to_reduce -= 1
+        whole = self.gradients[bucket.start : bucket.start + bucket.size]
+        group = self.mesh.device_mesh.get_group(self.axis)
+        if self.divided:
+            bucket.reducing = _reduce_scatter(self.gradients[bucket.own], whole, group=group, async_op=True)
+        else:
+            bucket.reducing = dist.all_reduce(whole, group=group, async_op=True)
+
+    def reduce(self) -> None:
+        """Begin to sum all gradients that are complete now, and whose sum has not begun in the last backward pass."""
+        if self.ranks == 1 or self._summed:
+            return
+        if not self._last:
+            self.begin_backward(last=True)
+        while self._next_to_reduce >= 0:
+            self._reduce(self.buckets[self._next_to_reduce])
+
+    def finish(self) -> None:
+        """Wait for the sums over data ranks: gradients of this rank's ranges are complete then.
+
+        On a GPU the current stream waits, not the host.
+        """
+        self.wait()  # as every forward pass has done, unless it left a module out
+        self.reduce()
+        self._last, self._summed = False, True
+        for bucket in self.buckets:
+            if bucket.reducing is not None:
+                bucket.reducing.wait()
+                bucket.reducing = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Compute with the master weights from now on; every data rank calls, after they have changed."""
+        self.wait()
+        if self.masters.numel():
+            torch._foreach_copy_(
+                [self.weights[bucket.own] for bucket in self.buckets], [bucket.master for bucket in self.buckets]
+            )
+        if not self.divided:
+            return
+        group = self.mesh.device_mesh.get_group(self.axis)
+        for bucket in self.buckets:
+            whole = self.weights[bucket.start : bucket.start + bucket.size]
+            bucket.gathering = _all_gather(whole, self.weights[bucket.own], group=group, async_op=True)
+
+    def wait(self, buckets: Iterable[_Bucket] | None = None) -> None:
+        """Wait for weights of other ranks, before the computation uses them."""
+        for bucket in self.buckets if buckets is None else buckets:
+            if bucket.gathering is not None:
+                bucket.gathering.wait()
+                bucket.gathering = None
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        self.gradients.zero_()
+        self._summed = False
+
+    def _watch(self, model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> None:
+        """Notice gradients as they arrive, and wait for weights as they are needed."""
+        by_parameter = {slot.parameter: bucket for bucket in self.buckets for slot in bucket.slots}
+        for parameter, bucket in by_parameter.items():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+        if not self.divided:
+            return
+        outside = set(model.modules())
+        for group in groups:
+            modules = {module for unit in group for module in unit.modules()}
+            outside -= modules
+            needed = self._buckets_of(modules, by_parameter)
+            for unit in group:
+                unit.register_forward_pre_hook(lambda *_, needed=needed: self.wait(needed))
+        around = self._buckets_of(outside, by_parameter)
+        # Without gradients, modules may be called in other ways and orders than in training.
+        model.register_forward_pre_hook(lambda *_: self.wait(around if torch.is_grad_enabled() else None))
+
+    def _buckets_of(self, modules: set[nn.Module], by_parameter: dict[nn.Parameter, _Bucket]) -> list[_Bucket]:
+        """The buckets with parameters that the modules themselves hold."""
+        needed = {by_parameter[p] for module in modules for p in module.parameters(recurse=False)}
+        return [bucket for bucket in self.buckets if bucket in needed]
+
+
+def _differs(one: _Slot, other: _Slot, kind: Callable[[nn.Parameter], Hashable]) -> bool:
+    return one.divided != other.divided or kind(one.parameter) != kind(other.parameter)
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Parameter, nn.Parameter]) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, replacements[parameter])
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def _tensor_offsets(parameter: nn.Parameter) -> tuple[Sizes, bool]:
+    """Where this tensor rank's part of a parameter begins, and whether it is a part."""
+    offsets = [0] * parameter.dim()
+    if not isinstance(parameter, DTensor):
+        return tuple(offsets), False
+    (placement,) = parameter.placements
+    assert isinstance(placement, Shard)
+    offsets[placement.dim] = parameter.device_mesh.get_local_rank() * _local(parameter).shape[placement.dim]
+    return tuple(offsets), True
+
+
+def _up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
+
+
+#: Torch 2.13 has other names for these, and warns of the old ones.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
