@@ -1,0 +1,228 @@
+"""What data parallelism costs the processor on one rank: flat buffers, FSDP2, and plain modules under torch's AdamW.
+
+All train the same model in bfloat16 on the same micro batches: forward and backward passes, the gradient's norm,
+clipping, the update, and gradients dropped. The plain side has bfloat16 weights, gradients and moments; the others
+have float32 master weights, gradients and moments, as runs have. They alternate in one process, and times are those of
+the processor, since a GPU waits for it and other programs may run beside it.
+
+    python -m tools.benchmark_data_parallel --output benchmarks/data_parallel_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_bert.config import OptimizerSettings
+from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.pretraining import BertForPretraining, loss_sums
+from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.training.optimizer import ShardedOptimizer, decays
+from parallel.data_parallel import apply_data_parallel, finish_gradients, set_gradient_sync
+from parallel.gradients import clip_factor, global_gradient_norm
+from parallel.mesh import ParallelLayout, ParallelMesh
+from parallel.process_group import process_group
+from parallel.sharding import initialize
+from tools.timing import processor_name, processor_seconds
+
+Step = Callable[[], None]
+
+RATE, CLIP = 1e-4, 1.0
+SETTINGS = OptimizerSettings()
+LENGTH, SEQUENCES, SLOTS = 16, 2, 4
+#: Layers that FSDP2 gathers at a time, which is what this project did before it had flat buffers.
+FSDP_GROUP = 3
+
+
+def make_model(layers: int, hidden: int) -> BertForPretraining:
+    """A model of small matrices with as many parameters, in number, as a large one."""
+    config = MegatronBertConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=LENGTH,
+    )
+    model = BertForPretraining(config)
+    initialize(model, 1)
+    return model
+
+
+def make_batches(count: int) -> list[MicroBatch]:
+    """Micro batches of short sequences."""
+    generator = torch.Generator().manual_seed(2)
+    total = LENGTH * SEQUENCES
+    return [
+        MicroBatch(
+            tokens=torch.randint(1, 1000, (total,), generator=generator),
+            positions=torch.arange(LENGTH).repeat(SEQUENCES),
+            types=torch.zeros(total, dtype=torch.int64),
+            samples=torch.arange(SEQUENCES).repeat_interleave(LENGTH) + SEQUENCES * number,
+            layout=SequenceLayout.rectangle(SEQUENCES, LENGTH, torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)),
+            slots=torch.arange(SLOTS),
+            slot_labels=torch.randint(1, 1000, (SLOTS,), generator=generator),
+            first_tokens=torch.arange(SEQUENCES) * LENGTH,
+            pair_labels=torch.zeros(SEQUENCES, dtype=torch.int64),
+            lengths=(LENGTH,) * SEQUENCES,
+        )
+        for number in range(count)
+    ]
+
+
+def loss(model: BertForPretraining, batch: MicroBatch) -> Tensor:
+    """Of one micro batch."""
+    sums = loss_sums(model(batch, 3), batch, model.config.vocab_size)
+    return sums.masked / SLOTS + sums.pair / SEQUENCES
+
+
+def by_torch(
+    model: BertForPretraining, batches: list[MicroBatch], before: Callable[[bool], None]
+) -> Callable[[], None]:
+    """A step of modules that hold their own parameters, under torch's fused AdamW."""
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if decays(name, p) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, SETTINGS.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
+
+    def step() -> None:
+        for number, batch in enumerate(batches):
+            before(number == len(batches) - 1)
+            loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain(model: BertForPretraining, batches: list[MicroBatch], mesh: ParallelMesh) -> Step:  # noqa: ARG001
+    """A step of plain modules."""
+    return by_torch(model.bfloat16(), batches, lambda last: None)  # noqa: ARG005
+
+
+def fsdp2(model: BertForPretraining, batches: list[MicroBatch], mesh: ParallelMesh) -> Step:
+    """A step under FSDP2, whose parameters stay gathered between micro batches."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = model.encoder.layer_list()
+    for first in range(0, len(layers), FSDP_GROUP):
+        fully_shard(
+            list(layers[first : first + FSDP_GROUP]),
+            mesh=mesh.data_mesh(),
+            mp_policy=policy,
+            reshard_after_forward=False,
+        )
+    wrapped: Any = fully_shard(model, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=False)
+
+    def before(last: bool) -> None:
+        wrapped.set_requires_gradient_sync(last)
+        wrapped.set_is_last_backward(last)
+        wrapped.set_reshard_after_backward(last)
+
+    return by_torch(model, batches, before)
+
+
+def flat(model: BertForPretraining, batches: list[MicroBatch], mesh: ParallelMesh) -> Step:
+    """A step on flat buffers, as the trainer takes it."""
+    layers = model.encoder.layer_list()
+    apply_data_parallel(model, layers, mesh, sharding="none", compute_dtype=torch.bfloat16)
+    optimizer = ShardedOptimizer(dict(model.named_parameters()), SETTINGS, mesh, stages=[model])
+
+    def step() -> None:
+        for number, batch in enumerate(batches):
+            set_gradient_sync(model, last=number == len(batches) - 1)
+            loss(model, batch).backward()
+        finish_gradients(model)
+        norm = global_gradient_norm(optimizer.gradients(mesh), mesh)
+        optimizer.step(RATE, (~norm.isfinite()).float(), clip_factor(norm, CLIP))
+        optimizer.zero_grad()
+
+    return step
+
+
+KINDS = {"plain modules": plain, "FSDP2": fsdp2, "flat buffers": flat}
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operators as they are dispatched; on a GPU, all but views are a kernel each, or several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def compare(layers: int, hidden: int, microbatches: int, rounds: int) -> dict[str, Any]:
+    """Time steps of each kind in turn.
+
+    Returns:
+        Of each kind, milliseconds of a step and operators that are no views; and medians of the ratios to plain modules
+        in the same round.
+    """
+    batches, steps = make_batches(microbatches), {}
+    mesh = ParallelMesh(ParallelLayout(), torch.device("cpu"))
+    for name, kind in KINDS.items():
+        steps[name] = kind(make_model(layers, hidden), batches, mesh)
+    operators = {}
+    for name, step in steps.items():
+        step()
+        step()
+        with Dispatched() as dispatched:
+            step()
+        operators[name] = dispatched.count
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(1000 * processor_seconds(step))
+    baseline = times["plain modules"]
+    return {
+        name: {
+            "milliseconds": round(statistics.median(found), 2),
+            "to_plain": round(statistics.median(a / b for a, b in zip(found, baseline)), 3),
+            "operators": operators[name],
+        }
+        for name, found in times.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with process_group("cpu"):
+        found = compare(given.layers, given.hidden, given.micro_batches, given.rounds)
+    for name, row in found.items():
+        print(f"{name:14} {row['milliseconds']:8.2f} ms  {row['to_plain']:.3f} x plain  {row['operators']} operators")
+    if given.output is not None:
+        command = shlex.join(["python", "-m", "tools.benchmark_data_parallel", *(arguments or sys.argv[1:])])
+        settings = {"layers": given.layers, "hidden": given.hidden, "micro_batches": given.micro_batches}
+        machine = {"processor": processor_name(), "torch": torch.__version__}
+        report = {"command": command, **machine, **settings, "rounds": given.rounds, "found": found}
+        given.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
