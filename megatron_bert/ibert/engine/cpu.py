@@ -7,6 +7,7 @@ amx) if it is set.
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -86,6 +87,7 @@ class CpuExecutable:
 
     def __init__(self, plan: bytes, threads: int) -> None:
         self._native = native()
+        self._lock = threading.Lock()  # an engine's memory is one call's at a time
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         self._engine = self._native.integer_engine_load_memory(plan, len(plan), threads, error, _ERROR_SIZE)
         if not self._engine:
@@ -105,24 +107,25 @@ class CpuExecutable:
     def encode(self, tokens: Tensor, positions: Tensor, types: Tensor, starts: Tensor) -> Tensor:
         """See :class:`~megatron_bert.ibert.engine.backend.Executable`."""
         inputs = [t.to(torch.int32).contiguous() for t in (tokens, positions, types, starts)]
+        if {len(t) for t in inputs[:3]} != {int(starts[-1])}:
+            raise UserError(f"sequences end at token {int(starts[-1])}, but {len(tokens)} tokens are given")
         hidden = torch.empty(len(tokens), self._hidden, dtype=torch.int16)
-        error = ctypes.create_string_buffer(_ERROR_SIZE)
-        failed = self._native.integer_engine_encode(
-            self._engine, *(t.data_ptr() for t in inputs), len(starts) - 1, hidden.data_ptr(), error, _ERROR_SIZE
-        )
-        if failed:
-            raise UserError(error.value.decode(errors="replace"))
+        self._call("encode", *(t.data_ptr() for t in inputs), len(starts) - 1, hidden.data_ptr())
         return hidden
 
     def head(self, name: HeadName, rows: Tensor) -> Tensor:
         """See :class:`~megatron_bert.ibert.engine.backend.Executable`."""
-        outputs = self._native.integer_engine_outputs(self._engine, name.encode())
         given = rows.to(torch.int16).contiguous()
+        if given.dim() != 2 or given.shape[1] != self._hidden:
+            raise UserError(f"rows have the shape {list(rows.shape)}, but the plan's have {self._hidden} columns")
+        outputs = self._native.integer_engine_outputs(self._engine, name.encode())
         out = torch.empty(len(rows), outputs, dtype=torch.int32)
+        self._call("head", name.encode(), given.data_ptr(), len(rows), out.data_ptr())
+        return out.to(torch.int16) if name == "pooler" else out
+
+    def _call(self, function: str, *arguments: Any) -> None:
         error = ctypes.create_string_buffer(_ERROR_SIZE)
-        failed = self._native.integer_engine_head(
-            self._engine, name.encode(), given.data_ptr(), len(rows), out.data_ptr(), error, _ERROR_SIZE
-        )
+        with self._lock:
+            failed = getattr(self._native, f"integer_engine_{function}")(self._engine, *arguments, error, _ERROR_SIZE)
         if failed:
             raise UserError(error.value.decode(errors="replace"))
-        return out.to(torch.int16) if name == "pooler" else out

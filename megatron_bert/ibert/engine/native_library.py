@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
                 raise
             return None  # an older compiler
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = dict(zip(wanted, pool.map(target, wanted)))
     known = {name: path for name, path in objects.items() if path is not None}
     engine = compiled("engine", "engine.cpp", ("-pthread", *(f"-DHAVE_{name}" for name in known)))
@@ -153,6 +154,7 @@ def library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             if not path.is_file():
+                print(f"building the cpu backend with {cxx}, once", file=sys.stderr)
                 with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
                     built = build(Path(building))
                     path.parent.mkdir(exist_ok=True)

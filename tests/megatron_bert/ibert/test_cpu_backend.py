@@ -140,7 +140,8 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
         (lambda i: (i[0], i[1] + 60, *i[2:]), "position 64 is outside of 0 to 63"),
         (lambda i: (*i[:2], i[2] - 2, i[3]), "type -.* is outside of 0 to 1"),
         (lambda i: sequences([65]), "sequence 0 has 65 tokens, but the model takes at most 64"),
-        (lambda i: (*i[:3], torch.tensor([0, 5, 3])), "sequence 1 ends before it begins"),
+        (lambda i: (*i[:3], torch.tensor([0, 9, 8])), "sequence 1 ends before it begins"),
+        (lambda i: (*i[:3], torch.tensor([0, 9])), "sequences end at token 9, but 8 tokens are given"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(change, sentence):
@@ -148,6 +149,8 @@ def test_bad_input_is_refused_in_a_sentence(change, sentence):
     with pytest.raises(UserError, match=sentence):
         engine.encode(*change(sequences([8])))
     assert engine.encode(*sequences([8])).shape == (8, 64)
+    with pytest.raises(UserError, match=r"rows have the shape \[2, 63\], but the plan's have 64 columns"):
+        engine.head("pooler", torch.zeros(2, 63))
 
 
 def test_an_empty_batch_has_an_empty_answer():

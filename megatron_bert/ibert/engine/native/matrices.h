@@ -106,10 +106,26 @@ struct MultiplyJob {
     const int first_row = u / panel_blocks * row_block, first_panel = u % panel_blocks * panel_block;
     const int end_row = first_row + row_block < rows ? first_row + row_block : rows;
     const int end_panel = first_panel + panel_block < h.panels ? first_panel + panel_block : h.panels;
-    alignas(64) int32_t sums[Products::MR * NR];
     // A panel has NR lines for 64 of the inner dimension; the tiles above each other fetch the next one in turn.
     const int tiles = (end_row - first_row + Products::MR - 1) / Products::MR, lines = (NR + tiles - 1) / tiles;
     const size_t panel_bytes = size_t(NR) * h.padded_depth;
+    const F own = *finish;  // a copy, which no store can alias
+    alignas(64) int32_t sums[2][Products::MR * NR];
+    // A tile whose sums are there, to be finished while the next is multiplied.
+    struct {
+      const int32_t* sums;
+      const PanelConstants* constants;
+      int panel, row, left;
+    } ready = {nullptr, nullptr, 0, 0, 0};
+    auto finish_rows = [&](int count) {
+      for (; count > 0 && ready.left > 0; count--, ready.left--, ready.row++, ready.sums += NR) {
+        if constexpr (RAW)
+          own(ready.panel, ready.row, ready.sums);
+        else
+          own(ready.panel, ready.row, rescaled_row<LEFT>(ready.sums, *ready.constants));
+      }
+    };
+    int turn = 0;
     for (int panel = first_panel; panel < end_panel; panel++) {
       const PanelConstants& c = constants(matrix, panel);
       const int8_t* weights = panel_weights(matrix, panel);
@@ -117,15 +133,24 @@ struct MultiplyJob {
       Ahead ahead = {weights + panel_bytes, lines};
       for (int row = first_row; row < end_row; row += Products::MR, ahead.at += size_t(lines) * h.padded_depth) {
         const int count = end_row - row < Products::MR ? end_row - row : Products::MR;
-        Products::tile(in + row * stride, stride, count, weights, h.padded_depth, c.start, sums, NR, ahead);
-        for (int r = 0; r < count; r++) {
-          if constexpr (RAW)
-            (*finish)(panel, row + r, sums + r * NR);
-          else
-            (*finish)(panel, row + r, rescaled_row<LEFT>(sums + r * NR, c));
-        }
+        const Activation* a = in + row * stride;
+#if defined(TARGET_AMX)
+        const int steps = h.padded_depth / K_STEP, each = (Products::MR + steps - 1) / steps;
+        Products::tile(a, stride, count, weights, h.padded_depth, c.start, sums[turn], NR, ahead,
+                       [&] { finish_rows(each); });
+        finish_rows(Products::MR);
+#else
+        Products::tile(a, stride, count, weights, h.padded_depth, c.start, sums[turn], NR, ahead);
+#endif
+        ready = {sums[turn], &c, panel, row, count};
+#if defined(TARGET_AMX)
+        turn ^= 1;
+#else
+        finish_rows(count);
+#endif
       }
     }
+    finish_rows(Products::MR);
   }
   static void part(void* argument, int) {
     auto* job = static_cast<MultiplyJob*>(argument);

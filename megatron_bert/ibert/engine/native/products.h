@@ -185,14 +185,19 @@ using AttentionProducts = Products;
 
 #if defined(TARGET_AMX)
 // Tiles of 16 rows of 64 bytes; 32 rows by 32 columns at a time. Rows up to the next multiple of 16 are read and written.
+//
+// Tiles multiply in a unit of their own, so `between` is called for every 64 of the inner dimension to do vector work
+// meanwhile: without it that work would wait for the tiles, and they for it.
 struct Products {
   using Activation = uint8_t;
   static constexpr int MR = 32, ZERO = 128;
   static size_t place(int k, int p) {
     return size_t(k / 64) * 2048 + (p / 16) * 1024 + (k % 64) / 4 * 64 + (p % 16) * 4 + k % 4;
   }
-  static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                   size_t ldc, Ahead ahead = {}) {
+  template <class Between>
+  static inline void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start,
+                          int32_t* c, size_t ldc, Ahead ahead, Between between) {
+    __asm__ volatile("" ::: "memory");  // compilers do not know that loading a tile reads memory
     // A stride of 0 gives every row of a tile the same start.
     _tile_loadd(0, start, 0);
     _tile_loadd(1, start + 16, 0);
@@ -210,6 +215,7 @@ struct Products {
         _tile_loadd(5, a1 + k, lda);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
+        between();
       }
       _tile_stored(2, c + 16 * ldc, ldc * 4);
       _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
@@ -221,10 +227,15 @@ struct Products {
         _tile_dpbusd(0, 4, 6);
         _tile_loadd(7, b + 1024, 64);
         _tile_dpbusd(1, 4, 7);
+        between();
       }
     }
     _tile_stored(0, c, ldc * 4);
     _tile_stored(1, c + 16, ldc * 4);
+  }
+  static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
+                   size_t ldc) {
+    tile(a, lda, rows, b, depth, start, c, ldc, Ahead(), [] {});
   }
 };
 using AttentionProducts = Products;
