@@ -32,10 +32,8 @@ class Staging:
         size = max(1, plan.staged_bytes)
         self.descriptor = os.memfd_create("checkpoint")
         os.ftruncate(self.descriptor, size)
-        # All pages at once: taken one by one, they would make the first copy several times as long.
-        memory = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-        self._device = device
+        # Pages come with the first copy, which holds up nobody; all at once, they would hold up the interpreter.
+        self._memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
         # Without pinning, which a limit on locked memory may refuse, copies are slower and otherwise the same.
         self._pinned = device.type == "cuda" and not int(
             torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)
@@ -43,14 +41,14 @@ class Staging:
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor | Part]) -> None:
-        """Copy the values; when this returns, the tensors may change."""
+        """Copy the values; on a GPU, queue their copies in the current stream."""
         for (name, offsets), piece in zip(self.plan.blocks, self.plan.pieces, strict=True):
             if piece.nbytes:
                 source = Part.of(tensors[name]).block(offsets)
+                if self._pinned:
+                    source.record_stream(torch.cuda.current_stream(source.device))
                 place = self._memory[piece.start : piece.start + piece.nbytes].view(source.dtype)
                 place.view(source.shape).copy_(source, non_blocking=self._pinned)
-        if self._pinned:
-            torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
         """Give the memory back; not while another process is to read it."""

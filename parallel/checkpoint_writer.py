@@ -61,9 +61,10 @@ class CheckpointWriter:
     file system refuses any rank is raised on all of them, and nothing of that checkpoint stays; those before it do. So
     it is with a file system that does not answer for too long, whose ranks are named.
 
-    In the background, a save holds up its caller for a copy of what this rank writes, into memory that is taken once
-    and is all that saves need. A process of its own writes from there, so that the caller's interpreter is left alone;
-    a thread of the caller waits for it and agrees with the other ranks.
+    In the background, a thread copies what this rank writes into memory that is taken once and is all that saves need.
+    A process of its own writes from there, so that the caller's interpreter is left alone; the thread waits for it and
+    agrees with the other ranks. The caller is held up for the copy, or only for what is left of it when it comes to
+    change the tensors; see :meth:`save`.
 
     Args:
         root: directory of the checkpoints.
@@ -113,10 +114,19 @@ class CheckpointWriter:
 
         self._on_first(self.root, make)
 
-    def save(self, step: int, tensors: dict[str, Tensor | Part], state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: dict[str, Tensor | Part], state: dict[str, Any], *, frozen: bool = False
+    ) -> Path:
         """Save tensors by global name, and a JSON-able state, as the checkpoint of a step.
 
         An earlier save still being written is finished first. Returns the directory the checkpoint will have.
+
+        Args:
+            step: of the checkpoint.
+            tensors: what this rank holds.
+            state: for the file beside the tensors.
+            frozen: the caller leaves the tensors as they are until it has called :meth:`copied`, such as for the
+                forward and backward passes of the next step; a save in the background then copies meanwhile.
 
         Raises:
             NotWrittenError: this checkpoint, or the one before it, cannot be written.
@@ -125,17 +135,24 @@ class CheckpointWriter:
         self.finish()
         text = json.dumps(state | {HAS_MANIFEST: MANIFEST_FILE}, indent=1)
         plan = self._plan_for(tensors)
-        save = _Save(self, step, text, plan, began)
-        if self.asynchronous:
-            write = self._staged(plan, tensors)
-            stall = time.perf_counter() - began
-        else:  # in a thread as well: nobody can wait for just so long for a write of their own
-            stall, write = None, lambda path: _write_tensors(path, plan, tensors)
-        self._pending = save
-        save.start(write, stall)
-        if not self.asynchronous:
+        device = Part.of(next(iter(tensors.values()))).values.device
+        self._pending = save = _Save(self, step, text, plan, began)
+        if not self.asynchronous:  # in a thread as well: nobody can wait for just so long for a write of their own
+            save.start(lambda path: _write_tensors(path, plan, tensors), device)
             self.finish()
+            return save.final
+        save.start(self._write_copy, device, lambda: self._copy(plan, tensors, device))
+        save.stall = time.perf_counter() - began
+        if not frozen:
+            self.copied()
         return save.final
+
+    def copied(self) -> None:
+        """Return when tensors that are being saved may change: on a GPU, by work that is queued from now on."""
+        if self._pending is not None:
+            began = time.perf_counter()
+            self._pending.wait_for_copy()
+            self._pending.stall = (self._pending.stall or 0.0) + time.perf_counter() - began
 
     def close(self) -> None:
         """Give up the group, memory and process, after :meth:`finish`; every rank calls."""
@@ -199,14 +216,17 @@ class CheckpointWriter:
             self._plan, self._signature = plan_writing(tensors), now
         return self._plan
 
-    def _staged(self, plan: WritePlan, tensors: dict[str, Tensor | Part]) -> Callable[[Path], FileSums]:
-        """Copy what this rank writes; what writes the copy."""
+    def _copy(self, plan: WritePlan, tensors: dict[str, Tensor | Part], device: torch.device) -> None:
+        """Copy what this rank writes."""
         if self._staging is None:
-            self._staging = Staging(plan, Part.of(next(iter(tensors.values()))).values.device)
+            self._staging = Staging(plan, device)
         self._staging.fill(tensors)
         if self._process is None or not self._process.alive:
             self._process = FileProcess(self._staging.descriptor, plan.pieces)
-        return self._process.write
+
+    def _write_copy(self, path: Path) -> FileSums:
+        assert self._process is not None
+        return self._process.write(path)
 
     def _release(self) -> None:
         if self._process is not None:
@@ -279,33 +299,61 @@ class _Save:
         self.deadline = time.monotonic() + writer.limit
         #: Whether this rank is at its own part: all else is waiting for others.
         self.writing = False
+        #: Seconds for which the caller stood still; None for all of them.
+        self.stall: float | None = None
+        self._copied = threading.Event()
+        self._copy_end: torch.cuda.Event | None = None
         self._done: Future[None] = Future()
         self._lock = threading.Lock()
         self._committing = self._given_up = False
 
-    def start(self, write: Callable[[Path], FileSums], stall: float | None) -> None:
-        """Write it in a thread that keeps no process from ending, on the GPU of this one.
+    def start(
+        self, write: Callable[[Path], FileSums], device: torch.device, copy: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write it in a thread that keeps no process from ending.
 
         Args:
             write: this rank's file.
-            stall: for how long training stood still; None for all of it.
+            device: of the tensors.
+            copy: what is done first, and waited for by :meth:`wait_for_copy`.
         """
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        before = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
         def run() -> None:
             try:
-                if device is not None:
-                    torch.cuda.set_device(device)
+                self._copy(copy, device, before)
                 size = self._write(write)
                 seconds = time.perf_counter() - self.began
                 if size is not None:
-                    saved = SavedCheckpoint(self.step, seconds if stall is None else stall, seconds, size)
-                    self.writer._saved.append(saved)
+                    stall = seconds if self.stall is None else self.stall
+                    self.writer._saved.append(SavedCheckpoint(self.step, stall, seconds, size))
                 self._done.set_result(None)
             except BaseException as error:
                 self._done.set_exception(error)
 
         threading.Thread(target=run, name="checkpoint", daemon=True).start()
+
+    def _copy(self, copy: Callable[[], None], device: torch.device, before: torch.cuda.Event | None) -> None:
+        """Copy, on a GPU in a stream of its own, behind what was queued when the save began."""
+        try:
+            if before is None:
+                copy()
+                return
+            torch.cuda.set_device(device)
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(before)
+            with torch.cuda.stream(stream):
+                copy()
+            self._copy_end = stream.record_event()
+        finally:
+            self._copied.set()
+        self._copy_end.synchronize()
+
+    def wait_for_copy(self) -> None:
+        """Wait until all is copied; on a GPU, let the current stream wait."""
+        self._copied.wait()
+        if self._copy_end is not None:
+            torch.cuda.current_stream().wait_event(self._copy_end)
 
     @property
     def failed(self) -> bool:

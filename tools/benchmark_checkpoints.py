@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -76,11 +76,23 @@ class Steps:
         return time.perf_counter() - began
 
 
-def measure(save: Callable[[int], Callable[[], bool]], steps: Steps, saves: int) -> dict[str, Any]:
-    """Save a number of times while steps are running.
+class Save(NamedTuple):
+    """One that is being written.
+
+    Attributes:
+        copied: returns when the tensors may change.
+        done: whether all is written.
+    """
+
+    copied: Callable[[], None]
+    done: Callable[[], bool]
+
+
+def measure(save: Callable[[int], Save], steps: Steps, saves: int) -> dict[str, Any]:
+    """Save a number of times while steps are running, the first of which changes the tensors at its end.
 
     Args:
-        save: starts the save of a step; returns what says whether it is done.
+        save: starts the save of a step.
         steps: to run.
         saves: how many, and one more at first, which is reported on its own.
     """
@@ -88,10 +100,13 @@ def measure(save: Callable[[int], Callable[[], bool]], steps: Steps, saves: int)
     for number in range(saves + 1):
         before = [steps.run() for _ in range(5)]
         began = time.perf_counter()
-        done = save(number)
-        stalls.append(time.perf_counter() - began)
+        one = save(number)
+        stall = time.perf_counter() - began
         during = [steps.run()]
-        while not done():
+        reached = time.perf_counter()
+        one.copied()
+        stalls.append(stall + time.perf_counter() - reached)
+        while not one.done():
             during.append(steps.run())
         totals.append(time.perf_counter() - began)
         # A save takes in all what it holds back, and what each step takes longer while it is being written.
@@ -104,25 +119,25 @@ def measure(save: Callable[[int], Callable[[], bool]], steps: Steps, saves: int)
     }
 
 
-def ours(root: Path, tensors: dict[str, Tensor]) -> Callable[[int], Callable[[], bool]]:
+def ours(root: Path, tensors: dict[str, Tensor]) -> Callable[[int], Save]:
     """Saves by this project's writer."""
     writer = CheckpointWriter(root, keep=1, asynchronous=True)
 
-    def save(number: int) -> Callable[[], bool]:
-        writer.save(number + 1, tensors, {"step": number})
-        return lambda: bool(writer.saved())
+    def save(number: int) -> Save:
+        writer.save(number + 1, tensors, {"step": number}, frozen=True)
+        return Save(writer.copied, lambda: bool(writer.saved()))
 
     return save
 
 
-def torchs(root: Path, tensors: dict[str, Tensor]) -> Callable[[int], Callable[[], bool]]:
+def torchs(root: Path, tensors: dict[str, Tensor]) -> Callable[[int], Save]:
     """Saves by ``torch.distributed.checkpoint.async_save`` in a thread, the older ones removed."""
 
-    def save(number: int) -> Callable[[], bool]:
+    def save(number: int) -> Save:
         shutil.rmtree(root / f"{number - 1}", ignore_errors=True)
         pending = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(root / f"{number}"))
         assert isinstance(pending, Future)
-        return pending.done
+        return Save(lambda: None, pending.done)
 
     return save
 

@@ -209,6 +209,7 @@ class Trainer:
             UserError: it is not finite, or on a GPU the step before it was not; the weights are those before it.
         """
         sums = self.compute_gradients(batches)
+        self.checkpoints.copied()  # weights and moments have been as they are being saved until here
         overflow = self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item())
         if not overflow:
             rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, self.objective.total_steps)
@@ -387,10 +388,13 @@ class Trainer:
             state["selection"] = self.selection.state()
         if self.spikes.settings is not None:
             state["spikes"] = self.spikes.state()
-        self.checkpoints.save(self.step, self.tensors(self.parameters), state)
+        # What an objective adds may change already in the forward pass, as the ranges of quantization do.
+        frozen = not self.extra_tensors()
+        self.checkpoints.save(self.step, self.tensors(self.parameters), state, frozen=frozen)
 
     def load_weights(self, path: Path) -> None:
         """Take the weights of another checkpoint of the run, to evaluate them."""
+        self.checkpoints.copied()
         everything = {**self.copies, **self.parameters}
         tensors = {f"model.{name}": self.optimizer.weights(parameter) for name, parameter in everything.items()}
         load_tensors(path, {**tensors, **self.extra_tensors()}, self.checkpoints.group)
@@ -401,6 +405,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Take everything from a checkpoint of the run; every rank calls."""
+        self.checkpoints.copied()
         state = read_state(path)
         # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
         load_tensors(path, self.tensors({**self.copies, **self.parameters}), self.checkpoints.group)

@@ -94,6 +94,28 @@ class TestWriting:
         assert read_state(path) == STATE | {HAS_MANIFEST: MANIFEST_FILE}
         assert checkpoint_step(path) == 3
 
+    def test_a_copy_goes_on_while_tensors_are_frozen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The call returns before the copy is made; the checkpoint has what the tensors held before they changed."""
+        may_copy, original = threading.Event(), checkpoint_writer.Staging.fill
+
+        def fill(*args: Any) -> None:
+            assert may_copy.wait(60)
+            original(*args)
+
+        monkeypatch.setattr(checkpoint_writer.Staging, "fill", fill)
+        writer, tensors = CheckpointWriter(tmp_path, keep=0, asynchronous=True), some_tensors(2.0)
+        path = writer.save(3, tensors, STATE, frozen=True)
+        threading.Timer(0.2, may_copy.set).start()
+        assert not may_copy.is_set()
+        writer.copied()
+        assert may_copy.is_set()
+        for tensor in tensors.values():
+            tensor.zero_()
+        writer.finish()
+        assert_holds(path, 2.0)
+        (saved,) = writer.saved()
+        assert 0.0 < saved.stall_seconds <= saved.seconds
+
     @pytest.mark.parametrize("attempt", range(3))
     def test_finish_waits_for_the_final_name(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int
