@@ -71,15 +71,18 @@ def _fill_mask(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    """A checkpoint, and the integer plan beside it."""
+    """A checkpoint, and the integer plan beside it; or a plan alone."""
+    from megatron_bert.convert.huggingface import WEIGHTS
     from megatron_bert.ibert.engine.inspection import describe_plan, plan_in
 
     source: Path = arguments.source
     plan = next((path for path in map(plan_in, (source, source / "model")) if path is not None), None)
-    if plan is None or plan != source:
-        run_inspect(arguments)
-    if plan is not None:
-        print(describe_plan(plan) if plan == source else f"\n{describe_plan(plan)}")
+    if plan is None:
+        return run_inspect(arguments)
+    if plan == source or (plan.parent == source and not any((source / name).is_file() for name in WEIGHTS)):
+        return print(describe_plan(plan))
+    run_inspect(arguments)
+    return print(f"\n{describe_plan(plan)}")
 
 
 def _config_schema(arguments: argparse.Namespace) -> None:

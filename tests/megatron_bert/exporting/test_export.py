@@ -65,8 +65,9 @@ def test_the_command(to: str, saved: tuple[Path, dict], tmp_path: Path, capsys: 
     assert names == {"config.json", "integer_plan.safetensors" if to == "integer" else "model.onnx"}
     if to == "integer":
         assert torch.equal(IntegerModel.from_pretrained(out)(**values["given"]).logits, values["logits"])
-        assert main(["inspect", str(out / "integer_plan.safetensors")]) == 0
-        assert "integer plan, version 1, arithmetic 2" in capsys.readouterr().out
+        for source_of_plan in (out / "integer_plan.safetensors", out):
+            assert main(["inspect", str(source_of_plan)]) == 0
+            assert "integer plan, version 1, arithmetic 2" in capsys.readouterr().out
     else:
         assert "agrees with the integer engine to" in said
     assert main(["export", str(source), str(out), "--to", to]) == 2
