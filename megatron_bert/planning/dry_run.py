@@ -56,11 +56,8 @@ def dry_run_rank(
 
 
 def _follow(trainer: Trainer, meter: StepMeter) -> None:
-    """Tell the meter which part of the step runs; what is there already and has no part is the optimizer's."""
-    meter.measured.traffic.clear()
-    for key, (size, part) in list(meter._alive.items()):
-        if part not in ("weights", "gradients"):
-            meter._alive[key] = size, "optimizer"
+    """Tell the meter which part of the step runs."""
+    meter.begin_step()
 
     def enter(part: Any) -> Callable[[], None]:
         def act() -> None:

@@ -53,9 +53,10 @@ def run_dry_run(arguments: argparse.Namespace) -> None:
     for rank in chosen:
         step = dry_run_rank(settings, lambda own: Pretraining(own, tokenizer), rank, layout.world_size)
         print("\n".join(report(settings, workload, rank, layout.world_size, step)))
-        if machine is not None and step.peak_bytes > usable_bytes(machine):
+        needed = max(step.peak_bytes, step.building)
+        if machine is not None and needed > usable_bytes(machine):
             raise UserError(
-                f"rank {rank} needs {step.peak_bytes / GIB:.1f} GiB, and of {machine.device.name} "
+                f"rank {rank} needs {needed / GIB:.1f} GiB, and of {machine.device.name} "
                 f"{usable_bytes(machine) / GIB:.1f} are usable: see `megatron-bert plan` for layouts that fit"
             )
     print("\n".join(data_lines(settings, workload)))
@@ -120,7 +121,8 @@ def report(settings: Settings, workload: Workload, rank: int, world_size: int, s
     lines = [
         f"rank {rank} of {world_size}: {step.peak_bytes / GIB:.2f} GiB at its peak ({parts}); "
         f"{predicted / GIB:.2f} by closed form",
-        f"  between steps {sum(step.resident.values()) / GIB:.2f} GiB; {step.flops / 1e12:,.2f} TFLOP a step, "
+        f"  between steps {sum(step.resident.values()) / GIB:.2f} GiB, {step.building / GIB:.2f} while it is built; "
+        f"{step.flops / 1e12:,.2f} TFLOP a step, "
         f"{rank_flops(workload, layout, stages, place) / 1e12:,.2f} by closed form",
     ]
     closed = totals(step_messages(workload, layout, stages, place, in_stage // layout.tensor))

@@ -54,12 +54,14 @@ class StepMeasurement:
     Attributes:
         peak: bytes by part at the moment at which they were most.
         resident: bytes by part between steps.
+        building: bytes when they were most before the first step, while the trainer was built.
         flops: of matrix products and attention, a multiply and an add counted as two, recomputation included.
         traffic: messages by kind.
     """
 
     peak: dict[Part, int] = field(default_factory=dict)
     resident: dict[Part, int] = field(default_factory=dict)
+    building: int = 0
     flops: int = 0
     traffic: dict[Collective, Traffic] = field(default_factory=dict)
 
@@ -112,6 +114,16 @@ class StepMeter(TorchDispatchMode):
         """Say what tensors are for, those that were made before included."""
         for tensor in tensors:
             self._note(tensor, part, again=True)
+
+    def begin_step(self) -> None:
+        """The trainer is built: what is there and has no part yet is the optimizer's, and the step is measured."""
+        self.measured.building = max(self._total, self._peak_total)
+        self.measured.traffic.clear()
+        self.measured.flops = 0
+        self._peak_total, self._peak = 0, {}
+        for key, (size, part) in list(self._alive.items()):
+            if part not in ("weights", "gradients"):
+                self._alive[key] = size, "optimizer"
 
     def gradients_are_done(self) -> None:
         """The backward passes are over: what they made and left is gradients."""

@@ -49,14 +49,21 @@ class RankMemory:
 
     Attributes:
         parts: bytes by what they are for.
+        building: bytes before the first step, when parameters in float32 and what takes their place are both there.
     """
 
     parts: dict[Part, float]
+    building: float
 
     @property
     def peak(self) -> float:
-        """Bytes of all parts."""
+        """Bytes of all parts in a step."""
         return sum(self.parts.values())
+
+    @property
+    def needed(self) -> float:
+        """Bytes at the peak of a step, or when the trainer is built if that is more."""
+        return max(self.peak, self.building)
 
 
 def layout_of(settings: RunSettings, world_size: int) -> Layout:
@@ -199,7 +206,9 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
     parts = _states(workload, layout, mine, microbatches)
     moments = _moments(layout.schedule, layout.pipeline, few, layout.chunks, rank)
     parts |= _in_flight(workload, layout, mine, moments)
-    return RankMemory(parts)
+    whole = 4.0 * sum(stage.count for stage in mine)
+    building = whole + (parts["weights"] + parts["gradients"] if layout.flat else 0.0)
+    return RankMemory(parts, building)
 
 
 def _states(workload: Workload, layout: Layout, stages: list[Stage], microbatches: int) -> dict[Part, float]:

@@ -77,7 +77,7 @@ def _configured(
     if reason is not None:
         return f"as configured: not possible: {reason}"
     prediction = predict(workload, layout, machine, stage_layers)
-    over = prediction.memory.peak - usable_bytes(machine)
+    over = prediction.memory.needed - usable_bytes(machine)
     return f"as configured: {one_line(prediction)}" + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
 
 

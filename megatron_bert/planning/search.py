@@ -72,7 +72,7 @@ def fullest(workload: Workload, layout: Layout, stages: list[Stage]) -> RankMemo
     """Memory of the rank that takes most: the first of a pipeline, or the one with the heads."""
     placement = SCHEDULES[layout.schedule].placement
     ranks = {0, placement.rank(layout.pipeline * layout.chunks - 1, layout.pipeline)}
-    return max((rank_memory(workload, layout, stages, rank) for rank in ranks), key=lambda memory: memory.peak)
+    return max((rank_memory(workload, layout, stages, rank) for rank in ranks), key=lambda memory: memory.needed)
 
 
 def predict(
@@ -131,7 +131,7 @@ def search(workload: Workload, ranks: int, machine: Machine, given: Iterable[Lay
             out[reason] += 1
             continue
         stages = _stages_of(workload, layout, stages_by)
-        memory = fullest(workload, layout, stages).peak
+        memory = fullest(workload, layout, stages).needed
         if memory > limit:
             out["more memory than a rank has"] += 1
             if nearest is None or memory < nearest[1]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
 from megatron_bert.config import Settings
@@ -124,7 +122,6 @@ def _sizes(*overrides: str) -> Settings:
     )
 
 
-@pytest.mark.skipif(find_spec("parallel.flat_buffers") is None, reason="no flat buffers yet")
 @pytest.mark.parametrize(
     ("rank", "ranks", "overrides"), CASES, ids=lambda value: " ".join(value) if isinstance(value, list) else str(value)
 )

@@ -1,0 +1,117 @@
+"""Predictions beside runs that others published; docs/planning.md has the table, with the error of each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.planning.devices import DEVICES, NETWORK
+from megatron_bert.planning.layouts import Layout
+from megatron_bert.planning.search import predict
+from megatron_bert.planning.step_time import Machine
+from megatron_bert.planning.workload import Workload
+from tests.megatron_bert.planning.support import CONFIGS
+
+DOCUMENT = (CONFIGS.parent / "docs" / "planning.md").read_text(encoding="utf-8")
+
+
+class Run(NamedTuple):
+    """A published run: sizes, where and how, and tokens a second of all devices."""
+
+    name: str
+    sizes: tuple[int, int, int]
+    length: int
+    slots: int
+    dropout: float
+    device: str
+    layout: Layout
+    published: float
+    compute: str = "bfloat16"
+    words: int = 30522
+
+
+def _data(ranks: int, micro: int, **more: object) -> Layout:
+    return Layout(data=ranks, micro_batch=micro, sharding="optimizer" if ranks > 1 else "none", **more)  # type: ignore[arg-type]
+
+
+def _foundry(mfu: float, sizes: tuple[int, int, int]) -> float:
+    """Tokens a second of eight H100s at an MFU, in operations of an encoder that scores every position."""
+    config = _config(sizes, 50368, 512, 0.0)
+    work = Workload(
+        config=config, length=512, slots=512, global_batch=1, steps=1, compute="bfloat16", compiled=True, losses=1
+    )
+    return mfu * 8 * 989e12 / (work.step_flops / 512)
+
+
+def _config(sizes: tuple[int, int, int], words: int, length: int, dropout: float) -> MegatronBertConfig:
+    hidden, layers, heads = sizes
+    return MegatronBertConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=length,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+
+
+LARGE, FOUR = (1024, 24, 16), (2560, 48, 40)
+RUNS = [
+    *(
+        Run(f"NeMo, 4B BERT, {ranks} A100", FOUR, 512, 512, 0.1, "a100", _data(ranks, 8, recompute="selective"), tokens)
+        for ranks, tokens in ((8, 57287), (16, 108695), (32, 215358), (64, 393167), (128, 728178))
+    ),
+    Run("MLPerf v4.0, BERT-large, 8 H100, FP8", LARGE, 512, 77, 0.1, "h100", _data(8, 48), 238e3 * 8),
+    Run("MLPerf v4.0, BERT-large, 8 H200, FP8", LARGE, 512, 77, 0.1, "h200", _data(8, 48), 254e3 * 8),
+    *(
+        Run(
+            f"LLM-foundry, {name}, 8 H100",
+            sizes,
+            512,
+            512,
+            0.0,
+            "h100",
+            Layout(data=8, micro_batch=32, sharding="full"),
+            _foundry(mfu, sizes),
+            words=50368,
+        )
+        for name, sizes, mfu in (
+            ("760M", (1536, 24, 12), 0.404),
+            ("1.3B", (2048, 24, 16), 0.432),
+            ("2.6B", (2560, 32, 20), 0.463),
+        )
+    ),
+    Run("DeepSpeed, BERT-large, V100, s=128", LARGE, 128, 20, 0.1, "v100", _data(1, 64), 272 * 128, "float16"),
+    Run("DeepSpeed, BERT-large, V100, s=512", LARGE, 512, 77, 0.1, "v100", _data(1, 16), 52 * 512, "float16"),
+]
+
+
+def predicted(run: Run) -> float:
+    """Tokens a second."""
+    layout = run.layout
+    work = Workload(
+        config=_config(run.sizes, run.words, run.length, run.dropout),
+        length=run.length,
+        slots=run.slots,
+        global_batch=layout.data * layout.micro_batch * 4,
+        steps=1,
+        compute=run.compute,
+        compiled=True,
+        losses=2,
+    )
+    return predict(work, layout, Machine(DEVICES[run.device], NETWORK)).tokens_per_second
+
+
+def line(run: Run) -> str:
+    """The run's line of the table."""
+    tokens = predicted(run)
+    return f"| {run.name} | {run.published:,.0f} | {tokens:,.0f} | {tokens / run.published - 1:+.0%} |"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_error_is_stated(run: Run) -> None:
+    assert line(run) in DOCUMENT, line(run)
