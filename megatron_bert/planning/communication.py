@@ -154,9 +154,8 @@ def _closing_messages(workload: Workload, stages: list[Stage], layout: Layout, d
         yield Message("all-reduce", "tied", "float32", 2, 4 * _own_words(tied[0], data_rank))
     if layout.sequence:
         for stage in stages:
-            partial = _own_partial(stage, data_rank)
-            if partial:
-                yield Message("all-reduce", "tensor", "float32", layout.tensor, 4 * partial)
+            if any(parameter.partial for parameter in stage.parameters):
+                yield Message("all-reduce", "tensor", "float32", layout.tensor, 4 * _own_partial(stage, data_rank))
     for axis, size in (("tensor", layout.tensor), *axes, ("pipeline", layout.pipeline)):
         if size > 1:
             yield Message("all-reduce", axis, "float32", size, 4)

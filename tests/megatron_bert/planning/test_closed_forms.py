@@ -102,6 +102,7 @@ CASES = [
     (5, 8, ["parallel.tensor=2"]),
     (7, 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
     (1, 8, ["parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "training.recompute=full"]),
+    (17, 64, ["parallel.tensor=2", "parallel.sequence=true", "training.micro_batch_size=2"]),  # a rank of no biases
     (1, 4, ["parallel.pipeline=4", "parallel.schedule=zero-bubble-h1"]),
     (1, 4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.schedule=zero-bubble-v"]),
     (1, 2, ["parallel.pipeline=2", "parallel.schedule=interleaved-1f1b", "parallel.virtual_stages=2"]),
