@@ -23,6 +23,7 @@ from megatron_bert.ibert import (
     quantize_model,
     update_ranges,
 )
+from megatron_bert.ibert.family.ranges import VERSION
 from megatron_bert.ibert.report import QuantizerReport
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -30,6 +31,7 @@ from megatron_bert.model.finetuning import BertForTask, TaskBatch
 from megatron_bert.quantizing.distillation import distillation_sum
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.training.build import StagedModel
+from parallel.errors import UserError
 from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
 from parallel.pipeline.engine import PipelineEngine
 
@@ -62,6 +64,20 @@ class QuantizationAware(Finetuning):
     def change(self, stage: BertForTask, *, fresh: bool) -> None:
         """Quantise the stage."""
         quantize_model(stage, self.quantization.config(), equalise=fresh)
+
+    def identity(self) -> dict[str, Any]:
+        """That of fine-tuning, and the version of the arithmetic."""
+        return super().identity() | {"arithmetic": VERSION}
+
+    def check_identity(self, stored: dict[str, Any], path: str) -> None:
+        """The arithmetic must be the same too: ranges and weights of another would go on as something else."""
+        super().check_identity(stored, path)
+        written = stored.get("arithmetic", 1)
+        if written != VERSION:
+            raise UserError(
+                f"checkpoint {path} was trained in version {written} of the integer arithmetic, and this is {VERSION}: "
+                "set another training.run_dir to quantize the float model again"
+            )
 
     def extra_tensors(self, stage: BertForTask) -> dict[str, Tensor]:
         """Its ranges."""

@@ -201,6 +201,17 @@ def test_bfloat16_master_training(folder: Path, tmp_path: Path) -> None:
     assert again["valid"]["loss"] == pytest.approx(results["splits"]["valid"]["loss"], rel=1e-6)
 
 
+def test_a_run_of_another_arithmetic_does_not_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_bert.quantizing.objective.VERSION", 1)
+        run(folder, tmp_path / "run", training__steps=1)
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(UserError, match="in version 1 of the integer arithmetic, and this is 2"):
+        run(folder, tmp_path / "run", training__steps=2)
+
+
 def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quantize_settings(
         folder,
