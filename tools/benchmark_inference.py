@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from megatron_bert import MegatronBertConfig, MegatronBertModel
 from megatron_bert.ending import command
 from megatron_bert.ibert import IntegerModel, QuantizationConfig, calibrate, freeze_ranges, quantize_model
+from megatron_bert.ibert.engine.plan_file import read_plan
 from parallel.errors import UserError
 from parallel.whole_files import write_text
 from tools.peers import transformers
@@ -120,7 +121,7 @@ class Models:
 
     def integer_plan(self) -> Path:
         """Ours, calibrated on random token ids."""
-        if not self.plan.is_file():
+        if not _is_readable(self.plan):
             model = MegatronBertModel.from_pretrained(self.hugging_face()).eval()
             quantize_model(model, QuantizationConfig(weight_bits=self.weight_bits))
             calibrate(model, [self.ids(2, 128, seed) for seed in (1, 2)], lambda ids: model(input_ids=ids))
@@ -166,6 +167,15 @@ class Models:
             model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=4)
             openvino.save_model(model, path, compress_to_fp16=False)
         return path
+
+
+def _is_readable(plan: Path) -> bool:
+    """Whether there is a plan that this release can read."""
+    try:
+        read_plan(plan)
+    except UserError:
+        return False
+    return True
 
 
 def _torch_run(model: Callable[[Tensor], Tensor]) -> _Run:
