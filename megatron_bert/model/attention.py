@@ -35,7 +35,7 @@ __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_atten
 
 #: Scores of padding for each packed sequence up to which a processor attends within neighbouring sequences at once.
 #: More of them cost more than calls of their own for each sequence (measured on a Xeon with AVX-512).
-_SCORES_PER_SEQUENCE = 1 << 15
+SCORES_PER_SEQUENCE = 1 << 15
 #: Keys up to which a processor trains faster in bfloat16 with attention written out: the backward pass of torch's fused
 #: kernel takes 2 to 5 times as long up to 128 keys, and 1.5 times for 256 (torch 2.13, AMX). For more the gain is small
 #: and the memory large.
@@ -225,7 +225,7 @@ class SelfAttention(AttentionHeads):
             query, key, value = qkv.unbind(2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
         elif layout.is_packed and qkv.device.type == "cpu" and not on_gpu(qkv) and not torch.compiler.is_compiling():
-            context = self._attend_in_parts(qkv, layout.parts(_SCORES_PER_SEQUENCE // self.heads), keys)
+            context = self._attend_in_parts(qkv, layout.parts(SCORES_PER_SEQUENCE // self.heads), keys)
         else:
             context = self._attend_within(qkv, layout, keys)
         return self.output(context.flatten(-2))

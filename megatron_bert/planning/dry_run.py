@@ -12,6 +12,7 @@ import numpy as np
 from megatron_bert.config import Settings
 from megatron_bert.data.collate import collate
 from megatron_bert.data.sentence_pairs import Sample
+from megatron_bert.model.attention import SCORES_PER_SEQUENCE
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.planning.measuring import StepMeasurement, StepMeter, on_enter
 from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
@@ -39,6 +40,8 @@ def dry_run_rank(
         layout = settings.layout(world_size)
         objective = make_objective(settings)
         batch = longest_batch(settings, layout)
+        if batch.layout.is_packed:  # a processor asks for the lengths of its sequences, which are known here alone
+            batch.layout.parts(SCORES_PER_SEQUENCE // objective.config.num_attention_heads // layout.tensor)
         with simulated_world(rank, world_size) as world:
             mesh = ParallelMesh(layout, world.device)
             meter = StepMeter({})

@@ -113,7 +113,7 @@ def test_packed_sequences_in_parts_equal_a_filled_rectangle(monkeypatch, positio
     hidden, gradient = torch.randn(tokens, A * D, requires_grad=True), torch.randn(tokens, A * D)
     found = []
     for limit, parts in ((1 << 30, 1), (0, len(set(LENGTHS.tolist()))), (-1, len(LENGTHS))):
-        monkeypatch.setattr(attention, "_SCORES_PER_SEQUENCE", limit)
+        monkeypatch.setattr(attention, "SCORES_PER_SEQUENCE", limit)
         with patch.object(module, "_attend_within", wraps=module._attend_within) as within:
             out = module(hidden, layout, keys)
         assert within.call_count == parts

@@ -52,6 +52,8 @@ def test_a_cpu_run_takes_the_path_of_a_cpu() -> None:
         for device in ("cpu", "cuda")
     }
     assert on["cpu"].peak["activations"] > on["cuda"].peak["activations"]
+    packed = measured(settings_of("training.device=cpu", "training.micro_batch_size=32", "parallel.tensor=2"), 0, 2)
+    assert packed.peak["activations"] > 0
 
 
 @pytest.fixture(scope="module")
