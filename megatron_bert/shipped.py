@@ -29,7 +29,7 @@ def shipped_scripts() -> dict[str, Path]:
 
 def find_config(path: Path) -> Path:
     """A settings file: the path itself, or the shipped one of that name where there is no such file."""
-    return path if path.exists() else shipped_configs().get(str(path), path)
+    return path if path.is_file() else shipped_configs().get(str(path), path)
 
 
 def purpose(path: Path) -> str:

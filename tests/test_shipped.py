@@ -32,6 +32,9 @@ def test_every_settings_file_has_a_name_and_a_purpose() -> None:
 def test_settings_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_tree(Path("bert_1.3b"), []) == read_tree(ROOT / "configs" / "bert_1.3b.yaml", [])
+    (tmp_path / "bert_1.3b").mkdir()  # such as a model that was converted
+    assert read_tree(Path("bert_1.3b"), []) == read_tree(ROOT / "configs" / "bert_1.3b.yaml", [])
+    (tmp_path / "bert_1.3b").rmdir()
     (tmp_path / "bert_1.3b").write_text("training: {steps: 3}")
     assert read_tree(Path("bert_1.3b"), []) == {"training": {"steps": 3}}, "a file of one's own goes first"
     assert main(["pretrain", "bert_345n"]) == 2
