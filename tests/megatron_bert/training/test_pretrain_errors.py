@@ -38,3 +38,12 @@ def test_training_without_held_out_documents(
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
     pretrain(settings)
     assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_a_pattern_that_matches_no_parameter(data: Path, tmp_path: Path) -> None:
+    settings = run_settings(data, tmp_path / "run", optimizer__weight_decay_by_name={"*.lookup.weight": 0.0})
+    with pytest.raises(
+        UserError, match=r"the pattern '\*\.lookup\.weight', which matches no parameter: names are like"
+    ):
+        pretrain(settings)
+    assert not (tmp_path / "run").exists()
