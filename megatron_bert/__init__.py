@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_bert.family.auto import register_auto_classes
     from megatron_bert.family.bert import MegatronBertModel
     from megatron_bert.family.causal import MegatronBertForCausalLM
     from megatron_bert.family.classification import (
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
         MegatronBertForSequenceClassification,
         MegatronBertForTokenClassification,
     )
+    from megatron_bert.family.configuration import MegatronBertConfig
     from megatron_bert.family.language import MegatronBertForMaskedLM, MegatronBertForPreTraining
     from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
     from megatron_bert.family.tokenizer import AutoTokenizer
-    from megatron_bert.ibert.configuration import IBertConfig
+    from megatron_bert.ibert.family.configuration import IBertConfig
     from megatron_bert.ibert.family.encoder import IBertModel, IBertPreTrainedModel
     from megatron_bert.ibert.family.heads import (
         IBertForMaskedLM,
@@ -27,14 +29,13 @@ if TYPE_CHECKING:
         IBertForSequenceClassification,
         IBertForTokenClassification,
     )
-    from megatron_bert.model.configuration import MegatronBertConfig
 
 __version__ = "0.1.0"
 
 #: Where the public classes live. They are imported on first use: the command line needs none of them.
 _HOMES = {
     "AutoTokenizer": "family.tokenizer",
-    "IBertConfig": "ibert.configuration",
+    "IBertConfig": "ibert.family.configuration",
     "IBertForMaskedLM": "ibert.family.heads",
     "IBertForMultipleChoice": "ibert.family.heads",
     "IBertForQuestionAnswering": "ibert.family.heads",
@@ -42,7 +43,7 @@ _HOMES = {
     "IBertForTokenClassification": "ibert.family.heads",
     "IBertModel": "ibert.family.encoder",
     "IBertPreTrainedModel": "ibert.family.encoder",
-    "MegatronBertConfig": "model.configuration",
+    "MegatronBertConfig": "family.configuration",
     "MegatronBertForCausalLM": "family.causal",
     "MegatronBertForMaskedLM": "family.language",
     "MegatronBertForMultipleChoice": "family.classification",
@@ -53,6 +54,7 @@ _HOMES = {
     "MegatronBertForTokenClassification": "family.classification",
     "MegatronBertModel": "family.bert",
     "MegatronBertPreTrainedModel": "family.pretrained",
+    "register_auto_classes": "family.auto",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "MegatronBertModel",
     "MegatronBertPreTrainedModel",
     "__version__",
+    "register_auto_classes",
 ]
 
 

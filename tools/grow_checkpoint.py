@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,13 +80,13 @@ def grow(source: Path, target: Path, layers: list[int], seed: int = 0) -> None:
         for name in filter(lambda name: name.startswith(start), old):
             part = 1 / layers.count(layer) if "output.dense" in name else 1.0
             new[f"bert.encoder.layer.{number}.{name.removeprefix(start)}"] = grown(name, old[name], generator) * part
-    replace(
-        config,
+    config.replaced(
         hidden_size=2 * config.hidden_size,
         num_attention_heads=2 * config.num_attention_heads,
         intermediate_size=2 * config.intermediate_size,
         num_hidden_layers=len(layers),
-    ).save_pretrained(target, architecture="MegatronBertForPreTraining")
+        architectures=["MegatronBertForPreTraining"],
+    ).save_pretrained(target)
     save_file(new, target / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.family.configuration import DocumentedConfig
 from megatron_bert.family.kinds import check_tensor, check_whole, checked_switch, computing_device
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import EncoderConfig
 from parallel.errors import UserError
 
 _SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
@@ -94,12 +95,13 @@ class TokenInputs:
     device: torch.device
 
 
-def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> TokenInputs:
+def checked_inputs(given: Arguments, config: DocumentedConfig, sizes: EncoderConfig, past: int) -> TokenInputs:
     """Check ids, positions and types.
 
     Args:
         given: by the caller.
         config: of the model.
+        sizes: of its encoder.
         past: P.
 
     Raises:
@@ -107,12 +109,12 @@ def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> T
     """
     tokens, embedded = given.input_ids, given.inputs_embeds
     batch, length, device = _batch_shape(tokens, embedded, config)
-    if config.padding_position is None or given.position_ids is not None:
+    if sizes.padding_position is None or given.position_ids is not None:
         if given.position_ids is None or config.position_embedding_type != "absolute":
             _check_length(past + length, config.max_position_embeddings)
         positions = _positions(given.position_ids, batch, length, past, device)
     else:
-        positions = _positions_after_padding(tokens, length, config.padding_position, config, device)
+        positions = _positions_after_padding(tokens, length, sizes.padding_position, sizes, device)
     types = _types(given.token_type_ids, batch, length, device)
     limits: list[tuple[str, Tensor, int, str]] = []
     if given.token_type_ids is not None:
@@ -135,7 +137,7 @@ def checked_inputs(given: Arguments, config: MegatronBertConfig, past: int) -> T
 
 
 def _batch_shape(
-    tokens: Tensor | None, embedded: Tensor | None, config: MegatronBertConfig
+    tokens: Tensor | None, embedded: Tensor | None, config: DocumentedConfig
 ) -> tuple[int, int, torch.device]:
     """B, S and the device of what is given, of which there must be one."""
     if tokens is not None and embedded is None:
@@ -175,17 +177,17 @@ def _positions(given: Tensor | None, batch: int, length: int, past: int, device:
 
 
 def _positions_after_padding(
-    tokens: Tensor | None, length: int, padding_position: int, config: MegatronBertConfig, device: torch.device
+    tokens: Tensor | None, length: int, padding_position: int, sizes: EncoderConfig, device: torch.device
 ) -> Tensor:
     """Each real token's place among the real tokens, after the position of padding, where padding stays.
 
     Embeddings do not tell which are padding: they count all.
     """
-    places, first = config.longest_sequence, config.first_position
+    places, first = sizes.longest_sequence, sizes.first_position
     if tokens is None:
         _check_length(length, places)
         return torch.arange(first, first + length, device=device)[None]
-    real = tokens != config.pad_token_id
+    real = tokens != sizes.pad_token_id
     counts = real.cumsum(dim=1)
     if length > places:
         _check_length(int(counts[:, -1].max()), places)
@@ -252,8 +254,8 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int
 
 
 def checked_head_masks(
-    head_mask: Tensor | None, config: MegatronBertConfig, dtype: torch.dtype, batch: int, queries: int, keys: set[int]
-) -> tuple[Tensor, ...] | None:
+    head_mask: Tensor, config: DocumentedConfig, dtype: torch.dtype, batch: int, queries: int, keys: set[int]
+) -> tuple[Tensor, ...]:
     """A head mask for each layer, broadcastable to ``[B, heads, Q, K]``.
 
     Args:
@@ -266,8 +268,6 @@ def checked_head_masks(
     Raises:
         UserError: another shape.
     """
-    if head_mask is None:
-        return None
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     shape = tuple(head_mask.shape)
     if shape == (heads,):

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.cache import KeyValueCache
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions, Tensors
 from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
 
 
@@ -30,7 +30,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel, EncoderModel):
         inputs_embeds: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: KeyValueCache | tuple[Tensors, ...] | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, ...], ...] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -40,7 +40,8 @@ class MegatronBertModel(MegatronBertPreTrainedModel, EncoderModel):
 
         Args:
             input_ids: int64 ``[B, S]``; this or ``inputs_embeds``.
-            attention_mask: 1 for tokens that count: ``[B, P + S]``; or for pairs that may attend: ``[B, S, P + S]``.
+            attention_mask: 1 for tokens that count: ``[B, P + S]``; or for pairs that may attend: ``[B, S, P + S]``, or
+                ``[B, 1, S, P + S]``, there also as what is added to scores.
             token_type_ids: int64 ``[B, S]``; 0 by default.
             position_ids: int64 ``[B, S]`` or ``[1, S]``; P, P + 1, .. by default.
             head_mask: ``[heads]`` or ``[layers, heads]``; what the probabilities of a head are multiplied with.

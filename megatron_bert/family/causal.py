@@ -5,50 +5,41 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from transformers import Cache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.bert import MegatronBertHeadModel
-from megatron_bert.family.cache import KeyValueCache
-from megatron_bert.family.generation import Sampling, generate
+from megatron_bert.family.configuration import MegatronBertConfig
+from megatron_bert.family.encoder import Tensors
 from megatron_bert.family.kept import check_kept, kept_states
-from megatron_bert.family.kinds import checked_switch, told
-from megatron_bert.family.language import LanguageModel
-from megatron_bert.family.outputs import CausalLMOutputWithCrossAttentions, Tensors
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.family.kinds import told
+from megatron_bert.family.language import MegatronBertLanguageModel
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
-from parallel.mesh import SINGLE, TensorParallel
 
 
-class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
+class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
     """Logits of the next word after every token; ``config.is_decoder`` makes tokens see only those before them.
 
     Args:
         config: sizes and options.
-        tp, skip_padding, initial, device: as in MegatronBertModel.
+        **options: as of DocumentedModel.
     """
 
-    #: transformers' Trainer gives ``num_items_in_batch`` to classes that say so, counted as for this kind of loss.
-    accepts_loss_kwargs: ClassVar[bool] = True
-    loss_type: ClassVar[str] = "ForCausalLM"
+    #: The cache of ours grows; nothing of a step is compiled in advance.
+    _can_compile_fullgraph = False
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        skip_padding: bool | None = None,
-        initial: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if not config.is_decoder:
+    def __init__(self, config: MegatronBertConfig, **options: Any) -> None:
+        if isinstance(config, MegatronBertConfig) and not config.is_decoder:
             warnings.warn("MegatronBertForCausalLM sees the words it predicts unless is_decoder=True", stacklevel=2)
-        super().__init__(config, False, tp, skip_padding, device)
-        self._begin(initial)
+        super().__init__(config, **options)
+        #: transformers' Trainer gives ``num_items_in_batch`` to classes that say so, counted as for this kind of loss.
+        self.accepts_loss_kwargs, self.loss_type = True, "ForCausalLM"
 
     def forward(
         self,
@@ -61,7 +52,7 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: KeyValueCache | tuple[Tensors, ...] | None = None,
+        past_key_values: Cache | tuple[Tensors, ...] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -103,81 +94,28 @@ class MegatronBertForCausalLM(MegatronBertHeadModel, LanguageModel):
         )
         return self.returned(output, return_dict)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float | None = 1.0,
-        top_k: int | None = 0,
-        top_p: float | None = 1.0,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-        eos_token_id: int | list[int] | Tensor | None = None,
-        pad_token_id: int | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Continue texts, word by word.
-
-        Args:
-            input_ids: int64 ``[B, S]``; shorter texts have their padding on the left.
-            attention_mask: ``[B, S]``, 0 for padding.
-            max_new_tokens: most words to write.
-            do_sample: draw words by their probability; otherwise the most likely one is taken.
-            temperature: the logits are divided by it before drawing; None leaves them.
-            top_k: draw from this many most likely words; 0 or None from all.
-            top_p: draw from the fewest most likely words whose probability together reaches this; None from all.
-            generator: to draw with; torch's own by default.
-            use_cache: keep keys and values instead of computing them anew for each word.
-            eos_token_id: ids that end a text; those of the configuration by default.
-            pad_token_id: what follows the end; that of the configuration by default.
-            encoder_hidden_states, encoder_attention_mask: for cross-attention.
-
-        Returns:
-            int64 ``[B, S + n]``: the texts given, continued.
+    def generate(self, *inputs: Any, **arguments: Any) -> Any:
+        """Continue texts; arguments as of transformers' method.
 
         Raises:
-            UserError: an argument out of range, padding on the right, or a model that is no decoder.
+            UserError: the model is no decoder.
         """
-        ends = _word_ids(self.config.eos_token_id if eos_token_id is None else eos_token_id)
-        padding = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        if padding is None:
-            padding = ends[0] if ends else 0  # nothing follows an end that there is not
-        if type(padding) is not int or not 0 <= padding < self.config.vocab_size:
-            raise UserError(f"pad_token_id is {told(padding)}: give an id of 0 to {self.config.vocab_size - 1}")
-        sampling = Sampling(
-            sample=checked_switch("do_sample", do_sample),
-            temperature=1.0 if temperature is None else temperature,
-            top_k=0 if top_k is None else top_k,
-            top_p=1.0 if top_p is None else top_p,
-            generator=generator,
-        )
-        return generate(
-            self,
-            input_ids,
-            attention_mask,
-            sampling,
-            most=max_new_tokens,
-            ends=ends,
-            padding=padding,
-            cached=checked_switch("use_cache", use_cache),
-            encoder={
-                "encoder_hidden_states": encoder_hidden_states,
-                "encoder_attention_mask": encoder_attention_mask,
-            },
-        )
+        if not self.config.is_decoder:
+            raise UserError("only decoders write text: set is_decoder=True in the configuration")
+        if self.tp.size > 1:  # the first tensor rank's random numbers are those of all
+            with torch.random.fork_rng():
+                self._draw_alike()
+                return super().generate(*inputs, **arguments)
+        return super().generate(*inputs, **arguments)
 
-
-def _word_ids(given: Any) -> list[int]:
-    """Ids that end a text: one, several or none."""
-    ids = given.reshape(-1).tolist() if isinstance(given, Tensor) else given
-    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    if not all(type(each) is int for each in ids):
-        raise UserError(f"eos_token_id is {told(given)}: give the id that ends a text, or a list of them")
-    return ids
+    def _draw_alike(self) -> None:
+        """Give every tensor rank the state of the first one's generator; on an accelerator, a seed from there."""
+        assert self.tp.mesh is not None
+        state = torch.get_rng_state().to(self.tp.mesh.device_type)
+        dist.broadcast(state, group=self.tp.group, group_src=0)
+        torch.set_rng_state(state.cpu())
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(self._fresh_seed())
 
 
 def _checked_items(given: Any) -> float | None:

@@ -5,7 +5,16 @@ Shapes: B sequences, S tokens of each.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
@@ -16,25 +25,19 @@ from megatron_bert.family.classifiers import (
     SpanClassifier,
     TokenClassifier,
 )
-from megatron_bert.family.outputs import (
-    MultipleChoiceModelOutput,
-    NextSentencePredictorOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.modules import PretrainingHeads, without_values
 
 
 class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
     """Whether the second sentence follows the first: logits ``[B, 2]``, 0 says it does."""
 
-    head = "pair_classifier"
+    head = "cls.seq_relationship"
 
-    def outputs(self, config: MegatronBertConfig) -> int:
-        """Follows, or does not."""
-        del config
-        return 2
+    def build(self, **parts: Any) -> None:
+        """Make the modules."""
+        HeadModel.build(self, **parts)
+        self.cls = PretrainingHeads(None, without_values(nn.Linear, self.sizes.hidden_size, 2))
 
     def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """No dropout here, as in pretraining."""

@@ -8,67 +8,51 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-
-from megatron_bert.family.arguments import Arguments, check_shape
-from megatron_bert.family.encoder import Encoded
-from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.kinds import check_whole
-from megatron_bert.family.losses import mean_cross_entropy, problem_loss
-from megatron_bert.family.outputs import (
+from transformers.modeling_outputs import (
     ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import Dense, dropped
+
+from megatron_bert.family.arguments import Arguments, check_shape
+from megatron_bert.family.encoder import Encoded
+from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.kinds import check_whole
+from megatron_bert.family.losses import mean_cross_entropy, problem_loss
+from megatron_bert.family.modules import without_values
+from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.model.heads import dropped
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
-from parallel.mesh import SINGLE, TensorParallel
 
 
 class Classifier(HeadModel):
-    """The encoder and a head that every tensor rank repeats, dense unless a class has another.
-
-    Args:
-        config: sizes and options.
-        tp, skip_padding, initial, device: as in EncoderModel.
-    """
+    """The encoder and a head that every tensor rank repeats, dense unless a class has another."""
 
     #: Whether the head reads one vector of every sequence, or every token.
     by_sequence: ClassVar[bool] = True
-    #: Whether the encoder has a pooler, whose output is that vector.
-    pooled: ClassVar[bool] = True
     #: Name of the head.
     head: ClassVar[str] = "classifier"
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        skip_padding: bool | None = None,
-        initial: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(config, self.pooled, tp, skip_padding, device)
-        self.add_module(self.head, self.head_module(config, device))
-        self._begin(initial)
+    def build(self, **parts: Any) -> None:
+        """Make the modules."""
+        super().build(**parts)
+        self.add_module(self.head, self.head_module())
 
-    def head_module(self, config: MegatronBertConfig, device: torch.device | str | None) -> nn.Module:
+    def head_module(self) -> nn.Module:
         """The head."""
-        return Dense(config.hidden_size, self.outputs(config), init_std=config.initializer_range, device=device)
+        return without_values(nn.Linear, self.sizes.hidden_size, self.outputs(self.sizes))
 
-    def outputs(self, config: MegatronBertConfig) -> int:
+    def outputs(self, config: EncoderConfig) -> int:
         """Width of the head."""
         return config.num_labels
 
     def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """Dropout at the head, ``[N, H]`` with a key a row."""
-        return dropped(features, keys, self.config)
+        return dropped(features, keys, self.sizes)
 
     def vectors(self, encoded: Encoded) -> Tensor:
         """What the head reads of every sequence, ``[B, H]``."""
@@ -76,7 +60,7 @@ class Classifier(HeadModel):
 
     def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """The head: ``[N, H]`` to ``[N, C]``."""
-        head: Dense = getattr(self, self.head)
+        head: nn.Module = self.get_submodule(self.head)
         return head(self.dropped(features, keys))
 
     def classified(
@@ -104,7 +88,7 @@ class Classifier(HeadModel):
 
     def finished(self, output: ModelOutput, encoded: Encoded, return_dict: bool | None) -> Any:
         """An output with what was asked of the encoder besides, in the form asked for."""
-        whole = replace(output, hidden_states=encoded.hidden_states, attentions=encoded.attentions)  # type: ignore[type-var]
+        whole = type(output)(**output, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         return self.returned(whole, return_dict)
 
 
@@ -123,7 +107,7 @@ class SequenceClassifier(Classifier):
 class ChoiceClassifier(Classifier):
     """Which of several continuations is right."""
 
-    def outputs(self, config: MegatronBertConfig) -> int:
+    def outputs(self, config: EncoderConfig) -> int:
         """One score a choice."""
         del config
         return 1
@@ -165,7 +149,7 @@ class SpanClassifier(Classifier):
     pooled = False
     head = "qa_outputs"
 
-    def outputs(self, config: MegatronBertConfig) -> int:
+    def outputs(self, config: EncoderConfig) -> int:
         """Start and end."""
         if config.num_labels != 2:
             raise UserError(f"num_labels is {config.num_labels}, but an answer has a start and an end: leave it at 2")

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from megatron_bert.family.arguments import Arguments, TokenInputs, checked_head_masks, checked_inputs
-from megatron_bert.family.cache import KeyValueCache, checked_cache
-from megatron_bert.family.kinds import check_device, checked_switch, widened
+from megatron_bert.family.cache import checked_cache, filled_cache, opened_cache
+from megatron_bert.family.configuration import DocumentedConfig
+from megatron_bert.family.kinds import checked_switch, widened
 from megatron_bert.family.losses import blanked
 from megatron_bert.family.masks import Mask, causal, read_mask
-from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions, Tensors
-from megatron_bert.family.pretrained import PreTrainedModel
-from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.encoder import BertEmbeddings, Encoder
-from megatron_bert.model.heads import Pooler
-from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates
+from megatron_bert.family.modules import Embeddings, LayerStack, PoolerLayer
+from megatron_bert.family.pretrained import DocumentedModel
+from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates, LayerCache
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in
 from parallel.errors import UserError
-from parallel.mesh import SINGLE, TensorParallel
+
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Encoded:
     hidden_states: Tensors | None = None
     attentions: Tensors | None = None
     cross_attentions: Tensors | None = None
-    past: KeyValueCache | None = None
+    past: Cache | None = None
 
     def rectangle(self, tokens: Tensor) -> Tensor:
         """``[T, ..]`` as ``[B, S, ..]``, 0 where padding was skipped."""
@@ -77,59 +79,47 @@ def _rectangle(tokens: Tensor, kept: Tensor | None, batch: int, length: int) -> 
     return filled.index_copy(0, kept, tokens).unflatten(0, (batch, length))
 
 
-class EncoderModel(PreTrainedModel):
+def _shown(kept: Tensor | None, batch: int, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states as they are returned, and from these the hidden states to go on from."""
+    shown = _rectangle(hidden, kept, batch, length)
+    flat = shown.flatten(0, 1)
+    return shown, flat if kept is None else flat.index_select(0, kept)
+
+
+class EncoderModel(DocumentedModel):
     """Hidden states of every token, and the pooled first token of every sequence.
 
     Args:
         config: sizes and options; a decoder where it says so.
         add_pooling_layer: whether there is a pooler (dense and tanh on the first token).
-        tp: the tensor-parallel handle; every rank gives the same arguments and gets the same results.
         skip_padding: whether tokens that the attention mask leaves out are skipped: their hidden states are then 0, and
             a batch costs what its real tokens cost. None skips them where no output shows them, which changes nothing
             but time, and in training steps of masked words and token classes, whose loss and gradients stay the same;
             False never does.
-        initial: draw initial weights, from torch's generator; otherwise they hold no values until a checkpoint gives
-            them.
-        device: of the parameters.
+        **options: as of DocumentedModel.
 
     Raises:
         UserError: sizes that the tensor-parallel size does not divide.
     """
 
-    own_arguments = ("add_pooling_layer",)
+    def __init__(self, config: DocumentedConfig, add_pooling_layer: bool = True, **options: Any) -> None:
+        super().__init__(config, pooled=checked_switch("add_pooling_layer", add_pooling_layer), **options)
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        add_pooling_layer: bool = True,
-        *,
-        tp: TensorParallel = SINGLE,
-        skip_padding: bool | None = None,
-        initial: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(config, tp, skip_padding)
-        check_device(device)
-        self.embeddings = BertEmbeddings(
-            config, tp=tp, padding=config.pad_token_id, position_padding=config.padding_position, device=device
-        )
-        self.encoder = Encoder(config, tp=tp, device=device)
-        self.pooler: Pooler | None = None
-        if checked_switch("add_pooling_layer", add_pooling_layer):
-            size = config.hidden_size
-            self.pooler = Pooler(size, size, init_std=config.initializer_range, device=device)
-        for layer, heads in (config.pruned_heads or {}).items():
-            self.encoder.layer_list()[layer].attention.prune(heads)
-        self._begin(checked_switch("initial", initial))
+    def build(self, **parts: Any) -> None:
+        """Make the modules."""
+        self.embeddings = Embeddings(self.sizes, self.tp)
+        self.encoder = LayerStack(self.sizes, self.config.hidden_act, self.tp)
+        self.pooler = PoolerLayer(self.sizes) if parts["pooled"] else None
 
     def output(
         self, given: Arguments, return_dict: bool | None
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Tensor | None, ...]:
         """What forward returns for the arguments."""
         encoded = self.encode(given)
+        last = encoded.hidden_states[-1] if encoded.hidden_states else encoded.rectangle(encoded.hidden)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=encoded.rectangle(encoded.hidden),
-            pooler_output=None if self.pooler is None else self.pooled(encoded),
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last[:, 0]),
             past_key_values=encoded.past,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
@@ -155,10 +145,11 @@ class EncoderModel(PreTrainedModel):
             needed: bool ``[B, S]``, tokens that must not be skipped (they have labels).
         """
         config = self.config
+        cache, entries = opened_cache(given.past_key_values)
         past = None
-        if given.shape is not None:
-            past = checked_cache(given.past_key_values, self, given.shape[0])
-        inputs = checked_inputs(given, config, 0 if past is None else past.get_seq_length())
+        if given.shape is not None and entries:
+            past = checked_cache(entries, self, given.shape[0])
+        inputs = checked_inputs(given, config, self.sizes, 0 if past is None else past[0][0].shape[2])
         if inputs.embedded is not None:
             inputs = replace(inputs, embedded=widened("inputs_embeds", inputs.embedded, self.dtype))
         total = inputs.past + inputs.length
@@ -166,7 +157,7 @@ class EncoderModel(PreTrainedModel):
         request = self._request(given, inputs, mask, past)
         keys = self._dropout_keys(inputs)
         kept = None
-        first = torch.arange(0, inputs.batch * inputs.length, inputs.length, device=inputs.device)
+        first = torch.arange(inputs.batch, device=inputs.device) * inputs.length
         layout = SequenceLayout.rectangle(inputs.batch, inputs.length, mask.keys)
         if request.attention is None and self._skips(mask, shown or request.hidden_states, needed):
             assert mask.keys is not None
@@ -179,6 +170,8 @@ class EncoderModel(PreTrainedModel):
             first = torch.empty_like(order).index_copy_(0, order, layout.boundaries[:-1].long())
         hidden = self.embeddings(inputs.tokens, inputs.positions, inputs.types, keys, inputs.embedded)
         plain = request.attention is None and not request.hidden_states
+        if request.hidden_states:
+            request = replace(request, shown=partial(_shown, kept, inputs.batch, inputs.length))
         out = self.encoder(hidden, layout, keys, None if plain else request)
         out = EncoderOutput(hidden=out) if plain else out
         batch, length = inputs.batch, inputs.length
@@ -189,30 +182,36 @@ class EncoderModel(PreTrainedModel):
             kept=kept,
             first=first,
             keys=None if keys is None else fold_in(keys, 1 + self.config.num_hidden_layers),
-            hidden_states=tuple(_rectangle(state, kept, batch, length) for state in out.hidden_states) or None,
+            hidden_states=out.hidden_states or None,
             attentions=out.attentions or None,
             cross_attentions=out.cross_attentions or None,
-            past=KeyValueCache(out.past) if out.past else None,
+            past=filled_cache(cache, out.past) if out.past else None,
         )
 
-    def _request(self, given: Arguments, inputs: TokenInputs, mask: Mask, past: KeyValueCache | None) -> EncoderRequest:
+    def _request(
+        self, given: Arguments, inputs: TokenInputs, mask: Mask, past: tuple[LayerCache, ...] | None
+    ) -> EncoderRequest:
         """What the layers are asked; plain attention needs no request of its own."""
         config = self.config
         probabilities = self.wants(given.output_attentions, "output_attentions")
         hidden_states = self.wants(given.output_hidden_states, "output_hidden_states")
         keep = self._keeps_cache(given)
         encoder = self._encoder_states(given, inputs, past)
-        attended = {inputs.past + inputs.length} | ({encoder.length} if encoder is not None else set())
-        head_masks = checked_head_masks(given.head_mask, config, self.dtype, inputs.batch, inputs.length, attended)
-        pairs = given.attention_mask is not None and given.attention_mask.dim() == 3
-        plain = not (probabilities or head_masks or config.is_decoder or mask.unattended or pairs)
+        head_masks = None
+        if given.head_mask is not None:
+            attended = {inputs.past + inputs.length} | ({encoder.length} if encoder is not None else set())
+            head_masks = checked_head_masks(given.head_mask, config, self.dtype, inputs.batch, inputs.length, attended)
+        pairs = given.attention_mask is not None and given.attention_mask.dim() > 2
+        decoder = getattr(config, "is_decoder", False)
+        written = config._attn_implementation == "eager"
+        plain = not (probabilities or head_masks or decoder or mask.unattended or pairs or written)
         if plain:
             return EncoderRequest(hidden_states=hidden_states)
-        if config.is_decoder:
+        if decoder:
             mask = causal(mask, given.attention_mask, inputs.length, inputs.past + inputs.length, inputs.device)
         attention = AttentionRequest(
             mask=mask.full,
-            unattended=mask.unattended,
+            unattended=mask.unattended or written,
             probabilities=probabilities,
             keep=keep,
             encoder=encoder,
@@ -220,17 +219,17 @@ class EncoderModel(PreTrainedModel):
         return EncoderRequest(hidden_states=hidden_states, attention=attention, head_masks=head_masks, past=past)
 
     def _keeps_cache(self, given: Arguments) -> bool:
-        if not self.config.is_decoder:
+        if not getattr(self.config, "is_decoder", False):
             if given.use_cache:
                 raise UserError("use_cache is given, but only decoders keep keys and values: set is_decoder=True")
             return False
-        recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recomputes = self.is_activation_checkpointing and self.training and torch.is_grad_enabled()
         if recomputes and given.use_cache:
             raise UserError("use_cache does not go with gradient checkpointing in training: leave one of them out")
         return self.wants(given.use_cache, "use_cache") and not recomputes
 
     def _encoder_states(
-        self, given: Arguments, inputs: TokenInputs, past: KeyValueCache | None
+        self, given: Arguments, inputs: TokenInputs, past: tuple[LayerCache, ...] | None
     ) -> EncoderStates | None:
         states = given.encoder_hidden_states
         cached = past is not None and len(past[0]) == 4
@@ -238,7 +237,7 @@ class EncoderModel(PreTrainedModel):
             if given.encoder_attention_mask is not None:
                 raise UserError("encoder_attention_mask is given without encoder_hidden_states, which it is a mask of")
             return None
-        if not self.config.add_cross_attention:
+        if not getattr(self.config, "add_cross_attention", False):
             raise UserError(
                 "encoder_hidden_states is given, but the model has no cross-attention: set add_cross_attention"
             )
@@ -267,6 +266,8 @@ class EncoderModel(PreTrainedModel):
 
     def _skips(self, mask: Mask, shown: bool, needed: Tensor | None) -> bool:
         """Whether padding is skipped."""
+        if torch.compiler.is_compiling():  # how many tokens count is not known
+            return False
         if mask.keys is None or self.skip_padding is False or not (self.embeddings.absolute and mask.starts):
             return False
         if shown and self.skip_padding is None:

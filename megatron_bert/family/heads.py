@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from megatron_bert.family.encoder import EncoderModel
-from megatron_bert.family.pretrained import PreTrainedModel
-from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.mesh import TensorParallel
+from megatron_bert.family.pretrained import DocumentedModel
 
 
-class HeadModel(PreTrainedModel):
-    """An encoder under the family's name for it, for a head to go on from.
-
-    Args:
-        config: sizes and options.
-        pooled: whether the encoder has a pooler.
-        tp, skip_padding, device: as in EncoderModel.
-    """
+class HeadModel(DocumentedModel):
+    """An encoder under the family's name for it, for a head to go on from; arguments as of DocumentedModel."""
 
     encoder_class: ClassVar[type[EncoderModel]]
+    #: Whether the encoder has a pooler.
+    pooled: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        pooled: bool,
-        tp: TensorParallel,
-        skip_padding: bool | None,
-        device: torch.device | str | None,
-    ) -> None:
-        super().__init__(config, tp, None)
-        encoder = self.encoder_class(config, pooled, tp=tp, skip_padding=skip_padding, initial=False, device=device)
+    def build(self, **parts: Any) -> None:
+        """Make the encoder."""
+        pooled = parts.get("pooled", self.pooled)
+        encoder = self.encoder_class(
+            self.config, pooled, tp=self.tp, skip_padding=self._skip_padding, initial=False, device=None
+        )
         self.add_module(self.base_model_prefix, encoder)
 
     def learns_from(self, labels: Tensor | None) -> bool:

@@ -6,67 +6,44 @@ Shapes: B sequences, S tokens of each, T tokens without skipped padding, H hidde
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput
 
 from megatron_bert.family.arguments import Arguments, check_labels, shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
+from megatron_bert.family.configuration import MegatronBertConfig
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.kinds import checked_switch
 from megatron_bert.family.losses import blanked, mean_cross_entropy
-from megatron_bert.family.outputs import MaskedLMOutput, MegatronBertForPreTrainingOutput
-from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import Dense, MaskedLanguageHead
+from megatron_bert.family.modules import LanguageHead, Predictions, PretrainingHeads, without_values
+from megatron_bert.family.outputs import MegatronBertForPreTrainingOutput
 from parallel.collectives import gather_from_ranks
 from parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from parallel.errors import UserError
-from parallel.layers import VocabParallelEmbedding
-from parallel.mesh import SINGLE, TensorParallel
 
 #: How many tokens' logits are computed at once where they are written part by part.
 _CPU_ROWS, _ACCELERATOR_ROWS = 128, 1 << 13
 
 
 class LanguageModel(HeadModel):
-    """The encoder and a head over the vocabulary, whose output matrix is the word embeddings or one of its own.
+    """The encoder and a head over the vocabulary, whose output matrix is the word embeddings or one of its own."""
 
-    Args:
-        config: sizes and options.
-        pooled: whether the encoder has a pooler.
-        tp, skip_padding, device: as in EncoderModel.
-    """
+    pooled = False
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        pooled: bool,
-        tp: TensorParallel,
-        skip_padding: bool | None,
-        device: torch.device | str | None,
-    ) -> None:
-        super().__init__(config, pooled, tp, skip_padding, device)
-        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device)
-        self.output_embeddings: VocabParallelEmbedding | None = None
-        if not config.tie_word_embeddings:
-            self.output_embeddings = VocabParallelEmbedding(
-                config.vocab_size,
-                config.padded_vocab_size,
-                config.hidden_size,
-                init_std=config.initializer_range,
-                tp=tp,
-                device=device,
-            )
-
-    def get_output_embeddings(self) -> VocabParallelEmbedding:
-        """What holds the output matrix: the word embeddings where they are tied."""
-        return self.get_input_embeddings() if self.output_embeddings is None else self.output_embeddings
+    def hidden_logits(self, hidden: Tensor) -> Tensor:
+        """This rank's part of the logits of hidden states ``[N, H]``."""
+        head = self.language_head()
+        assert head is not None, "a language model has a language-model head"
+        return head(hidden, head.decoder.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[N, H]`` to logits ``[N, V]`` on every rank."""
-        local = self.masked_head(hidden, self.get_output_embeddings().weight)
-        return gather_from_ranks(local, self.tp)[:, : self.config.vocab_size]
+        local = gather_from_ranks(self.hidden_logits(hidden), self.tp)
+        return local if self.tp.size == 1 else local[:, : self.config.vocab_size]
 
     def token_logits(self, encoded: Encoded) -> Tensor:
         """Logits ``[B, S, V]`` of every token; 0 where padding was skipped.
@@ -101,6 +78,11 @@ class LanguageModel(HeadModel):
         Raises:
             UserError: ``items`` is 0, but there are labelled tokens.
         """
+        if torch.compiler.is_compiling():  # how many tokens have labels is not known
+            losses = vocab_parallel_cross_entropy(
+                self.hidden_logits(hidden), labels.long(), self.config.vocab_size, self.tp
+            )
+            return losses.sum() / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
         rows = (labels != IGNORED).nonzero().squeeze(1)
         count = rows.numel()
         if items == 0 and count:
@@ -112,7 +94,7 @@ class LanguageModel(HeadModel):
             selected, labels = blanked(hidden[:1]), labels[:1]
         else:
             selected, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-        local = self.masked_head(selected, self.get_output_embeddings().weight)
+        local = self.hidden_logits(selected)
         losses = vocab_parallel_cross_entropy(local, labels.long(), self.config.vocab_size, self.tp)
         return losses.sum() / (items or max(1, count))
 
@@ -134,24 +116,7 @@ class LanguageModel(HeadModel):
 
 
 class MaskedLanguageModel(LanguageModel):
-    """A language model that predicts the words at every token.
-
-    Args:
-        config: sizes and options.
-        tp, skip_padding, initial, device: as in EncoderModel.
-    """
-
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        skip_padding: bool | None = None,
-        initial: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(config, False, tp, skip_padding, device)
-        self._begin(initial)
+    """A language model that predicts the words at every token."""
 
     def predicted(
         self, given: Arguments, labels: Tensor | None, return_dict: bool | None
@@ -167,7 +132,25 @@ class MaskedLanguageModel(LanguageModel):
         return self.returned(output, return_dict)
 
 
-class MegatronBertForMaskedLM(MegatronBertHeadModel, MaskedLanguageModel):
+class MegatronBertLanguageModel(MegatronBertHeadModel, LanguageModel):
+    """A language model with MegatronBERT's head."""
+
+    _tied_weights_keys: ClassVar = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def build(self, **parts: Any) -> None:
+        """Make the modules."""
+        super().build(**parts)
+        self.cls = PretrainingHeads(Predictions(self.sizes, self.config.hidden_act, self.tp), None)
+
+    def language_head(self) -> LanguageHead:
+        """The masked-language head."""
+        return self.cls.predictions
+
+
+class MegatronBertForMaskedLM(MegatronBertLanguageModel, MaskedLanguageModel):
     """Logits over the vocabulary for every token; arguments as of MegatronBertModel."""
 
     def forward(
@@ -189,37 +172,29 @@ class MegatronBertForMaskedLM(MegatronBertHeadModel, MaskedLanguageModel):
         return self.predicted(shared_arguments(locals()), labels, return_dict)
 
 
-class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
+class MegatronBertForPreTraining(MegatronBertLanguageModel):
     """The two heads of pretraining: masked words and sentence pairs.
 
     Args:
         config: sizes and options.
         add_binary_head: whether there is a pooler and a sentence-pair head.
-        tp, skip_padding, initial, device: as in MegatronBertModel.
+        **options: as of DocumentedModel.
     """
 
-    own_arguments = ("add_binary_head",)
+    pooled = True
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        add_binary_head: bool = True,
-        *,
-        tp: TensorParallel = SINGLE,
-        skip_padding: bool | None = None,
-        initial: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(config, checked_switch("add_binary_head", add_binary_head), tp, skip_padding, device)
-        self.pair_classifier: Dense | None = None
-        if add_binary_head:
-            self.pair_classifier = Dense(config.hidden_size, 2, init_std=config.initializer_range, device=device)
-        self._begin(initial)
+    def __init__(self, config: MegatronBertConfig, add_binary_head: bool = True, **options: Any) -> None:
+        super().__init__(config, pooled=checked_switch("add_binary_head", add_binary_head), **options)
+
+    def build(self, **parts: Any) -> None:
+        """Make the modules."""
+        super().build(**parts)
+        pairs = without_values(nn.Linear, self.sizes.hidden_size, 2) if parts["pooled"] else None
+        self.cls = PretrainingHeads(Predictions(self.sizes, self.config.hidden_act, self.tp), pairs)
 
     def pair_logits(self, encoded: Encoded) -> Tensor:
         """The sentence-pair head: logits ``[B, 2]``."""
-        assert self.pair_classifier is not None, "a model with sentence pairs has a head for them"
-        return self.pair_classifier(self.base_model.pooled(encoded))
+        return self.cls.seq_relationship(self.base_model.pooled(encoded))
 
     def forward(
         self,
@@ -241,7 +216,7 @@ class MegatronBertForPreTraining(MegatronBertHeadModel, LanguageModel):
         is another. The loss is the sum of those whose labels are given.
         """
         encoded = self.encoded(shared_arguments(locals()), labels)
-        pair = None if self.pair_classifier is None else self.pair_logits(encoded)
+        pair = None if self.base_model.pooler is None else self.pair_logits(encoded)
         losses = [self.masked_loss(encoded, labels)]
         if next_sentence_label is not None:
             if pair is None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from parallel.errors import UserError
 
+#: What is added to a score at least, for a key not to be attended to.
+_HIDDEN = -1e3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -28,20 +31,31 @@ class Mask:
 
 
 def read_mask(name: str, mask: Tensor | None, batch: int, queries: int, keys: int) -> Mask:
-    """A mask of keys ``[B, K]`` or of pairs ``[B, Q, K]``: 1 or true where a key may be attended to.
+    """A mask of keys ``[B, K]`` or of pairs ``[B, Q, K]`` or ``[B, 1, Q, K]``.
+
+    1 or true is where a key may be attended to. With an axis for heads it may also be of floating point: what
+    transformers adds to scores, 0 or a large negative number.
 
     Raises:
-        UserError: another shape, or values other than 0 and 1.
+        UserError: another shape, or other values.
     """
     if mask is None:
         return Mask()
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    if shape not in ((batch, keys), (batch, queries, keys)):
+    pairs = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
+    pairs = pairs and mask.shape[2] in (1, queries) and mask.shape[3] == keys
+    if not pairs and shape not in ((batch, keys), (batch, queries, keys)):
         raise UserError(
             f"{name} has shape {list(shape) if isinstance(shape, tuple) else shape}, expected [{batch}, {keys}] "
             f"(which tokens count) or [{batch}, {queries}, {keys}] (which token each may see)"
         )
+    if pairs:
+        return _of_pairs(name, mask)
     allowed = mask.bool()
+    by_key = mask.dim() == 2
+    full = allowed[:, None, None, :] if by_key else allowed[:, None]
+    if torch.compiler.is_compiling():  # which values it holds is not known
+        return Mask(keys=allowed if by_key else None, full=full)
     facts = [allowed.all(), allowed.any(-1).all(), allowed[:, 0].all()]
     if mask.dtype != torch.bool:
         facts.append(((mask == 0) | (mask == 1)).all())
@@ -50,9 +64,22 @@ def read_mask(name: str, mask: Tensor | None, batch: int, queries: int, keys: in
         raise UserError(f"{name} holds values other than 0 and 1: 1 marks what may be attended to")
     if everything:
         return Mask()
-    if mask.dim() == 3:
-        return Mask(full=allowed[:, None], unattended=not attended)
-    return Mask(keys=allowed, full=allowed[:, None, None, :], unattended=not attended, starts=starts)
+    if not by_key:
+        return Mask(full=full, unattended=not attended)
+    return Mask(keys=allowed, full=full, unattended=not attended, starts=starts)
+
+
+def _of_pairs(name: str, mask: Tensor) -> Mask:
+    added = mask.is_floating_point()
+    allowed = mask > _HIDDEN if added else mask.bool()
+    if torch.compiler.is_compiling():
+        return Mask(full=allowed)
+    known = (mask == 0) | ((mask <= _HIDDEN) if added else (mask == 1))
+    everything, attended, zero_one = torch.stack([allowed.all(), allowed.any(-1).all(), known.all()]).tolist()
+    if not zero_one:
+        expected = "0 and large negative numbers" if added else "0 and 1"
+        raise UserError(f"{name} holds values other than {expected}: say of every pair whether it may be attended to")
+    return Mask() if everything else Mask(full=allowed, unattended=not attended)
 
 
 def causal(mask: Mask, given: Tensor | None, queries: int, keys: int, device: torch.device) -> Mask:
@@ -65,7 +92,7 @@ def causal(mask: Mask, given: Tensor | None, queries: int, keys: int, device: to
         keys: K.
         device: of the result.
     """
-    if given is not None and given.dim() == 3:
+    if given is not None and given.dim() > 2:
         return mask
     if queries == 1:
         return mask
@@ -74,4 +101,5 @@ def causal(mask: Mask, given: Tensor | None, queries: int, keys: int, device: to
     if mask.keys is None:
         return Mask(full=past[None, None])
     full = past & mask.keys[:, None, None, :]
-    return Mask(keys=mask.keys, full=full, unattended=not bool(full.any(-1).all()), starts=mask.starts)
+    unattended = not torch.compiler.is_compiling() and not bool(full.any(-1).all())
+    return Mask(keys=mask.keys, full=full, unattended=unattended, starts=mask.starts)

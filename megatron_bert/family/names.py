@@ -1,31 +1,77 @@
-"""Parameter names: those of these classes, of pretraining checkpoints, and of transformers' classes.
+"""Parameter names: those of pretraining checkpoints, and of transformers' classes, which the documented classes have.
 
-| here (with a head)             | pretraining               | transformers' MegatronBert                         |
-|--------------------------------|---------------------------|----------------------------------------------------|
-| bert.embeddings.., bert.encoder.. | embeddings.., encoder.. | bert.embeddings.., bert.encoder.layer..            |
-| bert.pooler                    | pair_head.pooler          | bert.pooler.dense                                  |
-| pair_classifier                | pair_head.classifier      | cls.seq_relationship                               |
-| masked_head                    | masked_head               | cls.predictions                                    |
-| output_embeddings              | (tied)                    | cls.predictions.decoder                            |
-| classifier, qa_outputs         |                           | the same                                           |
+| pretraining, and tasks    | transformers' MegatronBert                         |
+|---------------------------|----------------------------------------------------|
+| embeddings.., encoder..   | bert.embeddings.., bert.encoder.layer..            |
+| pair_head.pooler          | bert.pooler.dense                                  |
+| pair_head.classifier      | cls.seq_relationship                               |
+| masked_head               | cls.predictions                                    |
+| classifier, qa_outputs    | the same                                           |
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_bert.convert.huggingface_names import their_names
+from megatron_bert.model.configuration import EncoderConfig
 
-_RENAMED = {"pooler.": "pair_head.pooler.", "pair_classifier.": "pair_head.classifier."}
+#: Modules outside of layers, and in them, that some class has.
+_OUTSIDE = (
+    "embeddings.word_embeddings",
+    "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings",
+    "embeddings.norm",
+    "encoder.final_norm",
+    "pair_head.pooler",
+    "pair_head.classifier",
+    "masked_head.dense",
+    "masked_head.norm",
+    "masked_head",
+    "output_embeddings",
+    "classifier",
+    "classifier.dense",
+    "classifier.out_proj",
+    "qa_outputs",
+)
+_IN_LAYER = (
+    "attention_norm",
+    "attention.query_key_value",
+    "attention.output",
+    "attention.distance",
+    "cross_attention_norm",
+    "cross_attention.query",
+    "cross_attention.key_value",
+    "cross_attention.output",
+    "cross_attention.distance",
+    "mlp_norm",
+    "mlp.intermediate",
+    "mlp.output",
+)
 #: Parts of the encoder, which stand in front of the names in classes without a head.
 _ENCODER = ("embeddings", "encoder", "pooler")
 
 
-@dataclass(frozen=True)
+class Place(NamedTuple):
+    """Where the parameters of a module of transformers' are in a pretraining checkpoint.
+
+    Attributes:
+        owner: the module there.
+        part, parts: which of how many projections of a fused matrix they are.
+    """
+
+    owner: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True, eq=False)
 class Names:
     """The names of one family of classes.
 
@@ -61,17 +107,11 @@ class Names:
         """The language-model head's matrix."""
         return f"{self.output}.decoder.weight"
 
-    def canonical(self, name: str) -> str:
-        """The name in a pretraining checkpoint of a parameter (or of a module, with a dot at the end)."""
-        name = name.removeprefix(f"{self.prefix}.")
-        for ours, canonical in _RENAMED.items():
-            if name.startswith(ours):
-                return canonical + name.removeprefix(ours)
-        return name
-
     def theirs(self, name: str) -> tuple[str, ...]:
-        """The name of a parameter in transformers' classes with a head; several for a fused matrix."""
-        name = self.canonical(name)
+        """The name in transformers' classes with a head of a parameter of a pretraining checkpoint, or of a task's.
+
+        Several for a fused matrix.
+        """
         owner, _, kind = name.rpartition(".")
         if owner in self.outside_layers:
             return (f"{self.outside_layers[owner]}.{kind}",)
@@ -83,6 +123,10 @@ class Names:
             f"{self.prefix}.{key.removeprefix('bert.')}" if key.startswith("bert.") else key
             for key in their_names(name)
         )
+
+    def places(self, layers: int) -> dict[str, Place]:
+        """Module in transformers' classes with a head -> where its parameters are in a pretraining checkpoint."""
+        return _places(self, layers)
 
     def with_prefix(self, key: str) -> str:
         """A key of any of transformers' classes as those with a head have it."""
@@ -131,6 +175,23 @@ BERT = Names(
 )
 
 
+def documented_tensors(names: Names, tensors: Mapping[str, Tensor], sizes: EncoderConfig) -> dict[str, Tensor]:
+    """Whole tensors of a pretraining or task model, by the names and in the shapes of the documented classes.
+
+    Args:
+        names: of the family.
+        tensors: by name.
+        sizes: of the encoder; rows beyond its vocabulary are left out.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        keys = names.theirs(name)
+        by_word = name in ("embeddings.word_embeddings.weight", "masked_head.bias")
+        parts = separate(tensor[: sizes.vocab_size] if by_word else tensor, len(keys), sizes.head_dim)
+        found |= dict(zip(keys, parts, strict=True))
+    return found
+
+
 def separate(tensor: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
     """The ``parts`` projections of a fused matrix (or bias) with rows ``[heads, parts, head_dim]``."""
     if parts == 1:
@@ -144,3 +205,20 @@ def fuse(tensors: list[Tensor], head_dim: int) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     return torch.stack([tensor.unflatten(0, (-1, head_dim)) for tensor in tensors], dim=1).flatten(0, 2)
+
+
+@functools.cache
+def _places(names: Names, layers: int) -> dict[str, Place]:
+    owners = [*_OUTSIDE, *(f"encoder.layers.{number}.{part}" for number in range(layers) for part in _IN_LAYER)]
+    found: dict[str, Place] = {}
+    for owner in owners:
+        try:
+            theirs = names.theirs(f"{owner}.weight")
+        except KeyError:  # of another family
+            continue
+        for index, name in enumerate(theirs):
+            found[name.removesuffix(".weight")] = Place(owner, index, len(theirs))
+    for number in range(layers):  # of quantized layers, which hold ranges
+        found[f"{names.prefix}.encoder.layer.{number}"] = Place(f"encoder.layers.{number}", 0, 1)
+    found[f"{names.prefix}.embeddings"] = Place("embeddings", 0, 1)
+    return found

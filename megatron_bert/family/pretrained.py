@@ -1,80 +1,115 @@
-"""What all classes of the family have in common: initial weights, sizes, pruning, checkpointing, saving and loading."""
+"""What all documented classes have in common: transformers' base class, initial weights, changes and files."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+import pickle
+from collections.abc import Iterable
+from contextlib import nullcontext
 from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import initialization
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from megatron_bert.family.kinds import checked_switch, told
-from megatron_bert.family.load import LoadingReport, format_name, load_model
-from megatron_bert.family.names import MEGATRON_BERT, Names
-from megatron_bert.family.outputs import ModelOutput
-from megatron_bert.family.recomputing import Recomputing
-from megatron_bert.family.save import RANGES_NAME, save_model
-from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.directories import directory_path
-from megatron_bert.model.heads import MaskedLanguageHead
-from megatron_bert.model.layer import TransformerLayer
-from megatron_bert.model.resharding import replaced, undivided
+from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
+from megatron_bert.family.kinds import check_device, check_filled, checked_switch, told
+from megatron_bert.family.modules import Embeddings, EncoderLayer, LanguageHead
+from megatron_bert.family.names import MEGATRON_BERT, Names, Place, separate
+from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.model.directories import made_directory
+from megatron_bert.model.resharding import fill, replaced, undivided
 from parallel.errors import UserError
 from parallel.layers import VocabParallelEmbedding
-from parallel.mesh import TensorParallel
-from parallel.sharding import initialize
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.sharding import local_tensor, name_seed
+from parallel.whole_files import reporting
 
-logger = logging.getLogger(__name__)
+logger = transformers.logging.get_logger(__name__)
 
-#: Ends of the names of what is looked up in a table; an output matrix of its own is none.
-_TABLES = ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "distance.weight")
+#: File of a quantized model's ranges, which megatron_bert.ibert.family writes and reads.
+RANGES_NAME = "quantization.json"
+#: Output projections, whose initial values are smaller.
+_OUTPUTS = ("attention.output", "mlp.output", "cross_attention.output")
 
 
-class PreTrainedModel(Recomputing):
+class DocumentedModel(transformers.PreTrainedModel):
     """The base of every class; those with a head hold the encoder under the name ``base_model_prefix``.
+
+    Args:
+        config: sizes and options.
+        tp: the tensor-parallel handle; every rank gives the same arguments and gets the same results.
+        skip_padding: see :class:`~megatron_bert.family.encoder.EncoderModel`.
+        initial: draw initial weights, from torch's generator; otherwise they hold no values until a checkpoint gives
+            them.
+        device: of the parameters.
+        pooled: whether the encoder has a pooler; by default what suits the class.
 
     Attributes:
         config: sizes and options.
+        sizes: the plain configuration of the encoder.
         tp: the tensor-parallel handle.
     """
 
-    base_model_prefix: ClassVar[str]
-    config_class: ClassVar[type[MegatronBertConfig]]
-    #: Of parameters, in files.
+    config: DocumentedConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["EncoderLayer", "Embeddings"]
+    _supports_sdpa = True
+    #: Buffers of older versions.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids$", r"embeddings\.token_type_ids$"]
+    #: Of parameters, in files of pretraining.
     names: ClassVar[Names]
     #: Where the encoder's norms are.
     layer_norm_placement: ClassVar[str]
-    #: Keyword arguments of the constructor that from_pretrained passes on, beside those of every class.
-    own_arguments: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: MegatronBertConfig, tp: TensorParallel, skip_padding: bool | None) -> None:
-        super().__init__()
-        if not isinstance(config, self.config_class) or config.model_type != self.config_class.model_type:
+    def __init__(
+        self,
+        config: DocumentedConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        skip_padding: bool | None = None,
+        initial: bool = True,
+        device: torch.device | str | None = None,
+        pooled: bool | None = None,
+    ) -> None:
+        if not isinstance(config, self.config_class):
             raise UserError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, but got a {type(config).__name__}"
-            )
-        if config.layer_norm_placement != self.layer_norm_placement:
-            raise UserError(
-                f"model.layer_norm_placement is {config.layer_norm_placement!r}, but that of {type(self).__name__} is "
-                f"{self.layer_norm_placement!r}: use a class that has its norms there"
             )
         if not isinstance(tp, TensorParallel):
             raise UserError(f"tp is {told(tp)}: give a TensorParallel handle, or leave it out on one device")
         if tp.sequence:
             raise UserError("these classes divide matrices, not tokens: give a handle without sequence parallelism")
-        self.config, self.tp = config, tp
+        check_device(device)
+        sizes: EncoderConfig = config.encoder_config()
+        if sizes.layer_norm_placement != self.layer_norm_placement:
+            raise UserError(
+                f"model.layer_norm_placement is {sizes.layer_norm_placement!r}, but that of {type(self).__name__} is "
+                f"{self.layer_norm_placement!r}: use a class that has its norms there"
+            )
+        super().__init__(config)
+        self.sizes = sizes
+        self.tp = tp
         self._skip_padding = None if skip_padding is None else checked_switch("skip_padding", skip_padding)
+        self._initial, self._seed = checked_switch("initial", initial), 0
+        #: The name and the parts of the fused matrix that was drawn last.
+        self._drawn: tuple[str, tuple[Tensor, ...]] | None = None
+        with nullcontext() if device is None else torch.device(device):
+            self.build(**({} if pooled is None else {"pooled": pooled}))
+            self._prune_as_configured()
+            self.post_init()
+
+    def build(self, **parts: Any) -> None:
+        """Make the modules, on torch's default device."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------- parts
-
-    @property
-    def base_model(self) -> Any:
-        """The encoder without a head."""
-        return getattr(self, self.base_model_prefix, self)
 
     @property
     def skip_padding(self) -> bool | None:
@@ -85,71 +120,137 @@ class PreTrainedModel(Recomputing):
     def skip_padding(self, value: bool | None) -> None:
         self.base_model._skip_padding = None if value is None else checked_switch("skip_padding", value)
 
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return next(self.parameters()).dtype
-
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters over all ranks, without padding of the vocabulary, and perhaps without embeddings."""
-        count = 0
+        count = super().num_parameters(only_trainable, exclude_embeddings)
         for name, parameter in self.named_parameters():
-            excluded = exclude_embeddings and name.endswith(_TABLES)
-            if not excluded and (parameter.requires_grad or not only_trainable):
-                rows = parameter.shape[0]
-                words = rows == self.config.padded_vocab_size and self.has_words(name)
-                count += parameter.numel() // rows * (self.config.vocab_size if words else rows)
+            if self.tp.size > 1 and self.has_words(name) and (parameter.requires_grad or not only_trainable):
+                table = name.endswith("word_embeddings.weight") and exclude_embeddings
+                rows = parameter.shape[0] if table else parameter.shape[0] - self.config.vocab_size
+                count -= rows * parameter.numel() // parameter.shape[0]
         return count
-
-    def has_words(self, name: str) -> bool:
-        """Whether a parameter has a row for each word, so that it is padded with the vocabulary."""
-        return self.names.canonical(name) in (
-            "embeddings.word_embeddings.weight",
-            "masked_head.bias",
-            "output_embeddings.weight",
-        )
 
     def wants(self, given: bool | None, field: str) -> bool:
         """An argument, or the configuration's answer where there is none."""
-        return bool(getattr(self.config, field) if given is None else given)
+        return bool(getattr(self.config, field, False) if given is None else given)
 
-    def returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+    def returned(self, output: Any, return_dict: bool | None) -> Any:
         """An output in the form asked for: with fields, or as a tuple."""
         return output if self.wants(return_dict, "return_dict") else output.to_tuple()
 
-    def layer_list(self) -> list[TransformerLayer]:
+    def layer_list(self) -> list[EncoderLayer]:
         """The transformer layers, lowest first."""
-        return self.base_model.encoder.layer_list()
+        return list(self.base_model.encoder.layer)
 
-    def get_input_embeddings(self) -> VocabParallelEmbedding:
+    def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""
         return self.base_model.embeddings.word_embeddings
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the encoder other word embeddings."""
+        self.base_model.embeddings.word_embeddings = value
+
+    def language_head(self) -> LanguageHead | None:
+        """The masked-language head, of classes that have one."""
+        return None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The layer that gives logits over the vocabulary; None of classes without."""
+        head = self.language_head()
+        return None if head is None else head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the head another such layer."""
+        head = self.language_head()
+        assert head is not None, "only classes with a language-model head have output embeddings"
+        head.decoder, head.bias = new_embeddings, new_embeddings.bias  # type: ignore[assignment]
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Tie the output matrix to the word embeddings, and always the two names of its bias, as configured."""
+        super().tie_weights(missing_keys, recompute_mapping)
+        head = self.language_head()
+        if head is None or self.config.tie_word_embeddings:
+            return
+        missing = set() if missing_keys is None else missing_keys
+        own, other = next((k, v) for k, v in self._tied_weights_keys.items() if k.endswith("bias"))
+        if own in missing and other not in missing:
+            head.decoder.bias = head.bias
+        else:
+            head.bias = head.decoder.bias  # type: ignore[assignment]
+        if not {own, other} <= missing:
+            missing -= {own, other}
+
+    def whole_name(self, name: str) -> str:
+        """The name of a parameter or module in classes with a head."""
+        return f"{self.base_model_prefix}.{name}" if self.base_model is self else name
+
+    def place_of(self, module: str) -> Place | None:
+        """Where a module's parameters are in a pretraining checkpoint; None where they are in none."""
+        return self.names.places(self.config.num_hidden_layers).get(self.whole_name(module))
+
+    def canonical_modules(self) -> dict[str, nn.Module]:
+        """The encoder, and the modules that a pretraining checkpoint or a task's has too, by their names there."""
+        places = ((self.place_of(name), module) for name, module in self.named_modules() if name)
+        found = {place.owner: module for place, module in places if place is not None and place.parts == 1}
+        return found | {"encoder": self.base_model.encoder}
+
+    def has_words(self, name: str) -> bool:
+        """Whether a parameter has a row for each word, so that it is padded with the vocabulary."""
+        place = self.place_of(name.rpartition(".")[0])
+        return place is not None and (
+            place.owner in ("embeddings.word_embeddings", "output_embeddings")
+            or (place.owner == "masked_head" and name.endswith("bias"))
+        )
+
     # ---------------------------------------------------------------- initial weights
 
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules under their names in a pretraining checkpoint, each ending in a dot."""
-        for name, child in self.named_children():
-            if isinstance(child, PreTrainedModel):
-                yield from child.parts()
-            else:
-                yield self.names.canonical(f"{name}."), child
-
-    def _begin(self, initial: bool) -> None:
+    def init_weights(self) -> None:
         """Draw initial weights: as the pretraining model's, they depend on the seed and on names, not on ranks."""
-        if initial:
-            seed = self.fresh_seed()
-            for prefix, module in self.parts():
-                initialize(module, seed, prefix=prefix)
+        if self._initial:
+            super().init_weights()
+        else:
+            self.tie_weights(recompute_mapping=False)
 
-    def fresh_seed(self) -> int:
+    def initialize_weights(self) -> None:
+        """Draw what no checkpoint has given."""
+        seed = self._fresh_seed()
+        for name, module in self.named_modules():
+            if isinstance(module, DocumentedModel):
+                module._seed = seed
+            module._place = self.place_of(name)
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, DocumentedModel):
+                module._drawn = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        place: Place | None = getattr(module, "_place", None)
+        if place is None:
+            super()._init_weights(module)
+            return
+        for kind, parameter in module.named_parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                self._draw(f"{place.owner}.{kind}", place, parameter)
+
+    def _draw(self, name: str, place: Place, parameter: nn.Parameter) -> None:
+        if name.endswith("bias") or "norm" in place.owner:
+            initialization.constant_(local_tensor(parameter), float(name.endswith("weight")))
+            return
+        held = self._drawn
+        if held is None or held[0] != name:
+            rows = self.config.vocab_size if place.owner == "embeddings.word_embeddings" else parameter.shape[0]
+            rows = rows if place.owner != "output_embeddings" else self.config.vocab_size
+            std = self.sizes.output_init_std if place.owner.endswith(_OUTPUTS) else self.config.initializer_range
+            generator = torch.Generator().manual_seed(name_seed(self._seed, name))
+            shape = (rows * place.parts, *parameter.shape[1:])
+            whole = torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)
+            self._drawn = held = (name, separate(whole, place.parts, self.sizes.head_dim))
+        fill(parameter, _padded(held[1][place.part], parameter.shape[0]), self.tp)
+
+    def _fresh_seed(self) -> int:
         """A number from torch's generator, the same on every tensor rank."""
-        seed = torch.randint(1 << 62, (1,))
+        seed = torch.randint(1 << 62, (1,), device="cpu")
         if self.tp.size > 1:
             assert self.tp.mesh is not None
             seed = seed.to(self.tp.mesh.device_type)
@@ -161,90 +262,148 @@ class PreTrainedModel(Recomputing):
     def prune_heads(self, heads_to_prune: dict[int, Iterable[int]]) -> None:
         """Remove attention heads for good: layer -> heads, numbered as they were at first.
 
-        The parameters concerned are replaced by smaller ones, so an optimizer must be made afterwards.
+        The parameters concerned are replaced by smaller ones, so an optimizer must be made afterwards. Layers may be
+        counted from the end, with negative numbers.
 
         Raises:
             UserError: a layer or head that is not there, or none would remain.
         """
-        before = self.config.pruned_heads
+        before, count = self.config.pruned_heads, self.config.num_hidden_layers
         pruned = {layer: set(heads) for layer, heads in (before or {}).items()}
         try:
             for layer, heads in heads_to_prune.items():
-                pruned.setdefault(index(layer), set()).update(index(head) for head in heads)
+                number = index(layer) + (count if -count <= index(layer) < 0 else 0)
+                pruned.setdefault(number, set()).update(index(head) for head in heads)
         except (AttributeError, TypeError):
             raise UserError(
                 f"heads_to_prune is {told(heads_to_prune)}: give numbers of heads by number of layer, such as "
                 "{0: [1, 2]}"
             ) from None
-        layers = self.layer_list()
         self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
-        attentions = {layer: layers[layer].attention for layer in pruned}
         try:
-            for layer, attention in attentions.items():
-                attention.places_without(pruned[layer])
+            for layer in pruned:
+                self.layer_list()[layer].attention.places_without(pruned[layer])
         except UserError:
             self.config.pruned_heads = before
             raise
-        for layer, attention in attentions.items():
-            attention.prune(pruned[layer])
+        self._prune_as_configured()
+
+    def _prune_as_configured(self) -> None:
+        layers = self.layer_list()
+        for layer, heads in (self.config.pruned_heads or {}).items():
+            layers[layer].attention.prune(heads)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> VocabParallelEmbedding:
-        """Give the vocabulary another size: rows are kept from the start, new ones are drawn as initial weights.
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Give the vocabulary another size; arguments as of transformers' method.
 
         The output matrix of a language-model head and its bias follow. An optimizer must be made afterwards.
 
-        Args:
-            new_num_tokens: number of words; None leaves it as it is.
-            pad_to_multiple_of: round the number up to a multiple of this.
-
-        Returns:
-            The word embeddings.
-
         Raises:
-            UserError: a number that is none, or too small for the special tokens.
+            UserError: the special tokens of the configuration would be cut off.
         """
-        words = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        for name, number in (("new_num_tokens", words), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if number is not None and (type(number) is not int or number < 1):
-                raise UserError(f"{name} is {told(number)}: give 1 or more, or None")
-        if pad_to_multiple_of is not None:
-            words = -(-words // pad_to_multiple_of) * pad_to_multiple_of
-        before = self.config.vocab_size
-        self.config.vocab_size = words
-        generator = torch.Generator().manual_seed(self.fresh_seed())
-        for module in self.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if isinstance(module, VocabParallelEmbedding | MaskedLanguageHead):
-                    self._resize(module, name, parameter, before, generator)
-        return self.get_input_embeddings()
+        given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
+        for name, value in given.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} is {told(value)}: give 1 or more, or None")
+        if new_num_tokens is not None:
+            multiple = pad_to_multiple_of or 1
+            words = -(-new_num_tokens // multiple) * multiple
+            before, self.config.vocab_size = self.config.vocab_size, words  # refused where special tokens are lost
+            self.config.vocab_size = before
+        if self.tp.size == 1:
+            table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            self._renew(table, *(module for module in [self.get_output_embeddings()] if module is not None))
+            return table
+        return self._resize_divided(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
-    def _resize(
-        self, module: nn.Module, name: str, parameter: nn.Parameter, before: int, generator: torch.Generator
-    ) -> None:
-        words, rows = self.config.vocab_size, self.config.padded_vocab_size
-        old = undivided(parameter)
-        values = old.new_zeros((rows, *old.shape[1:]))
-        kept = min(before, words)
-        values[:kept] = old[:kept]
-        if parameter.dim() == 2:
-            fresh = torch.empty((words - kept, old.shape[1]))
-            values[kept:words] = fresh.normal_(0.0, self.config.initializer_range, generator=generator).to(values)
-        setattr(module, name, replaced(parameter, values, self.tp))
-        if isinstance(module, VocabParallelEmbedding):
-            module.vocab_size, module.padded_vocab_size = words, rows
-            module.first_row = self.tp.rank * (rows // self.tp.size)
+    def _renew(self, *modules: nn.Module) -> None:
+        """Parameters of their own, which graphs of earlier forward passes do not know by their old sizes."""
+        for module in modules:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+        if (head := self.language_head()) is not None:
+            head.bias = head.decoder.bias  # type: ignore[assignment]
+        self.tie_weights()
+
+    @torch.no_grad()
+    def _resize_divided(self, words: int | None, multiple: int | None, mean_resizing: bool) -> nn.Module:
+        """The same with tensor parallelism: tables are put together, resized on the first rank and divided again."""
+        table, head = self.get_input_embeddings(), self.language_head()
+        assert isinstance(table, VocabParallelEmbedding)
+        held = self.config.vocab_size
+        whole = nn.Embedding.from_pretrained(undivided(table.weight)[:held].clone())
+        resized = self._get_resized_embeddings(whole, words, multiple, mean_resizing).weight
+        words = resized.shape[0]
+        self.config.vocab_size = words
+        rows = self.config.encoder_config().padded_vocab_size
+        self._replace(table, "weight", resized, rows)
+        table.vocab_size, table.padded_vocab_size = words, rows
+        table.first_row = self.tp.rank * (rows // self.tp.size)
+        if head is not None:
+            output = nn.Linear(self.config.hidden_size, held)
+            output.weight.copy_(undivided(head.decoder.weight)[:held])
+            output.bias.copy_(undivided(head.bias)[:held])
+            output = self._get_resized_lm_head(output, words, mean_resizing=mean_resizing)
+            self._replace(head.decoder, "weight", output.weight, rows)
+            self._replace(head.decoder, "bias", output.bias, rows)
+            head.bias, head.decoder.out_features = head.decoder.bias, rows  # type: ignore[assignment]
+        self.tie_weights()
+        return table
+
+    def _replace(self, module: nn.Module, name: str, values: Tensor, rows: int) -> None:
+        values = values.detach().contiguous()
+        dist.broadcast(values, group=self.tp.group, group_src=0)
+        setattr(module, name, replaced(getattr(module, name), _padded(values, rows), self.tp))
 
     # ---------------------------------------------------------------- files
 
-    def saved_config(self) -> MegatronBertConfig:
-        """The configuration that describes the model as it is now."""
-        return self.config
-
     def extra_tensors(self) -> dict[str, Tensor]:
-        """What is saved beside the parameters, by transformers' names of a class with a head."""
+        """What is saved beside the parameters, by transformers' names."""
         return {}
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """Parameters as a single device holds them, without ranges; every tensor rank must call."""
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.endswith(".range")}
+        if self.tp.size == 1:
+            return state
+        words = self.config.vocab_size
+        tied = self.all_tied_weights_keys
+        whole = {name: undivided(tensor) for name, tensor in state.items() if name not in tied}
+        return {name: tensor[:words].clone() if self.has_words(name) else tensor for name, tensor in whole.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``config.json`` and safetensors; arguments as of transformers' method.
+
+        With tensor parallelism every rank calls, and the first writes.
+
+        Raises:
+            UserError: no such directory can be made, or there is no room.
+        """
+        check_filled(self)
+        made_directory(save_directory)
+        untied = self.language_head() is not None and not self.config.tie_word_embeddings
+        if kwargs.get("state_dict") is None and (self.tp.size > 1 or any(True for _ in self.buffers())):
+            kwargs["state_dict"] = self.whole_state_dict() | self.extra_tensors()
+        if untied:  # transformers' classes read both names of the bias
+            state = dict(kwargs.get("state_dict") or self.state_dict())
+            names = [name for name in self._tied_weights_keys if name.endswith("bias")]
+            kwargs["state_dict"] = state | {name: state[name].clone() for name in names if name in state}
+        kwargs.setdefault("is_main_process", self.tp.rank == 0)
+        with reporting("written", Path(save_directory), "make room, or give another directory"):
+            try:
+                super().save_pretrained(save_directory, **kwargs)
+            except SafetensorError as error:  # what the file system refuses is in its words
+                for path in Path(save_directory).glob("*.safetensors"):
+                    path.unlink()  # of a model that is not whole
+                raise OSError(0, str(error), str(save_directory)) from None
+        if self.tp.rank == 0:
+            _remove_stale_index(Path(save_directory))
+            self.save_beside(Path(save_directory))
 
     def save_beside(self, directory: Path) -> None:
         """Write what a directory holds besides configuration and weights; the first tensor rank calls."""
@@ -253,108 +412,97 @@ class PreTrainedModel(Recomputing):
             path.unlink(missing_ok=True)  # of an older model
         elif not path.is_file():
             logger.warning(
-                "%s is quantised, and %s holds only its float weights: save_ranges of megatron_bert.ibert.family "
-                "writes its ranges beside them, for load_ranges to quantise the loaded model",
+                "%s is quantized, and %s holds only its float weights: save_ranges of megatron_bert.ibert.family "
+                "writes its ranges beside them, for load_ranges to quantize the loaded model",
                 type(self).__name__,
                 directory,
             )
 
-    def finish_loading(self, directory: Path, report: LoadingReport) -> None:
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model that this class, transformers' or one with another head has written.
+
+        Arguments are those of transformers' method, and of the constructor: ``tp``, ``skip_padding``, ``device``. With
+        tensor parallelism every rank reads the whole model and keeps its part.
+
+        Returns:
+            The model in evaluation mode; with ``output_loading_info`` also what did not fit.
+
+        Raises:
+            UserError: a value of the configuration that cannot be, or a pickle of more than tensors.
+            OSError: there is no such model.
+        """
+        tp = kwargs.pop("tp", SINGLE)
+        device = kwargs.pop("device", None)
+        check_device(device)
+        if device is not None:
+            kwargs["device_map"] = {"": device} if tp.size == 1 else None
+        mapping = {rf"^{alias}\.": f"{cls.base_model_prefix}." for alias in cls.names.aliases}
+        if mapping and kwargs.get("key_mapping") is None:
+            kwargs["key_mapping"] = mapping
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except pickle.UnpicklingError as error:
+            reason = str(error).partition("\n")[0][:80]
+            raise UserError(
+                f"{pretrained_model_name_or_path} holds a pickle that is damaged or is not of tensors alone "
+                f"({reason}): take the model from where it came from again, as safetensors if there are such"
+            ) from None
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        if tp.size > 1:
+            model = model.divided(tp, device)
+        model.finish_loading(pretrained_model_name_or_path, kwargs)
+        model.eval()
+        return (model, *info) if info else model
+
+    @torch.no_grad()
+    def divided(self, tp: TensorParallel, device: torch.device | str | None = None) -> Any:
+        """The same model with its matrices divided over tensor ranks, from one that every rank holds whole."""
+        model = type(self)(self.config, tp=tp, skip_padding=self.skip_padding, initial=False, device=device)
+        whole = dict(self.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters():
+            values = whole[name].to(parameter.device)
+            parameter.data = parameter.data.to(values.dtype)
+            fill(parameter, _padded(values, parameter.shape[0]), tp)
+        return model
+
+    def finish_loading(self, source: Any, arguments: dict[str, Any]) -> None:
         """Do what is to be done once the parameters are loaded; here, say what is not done with a quantized model."""
-        del report
-        if (directory / RANGES_NAME).is_file():
+        del arguments
+        if source is not None and (Path(source) / RANGES_NAME).is_file():
             logger.warning(
                 "%s: %s is a quantized model, loaded in floating point without its %s: "
                 "megatron_bert.ibert.family.ranges.load_ranges(model, directory) restores the integers, and "
                 "megatron_bert.ibert.IntegerModel runs them",
                 type(self).__name__,
-                directory,
+                source,
                 RANGES_NAME,
             )
 
-    def save_pretrained(
-        self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None
-    ) -> None:
-        """Write ``config.json`` and safetensors with the names that transformers' classes read.
 
-        Every tensor rank calls; the first writes.
-
-        Args:
-            directory: to write into; made if it is not there.
-            max_shard_size: bytes, or a number with KB, MB or GB, above which a file is divided.
-            tokenizer: saved beside the weights, if given: anything with a ``save(directory)`` or
-                ``save_pretrained(directory)``.
-
-        Raises:
-            UserError: no such directory can be made, or another argument is wrong.
-        """
-        write: Callable[[Path], Any] | None = getattr(tokenizer, "save_pretrained", getattr(tokenizer, "save", None))
-        if tokenizer is not None and write is None:
-            raise UserError(
-                f"tokenizer is a {type(tokenizer).__name__}, which cannot be saved: give a tokenizer or None"
-            )
-        path = directory_path(directory)
-        save_model(self, path, max_shard_size)
-        if write is not None and self.tp.rank == 0:
-            write(path)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        config: MegatronBertConfig | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        **changes: Any,
-    ) -> Self | tuple[Self, dict[str, list[str]]]:
-        """Load a model that this or transformers' class of any head has written.
-
-        Parameters that the files do not hold get initial values, and are named in a warning, as is what the files hold
-        beyond.
-
-        Args:
-            directory: with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
-            config: in place of the directory's.
-            torch_dtype, dtype: number format of the parameters, ``torch.float16`` or ``"float16"``; ``"auto"`` takes
-                that of the files. float32 by default. Two names for the same, as transformers has had.
-            ignore_mismatched_sizes: give parameters of another shape than the files' initial values, not an error.
-            output_loading_info: return what was missing and unexpected too.
-            **changes: fields of the configuration, and arguments of the constructor (``tp``, ``skip_padding``,
-                ``device``, ..).
-
-        Returns:
-            The model in evaluation mode; with ``output_loading_info`` also the lists by kind.
-
-        Raises:
-            UserError: no such files, or they do not fit.
-        """
-        if torch_dtype is None:
-            torch_dtype = dtype
-        elif dtype is not None and format_name(torch_dtype) != format_name(dtype):
-            raise UserError(f"dtype is {told(dtype)}, but torch_dtype {told(torch_dtype)}: give one of them")
-        checked_switch("ignore_mismatched_sizes", ignore_mismatched_sizes)
-        checked_switch("output_loading_info", output_loading_info)
-        path = directory_path(directory)
-        names = ("tp", "skip_padding", "device", *cls.own_arguments)
-        construct = {name: changes.pop(name) for name in names if name in changes}
-        if config is None:
-            config = cls.config_class.from_pretrained(path, **changes)
-        elif changes:
-            config = cls.config_class.from_dict(config.to_dict(), **changes)
-        model = cls(config, initial=False, **construct)  # type: ignore[call-arg]
-        report: LoadingReport = load_model(model, path, torch_dtype, ignore_mismatched_sizes)
-        model.finish_loading(path, report)
-        model.eval()
-        return (model, report.as_dict()) if output_loading_info else model
+def _remove_stale_index(directory: Path) -> None:
+    """Remove the index of an older model in shards, which readers would look into before the one file of this one."""
+    index_file, whole = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
+    if index_file.is_file() and whole.is_file() and not any(directory.glob("model-*-of-*.safetensors")):
+        index_file.unlink()
 
 
-class MegatronBertPreTrainedModel(PreTrainedModel):
+def _padded(values: Tensor, rows: int) -> Tensor:
+    if values.shape[0] == rows:
+        return values
+    return torch.cat((values, values.new_zeros((rows - values.shape[0], *values.shape[1:]))))
+
+
+class MegatronBertPreTrainedModel(DocumentedModel):
     """The base of every MegatronBERT class."""
 
-    base_model_prefix = "bert"
+    config: MegatronBertConfig
     config_class = MegatronBertConfig
+    base_model_prefix = "bert"
     names = MEGATRON_BERT
     layer_norm_placement = "pre"
+
+
+__all__ = ["RANGES_NAME", "DocumentedModel", "Embeddings", "MegatronBertPreTrainedModel"]

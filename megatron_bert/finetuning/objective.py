@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.opening import load_into
-from megatron_bert.family.save import RANGES_NAME
+from megatron_bert.family.pretrained import RANGES_NAME
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
 from megatron_bert.finetuning.losses import label_weights, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units

@@ -13,7 +13,8 @@ from megatron_bert.config_file import validated
 from megatron_bert.convert.huggingface import WEIGHTS
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.family.names import documented_tensors
+from megatron_bert.family.tokenizer import save_tokenizer
 from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, has_head, told
 from megatron_bert.finetuning.families import MEGATRON, ROBERTA, USED_TYPES, family_of
 from megatron_bert.finetuning.integer import IntegerTask, integer_task
@@ -107,24 +108,28 @@ def save_task(
         computed_in: number format in which a quantised model saw its parameters, which are rounded to it, so that what
             is saved has the integers that were trained and scored.
     """
-    model = family_of(config).classes[task.head.kind](config, initial=False)
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    trained = BertForTask(config, task.head.kind, task.head.outputs)
+    parameters = {name: parameter.detach() for name, parameter in trained.named_parameters()}
+    ranges = {}
     if quantization is not None:
-        quantize_model(model, quantization, equalise=False)
-        freeze_ranges(model)
-        tensors |= named_ranges(model)
-    load_tensors(checkpoint, {f"model.{model.names.canonical(name)}": tensor for name, tensor in tensors.items()})
+        quantize_model(trained, quantization, equalise=False)
+        freeze_ranges(trained)
+        ranges = named_ranges(trained)
+    load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in (parameters | ranges).items()})
     if quantization is not None:
-        for parameter in model.parameters():
+        for parameter in parameters.values():
             parameter.copy_(parameter.to(computed_in))
     directory.mkdir(parents=True, exist_ok=True)
+    kind = family_of(config).classes[task.head.kind]
+    model = kind(kind.config_class.of_encoder(config), initial=False)
+    model.load_state_dict(documented_tensors(model.names, parameters, config))
     if quantization is not None:
-        save_ranges(model, directory)
+        save_ranges(trained, directory)
+        load_ranges(model, directory)
     model.save_pretrained(directory)
     if quantization is not None and not _in_float(quantization):
-        write_plan(plan_of(model), directory / PLAN_NAME)
-    tokenizer = AutoTokenizer(task.tokenizer, config.longest_sequence, roberta=config.like_roberta)
-    tokenizer.save_pretrained(directory)
+        write_plan(plan_of(trained), directory / PLAN_NAME)
+    save_tokenizer(task.tokenizer, directory, config.longest_sequence, roberta=config.like_roberta)
     described = task.describe() | {"columns": _how_to_read(task.data)}
     (directory / TASK_FILE).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bert.ibert.settings import FORCE_DEQUANT
-from megatron_bert.model.configuration import MegatronBertConfig, explaining_names
+from megatron_bert.model.configuration import EncoderConfig, explaining_names
 from parallel.errors import UserError
 
 #: Fields that have one value, and why.
@@ -21,7 +21,7 @@ _FIXED = {
 
 @explaining_names
 @dataclass(kw_only=True)
-class IBertConfig(MegatronBertConfig):
+class IBertEncoderConfig(EncoderConfig):
     """Sizes and constants of an I-BERT encoder: RoBERTa's, with post-layer-norm.
 
     Attributes:
@@ -31,7 +31,7 @@ class IBertConfig(MegatronBertConfig):
         num_attention_heads: attention heads a layer; must divide hidden_size.
         intermediate_size: width of the feed-forward layer.
         hidden_act: ``gelu``.
-        hidden_dropout_prob, attention_probs_dropout_prob: as in MegatronBertConfig.
+        hidden_dropout_prob, attention_probs_dropout_prob: as in EncoderConfig.
         max_position_embeddings: rows of the position table. Padding has the position ``pad_token_id`` and real tokens
             those after it, so the longest sequence has ``max_position_embeddings - pad_token_id - 1`` tokens.
         type_vocab_size: number of token types; RoBERTa's models have 1.
@@ -45,7 +45,7 @@ class IBertConfig(MegatronBertConfig):
         scaled_output_init: initialise output projections with initializer_range / sqrt(2 * layers).
         layer_norm_placement: ``post``.
 
-    The other fields are those of MegatronBertConfig.
+    The other fields are those of EncoderConfig.
     """
 
     model_type = "ibert"
@@ -92,3 +92,6 @@ class IBertConfig(MegatronBertConfig):
         values = super().to_dict()
         del values["layer_norm_placement"]  # there is no other
         return values
+
+
+IBertConfig = IBertEncoderConfig

@@ -64,7 +64,7 @@ def _factors(norm: LayerNorm, linear: ColumnParallelLinear, kind: str, tp: Tenso
         if not gain.any():
             return torch.ones_like(gain)
         return gain.clamp(min=float(gain.max()) * _LEAST)
-    columns = raw_local(linear.weight).abs().amax(0)
+    columns = torch.stack([raw_local(part.weight).abs().amax(0) for part in _parts(linear)]).amax(0)
     if tp.size > 1:
         dist.all_reduce(columns, op=dist.ReduceOp.MAX, group=tp.group)
     ranges = gain * _TYPICAL_PEAK + norm.bias.abs()
@@ -78,4 +78,10 @@ def _move(norm: LayerNorm, linear: ColumnParallelLinear, factors: Tensor) -> Non
     parameter: nn.Parameter
     for parameter in (norm.weight, norm.bias):
         parameter.div_(factors)
-    raw_local(linear.weight).mul_(factors)
+    for part in _parts(linear):
+        raw_local(part.weight).mul_(factors)
+
+
+def _parts(linear: ColumnParallelLinear) -> list[ColumnParallelLinear]:
+    """The layers that one stands for, where their parameters are apart."""
+    return getattr(linear, "layers", [linear])

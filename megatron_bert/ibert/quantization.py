@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ _SIMPLE: dict[type[nn.Module], type[Quantized]] = {
     MaskedLanguageHead: QuantizedMaskedLanguageHead,
     Pooler: QuantizedPooler,
     Dense: QuantizedDense,
+    nn.Linear: QuantizedDense,
 }
 
 
@@ -58,7 +60,7 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: 
         equalise_model(encoders, settings.equalisation)
     for encoder in encoders:
         for number, module in encoder.layers.items():
-            module.__class__ = QuantizedTransformerLayer
+            module.__class__ = _quantised_class(module, QuantizedTransformerLayer)
             module.quantise(settings, int(number))  # type: ignore[operator]
         if encoder.final_norm is not None:
             encoder.final_norm.__class__ = QuantizedLayerNorm
@@ -81,13 +83,25 @@ def _check_layers(model: nn.Module, encoders: list[Encoder], settings: Quantizat
         )
 
 
+def _quantised_class(module: nn.Module, plain: type[Quantized] | None) -> Any:
+    """What a module becomes: that of the documented classes, which take their time to import, or the plain one."""
+    if type(module).__module__ != "megatron_bert.family.modules":
+        return plain
+    from megatron_bert.ibert.documented import QUANTIZED
+
+    return QUANTIZED.get(type(module), plain)
+
+
 def _change(module: nn.Module, settings: QuantizationConfig) -> None:
-    for child in module.children():
-        replacement = _SIMPLE.get(type(child))
+    tanh: tuple[str, ...] = getattr(module, "followed_by_tanh", ())
+    for name, child in module.named_children():
+        if isinstance(child, Quantized):
+            continue
+        replacement = QuantizedPooler if name in tanh else _quantised_class(child, _SIMPLE.get(type(child)))
         if replacement is not None:
             child.__class__ = replacement
             child.quantise(settings)  # type: ignore[operator]
-        elif not isinstance(child, Quantized):
+        else:
             _change(child, settings)
 
 

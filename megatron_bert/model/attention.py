@@ -81,6 +81,13 @@ class AttentionHeads(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.count_heads(config, tp, recompute)
+        self.distance: DistanceTable | None = None
+        if config.position_embedding_type != "absolute":
+            self.distance = DistanceTable(config, tp=tp, device=device)
+
+    def count_heads(self, config: MegatronBertConfig, tp: TensorParallel, recompute: Recompute) -> None:
+        """Begin with the sizes of the heads and the share of this rank; arguments as of the class."""
         self.tp, self.recompute = tp, recompute
         self.heads = divide(config.num_attention_heads, tp, "model.num_attention_heads")
         self.first_head = tp.rank * self.heads
@@ -88,9 +95,6 @@ class AttentionHeads(nn.Module):
         self.numbers = list(range(config.num_attention_heads))
         self.head_dim = config.head_dim
         self.dropout = config.attention_probs_dropout_prob
-        self.distance: DistanceTable | None = None
-        if config.position_embedding_type != "absolute":
-            self.distance = DistanceTable(config, tp=tp, device=device)
 
     def own_numbers(self, device: torch.device) -> Tensor:
         """int64 ``[A]``, numbers of this rank's heads."""

@@ -81,6 +81,11 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         context: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
         return context
     mask = None if mask is None else _broadcastable(mask)
+    if mask is not None and torch.compiler.is_compiling():
+        # Whether some query has no key is not known there; what is added to its scores makes them all alike.
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(query.dtype).min
+        )
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 

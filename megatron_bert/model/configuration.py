@@ -1,4 +1,4 @@
-"""The configuration of an encoder, with the field names of Hugging Face's MegatronBertConfig."""
+"""The configuration of an encoder: plain values, with the field names of Hugging Face's MegatronBertConfig."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def explaining_names(cls: type[_Config]) -> type[_Config]:
 
 @explaining_names
 @dataclass(kw_only=True)
-class MegatronBertConfig:
-    """Sizes and constants of a Megatron BERT encoder.
+class EncoderConfig:
+    """Sizes and constants of an encoder, its heads and its decoder: plain values, by the names the field has for them.
 
     Every value is checked when it is given, in the constructor or by assignment. What is assigned after a model was
     built matters to what its next forward pass looks up (``problem_type``, ``use_cache``, ``return_dict`` and the
@@ -365,3 +365,6 @@ class MegatronBertConfig:
         folder = made_directory(directory)
         values = self.to_dict() | ({"architectures": [architecture]} if architecture else {})
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+MegatronBertConfig = EncoderConfig

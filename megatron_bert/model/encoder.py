@@ -219,7 +219,8 @@ class Encoder(nn.Module):
         before: list[Tensor] = []
         outputs = []
         for number, layer in self.layers.items():
-            before.append(hidden)
+            given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)
+            before.append(given)
             layer_keys = None if keys is None else fold_in(keys, 1 + int(number))
             asked = _of_layer(request, int(number))
             if asked is None:
@@ -228,9 +229,10 @@ class Encoder(nn.Module):
                 outputs.append(layer(hidden, layout, layer_keys, asked))
                 hidden = outputs[-1].hidden
         hidden = hidden if self.final_norm is None else self.final_norm(hidden)
+        given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)
         return EncoderOutput(
             hidden=hidden,
-            hidden_states=(*before, hidden) if request.hidden_states else (),
+            hidden_states=(*before, given) if request.hidden_states else (),
             attentions=tuple(out.attentions for out in outputs if out.attentions is not None),
             cross_attentions=tuple(out.cross_attentions for out in outputs if out.cross_attentions is not None),
             past=tuple(out.cache for out in outputs if out.cache is not None),

@@ -5,6 +5,7 @@ Pretraining asks nothing of this and passes no request, which is the fast path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,12 +90,15 @@ class EncoderRequest:
 
     Attributes:
         hidden_states: give the hidden states before each layer too.
+        shown: hidden states to the tensor that is given of them, and the hidden states to go on from, which are
+            computed from it: gradients then reach what is given.
         attention: what every layer is asked; None when their attention is plain.
         head_masks: one for each layer, in place of that of ``attention``.
         past: one for each layer, in place of that of ``attention``.
     """
 
     hidden_states: bool = False
+    shown: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     attention: AttentionRequest | None = None
     head_masks: tuple[Tensor, ...] | None = None
     past: tuple[LayerCache, ...] | None = None

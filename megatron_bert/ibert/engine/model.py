@@ -13,16 +13,6 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.family.outputs import (
-    BaseModelOutputWithPoolingAndCrossAttentions,
-    MaskedLMOutput,
-    MegatronBertForPreTrainingOutput,
-    MultipleChoiceModelOutput,
-    NextSentencePredictorOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
 from megatron_bert.ibert.engine.backend import HeadName
 from megatron_bert.ibert.engine.backends import backend_by_name
 from megatron_bert.ibert.engine.parts import plan_of
@@ -216,27 +206,33 @@ class IntegerModel:
             filled = values.new_zeros((shape[0] * shape[1], *values.shape[1:]))
             return filled.index_copy_(0, kept, values).unflatten(0, shape)
 
+        from transformers import modeling_outputs as outputs  # where it is needed: it takes its time
+
+        from megatron_bert.family.outputs import MegatronBertForPreTrainingOutput
+
         task, heads, first = self.plan.task, self.plan.heads, packed.first
         if task == "encoder":
             pooled = None if heads.pooler is None else self.head("pooler", hidden[first])
             states = rectangle(self.plan.hidden_values(hidden))
-            return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+            return outputs.BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
         if task == "sequence":
-            return SequenceClassifierOutput(logits=self.head("classifier", hidden[first]))
+            return outputs.SequenceClassifierOutput(logits=self.head("classifier", hidden[first]))
         if task == "pair":
-            return NextSentencePredictorOutput(logits=self.head("pair", hidden[first]))
+            return outputs.NextSentencePredictorOutput(logits=self.head("pair", hidden[first]))
         if task == "token":
-            return TokenClassifierOutput(logits=rectangle(self.head("classifier", hidden)))
+            return outputs.TokenClassifierOutput(logits=rectangle(self.head("classifier", hidden)))
         if task == "span":
             start, end = rectangle(self.head("classifier", hidden)).unbind(-1)
-            return QuestionAnsweringModelOutput(start_logits=start.contiguous(), end_logits=end.contiguous())
+            return outputs.QuestionAnsweringModelOutput(start_logits=start.contiguous(), end_logits=end.contiguous())
         words = rectangle(self.head("masked", hidden))
         if task == "masked":
-            return MaskedLMOutput(logits=words)
+            return outputs.MaskedLMOutput(logits=words)
         pair = None if heads.pair is None else self.head("pair", hidden[first])
         return MegatronBertForPreTrainingOutput(prediction_logits=words, seq_relationship_logits=pair)
 
-    def _choices(self, ids: Tensor, *others: Tensor | None) -> MultipleChoiceModelOutput:
+    def _choices(self, ids: Tensor, *others: Tensor | None) -> Any:
+        from transformers.modeling_outputs import MultipleChoiceModelOutput
+
         if ids.dim() != 3:
             raise UserError(f"input_ids has the shape {list(ids.shape)}: give choices of sequences, [B, choices, S]")
         flat = [None if each is None else each.flatten(0, 1) for each in (ids, *others)]

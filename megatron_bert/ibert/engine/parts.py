@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -54,8 +53,10 @@ def parts_of(model: nn.Module) -> Parts:
         raise UserError(f"{type(model).__name__} has no integer plan: give an encoder of a public class or of a task")
     if getattr(config, "is_decoder", False):
         raise UserError("the model is a decoder, which no integer engine runs: give an encoder")
-    canonical: Callable[[str], str] = model.names.canonical if hasattr(model, "names") else str  # type: ignore[assignment, union-attr]
-    found = {canonical(f"{name}.").removesuffix("."): module for name, module in model.named_modules() if name}
+    if (canonical := getattr(model, "canonical_modules", None)) is not None:
+        config, found = config.encoder_config(), canonical()
+    else:
+        found = {name: module for name, module in model.named_modules() if name}
     encoder = found.get("encoder")
     if not isinstance(encoder, Encoder) or "embeddings" not in found:
         raise UserError(f"{type(model).__name__} holds no whole encoder: give a model that is not divided")
@@ -63,7 +64,7 @@ def parts_of(model: nn.Module) -> Parts:
     pooler = found.get("pair_head.pooler")
     if isinstance(head, SequenceHead):
         pooler, head = head.dense, head.out_proj
-    output = found.get("output_embeddings")
+    output = None if config.tie_word_embeddings else found.get("output_embeddings")
     return Parts(
         config=config,
         task=task,

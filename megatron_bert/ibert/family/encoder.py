@@ -5,28 +5,30 @@ Shapes: B sequences, S tokens of each, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils import cached_file
 
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.load import LoadingReport
-from megatron_bert.family.outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from megatron_bert.family.pretrained import PreTrainedModel
-from megatron_bert.family.save import RANGES_NAME
-from megatron_bert.ibert.configuration import IBertConfig
+from megatron_bert.family.pretrained import RANGES_NAME, DocumentedModel
+from megatron_bert.ibert.family.configuration import IBertConfig
 from megatron_bert.ibert.family.names import IBERT
-from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, their_ranges
+from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, stored_ranges, their_ranges
 from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
 
+#: Arguments of from_pretrained that say where files are.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
-class IBertPreTrainedModel(PreTrainedModel):
+
+class IBertPreTrainedModel(DocumentedModel):
     """The base of every I-BERT class."""
 
     base_model_prefix = "ibert"
@@ -34,43 +36,59 @@ class IBertPreTrainedModel(PreTrainedModel):
     config_class = IBertConfig
     names = IBERT
     layer_norm_placement = "post"
+    #: What transformers' quantized layers keep.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        *DocumentedModel._keys_to_ignore_on_load_unexpected,
+        *(rf"\.{name}$" for name in sorted(IBERT.quantization)),
+    ]
 
-    def _begin(self, initial: bool) -> None:
-        super()._begin(initial)
-        if initial and self.config.quant_mode:  # otherwise a checkpoint comes first, or it is a part of another
+    def post_init(self) -> None:
+        """Draw initial weights, and quantize them with quant_mode; otherwise a checkpoint comes first."""
+        super().post_init()
+        if self._initial and self.config.quant_mode and self.device.type != "meta":
             self._quantise()
 
     def _quantise(self) -> None:
         quantize_model(self, QuantizationConfig(force_dequant=self.config.force_dequant))
         follow_training(self)
 
-    def finish_loading(self, directory: Path, report: LoadingReport) -> None:
+    def finish_loading(self, source: Any, arguments: dict[str, Any]) -> None:
         """With quant_mode: as the directory says, or with the ranges that transformers' layers have left there."""
         if not self.config.quant_mode:
             return
-        if (directory / RANGES_NAME).is_file():
-            load_ranges(self, directory, force_dequant=self.config.force_dequant)
+        where = {name: arguments[name] for name in _WHERE if name in arguments}
+        found = None
+        if source is not None:
+            found = cached_file(source, RANGES_NAME, _raise_exceptions_for_missing_entries=False, **where)
+        if found is not None:
+            load_ranges(self, Path(found).parent, force_dequant=self.config.force_dequant)
             follow_training(self)
-        else:
-            self._quantise()
-            read_their_ranges(self, self.names, report.quantization)
+            return
+        self._quantise()
+        weights = None if source is None else cached_file(source, "config.json", **where)
+        if weights is not None:
+            read_their_ranges(self, self.names, stored_ranges(Path(weights).parent, self.names))
 
-    def saved_config(self) -> IBertConfig:
-        """The configuration, which says so if quantize_model has changed the model."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model; its configuration says so if quantize_model has changed it."""
         found = [quantizer.settings for _, quantizer in quantizers(self)]
-        if not found:
-            return self.config
-        return replace(self.config, quant_mode=True, force_dequant=found[0].force_dequant)
+        before = self.config.quant_mode, self.config.force_dequant
+        if found:
+            self.config.quant_mode, self.config.force_dequant = True, found[0].force_dequant
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.quant_mode, self.config.force_dequant = before
 
     def save_beside(self, directory: Path) -> None:
-        """Write the ranges of a quantised model; an older model's file is removed."""
+        """Write the ranges of a quantized model; an older model's file is removed."""
         if any(True for _ in quantizers(self)):
             save_ranges(self, directory)
         else:
             super().save_beside(directory)
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """The ranges of a quantised model, as transformers' layers have them."""
+        """The ranges of a quantized model, as transformers' layers have them."""
         return their_ranges(self, self.names)
 
 
@@ -93,7 +111,8 @@ class IBertModel(IBertPreTrainedModel, EncoderModel):
 
         Args:
             input_ids: int64 ``[B, S]``; this or ``inputs_embeds``.
-            attention_mask: 1 for tokens that count: ``[B, S]``; or for pairs that may attend: ``[B, S, S]``.
+            attention_mask: 1 for tokens that count: ``[B, S]``; or for pairs that may attend: ``[B, S, S]``, or
+                ``[B, 1, S, S]``, there also as what is added to scores.
             token_type_ids: int64 ``[B, S]``; 0 by default.
             position_ids: int64 ``[B, S]`` or ``[1, S]``. By default padding (by its id) has the position
                 ``pad_token_id``, and other tokens are counted from the next; embeddings are all counted.

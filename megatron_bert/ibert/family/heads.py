@@ -5,27 +5,41 @@ Shapes: B sequences, S tokens of each, H hidden size, N rows.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any, ClassVar
 
-from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.classifiers import ChoiceClassifier, SequenceClassifier, SpanClassifier, TokenClassifier
-from megatron_bert.family.encoder import Encoded
-from megatron_bert.family.language import MaskedLanguageModel
-from megatron_bert.family.outputs import (
+from torch import Tensor
+from transformers.modeling_outputs import (
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+
+from megatron_bert.family.arguments import shared_arguments
+from megatron_bert.family.classifiers import ChoiceClassifier, SequenceClassifier, SpanClassifier, TokenClassifier
+from megatron_bert.family.encoder import Encoded
+from megatron_bert.family.language import MaskedLanguageModel
+from megatron_bert.family.modules import LanguageHead, RobertaLanguageHead, RobertaSequenceHead
 from megatron_bert.ibert.family.encoder import IBertHeadModel
-from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import SequenceHead
 
 
 class IBertForMaskedLM(IBertHeadModel, MaskedLanguageModel):
     """Logits over the vocabulary for every token; arguments as of IBertModel."""
+
+    _tied_weights_keys: ClassVar = {
+        "lm_head.decoder.weight": "ibert.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+
+    def build(self, **parts: Any) -> None:
+        """Make the modules."""
+        super().build(**parts)
+        self.lm_head = RobertaLanguageHead(self.sizes, self.config.hidden_act, self.tp)
+
+    def language_head(self) -> LanguageHead:
+        """The masked-language head."""
+        return self.lm_head
 
     def forward(
         self,
@@ -49,9 +63,9 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
 
     pooled = False
 
-    def head_module(self, config: MegatronBertConfig, device: torch.device | str | None) -> nn.Module:
+    def head_module(self) -> RobertaSequenceHead:
         """Two layers, in place of a pooler."""
-        return SequenceHead(config, config.num_labels, device=device)
+        return RobertaSequenceHead(self.sizes)
 
     def vectors(self, encoded: Encoded) -> Tensor:
         """The first token's hidden state, ``[B, H]``."""
@@ -59,8 +73,7 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
 
     def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """The head: ``[B, H]`` to ``[B, num_labels]``."""
-        head: SequenceHead = getattr(self, self.head)
-        return head(features, keys)
+        return self.classifier(features, keys)
 
     def forward(
         self,

@@ -17,14 +17,18 @@ tensors (words with types, and those with positions), so it is written but not t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.convert.files import FileTree
+from megatron_bert.convert.huggingface import WEIGHTS, open_weights
 from megatron_bert.convert.state import StateTensor
-from megatron_bert.family.evaluation import in_evaluation
 from megatron_bert.family.names import Names
+from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.calibration import update_ranges
 from megatron_bert.ibert.gelu import LEAST
 from megatron_bert.ibert.quantization import in_mode, quantizers
@@ -48,6 +52,18 @@ _LAYER = {
 _UNSEEN = 1.1e-5
 
 
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Let all modules of a model be in evaluation mode while the block lasts; after it each is as it was before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def follow_training(model: nn.Module) -> None:
     """Let the ranges of a quantised model follow its forward passes in training; in evaluation they stay.
 
@@ -61,30 +77,47 @@ def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any
     if not model.training:
         return
     if any(not quantizer.known and not quantizer.frozen for _, quantizer in quantizers(model)):
-        with in_evaluation(model), torch.no_grad(), in_mode(model, "observe"):
+        with _in_evaluation(model), torch.no_grad(), in_mode(model, "observe"):
             model.forward(*arguments, **named)
     update_ranges(model)
 
 
-def _places(model: nn.Module, names: Names) -> Iterator[tuple[Quantizer, str]]:
-    """Quantisers of the encoder and the places of transformers' that have the same tensor."""
-    prefix = names.prefix
+def canonical_name(model: DocumentedModel, name: str) -> str:
+    """The name in a pretraining checkpoint of a quantizer or of another part of a documented model."""
+    owner, _, rest = name.rpartition(".ranges.")
+    place = model.place_of(owner)
+    return name if place is None else f"{place.owner}.ranges.{rest}"
+
+
+def _places(model: DocumentedModel, names: Names) -> Iterator[tuple[Quantizer, str]]:
+    """Quantizers of the encoder and the places of transformers' that have the same tensor."""
+    cut = f"{names.prefix}." if model.base_model is model else ""
     for name, quantizer in quantizers(model):
-        owner, _, place = names.canonical(name).rpartition(".ranges.")
+        owner, _, place = canonical_name(model, name).rpartition(".ranges.")
         if owner == "embeddings":
-            yield quantizer, f"{prefix}.embeddings.{_EMBEDDINGS[place]}"
+            yield quantizer, f"{names.prefix}.embeddings.{_EMBEDDINGS[place]}".removeprefix(cut)
         elif owner.startswith("encoder.layers."):
             number = int(owner.split(".")[2])
             if place in _LAYER:
-                yield quantizer, f"{prefix}.encoder.layer.{number}.{_LAYER[place]}"
+                where = f"encoder.layer.{number}.{_LAYER[place]}"
             else:
-                below = f"encoder.layer.{number - 1}.output" if number else "embeddings"
-                yield quantizer, f"{prefix}.{below}.output_activation"
+                where = (f"encoder.layer.{number - 1}.output" if number else "embeddings") + ".output_activation"
+            yield quantizer, f"{names.prefix}.{where}".removeprefix(cut)
 
 
-def read_their_ranges(model: nn.Module, names: Names, stored: Mapping[str, StateTensor]) -> None:
+def stored_ranges(directory: Path, names: Names) -> dict[str, StateTensor]:
+    """What transformers' quantized layers have left in the weights of a directory, by the names of a head's class."""
+    tree = FileTree(str(directory), {path.name: path for path in directory.iterdir() if path.is_file()}, directory)
+    if not any(name in tree for name in WEIGHTS):
+        return {}
+    stored = {names.with_prefix(key): tensor for key, tensor in open_weights(tree)[0].items()}
+    return {key: tensor for key, tensor in stored.items() if names.of_quantization(key)}
+
+
+def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str, StateTensor]) -> None:
     """Take over the ranges of transformers' quantised layers, where they have seen anything."""
     for quantizer, place in _places(model, names):
+        place = names.with_prefix(place)
         if not place.endswith(_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
             least, most = (float(stored[f"{place}.{end}"].load()) for end in ("x_min", "x_max"))
             limit = most if quantizer.kind == "gelu" else max(-least, most)
@@ -92,7 +125,7 @@ def read_their_ranges(model: nn.Module, names: Names, stored: Mapping[str, State
                 quantizer.range.fill_(limit)
 
 
-def their_ranges(model: nn.Module, names: Names) -> dict[str, Tensor]:
+def their_ranges(model: DocumentedModel, names: Names) -> dict[str, Tensor]:
     """The ranges as transformers' quantised layers have them, by their names."""
     tensors = {}
     for quantizer, place in _places(model, names):

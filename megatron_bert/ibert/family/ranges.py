@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from megatron_bert.family.pretrained import PreTrainedModel
-from megatron_bert.family.save import RANGES_NAME
+from megatron_bert.family.pretrained import RANGES_NAME, DocumentedModel
+from megatron_bert.ibert.family.quantized import canonical_name
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.quantizer import UNKNOWN
 from megatron_bert.ibert.settings import QuantizationConfig
@@ -26,7 +26,7 @@ from parallel.errors import UserError
 VERSION = 2
 
 
-def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
+def save_ranges(model: nn.Module, directory: str | Path) -> None:
     """Write the file beside the weights that ``save_pretrained`` writes; under tensor parallelism on one rank.
 
     Raises:
@@ -40,7 +40,7 @@ def save_ranges(model: PreTrainedModel, directory: str | Path) -> None:
         "settings": asdict(next(iter(found.values())).settings),
         "frozen": all(quantizer.frozen for quantizer in found.values()),
         # A float32 number is exact as a Python float, and that as its shortest text.
-        "ranges": {model.names.canonical(name): q.limit() for name, q in found.items() if q.known},
+        "ranges": {_name(model, name): q.limit() for name, q in found.items() if q.known},
     }
     (directory_path(directory) / RANGES_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -67,9 +67,14 @@ def load_ranges(model: nn.Module, directory: str | Path, *, force_dequant: str |
         settings = replace(settings, force_dequant=force_dequant)
     quantize_model(model, settings, equalise=False)  # the weights that were saved are equalised already
     for name, quantizer in quantizers(model):
-        limit = ranges.get(model.names.canonical(name) if isinstance(model, PreTrainedModel) else name, UNKNOWN)
+        limit = ranges.get(_name(model, name), UNKNOWN)
         quantizer.range.fill_(limit)
         quantizer.frozen = frozen and quantizer.known
+
+
+def _name(model: nn.Module, name: str) -> str:
+    """The name of a quantizer in a pretraining checkpoint."""
+    return canonical_name(model, name) if isinstance(model, DocumentedModel) else name
 
 
 def _read(path: Path) -> tuple[QuantizationConfig, dict[str, float], bool]:

@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_bert.family.names import separate
 from megatron_bert.model.resharding import undivided
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     """Parameters in float64 by transformers' names, to take gradients of."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        keys = model.names.theirs(name)
         whole = undivided(parameter).double()
-        whole = whole[: model.config.vocab_size] if model.has_words(name) else whole
-        weights |= dict(zip(keys, separate(whole, len(keys), model.config.head_dim), strict=True))
+        weights[name] = whole[: model.config.vocab_size] if model.has_words(name) else whole
     return {key.removeprefix("bert."): tensor.clone().requires_grad_() for key, tensor in weights.items()}
 
 
@@ -82,7 +79,7 @@ class Formula:
     def _attend(
         self, x: Tensor, y: Tensor, at: str, mask: Tensor | None, heads: Tensor | None, kept: list[Tensor]
     ) -> Tensor:
-        size = self.config.head_dim
+        size = self.config.hidden_size // self.config.num_attention_heads
         q, k, v = (
             self._linear(states, f"{at}self.{name}").unflatten(-1, (-1, size))
             for name, states in (("query", x), ("key", y), ("value", y))

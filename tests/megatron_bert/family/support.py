@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 import megatron_bert
 from megatron_bert import MegatronBertConfig
-from megatron_bert.family.names import separate
 from megatron_bert.model.resharding import undivided
 from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
@@ -52,7 +51,7 @@ HEADS = {
 
 
 def changed(**changes: Any) -> MegatronBertConfig:
-    return replace(CONFIG, **changes)
+    return CONFIG.replaced(**changes)
 
 
 def config_of(head: str, **changes: Any) -> MegatronBertConfig:
@@ -78,8 +77,9 @@ def noisy(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.2
-                noise[model.config.vocab_size if model.has_words(name) else len(noise) :] = 0.0
+                rows = model.config.vocab_size if model.has_words(name) else len(parameter)
+                noise = torch.zeros(parameter.shape)
+                noise[:rows] = torch.randn(rows, generator=generator) * 0.2
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 local.add_(noise.chunk(tp.size)[tp.rank] if local is not parameter else noise)
     return model
@@ -219,6 +219,16 @@ def arguments_for(head: str) -> dict[str, Tensor]:
     }
 
 
+def as_tuples(cache: Any) -> tuple[tuple[Tensor, ...], ...]:
+    """A cache as transformers 4 had it: key and value a layer, then those of the encoder."""
+    own = getattr(cache, "self_attention_cache", cache)
+    crossed = cache.cross_attention_cache.layers if own is not cache else [None] * len(own.layers)
+    return tuple(
+        (one.keys, one.values, *(() if other is None else (other.keys, other.values)))
+        for one, other in zip(own.layers, crossed, strict=True)
+    )
+
+
 def flatten(output: Any) -> dict[str, Tensor]:
     """Every tensor of an output by a name of its own; caches as keys and values."""
     tensors: dict[str, Tensor] = {}
@@ -259,25 +269,22 @@ def _theirs(output: Any) -> dict[str, Tensor]:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients under transformers' names, whole and without padding of the vocabulary."""
+    """Gradients, whole and without padding of the vocabulary."""
     found = {}
     for name, parameter in model.named_parameters():
-        keys = model.names.theirs(name)
         gradient = torch.zeros_like(undivided(parameter)) if parameter.grad is None else undivided(parameter.grad)
-        gradient = gradient[: model.config.vocab_size] if model.has_words(name) else gradient
-        found |= dict(zip(keys, separate(gradient, len(keys), model.config.head_dim), strict=True))
+        found[name] = gradient[: model.config.vocab_size] if model.has_words(name) else gradient
     return found
 
 
 def assert_gradients_close(model: Any, peer: Any) -> None:
     """Gradients of a model and of transformers' are close, relative to the largest of each parameter."""
     ours = gradients(model)
-    cut = "" if model.base_model is not model else f"{model.names.prefix}."
     for name, parameter in peer.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         largest = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(
-            ours[cut + name], expected, rtol=0, atol=1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
+            ours[name], expected, rtol=0, atol=1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

@@ -13,6 +13,7 @@ from tests.megatron_bert.family.support import (
     HEADS,
     LENGTH,
     arguments_for,
+    as_tuples,
     assert_kinds_are_named,
     batch_for,
     build,
@@ -66,14 +67,14 @@ def test_what_is_narrower_than_the_model_is_widened(kind, decoder):
     narrow = STATES.to(kind)
     ours, expected = (decoder(IDS, encoder_hidden_states=states) for states in (narrow, narrow.float()))
     assert ours.last_hidden_state.equal(expected.last_hidden_state)
-    past = tuple(tuple(part.to(kind) for part in entry) for entry in ours.past_key_values)
+    past = tuple(tuple(part.to(kind) for part in entry) for entry in as_tuples(ours.past_key_values))
     wide = tuple(tuple(part.float() for part in entry) for entry in past)
     ours, expected = (decoder(IDS, past_key_values=given) for given in (past, wide))
     assert ours.last_hidden_state.equal(expected.last_hidden_state)
 
 
 def test_what_is_wider_than_the_model(decoder):
-    past = tuple(tuple(part.double() for part in entry) for entry in decoder(IDS).past_key_values)
+    past = tuple(tuple(part.double() for part in entry) for entry in as_tuples(decoder(IDS).past_key_values))
     for given in ({"encoder_hidden_states": STATES.double()}, {"past_key_values": past}):
         message = refused(lambda given=given: decoder(IDS, **given))
         assert message == f"{next(iter(given))} is of type torch.float64, but the model of torch.float32: " + (
@@ -149,14 +150,14 @@ CACHES = {
 @pytest.mark.parametrize("cross", [False, True], ids=["alone", "cross"])
 @pytest.mark.parametrize("case", CACHES)
 def test_caches_of_other_models(case, cross, decoder):
-    past = decoder(IDS, encoder_hidden_states=STATES[:, :4] if cross else None).past_key_values
+    past = as_tuples(decoder(IDS, encoder_hidden_states=STATES[:, :4] if cross else None).past_key_values)
     change, message = CACHES[case]
     other = tuple(tuple(change(part) for part in entry) for entry in past)
     assert message in refused(lambda: decoder(IDS, past_key_values=other))
 
 
 def test_parts_of_caches_of_other_lengths(decoder):
-    past = decoder(IDS, encoder_hidden_states=STATES).past_key_values
+    past = as_tuples(decoder(IDS, encoder_hidden_states=STATES).past_key_values)
     for place, wrong in (
         (1, "[2, 4, 3, 8], expected tensors [2, 4, 4, 8]"),
         (3, "[2, 4, 4, 8], expected tensors [2, 4, 5"),

@@ -17,6 +17,7 @@ from megatron_bert import (
     MegatronBertForPreTraining,
 )
 from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.family.tokenizer import save_tokenizer
 from megatron_bert.ibert import named_ranges
 from tests.megatron_bert.family.support import HEADS
 from tests.megatron_bert.ibert.family import support as ibert
@@ -29,9 +30,9 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 def _small_model(folder: Path, text: str) -> None:
     words = sorted(set(re.findall(r"\w+|[^\w\s]", text)))
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
-    tokenizer = AutoTokenizer(load_tokenizer(folder), max_length=64)
+    vocabulary = load_tokenizer(folder)
     config = MegatronBertConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary.vocab_size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -39,7 +40,8 @@ def _small_model(folder: Path, text: str) -> None:
         max_position_embeddings=64,
     )
     torch.manual_seed(0)
-    MegatronBertForPreTraining(config).save_pretrained(folder, tokenizer=tokenizer)
+    MegatronBertForPreTraining(config).save_pretrained(folder)
+    save_tokenizer(vocabulary, folder, 64)
 
 
 def _small_ibert(folder: Path, text: str) -> None:

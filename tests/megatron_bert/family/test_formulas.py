@@ -31,7 +31,7 @@ def _check(model: Any, formula: Formula, expected: Tensor, out: Any) -> None:
             continue
         exact = torch.zeros_like(weight) if weight.grad is None else weight.grad
         largest = max(1.0, float(exact.abs().max()))
-        ours = found["bert." + name].double()
+        ours = found[name].double()
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5 * largest, msg=lambda t, n=name: f"{n}: {t}")
 
 

@@ -40,25 +40,6 @@ def test_sizes_of_vocabularies(name, size):
     assert model.config.vocab_size == 91
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"gradient_checkpointing_kwargs": [1]}, "gradient_checkpointing_kwargs is [1]: leave it out, or give"),
-        ({"gradient_checkpointing_kwargs": np.ones(3)}, "gradient_checkpointing_kwargs is array"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs is {'use_"),
-        ({"gradient_checkpointing_kwargs": {"debug": True}}, "gradient_checkpointing_kwargs is {'debug': True}"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": "no"}}, "use_reentrant is 'no': give True or False"),
-        *(({"every_n_layers": size}, f"every_n_layers is {size!r}: give a whole number") for size in WRONG_SIZES),
-        ({"offload": True}, "offload is True, but what layers keep is not moved to the host here"),
-        ({"offload": "cpu"}, "offload is 'cpu': give True or False"),
-    ],
-)
-def test_what_cannot_be_recomputed(given, message):
-    model = build("Model")
-    assert refused(lambda: model.gradient_checkpointing_enable(**given)).startswith(message)
-    assert not model.is_gradient_checkpointing
-
-
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_every_so_many_layers_are_recomputed_as_in_transformers(every):
     transformers = pytest.importorskip("transformers")
@@ -119,9 +100,6 @@ def test_two_names_of_one_number_format(pair, saved):
 
 
 LOADING = {
-    "dtype": ((0, "int8", [1], np.ones(3)), "torch_dtype is "),
-    "ignore_mismatched_sizes": (("no", [1]), "ignore_mismatched_sizes is "),
-    "output_loading_info": (("no", [1]), "output_loading_info is "),
     "num_labels": (("a", 1.5, [1], torch.ones(3)), "model.num_labels is "),
     "hidden_act": ((np.ones(3), ["gelu"]), "model.hidden_act is "),
     "id2label": ((torch.ones(3), "a"), "model.id2label is "),
@@ -138,11 +116,11 @@ def test_arguments_of_loading(name, saved):
 
 
 @pytest.mark.parametrize("read", [MegatronBertModel.from_pretrained, MegatronBertConfig.from_pretrained])
-def test_what_is_no_directory(read):
-    for place in (None, 3, ["a"], {}):
-        assert refused(lambda place=place: read(place)) == f"the directory is a {type(place).__name__}: give its path"
-    for place in ("nowhere", "a\0b", "nvidia/megatron-bert-cased-345m"):
-        assert "holds no config.json" in refused(lambda place=place: read(place))
+def test_what_is_no_model(read, tmp_path):
+    """As transformers says it, whose names of the hub are taken too."""
+    for place in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(OSError, match=r"config\.json|Repo id"):
+            read(place)
 
 
 @pytest.mark.parametrize("write", ["model", "config"])
@@ -158,12 +136,9 @@ def test_where_nothing_can_be_written(write, tmp_path):
 
 
 def test_what_cannot_be_saved(tmp_path):
-    model = build("Model")
-    message = refused(lambda: model.save_pretrained(tmp_path / "new", tokenizer=3))
-    assert message == "tokenizer is a int, which cannot be saved: give a tokenizer or None"
-    assert not (tmp_path / "new").exists()
     empty = MegatronBertModel(changed(), device="meta", initial=False)
     assert "is on the meta device" in refused(lambda: empty.save_pretrained(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])

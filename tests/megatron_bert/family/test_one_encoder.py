@@ -5,21 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_bert import MegatronBertForPreTraining
-from megatron_bert.family.names import MEGATRON_BERT
+from megatron_bert import MegatronBertConfig, MegatronBertForPreTraining
+from megatron_bert.family.names import MEGATRON_BERT, documented_tensors
 from megatron_bert.model.pretraining import BertForPretraining
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import CONFIG, LENGTH, make_batch, make_model
 
+SIZES = MegatronBertConfig.of_encoder(CONFIG)
+
+
+def _documented(model):
+    return documented_tensors(MEGATRON_BERT, dict(model.named_parameters()), CONFIG)
+
 
 def test_pretraining_weights_fit_by_name():
     trained, batch = make_model(), make_batch()
-    model = MegatronBertForPreTraining(CONFIG, initial=False).eval()
-    weights = dict(trained.named_parameters())
-    assert {MEGATRON_BERT.canonical(name) for name, _ in model.named_parameters()} == weights.keys()
+    model = MegatronBertForPreTraining(SIZES, initial=False).eval()
+    weights = _documented(trained)
+    assert {name for name, _ in model.named_parameters()} == weights.keys()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[MEGATRON_BERT.canonical(name)])
+            parameter.copy_(weights[name])
     out = model(
         batch.tokens.view(-1, LENGTH),
         batch.layout.key_mask,
@@ -38,18 +44,18 @@ def test_initial_weights_are_those_of_pretraining():
     pretraining = BertForPretraining(CONFIG)
     initialize(pretraining, seed)
     torch.manual_seed(1)
-    model = MegatronBertForPreTraining(CONFIG)
-    weights = dict(pretraining.named_parameters())
+    model = MegatronBertForPreTraining(SIZES)
+    weights = _documented(pretraining)
     for name, parameter in model.named_parameters():
-        assert parameter.equal(weights[MEGATRON_BERT.canonical(name)]), name
+        assert parameter.equal(weights[name]), name
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_training_step_learns(recompute):
     torch.manual_seed(0)
-    model = MegatronBertForPreTraining(CONFIG)
+    model = MegatronBertForPreTraining(SIZES)
     if recompute == "full":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.randint(1, CONFIG.vocab_size, (4, LENGTH))
     losses = []

@@ -27,7 +27,9 @@ HOLES = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1], 
 def _tokens_computed(model, batch) -> int:
     """Rows that the first layer sees."""
     seen = []
-    hook = model.layer_list()[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    hook = model.layer_list()[0].intermediate.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[0])
+    )
     model(**batch)
     hook.remove()
     return seen[0]

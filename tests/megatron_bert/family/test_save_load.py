@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import megatron_bert
-from megatron_bert import AutoTokenizer, MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertModel
+from megatron_bert import AutoTokenizer, MegatronBertForMaskedLM, MegatronBertModel
 from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.family.tokenizer import save_tokenizer
 from parallel.errors import UserError
 from tests.megatron_bert.family.support import CONFIG, HEADS, assert_outputs_close, batch_for, build, changed, config_of
 from tests.worlds import make_tensor_parallel, run_world
@@ -102,7 +103,7 @@ def test_files_of_torch_save(tmp_path):
     assert _equal(again, model)
     assert not any(info.values())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="a pickle that is damaged or is not of tensors alone"):
         type(model).from_pretrained(tmp_path)
 
 
@@ -115,128 +116,82 @@ def test_shards(tmp_path):
     assert set(index["weight_map"].values()) == set(files)
     assert _equal(MegatronBertForMaskedLM.from_pretrained(tmp_path), model)
     peer = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
-    assert peer.bert.embeddings.word_embeddings.weight.equal(model.get_input_embeddings().weight[:91])
+    assert peer.bert.embeddings.word_embeddings.weight.equal(model.get_input_embeddings().weight)
     model.save_pretrained(tmp_path, max_shard_size=10**9)  # nothing of the shards stays behind
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
-    for size in ("many", "-1GB", "3 XB"):
-        with pytest.raises(UserError, match="max_shard_size"):
-            model.save_pretrained(tmp_path, max_shard_size=size)
+    with pytest.raises(ValueError, match="many"):
+        model.save_pretrained(tmp_path, max_shard_size="many")
 
 
-def test_another_head(tmp_path, caplog):
+def test_another_head(tmp_path):
     build("ForPreTraining").save_pretrained(tmp_path)
     head = "ForSequenceClassification"
     torch.manual_seed(0)
     model, info = _class(head).from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
-    assert info["missing_keys"] == ["classifier.weight", "classifier.bias"]
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
     assert "cls.seq_relationship.weight" in info["unexpected_keys"]
     assert len(info["unexpected_keys"]) == 7
-    assert "classifier.weight" in caplog.text
     assert model.config.num_labels == 3
     assert 0.1 < float(model.classifier.weight.detach().std()) < 0.3
     assert not model.training
     bare = MegatronBertModel.from_pretrained(tmp_path, add_pooling_layer=False)
     assert bare.pooler is None
-    back = _class(head).from_pretrained(
-        tmp_path, config=config_of(head, num_labels=4), id2label=dict(enumerate("wxyz"))
-    )
+    back = _class(head).from_pretrained(tmp_path, config=config_of(head, id2label=dict(enumerate("wxyz"))))
     assert back.config.label2id == {"w": 0, "x": 1, "y": 2, "z": 3}
 
 
 def test_sizes_that_do_not_match(tmp_path):
     head = "ForSequenceClassification"
     build(head).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"classifier\.weight has shape \[5, 32\], but the model \[3, 32\]"):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         _class(head).from_pretrained(tmp_path, num_labels=3)
     model, info = _class(head).from_pretrained(
         tmp_path, num_labels=3, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    assert info["mismatched_keys"] == ["classifier.weight", "classifier.bias"]
+    assert {name for name, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
     assert model.classifier.weight.isfinite().all()
 
 
 def test_number_formats(tmp_path):
+    """That of the file unless another is asked for, under both of transformers' names."""
     build("Model").to(torch.bfloat16).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    kinds = {None: torch.float32, "auto": torch.bfloat16, "float16": torch.float16, torch.float64: torch.float64}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    kinds = {None: torch.bfloat16, "auto": torch.bfloat16, "float16": torch.float16, torch.float64: torch.float64}
     for given, expected in kinds.items():
         model = MegatronBertModel.from_pretrained(tmp_path, torch_dtype=given)
         assert {parameter.dtype for parameter in model.parameters()} == {expected}
         assert MegatronBertModel.from_pretrained(tmp_path, dtype=given).dtype == model.dtype
-    with pytest.raises(UserError, match="dtype is 'auto', but torch_dtype 'float16': give one of them"):
-        MegatronBertModel.from_pretrained(tmp_path, torch_dtype="float16", dtype="auto")
-    with pytest.raises(UserError, match="torch_dtype is 'int8'"):
-        MegatronBertModel.from_pretrained(tmp_path, torch_dtype="int8")
 
 
-def test_directories_that_hold_no_model(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.json"):
-        MegatronBertModel.from_pretrained("nvidia/megatron-bert-cased-345m")
-    CONFIG.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds no weights"):
-        MegatronBertModel.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="model_type 'bert': expected megatron-bert"):
-        MegatronBertConfig.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is no JSON"):
-        MegatronBertConfig.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["vocab", "json", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["vocab", "json"])
 def test_tokenizers_beside_the_model(kind, tmp_path):
-    text = "Hello, my dog is cute and he sees the sky"
-    vocabulary = _vocabulary(kind, text, tmp_path / "source")
-    tokenizer = AutoTokenizer(vocabulary, max_length=64)
-    build("Model").save_pretrained(tmp_path / "model", tokenizer=tokenizer)
-    again = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert again.vocabulary.fingerprint == vocabulary.fingerprint
-    assert again.model_max_length == 64
-    assert len(again) == len(vocabulary)
-    batch = again([text, "dog"], ["the sky", "cute"], return_tensors="pt")
-    expected = tokenizer([text, "dog"], ["the sky", "cute"])
-    assert all(tensor.equal(expected[name]) for name, tensor in batch.items())
-    if kind != "sentencepiece":
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(
-            [text, "dog"], ["the sky", "cute"], padding=True, return_tensors="pt"
-        )
-        for name, tensor in batch.items():
-            assert tensor.equal(theirs[name]), name
-
-
-def test_what_a_tokenizer_is_asked_for(tmp_path):
-    tokenizer = AutoTokenizer(_vocabulary("vocab", "the sky", tmp_path / "source"), max_length=3)
-    usual = tokenizer(["the sky", "sky"], truncation=True)["input_ids"]
-    assert tokenizer(["the sky", "sky"], truncation="longest_first", padding="longest")["input_ids"].equal(usual)
-    for given in ({"padding": "max_length"}, {"truncation": "only_first"}):
-        with pytest.raises(UserError, match="give True or False"):
-            tokenizer("sky", **given)
-    with pytest.raises(UserError, match="a text is a int: give texts"):
-        tokenizer([1, 2])
-
-
-def _vocabulary(kind, text, folder):
-    folder.mkdir()
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(text.replace(",", " ,").split()))]
-    if kind == "sentencepiece":
-        import sentencepiece
-
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text] * 50),
-            model_prefix=str(folder / "tokenizer"),
-            vocab_size=40,
-            user_defined_symbols=["[CLS]", "[SEP]", "[PAD]", "[MASK]"],
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        return load_tokenizer(folder)
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    vocabulary = load_tokenizer(folder)
+    """A vocabulary that is saved beside a model is the tokenizer that transformers finds there."""
+    (tmp_path / "source").mkdir()
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *["hello", ",", "my", "dog", "is", "cute", "and", "he", "sees", "the", "sky"],
+    ]
+    (tmp_path / "source" / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    vocabulary = load_tokenizer(tmp_path / "source")
     if kind == "json":
-        vocabulary.save(folder)
-        (folder / "vocab.txt").unlink()
-        return load_tokenizer(folder)
-    return vocabulary
+        vocabulary.save(tmp_path / "source")
+        (tmp_path / "source" / "vocab.txt").unlink()
+        vocabulary = load_tokenizer(tmp_path / "source")
+    build("Model").save_pretrained(tmp_path / "model")
+    save_tokenizer(vocabulary, tmp_path / "model", 64)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (tokenizer.model_max_length, len(tokenizer)) == (64, vocabulary.vocab_size)
+    text = "Hello, my dog is cute"
+    batch = tokenizer([text, "dog"], ["the sky", "cute"], padding=True, return_tensors="pt")
+    first, second = vocabulary.encode(text), vocabulary.encode("the sky")
+    expected = [vocabulary.cls_id, *first, vocabulary.sep_id, *second, vocabulary.sep_id]
+    assert batch["input_ids"][0].tolist() == expected
+    assert batch["token_type_ids"][0].tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    assert batch["attention_mask"][1].sum() == 5
 
 
 def _divided_round_trip(source, target):

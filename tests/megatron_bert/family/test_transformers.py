@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_bert import MegatronBertForMaskedLM
-from parallel.errors import UserError
 from tests.megatron_bert.family.support import (
     BATCH,
     CLOSE,
@@ -162,14 +161,6 @@ def test_without_padding_every_row_gets_its_gradient(head, tmp_path):
     assert model.get_input_embeddings().weight.grad[0].abs().max() > 1e-3
 
 
-def test_as_the_trainer_of_transformers_asks_for_gradient_checkpointing():
-    model = build("ForMaskedLM")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert model.is_gradient_checkpointing
-    with pytest.raises(UserError, match="leave it out, or give"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-
-
 def test_embeddings_of_a_narrower_type(both):
     model, peer = both("Model")
     batch = {"inputs_embeds": torch.randn(2, 4, CONFIG.hidden_size).to(torch.bfloat16)}
@@ -188,14 +179,14 @@ def test_gradient_checkpointing_changes_no_bit(both):
     batch = batch_for("ForMaskedLM") | labels_for("ForMaskedLM")
     model.train()
     results = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+    for enable in (model.activation_checkpointing_disable, model.activation_checkpointing_enable):
         enable()
         for extra in ({}, ALL):
             model.zero_grad()
             model(**batch, **extra).loss.backward()
             results.append([p.grad.clone() for p in model.parameters()])
-    assert model.is_gradient_checkpointing
-    model.gradient_checkpointing_disable()
+    assert model.is_activation_checkpointing
+    model.activation_checkpointing_disable()
     assert all(a.equal(b) for a, b in zip(results[0], results[2], strict=True))
     assert all(a.equal(b) for a, b in zip(results[1], results[3], strict=True))
 

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert import MegatronBertConfig, MegatronBertForPreTraining
-from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.family.tokenizer import save_tokenizer
 from megatron_bert.finetuning import finetune as finetune_module
 from megatron_bert.finetuning import inference
 from megatron_bert.finetuning.settings import FinetuneSettings
+from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.tasks.encoding import Feature
 from megatron_bert.tasks.task import Head, Unit
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
@@ -28,7 +29,7 @@ from tests.worlds import CPU, preload
 preload("megatron_bert.finetuning.inference", "megatron_bert.quantizing.quantize")
 
 WORDS = [f"w{number}" for number in range(90)]
-CONFIG = MegatronBertConfig(
+CONFIG = EncoderConfig(
     vocab_size=95,
     vocab_size_multiple=32,
     hidden_size=32,
@@ -58,8 +59,8 @@ def make_encoder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
     tokenizer = load_tokenizer(small_vocabulary(folder, WORDS))
-    MegatronBertForPreTraining(CONFIG).save_pretrained(folder / "encoder")
-    AutoTokenizer(tokenizer, CONFIG.max_position_embeddings).save_pretrained(folder / "encoder")
+    MegatronBertForPreTraining(MegatronBertConfig.of_encoder(CONFIG)).save_pretrained(folder / "encoder")
+    save_tokenizer(tokenizer, folder / "encoder", CONFIG.max_position_embeddings)
     return folder / "encoder"
 
 

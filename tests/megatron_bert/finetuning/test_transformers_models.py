@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_bert.cli import main
 from megatron_bert.data.tokenizers import load_tokenizer
-from megatron_bert.family.tokenizer import AutoTokenizer
+from megatron_bert.family.tokenizer import save_tokenizer
 from megatron_bert.finetuning.inference import predict_stream
 from megatron_bert.finetuning.saved import load_task
 from parallel.errors import UserError
@@ -40,7 +40,7 @@ def make_model(folder: Path, family: str, kind: str, **changes: Any) -> Path:
     if roberta:
         write_roberta_tokenizer(folder, [" ".join(WORDS)] * 3, vocab_size=460)
     else:
-        AutoTokenizer(load_tokenizer(small_vocabulary(folder, WORDS)), 32).save_pretrained(folder)
+        save_tokenizer(load_tokenizer(small_vocabulary(folder, WORDS)), folder, 32)
     head, classes = HEADS[kind]
     sizes = dict(ROBERTA_SIZES) if roberta else ROBERTA_SIZES | {"type_vocab_size": 2, "pad_token_id": 0}
     sizes |= {"vocab_size": load_tokenizer(folder).vocab_size, **classes, **changes}

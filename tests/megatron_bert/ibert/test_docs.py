@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_bert import MegatronBertConfig
 from megatron_bert.family.classification import MegatronBertForSequenceClassification
 from megatron_bert.ibert import QuantizerReport, quantized_modules
-from megatron_bert.model.configuration import MegatronBertConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs" / "ibert.md"
@@ -28,7 +28,7 @@ def test_examples(tmp_path, monkeypatch, capsys):
         exec(compile(block, str(DOCS), "exec"), names)
     assert list(quantized_modules(model))
     assert all(isinstance(row, QuantizerReport) for row in names["rows"])
-    assert "encoder.layers.1.ranges.gelu" in capsys.readouterr().out
+    assert "encoder.layer.1.ranges.gelu" in capsys.readouterr().out
     assert (tmp_path / "ranges.png").is_file()
 
 

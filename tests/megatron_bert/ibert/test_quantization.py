@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import megatron_bert
 from megatron_bert.family.causal import MegatronBertForCausalLM
 from megatron_bert.family.classification import MegatronBertForSequenceClassification
 from megatron_bert.family.language import MegatronBertForMaskedLM
@@ -77,7 +78,7 @@ def test_pipeline_stages_give_the_bits_of_the_whole_model():
 
 
 def _small(**changes) -> MegatronBertConfig:
-    return MegatronBertConfig(
+    return megatron_bert.MegatronBertConfig(
         vocab_size=90,
         hidden_size=32,
         num_hidden_layers=2,

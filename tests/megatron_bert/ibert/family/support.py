@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def config_of(head: str, **changes: Any) -> IBertConfig:
     """A configuration that suits the class."""
     if "Classification" in head:
         changes.setdefault("num_labels", 5)
-    return replace(CONFIG, **changes)
+    return CONFIG.replaced(**changes)
 
 
 def build(head: str, config: IBertConfig | None = None, *, tp: TensorParallel = SINGLE, **arguments: Any) -> Any:

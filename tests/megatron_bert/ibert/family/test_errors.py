@@ -25,7 +25,6 @@ FIELDS = {
     "max_position_embeddings": (2, "max_position_embeddings is 2, but positions start after model.pad_token_id 1"),
     "pad_token_id": (None, "pad_token_id is None, but positions are counted after it: give the id of padding"),
     "num_attention_heads": (5, "hidden_size 768 is not a multiple of model.num_attention_heads 5"),
-    "quant_mod": (True, "'quant_mod' is no field of IBertConfig: did you mean quant_mode?"),
 }
 INPUTS = {
     "nothing": ({}, "takes either input_ids or inputs_embeds, but neither is given"),

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_bert import AutoTokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.family.tokenizer import save_tokenizer
 from tests.megatron_bert.ibert.family.roberta_tokenizer import write_roberta_tokenizer
 from tests.megatron_bert.ibert.family.support import CONFIG
 
@@ -19,32 +20,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        (TEXTS,),
-        (TEXTS, TEXTS[::-1]),
-        (["The capital of France is <mask>.", "<mask> dog", "a<mask>"],),
-    ],
-    ids=["texts", "pairs", "masks"],
-)
-def test_inputs_are_those_of_transformers(inputs, folder):
-    transformers = pytest.importorskip("transformers")
-    ours = AutoTokenizer.from_pretrained(folder)
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    found, expected = ours(*inputs), theirs(*inputs, padding=True, return_tensors="pt")
-    assert list(found) == list(expected) == ["input_ids", "attention_mask"]
-    for name, tensor in expected.items():
-        assert found[name].equal(tensor), name
-    assert ours.mask_token_id == theirs.mask_token_id
-
-
-def test_saved_and_loaded(folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    CONFIG.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    again = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert again.roberta
-    assert again(TEXTS, TEXTS)["input_ids"].equal(tokenizer(TEXTS, TEXTS)["input_ids"])
-    assert again(TEXTS, TEXTS, truncation=True, max_length=9)["input_ids"].shape == (3, 9)
-    assert not AutoTokenizer(load_tokenizer(folder)).roberta
+def test_saved_for_transformers(folder, tmp_path):
+    """A vocabulary that is saved is the same tokenizer for transformers, with its layout of pairs."""
+    given = AutoTokenizer.from_pretrained(folder)
+    save_tokenizer(load_tokenizer(folder), tmp_path, 18, roberta=True)
+    CONFIG.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.model_max_length == 18
+    for inputs in ((TEXTS,), (TEXTS, TEXTS[::-1]), (["The capital of France is <mask>.", "a<mask>"],)):
+        found, expected = (each(*inputs, padding=True, return_tensors="pt") for each in (saved, given))
+        assert list(found) == list(expected) == ["input_ids", "attention_mask"]
+        assert found["input_ids"].equal(expected["input_ids"])

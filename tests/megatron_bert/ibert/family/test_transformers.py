@@ -168,5 +168,5 @@ def test_gradient_checkpointing_changes_no_bit(both):
         model.zero_grad()
         model(**batch).loss.backward()
         results.append([p.grad.clone() for p in model.parameters()])
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     assert all(a.equal(b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,227 @@
+"""The documented configuration of MegatronBERT: transformers' base class around the plain sizes of the encoder."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+from megatron_bert.model.activations import ACTIVATIONS, GELU_SYNONYMS
+from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.model.directories import made_directory
+from parallel.errors import UserError
+
+logger = logging.get_logger(__name__)
+
+#: The three ways to say what the classes of a head are, which follow one another.
+_LABELS = ("num_labels", "id2label", "label2id")
+#: How near a name must be to that of a field for a warning.
+_NEAR = 0.85
+
+
+class DocumentedConfig(PreTrainedConfig):
+    """What the configurations of both families share: checked values, names of classes, and the plain sizes.
+
+    Values are checked when they are given, in the constructor or by assignment. Fields that are not known are kept, as
+    in every configuration of transformers; a warning names those that are nearly those of a field.
+    """
+
+    #: The plain configuration that the encoder is built from.
+    encoder_class: ClassVar[type[EncoderConfig]] = EncoderConfig
+
+    hidden_act: str | Callable[[torch.Tensor], torch.Tensor]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        dtype = kwargs.pop("torch_dtype", None)
+        self.dtype = dtype if self.dtype is None else self.dtype
+        if getattr(self, "position_embedding_type", "") is None:  # some writers leave it to the default
+            self.position_embedding_type = "absolute"
+        of_encoder = {name: value for name, value in kwargs.items() if name in self.encoder_class.__dataclass_fields__}
+        kwargs.pop("num_labels", None)
+        plain = self._checked(
+            **{"num_labels": 0} | {name: value for name, value in of_encoder.items() if value is not None}
+        )
+        self._take(plain)
+        for name in kwargs:
+            if hasattr(type(self), name):
+                continue
+            near = difflib.get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=_NEAR)
+            if near and not name.startswith("_"):
+                logger.warning("%s has no field %s: did you mean %s?", type(self).__name__, name, near[0])
+        super().__post_init__(**kwargs)
+        self.__dict__["_checks"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        checked = name in self.encoder_class.__dataclass_fields__ or name == "dtype"
+        if not checked or "_checks" not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        before = dict(self.__dict__)
+        try:
+            if name in _LABELS:
+                plain = self._checked()
+                setattr(plain, name, value)
+            else:
+                super().__setattr__(name, value)
+                plain = self._checked()
+        except UserError:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        self._take(plain)
+
+    # Of its own, as transformers refuses it for attention that gives no probabilities; here every way of computing it
+    # gives them when they are asked for.
+    @property
+    def output_attentions(self) -> bool | None:
+        """Whether forward passes return attention probabilities when they are not told."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        self._output_attentions = value
+
+    def encoder_config(self) -> EncoderConfig:
+        """The plain configuration of the encoder under a model.
+
+        Raises:
+            UserError: a value that a field cannot have.
+        """
+        return self._checked()
+
+    def _checked(self, **others: Any) -> EncoderConfig:
+        names = self.encoder_class.__dataclass_fields__.keys() - {"torch_dtype", "num_labels", "output_attentions"}
+        held = self.__dict__
+        values = {name: held[name] for name in names if name in held}
+        dtype = held.get("dtype")
+        act = values["hidden_act"]
+        act = GELU_SYNONYMS.get(act, act) if isinstance(act, str) else act
+        other = callable(act) or (isinstance(act, str) and act not in ACTIVATIONS and act in ACT2FN)
+        return self.encoder_class(
+            **values
+            | others
+            | {
+                "hidden_act": "gelu" if other else act,
+                "torch_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+                "output_attentions": bool(held.get("_output_attentions", False)),
+            }
+        )
+
+    def _take(self, plain: EncoderConfig) -> None:
+        """What the plain configuration has made of names and heads."""
+        held = self.__dict__
+        held["id2label"], held["label2id"], held["pruned_heads"] = plain.id2label, plain.label2id, plain.pruned_heads
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from the contents of a config.json; a number of classes replaces the names of others.
+
+        Raises:
+            UserError: it is of another type of model, whose tensors would not be found.
+        """
+        kind = config_dict.get("model_type") or cls.model_type
+        if kind != cls.model_type and kind not in cls.encoder_class.also_reads:
+            raise UserError(f"the configuration has model_type {str(kind)[:40]!r}: expected {cls.model_type}")
+        if kwargs.get("num_labels") is not None and kwargs.get("id2label") is None:
+            config_dict = {name: value for name, value in config_dict.items() if name not in _LABELS}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that is set, as JSON holds it; a function by its name."""
+        values = super().to_dict()
+        values.pop("_checks", None)
+        if callable(act := values.get("hidden_act")):
+            values["hidden_act"] = getattr(act, "__name__", type(act).__name__)
+        return values
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write config.json into a directory.
+
+        Raises:
+            UserError: no such directory can be made, or ``hidden_act`` is a function, which a file cannot hold.
+        """
+        made_directory(save_directory)
+        if callable(self.hidden_act):
+            raise UserError("model.hidden_act is a function, which a file cannot hold: name it after loading again")
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def of_encoder(cls, sizes: EncoderConfig, **changes: Any) -> Self:
+        """The documented configuration with the values of a plain one."""
+        values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
+        values |= {"dtype": values.pop("torch_dtype"), "num_labels": None}
+        names = cls.__dataclass_fields__.keys() | {"output_attentions"}
+        return cls(**{name: value for name, value in values.items() if name in names} | changes)
+
+    def replaced(self, **changes: Any) -> Self:
+        """The same configuration with some fields changed."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if changes.keys() & set(_LABELS):
+            values = {name: value for name, value in values.items() if name not in _LABELS}
+        return type(self)(**values | changes)
+
+
+class MegatronBertConfig(DocumentedConfig):
+    """Sizes and constants of a Megatron BERT encoder or decoder.
+
+    Attributes:
+        vocab_size: number of token ids in use.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of transformer layers.
+        num_attention_heads: attention heads a layer; must divide hidden_size.
+        intermediate_size: width of the feed-forward layer.
+        hidden_act: a name of transformers' activations, or a function; of the feed-forward layers and the
+            masked-language head.
+        hidden_dropout_prob: dropout of embeddings, attention output and feed-forward output.
+        attention_probs_dropout_prob: dropout of attention probabilities.
+        max_position_embeddings: rows of the position table.
+        type_vocab_size: number of token types (segments).
+        initializer_range: standard deviation of initial weights.
+        layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.
+        pad_token_id: id of the padding token, whose embedding gets no gradient from where it is looked up; or None.
+        bos_token_id, eos_token_id: ids that open and end a generated text; there may be several that end it.
+        position_embedding_type: ``absolute``, or ``relative_key`` / ``relative_key_query`` (Shaw et al.,
+            arXiv 1803.02155; Huang et al., arXiv 2009.13658).
+        is_decoder: attend to the past only, and keep keys and values for decoding.
+        add_cross_attention: attend to an encoder's hidden states in every layer; of decoders only.
+        use_cache: whether a decoder returns its keys and values unless the call says otherwise.
+        tie_word_embeddings: the word embeddings are the output matrix of the language-model heads too.
+        classifier_dropout: dropout before the classification heads; None takes hidden_dropout_prob.
+        pruned_heads: layer -> heads that were removed from it.
+        scaled_output_init: initialize output projections with initializer_range / sqrt(2 * layers), as Megatron does.
+        vocab_size_multiple: with tensor parallelism the vocabulary is padded to a multiple of this many rows.
+    """
+
+    model_type = "megatron-bert"
+
+    vocab_size: int = 29056
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    classifier_dropout: float | None = None
+    pruned_heads: dict[int, list[int]] | None = None
+    scaled_output_init: bool = True
+    vocab_size_multiple: int = 128

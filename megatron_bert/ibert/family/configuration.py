@@ -1,0 +1,56 @@
+"""The documented configuration of I-BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+
+from megatron_bert.family.configuration import DocumentedConfig
+from megatron_bert.ibert.configuration import IBertEncoderConfig
+from megatron_bert.model.configuration import EncoderConfig
+
+
+class IBertConfig(DocumentedConfig):
+    """Sizes and constants of an I-BERT encoder: RoBERTa's, with post-layer-norm.
+
+    Attributes:
+        max_position_embeddings: rows of the position table. Padding has the position ``pad_token_id`` and real tokens
+            those after it, so the longest sequence has ``max_position_embeddings - pad_token_id - 1`` tokens.
+        type_vocab_size: number of token types; RoBERTa's models have 1.
+        hidden_act: ``gelu``.
+        position_embedding_type: ``absolute``.
+        quant_mode: compute in integers, with straight-through gradients in training.
+        force_dequant: functions left in floating point with quant_mode: ``none``, ``gelu``, ``softmax``, ``layernorm``,
+            or ``nonlinear``, which is all three.
+
+    The other fields are those of MegatronBertConfig.
+    """
+
+    model_type = "ibert"
+    encoder_class: ClassVar[type[EncoderConfig]] = IBertEncoderConfig
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    position_embedding_type: str = "absolute"
+    tie_word_embeddings: bool = True
+    classifier_dropout: float | None = None
+    pruned_heads: dict[int, list[int]] | None = None
+    scaled_output_init: bool = False
+    vocab_size_multiple: int = 128
+    quant_mode: bool = False
+    force_dequant: str = "none"

@@ -1,0 +1,123 @@
+"""Export, ONNX and compilation, dynamic quantization, copies and the meta device."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import megatron_bert
+from tests.megatron_bert.family import support as megatron
+from tests.megatron_bert.family.support import CLOSE, HEADS, batch_for, build, labels_for
+from tests.megatron_bert.ibert.family import support as ibert
+
+EXPORTED = [head for head in HEADS if head != "ForMultipleChoice"]
+
+
+def _inputs(make, head):
+    batch = make.batch_for(head)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _dynamic(names):
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=18)
+    return {name: {0: batch, 1: length} for name in names}
+
+
+@pytest.mark.parametrize("head", EXPORTED)
+def test_exported_classes_take_any_batch_and_length(head):
+    model, inputs = build(head), _inputs(megatron, head)
+    model.config.use_cache = False
+    program = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=_dynamic(inputs))
+    for given in (inputs, {name: tensor[:2, :5] for name, tensor in inputs.items()}):
+        expected, found = model(**given), program.module()(**given)
+        torch.testing.assert_close(found[0], expected[0], **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["MegatronBert", "IBert"])
+def test_onnx_gives_equal_logits(family, tmp_path):
+    import onnxruntime
+
+    make = megatron if family == "MegatronBert" else ibert
+    model, inputs = make.build("ForSequenceClassification"), _inputs(make, "ForSequenceClassification")
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (), path, kwargs=inputs, dynamic_shapes=_dynamic(inputs), dynamo=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for given in (inputs, {name: tensor[:2, :5] for name, tensor in inputs.items()}):
+        (found, *_) = session.run(None, {name: np.asarray(tensor) for name, tensor in given.items()})
+        torch.testing.assert_close(torch.from_numpy(found), model(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification"])
+def test_training_compiles_as_one_graph(head):
+    model, batch = build(head).train(), batch_for(head) | labels_for(head)
+    expected = model(**batch).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["MegatronBert", "IBert"])
+def test_copies_are_equal_and_independent(family):
+    make = megatron if family == "MegatronBert" else ibert
+    model, batch = make.build("ForMaskedLM"), make.batch_for("ForMaskedLM")
+    expected = model(**batch).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
+        assert other(**batch).logits.equal(expected)
+        assert other.get_output_embeddings().weight is other.get_input_embeddings().weight
+        with torch.no_grad():
+            other.get_input_embeddings().weight.zero_()
+    assert model(**batch).logits.equal(expected)
+
+
+def test_the_meta_device():
+    with torch.device("meta"):
+        model = megatron_bert.MegatronBertForMaskedLM(megatron.config_of("ForMaskedLM"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    source = build("ForMaskedLM")
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.tie_weights()
+    assert model.eval()(**batch_for("ForMaskedLM")).logits.equal(source(**batch_for("ForMaskedLM")).logits)
+
+
+def test_dynamic_quantization_finds_the_linear_layers():
+    model, batch = build("ForSequenceClassification"), batch_for("ForSequenceClassification")
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    kinds = [type(module).__module__ for module in quantized.modules() if type(module).__name__ == "Linear"]
+    assert len(kinds) == 3 * 6 + 2
+    assert all("quantized" in kind for kind in kinds)
+    difference = (quantized(**batch).logits - model(**batch).logits).abs().max()
+    assert 0 < difference < 1.5
+
+
+def test_gradients_reach_what_is_returned():
+    """Hidden states, attentions, and what lies between the last hidden state and the pooled one."""
+    model, batch = build("Model"), batch_for("Model")
+    out = model(**batch, output_hidden_states=True, output_attentions=True)
+    kept = [out.last_hidden_state, *out.hidden_states, *out.attentions]
+    for tensor in kept:
+        tensor.retain_grad()
+    out.pooler_output.square().sum().backward()
+    for number, tensor in enumerate(kept):
+        assert tensor.grad is not None, number
+        assert tensor.grad.abs().sum() > 0, number
