@@ -41,7 +41,7 @@ def dry_run_rank(
         objective = make_objective(settings)
         batch = longest_batch(settings, layout)
         if batch.layout.is_packed:  # a processor asks for the lengths of its sequences, which are known here alone
-            batch.layout.parts(SCORES_PER_SEQUENCE // objective.config.num_attention_heads // layout.tensor)
+            batch.layout.parts(SCORES_PER_SEQUENCE // (objective.config.num_attention_heads // layout.tensor))
         with simulated_world(rank, world_size) as world:
             mesh = ParallelMesh(layout, world.device)
             meter = StepMeter({})
