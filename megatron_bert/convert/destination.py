@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_bert.convert.files import FileTree, folder_tree
 from megatron_bert.convert.formats import FORMATS, Format
 from megatron_bert.convert.megatron_shards import shard_groups
+from megatron_bert.convert.run_checkpoints import run_of
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
 from parallel.whole_files import reason_of, reporting, sync_directory
@@ -58,12 +59,13 @@ class Destination:
             raise UserError(f"{path} is a zip file, which only Megatron's formats are written to: name a folder")
         with reporting("written", path, "choose another destination"):
             if path.is_symlink() and not path.exists():
+                remedy = "name another file" if self.zipped else "make that folder first"
                 raise UserError(
-                    f"{path} is a symbolic link to {path.readlink()}, which is not there: remove the link, or make "
-                    "that folder first"
+                    f"{path} is a symbolic link to {path.readlink()}, which is not there: remove the link, or {remedy}"
                 )
             self.place = path.resolve()
             self._check_kind()
+            self._check_runs()
             if not self.zipped and self.place.is_dir():
                 self._check_folder(source.resolve())
             self._inside = self._must_stay()
@@ -73,7 +75,10 @@ class Destination:
 
     def _check_kind(self) -> None:
         path, place = self.path, self.place
-        if not place.parent.is_dir():
+        there = next(folder for folder in place.parents if folder.exists())
+        if not there.is_dir():
+            raise UserError(f"{path} cannot be: {there} is a file, and nothing can be written below it; name a folder")
+        if there != place.parent:
             raise UserError(f"{place.parent} is not there: make the folder first")
         if not place.exists():
             return
@@ -85,6 +90,16 @@ class Destination:
             raise UserError(f"{path} is a file: name a folder for the result")
         if self.zipped and not self._overwrite:
             raise UserError(f"{path} is there already: name another, or give --overwrite")
+
+    def _check_runs(self) -> None:
+        """Refuse what a run has written: it could not go on, or would go on from something else."""
+        # As it was given too: the folder of checkpoints may be a link to another disk.
+        for place in (self.place, Path(os.path.abspath(self.path))):
+            if (run := run_of(place)) is not None:
+                raise UserError(
+                    f"{self.path} belongs to the run in {run}, which could not go on with the result in it: name a "
+                    "folder outside of the run"
+                )
 
     def _check_folder(self, source: Path) -> None:
         """Sort what a folder holds into what is replaced and what stays, and refuse what would be lost or misread."""

@@ -10,6 +10,10 @@ from parallel.checkpoint import check_checkpoint, read_state
 from parallel.errors import DamagedCheckpointError, UserError
 
 FOLDER = "checkpoints"
+#: Files that every run writes when it begins, by which it is known.
+RUN_FILES = ("metrics.jsonl", "heartbeat.json", "run.lock")
+#: Folders that a run writes, and may read again when it goes on.
+RUN_FOLDERS = (FOLDER, "tokenizer", "model", "tensorboard", "traces", "profile", "diverged", "logs", "wandb", "mlruns")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class RunCheckpoint:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory is called a checkpoint of a run, whole or set aside."""
     return path.is_dir() and path.name.startswith("step_") and not path.name.endswith(".partial")
+
+
+def run_of(place: Path) -> Path | None:
+    """The run that a path belongs to: its directory, one of its folders or anything below; None for all others.
+
+    Args:
+        place: absolute; it need not be there.
+    """
+    owned = (folder.parent for folder in (place, *place.parents) if folder.name in RUN_FOLDERS)
+    return next((run for run in (place, *owned) if any((run / name).is_file() for name in RUN_FILES)), None)
 
 
 def list_checkpoints(run: Path, *, verify: bool) -> list[RunCheckpoint]:

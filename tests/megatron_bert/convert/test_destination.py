@@ -274,9 +274,9 @@ def test_the_current_directory_and_links_to_folders(
     assert sorted(os.listdir(tmp_path)) == ["here", "link", "target"]
 
 
-def _dangling(folder: Path) -> Path:
-    (folder / "link").symlink_to("nowhere")
-    return folder / "link"
+def _dangling(folder: Path, name: str = "link") -> Path:
+    (folder / name).symlink_to("nowhere")
+    return folder / name
 
 
 def _folder_named_zip(folder: Path) -> Path:
@@ -295,7 +295,9 @@ def _file(folder: Path) -> Path:
         (_dangling, r"link is a symbolic link to nowhere, which is not there: remove the link, or make that folder"),
         (_folder_named_zip, "model.zip is there already and no file: name a zip file, or a folder"),
         (_file, "file is a file: name a folder for the result"),
-        (lambda folder: _file(folder) / "below", "cannot be written|is not there"),
+        (lambda folder: _dangling(folder, "link.zip"), r"link.zip is a symbolic link .* or name another file$"),
+        (lambda folder: _file(folder) / "below", "file is a file, and nothing can be written below it; name a folder"),
+        (lambda folder: _file(folder) / "far" / "below", "file is a file, and nothing can be written below it"),
         (lambda folder: folder / "not" / "there", "not is not there: make the folder first"),
         (lambda folder: folder / ("n" * 256), r"cannot be written \(File name too long"),
         (lambda folder: folder / ("n" * 256 + ".zip"), r"cannot be written \(File name too long"),

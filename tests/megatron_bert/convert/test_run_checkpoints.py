@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.cli import main
-from megatron_bert.convert.run_checkpoints import list_checkpoints
+from megatron_bert.convert.run_checkpoints import RUN_FILES, RUN_FOLDERS, list_checkpoints
+from megatron_bert.data.tokenizers import RUN_FOLDER
+from megatron_bert.finetuning.start import MODEL_FOLDER
+from megatron_bert.training.divergence import BATCHES_FOLDER
+from megatron_bert.training.heartbeat import HEARTBEAT_FILE
+from megatron_bert.training.metrics_file import METRICS_FILE
 from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training.profiling import FOLDER as PROFILE_FOLDER
+from megatron_bert.training.run_lock import LOCK_FILE
 from parallel.manifest import MANIFEST_FILE
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings
@@ -94,3 +101,33 @@ def test_what_has_no_checksums(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "empty").mkdir()
     assert main(["inspect", str(tmp_path / "empty"), "--verify"]) == 2
     assert "holds no checkpoint of a run, so it has no checksums: leave out --verify" in capsys.readouterr().err
+
+
+def test_what_a_run_writes_is_known(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir() if path.is_dir()} <= {*RUN_FOLDERS}
+    assert {RUN_FOLDER, MODEL_FOLDER, BATCHES_FOLDER, PROFILE_FOLDER} <= {*RUN_FOLDERS}
+    assert {*RUN_FILES} == {METRICS_FILE, HEARTBEAT_FILE, LOCK_FILE}
+
+
+@pytest.mark.parametrize("way", ["as it is", "checkpoints are a link", "its metrics are gone"])
+@pytest.mark.parametrize("place", [".", "checkpoints", "checkpoints/step_00000004", "checkpoints/new", "model"])
+def test_no_result_is_written_into_a_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, way: str
+) -> None:
+    if way == "checkpoints are a link":
+        (run / "checkpoints").rename(tmp_path / "disk")
+        (run / "checkpoints").symlink_to("../disk")
+    elif way == "its metrics are gone":
+        (run / METRICS_FILE).unlink()
+    shutil.copytree(run / "checkpoints/step_00000002", tmp_path / "source")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main(["convert", str(tmp_path / "source"), str(run / place), "--to", "native", "--overwrite"]) == 2
+    assert f"{run / place} belongs to the run in {run}, which could not go on" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step_00000004", "run/huggingface"])
+def test_a_folder_of_a_runs_name_is_the_users(run: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert main(["convert", str(run), str(tmp_path / place), "--to", "huggingface"]) == 0
+    assert main(["convert", str(run), str(tmp_path / place), "--to", "huggingface", "--overwrite"]) == 0
