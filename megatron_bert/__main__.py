@@ -1,7 +1,17 @@
-"""`python -m megatron_bert`, for launchers such as torchrun."""
+"""`megatron-bert`, and `python -m megatron_bert` for launchers such as torchrun."""
 
 import sys
 
-from megatron_bert.cli import main
+from megatron_bert.starting import catch_signals
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command of this process, whose signals are caught before anything else is imported."""
+    catch_signals()
+    from megatron_bert.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,8 @@
 A command runs inside :class:`Ending`. SIGTERM, SIGHUP and SIGUSR1 raise :class:`Terminated` in the main thread, as
 SIGINT raises KeyboardInterrupt, so that every ``finally`` and context manager removes what it began; the exit code is
 128 plus the number of the signal. Signals that are ignored from the start (``nohup``) stay ignored. Training replaces
-the handlers while it runs (:class:`~megatron_bert.training.signals.StopRequest`).
+the handlers while it runs (:class:`~megatron_bert.training.signals.StopRequest`). Before the block, while modules are
+imported, :mod:`megatron_bert.starting` ends the process.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from multiprocessing import connection, parent_process, resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from megatron_bert.starting import SIGNALS, end_at_once, sentence_on
 from parallel.errors import UserError
 from parallel.whole_files import reason_of
 
-#: What ends a command, or asks training to save and stop.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: Exit code of a command whose output nobody reads, as of a program that SIGPIPE ends.
 _BROKEN_PIPE_CODE = 128 + signal.SIGPIPE
 #: Seconds that native code may hold up the end of a command; it can only be left with the whole process.
@@ -36,6 +36,8 @@ _PATIENCE = 5.0
 _GRACE = 1.0
 #: Seconds in which a signal that is sent again does not disturb the cleaning up.
 _REPEATED = 5.0
+#: Where the interpreter imports modules.
+_IMPORTING = "<frozen importlib._bootstrap>"
 #: Seconds that ranks above 0 hold back an error: rank 0 reports what all of them found, once, and the launcher then
 #: stops the others. An error of one rank alone comes through.
 _HOLD_BACK = 3.0
@@ -68,7 +70,7 @@ class Terminated(SystemExit):
         super().__init__(128 + number)
 
     def __str__(self) -> str:
-        return f"terminated by {signal.Signals(self.number).name}"
+        return sentence_on(self.number)
 
 
 class Ending:
@@ -83,23 +85,27 @@ class Ending:
 
     Attributes:
         code: the exit code; the block may set it.
+        deferred: a signal that came during an import and waits for its end; None without.
     """
 
     _outermost: Ending | None = None
 
     def __init__(self, name: str) -> None:
         self.name, self.code = name, 0
+        self.deferred: int | None = None
         self._asked: int | None = None
         self._asked_at = 0.0
+        self._frame: FrameType | None = None
         self._previous: dict[int, Any] = {}
         self._watch: _Watch | None = None
 
     def __enter__(self) -> Self:
         if Ending._outermost is None and threading.current_thread() is threading.main_thread():
             Ending._outermost = self
+            self._frame = sys._getframe(1)
             self._watch = _Watch(self)
             for number in SIGNALS:
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, end_at_once):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -107,7 +113,7 @@ class Ending:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if Ending._outermost is self:
-            Ending._outermost = None
+            Ending._outermost = self._frame = None
             for number, handler in self._previous.items():
                 if self.owns(number):  # training may have left others for the rest of the process
                     signal.signal(number, handler)
@@ -137,7 +143,10 @@ class Ending:
         """Whether a signal has come here."""
         return self._asked == number
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._importing(frame):
+            self.deferred = number  # the watch sends it again
+            return
         repeated = self._asked == number and time.monotonic() - self._asked_at < _REPEATED
         self._asked, self._asked_at = number, time.monotonic()
         if number == signal.SIGHUP:
@@ -147,17 +156,21 @@ class Ending:
         if not repeated:
             raise Terminated(number)
 
+    def _importing(self, frame: FrameType | None) -> bool:
+        """Whether the block is importing a module, where an exception may get lost, or become another."""
+        while frame is not None and frame is not self._frame:
+            if frame.f_code.co_filename == _IMPORTING:
+                return True
+            frame = frame.f_back
+        return False
+
     def _reported(self, error: BaseException) -> int | None:
         """Say what ended the command; its exit code, or None for what is not to be handled here."""
         if isinstance(error, Terminated):
-            if error.number == signal.SIGINT:
-                error = KeyboardInterrupt()
-            else:
-                _say(str(error))
-                return 128 + error.number
+            _say(str(error))
+            return 128 + error.number
         if isinstance(error, KeyboardInterrupt):
-            _say("interrupted")
-            return 130
+            return self._reported(Terminated(signal.SIGINT))
         if not isinstance(error, UserError | OSError):
             return None
         if isinstance(error, BrokenPipeError) and _unread(_standard_output()):
@@ -195,13 +208,17 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class _Watch:
-    """A thread that ends the process when native code keeps the main thread from hearing of a signal."""
+    """A thread that sends signals again that came during an import, and that sees to it that they do end the process.
+
+    Native code may keep the main thread from hearing of them.
+    """
 
     def __init__(self, ending: Ending) -> None:
         self.ending = ending
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.previous = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.main = threading.get_ident()
         self.thread = threading.Thread(target=self._run, name="ending", daemon=True)
         self.thread.start()
 
@@ -213,6 +230,9 @@ class _Watch:
             deadline = time.monotonic() + _PATIENCE
             while not any(map(self.ending.handled, mine)) and time.monotonic() < deadline:
                 time.sleep(0.05)
+                if (number := self.ending.deferred) is not None and self.ending.owns(number):
+                    self.ending.deferred = None
+                    signal.pthread_kill(self.main, number)
             if not any(map(self.ending.handled, mine)) and self.ending.owns(mine[0]):
                 _say(str(Terminated(mine[0])))
                 os._exit(128 + mine[0])

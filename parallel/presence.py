@@ -18,12 +18,13 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, Self
 
 from parallel.errors import UserError, brief
 from parallel.hosts import host_name
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 #: Seconds between two looks for an alarm, and for which answers to it are waited for.
 POLL_SECONDS, ANSWER_SECONDS = 1.0, 5.0

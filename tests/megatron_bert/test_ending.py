@@ -176,6 +176,43 @@ def test_native_code_does_not_keep_a_process_alive() -> None:
         assert process.stderr.read() == b"terminated by SIGTERM\n"
 
 
+def test_a_signal_during_an_import_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "takes_everything.py").write_text(
+        "import signal, time\ntry:\n    signal.raise_signal(signal.SIGINT)\n    time.sleep(0.2)\n"
+        "except BaseException:\n    raise ImportError('no such library')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Ending("work") as ending:
+        import takes_everything  # type: ignore[import-not-found]
+
+        time.sleep(60)
+        raise AssertionError(f"{takes_everything} has swallowed the signal")
+    assert ending.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "terminated by SIGTERM\n")]
+)
+def test_signals_count_from_the_first_import(tmp_path: Path, number: signal.Signals, said: str) -> None:
+    (tmp_path / "argparse.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, *sys.path)))}
+    given = [sys.executable, "-m", "megatron_bert", "predict", "run"]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (128 + number, said)
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    code = "import sys; from megatron_bert import cli; cli.build_parser(); print({'torch', 'numpy'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_a_closed_pipe_ends_a_command_quietly() -> None:
     with start(*SCHEDULE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
