@@ -23,8 +23,9 @@ from parallel.stored.vocabulary import Global, RefusedError, StandIn, Vocabulary
 
 #: Longest single string, in bytes: tensors lie outside the pickle, random states are a few kilobytes.
 _LONGEST = 64 << 20
-#: Memory that any pickle may fill, and how much more for each of its bytes; real ones fill some 20 bytes a byte.
-_ANY_MEMORY, _MEMORY_A_BYTE = 64 << 20, 32
+#: Memory that any pickle may fill, and how much more for each of its bytes; real ones fill up to 27 bytes a byte (the
+#: metadata of distributed checkpoints), one of nothing but empty lists 36.
+_ANY_MEMORY, _MEMORY_A_BYTE = 8 << 20, 32
 #: Opcodes between two checks of the limits.
 _STRIDE = 4096
 #: An entry of a dictionary or set, in bytes.

@@ -175,10 +175,11 @@ def test_a_pickle_fills_no_more_memory_than_it_may(content: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_a_short_archive_of_a_long_pickle_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"\x8f" * 600_000, b"]\x94" * 1_200_000], ids=["sets", "remembered lists"])
+def test_a_short_archive_of_a_long_pickle_is_refused(tmp_path: Path, content: bytes) -> None:
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as file:
-        file.writestr("archive/data.pkl", b"\x80\x04" + b"\x8f" * 600_000 + b".")
+        file.writestr("archive/data.pkl", b"\x80\x04" + content + b".")
         file.writestr("archive/version", "3\n")
     with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(_SHARD, inner.getvalue())
