@@ -47,7 +47,7 @@ def draw_plan(predictions: Sequence[Prediction], path: Path) -> None:
         bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
     memory.axhline(usable_bytes(best.machine) / GIB, color="black", linestyle="--", linewidth=1)
     memory.set(title="memory of the fastest layout", xlabel="pipeline rank", ylabel="GiB", xticks=ranks)
-    memory.legend(fontsize=7, ncols=len(_COLORS))
+    memory.legend(fontsize=7, ncols=len(_COLORS), loc="lower center")
     _draw_step(step, best)
     names = [_name(prediction) for prediction in predictions]
     speed.barh(names, [prediction.tokens_per_second for prediction in predictions], color="#4c72b0")
@@ -73,7 +73,10 @@ def _draw_step(axes: object, best: Prediction) -> None:
         bars(rank, time.optimizer, left=end + time.data, height=0.8, color="#c44e52")
     note = "" if time.timeline is None or end >= time.pipeline * 0.999 else ", its first micro batches"
     axes.set(  # type: ignore[attr-defined]
-        title=f"its step{note}: passes, data axis, optimizer", xlabel="seconds", ylabel="pipeline rank"
+        title=f"its step{note}: passes, data axis, optimizer",
+        xlabel="seconds",
+        ylabel="pipeline rank",
+        yticks=range(best.layout.pipeline),
     )
     axes.invert_yaxis()  # type: ignore[attr-defined]
 

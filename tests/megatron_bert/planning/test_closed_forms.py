@@ -95,10 +95,10 @@ def test_tensor_messages_of_a_layer_are_megatrons(sequence: bool, expected: dict
 
 #: A rank, a number of ranks, and settings: every schedule, sharding and recomputation, and ranks within the axes.
 CASES = [
-    (0, 1, []),
-    (0, 1, ["training.recompute=full"]),
-    (0, 1, ["training.recompute=selective", "model.hidden_dropout_prob=0.0"]),
-    (3, 4, ["parallel.sharding=none"]),
+    (0, 1, ["training.global_batch_size=16"]),
+    (0, 1, ["training.global_batch_size=8", "training.recompute=full"]),
+    (0, 1, ["training.global_batch_size=8", "training.recompute=selective", "model.hidden_dropout_prob=0.0"]),
+    (3, 4, ["training.global_batch_size=32", "parallel.sharding=none"]),
     (5, 8, ["parallel.tensor=2"]),
     (7, 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
     (1, 8, ["parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "training.recompute=full"]),
