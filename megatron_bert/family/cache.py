@@ -36,7 +36,7 @@ def opened_cache(past: Any) -> tuple[Cache | None, tuple[LayerCache, ...]]:
                 f"past_key_values has layers of {type(wrong[0]).__name__}, which do not grow: give a DynamicCache, or "
                 "leave cache_implementation out"
             )
-        entries = tuple((layer.keys, layer.values) for layer in own.layers if layer.get_seq_length())
+        entries: tuple[Any, ...] = tuple((layer.keys, layer.values) for layer in own.layers if layer.get_seq_length())
         if isinstance(past, EncoderDecoderCache) and any(past.is_updated.values()):
             crossed = past.cross_attention_cache.layers
             entries = tuple((*entry, other.keys, other.values) for entry, other in zip(entries, crossed, strict=True))

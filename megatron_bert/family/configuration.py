@@ -39,8 +39,9 @@ class DocumentedConfig(PreTrainedConfig):
     hidden_act: str | Callable[[torch.Tensor], torch.Tensor]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        dtype = kwargs.pop("torch_dtype", None)
-        self.dtype = dtype if self.dtype is None else self.dtype
+        other_name = kwargs.pop("torch_dtype", None)
+        if self.__dict__.get("dtype") is None:
+            self.__dict__["dtype"] = other_name
         if getattr(self, "position_embedding_type", "") is None:  # some writers leave it to the default
             self.position_embedding_type = "absolute"
         of_encoder = {name: value for name, value in kwargs.items() if name in self.encoder_class.__dataclass_fields__}

@@ -170,7 +170,7 @@ class _Attention(AttentionHeads):
         return getattr(self.projections, "distance_embedding", None)
 
 
-class Attention(_Attention, SelfAttention):
+class Attention(_Attention, SelfAttention):  # type: ignore[misc]
     """Self-attention."""
 
     @property
@@ -185,18 +185,18 @@ class Attention(_Attention, SelfAttention):
         count, own = len(kept) // self.tp.size, self.projections
         rows = (torch.tensor(kept)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
         for linear in (own.query, own.key, own.value):
-            linear.weight = selected(linear.weight, rows, self.tp, dim=0)
+            linear.weight = selected(linear.weight, rows, self.tp, dim=0)  # type: ignore[arg-type]
             assert linear.bias is not None
             linear.bias = selected(linear.bias, rows, self.tp, dim=0)
             linear.out_features = len(rows)
         output = self.output.dense
-        output.weight = selected(output.weight, rows, self.tp, dim=1)
+        output.weight = selected(output.weight, rows, self.tp, dim=1)  # type: ignore[arg-type]
         output.in_features = len(rows)
         self.numbers = [self.numbers[place] for place in kept]
         self.heads, self.first_head = count, self.tp.rank * count
 
 
-class CrossAttentionModule(_Attention, CrossAttention):
+class CrossAttentionModule(_Attention, CrossAttention):  # type: ignore[misc]
     """Attention of a decoder to an encoder."""
 
     @property
@@ -224,6 +224,8 @@ class FeedForward:
 class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
     """One transformer layer."""
 
+    attention: Attention
+
     def __init__(self, sizes: EncoderConfig, act: Activation, tp: TensorParallel) -> None:
         nn.Module.__init__(self)
         self.tp, self.recompute, self.dropout, self.hidden_act = tp, "none", sizes.hidden_dropout_prob, act
@@ -243,7 +245,7 @@ class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
         return nn.Module.__call__(self, *arguments, **named)
 
     @property
-    def gradient_checkpointing(self) -> bool:  # type: ignore[override]
+    def gradient_checkpointing(self) -> bool:
         """Whether the layer is computed again in the backward pass."""
         return self.recompute != "none"
 
@@ -264,7 +266,7 @@ class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
     @property
     def cross_attention_norm(self) -> nn.LayerNorm:  # type: ignore[override]
         """Its norm."""
-        return self.crossattention.norm
+        return self.cross_attention.norm
 
     @property
     def mlp(self) -> FeedForward:  # type: ignore[override]
@@ -396,7 +398,7 @@ class RobertaLanguageHead(LanguageHead):
     """The masked-language head as RoBERTa names its parts."""
 
     def _make_transform(self, sizes: EncoderConfig) -> None:
-        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)  # type: ignore[assignment]
+        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
         self.layer_norm = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
 
     @property
@@ -424,8 +426,8 @@ class RobertaSequenceHead(SequenceHead):
     def __init__(self, sizes: EncoderConfig) -> None:
         nn.Module.__init__(self)
         self.config = sizes
-        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)  # type: ignore[assignment]
-        self.out_proj = without_values(nn.Linear, sizes.hidden_size, sizes.num_labels)  # type: ignore[assignment]
+        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
+        self.out_proj = without_values(nn.Linear, sizes.hidden_size, sizes.num_labels)
 
     def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
         """``[N, H]``, with a dropout key a row or None, to ``[N, outputs]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import index
@@ -35,6 +36,8 @@ logger = transformers.logging.get_logger(__name__)
 
 #: File of a quantized model's ranges, which megatron_bert.ibert.family writes and reads.
 RANGES_NAME = "quantization.json"
+#: What torch's restricted unpickler says it will not load.
+_ASKED = re.compile(r"GLOBAL ([\w.]+)")
 #: Output projections, whose initial values are smaller.
 _OUTPUTS = ("attention.output", "mlp.output", "cross_attention.output")
 
@@ -445,10 +448,11 @@ class DocumentedModel(transformers.PreTrainedModel):
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except pickle.UnpicklingError as error:
-            reason = str(error).partition("\n")[0][:80]
+            asked = _ASKED.search(str(error))
+            why = "is damaged" if asked is None else f"asks to load {asked[1]}, which tensors do not need"
             raise UserError(
-                f"{pretrained_model_name_or_path} holds a pickle that is damaged or is not of tensors alone "
-                f"({reason}): take the model from where it came from again, as safetensors if there are such"
+                f"{pretrained_model_name_or_path} holds a pickle that {why}: take the model from where it came from "
+                "again, as safetensors if there are such"
             ) from None
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         if tp.size > 1:

@@ -103,7 +103,7 @@ def test_files_of_torch_save(tmp_path):
     assert _equal(again, model)
     assert not any(info.values())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
-    with pytest.raises(UserError, match="a pickle that is damaged or is not of tensors alone"):
+    with pytest.raises(UserError, match=r"a pickle that (asks to load os\.system|is damaged)"):
         type(model).from_pretrained(tmp_path)
 
 
