@@ -130,9 +130,9 @@ def open_trackers(names: list[str], run_dir: Path, project: str) -> dict[str, Tr
 def _library(name: str) -> Any:
     try:
         return import_module(name)
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            f"logging.trackers names {name}, which is not installed: pip install 'megatron-bert[{name}]'"
+            f"logging.trackers names {name}, which cannot be imported ({error}): pip install 'megatron-bert[{name}]'"
         ) from None
 
 
