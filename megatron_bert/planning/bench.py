@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.flops import peak_tflops
 from megatron_bert.model.sequences import SequenceLayout
 from megatron_bert.planning.devices import GIB, Device, Link
 from parallel.dropout import keyed_dropout
@@ -96,7 +97,10 @@ def _measure(name: str) -> dict[str, Any]:
         products = {compute: _products(device, getattr(torch, compute)) for compute in formats}
         half = "bfloat16" if device.type == "cuda" else "float32"
         plain, dropped = (_attention(device, getattr(torch, half), chance) for chance in (0.0, 0.1))
-        peak = products[half][0]
+        reached = products[half][0]
+        # The MFU is of the maker's peak, where that is known.
+        published = peak_tflops(torch.cuda.get_device_name(device), half) if device.type == "cuda" else None
+        share = 1.0 if published is None else min(1.0, reached / published)
         moved = _moving(device, getattr(torch, half))
         link = _link(device)
         return {
@@ -105,11 +109,11 @@ def _measure(name: str) -> dict[str, Any]:
             "note": f"megatron-bert bench --ranks {world.size}, torch {torch.__version__}, "
             f"{torch.get_num_threads()} threads a rank",
             "memory_gib": _memory(device) / world.size if device.type == "cpu" else _memory(device),
-            "peak_tflops": {compute: found[0] for compute, found in products.items()},
-            "product_share": 1.0,
+            "peak_tflops": {compute: found[0] / share for compute, found in products.items()},
+            "product_share": share,
             "product_size": products[half][1],
-            "attention_share": min(1.0, plain / peak),
-            "attention_dropout_share": min(1.0, dropped / peak),
+            "attention_share": min(1.0, plain * share / reached),
+            "attention_dropout_share": min(1.0, dropped * share / reached),
             "memory_gb_per_second": moved,
             "memory_share": 1.0,
             "optimizer_gb_per_second": _optimizer(device),
@@ -152,12 +156,21 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _product_and_gradients(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), gradient)
+
+
 def _products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """TFLOP/s of large products, and the size of rows or columns at which half of that is reached."""
+    """TFLOP/s of large products and their gradients, and the size of rows or columns at which half of it is reached."""
     rows, rates = _ROWS[device.type], {}
     for width in _WIDTHS[device.type]:
-        a, b = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, width), (width, width)))
-        rates[width] = 2 * rows * width * width / _seconds(partial(F.linear, a, b), device) / 1e12
+        x, weight = (
+            torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
+            for shape in ((rows, width), (width, width))
+        )
+        bias, gradient = torch.zeros(width, device=device, dtype=dtype, requires_grad=True), torch.ones_like(x)
+        work = partial(_product_and_gradients, x, weight, bias, gradient)
+        rates[width] = 6 * rows * width * width / _seconds(work, device) / 1e12
     best = (float("inf"), 0.0, 0.0)
     for half in range(0, 257, 2):
         shares = {w: (w / (w + half)) ** 2 * rows / (rows + half) for w in rates}
