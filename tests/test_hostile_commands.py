@@ -244,6 +244,17 @@ READING: dict[str, list[tuple[str, tuple[Poison, ...], Command]]] = {
             lambda case, place: ["predict", str(place), "--input", f"{case.made}/finetuning/valid.jsonl"],
         )
     ],
+    "plan": [
+        (
+            "corpus/huggingface_bin",
+            (in_torch_files,),
+            lambda case, place: [
+                "plan",
+                *_pretrain(case, case.folder / "new", model__from=place)[1:],
+                *("--gpus", "2", "--gpu", "h100"),
+            ],
+        )
+    ],
     "convert": [
         (
             name,
@@ -257,10 +268,10 @@ READING: dict[str, list[tuple[str, tuple[Poison, ...], Command]]] = {
         for name, poisons in [(f"corpus/{name}", poisons) for name, poisons in SOURCES.items()] + [(PRETRAINED, RUN)]
     ],
 }
-#: Those that read no weights.
+#: Those that read no weights, or only through the documented classes, which are tested below.
 OTHERS = {
     *("train-tokenizer", "preprocess", "merge", "schedule", "config-schema", "configs", "scripts"),
-    *("submit", "failures", "doctor"),
+    *("submit", "failures", "doctor", "bench", "export"),
 }
 CASES = [
     pytest.param(what, poison, command, id=f"{name}-{what}-{poison.__name__}-{number}")
