@@ -245,6 +245,7 @@ def test_the_c_example_gives_the_logits(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # compilers that sanitize take their time
 def test_sanitizers_find_nothing_in_whole_runs_and_a_thousand_mutated_plans(tmp_path):
     """The engine and every target, built with the address and undefined-behavior sanitizers."""
     library = native_library.build(tmp_path, ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"))
