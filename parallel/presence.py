@@ -281,6 +281,8 @@ def waits_for_others(function: Any) -> Any:
 
 def _connection(store: dist.Store) -> dist.Store:
     """A part of the store for signs, with a connection of its own."""
-    own = dist.PrefixStore("presence", store.clone())  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore  # the command line reads this module before it knows of a world
+
+    own = PrefixStore("presence", store.clone())  # type: ignore[attr-defined]
     own.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     return own
