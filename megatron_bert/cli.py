@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert import __version__
+from megatron_bert.arguments import given_path
 from megatron_bert.convert.commands import add_convert_commands, run_inspect
 from megatron_bert.data.commands import add_corpus_inspection, add_data_commands
 from megatron_bert.ending import Ending
@@ -131,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         shipped = commands.add_parser(name, help=help_text)
         shipped.add_argument("names", nargs="*", metavar="NAME", help="of the files (default: all)")
-        shipped.add_argument("--output", type=Path, metavar="DIR", help="copy them there")
+        shipped.add_argument("--output", type=given_path, metavar="DIR", help="copy them there")
         shipped.set_defaults(func=partial(_shipped, known))
 
     for name, help_text, function in (
@@ -140,14 +141,14 @@ def build_parser() -> argparse.ArgumentParser:
         ("quantize", "make a fine-tuned encoder compute in integers, and train it so", _quantize),
     ):
         run = commands.add_parser(name, help=help_text)
-        run.add_argument("config", type=Path, metavar="CONFIG", help="a settings file, or a name of `configs`")
+        run.add_argument("config", type=given_path, metavar="CONFIG", help="a settings file, or a name of `configs`")
         run.add_argument("overrides", nargs="*", metavar="section.key=value")
         run.set_defaults(func=function)
         if name == "pretrain":
             add_dry_run(run)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
-    fill.add_argument("model", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    fill.add_argument("model", type=given_path, metavar="RUN", help="a run directory, or one of its checkpoints")
     fill.add_argument("text", nargs="+", help="sentences with a mask token, such as [MASK], for each missing word")
     fill.add_argument("--top", type=int, default=5, metavar="N", help="guesses a mask")
     fill.set_defaults(func=_fill_mask)

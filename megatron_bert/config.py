@@ -40,6 +40,14 @@ class Section(BaseModel):
             raise PydanticCustomError("truth", "true and false are no value for it")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """Which would be the current directory."""
+        if value == "" and _takes_path(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("empty", "the path is empty: give one, or . for the current directory")
+        return value
+
     @field_validator("*", mode="after")
     @classmethod
     def _within_float32(cls, value: Any) -> Any:
@@ -50,6 +58,10 @@ class Section(BaseModel):
                     "float32", f"it is computed with in float32, from {SMALLEST_FLOAT32:g} to {LARGEST_FLOAT32:g}"
                 )
         return value
+
+
+def _takes_path(annotation: Any) -> bool:
+    return annotation is Path or any(_takes_path(part) for part in get_args(annotation))
 
 
 def _takes_bool(annotation: Any) -> bool:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ def add_convert_commands(commands: Any) -> None:
         commands: what ``ArgumentParser.add_subparsers`` returned; each command sets ``func``.
     """
     convert = commands.add_parser("convert", help="convert a checkpoint from any format to another")
-    convert.add_argument("source", type=Path, metavar="SRC", help="a checkpoint file, its folder, or a zip file")
+    convert.add_argument("source", type=given_path, metavar="SRC", help="a checkpoint file, its folder, or a zip file")
     convert.add_argument(
-        "destination", type=Path, metavar="DST", help="folder to write, or .zip for Megatron's formats"
+        "destination", type=given_path, metavar="DST", help="folder to write, or .zip for Megatron's formats"
     )
     convert.add_argument("--to", choices=FORMAT_NAMES, required=True)
     add_read_options(convert)
@@ -34,7 +35,7 @@ def add_convert_commands(commands: Any) -> None:
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint is, or which checkpoints a run has")
     inspect.add_argument(
-        "source", type=Path, metavar="SRC", help="a checkpoint file, its folder, a zip file, or a run directory"
+        "source", type=given_path, metavar="SRC", help="a checkpoint file, its folder, a zip file, or a run directory"
     )
     inspect.add_argument(
         "--verify", action="store_true", help="read checkpoints of a run whole, and compare them with their checksums"
@@ -79,7 +80,7 @@ def add_write_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPE_NAMES, help="number format of the weights (default: as stored)")
     group.add_argument(
         "--tokenizer",
-        type=Path,
+        type=given_path,
         metavar="PATH",
         help="vocabulary: its size is the true one, and it is put beside the weights",
     )
@@ -89,6 +90,7 @@ def add_write_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry-run", action="store_true", help="open and check everything, write nothing")
     group.add_argument(
         "--verify",
+        type=given_path,
         nargs="?",
         const=True,
         default=False,
@@ -141,7 +143,7 @@ def convert_as_told(arguments: argparse.Namespace, destination: Path, *, to: str
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite,
         beside=beside,
-        verify_text=arguments.verify if isinstance(arguments.verify, bool) else Path(arguments.verify),
+        verify_text=arguments.verify,
     )
     print(report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from megatron_bert.convert.archive import archive_tree, is_archive
 from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
 from megatron_bert.convert.files import FileTree, file_tree, folder_tree
+from megatron_bert.convert.finite import check_finite
 from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.huggingface import CONFIG_NAME
 from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
@@ -21,13 +23,15 @@ from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import reporting
 
 _PLAIN = ReadOptions()
 #: Tensor-parallel sizes by which a vocabulary may have been padded.
 _TENSOR_SIZES = (1, 2, 4, 8, 16)
+#: Folders that the Trainer of transformers writes into its own.
+_TRAINER_STEP = re.compile(r"checkpoint-(\d+)")
 
 
 def source_tree(source: Path, stack: ExitStack) -> FileTree:
@@ -39,6 +43,7 @@ def source_tree(source: Path, stack: ExitStack) -> FileTree:
     Raises:
         UserError: the path is not there, or is an archive that must not be trusted.
     """
+    check_place(source)
     if source.is_dir():
         newest = latest_checkpoint(source / "checkpoints")
         return folder_tree(newest or source)
@@ -50,6 +55,26 @@ def source_tree(source: Path, stack: ExitStack) -> FileTree:
     if (source.parent / NEMO_SETTINGS).is_file() and source.name == NEMO_WEIGHTS:
         return folder_tree(source.parent)
     return file_tree(source)
+
+
+def check_place(source: Path) -> None:
+    """Refuse a path that is not there, and a folder in which only other folders hold checkpoints.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    if not source.exists():
+        link = f"is a symbolic link to {source.readlink()}, which " if source.is_symlink() else ""
+        raise UserError(f"{source} {link}is not there: check the path")
+    if not source.is_dir() or (source / CONFIG_NAME).is_file():
+        return
+    steps = {int(match[1]): path.name for path in source.iterdir() if (match := _TRAINER_STEP.fullmatch(path.name))}
+    if steps:
+        names = [steps[step] for step in sorted(steps)]
+        raise UserError(
+            f"{source} holds no model itself, but {brief(', '.join(names))} of transformers' Trainer: give one, "
+            f"such as {source / names[-1]}"
+        )
 
 
 @contextmanager
@@ -117,7 +142,8 @@ def load_into(
         prefix: what the model's parameter names have in front, ending in a dot.
 
     Raises:
-        UserError: the checkpoint cannot be read, or a tensor does not fit the parameter of its name.
+        UserError: the checkpoint cannot be read, or a tensor does not fit the parameter of its name, or holds values
+            that are not finite.
     """
     if not isinstance(source, CanonicalState):
         with open_checkpoint(source, options) as state:
@@ -137,6 +163,7 @@ def load_into(
                 f"{source[name].origin} has shape {list(values.shape)}, but the settings make {name} "
                 f"{list(parameter.shape)}: set the sizes of the model to those of the checkpoint"
             )
+        check_finite(values, source[name].origin)
         copy_whole(parameter, values)
     return LoadReport(
         config=source.config,

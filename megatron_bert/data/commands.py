@@ -6,9 +6,9 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 
 # Written out, so that the command line starts without loading the libraries.
@@ -29,7 +29,7 @@ def add_data_commands(commands: Any) -> None:
     tokenizer.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     tokenizer.add_argument("--type", choices=("wordpiece", "sentencepiece", "bpe"), default="wordpiece")
     tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR")
+    tokenizer.add_argument("--output", type=given_path, required=True, metavar="DIR")
     tokenizer.add_argument("--cased", action="store_true", help="keep upper case")
     tokenizer.add_argument("--json-key", default="text", metavar="NAME", help=KEY_HELP)
     tokenizer.set_defaults(func=_train_tokenizer)
@@ -40,9 +40,13 @@ def add_data_commands(commands: Any) -> None:
 
     merge = commands.add_parser("merge", help="join the parts of a corpus, or several corpora")
     merge.add_argument(
-        "prefixes", nargs="+", metavar="PREFIX", help="of a corpus, with or without .idx; parts in any order"
+        "prefixes",
+        type=given_path,
+        nargs="+",
+        metavar="PREFIX",
+        help="of a corpus, with or without .idx; parts in any order",
     )
-    merge.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the joined corpus")
+    merge.add_argument("--output", type=given_path, required=True, metavar="PREFIX", help="prefix of the joined corpus")
     merge.set_defaults(func=_merge)
 
 
@@ -51,10 +55,12 @@ def add_corpus_inspection(commands: Any) -> None:
     parser = commands.choices["inspect"]
     group = parser.add_argument_group("corpora", "for SRC the prefix of a corpus, or its .idx file")
     group.add_argument("--sample", type=int, metavar="N", help="print N training samples with their masks")
-    group.add_argument("--png", type=Path, metavar="FILE", help="draw histograms of the lengths")
+    group.add_argument("--png", type=given_path, metavar="FILE", help="draw histograms of the lengths")
     group.add_argument("--seq-length", type=int, metavar="N", help="tokens a sample (default: 512)")
     group.add_argument("--pair-objective", choices=("sop", "nsp", "none"), help="of samples (default: sop)")
-    group.add_argument("--tokenizer", type=Path, metavar="PATH", help="that the corpus was made with, to see its text")
+    group.add_argument(
+        "--tokenizer", type=given_path, metavar="PATH", help="that the corpus was made with, to see its text"
+    )
     parser.set_defaults(func=partial(_inspect, parser.get_default("func")))
 
 
@@ -98,8 +104,8 @@ def _inspect_corpus(arguments: argparse.Namespace) -> None:
 def add_preprocess_options(parser: argparse.ArgumentParser) -> None:
     """The options of preprocess."""
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
-    parser.add_argument("--tokenizer", type=Path, required=True, metavar="PATH")
-    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--tokenizer", type=given_path, required=True, metavar="PATH")
+    parser.add_argument("--output-prefix", type=given_path, required=True, metavar="PREFIX")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core it may use)")
     parser.add_argument(
         "--part", metavar="K/N", help="make part K of N alone, on this host; `merge` joins the parts of all hosts"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 from typing import Any
 
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 
 #: Files of a model's directory that hold weights or what belongs to them, and stay behind.
@@ -16,8 +16,10 @@ _WEIGHTS, _BESIDE_WEIGHTS = (".safetensors", ".bin", ".onnx"), (".index.json", "
 def add_export_command(commands: Any) -> None:
     """Add the subcommand."""
     export = commands.add_parser("export", help="write a quantized model as an integer plan, or as ONNX")
-    export.add_argument("model", type=Path, metavar="MODEL", help="a run of quantize, or a quantized model's directory")
-    export.add_argument("destination", type=Path, metavar="DST", help="directory to write; it must not be there")
+    export.add_argument(
+        "model", type=given_path, metavar="MODEL", help="a run of quantize, or a quantized model's directory"
+    )
+    export.add_argument("destination", type=given_path, metavar="DST", help="directory to write; it must not be there")
     export.add_argument(
         "--to",
         choices=("integer", "onnx"),

@@ -11,6 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 from parallel.whole_files import reporting, whole_file
 
@@ -23,14 +24,16 @@ def add_finetuned_commands(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="score a fine-tuned model on labelled files")
     _add_model(evaluate)
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.test=FILE")
-    evaluate.add_argument("--output", type=Path, metavar="DIR", help="write results, predictions, files to submit")
+    evaluate.add_argument(
+        "--output", type=given_path, metavar="DIR", help="write results, predictions, files to submit"
+    )
     evaluate.set_defaults(func=_evaluate)
 
     predict = commands.add_parser("predict", help="answer JSON lines with a fine-tuned model")
     _add_model(predict)
     predict.add_argument("overrides", nargs="*", metavar="task.key=value", help="such as task.max_length=256")
-    predict.add_argument("--input", type=Path, metavar="FILE", help="JSON lines (default: standard input)")
-    predict.add_argument("--output", type=Path, metavar="FILE", help="JSON lines (default: standard output)")
+    predict.add_argument("--input", type=given_path, metavar="FILE", help="JSON lines (default: standard input)")
+    predict.add_argument("--output", type=given_path, metavar="FILE", help="JSON lines (default: standard output)")
     predict.add_argument(
         "--on-bad-row",
         choices=("error", "skip"),
@@ -53,7 +56,7 @@ def add_finetuned_commands(commands: Any) -> None:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=Path, metavar="MODEL", help="a fine-tuning run, or a model directory")
+    command.add_argument("model", type=given_path, metavar="MODEL", help="a fine-tuning run, or a model directory")
     command.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts a forward pass (default 32)")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument(
@@ -124,7 +127,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     if stopped is not None:
         raise stopped
     if bad:
-        print(f"{bad} rows could not be read: their answers hold the error", file=sys.stderr)
+        print(f"{bad} rows have no answer: what stands in its place holds the error", file=sys.stderr)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_bert.config_file import apply_override
 from megatron_bert.finetuning.arrivals import arriving
-from megatron_bert.finetuning.results import RESULTS_FILE, write_split
+from megatron_bert.finetuning.results import RESULTS_FILE, as_line, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
 from megatron_bert.finetuning.scoring import Scored, score_units
 from megatron_bert.tasks.rows import RowError, parse_object
@@ -162,6 +162,11 @@ def _leave_split(
 ) -> tuple[dict[str, float], list[str]]:
     """Say, and write, what the model does on a split; its scores and the files."""
     predictions = task.predictions(examples, units, scored.logits)
+    if scored.loss is not None and not math.isfinite(scored.loss):
+        raise UserError(
+            f"the loss on the {split} split is {scored.loss}: the model gives no numbers, as its weights are damaged "
+            "or far too large; give another checkpoint"
+        )
     loss = {} if scored.loss is None else {"loss": scored.loss}
     scores = loss | task.metrics(examples, predictions)
     said = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -252,7 +257,7 @@ def predict_stream(
         overrides: ``task.key=value``, which change settings of the model's task.
 
     Returns:
-        How many rows could not be read.
+        How many rows could not be read, or answered with numbers.
 
     Raises:
         UserError: no model; :class:`BadRowError`, once all rows before it are answered.
@@ -281,8 +286,9 @@ def predict_stream(
             predictions = iter(scorer.predict(good) if good else [])
             for example in read:
                 answer = next(predictions) if isinstance(example, Example) else example
-                bad += "error" in answer
-                answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                line, finite = as_line(answer)
+                bad += "error" in answer or not finite
+                answers.write(line)
             answers.flush()
             if stopped is not None:
                 raise BadRowError(f"{stopped} (the rows before it are answered; --on-bad-row skip goes on)")

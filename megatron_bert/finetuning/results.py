@@ -18,12 +18,27 @@ from megatron_bert.training.resuming import flat_settings
 from parallel.errors import UserError
 from parallel.whole_files import whole_file, write_json
 
+#: What answers a row of which the model gives no numbers.
+_NOT_FINITE = "the model's scores are NaN or infinite: its weights are damaged, or far too large"
+
+
+def as_line(prediction: Prediction) -> tuple[str, bool]:
+    """A prediction as a line of JSON, and whether it is one: JSON has no NaN and no infinity, so an error is in place.
+
+    Args:
+        prediction: with its ``id``.
+    """
+    try:
+        return json.dumps(prediction, ensure_ascii=False, allow_nan=False) + "\n", True
+    except ValueError:
+        return json.dumps({"id": prediction.get("id"), "error": _NOT_FINITE}, ensure_ascii=False) + "\n", False
+
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """One JSON object a line."""
     with whole_file(path) as file:
         for prediction in predictions:
-            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+            file.write(as_line(prediction)[0])
 
 
 def write_split(

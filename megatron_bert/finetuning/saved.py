@@ -12,6 +12,7 @@ import torch
 from megatron_bert.config_file import validated
 from megatron_bert.convert.huggingface import WEIGHTS
 from megatron_bert.convert.json_files import read_json
+from megatron_bert.convert.opening import check_place
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.family.names import documented_tensors
 from megatron_bert.family.tokenizer import save_tokenizer
@@ -168,6 +169,7 @@ def _model_directory(source: Path) -> Path:
         return best / MODEL_FOLDER
     if (source / CONFIG_NAME).is_file():
         return source
+    check_place(source)
     raise UserError(
         f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, the "
         f"{MODEL_FOLDER} folder in it, or a directory that transformers has saved a fine-tuned model in"

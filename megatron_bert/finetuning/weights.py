@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert.convert.divisions import pad_vocabulary
+from megatron_bert.convert.finite import check_finite
 from megatron_bert.convert.huggingface import WEIGHTS, open_weights
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.opening import check_words, copy_whole, source_tree
@@ -125,7 +126,10 @@ def _copy(
             raise UserError(
                 f"{tensor.origin} has shape {list(tensor.shape)}, but the task makes it {list(shape)}: {why}"
             )
-    values = fuse([tensor.load() for tensor in tensors], stage.config.head_dim)
+    loaded = [tensor.load() for tensor in tensors]
+    for tensor, part in zip(tensors, loaded, strict=True):
+        check_finite(part, tensor.origin)
+    values = fuse(loaded, stage.config.head_dim)
     if by_word:
         words = stage.config.vocab_size
         values = pad_vocabulary(name, values[:words], max(words, parameter.shape[0]), bias=0.0)

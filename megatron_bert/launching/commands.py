@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_bert.arguments import given_path
 from megatron_bert.launching.launched import launched_process
 
 _SUBMIT = """\
@@ -50,7 +51,7 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         metavar="TASKS",
         help="task numbers: 0-9%%1 for ten parts of one run, 0-9 for ten runs with %%a in training.run_dir",
     )
-    parser.add_argument("--site", type=Path, metavar="FILE", help="the cluster (default: $MEGATRON_BERT_SITE)")
+    parser.add_argument("--site", type=given_path, metavar="FILE", help="the cluster (default: $MEGATRON_BERT_SITE)")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
     parser.add_argument(
         "--unchecked", action="store_true", help="queue without a step of pretraining on simulated devices before"
@@ -73,7 +74,7 @@ def _add_failures(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser = subparsers.add_parser(
         "failures", help="say which rank of a failed run failed first, and why, from its log directory"
     )
-    parser.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="directory of the rank_*.log files")
+    parser.add_argument("log_dir", type=given_path, metavar="LOG_DIR", help="directory of the rank_*.log files")
     parser.add_argument(
         "--check-retry",
         action="store_true",
@@ -100,7 +101,10 @@ def _add_doctor(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         "with torchrun or srun, on all of them. Ends with 1 if something would keep a run from working.",
     )
     parser.add_argument(
-        "--dir", type=Path, default=Path("runs"), help="directory that runs write to, seen by all hosts (default: runs)"
+        "--dir",
+        type=given_path,
+        default=Path("runs"),
+        help="directory that runs write to, seen by all hosts (default: runs)",
     )
     parser.add_argument(
         "--megabytes",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 
 #: Devices whose published numbers are known; see :mod:`megatron_bert.planning.devices`.
@@ -18,7 +18,7 @@ Settings of pretrain, finetune and quantize. Nothing is started, and no device i
 def add_plan_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand to the command line's parser."""
     parser = subparsers.add_parser("plan", help="find the fastest layout of a run", description=_DESCRIPTION)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", type=given_path, metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="devices, each with a rank")
     parser.add_argument(
@@ -27,12 +27,14 @@ def add_plan_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         metavar="NAME|FILE",
         help=f"{', '.join(DEVICE_NAMES)}, or a file of `megatron-bert bench`",
     )
-    parser.add_argument("--network", type=Path, metavar="FILE", help="link between nodes (default: 400 Gbit/s a GPU)")
+    parser.add_argument(
+        "--network", type=given_path, metavar="FILE", help="link between nodes (default: 400 Gbit/s a GPU)"
+    )
     parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="file system, for checkpoints")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown")
     parser.add_argument("--explain", action="store_true", help="say why the other layouts are out")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the settings of the fastest layout")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory, a step, and throughput")
+    parser.add_argument("--write", type=given_path, metavar="FILE", help="write the settings of the fastest layout")
+    parser.add_argument("--png", type=given_path, metavar="FILE", help="draw memory, a step, and throughput")
     parser.set_defaults(func=_plan)
 
 
@@ -46,7 +48,7 @@ def add_bench_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that measure at once (default: 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write")
+    parser.add_argument("--output", type=given_path, metavar="FILE", help="file to write")
     parser.set_defaults(func=_bench)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.chart import chrome_trace, gantt_png, text_grid
@@ -50,8 +50,10 @@ def add_schedule_command(subparsers: argparse._SubParsersAction[argparse.Argumen
         help="times of forward, input gradient and weight gradient of all layers of a rank (default: 1,1,1)",
     )
     parser.add_argument("--communication", type=float, default=0.0, metavar="C", help="time of a message (default: 0)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw a Gantt chart of all schedules named")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write one schedule as a Chrome trace for Perfetto")
+    parser.add_argument("--png", type=given_path, metavar="FILE", help="draw a Gantt chart of all schedules named")
+    parser.add_argument(
+        "--trace", type=given_path, metavar="FILE", help="write one schedule as a Chrome trace for Perfetto"
+    )
     parser.set_defaults(func=run_schedule)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from megatron_bert.config import Settings
 from megatron_bert.config_file import settings_from
+from megatron_bert.convert.finite import check_finite
+from megatron_bert.convert.opening import check_place
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import BertForPretraining
@@ -56,6 +58,7 @@ class FillMask:
         """
         checkpoint = path if checkpoint_step(path) is not None else latest_checkpoint(path / "checkpoints")
         if checkpoint is None:
+            check_place(path)
             raise UserError(
                 f"{path} is neither a run directory with a whole checkpoint nor a checkpoint: train one first"
             )
@@ -77,6 +80,8 @@ class FillMask:
         model = BertForPretraining(config)
         with torch.no_grad():
             load_tensors(checkpoint, {f"model.{name}": p for name, p in model.named_parameters()})
+        for name, parameter in model.named_parameters():
+            check_finite(parameter, f"{name} of {checkpoint}")
         return cls(model, tokenizer)
 
     @torch.no_grad()

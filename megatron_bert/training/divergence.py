@@ -30,10 +30,6 @@ BATCHES_FOLDER = "diverged"
 #: so many times the median magnitude of their tensor, and this magnitude. Training that diverges moves many.
 _OUTLIER_RATIO, _OUTLIER = 1e4, 1e3
 _SHOWN = 3
-_DAMAGED = (
-    "memory or the checkpoint it went on from is damaged: go on from an earlier one, and without that host if it "
-    "happens there again"
-)
 _LOWER_RATE = "go on from an earlier checkpoint with a lower learning_rate.peak or a longer warm-up"
 
 
@@ -218,19 +214,31 @@ def diagnosed(trainer: Trainer, step: int, batches: list[TokenBatch]) -> Excepti
     first = min(origins, key=lambda rank: (origins[rank].order, rank), default=None)
     kept = _kept(trainer, step, batches, None if first is None else found[first].data_rank)
     values = f"the loss is {loss.sum().item():.4g} and the gradient norm {sums.grad_norm.item():.4g}"
-    scale = trainer.loss_scale
+    scale, suspected = trainer.loss_scale, _suspected(trainer)
     if scale.dynamic:
         values = f"{values}, as in the {scale.skipped_steps} float16 steps up to it, all skipped"
     if scale.dynamic and scale.value > 1.0:
-        cause = _damage(step, values, found) or (
+        cause = _damage(step, values, found, suspected) or (
             f"every float16 step up to step {step} was skipped, since gradients overflow at a loss scale of "
             f"{scale.value:.3g}, so nothing was trained: lower precision.initial_loss_scale, or train more steps"
         )
         return UserError(cause + kept)
-    return _error(step, values, found, first, bool(sums.grad_norm.isfinite()), scale.dynamic, kept)
+    return _error(step, values, found, first, bool(sums.grad_norm.isfinite()), scale.dynamic, suspected, kept)
 
 
-def _damage(step: int, values: str, found: dict[int, _Finding]) -> str:
+def _suspected(trainer: Trainer) -> str:
+    """What may be damaged beside memory, and what to do."""
+    again = "without that host if it happens there again"
+    if trainer.resumed is not None:
+        checkpoint = f"the checkpoint it went on from ({trainer.resumed})"
+        return f"memory or {checkpoint} is damaged: go on from an earlier one, and {again}"
+    source = getattr(getattr(trainer.settings, "model", None), "from_", None)
+    if source is not None:
+        return f"memory or model.from ({source}) is damaged: start from another copy of it, and {again}"
+    return f"memory is damaged: start the same command again, {again}"
+
+
+def _damage(step: int, values: str, found: dict[int, _Finding], suspected: str) -> str:
     """The cause in a sentence, if it is a weight that was damaged; empty otherwise."""
     where = {rank: f"rank {rank} ({finding.host})" for rank, finding in found.items()}
     broken = [
@@ -239,23 +247,30 @@ def _damage(step: int, values: str, found: dict[int, _Finding]) -> str:
         for name, count in finding.damaged
     ]
     if broken:
-        return f"step {step} is not finite because values were damaged before it: {_some(broken)}; {_DAMAGED}"
+        return f"step {step} is not finite because values were damaged before it: {_some(broken)}; {suspected}"
     huge = [
         f"{name} on {where[rank]} holds {largest:.3g}, {ratio:.1g} times its median magnitude"
         for rank, finding in found.items()
         for name, largest, ratio in finding.outliers
     ]
     if huge:
-        return f"at step {step} {values} because of weights out of all proportion: {_some(huge)}; {_DAMAGED}"
+        return f"at step {step} {values} because of weights out of all proportion: {_some(huge)}; {suspected}"
     return ""
 
 
 def _error(
-    step: int, values: str, found: dict[int, _Finding], first: int | None, finite: bool, scaled: bool, kept: str
+    step: int,
+    values: str,
+    found: dict[int, _Finding],
+    first: int | None,
+    finite: bool,
+    scaled: bool,
+    suspected: str,
+    kept: str,
 ) -> Exception:
     """The cause in a sentence."""
     where = {rank: f"rank {rank} ({finding.host})" for rank, finding in found.items()}
-    damage = _damage(step, values, found)
+    damage = _damage(step, values, found, suspected)
     # Weights that are only large do not make a step that is finite when it is computed again.
     if damage and (not finite or any(finding.damaged for finding in found.values())):
         return UserError(damage + kept)

@@ -19,6 +19,7 @@ from megatron_bert.training.heartbeat import Heartbeat
 from megatron_bert.training.metrics_file import METRICS_FILE, MetricsFile
 from megatron_bert.training.trackers import open_trackers
 from parallel.checkpoint_writer import SavedCheckpoint
+from parallel.errors import UserError
 from parallel.whole_files import reason_of, reporting
 
 
@@ -54,6 +55,11 @@ class Report:
         if not active:
             return
         self._refused: set[str] = set()
+        if (run_dir / METRICS_FILE).is_dir():
+            raise UserError(
+                f"{run_dir / METRICS_FILE} is a directory, but it is the name of a file that the run writes: move it "
+                "away, or set another training.run_dir"
+            )
         with reporting("written", run_dir / METRICS_FILE, "make room, or give access to it"):
             self.file = MetricsFile(run_dir / METRICS_FILE, start)
         self.board: Any = None

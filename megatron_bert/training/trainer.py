@@ -83,6 +83,8 @@ class Trainer:
         self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
+        #: The checkpoint that the weights come from; None where the run began with its first step.
+        self.resumed: Path | None = None
         #: Of the training stream, those that were left out after spikes.
         self.skipped_samples = 0
         #: The last step whose weights were evaluated.
@@ -413,6 +415,7 @@ class Trainer:
             if name in self.parameters:
                 self._copy_state(self.parameters[name], copy)
         self.optimizer.publish()
+        self.resumed = path
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         self.skipped_samples = state.get("skipped_samples", 0)
         self.spikes.load_state(state.get("spikes") or Spikes(self.settings.training).state())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -228,3 +229,39 @@ class TestPreprocess:
         (tmp_path / "in.jsonl").unlink()
         assert "in.jsonl" in refusal(*arguments)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["vocab.txt"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("convert '' result --to native", "convert model '' --to native", "inspect ''", "predict ''"),
+        *("evaluate model --output ''", "fill-mask '' word", "pretrain ''", "merge '' --output joined"),
+        *("merge part --output ''", "preprocess --input a --tokenizer '' --output-prefix b", "failures ''"),
+        *("train-tokenizer --input a --vocab-size 9 --output ''", "convert a b --to native --verify ''"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(command))
+    assert ended.value.code == 2
+    assert "the path is empty: give one, or . for the current directory" in capsys.readouterr().err
+
+
+def test_nor_is_one_in_the_settings(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", str(config), "training.run_dir=''"]) == 2
+    assert "training.run_dir is '': the path is empty: give one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict {}", "evaluate {} data.test=x", "inspect {}", "fill-mask {} word"])
+def test_a_model_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "trainer").mkdir()
+    for step in (5, 10, 20):
+        (tmp_path / "trainer" / f"checkpoint-{step}").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, says in (
+        ("missing", f"{tmp_path}/missing is not there: check the path"),
+        ("link", f"{tmp_path}/link is a symbolic link to nowhere, which is not there: check the path"),
+        ("trainer", "holds no model itself, but checkpoint-5, checkpoint-10, checkpoint-20 of transformers' Trainer"),
+    ):
+        assert main([part.format(tmp_path / name) for part in command.split()]) == 2
+        assert says in capsys.readouterr().err

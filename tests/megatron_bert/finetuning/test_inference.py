@@ -285,7 +285,7 @@ def test_no_such_device(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["predict", "nowhere"], "holds no task.json"),
+        (["predict", "nowhere"], "nowhere is not there: check the path"),
         (["evaluate", "{run}"], "no file to evaluate on"),
         (["evaluate", "{run}", "training.steps=3"], "no setting of the data"),
         (["evaluate", "{run}", "data.test=nowhere.jsonl"], "nowhere.jsonl"),

@@ -85,7 +85,7 @@ class Fault:
         (
             put(TIED_NAME, float("nan"), 8),
             rf"^step 3 is not finite because values were damaged before it: 8 of the values of model\.{TIED_NAME}"
-            r" on rank 0 \(.*\) are NaN or infinite; memory or the checkpoint",
+            r" on rank 0 \(.*\) are NaN or infinite; memory is damaged",
         ),
         (
             put(TIED_NAME, 1e30),

@@ -17,6 +17,7 @@ from megatron_bert.training import heartbeat
 from megatron_bert.training.heartbeat import HEARTBEAT_FILE
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
+from parallel.errors import UserError
 from parallel.hosts import host_name
 
 QUIET = LoggingSettings(tensorboard=False, progress=False)
@@ -38,6 +39,12 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 
 def report(folder: Path, settings: LoggingSettings = QUIET, *, active: bool = True, start: int = 0) -> Report:
     return Report(folder, settings, active=active, start=start, steps=10)
+
+
+def test_a_directory_in_place_of_the_metrics(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a directory, but .*: move it away"):
+        report(tmp_path)
 
 
 def test_rows_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
