@@ -20,6 +20,7 @@ from megatron_bert import MegatronBertForPreTraining
 from megatron_bert.cli import build_parser, main
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.runs import RESULTS_FILE
+from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.training.pretrain import pretrain
 from parallel.errors import UserError
 from parallel.manifest import write_manifest
@@ -135,6 +136,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
         pretrain(run_settings(folder / "pretraining", folder / "pretraining/run", training__steps=3))
     finetune(make_run(folder / "finetuning", training__steps=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_bert.quantizing.quantize.plot", lambda *_: None)
+        quantize(quantize_settings(folder / "finetuning", training__steps=1))
     (folder / "corpus").mkdir()
     tool("fuzz_checkpoints").make_corpus(folder / "corpus")
     return folder
@@ -179,6 +183,13 @@ def _quantize(case: Case, place: Path, **changes: Any) -> list[str]:
     return ["quantize", str(case.folder / "settings.yaml")]
 
 
+def _go_on_quantizing(case: Case, place: Path, **changes: Any) -> list[str]:
+    (place / RESULTS_FILE).unlink(missing_ok=True)  # as of a run that was stopped
+    changes = {"training__run_dir": place, "training__steps": 2} | changes
+    (case.folder / "settings.yaml").write_text(quantize_settings(case.made / "finetuning", **changes).dump())
+    return ["quantize", str(case.folder / "settings.yaml")]
+
+
 def _step(run: Path) -> Path:
     (step,) = (run / "checkpoints").iterdir()
     return step
@@ -190,6 +201,7 @@ def _from_step(run: Path) -> dict[str, str]:
 
 Command = Callable[[Case, Path], list[str]]
 PRETRAINED, FINETUNED, MODEL = "pretraining/run", "finetuning/run", "finetuning/run/model"
+QUANTIZED = "finetuning/quantized"
 #: Command -> ways to give it a place of each kind: what was made, how code gets into it, the arguments.
 READING: dict[str, list[tuple[str, tuple[Poison, ...], Command]]] = {
     "pretrain": [
@@ -225,7 +237,15 @@ READING: dict[str, list[tuple[str, tuple[Poison, ...], Command]]] = {
             for name, poisons in SOURCES.items()
         ),
     ],
-    "quantize": [(FINETUNED, (in_place_of_safetensors,), _quantize)],
+    "quantize": [
+        (FINETUNED, (in_place_of_safetensors,), _quantize),
+        (QUANTIZED, RUN, _go_on_quantizing),
+        (
+            QUANTIZED,
+            RUN,
+            lambda case, place: _go_on_quantizing(case, place, checkpoint__resume=str(_step(place))),
+        ),
+    ],
     "fill-mask": [
         (PRETRAINED, RUN, lambda _, place: ["fill-mask", str(place), "a [MASK]"]),
         (PRETRAINED, RUN, lambda _, place: ["fill-mask", str(_step(place)), "a [MASK]"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
+from megatron_bert.training import run_lock
 from megatron_bert.training.metrics_file import METRICS_FILE
+from megatron_bert.training.signals import STOPPED_FILE
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
@@ -29,6 +32,7 @@ from tests.megatron_bert.training.runs import assert_same_checkpoint, write_conf
 from tests.megatron_bert.training.test_divergence import before_step, faulty, put
 from tests.megatron_bert.training.test_missing_ranks import stand_still
 from tests.megatron_bert.training.test_replicas import damage as damage_copy
+from tests.megatron_bert.training.test_run_lock import left_by
 from tests.worlds import run_world
 
 COMMANDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -230,3 +234,31 @@ def test_a_rank_that_stands_still(command: str, folder: Path, tmp_path: Path) ->
     )
     assert ended[0].code == 1
     assert re.search(r"LostRankError: rank 1 on \S+ \(process \d+\) does not answer", ended[0].text)
+
+
+def test_a_signal_saves_and_ends(
+    command: str, folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert COMMANDS[command][1](settings(command, folder, run)) == "SIGTERM"
+    assert json.loads((run / STOPPED_FILE).read_text()) == {"reason": "SIGTERM", "step": 3}
+    assert list(whole_checkpoints(run / "checkpoints")) == [2, 3]
+    assert not (run / "results.json").exists()
+    go_on(command, folder, run, whole)
+
+
+def test_a_second_process_is_refused(
+    command: str,
+    folder: Path,
+    run: Path,
+    child: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_lock, "GRACE_SECONDS", 0.0)
+    left_by(run, pid=child, started=run_lock._start_of(child))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match=rf"is {run}, where process {child} .* is training: wait for it or stop it"):
+        COMMANDS[command][1](settings(command, folder, run))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -6,10 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,14 +36,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run_lock, name, seconds)
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RANK"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def child() -> Iterator[int]:
-    """Pid of a process that does nothing."""
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
-        yield process.pid
-        process.kill()
 
 
 def left_by(run_dir: Path, **changes: Any) -> Owner:
