@@ -99,7 +99,7 @@ def test_fill_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         save(self)
 
     monkeypatch.setattr(Trainer, "save", spoiled)
-    pretrain(run_settings(tmp_path, tmp_path / "run", training__steps=1))
+    pretrain(run_settings(tmp_path, tmp_path / "run", training__steps=1, learning_rate__warmup_steps=0))
     assert main(["fill-mask", str(tmp_path / "run"), "a [MASK]"]) == 2
     assert "encoder.final_norm.weight" in capsys.readouterr().err
 

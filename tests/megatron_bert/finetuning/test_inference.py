@@ -198,7 +198,7 @@ def test_predict_skips_bad_rows(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert ["error" in row for row in found] == [False, True, True, True]
     assert "line 2" in found[1]["error"]
     assert [row.get("id") for row in found] == ["line 1", 8, "line 3", "line 4"]
-    assert "3 rows could not be read" in capsys.readouterr().err
+    assert "3 rows have no answer" in capsys.readouterr().err
 
     other = tmp_path / "other.jsonl"
     assert main([*command, "--output", str(other)]) == 2
