@@ -25,7 +25,9 @@ from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.heads import MaskedLanguageHead, Pooler, SequenceHead, dropped
 from megatron_bert.model.layer import TransformerLayer
+from megatron_bert.model.requests import AttentionOutput, AttentionRequest
 from megatron_bert.model.resharding import selected
+from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import TensorParallel
@@ -178,6 +180,21 @@ class Attention(_Attention, SelfAttention):  # type: ignore[misc]
         """The three projections as one."""
         own = self.projections
         return Fused([own.query, own.key, own.value], self.head_dim)
+
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
+    ) -> Tensor | AttentionOutput:
+        """Attend within sequences; where they fill a rectangle, the projections are not put side by side first."""
+        if request is not None or layout.places is not None or layout.is_packed:
+            return super().forward(hidden, layout, keys, request)
+        own = self.projections
+        query, key, value = (
+            layout.to_rectangle(linear(hidden).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
+            for linear in (own.query, own.key, own.value)
+        )
+        rectangle_keys = None if keys is None else layout.to_rectangle(keys)
+        context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
+        return self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2))
 
     def prune(self, heads: Collection[int]) -> None:
         """Remove heads, by their original numbers; those that are gone already do not matter."""
