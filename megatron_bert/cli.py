@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_bert import __version__
 from megatron_bert.arguments import given_path
-from megatron_bert.convert.commands import add_convert_commands, run_inspect
+from megatron_bert.convert.commands import add_convert_commands, add_read_options, read_options, run_inspect
 from megatron_bert.data.commands import add_corpus_inspection, add_data_commands
 from megatron_bert.ending import Ending
 from megatron_bert.exporting.commands import add_export_command
@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace, load: Callable[..., Any], command: Calla
 def _fill_mask(arguments: argparse.Namespace) -> None:
     from megatron_bert.tasks.fill_mask import FillMask
 
-    model = FillMask.from_checkpoint(arguments.model)
+    model = FillMask.from_checkpoint(arguments.model, arguments.tokenizer, read_options(arguments))
     for text in arguments.text:
         print(text)
         for guess in model(text, top=arguments.top):
@@ -148,9 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
             add_dry_run(run)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
-    fill.add_argument("model", type=given_path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    fill.add_argument("model", type=given_path, metavar="MODEL", help="a run directory, or a checkpoint of any format")
     fill.add_argument("text", nargs="+", help="sentences with a mask token, such as [MASK], for each missing word")
     fill.add_argument("--top", type=int, default=5, metavar="N", help="guesses a mask")
+    fill.add_argument("--tokenizer", type=Path, metavar="PATH", help="vocabulary of a model that has none beside it")
+    add_read_options(fill)
     fill.set_defaults(func=_fill_mask)
 
     add_schedule_command(commands)

@@ -18,8 +18,8 @@ import pytest
 
 from megatron_bert import MegatronBertForPreTraining
 from megatron_bert.cli import build_parser, main
+from megatron_bert.convert.run_models import RESULTS_FILE
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.runs import RESULTS_FILE
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.training.pretrain import pretrain
 from parallel.errors import UserError

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import os
 import shutil
 import stat
 import tempfile
@@ -104,6 +105,17 @@ class _Scratch:
         self._count += 1
         return self._folder / str(self._count)
 
+    def unpacked(self, path: Path, label: str) -> FileRange:
+        """The bytes of a file of :meth:`file`, whose name goes at once: they last as long as the tree, not longer.
+
+        So nothing stays behind where the process is killed, however long it has the tree.
+        """
+        with reporting("unpacked", label, "set TMPDIR to another place"):
+            descriptor = os.open(path, os.O_RDONLY)
+            self._stack.callback(os.close, descriptor)
+            path.unlink()
+            return FileRange(path, 0, os.fstat(descriptor).st_size, label, descriptor)
+
 
 def _tree(place: FileRange, scratch: _Scratch) -> FileTree:
     if bytes(place.read(0, min(place.length, 2))) == _GZIP_MAGIC:
@@ -136,7 +148,7 @@ def _decompressed(place: FileRange, scratch: _Scratch) -> FileRange:
         while chunk := source.read(1 << 20):
             scratch.claim(len(chunk))
             sink.write(chunk)
-    return FileRange.whole(target, place.label)
+    return scratch.unpacked(target, place.label)
 
 
 def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
@@ -152,8 +164,8 @@ def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
                 _add(files, place.label, member.filename, stored_range(place, member, label))
                 continue
             target = scratch.file(member.file_size)
-            _add(files, place.label, member.filename, FileRange(target, 0, member.file_size, label))
             _unpack(archive, member, target, label)
+            _add(files, place.label, member.filename, scratch.unpacked(target, label))
     return FileTree(place.label, files)
 
 

@@ -171,7 +171,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         try:
             print(f"\n{inspect(whole[-1].path, read_options(arguments))}")
         except UserError as error:
-            print(f"note: {error}")  # of a task, or of another placement of the norms
+            print(f"note: {error}")  # whole, but no model that is known
     damaged = [row for row in found if row.fault is not None and not row.set_aside]
     if damaged and found[0].path == arguments.source:
         raise UserError(f"{arguments.source} cannot be read ({damaged[0].fault}): use another checkpoint")

@@ -13,6 +13,7 @@ from megatron_bert.convert.destination import Destination
 from megatron_bert.convert.divisions import check_division
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.inspection import describe
+from megatron_bert.convert.megatron_writer import check_plain
 from megatron_bert.convert.opening import open_checkpoint, with_true_vocabulary
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.plausibility import layout_warning
@@ -120,6 +121,7 @@ def convert(
         opened = stack.enter_context(open_checkpoint(source, read))
         state = opened if write.dtype is None else opened.in_dtype(DTYPES[write.dtype])
         if to.startswith("megatron"):
+            check_plain(state)
             check_division(state.config, write.tensor, write.pipeline, write.virtual_stages)
         size = sum(tensor.nbytes for tensor in (*state.values(), *state.optimizer.values()))
         warnings = [*state.facts.assumptions, *_notes(state, to, write, target)]
@@ -148,6 +150,8 @@ def _notes(state: CanonicalState, to: str, write: WriteOptions, target: Destinat
         yield "native checkpoints fit every layout: --tensor, --pipeline and --virtual-stages change nothing"
     if state.optimizer and to != "native":
         yield "the optimizer's state was left out: only native checkpoints keep it"
+    if state.head is not None and to.startswith("megatron"):
+        yield "Megatron's checkpoints name no classes and no task: they were left out"
     if len({tensor.dtype for tensor in state.values()}) > 1:
         yield "the source mixes number formats: give --dtype to write one"
 

@@ -29,6 +29,7 @@ from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError, brief
+from parallel.manifest import Manifest
 from parallel.stored.distributed_files import LARGE, METADATA, BlockedTensor, files_of, read_block, read_metadata
 from parallel.stored.pickles import PLAIN
 
@@ -38,8 +39,8 @@ _DATA = "__0_0.distcp"
 # ---------------------------------------------------------------- reading
 
 
-def read_distributed(tree: FileTree) -> dict[str, StateTensor]:
-    """The tensors of a directory, unread.
+def read_distributed(tree: FileTree, manifest: Manifest | None) -> dict[str, StateTensor]:
+    """The tensors of a directory, unread; they are compared with the checksums of a manifest as they are read.
 
     Raises:
         UserError: the metadata is damaged, asks to load something else than data, or speaks of files or blocks that are
@@ -60,14 +61,18 @@ def read_distributed(tree: FileTree) -> dict[str, StateTensor]:
             if not 0 <= block.start <= lengths[block.file] - block.length:
                 tree[block.file].part(block.start, block.length)  # says how it is damaged
     return {
-        name: StateTensor(tensor.shape, tensor.dtype, partial(_assemble, tree, tensor), f"{tree.label}: {brief(name)}")
+        name: StateTensor(
+            tensor.shape, tensor.dtype, partial(_assemble, tree, tensor, manifest), f"{tree.label}: {brief(name)}"
+        )
         for name, tensor in tensors.items()
     }
 
 
-def _assemble(tree: FileTree, tensor: BlockedTensor) -> Tensor:
+def _assemble(tree: FileTree, tensor: BlockedTensor, manifest: Manifest | None) -> Tensor:
     whole: Tensor | None = None
     for block in tensor.blocks:
+        if manifest is not None:
+            manifest.check_range(block.file, block.start, block.length)
         place = tree[block.file].part(block.start, block.length)
         values = read_block(place, tensor, block, (0,) * len(block.sizes), block.sizes)
         if block.sizes == tensor.shape:

@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints of MegatronBert: config.json and safetensors, or a pytorch_model.bin."""
+"""Hugging Face checkpoints of MegatronBert, Bert, RoBERTa and I-BERT: config.json, safetensors or pytorch_model.bin."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,40 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.convert.families import CLASS_ENDINGS, MEGATRON, MODEL_TYPES, ROBERTA, Family, family_of
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.huggingface_names import fuse, our_name, projection_of, separate, their_names
+from megatron_bert.convert.huggingface_names import fuse, projection_of, separate
 from megatron_bert.convert.json_files import fraction, integer, read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
+from megatron_bert.convert.ranges import RANGES_NAME, parse_ranges, their_buffers
 from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
 from megatron_bert.convert.state import (
     QUERY_KEY_VALUE,
-    TASK_HEADS,
+    VOCABULARY_BIAS,
     VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
     SourceFacts,
     StateTensor,
+    head_of,
 )
 from megatron_bert.model.activations import GELU_SYNONYMS
-from megatron_bert.model.configuration import MODEL_TYPE, MegatronBertConfig
+from megatron_bert.model.configuration import CONFIG_NAME, MODEL_TYPE, MegatronBertConfig
+from megatron_bert.model.finetuning import HeadKind
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.torch_files import load_torch_file
+from parallel.whole_files import write_json, write_text
 
-CONFIG_NAME = "config.json"
 #: Where weights are looked for, the safer kind first.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-#: File of a quantized model's ranges.
-_RANGES = "quantization.json"
-#: Copies of other tensors, and buffers.
-_COPIES = {
-    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "masked_head.bias",
-}
-_BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
+#: File beside a model that was fine-tuned here, which says for what.
+TASK_NAME = "task.json"
 
 
 class HuggingFace:
@@ -51,7 +49,7 @@ class HuggingFace:
 
     name = "huggingface"
     entries = (
-        r"config\.json|(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+        r"config\.json|task\.json|quantization\.json|(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
         r"|(?:model\.safetensors|pytorch_model\.bin)\.index\.json"
     )
 
@@ -60,71 +58,81 @@ class HuggingFace:
         return CONFIG_NAME in tree and any(name in tree for name in WEIGHTS)
 
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
-        """Open the weights of any MegatronBert class."""
+        """Open the weights of any class of a family that is known."""
         del stack
         settings, label = read_json(tree[CONFIG_NAME]), f"{tree.label}/{CONFIG_NAME}"
         stored, variant = open_weights(tree)
-        stored = {key if key.startswith(("bert.", "cls.")) else _prefixed(key): t for key, t in stored.items()}
-        assumed = _check_kind(settings, label, stored)
-        _check_architecture(tree.label, stored)
-        config, words, assumptions = _config(settings, label, stored, options)
-        assumptions = assumed + assumptions
+        family, assumed = _family(settings, label, stored)
+        _check_architecture(tree.label, family, stored)
+        table = _embeddings(tree.label, family, stored)
+        named = {family.names.ours(key) or key: tensor for key, tensor in stored.items()}
+        head = _head(settings, named, family)
+        config, words, assumptions = _config(settings, label, family, table.shape[0], named, options)
         warnings: list[str] = []
-        tensors = _canonical(tree.label, stored, config, warnings)
-        if _RANGES in tree:
-            warnings.append(
-                f"{tree.label} is a quantized model: its {_RANGES} was left out, and what remains computes in floating "
-                "point (`megatron-bert export --to integer` keeps its integers)"
-            )
+        tensors = _canonical(tree.label, stored, family, config)
         for name in VOCABULARY_TENSORS & tensors.keys():
             tensors[name] = trimmed(tensors[name], config.vocab_size)
+        ranges = None
+        if RANGES_NAME in tree:
+            ranges = parse_ranges(bytes(tree[RANGES_NAME].read(0, tree[RANGES_NAME].length)), tree[RANGES_NAME].label)
+        elif count := sum(family.names.is_range(key) for key in stored):
+            warnings.append(
+                f"{count} buffers of transformers' quantized layers were left out: quantize the model again"
+            )
         facts = SourceFacts(
             format=self.name,
             variant=variant,
             files=len({tensor.origin.rpartition(":")[0] for tensor in stored.values()}),
             true_vocab_size=words,
-            stored_rows=stored["bert." + WORD_EMBEDDINGS].shape[0],
-            assumptions=tuple(assumptions),
+            stored_rows=table.shape[0],
+            assumptions=(*assumed, *assumptions),
+            architecture=_architecture(settings),
         )
-        return CanonicalState(config=config, facts=facts, tensors=tensors, warnings=warnings)
+        task = read_json(tree[TASK_NAME]) if TASK_NAME in tree else None
+        return CanonicalState(
+            config=config, facts=facts, tensors=tensors, head=head, ranges=ranges, task=task, warnings=warnings
+        )
 
     def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
-        """Write config.json and safetensors for transformers' MegatronBert classes."""
+        """Write config.json and safetensors for transformers' classes, and what is known of the task and the ranges."""
         if options.tensor * options.pipeline * options.virtual_stages > 1:
             raise UserError("--tensor, --pipeline and --virtual-stages divide Megatron's files: huggingface has none")
         if options.checkpoint_version is not None:
             raise UserError("--checkpoint-version is Megatron's: leave it out when converting --to huggingface")
-        config = _their_config(state)
-        (target / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(target / CONFIG_NAME, _their_config(state))
         _write_weights(state, target, options.max_shard_bytes, progress)
+        if state.ranges is not None:
+            write_text(target / RANGES_NAME, state.ranges.as_json())
+        if state.task is not None:
+            write_json(target / TASK_NAME, state.task)
 
 
-def _prefixed(key: str) -> str:
-    """Keys of the bare encoder class, as those of the others."""
-    return f"bert.{key}" if key.split(".")[0] in ("embeddings", "encoder", "pooler") else key
+def settings_alone(tree: FileTree) -> CanonicalState:
+    """What a directory without weights says of its model: its configuration, head and task.
+
+    Raises:
+        UserError: there is no config.json, or it is damaged or of another kind of model.
+    """
+    if CONFIG_NAME not in tree:
+        raise UserError(f"{tree.label} holds no {CONFIG_NAME}: copy all files of the model")
+    settings, label = read_json(tree[CONFIG_NAME]), f"{tree.label}/{CONFIG_NAME}"
+    family, _ = _family(settings, label, {})
+    rows = integer(settings, "vocab_size", label)
+    config, words, _ = _config(settings, label, family, rows, {}, ReadOptions())
+    facts = SourceFacts(
+        format=HuggingFace.name,
+        variant="settings alone",
+        files=0,
+        true_vocab_size=words,
+        stored_rows=rows,
+        architecture=_architecture(settings),
+    )
+    task = read_json(tree[TASK_NAME]) if TASK_NAME in tree else None
+    head = _head(settings, {}, family)
+    return CanonicalState(config=config, facts=facts, tensors={}, head=head, task=task, label=tree.label)
 
 
-def _check_kind(settings: dict[str, Any], label: str, stored: dict[str, StateTensor]) -> list[str]:
-    """Check that the settings are of an encoder of this kind; what had to be assumed for it."""
-    kind, assumed = settings.get("model_type"), []
-    if kind is None and any(".attention.ln." in key for key in stored):
-        kind = MODEL_TYPE
-        assumed.append(f"{label} gives no model_type: {MODEL_TYPE} was taken, for the norms that its weights have")
-    if kind == MODEL_TYPE:
-        if settings.get("position_embedding_type") not in (None, "absolute"):
-            raise UserError(f"{label} has relative position embeddings: only absolute ones can be converted")
-        if settings.get("is_decoder") or settings.get("add_cross_attention"):
-            raise UserError(f"{label} is of a decoder: only encoders can be converted")
-        return assumed
-    if kind in ("bert", "roberta", "xlm-roberta", "electra", "ibert"):
-        serves = kind in ("roberta", "xlm-roberta", "ibert")
-        also = " (finetune and quantize take this one as it is)" if serves else ""
-        raise UserError(
-            f"{label} is of a {kind} model, which normalises after each sum (post-layer-norm); Megatron's normalises "
-            f"before each layer, so its weights would compute something else: use a megatron-bert model{also}"
-        )
-    given = "gives no model_type" if kind is None else f"has model_type {brief(kind)!r}"
-    raise UserError(f"{label} {given}: expected {MODEL_TYPE}")
+# ---------------------------------------------------------------- weights
 
 
 def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
@@ -160,22 +168,77 @@ def _open_file(tree: FileTree, name: str) -> dict[str, StateTensor]:
     }
 
 
-def _check_architecture(label: str, stored: dict[str, StateTensor]) -> None:
-    if any(key.startswith("bert.embeddings.LayerNorm") or ".output.LayerNorm." in key for key in stored):
+# ---------------------------------------------------------------- what kind of model it is
+
+
+def _family(settings: dict[str, Any], label: str, stored: Mapping[str, StateTensor]) -> tuple[Family, list[str]]:
+    """The family that the settings name, where it is an encoder of a kind that is read; and what was assumed for it."""
+    kind, assumed = settings.get("model_type"), []
+    if kind is None and any(".attention.ln." in key for key in stored):
+        kind = MODEL_TYPE
+        assumed.append(f"{label} gives no model_type: {MODEL_TYPE} was taken, for the norms that its weights have")
+    if kind not in MODEL_TYPES:
+        given = "gives no model_type" if kind is None else f"has model_type {brief(kind)!r}"
         raise UserError(
-            f"{label} holds norms behind the embeddings or layers: it is a post-layer-norm BERT, which Megatron's "
-            "pre-layer-norm model cannot compute; use a megatron-bert model"
+            f"{label} {given}: expected {MODEL_TYPE}, {', '.join(sorted(MODEL_TYPES.keys() - {MODEL_TYPE}))}"
+        )
+    if settings.get("position_embedding_type") not in (None, "absolute"):
+        raise UserError(
+            f"{label} has relative position embeddings (position_embedding_type "
+            f"{brief(settings['position_embedding_type'])}): only absolute ones can be read"
+        )
+    for name in ("is_decoder", "add_cross_attention"):
+        if settings.get(name):
+            raise UserError(f"{label} is of a decoder ({name}): only encoders can be read")
+    if settings.get("pruned_heads"):
+        raise UserError(f"{label} says that attention heads were pruned: only whole models can be read")
+    return MODEL_TYPES[kind], assumed
+
+
+def _check_architecture(label: str, family: Family, stored: Mapping[str, StateTensor]) -> None:
+    if family is MEGATRON and any(
+        key.startswith("bert.embeddings.LayerNorm") or ".output.LayerNorm." in key for key in stored
+    ):
+        raise UserError(
+            f"{label} holds norms behind the embeddings or layers: it is a post-layer-norm BERT, but its settings say "
+            f"{MODEL_TYPE}, which normalises before each layer: settings and weights are of two models"
         )
     if any("crossattention" in key for key in stored):
-        raise UserError(f"{label} holds cross-attention: only encoders can be converted")
-    if "bert." + WORD_EMBEDDINGS not in stored:
-        raise UserError(f"{label} holds no bert.embeddings.word_embeddings.weight: it is no whole MegatronBert model")
+        raise UserError(f"{label} holds cross-attention: only encoders can be read")
+
+
+def _embeddings(label: str, family: Family, stored: Mapping[str, StateTensor]) -> StateTensor:
+    for key, tensor in stored.items():
+        if family.names.ours(key) == WORD_EMBEDDINGS and len(tensor.shape) == 2:
+            return tensor
+    raise UserError(
+        f"{label} holds no {family.names.theirs(WORD_EMBEDDINGS)[0]}: it is no whole {family.classes} model"
+    )
+
+
+def _head(settings: dict[str, Any], names: Mapping[str, StateTensor], family: Family) -> HeadKind | None:
+    """The kind of head that the class has which the settings name, or else the weights."""
+    if (named := _architecture(settings)) is not None:
+        return next((kind for kind, ending in CLASS_ENDINGS.items() if named.endswith(ending)), None)
+    return head_of(names, like_roberta=family is ROBERTA)
+
+
+def _architecture(settings: dict[str, Any]) -> str | None:
+    named = settings.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else None
+
+
+# ---------------------------------------------------------------- settings
 
 
 def _config(
-    settings: dict[str, Any], label: str, stored: dict[str, StateTensor], options: ReadOptions
+    settings: dict[str, Any],
+    label: str,
+    family: Family,
+    rows: int,
+    named: Mapping[str, StateTensor],
+    options: ReadOptions,
 ) -> tuple[MegatronBertConfig, int | None, list[str]]:
-    rows = stored["bert." + WORD_EMBEDDINGS].shape[0]
     if integer(settings, "vocab_size", label) != rows:
         raise UserError(
             f"{label} says vocab_size {settings['vocab_size']}, but there are {rows} rows of word embeddings: "
@@ -184,15 +247,15 @@ def _config(
     words = true_vocab_size(label, rows, None, options)
     eps = options.layer_norm_eps or fraction(settings, "layer_norm_eps", label, 1e-12)
     assumptions = []
-    if eps == 1e-12:
+    if eps == 1e-12 and family is MEGATRON:
         assumptions.append(
             "the stored layer_norm_eps 1e-12 is the default of transformers, whose converter never set Megatron's "
             "1e-5: give --layer-norm-eps 1e-5 if the model was trained by Megatron"
         )
     activation = GELU_NAMES[options.gelu] if options.gelu else settings.get("hidden_act", "gelu")
     activation = brief(activation, 40)
-    pad = settings.get("pad_token_id", 0)
-    config = MegatronBertConfig(
+    defaults = family.config()
+    config = family.config(
         vocab_size=words or rows,
         hidden_size=integer(settings, "hidden_size", label),
         num_hidden_layers=integer(settings, "num_hidden_layers", label),
@@ -205,35 +268,107 @@ def _config(
         type_vocab_size=integer(settings, "type_vocab_size", label, 2),
         initializer_range=fraction(settings, "initializer_range", label, 0.02),
         layer_norm_eps=eps,
-        pad_token_id=pad if pad is None or (type(pad) is int and 0 <= pad < (words or rows)) else 0,
-        binary_head="cls.seq_relationship.weight" in stored,
+        pad_token_id=_token(settings, "pad_token_id", words or rows, defaults),
+        bos_token_id=_token(settings, "bos_token_id", words or rows, defaults),
+        eos_token_id=_token(settings, "eos_token_id", words or rows, defaults),
+        binary_head="pair_head.classifier.weight" in named,
+        **_classes(settings, label, named),
     )
     return config, words, assumptions
 
 
+def _token(settings: dict[str, Any], key: str, words: int, defaults: MegatronBertConfig) -> Any:
+    usual = getattr(defaults, key)
+    value = settings.get(key, usual)
+    return value if value is None or (type(value) is int and 0 <= value < words) else usual
+
+
+def _classes(settings: dict[str, Any], label: str, named: Mapping[str, StateTensor]) -> dict[str, Any]:
+    """What the settings say of the head of a task; the number of classes by the weights where they do not."""
+    found: dict[str, Any] = {"problem_type": settings.get("problem_type")}
+    if settings.get("classifier_dropout") is not None:
+        found["classifier_dropout"] = fraction(settings, "classifier_dropout", label, 0.0)
+    by_number, by_name = settings.get("id2label"), settings.get("label2id")
+    if by_number or by_name:
+        try:
+            found["id2label"] = {int(number): str(name) for number, name in (by_number or {}).items()} or None
+            found["label2id"] = {str(name): int(number) for name, number in (by_name or {}).items()} or None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"id2label in {label} is damaged ({error}): copy the model again") from None
+    else:
+        outputs = [named[name] for name in ("classifier.out_proj.bias", "classifier.bias") if name in named]
+        if outputs and len(outputs[0].shape) == 1 and outputs[0].shape[0]:
+            found["num_labels"] = outputs[0].shape[0]
+    return found
+
+
+def _their_config(state: CanonicalState) -> dict[str, Any]:
+    config, family = state.config, family_of(state.config)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    classes: dict[str, Any] = {}
+    if state.head is not None:
+        classes = {
+            "id2label": {str(number): name for number, name in (config.id2label or {}).items()},
+            "label2id": config.label2id,
+            "problem_type": config.problem_type,
+            "classifier_dropout": config.classifier_dropout,
+        }
+    quantized = {}
+    if family is ROBERTA and state.ranges is not None:
+        quantized = {"quant_mode": True, "force_dequant": state.ranges.settings.get("force_dequant", "none")}
+    fields = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
+        *("initializer_range", "layer_norm_eps", "pad_token_id"),
+    )
+    return {
+        "architectures": [family.classes + _class_ending(state)],
+        "model_type": config.model_type,
+        **{name: getattr(config, name) for name in fields},
+        **{name: value for name in ("bos_token_id", "eos_token_id") if (value := getattr(config, name)) is not None},
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+        **classes,
+        **quantized,
+        **({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {}),
+    }
+
+
+def _class_ending(state: CanonicalState) -> str:
+    """What the name of the class ends in that has just these weights."""
+    if state.head is not None:
+        return CLASS_ENDINGS[state.head]
+    if state.has_masked_head:
+        return "ForPreTraining" if state.has_pair_head else "ForMaskedLM"
+    return "ForNextSentencePrediction" if state.has_pair_head else "Model"
+
+
+# ---------------------------------------------------------------- tensors
+
+
 def _canonical(
-    label: str, stored: dict[str, StateTensor], config: MegatronBertConfig, warnings: list[str]
+    label: str, stored: Mapping[str, StateTensor], family: Family, config: MegatronBertConfig
 ) -> dict[str, StateTensor]:
     tensors: dict[str, StateTensor] = {}
     projections: dict[str, dict[int, StateTensor]] = {}
     for key, tensor in stored.items():
-        if key in _BUFFERS or key in _COPIES:
+        if family.names.is_buffer(key) or key in family.names.copies:
             continue
-        if key.startswith(TASK_HEADS):
-            warnings.append(f"{key} was left out: it is no part of a pretraining model")
-            continue
-        name = our_name(key)
+        name = family.names.ours(key)
         if name is None:
-            raise UserError(f"{label} holds {brief(key)}, which no MegatronBert class has: wrong file?")
+            raise UserError(f"{label} holds {brief(key)}, which no {family.classes} class has: wrong file?")
         if QUERY_KEY_VALUE in name:
             projections.setdefault(name, {})[projection_of(key)] = tensor
         else:
             tensors[name] = tensor
     for name, parts in projections.items():
         tensors[name] = _fused(label, name, parts, config)
-    for key, name in _COPIES.items():
-        if key in stored and name in tensors:
-            tensors[name] = _checked_copy(tensors[name], stored[key])
+    for key, name in family.names.copies.items():
+        if key in stored and name not in tensors and name == VOCABULARY_BIAS:
+            tensors[name] = stored[key]
+        elif key in stored and VOCABULARY_BIAS in tensors:
+            # With the head and not with the table, which serves without it too.
+            tensors[VOCABULARY_BIAS] = _checked_copy(tensors[VOCABULARY_BIAS], tensors[name], stored[key])
     return tensors
 
 
@@ -243,10 +378,14 @@ def _fused(label: str, name: str, parts: dict[int, StateTensor], config: Megatro
     query, key, value = (parts[index] for index in range(3))
     expected = (config.hidden_size, config.hidden_size)[: 2 if name.endswith("weight") else 1]
     for part in (query, key, value):
-        if part.shape != expected or part.dtype != query.dtype:
+        if part.shape != expected:
             raise UserError(
-                f"{part.origin} is {list(part.shape)} {part.dtype}, expected {list(expected)} {query.dtype}: "
+                f"{part.origin} has shape {list(part.shape)}, but the sizes of the model make it {list(expected)}: "
                 "settings and weights are of two models"
+            )
+        if part.dtype != query.dtype:
+            raise UserError(
+                f"{part.origin} holds {part.dtype} values, but {query.origin} {query.dtype}: they are of two models"
             )
 
     def load() -> Tensor:
@@ -255,76 +394,53 @@ def _fused(label: str, name: str, parts: dict[int, StateTensor], config: Megatro
     return StateTensor((3 * expected[0], *expected[1:]), query.dtype, load, query.origin)
 
 
-def _checked_copy(tensor: StateTensor, copy: StateTensor) -> StateTensor:
+def _checked_copy(tensor: StateTensor, original: StateTensor, copy: StateTensor) -> StateTensor:
     def check(values: Tensor) -> Tensor:
-        if not values.equal(copy.load()):
+        if not original.load().equal(copy.load()):
             raise UserError(
-                f"{copy.origin} differs from {tensor.origin}, whose copy it should be: a model whose output matrix is "
-                "not tied cannot be converted"
+                f"{copy.origin} differs from {original.origin}, whose copy it should be: a masked-language head whose "
+                "output matrix is not tied cannot be taken over"
             )
         return values
 
     return tensor.mapped(check)
 
 
-def _their_config(state: CanonicalState) -> dict[str, Any]:
-    config = state.config
-    if state.has_masked_head:
-        architecture = "MegatronBertForPreTraining" if state.has_pair_head else "MegatronBertForMaskedLM"
-    else:
-        architecture = "MegatronBertModel"
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
-    return {
-        "architectures": [architecture],
-        "model_type": MODEL_TYPE,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": config.hidden_act,
-        "hidden_dropout_prob": config.hidden_dropout_prob,
-        "attention_probs_dropout_prob": config.attention_probs_dropout_prob,
-        "max_position_embeddings": config.max_position_embeddings,
-        "type_vocab_size": config.type_vocab_size,
-        "initializer_range": config.initializer_range,
-        "layer_norm_eps": config.layer_norm_eps,
-        "pad_token_id": config.pad_token_id,
-        "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
-        **({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {}),
-    }
-
-
 def _write_weights(state: CanonicalState, target: Path, limit: int, progress: Progress) -> None:
     """One safetensors file, or several with an index."""
-    # A class without a masked-language head is the bare encoder, whose names have no `bert.` in front.
-    cut = "" if state.has_masked_head else "bert."
+    names = family_of(state.config).names
+    cut = f"{names.prefix}." if _class_ending(state) == "Model" else ""
     shards: list[dict[str, tuple[str, ...]]] = [{}]
     size = 0
     for name, tensor in state.items():
         if shards[-1] and size + tensor.nbytes > limit:
             shards.append({})
             size = 0
-        shards[-1][name] = tuple(theirs.removeprefix(cut) for theirs in their_names(name))
+        shards[-1][name] = tuple(theirs.removeprefix(cut) for theirs in names.theirs(name))
         size += tensor.nbytes
+    buffers: dict[str, Tensor] = {}
+    if family_of(state.config) is ROBERTA and state.ranges is not None:
+        found = their_buffers(state.ranges.limits)
+        buffers = {f"{names.prefix}.{key}".removeprefix(cut): values for key, values in found.items()}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, names in shard.items():
+        for name, keys in shard.items():
             shape = state[name].shape
-            part = (shape[0] // len(names), *shape[1:])
-            layout |= dict.fromkeys(names, (part, state[name].dtype))
+            layout |= dict.fromkeys(keys, ((shape[0] // len(keys), *shape[1:]), state[name].dtype))
+        beside = buffers if number == len(shards) else {}
+        layout |= {key: (tuple(values.shape), values.dtype) for key, values in beside.items()}
         with SafetensorsWriter(target / file, layout) as writer:
-            for name, names in shard.items():
+            for name, keys in shard.items():
                 parts = separate(name, state[name].load(), state.config.num_attention_heads)
-                for theirs, part_values in zip(names, parts):
+                for theirs, part_values in zip(keys, parts):
                     writer.write(theirs, part_values)
                 progress.advance(state[name].nbytes)
+            for key, values in beside.items():
+                writer.write(key, values)
         weight_map |= dict.fromkeys(layout, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (target / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_json(target / "model.safetensors.index.json", index)

@@ -11,6 +11,9 @@ from megatron_bert.convert.state import CanonicalState
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 
 _ORDERS = {0.0: "[3, heads, head_dim]", 1.0: "[heads, head_dim, 3]", 2.0: "[heads, 3, head_dim]"}
+_KINDS = {"sequence": "sequences", "choice": "choices", "token": "tokens", "span": "answers in a text"}
+#: Most names of classes that are shown.
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
         ("format", facts.format),
         ("variant", facts.variant),
         ("layout", _layout(state)),
+        ("model type", config.model_type),
         ("layers", str(config.num_hidden_layers)),
         ("hidden size", str(config.hidden_size)),
         ("attention heads", f"{config.num_attention_heads} of {config.head_dim}"),
@@ -76,6 +80,11 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
         rows.insert(2, ("checkpoint version", f"{version:g}, query, key and value rows {order}"))
     if facts.iteration is not None:
         rows.append(("step", str(facts.iteration)))
+    if state.ranges is not None:
+        bits = [state.ranges.settings.get(f"{what}_bits") for what in ("weight", "activation")]
+        rows.append(
+            ("quantization", f"weights {bits[0]} bits, activations {bits[1]} bits, {len(state.ranges.limits)} ranges")
+        )
     if state.optimizer:
         rows.append(("optimizer", f"{len(state.optimizer)} tensors"))
     return Inspection(source, tuple(rows), (*facts.assumptions, *dict.fromkeys(state.warnings)))
@@ -114,4 +123,13 @@ def _heads(state: CanonicalState) -> str:
         )
         if there
     ]
+    if state.head is not None:
+        parts.append(f"{_KINDS[state.head]}{_classes(state)}")
     return ", ".join(parts) or "none"
+
+
+def _classes(state: CanonicalState) -> str:
+    names = list((state.config.id2label or {}).values())
+    if state.head not in ("sequence", "token"):
+        return ""
+    return f" ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"

@@ -75,6 +75,7 @@ def encoder_config(
         attention_probs_dropout_prob=_fraction(args, "attention_dropout", 0.1),
         initializer_range=_fraction(args, "init_method_std", 0.02),
         binary_head="pair_head.classifier.weight" in shapes,
+        num_labels=max(1, shapes["classifier.bias"][0]) if shapes.get("classifier.bias") else 0,
     )
     return config, words, assumptions
 

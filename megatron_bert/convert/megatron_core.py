@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.megatron_shards import first_keys, flat_tensors, locate, open_shards
-from megatron_bert.convert.megatron_state import SKIPPED, TIED, read_state
-from megatron_bert.convert.megatron_writer import MEGATRON_ENTRIES, MegatronNames, write_megatron
+from megatron_bert.convert.megatron_state import TASK_HEAD, TIED, read_state
+from megatron_bert.convert.megatron_writer import MEGATRON_ENTRIES, MegatronNames, task_head, write_megatron
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState
@@ -50,8 +50,8 @@ def canonical_name(key: str) -> str | None:
         return TIED
     if key == "output_layer.bias":
         return "masked_head.bias"
-    if re.fullmatch(r"(?:classification|multichoice)_head\.(?:weight|bias)", key):
-        return SKIPPED
+    if (head := TASK_HEAD.fullmatch(key)) is not None:
+        return f"classifier.{head[1]}"
     if (layer := _LAYER.fullmatch(key)) is not None:
         _, part, fused, kind = layer.groups()
         ours = next((n for n, t in _FUSED.items() if t == part), None) if fused else _LAYER_NAMES.get(part)
@@ -61,13 +61,15 @@ def canonical_name(key: str) -> str | None:
 
 
 class _Names(MegatronNames):
-    def __init__(self, *, fused: bool) -> None:
-        self._fused = fused
+    def __init__(self, *, fused: bool, task_head: str) -> None:
+        self._fused, self._task_head = fused, task_head
 
     def path(self, name: str) -> tuple[str, ...]:
         if name == "masked_head.bias":
             return ("output_layer.bias",)
         owner, _, kind = name.rpartition(".")
+        if owner == "classifier":
+            return (f"{self._task_head}.{kind}",)
         if not owner.startswith("encoder.layers."):
             return (f"{_THEIR_NAMES[owner]}.{kind}",)
         _, _, number, part = owner.split(".", 3)
@@ -105,4 +107,5 @@ class MegatronCore:
                 f"--checkpoint-version {options.checkpoint_version} cannot be written for megatron-core, which has one "
                 "order of rows only (3.0): leave it out, or convert --to megatron"
             )
-        write_megatron(state, target, options, _Names(fused=options.norms == "fused"), 3.0, progress)
+        names = _Names(fused=options.norms == "fused", task_head=task_head(state))
+        write_megatron(state, target, options, names, 3.0, progress)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.megatron_shards import first_keys, flat_tensors, locate, open_shards
-from megatron_bert.convert.megatron_state import SKIPPED, TIED, read_state
-from megatron_bert.convert.megatron_writer import MEGATRON_ENTRIES, MegatronNames, write_megatron
+from megatron_bert.convert.megatron_state import TASK_HEAD, TIED, read_state
+from megatron_bert.convert.megatron_writer import MEGATRON_ENTRIES, MegatronNames, task_head, write_megatron
 from megatron_bert.convert.nemo import NEMO_SETTINGS
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.query_key_value import check_version
-from megatron_bert.convert.state import CanonicalState
+from megatron_bert.convert.state import TASK_HEADS, CanonicalState
 from parallel.errors import UserError
 
 _EMBEDDINGS = {
@@ -48,7 +48,6 @@ _HEADS = {
 _PREFIX = re.compile(r"(?:(?:model|module)\.)*(?:language_model\.)?")
 _LAYER = re.compile(r"(?:(?:transformer|encoder)\.)?layers\.(\d{1,6})\.(.+)\.(weight|bias)")
 _TABLE = re.compile(r"(?:embedding\.)?(word|position|tokentype)_embeddings\.weight")
-_TASK_HEADS = re.compile(r"(?:classification_head|multichoice_head)\.(?:weight|bias)")
 
 
 def canonical_name(key: str) -> str | None:
@@ -64,8 +63,8 @@ def canonical_name(key: str) -> str | None:
         return TIED
     if key == "lm_head.bias":
         return "masked_head.bias"
-    if _TASK_HEADS.fullmatch(key):
-        return SKIPPED
+    if (head := TASK_HEAD.fullmatch(key)) is not None:
+        return f"classifier.{head[1]}"
     owner, _, kind = key.removeprefix("transformer.").removeprefix("encoder.").rpartition(".")
     owner = {"final_norm": "final_layernorm", "lm_head.norm": "lm_head.layernorm"}.get(owner, owner)
     return f"{_HEADS[owner]}.{kind}" if owner in _HEADS and kind in ("weight", "bias") else None
@@ -74,7 +73,8 @@ def canonical_name(key: str) -> str | None:
 class _Names(MegatronNames):
     """Names of the first generation, or of the second, for checkpoints of version 3.0."""
 
-    def __init__(self, version: float) -> None:
+    def __init__(self, version: float, task_head: str) -> None:
+        self._task_head = task_head
         modern = version == 3.0
         self._stack = "encoder" if modern else "transformer"
         self._attention = "self_attention" if modern else "attention"
@@ -86,6 +86,8 @@ class _Names(MegatronNames):
             return "language_model", "embedding", table, kind
         if name == "masked_head.bias":
             return "lm_head", "bias"
+        if owner == "classifier":
+            return self._task_head, kind
         if owner.startswith("encoder.layers."):
             _, _, number, part = owner.split(".", 3)
             theirs = _LAYER_PARTS[part].replace("attention.", self._attention + ".", 1)
@@ -111,7 +113,7 @@ class MegatronLegacy:
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds shards with the names of Megatron's classic model code."""
-        return any(canonical_name(key) not in (None, SKIPPED) for key in first_keys(tree))
+        return any((name := canonical_name(key)) and not name.startswith(TASK_HEADS) for key in first_keys(tree))
 
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open a checkpoint of any generation, version and division."""
@@ -130,7 +132,7 @@ class MegatronLegacy:
         """Write a release directory, divided as asked."""
         version = 3.0 if options.checkpoint_version is None else options.checkpoint_version
         check_version(version, "--checkpoint-version")
-        write_megatron(state, target, options, _Names(version), version, progress)
+        write_megatron(state, target, options, _Names(version, task_head(state)), version, progress)
 
 
 def _generation(keys: Iterable[str]) -> str:

@@ -24,13 +24,15 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
 )
+from megatron_bert.model.finetuning import HeadKind
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 
 #: What a renaming returns for the output matrix, a copy of the word embeddings.
 TIED = "tied"
-#: What it returns for tensors that are left out, with a warning: heads of fine-tuning tasks.
-SKIPPED = "skipped"
+#: Megatron's heads of fine-tuning tasks, alike but for their names.
+CLASSES, CHOICES = "classification_head", "multichoice_head"
+TASK_HEAD = re.compile(rf"(?:{CLASSES}|{CHOICES})\.(weight|bias)")
 _LAYER = re.compile(r"encoder\.layers\.(\d{1,6})\.(.+)")
 
 #: From a source's name (layers numbered from the bottom of the piece) to the canonical one; None if it is unknown.
@@ -54,7 +56,7 @@ def read_state(
         UserError: parts are missing or do not fit.
     """
     warnings: list[str] = []
-    parts = _collect(checkpoint, rename, warnings)
+    parts = _collect(checkpoint, rename)
     if WORD_EMBEDDINGS not in parts:
         raise UserError(f"{checkpoint.first.label} holds no word embeddings: it is no BERT model of Megatron")
     _check_objective(checkpoint, parts)
@@ -93,7 +95,10 @@ def read_state(
         stored_rows=shapes[WORD_EMBEDDINGS][0],
         assumptions=tuple(assumptions),
     )
-    return CanonicalState(config=config, facts=facts, tensors=tensors, warnings=warnings)
+    head: HeadKind | None = None
+    if "classifier.weight" in parts:
+        head = "choice" if CHOICES in parts["classifier.weight"][0].origin else "sequence"
+    return CanonicalState(config=config, facts=facts, tensors=tensors, head=head, warnings=warnings)
 
 
 def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[_Part]]) -> None:
@@ -111,7 +116,7 @@ def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[_Part]]) -> N
         )
 
 
-def _collect(checkpoint: Checkpoint, rename: Renaming, warnings: list[str]) -> dict[str, list[_Part]]:
+def _collect(checkpoint: Checkpoint, rename: Renaming) -> dict[str, list[_Part]]:
     """Canonical name -> parts by tensor rank, layers numbered from the bottom of the whole stack."""
     parts: dict[str, list[_Part]] = {}
     first_layer = 0
@@ -126,9 +131,6 @@ def _collect(checkpoint: Checkpoint, rename: Renaming, warnings: list[str]) -> d
                     raise UserError(
                         f"{shard.label} holds {brief(key)}, which no BERT model of Megatron has: wrong file?"
                     )
-                if name == SKIPPED:
-                    warnings.append(f"{key} in {shard.label} was left out: it is no part of a pretraining model")
-                    continue
                 match = _LAYER.fullmatch(name)
                 if match is not None:
                     layers.add(int(match[1]))

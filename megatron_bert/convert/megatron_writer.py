@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_bert.convert import divisions
 from megatron_bert.convert.megatron_shards import TRACKER
+from megatron_bert.convert.megatron_state import CHOICES, CLASSES
 from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
@@ -44,21 +45,11 @@ def write_megatron(
     """Write ``release/mp_rank_*/model_optim_rng.pt`` and the tracker file into a folder.
 
     Raises:
-        UserError: the model does not divide so, lacks the masked-language head that Megatron's BERT has, or has another
-            activation than GELU.
+        UserError: the model does not divide so, or is none that Megatron has; see :func:`check_plain`.
     """
     config, tensor, pipeline = state.config, options.tensor, options.pipeline
     divisions.check_division(config, tensor, pipeline, options.virtual_stages)
-    if not state.has_masked_head:
-        raise UserError(
-            "the source holds an encoder without a masked-language head, which Megatron's checkpoints need: "
-            "convert it to huggingface or native"
-        )
-    if config.hidden_act not in GELU_APPROXIMATIONS:
-        raise UserError(
-            f"the source has hidden_act {config.hidden_act}, but Megatron's BERT computes GELU and its checkpoints "
-            "name no other: convert it to huggingface or native"
-        )
+    check_plain(state)
     rows = divisions.padded_rows(config.vocab_size, tensor)
     args = megatron_args(state, options, rows)
     stages = divisions.stage_layers(config.num_hidden_layers, pipeline, options.virtual_stages)
@@ -80,6 +71,42 @@ def write_megatron(
             for name in (name for chunk in entries for name in chunk):
                 _write_parts(state, name, writers, version, rows, progress)
     (target / TRACKER).write_text("release", encoding="ascii")
+
+
+def check_plain(state: CanonicalState) -> None:
+    """Refuse a model that Megatron's BERT is not, before anything is written.
+
+    Raises:
+        UserError: its norms come after the sums, it has no head that Megatron has or one that it has not, is quantized,
+            or has another activation than GELU.
+    """
+    remedy = "convert it to huggingface or native"
+    if state.config.layer_norm_placement != "pre":
+        raise UserError(
+            f"the source is of a {state.config.model_type} model, which normalises after each sum (post-layer-norm); "
+            f"Megatron's normalises before each layer, so its weights would compute something else: {remedy}"
+        )
+    if state.ranges is not None:
+        raise UserError(f"the source is quantized, and Megatron's checkpoints have no place for its ranges: {remedy}")
+    if state.head in ("token", "span") or "classifier.out_proj.weight" in state:
+        raise UserError(
+            f"the source has a head for {'tokens' if state.head == 'token' else 'answers'}, and Megatron's checkpoints "
+            f"have heads for classes and choices only: {remedy}"
+        )
+    if not state.has_masked_head and not state.task_head:
+        raise UserError(
+            "the source holds an encoder without a masked-language head, which Megatron's checkpoints need: " + remedy
+        )
+    if state.config.hidden_act not in GELU_APPROXIMATIONS:
+        raise UserError(
+            f"the source has hidden_act {state.config.hidden_act}, but Megatron's BERT computes GELU and its "
+            f"checkpoints name no other: {remedy}"
+        )
+
+
+def task_head(state: CanonicalState) -> str:
+    """Megatron's name for the head of a task."""
+    return CHOICES if state.head == "choice" else CLASSES
 
 
 def _chunk_entries(state: CanonicalState, layers: range, *, first: bool, last: bool) -> dict[str, str]:

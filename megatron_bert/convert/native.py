@@ -13,39 +13,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_bert.convert.distributed_files import read_distributed, write_distributed
 from megatron_bert.convert.divisions import pad_vocabulary
+from megatron_bert.convert.families import CLASS_ENDINGS, MODEL_TYPES, RobertaConfig
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
+from megatron_bert.convert.ranges import VERSION, Ranges, check_version
 from megatron_bert.convert.state import (
-    TASK_HEADS,
     VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
     SourceFacts,
     StateTensor,
+    head_of,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 from parallel.manifest import MANIFEST_FILE, write_manifest
 from parallel.stored.distributed_files import METADATA
+from parallel.whole_files import write_text
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _RANGE = "model.", "optimizer.", ".range"
+#: Keys of state.json: what the model is fine-tuned for, how it was quantized, and for which arithmetic.
+_TASK, _QUANTIZATION, _ARITHMETIC = "task", "quantization", "arithmetic"
+#: Settings of the section ``data`` of a run that say how files are read, not which.
+HOW_TO_READ = ("format", "columns", "header", "label_separator", "on_bad_row")
 #: A tensor that only a post-layer-norm model has.
 _POST_NORM = "embeddings.norm.weight"
 #: Key of state.json under which the encoder's configuration stands.
 CONFIG_KEY = "config"
-#: End of the names of a quantized model's ranges, and what is said of them.
-_RANGE = ".range"
-_QUANTIZED = (
-    "the checkpoint is of a quantized model: its {} ranges were left out, and what remains computes in floating point; "
-    "the folder model of a finished run keeps them"
-)
 
 
 class Native:
@@ -61,21 +64,13 @@ class Native:
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open a checkpoint of a run at any layout, with its optimizer."""
         del stack
-        if tree.folder is not None:
-            check_files(tree.folder)
+        manifest = None if tree.folder is None else check_files(tree.folder)
         run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
-        stored = read_distributed(tree)
+        stored = read_distributed(tree, manifest)
         model = {name.removeprefix(_MODEL): t for name, t in stored.items() if name.startswith(_MODEL)}
-        ranges = [name for name in model if name.endswith(_RANGE)]
-        heads = [name for name in model if name.startswith(TASK_HEADS) and name not in ranges]
-        model = {name: tensor for name, tensor in model.items() if name not in heads and name not in ranges}
+        limits = {name: model.pop(name) for name in [name for name in model if name.endswith(_RANGE)]}
         if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
             raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
-        if _POST_NORM in model:
-            raise UserError(
-                f"{tree.label} is a training checkpoint of a post-layer-norm model (RoBERTa, I-BERT), which goes on in "
-                "its own run only: finish the run, and take the folder model in it"
-            )
         rows = model[WORD_EMBEDDINGS].shape[0]
         config = _config(run_state, label, model, rows)
         assumptions: list[str] = []
@@ -84,9 +79,7 @@ class Native:
         if words is None:
             assumptions.append(f"the number of words is not stored: all {rows} rows of the table were taken")
         optimizer = {name.removeprefix(_OPTIMIZER): t for name, t in stored.items() if name.startswith(_OPTIMIZER)}
-        if heads or ranges:
-            optimizer = {}  # of a task, whose head it would lack
-        step = run_state.get("step")
+        step, head = run_state.get("step"), run_state.get("head")
         return CanonicalState(
             config=config,
             facts=SourceFacts(
@@ -99,12 +92,11 @@ class Native:
                 assumptions=tuple(assumptions),
             ),
             tensors=_without_padding(model, config),
+            head=head if head in CLASS_ENDINGS else head_of(model, like_roberta=config.like_roberta),
+            ranges=_ranges(run_state, label, limits) if limits else None,
+            task=_task(run_state),
             optimizer=_without_padding(optimizer, config),
-            run_state=None if heads or ranges else run_state,
-            warnings=[
-                *(f"{name} was left out: it is no part of a pretraining model" for name in heads),
-                *([_QUANTIZED.format(len(ranges))] if ranges else []),
-            ],
+            run_state=run_state,
         )
 
     def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
@@ -115,19 +107,64 @@ class Native:
         tensors = {_MODEL + name: _with_padding(name, tensor, rows) for name, tensor in state.items()}
         for name, tensor in state.optimizer.items():
             tensors[_OPTIMIZER + name] = _with_padding(name.partition(".")[2], tensor, rows)
-        write_distributed(target, tensors, progress)
         run_state = dict(state.run_state or {"step": 0, "consumed_samples": 0})
-        run_state[CONFIG_KEY] = {name: getattr(state.config, name) for name in CONFIG_FIELDS}
+        run_state[CONFIG_KEY] = stored_config(state.config)
         run_state[HAS_MANIFEST] = MANIFEST_FILE
-        (target / STATE_FILE).write_text(json.dumps(run_state, indent=1), encoding="utf-8")
+        if state.head is not None:
+            run_state["head"] = state.head
+        if state.task is not None and "settings" not in run_state:
+            run_state[_TASK] = state.task
+        if state.ranges is not None:
+            tensors |= {f"{_MODEL}{name}{_RANGE}": _scalar(limit) for name, limit in state.ranges.limits.items()}
+            run_state |= {_QUANTIZATION: dict(state.ranges.settings), _ARITHMETIC: VERSION}
+        write_distributed(target, tensors, progress)
+        write_text(target / STATE_FILE, json.dumps(run_state, indent=1))
         write_manifest(target)
+
+
+def stored_config(config: MegatronBertConfig) -> dict[str, Any]:
+    """What ``state.json`` holds of an encoder's configuration; the classes of a task where they have names."""
+    found = {name: getattr(config, name) for name in CONFIG_FIELDS} | {"model_type": config.model_type}
+    if config.problem_type is not None or config.id2label != {n: f"LABEL_{n}" for n in range(2)}:
+        found |= {"id2label": config.id2label, "problem_type": config.problem_type}
+    return found
+
+
+def _scalar(value: float) -> StateTensor:
+    return StateTensor((), torch.float32, lambda: torch.tensor(value), "(a range)")
+
+
+def _ranges(run_state: dict[str, Any], label: str, limits: dict[str, StateTensor]) -> Ranges:
+    """The ranges of a quantized model; those that training has reached, or final ones."""
+    settings = run_state.get("settings")
+    stated = run_state.get(_QUANTIZATION) or (settings.get(_QUANTIZATION) if isinstance(settings, dict) else None)
+    if not isinstance(stated, dict):
+        raise UserError(f"{label} does not say how its model was quantized: it is damaged")
+    check_version(label, run_state.get(_ARITHMETIC, 1))
+    how = {name: value for name, value in stated.items() if name not in ("calibration_steps", "report_steps")}
+    found = {name.removesuffix(_RANGE): float(tensor.load()) for name, tensor in limits.items()}
+    return Ranges(how, {name: limit for name, limit in found.items() if limit >= 0.0}, frozen=True)
+
+
+def _task(run_state: dict[str, Any]) -> dict[str, Any] | None:
+    """What the model is fine-tuned for, as ``task.json`` has it."""
+    task, settings = run_state.get(_TASK), run_state.get("settings")
+    if not isinstance(task, dict) or "settings" not in task:
+        return None
+    data = settings.get("data") if isinstance(settings, dict) else None
+    how = {name: data[name] for name in HOW_TO_READ if name in data} if isinstance(data, dict) else {}
+    return {"columns": how, **task}
 
 
 def _config(run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int) -> MegatronBertConfig:
     """The encoder's configuration: as stored, or from the settings of the run."""
     stored = run_state.get(CONFIG_KEY)
     if isinstance(stored, dict):
-        return _typed_config(stored, label)
+        known: dict[str, Any] = {"model_type": RobertaConfig.model_type} if _POST_NORM in model else {}
+        outputs = [model[name] for name in ("classifier.out_proj.bias", "classifier.bias") if name in model]
+        if outputs and not stored.get("id2label") and outputs[0].shape:
+            known["num_labels"] = outputs[0].shape[0]
+        return _typed_config(known | stored, label)
     settings = run_state.get("settings")
     sizes = settings.get("model") if isinstance(settings, dict) else None
     if not isinstance(sizes, dict):
@@ -136,6 +173,8 @@ def _config(run_state: dict[str, Any], label: str, model: dict[str, StateTensor]
     if "intermediate_size" not in sizes and type(sizes.get("hidden_size")) is int:
         sizes["intermediate_size"] = 4 * sizes["hidden_size"]
     sizes |= {"vocab_size": rows, "binary_head": "pair_head.classifier.weight" in model}
+    if _POST_NORM in model:
+        sizes["model_type"] = RobertaConfig.model_type
     return _typed_config(sizes, label)
 
 
@@ -160,6 +199,9 @@ _PLAIN = {
 
 
 def _typed_config(values: dict[str, Any], label: str) -> MegatronBertConfig:
+    model_type = values.get("model_type", MegatronBertConfig.model_type)
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{label} is of a {brief(model_type)}: expected one of {', '.join(MODEL_TYPES)}")
     for key, plain in _PLAIN.items():
         if key in values and values[key] not in plain:
             raise UserError(f"{label} sets {key}: only plain pretraining encoders can be converted")
@@ -171,7 +213,8 @@ def _typed_config(values: dict[str, Any], label: str) -> MegatronBertConfig:
         good = type(value) is kind or (kind is float and type(value) is int)
         if not good or (kind is int and not (0 if key == "pad_token_id" else 1) <= value < 1 << 40):
             raise UserError(f"{label} gives {key} a value that it cannot have: it is damaged")
-    return MegatronBertConfig(**kept)
+    classes = {name: values[name] for name in ("id2label", "problem_type", "num_labels") if values.get(name)}
+    return MODEL_TYPES[model_type].config(**kept, **classes)
 
 
 def _overridden(config: MegatronBertConfig, options: ReadOptions) -> MegatronBertConfig:

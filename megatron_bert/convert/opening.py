@@ -17,11 +17,11 @@ from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
 from megatron_bert.convert.files import FileTree, file_tree, folder_tree
 from megatron_bert.convert.finite import check_finite
 from megatron_bert.convert.formats import detect_format
-from megatron_bert.convert.huggingface import CONFIG_NAME
 from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
 from megatron_bert.convert.options import ReadOptions
+from megatron_bert.convert.run_models import finished_model
 from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
@@ -37,16 +37,16 @@ _TRAINER_STEP = re.compile(r"checkpoint-(\d+)")
 def source_tree(source: Path, stack: ExitStack) -> FileTree:
     """The files that a path stands for: those of a folder, of an archive, or one file.
 
-    A run directory stands for its newest checkpoint, and a file of weights with its settings beside it, Hugging Face's
-    or NeMo's, for the folder it is in.
+    A run directory stands for the model that the run has left, or for its newest checkpoint; several runs of one
+    command for the best of them; a file of weights with settings beside it, Hugging Face's or NeMo's, for its folder.
 
     Raises:
         UserError: the path is not there, or is an archive that must not be trusted.
     """
     check_place(source)
     if source.is_dir():
-        newest = latest_checkpoint(source / "checkpoints")
-        return folder_tree(newest or source)
+        folder = finished_model(source)
+        return folder_tree(latest_checkpoint(folder / "checkpoints") or folder)
     place = FileRange.whole(source)
     if source.suffix in (".safetensors", ".bin", ".json") and (source.parent / CONFIG_NAME).is_file():
         return folder_tree(source.parent)
@@ -91,7 +91,7 @@ def open_checkpoint(source: str | Path, options: ReadOptions = _PLAIN) -> Iterat
     with ExitStack() as stack:
         with reporting("read", source, "check the path"):
             tree = source_tree(Path(source), stack)
-        yield detect_format(tree).read(tree, options, stack)
+        yield replace(detect_format(tree).read(tree, options, stack), label=tree.label)
 
 
 def config_from(source: str | Path, options: ReadOptions = _PLAIN) -> MegatronBertConfig:
@@ -148,6 +148,7 @@ def load_into(
     if not isinstance(source, CanonicalState):
         with open_checkpoint(source, options) as state:
             return load_into(model, state, options, vocab_size=vocab_size, prefix=prefix)
+    check_placement(source, getattr(model, "config", source.config))
     parameters = {name.removeprefix(prefix): p for name, p in model.named_parameters() if name.startswith(prefix)}
     words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     if VOCABULARY_TENSORS & parameters.keys():
@@ -171,6 +172,20 @@ def load_into(
         unexpected=tuple(name for name in source if name not in parameters),
         warnings=tuple(source.warnings),
     )
+
+
+def check_placement(source: CanonicalState, config: MegatronBertConfig) -> None:
+    """The norms of a checkpoint must be where the model has them.
+
+    Raises:
+        UserError: they are not.
+    """
+    if source.config.layer_norm_placement != config.layer_norm_placement:
+        raise UserError(
+            f"the checkpoint is of a {source.config.model_type} model, whose norms are in another place than the "
+            f"{config.layer_norm_placement}-layer-norm model's, so its weights would compute something else: use one "
+            f"of a {config.model_type} model"
+        )
 
 
 def check_words(there: int, words: int) -> None:

@@ -83,6 +83,13 @@ class Written:
         for name, ours in _plain(self.state.config).items():
             if (theirs := _plain(found.config)[name]) != ours:
                 return f"its {name} is read as {theirs} instead of {ours}"
+        if found.head != self.state.head:
+            return f"its head is read as one for {found.head} instead of {self.state.head}"
+        if to in ("native", "huggingface"):
+            if self.state.head is not None and found.config.id2label != self.state.config.id2label:
+                return "the names of its classes are read as others"
+            if found.ranges != self.state.ranges:
+                return "its ranges are read as others"
         pairs: list[tuple[Mapping[str, StateTensor], Mapping[str, StateTensor]]] = [(self.state, found)]
         if to == "native":
             pairs.append((self.state.optimizer, found.optimizer))

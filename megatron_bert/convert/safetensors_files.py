@@ -1,7 +1,7 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Safetensors files, mapped and written one tensor at a time.
 
-The library writes a file from tensors that are all in memory, and reads one by mapping it whole, which counts as memory
-of the process. The format is a JSON header and bytes, so both are few lines here; the library reads the result.
+The library writes a file from tensors that are all in memory, and maps one whole, which counts as memory of the process
+until it is closed. The format is a JSON header and bytes, so both are few lines here; the library reads the result.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def _entry(data: FileRange, name: str, entry: object) -> StateTensor | None:
     def load() -> Tensor:
         if start == end:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(data.read(start, end - start), dtype=dtype).view(shape)
+        aligned = (data.start + start) % dtype.itemsize == 0
+        values = data.map(start, end - start) if aligned else data.read(start, end - start)
+        return torch.frombuffer(values, dtype=dtype).view(shape)
 
     return StateTensor(tuple(shape), dtype, load, f"{data.label}: {brief(name)}")
 

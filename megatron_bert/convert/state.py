@@ -1,20 +1,23 @@
 """The canonical state: what every format is read into and written from.
 
-Tensors carry the names of :class:`megatron_bert.model.pretraining.BertForPretraining` and are not padded: the embedding
-table and ``masked_head.bias`` have ``config.vocab_size`` rows. Query, key and value are one matrix with rows ordered
-``[heads, 3, head_dim]``. Nothing is in memory: each tensor is read when it is asked for.
+Tensors carry the names of :class:`megatron_bert.model.pretraining.BertForPretraining` and of
+:class:`megatron_bert.model.finetuning.BertForTask`, and are not padded: the embedding table and ``masked_head.bias``
+have ``config.vocab_size`` rows. Query, key and value are one matrix with rows ordered ``[heads, 3, head_dim]``. Nothing
+is in memory: each tensor is read when it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_bert.convert.ranges import Ranges
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.finetuning import HeadKind
 from parallel.errors import UserError
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -23,7 +26,7 @@ VOCABULARY_BIAS = "masked_head.bias"
 POOLER = "pair_head.pooler.weight"
 #: Tensors with a row for each word; they are padded and trimmed together.
 VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
-#: Beginnings of the names of a fine-tuned model's head, which is no part of a pretraining model.
+#: Beginnings of the names of a fine-tuned model's head.
 TASK_HEADS = ("classifier.", "qa_outputs.")
 QUERY_KEY_VALUE = "attention.query_key_value"
 #: Number formats a checkpoint may hold and be written in.
@@ -83,6 +86,7 @@ class SourceFacts:
         true_vocab_size: number of words, where the source or the user says it; None when all rows count as words.
         stored_rows: rows of the embedding table as stored.
         assumptions: what the source does not say and was assumed; a user should read them.
+        architecture: the class of transformers that the source names; None where it names none.
     """
 
     format: str
@@ -96,6 +100,7 @@ class SourceFacts:
     true_vocab_size: int | None = None
     stored_rows: int
     assumptions: tuple[str, ...] = ()
+    architecture: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +108,32 @@ class CanonicalState(Mapping[str, StateTensor]):
     """A model, unread: global name -> tensor, with its configuration.
 
     Attributes:
-        config: of the encoder.
+        config: of the encoder, of the class of its family; with the names of the classes of a head.
         facts: about the source.
         tensors: by name; checked against ``config``.
+        head: kind of the head of a task that the model was saved with; None of a pretrained one.
+        ranges: of a quantized model, whose tensors are those of the float model; None of any other.
+        task: what ``task.json`` says beside a model that was fine-tuned here; None for other sources.
         optimizer: ``<moment>.<name>`` -> tensor, of our own training checkpoints only.
         run_state: what our own training checkpoints hold besides tensors; None for other sources.
         warnings: found while tensors are read.
+        label: the path it was found at, for messages.
     """
 
     config: MegatronBertConfig
     facts: SourceFacts
     tensors: dict[str, StateTensor]
+    head: HeadKind | None = None
+    ranges: Ranges | None = None
+    task: dict[str, Any] | None = None
     optimizer: dict[str, StateTensor] = field(default_factory=dict)
     run_state: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    label: str = "the checkpoint"
 
     def __post_init__(self) -> None:
-        _check_shapes(self.config, self.tensors)
+        if self.tensors:  # none where only settings are read
+            _check_shapes(self.config, self.tensors, self.head)
 
     def __getitem__(self, name: str) -> StateTensor:
         return self.tensors[name]
@@ -149,6 +163,17 @@ class CanonicalState(Mapping[str, StateTensor]):
     def has_pair_head(self) -> bool:
         """Whether pooler and pair classifier are there."""
         return self.has_pooler and "pair_head.classifier.weight" in self.tensors
+
+    @property
+    def task_head(self) -> list[str]:
+        """Names of the tensors of a task's head, without its pooler."""
+        return [name for name in self.tensors if name.startswith(TASK_HEADS)]
+
+    def without_head(self) -> CanonicalState:
+        """The same state without the head of a task and the ranges: what another task starts from."""
+        head = self.task_head
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in head}
+        return replace(self, tensors=tensors, head=None, ranges=None, task=None)
 
     def in_dtype(self, dtype: torch.dtype) -> CanonicalState:
         """The same state with the model's tensors converted when they are read.
@@ -191,41 +216,64 @@ def layer_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def head_tensors(config: MegatronBertConfig) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of the three parts on top, each of which is there as a whole or not at all."""
-    hidden = config.hidden_size
+def _dense(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def head_tensors(config: MegatronBertConfig, head: HeadKind | None = None) -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of the parts on top, each of which is there as a whole or not at all."""
+    hidden, outputs = config.hidden_size, 1 if head == "choice" else config.num_labels
+    masked = _dense("masked_head.dense", hidden, hidden) | _norm("masked_head.norm", hidden)
     return [
-        {
-            "masked_head.dense.weight": (hidden, hidden),
-            "masked_head.dense.bias": (hidden,),
-            "masked_head.norm.weight": (hidden,),
-            "masked_head.norm.bias": (hidden,),
-            VOCABULARY_BIAS: (config.vocab_size,),
-        },
-        {"pair_head.pooler.weight": (hidden, hidden), "pair_head.pooler.bias": (hidden,)},
-        {"pair_head.classifier.weight": (2, hidden), "pair_head.classifier.bias": (2,)},
+        masked | {VOCABULARY_BIAS: (config.vocab_size,)},
+        _dense("pair_head.pooler", hidden, hidden),
+        _dense("pair_head.classifier", 2, hidden),
+        _dense("classifier", outputs, hidden),
+        _dense("classifier.dense", hidden, hidden) | _dense("classifier.out_proj", outputs, hidden),
+        _dense("qa_outputs", 2, hidden),
     ]
 
 
 def encoder_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of embeddings and encoder."""
+    """Names and shapes of embeddings and encoder, whose norms are before or behind what they norm."""
     hidden = config.hidden_size
     layer = layer_tensors(config)
     return {
         WORD_EMBEDDINGS: (config.vocab_size, hidden),
         "embeddings.position_embeddings.weight": (config.max_position_embeddings, hidden),
         TOKEN_TYPES: (config.type_vocab_size, hidden),
+        **(_norm("embeddings.norm", hidden) if config.layer_norm_placement == "post" else {}),
         **{
             f"encoder.layers.{i}.{name}": shape
             for i in range(config.num_hidden_layers)
             for name, shape in layer.items()
         },
-        "encoder.final_norm.weight": (hidden,),
-        "encoder.final_norm.bias": (hidden,),
+        **(_norm("encoder.final_norm", hidden) if config.layer_norm_placement == "pre" else {}),
     }
 
 
-def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor]) -> None:
+def head_of(names: Iterable[str], *, like_roberta: bool) -> HeadKind | None:
+    """The kind of head that a model with parameters of these names has; None where there is none.
+
+    A classifier of choices has the names of one of sequences, unless sequences have RoBERTa's head of two layers.
+    """
+    found = set(names)
+    if any(name.startswith("qa_outputs.") for name in found):
+        return "span"
+    if "classifier.out_proj.weight" in found:
+        return "sequence"
+    if "classifier.weight" not in found:
+        return None
+    if POOLER not in found:
+        return "token"
+    return "choice" if like_roberta else "sequence"
+
+
+def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor], head: HeadKind | None) -> None:
     # First, because names of a billion layers could not even be listed.
     if config.num_hidden_layers > len(tensors):
         raise UserError(
@@ -233,7 +281,7 @@ def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor]
             "a part of it is missing"
         )
     expected = encoder_tensors(config)
-    for part in head_tensors(config):
+    for part in head_tensors(config, head):
         if part.keys() & tensors.keys():
             expected |= part
     where = next(iter(tensors.values())).origin if tensors else "the source"

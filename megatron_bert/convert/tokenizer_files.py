@@ -1,18 +1,91 @@
-"""The vocabulary beside converted weights."""
+"""The vocabulary of a model, beside its weights."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
+from megatron_bert.convert.json_files import read_json
+from megatron_bert.convert.run_models import finished_model
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME
-from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
+from megatron_bert.data.vocabularies import holds_vocabulary
+from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
+from parallel.errors import UserError
+from parallel.stored.file_range import FileRange
+from parallel.whole_files import write_json
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, for_transformers: bool) -> None:
-    """Write a tokenizer's files into a folder; for transformers, with the settings it looks for beside them."""
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, for_transformers: bool, max_length: int | None = None, roberta: bool = False
+) -> None:
+    """Write a tokenizer's files into a folder.
+
+    Args:
+        tokenizer: to write.
+        folder: that is there.
+        for_transformers: with the settings that its tokenizers look for.
+        max_length: tokens of the longest input of the model; None where it is not known.
+        roberta: whether inputs have no token types.
+    """
     tokenizer.save(folder)
-    if not for_transformers or not (folder / "tokenizer.json").is_file():
+    if not for_transformers or (max_length is None and not (folder / "tokenizer.json").is_file()):
         return
     settings = tokenizer.transformers_settings()
-    (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if max_length is not None:
+        inputs = ["input_ids", *([] if roberta else ["token_type_ids"]), "attention_mask"]
+        settings |= {"model_input_names": inputs, "model_max_length": max_length}
+    write_json(folder / CONFIG_NAME, settings)
+
+
+def find_vocabulary(
+    source: Path,
+    given: Path | None = None,
+    lowercase: bool | None = None,
+    *,
+    run_state: dict[str, Any] | None = None,
+    remedy: str = "set tokenizer.path to the one that its model was trained with",
+) -> Tokenizer:
+    """The vocabulary that is given, lies beside a model, or in the run that wrote it.
+
+    Args:
+        source: of the model, in any format.
+        given: path of a vocabulary that counts more; None where there is none.
+        lowercase: whether to lower-case text; None as its files say.
+        run_state: what a training checkpoint says of its run, which may name a vocabulary and says its fingerprint.
+        remedy: for a message, where there is none.
+
+    Raises:
+        UserError: there is none, it is damaged, or its ids are not the model's.
+    """
+    folder = finished_model(source)
+    settings = (run_state or {}).get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    kind = _model_type(folder)
+    beside = folder if folder.is_dir() and holds_vocabulary(folder) else tokenizer_of_run(folder)
+    place, named, start = given or beside, settings.get("tokenizer"), settings.get("model")
+    if place is None and isinstance(named, dict):
+        place, lowercase = Path(str(named.get("path"))), named.get("lowercase")
+    if place is None and isinstance(start, dict) and start.get("from") is not None:
+        place = Path(str(start["from"]))
+        return _checked(find_vocabulary(place, remedy=remedy), run_state, source, place)
+    if place is None:
+        raise UserError(f"{source} holds no vocabulary: {remedy}")
+    return _checked(load_tokenizer(place, lowercase=lowercase, model_type=kind), run_state, source, place)
+
+
+def _checked(tokenizer: Tokenizer, run_state: dict[str, Any] | None, source: Path, place: Path) -> Tokenizer:
+    if (run_state or {}).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"{source} was trained with another vocabulary than that in {place}: put the tokenizer of the run back "
+            "there"
+        )
+    return tokenizer
+
+
+def _model_type(folder: Path) -> str:
+    """What the config.json of a directory, or beside a file in it, says; empty where there is none."""
+    if not folder.is_dir() and folder.suffix not in (".safetensors", ".bin", ".json"):
+        return ""
+    path = (folder if folder.is_dir() else folder.parent) / MODEL_CONFIG_NAME
+    return str(read_json(FileRange.whole(path)).get("model_type", "")) if path.is_file() else ""

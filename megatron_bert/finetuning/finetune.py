@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
+from megatron_bert.convert.opening import open_checkpoint
+from megatron_bert.convert.run_models import MODEL_FOLDER
+from megatron_bert.convert.state import CanonicalState
+from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run
 from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
 from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import MODEL_FOLDER, check_lengths, encoder_config, find_tokenizer
+from megatron_bert.finetuning.start import check_lengths, encoder_config, find_tokenizer
 from megatron_bert.finetuning.summary import SEED, summarise
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -31,7 +35,7 @@ from megatron_bert.training.starting import start_trainer
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import DamagedCheckpointError, UserError
-from parallel.mesh import ParallelMesh
+from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
 from parallel.whole_files import whole_directory
 
@@ -63,10 +67,15 @@ class FinetuneStage:
     """What one run of the command does around training; quantisation does more."""
 
     def objective(
-        self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int
+        self,
+        settings: FinetuneSettings,
+        config: MegatronBertConfig,
+        data: TaskUnits,
+        seed: int,
+        source: CanonicalState,
     ) -> Finetuning:
         """What is trained."""
-        return Finetuning(settings, config, data, seed)
+        return Finetuning(settings, config, data, seed, source)
 
     def check(self, settings: FinetuneSettings, start: Start) -> None:
         """Before anything is written: what a run needs in its directory to go on.
@@ -194,7 +203,21 @@ def run_all(
             "none, or a single seed"
         )
     tokenizer = find_tokenizer(settings)
-    encoder = encoder_config(settings, tokenizer)
+    with open_checkpoint(settings.model.from_) as source:  # once, for all of the runs
+        return _run_from(source, settings, variants, stage, layout, tokenizer, ends_process=ends_process)
+
+
+def _run_from(
+    source: CanonicalState,
+    settings: FinetuneSettings,
+    variants: Mapping[str, FinetuneSettings],
+    stage: FinetuneStage,
+    layout: ParallelLayout,
+    tokenizer: Tokenizer,
+    *,
+    ends_process: bool,
+) -> str | None:
+    encoder = encoder_config(settings, tokenizer, source)
     check_tensor_size(
         layout.tensor, encoder.num_attention_heads, encoder.intermediate_size, encoder.vocab_size_multiple
     )
@@ -211,8 +234,8 @@ def run_all(
         data.task.examples(split)  # what cannot be read is found before anything is trained
 
     def prepared(variant: FinetuneSettings) -> Run:
-        config = task_config(encoder_config(variant, tokenizer), data.task)
-        return _prepare(variant, stage, stage.objective(variant, config, data, variant.training.seed))
+        config = task_config(encoder_config(variant, tokenizer, source), data.task)
+        return _prepare(variant, stage, stage.objective(variant, config, data, variant.training.seed, source))
 
     runs = {name: prepared(variant) for name, variant in variants.items() if done[name] is None}
     with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:

@@ -14,7 +14,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from megatron_bert.config_file import apply_override
+from megatron_bert.config import TokenizerSettings
+from megatron_bert.config_file import apply_override, validated
 from megatron_bert.finetuning.arrivals import arriving
 from megatron_bert.finetuning.results import RESULTS_FILE, as_line, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
@@ -34,7 +35,7 @@ from parallel.whole_files import write_json
 #: Rows of a stream that are put in order of length together, in batches.
 _BUFFERED_BATCHES = 32
 #: A setting of each section that a user may give.
-_EXAMPLES = {"data": "test=FILE", "task": "max_length=256"}
+_EXAMPLES = {"data": "test=FILE", "task": "max_length=256", "tokenizer": "path=PATH"}
 
 
 class Engine(NamedTuple):
@@ -110,10 +111,11 @@ def evaluate_files(
     """Score a fine-tuned model on labelled files, alone or on all ranks of torchrun.
 
     Args:
-        source: directory of the model, its run, or several runs, whose best is taken.
+        source: the model, its run, or several runs, whose best is taken; see :func:`load_task`.
         overrides: ``data.valid=FILE``, ``data.test=FILE`` and whatever else the section ``data`` of a run has. How
             files are read (``format``, ``columns``, ``header``, ``label_separator``, ``on_bad_row``) is as it was in
-            training where it is not given. And settings of the section ``task``, which change those of the model.
+            training where it is not given. Settings of the section ``task``, which change those of the model. And
+            ``tokenizer.path=PATH`` for a model without a vocabulary.
         output: directory for results, predictions and files to submit; None prints only.
         batch_size: most units of a forward pass.
         device: auto, cpu or cuda.
@@ -129,9 +131,9 @@ def evaluate_files(
     _check_device(device)
     if output is not None:
         _check_directory(output)
-    settings = _settings(overrides, "data", "task")
+    settings = _settings(overrides, "data", "task", "tokenizer")
     given = settings["data"]
-    saved = load_task(source, given, settings["task"])
+    saved = load_task(source, given, settings["task"], _tokenizer(settings))
     task = saved.task
     splits = (*task.valid_splits, *task.test_splits)
     if not splits:
@@ -219,6 +221,12 @@ def _settings(overrides: list[str], *sections: str) -> dict[str, dict[str, Any]]
     return tree
 
 
+def _tokenizer(settings: dict[str, dict[str, Any]]) -> TokenizerSettings | None:
+    """The vocabulary that the user gives, for a model that has none beside it."""
+    given = settings["tokenizer"]
+    return validated(given, TokenizerSettings, source="the settings of the tokenizer") if given else None
+
+
 class BadRowError(UserError):
     """A row of a stream that cannot be read; those before it are answered."""
 
@@ -254,7 +262,7 @@ def predict_stream(
         device: auto, cpu or cuda.
         engine: what computes.
         progress: show a progress bar.
-        overrides: ``task.key=value``, which change settings of the model's task.
+        overrides: ``task.key=value``, which change settings of the model's task, and ``tokenizer.path=PATH``.
 
     Returns:
         How many rows could not be read, or answered with numbers.
@@ -266,7 +274,8 @@ def predict_stream(
         raise UserError("predict works in one process: divide the input into files and start one for each")
     device = engine.device(device)
     _check_device(device)
-    saved = load_task(source, None, _settings(list(overrides), "task")["task"])
+    settings = _settings(list(overrides), "task", "tokenizer")
+    saved = load_task(source, None, settings["task"], _tokenizer(settings))
     most = batch_size * _BUFFERED_BATCHES if stream is None else batch_size if stream else 1
     bad = done = 0
     with process_group(device, 600.0) as world, _bar(progress) as bar, arriving(rows) as arrivals:

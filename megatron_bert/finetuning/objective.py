@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.opening import load_into
-from megatron_bert.family.pretrained import RANGES_NAME
+from megatron_bert.convert.state import CanonicalState
 from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
 from megatron_bert.finetuning.losses import label_weights, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import finetuned_directory
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.finetuning.weights import load_encoder, load_finetuned
 from megatron_bert.model.batch import TokenBatch
@@ -62,13 +60,22 @@ class Finetuning(Objective):
         config: of the encoder, with the task's classes.
         data: the task's.
         seed: of the order of the units.
+        source: ``model.from``, open while the run starts.
     """
 
     tied = False
     loss_names = ("loss",)
     fixed_settings: ClassVar[tuple[str, ...]] = ("model.from", "model.keep_head")
 
-    def __init__(self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int) -> None:
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        config: MegatronBertConfig,
+        data: TaskUnits,
+        seed: int,
+        source: CanonicalState,
+    ) -> None:
+        self.source = source
         self.settings, self.config, self.data, self.task = settings, config, data, data.task
         self.order_seed = name_seed(seed, "order of the training units")
         training = settings.training
@@ -108,17 +115,7 @@ class Finetuning(Objective):
 
     def fill(self, stage: BertForTask) -> list[str]:
         """With the weights of ``model.from``."""
-        wanted, notes = self.settings.model, []
-        if (finetuned_directory(wanted.from_) / RANGES_NAME).is_file():
-            notes.append(f"{wanted.from_} is a quantized model: the run goes on from its weights, without its ranges")
-        if wanted.keep_head:
-            load_finetuned(stage, wanted.from_)
-            return notes
-        if stage.config.like_roberta:
-            return notes + load_encoder(stage, wanted.from_)
-        report = load_into(stage, finetuned_directory(wanted.from_))
-        notes += [warning for warning in report.warnings if "left out" not in warning]
-        return notes + [f"{name} is not in {wanted.from_} and starts anew" for name in report.missing]
+        return (load_finetuned if self.settings.model.keep_head else load_encoder)(stage, self.source)
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Nothing: the constructor has read the data."""
@@ -208,7 +205,9 @@ class Finetuning(Objective):
 
     def identity(self) -> dict[str, Any]:
         """The vocabulary, the task and the training data."""
-        return {"tokenizer": self.task.tokenizer.fingerprint, "task": self.task.describe(), "data": self.data.identity}
+        task = self.task
+        described = {"tokenizer": task.tokenizer.fingerprint, "task": task.describe(), "head": task.head.kind}
+        return described | {"data": self.data.identity}
 
     def check_identity(self, stored: dict[str, Any], path: str) -> None:
         """Vocabulary, task and training data must be the same."""

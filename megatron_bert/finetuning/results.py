@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.convert.run_models import RESULTS_FILE, read_results
 from megatron_bert.finetuning.objective import SplitResult
 from megatron_bert.finetuning.pictures import draw_confusion
-from megatron_bert.finetuning.runs import RESULTS_FILE, read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.tasks.task import Prediction, Task
 from megatron_bert.training.resuming import flat_settings

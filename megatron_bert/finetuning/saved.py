@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_bert.config import TokenizerSettings
 from megatron_bert.config_file import validated
-from megatron_bert.convert.huggingface import WEIGHTS
-from megatron_bert.convert.json_files import read_json
-from megatron_bert.convert.opening import check_place
-from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_bert.family.names import documented_tensors
-from megatron_bert.family.tokenizer import save_tokenizer
-from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, has_head, told
-from megatron_bert.finetuning.families import MEGATRON, ROBERTA, USED_TYPES, family_of
+from megatron_bert.convert.files import folder_tree
+from megatron_bert.convert.huggingface import TASK_NAME, WEIGHTS, HuggingFace, settings_alone
+from megatron_bert.convert.native import HOW_TO_READ
+from megatron_bert.convert.opening import open_checkpoint
+from megatron_bert.convert.options import WriteOptions
+from megatron_bert.convert.progress import Progress
+from megatron_bert.convert.ranges import Ranges
+from megatron_bert.convert.run_models import finished_model
+from megatron_bert.convert.state import CanonicalState, StateTensor
+from megatron_bert.convert.tokenizer_files import find_vocabulary, write_tokenizer
+from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, told
 from megatron_bert.finetuning.integer import IntegerTask, integer_task
-from megatron_bert.finetuning.runs import best_run
-from megatron_bert.finetuning.start import MODEL_FOLDER, check_lengths, roberta_config
+from megatron_bert.finetuning.start import check_lengths, check_padding
 from megatron_bert.finetuning.weights import load_finetuned
-from megatron_bert.ibert import QuantizationConfig, freeze_ranges, named_ranges, quantize_model
 from megatron_bert.ibert.engine.parts import plan_of
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, write_plan
-from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges, save_ranges
-from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
+from megatron_bert.ibert.stored_ranges import use_ranges
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.task import Task
-from parallel.checkpoint_reader import load_tensors
-from parallel.errors import UserError, brief
+from parallel.errors import UserError
 from parallel.process_group import launched_rank
-from parallel.stored.file_range import FileRange
 
-#: File that says what the model was fine-tuned for.
-TASK_FILE = "task.json"
+_NO_VOCABULARY = "give tokenizer.path=PATH, the one that its model was trained with"
 
 
 class SavedTask(NamedTuple):
@@ -89,61 +90,65 @@ def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> Megat
     return type(config).from_dict(values, **(vocabulary | fields))
 
 
-@torch.no_grad()
 def save_task(
     checkpoint: Path,
     config: MegatronBertConfig,
     task: Task,
     directory: Path,
-    quantization: QuantizationConfig | None = None,
     computed_in: torch.dtype = torch.float32,
 ) -> None:
     """Write the model of a checkpoint of a fine-tuning run as a directory; one process, whatever layout trained it.
+
+    Tensors pass through memory one by one. Ranges of a quantized model are written beside them.
 
     Args:
         checkpoint: of the run.
         config: of the model.
         task: it was trained for.
         directory: to write; empty, or not there.
-        quantization: how the model is quantised; None for a float model.
         computed_in: number format in which a quantised model saw its parameters, which are rounded to it, so that what
             is saved has the integers that were trained and scored.
     """
-    trained = BertForTask(config, task.head.kind, task.head.outputs)
-    parameters = {name: parameter.detach() for name, parameter in trained.named_parameters()}
-    ranges = {}
-    if quantization is not None:
-        quantize_model(trained, quantization, equalise=False)
-        freeze_ranges(trained)
-        ranges = named_ranges(trained)
-    load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in (parameters | ranges).items()})
-    if quantization is not None:
-        for parameter in parameters.values():
-            parameter.copy_(parameter.to(computed_in))
-    directory.mkdir(parents=True, exist_ok=True)
-    kind = family_of(config).classes[task.head.kind]
-    model = kind(kind.config_class.of_encoder(config), initial=False)
-    model.load_state_dict(documented_tensors(model.names, parameters, config))
-    if quantization is not None:
-        save_ranges(trained, directory)
-        load_ranges(model, directory)
-    model.save_pretrained(directory)
-    if quantization is not None and not _in_float(quantization):
-        write_plan(plan_of(trained), directory / PLAN_NAME)
-    save_tokenizer(task.tokenizer, directory, config.longest_sequence, roberta=config.like_roberta)
     described = task.describe() | {"columns": _how_to_read(task.data)}
-    (directory / TASK_FILE).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    directory.mkdir(parents=True, exist_ok=True)
+    with open_checkpoint(checkpoint) as found:
+        state = replace(found, config=config, head=task.head.kind, task=described)
+        if state.ranges is not None:
+            state = replace(state, tensors={name: _rounded(tensor, computed_in) for name, tensor in state.items()})
+        HuggingFace().write(state, directory, WriteOptions(), Progress(0, shown=False))
+        if state.ranges is not None and not _in_float(state.ranges):
+            write_plan(plan_of(_model(state, config, task)), directory / PLAN_NAME)
+    write_tokenizer(
+        task.tokenizer,
+        directory,
+        for_transformers=True,
+        max_length=config.longest_sequence,
+        roberta=config.like_roberta,
+    )
 
 
-def _in_float(quantization: QuantizationConfig) -> bool:
+def _model(state: CanonicalState, config: MegatronBertConfig, task: Task) -> BertForTask:
+    """With its weights, and in integers if it is quantized."""
+    model = BertForTask(config, task.head.kind, task.head.outputs)
+    load_finetuned(model, state)
+    if state.ranges is not None:
+        use_ranges(model, state.ranges, state.label)
+    return model.eval()
+
+
+def _rounded(tensor: StateTensor, dtype: torch.dtype) -> StateTensor:
+    return tensor.mapped(lambda values: values.to(dtype).to(values.dtype))
+
+
+def _in_float(ranges: Ranges) -> bool:
     """Whether anything is computed in floating point, which no engine does."""
-    return any(kind != "none" for kind in (quantization.force_dequant, *quantization.layer_force_dequant.values()))
+    by_layer = ranges.settings.get("layer_force_dequant", {})
+    return any(kind != "none" for kind in (ranges.settings.get("force_dequant", "none"), *by_layer.values()))
 
 
 def _how_to_read(data: TaskDataSettings) -> dict[str, Any]:
     """The data settings that a file to evaluate on shares with the training file."""
-    kept = {"format", "columns", "header", "label_separator", "on_bad_row"}
-    return data.model_dump(mode="json", include=kept, exclude_defaults=True)
+    return data.model_dump(mode="json", include=set(HOW_TO_READ), exclude_defaults=True)
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -155,103 +160,81 @@ def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     return found
 
 
-def _model_directory(source: Path) -> Path:
-    """The directory of a fine-tuned model: itself, that of a run, or that of the best of several runs.
+def _settings(state: CanonicalState, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section ``task`` of a model, with changes, and of the section ``data`` how its files are read.
 
     Raises:
-        UserError: there is none, or it is not known which run is meant.
+        UserError: the model has no head of a task, its description is damaged, or the changes do not fit it.
     """
-    for directory in (source / MODEL_FOLDER, source):
-        if (directory / TASK_FILE).is_file():
-            return directory
-    best = best_run(source)
-    if best is not None and (best / MODEL_FOLDER / TASK_FILE).is_file():
-        return best / MODEL_FOLDER
-    if (source / CONFIG_NAME).is_file():
-        return source
-    check_place(source)
-    raise UserError(
-        f"{source} holds no {TASK_FILE}: give the run directory of a finished `megatron-bert finetune`, the "
-        f"{MODEL_FOLDER} folder in it, or a directory that transformers has saved a fine-tuned model in"
-    )
-
-
-def _of_ours(directory: Path, stated: dict[str, Any], task: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The description of a task that :func:`save_task` wrote, with changes, and how its files are read."""
-    path = directory / TASK_FILE
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        settings, how = changed_settings(directory, described["settings"], described.pop("columns"), stated, task)
-        return described | {"settings": settings}, how
-    except UserError:
-        raise
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): fine-tune again, or take the file from a copy") from None
-
-
-def _config_in(directory: Path, described: dict[str, Any], tokenizer: Tokenizer) -> MegatronBertConfig:
-    """The configuration of a fine-tuned model, in floating point."""
-    kind = str(described.get("model_type", MEGATRON.config.model_type))
-    if kind not in USED_TYPES:
-        raise UserError(f"{directory} is a {brief(kind)}: give a model of one of {', '.join(sorted(USED_TYPES))}")
-    family = USED_TYPES[kind]
-    if family is ROBERTA:
-        return roberta_config(directory, tokenizer)
-    config = family.config.from_dict(described, label=str(directory / CONFIG_NAME), **family.floating)
-    for name in ("pruned_heads", "is_decoder"):
-        if getattr(config, name):
-            raise UserError(f"{directory / CONFIG_NAME} has {name}: only whole encoders can be used")
-    if config.position_embedding_type != "absolute":
+    if state.head is None:
         raise UserError(
-            f"{directory / CONFIG_NAME} has position_embedding_type {config.position_embedding_type!r}: only absolute "
-            "positions can be used"
+            f"{state.label} holds a model without the head of a task: fine-tune it (model.from), or give one that is"
         )
-    return config
+    if state.task is None:
+        settings = deduced_settings(state, given)
+        if launched_rank() == 0:
+            print(told(state, settings), file=sys.stderr)
+        return settings, {}
+    try:
+        return changed_settings(state, state.task["settings"], dict(state.task["columns"]), given)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{state.label}/{TASK_NAME} is damaged ({error}): fine-tune again, or take the file from a copy"
+        ) from None
 
 
-@torch.no_grad()
-def load_task(source: Path, data: dict[str, Any] | None = None, task: dict[str, Any] | None = None) -> SavedTask:
+@contextmanager
+def _opened(source: Path) -> Iterator[CanonicalState]:
+    """A checkpoint; the settings alone of a directory that has an integer plan in place of weights."""
+    folder = finished_model(source)
+    if (folder / PLAN_NAME).is_file() and not any((folder / name).is_file() for name in WEIGHTS):
+        yield settings_alone(folder_tree(folder))
+        return
+    with open_checkpoint(source) as state:
+        yield state
+
+
+def load_task(
+    source: Path,
+    data: dict[str, Any] | None = None,
+    task: dict[str, Any] | None = None,
+    tokenizer: TokenizerSettings | None = None,
+) -> SavedTask:
     """Load a fine-tuned model.
 
     Args:
-        source: a directory of :func:`save_task`, a fine-tuning run with one, several runs of one command, whose best is
-            taken, or a directory that transformers has saved a model with the head of a task in.
+        source: a checkpoint of any format with the head of a task: what :func:`save_task` or transformers has
+            written, a fine-tuning run or a checkpoint of it, several runs of one command, whose best is taken.
         data: settings of the section ``data`` of a run, for files to evaluate on.
-        task: settings of the section ``task`` that change what the model was saved for, or what its config.json says.
+        task: settings of the section ``task`` that change what the model was saved for, or what its head says.
+        tokenizer: the vocabulary, where the source has none.
 
     Raises:
         UserError: it is none, or what is given does not fit it.
     """
-    directory, given = _model_directory(source), task or {}
-    stated = read_json(FileRange.whole(directory / CONFIG_NAME))
-    tokenizer: Tokenizer = load_tokenizer(directory, model_type=str(stated.get("model_type", "")))
-    ours = (directory / TASK_FILE).is_file()
-    if not ours and not has_head(stated):
-        raise UserError(
-            f"{directory} holds a model without the head of a task: fine-tune it (model.from), or give one that is"
-        )
-    config = _config_in(directory, stated, tokenizer)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} words, but the model {config.vocab_size}: copy "
-            "the vocabulary that the model was trained with"
-        )
-    described, how = _of_ours(directory, stated, given) if ours else ({}, {})
-    if not ours:
-        described = {"settings": deduced_settings(directory, stated, config, given)}
-        if launched_rank() == 0:
-            print(told(directory, stated, described["settings"]), file=sys.stderr)
-    if given:
-        validated(described["settings"], TaskSettings, source="the settings of the task")
-    settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
-    found = restore_task(described, tokenizer, settings, input_format(tokenizer, roberta=config.like_roberta))
-    check_lengths(found, config)
-    found.any_pairs = not ours
-    kept = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
-    if (directory / PLAN_NAME).is_file() and not any((directory / name).is_file() for name in WEIGHTS):
-        return SavedTask(None, found, directory)
-    model = BertForTask(task_config(config, found, **kept), found.head.kind, found.head.outputs)
-    load_finetuned(model, directory)
-    if (directory / RANGES_NAME).is_file():
-        load_ranges(model, directory)
-    return SavedTask(model.eval(), found, directory)
+    wanted = (None, None) if tokenizer is None else (tokenizer.path, tokenizer.lowercase)
+    with _opened(source) as state:
+        if state.facts.format == "native" and finished_model(source) != Path(state.label) and launched_rank() == 0:
+            print(f"{source} holds no finished model: the checkpoint {state.label} is used", file=sys.stderr)
+        given = task or {}
+        how_to_use, how = _settings(state, given)
+        words = find_vocabulary(source, *wanted, run_state=state.run_state, remedy=_NO_VOCABULARY)
+        config = state.config
+        if words.vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {source} has {words.vocab_size} words, but the model {config.vocab_size}: copy "
+                "the vocabulary that the model was trained with"
+            )
+        check_padding(state, words)
+        if given:
+            validated(how_to_use, TaskSettings, source="the settings of the task")
+        settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
+        form = input_format(words, roberta=config.like_roberta)
+        found = restore_task({"settings": how_to_use}, words, settings, form)
+        check_lengths(found, config)
+        found.any_pairs = state.task is None
+        kept = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
+        model = _model(state, task_config(config, found, **kept), found) if state else None
+    return SavedTask(model, found, Path(state.label))

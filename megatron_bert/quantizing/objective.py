@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_bert.convert.ranges import VERSION
+from megatron_bert.convert.state import CanonicalState
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import (
@@ -23,7 +25,6 @@ from megatron_bert.ibert import (
     quantize_model,
     update_ranges,
 )
-from megatron_bert.ibert.family.ranges import VERSION
 from megatron_bert.ibert.report import QuantizerReport
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -44,6 +45,7 @@ class QuantizationAware(Finetuning):
         config: of the encoder, with the task's classes.
         data: the task's.
         seed: of the order of the units.
+        source: the fine-tuned model, open while the run starts.
     """
 
     # Tensors between modules are integers times a power of two, which bfloat16 would round.
@@ -52,8 +54,15 @@ class QuantizationAware(Finetuning):
     # Ranges are made before the first step, and their widths are part of the function.
     fixed_settings: ClassVar[tuple[str, ...]] = (*Finetuning.fixed_settings, "quantization.")
 
-    def __init__(self, settings: QuantizeSettings, config: MegatronBertConfig, data: TaskUnits, seed: int) -> None:
-        super().__init__(settings, config, data, seed)
+    def __init__(
+        self,
+        settings: QuantizeSettings,
+        config: MegatronBertConfig,
+        data: TaskUnits,
+        seed: int,
+        source: CanonicalState,
+    ) -> None:
+        super().__init__(settings, config, data, seed, source)
         if self.total_steps == 0:
             self.metric = None  # nothing is trained, so there is nothing to choose from
         self.quantization, self.distillation = settings.quantization, settings.distillation

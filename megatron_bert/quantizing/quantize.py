@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from megatron_bert.convert.run_models import MODEL_FOLDER
+from megatron_bert.convert.state import CanonicalState
 from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
 from megatron_bert.finetuning.saved import save_task
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.start import MODEL_FOLDER
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.json_file import read_object
@@ -82,10 +83,15 @@ class QuantizeStage(FinetuneStage):
         self._before: dict[str, dict[str, float]] = {}
 
     def objective(
-        self, settings: FinetuneSettings, config: MegatronBertConfig, data: TaskUnits, seed: int
+        self,
+        settings: FinetuneSettings,
+        config: MegatronBertConfig,
+        data: TaskUnits,
+        seed: int,
+        source: CanonicalState,
     ) -> QuantizationAware:
         """Training in integers."""
-        return QuantizationAware(cast(QuantizeSettings, settings), config, data, seed)
+        return QuantizationAware(cast(QuantizeSettings, settings), config, data, seed, source)
 
     def check(self, settings: FinetuneSettings, start: Start) -> None:
         """The scores from before the first step must be there."""
@@ -134,10 +140,8 @@ class QuantizeStage(FinetuneStage):
 
     def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
         """Write the model of a checkpoint, with its ranges."""
-        quantization = cast(QuantizeSettings, settings).quantization.config()
         with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
-            computed_in = DTYPES[settings.precision.compute]
-            save_task(checkpoint, trainer.objective.config, task, directory, quantization, computed_in)
+            save_task(checkpoint, trainer.objective.config, task, directory, DTYPES[settings.precision.compute])
 
     def scores_beside(self) -> dict[str, dict[str, float]]:
         """Those of the float and of the calibrated model."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from megatron_bert.config import Settings
-from megatron_bert.config_file import settings_from
-from megatron_bert.convert.finite import check_finite
-from megatron_bert.convert.opening import check_place
-from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
+from megatron_bert.convert.opening import load_into, open_checkpoint
+from megatron_bert.convert.options import ReadOptions
+from megatron_bert.convert.tokenizer_files import find_vocabulary
+from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.ibert.stored_ranges import use_ranges
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.checkpoint import checkpoint_step, latest_checkpoint, read_state
-from parallel.checkpoint_reader import load_tensors
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 
@@ -50,39 +48,33 @@ class FillMask:
         self.mask_token = tokenizer.id_to_token(tokenizer.mask_id)
 
     @classmethod
-    def from_checkpoint(cls, path: Path) -> Self:
-        """Load a checkpoint, or the newest one of a run directory.
+    def from_checkpoint(cls, path: Path, tokenizer: Path | None = None, options: ReadOptions | None = None) -> Self:
+        """Load a model with a masked-language head.
+
+        Args:
+            path: a run directory, or a checkpoint of any format.
+            tokenizer: its vocabulary, where none lies beside it.
+            options: what the checkpoint does not say.
 
         Raises:
-            UserError: there is none.
+            UserError: it is none, has no such head, or its vocabulary is not known or not its own.
         """
-        checkpoint = path if checkpoint_step(path) is not None else latest_checkpoint(path / "checkpoints")
-        if checkpoint is None:
-            check_place(path)
-            raise UserError(
-                f"{path} is neither a run directory with a whole checkpoint nor a checkpoint: train one first"
+        with open_checkpoint(path, options or ReadOptions()) as state:
+            if not state.has_masked_head:
+                raise UserError(f"{state.label} has no masked-language head: give a pretrained model with one")
+            vocabulary = find_vocabulary(
+                path, tokenizer, run_state=state.run_state, remedy="give --tokenizer, the one of its training"
             )
-        state = read_state(checkpoint)
-        if "settings" not in state:
-            raise UserError(
-                f"{checkpoint} does not name the tokenizer of its model, as checkpoints of a training run do: start a "
-                "run from it with model.from, and give that run"
-            )
-        settings: Settings = settings_from(state["settings"], source=str(checkpoint))
-        copy, wanted = tokenizer_of_run(checkpoint), settings.tokenizer
-        tokenizer = load_tokenizer(wanted.path, lowercase=wanted.lowercase) if copy is None else load_tokenizer(copy)
-        if state.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-            raise UserError(
-                f"{checkpoint} was trained with another vocabulary than that in {copy or wanted.path}: put the "
-                "tokenizer of the run back there"
-            )
-        config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
-        model = BertForPretraining(config)
-        with torch.no_grad():
-            load_tensors(checkpoint, {f"model.{name}": p for name, p in model.named_parameters()})
-        for name, parameter in model.named_parameters():
-            check_finite(parameter, f"{name} of {checkpoint}")
-        return cls(model, tokenizer)
+            if vocabulary.vocab_size > state.config.vocab_size:
+                raise UserError(
+                    f"the tokenizer has {vocabulary.vocab_size} words, but the model in {path} "
+                    f"{state.config.vocab_size}: use the vocabulary that the model was trained with"
+                )
+            model = BertForPretraining(replace(state.config, binary_head=False))
+            load_into(model, state)
+            if state.ranges is not None:
+                use_ranges(model, state.ranges, state.label)
+        return cls(model.eval(), vocabulary)
 
     @torch.no_grad()
     def __call__(self, text: str, top: int = 5) -> list[Guess]:
@@ -97,14 +89,17 @@ class FillMask:
         ids = [self.tokenizer.cls_id]
         for number, piece in enumerate(pieces):
             ids += [self.tokenizer.mask_id] if number else []
-            ids += self.tokenizer.encode(piece)
+            # The mask stands for a word with the space before it, where a vocabulary has words with their spaces.
+            ids += self.tokenizer.encode(piece.rstrip(" ") if number < len(pieces) - 1 else piece)
         ids.append(self.tokenizer.sep_id)
-        longest = self.model.config.max_position_embeddings
+        longest = self.model.config.longest_sequence
         if len(ids) > longest:
             raise UserError(f"the text has {len(ids)} tokens, but the model takes {longest}: shorten it")
         tokens = torch.tensor(ids)
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
-        logits = self.model(_one_sequence(tokens, masks)).masked[:, : self.tokenizer.vocab_size]
+        logits = self.model(_one_sequence(tokens, masks, self.model.config.first_position)).masked[
+            :, : self.tokenizer.vocab_size
+        ]
         logits[:, list(self.tokenizer.special_ids)] = -torch.inf
         best = logits.float().softmax(dim=1).topk(min(top, self.tokenizer.vocab_size), dim=1)
         return [
@@ -118,12 +113,12 @@ class FillMask:
         return Guess(self.tokenizer.id_to_token(token), probability, self.tokenizer.decode(filled))
 
 
-def _one_sequence(tokens: torch.Tensor, slots: torch.Tensor) -> MicroBatch:
+def _one_sequence(tokens: torch.Tensor, slots: torch.Tensor, first_position: int) -> MicroBatch:
     count = tokens.shape[0]
     zeros = torch.zeros(count, dtype=torch.int64)
     return MicroBatch(
         tokens=tokens,
-        positions=torch.arange(count),
+        positions=torch.arange(count) + first_position,
         types=zeros,
         samples=zeros,
         layout=SequenceLayout.rectangle(1, count),

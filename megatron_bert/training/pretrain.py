@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
-from megatron_bert.convert.opening import config_from
+from megatron_bert.convert.opening import check_placement, open_checkpoint
+from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.model.activations import same_activation
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.training.curves import draw_curves
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
@@ -52,13 +55,18 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     Raises:
         UserError: settings, files or world size do not fit; found before any process group starts where possible.
     """
-    settings = take_sizes(settings)
+    start_from = settings.model.from_
+    with nullcontext() if start_from is None else open_checkpoint(start_from) as source:  # once, for sizes and weights
+        return _pretrain(take_sizes(settings, source), source, ends_process=ends_process)
+
+
+def _pretrain(settings: Settings, source: CanonicalState | None, *, ends_process: bool) -> str | None:
     layout = check_settings(settings, launched_world_size())
     if launched_rank() >= layout.world_size:
         wait_as_spare()
         return None
     tokenizer = check_inputs(settings)
-    training, objective = settings.training, Pretraining(settings, tokenizer)
+    training, objective = settings.training, Pretraining(settings, tokenizer, source)
     checkpoint = find_start(settings, objective).checkpoint
     if checkpoint is not None and _has_nothing_left(read_state(checkpoint), objective):
         # Not an error: a job that is started again after it finished has nothing left to do.
@@ -109,23 +117,31 @@ def _has_nothing_left(state: dict[str, Any], objective: Pretraining) -> bool:
     return bool(state["step"] == objective.total_steps) and evaluated
 
 
-def take_sizes(settings: Settings) -> Settings:
+def take_sizes(settings: Settings, source: CanonicalState | None = None) -> Settings:
     """The settings with the sizes of the checkpoint that training starts from, if it starts from one.
 
+    Args:
+        settings: of a run.
+        source: ``model.from``, open; None opens it.
+
     Raises:
-        UserError: the checkpoint cannot be read, or a size is set that is not its.
+        UserError: the checkpoint cannot be read, a size is set that is not its, or its norms are elsewhere.
     """
-    source = settings.model.from_
-    if source is None:
+    start = settings.model.from_
+    if start is None:
         return settings
-    config = config_from(source)
+    if source is None:
+        with open_checkpoint(start) as source:
+            return take_sizes(settings, source)
+    config = source.config
+    check_placement(source, MegatronBertConfig())
     sizes: dict[str, object] = {}
     for name in CHECKPOINT_SIZES:
         there, here = getattr(config, name), getattr(settings.model, name)
         same = same_activation(there, here) if name == "hidden_act" else here in (there, None)
         if name in settings.model.model_fields_set and not same:
             raise UserError(
-                f"model.{name} is {here}, but the model in {source} has {there}: remove the "
+                f"model.{name} is {here}, but the model in {start} has {there}: remove the "
                 "setting to use the checkpoint's"
             )
         sizes[name] = there

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_bert.config import Settings
 from megatron_bert.convert.opening import load_into
+from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.corpora import Part, holds_out
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.sampling import BlendedCorpus
@@ -36,13 +37,14 @@ class Pretraining(Objective):
     Args:
         settings: of the run.
         tokenizer: of the run.
+        source: ``model.from``, open while the run starts; None where it is not set.
     """
 
     tied = True
     lower_is_better = True
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, source: CanonicalState | None = None) -> None:
+        self.settings, self.tokenizer, self.source = settings, tokenizer, source
         self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
         self.total_steps = settings.training.steps
         self.evaluate_every = settings.training.evaluate_every
@@ -73,11 +75,14 @@ class Pretraining(Objective):
 
     def fill(self, stage: BertForPretraining) -> list[str]:
         """With the weights of ``model.from``, where it is set."""
-        source = self.settings.model.from_
-        if source is None:
+        state, source = self.source, self.settings.model.from_
+        if state is None:
             return []
-        report = load_into(stage, source)
-        return [f"{name} is not in {source} and starts anew" for name in report.missing] + list(report.warnings)
+        report = load_into(stage, state)
+        notes = [f"{name} is not in {source} and starts anew" for name in report.missing] + list(report.warnings)
+        if left := [*state.task_head, *(["the ranges of its quantizers"] if state.ranges else [])]:
+            notes.append(f"{', '.join(left)} of {source} are left behind: pretraining has no use for them")
+        return notes
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Build the sample indices once, on rank 0, and let every rank open the data."""

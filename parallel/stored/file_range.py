@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -102,6 +103,28 @@ class FileRange:
                     )
                 done += count
         return data
+
+    def map(self, start: int, length: int) -> memoryview:
+        """The same bytes as :meth:`read` gives, mapped: they come from the file as they are looked at.
+
+        What is written to them stays in memory. The file must not become shorter meanwhile.
+
+        Args:
+            start, length: of the bytes, one at least.
+
+        Raises:
+            UserError: they reach beyond the range, or the file became shorter.
+        """
+        offset = self.start + start
+        lead = offset % mmap.ALLOCATIONGRANULARITY
+        with reporting("read", self.label, _REMEDY), self.part(start, length).opened() as wanted:
+            assert wanted.descriptor is not None
+            if os.fstat(wanted.descriptor).st_size < offset + length:
+                raise DamagedFileError(
+                    f"{self.label} became shorter while it was read", "read a copy that stays as it is"
+                )
+            pages = mmap.mmap(wanted.descriptor, lead + length, access=mmap.ACCESS_COPY, offset=offset - lead)
+        return memoryview(pages)[lead:]
 
 
 class _RangeReader(io.RawIOBase):

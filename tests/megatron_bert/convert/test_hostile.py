@@ -327,13 +327,14 @@ def test_other_architectures_are_refused(tmp_path: Path, key: str) -> None:
 def test_post_layer_norm_bert_is_refused_with_the_reason(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    transformers.BertForPreTraining(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="post-layer-norm"):
-        inspect(tmp_path)
-    text = (tmp_path / "config.json").read_text().replace('"bert"', '"megatron-bert"')
-    (tmp_path / "config.json").write_text(text)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "bert")
+    for to in ("megatron", "megatron-core"):
+        with pytest.raises(UserError, match=r"is of a bert model, which normalises after each sum \(post-layer-norm\)"):
+            convert(tmp_path / "bert", tmp_path / "result", to=to)
+    text = (tmp_path / "bert" / "config.json").read_text().replace('"bert"', '"megatron-bert"')
+    (tmp_path / "bert" / "config.json").write_text(text)
     with pytest.raises(UserError, match="post-layer-norm BERT"):
-        inspect(tmp_path)
+        inspect(tmp_path / "bert")
 
 
 # ---------------------------------------------------------------- nothing half-written

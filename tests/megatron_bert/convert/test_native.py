@@ -133,3 +133,14 @@ def test_another_vocabulary_or_size_is_refused(tmp_path: Path) -> None:
     config = config_from(write_checkpoint(tmp_path / "other", draw(Sizes(ffn=64)), Sizes(ffn=64)), _WORDS)
     with pytest.raises(UserError, match=r"dense_h_to_4h.weight has shape \[32, 16\]"):
         load_into(BertForPretraining(config), source, _WORDS)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
+    convert(source, tmp_path / "native", to="native", read=_WORDS)
+    path = tmp_path / "native" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"distcp has changed since it was written \(checksum of bytes"):
+        all_tensors(tmp_path / "native")

@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 
 import megatron_bert
-from megatron_bert.family.names import fuse
+from megatron_bert.convert.families import family_of
+from megatron_bert.convert.huggingface_names import fuse
 from megatron_bert.finetuning.batches import collate_units
-from megatron_bert.finetuning.families import family_of
 from megatron_bert.finetuning.losses import label_weights, labelled, task_loss_sum
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.ibert.configuration import IBertEncoderConfig
@@ -125,12 +125,12 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     assert labelled(batch, HEADS[kind]).sum() == (sum(len(u.label) for u in units[:-1]) if kind == "token" else 5)
     names = family_of(ours.config).names
-    gradients = {names.with_prefix(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    gradients = {names.inside(name): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        found = [gradients[key] for key in names.theirs(name)]
+        found = [gradients[names.inside(key)] for key in names.theirs(name)]
         assert parameter.grad is not None, name
         assert all(gradient is not None for gradient in found), name
-        reference = fuse(found, ours.config.head_dim)
+        reference = found[0] if len(found) == 1 else fuse(*found, ours.config.num_attention_heads)
         torch.testing.assert_close(parameter.grad[: len(reference)], reference, rtol=1e-4, atol=1e-5, msg=name)
 
 

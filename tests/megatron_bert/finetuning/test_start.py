@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.convert.run_models import finished_model, read_results
 from megatron_bert.finetuning.finetune import finetune
-from megatron_bert.finetuning.results import read_results
-from megatron_bert.finetuning.start import find_tokenizer, finetuned_directory
+from megatron_bert.finetuning.start import find_tokenizer
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
@@ -133,7 +133,7 @@ class TestSeveralRuns:
 
     def test_a_run_starts_from_the_best(self, trained: Path, tmp_path: Path) -> None:
         folder = self.runs(trained, tmp_path / "runs", best={"name": "seed_2", "score": 0.5})
-        assert finetuned_directory(folder) == folder / "seed_2" / "model"
+        assert finished_model(folder) == folder / "seed_2" / "model"
         settings = run_settings(
             trained,
             model={"from": folder, "keep_head": True},
@@ -155,13 +155,13 @@ class TestSeveralRuns:
     def test_a_damaged_summary(self, trained: Path, tmp_path: Path) -> None:
         folder = self.runs(trained, tmp_path / "runs", best="seed_2")
         with pytest.raises(UserError, match=r"results\.json is damaged"):
-            finetuned_directory(folder)
+            finished_model(folder)
 
     def test_results_of_others_beside_a_model_are_not_read(self, trained: Path, tmp_path: Path) -> None:
         shutil.copytree(trained / "run" / "model", tmp_path / "model")
         (tmp_path / "model" / "results.json").write_text("no JSON", encoding="utf-8")
-        assert finetuned_directory(tmp_path / "model") == tmp_path / "model"
-        assert finetuned_directory(tmp_path) == tmp_path / "model"
+        assert finished_model(tmp_path / "model") == tmp_path / "model"
+        assert finished_model(tmp_path) == tmp_path / "model"
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "choice": ("MultipleChoice", {}),
     "span": ("QuestionAnswering", {}),
 }
+#: The same and the head of pretraining.
+MODELS = HEADS | {"masked": ("MaskedLM", {})}
 
 
 def make_model(folder: Path, family: str, kind: str, **changes: Any) -> Path:
@@ -41,7 +43,7 @@ def make_model(folder: Path, family: str, kind: str, **changes: Any) -> Path:
         write_roberta_tokenizer(folder, [" ".join(WORDS)] * 3, vocab_size=460)
     else:
         save_tokenizer(load_tokenizer(small_vocabulary(folder, WORDS)), folder, 32)
-    head, classes = HEADS[kind]
+    head, classes = MODELS[kind]
     sizes = dict(ROBERTA_SIZES) if roberta else ROBERTA_SIZES | {"type_vocab_size": 2, "pad_token_id": 0}
     sizes |= {"vocab_size": load_tokenizer(folder).vocab_size, **classes, **changes}
     config = getattr(transformers, f"{family}Config")(**sizes)
@@ -177,8 +179,8 @@ def change_config(folder: Path, **changes: Any) -> None:
     ("changes", "expected"),
     [
         ({"architectures": ["BertForMaskedLM"]}, "without the head of a task: fine-tune it"),
-        ({"model_type": "distilbert"}, "is a distilbert: give a model of one of bert, ibert"),
-        ({"is_decoder": True}, "has is_decoder: only whole encoders"),
+        ({"model_type": "distilbert"}, "has model_type 'distilbert': expected megatron-bert, bert, ibert"),
+        ({"is_decoder": True}, "of a decoder \\(is_decoder\\): only encoders"),
     ],
 )
 def test_other_models(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ import transformers
 
 import megatron_bert
 from megatron_bert.cli import main
+from megatron_bert.convert.families import CLASS_ENDINGS, ROBERTA
 from megatron_bert.finetuning.batches import collate_units
-from megatron_bert.finetuning.families import ROBERTA
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.saved import load_task
 from megatron_bert.ibert import QuantizationConfig, calibrate, quantize_model, quantizers
-from megatron_bert.ibert.family.names import IBERT
 from megatron_bert.ibert.family.quantized import canonical_name
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.quantizing.quantize import quantize
@@ -112,7 +111,7 @@ def test_the_saved_model_is_an_ibert(folder: Path, quantized: Path) -> None:
 
     arguments = {"output_loading_info": True, "quant_mode": False}
     theirs, info = transformers.IBertForSequenceClassification.from_pretrained(model, **arguments)
-    assert all(IBERT.of_quantization(name) for name in info["missing_keys"])
+    assert all(ROBERTA.names.is_range(name) for name in info["missing_keys"])
     with torch.no_grad():
         expected = theirs.eval()(ids.long()).logits[0]
     floating = megatron_bert.IBertForSequenceClassification.from_pretrained(model, quant_mode=False)
@@ -145,7 +144,7 @@ def _run_rank(folder: Path, reference: Path, out: Path) -> None:
 def test_heads_are_quantised_as_in_the_public_classes(kind: str, tmp_path: Path) -> None:
     """The same quantisers under the same names, and from the same ranges the same integers."""
     ours, _ = roberta(kind, tmp_path)
-    public = ROBERTA.classes[HEADS[kind].kind].from_pretrained(tmp_path)
+    public = getattr(megatron_bert, f"IBert{CLASS_ENDINGS[HEADS[kind].kind]}").from_pretrained(tmp_path)
     units = units_for("roberta", kind)
     batch = collate_units(units, range(len(units)), HEADS[kind], most_features=4)
     for model in (ours, public):

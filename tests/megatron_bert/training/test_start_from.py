@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from megatron_bert.training.pretrain import CHECKPOINT_SIZES, pretrain, take_sizes
 from parallel.errors import UserError
@@ -37,7 +38,17 @@ def test_a_size_that_is_another(data: Path) -> None:
     with pytest.raises(
         UserError, match=r"model\.num_hidden_layers is 2, but the model in .* has 1: remove the setting"
     ):
-        take_sizes(settings)
+        pretrain(settings)
+    assert not (data / "new").exists()
+
+
+def test_norms_that_are_elsewhere(data: Path) -> None:
+    transformers.BertModel(
+        transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(data / "bert")
+    with pytest.raises(UserError, match="is of a bert model, whose norms are in another place"):
+        pretrain(run_settings(data, data / "new", model__from=data / "bert"))
+    assert not (data / "new").exists()
 
 
 def test_weights_are_the_checkpoints(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

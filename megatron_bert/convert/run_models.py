@@ -1,4 +1,4 @@
-"""What a finished run has found, and which of several runs is the best."""
+"""The model that a run directory stands for: of a task the one it has left, of several runs that of the best."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError
 
-#: What a run writes last of all, and a command of several runs beside them.
+#: What a fine-tuning run writes last of all, and a command of several runs beside them.
 RESULTS_FILE = "results.json"
+#: Folder of a fine-tuning run with the model of its best checkpoint.
+MODEL_FOLDER = "model"
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:
@@ -33,3 +36,18 @@ def best_run(directory: Path) -> Path | None:
     if runs and best is None:
         raise UserError(f"{directory} holds several runs, and no best one: give one of {', '.join(runs)} in it")
     return best if runs else None
+
+
+def finished_model(source: Path) -> Path:
+    """The directory of the model that a path stands for: of a fine-tuning run that in it, of several that of the best.
+
+    Any other path stands for itself.
+
+    Raises:
+        UserError: it is not known which of several runs is meant.
+    """
+    for directory in (source, source / MODEL_FOLDER):
+        if (directory / CONFIG_NAME).is_file():
+            return directory
+    best = best_run(source)
+    return source if best is None else best / MODEL_FOLDER

@@ -1,0 +1,215 @@
+"""Fine-tuned and quantized models through every format: heads, names of classes and ranges stay, or are said to go."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_bert.cli import main
+from megatron_bert.convert import ranges
+from megatron_bert.convert.conversion import convert
+from megatron_bert.convert.families import ROBERTA
+from megatron_bert.convert.inspection import inspect
+from megatron_bert.convert.opening import open_checkpoint
+from megatron_bert.finetuning.finetune import finetune
+from megatron_bert.finetuning.inference import evaluate_files, predict_stream
+from megatron_bert.ibert import gelu
+from megatron_bert.quantizing.quantize import quantize
+from megatron_bert.tasks.fill_mask import FillMask
+from parallel.errors import UserError
+from tests.megatron_bert.data.support import small_vocabulary
+from tests.megatron_bert.finetuning.support import WORDS, make_run, rows, run_settings
+from tests.megatron_bert.finetuning.test_transformers_models import LIKE_BERT, LIKE_ROBERTA, MODELS, make_model
+from tests.megatron_bert.quantizing.support import quantize_settings
+
+FAMILIES = [*LIKE_BERT, *LIKE_ROBERTA]
+
+
+@torch.no_grad()
+def outputs(folder: Path, kind: str) -> list[Tensor]:
+    """What transformers' class computes of a directory, all of whose weights it must find."""
+    auto = getattr(transformers, f"AutoModelFor{MODELS[kind][0]}")
+    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert all(ROBERTA.names.is_range(key) for key in report["missing_keys"])
+    assert not report["unexpected_keys"]
+    ids = torch.tensor([[2, 7, 9, 11, 3]])
+    found = model.eval()(input_ids=ids[None] if kind == "choice" else ids)
+    return [value for name, value in found.items() if name.endswith("logits")]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("family", ["MegatronBert", "Bert", "Roberta"])
+def test_every_head_of_every_family(family: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = make_model(tmp_path / "source", family, kind)
+    convert(source, tmp_path / "native", to="native")
+    convert(tmp_path / "native", tmp_path / "back", to="huggingface")
+    for found, expected in zip(outputs(tmp_path / "back", kind), outputs(source, kind), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"][0].endswith(MODELS[kind][0])
+    if "id2label" in MODELS[kind][1]:
+        assert config["id2label"] == {str(number): name for number, name in MODELS[kind][1]["id2label"].items()}
+        assert "no, maybe, yes" in str(inspect(tmp_path / "native")) or kind == "token"
+    if kind == "multi":
+        assert config["problem_type"] == "multi_label_classification"
+
+
+@pytest.mark.parametrize("to", ["megatron", "megatron-core"])
+@pytest.mark.parametrize("kind", ["single", "choice"])
+def test_heads_that_megatron_has(kind: str, to: str, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = make_model(tmp_path / "source", "MegatronBert", kind)
+    report = convert(source, tmp_path / "megatron", to=to)
+    assert "Megatron's checkpoints name no classes" in str(report)
+    convert(tmp_path / "megatron", tmp_path / "back", to="huggingface")
+    for found, expected in zip(outputs(tmp_path / "back", kind), outputs(source, kind), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token", "span"])
+def test_heads_that_megatron_has_not(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = make_model(tmp_path / "source", "MegatronBert", kind)
+    with pytest.raises(UserError, match="Megatron's checkpoints have heads for classes and choices only"):
+        convert(source, tmp_path / "megatron", to="megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+class TestRuns:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A fine-tuning run, and a quantization run from it."""
+        folder = tmp_path_factory.mktemp("runs")
+        finetune(make_run(folder, training__steps=4))
+        quantize(quantize_settings(folder, training__steps=2, training__evaluate_every=2))
+        return folder
+
+    def scores(self, folder: Path, model: Path, *overrides: str) -> Any:
+        given = [f"data.valid={folder / 'valid.jsonl'}", *overrides]
+        return evaluate_files(model, given, output=None, batch_size=8, device="cpu")["valid"]
+
+    @pytest.mark.parametrize("to", ["huggingface", "native"])
+    @pytest.mark.parametrize("run", ["run", "quantized"])
+    def test_a_converted_run_gives_its_scores(self, folder: Path, tmp_path: Path, run: str, to: str) -> None:
+        convert(folder / run, tmp_path / "result", to=to)
+        vocabulary = f"tokenizer.path={folder / 'encoder'}"
+        found = self.scores(folder, tmp_path / "result", vocabulary)
+        assert found == pytest.approx(self.scores(folder, folder / run), rel=1e-6)
+        with open_checkpoint(folder / run) as before, open_checkpoint(tmp_path / "result") as after:
+            assert after.ranges == before.ranges
+            assert after.task == before.task
+
+    def test_a_checkpoint_of_a_run_serves_too(self, folder: Path) -> None:
+        """Its vocabulary is that of what the run started from."""
+        for run, step in (("run", 4), ("quantized", 2)):
+            checkpoint = folder / run / "checkpoints" / f"step_{step:08d}"
+            assert checkpoint.is_dir()
+            assert self.scores(folder, checkpoint) == pytest.approx(self.scores(folder, folder / run), rel=1e-6)
+
+    def test_classes_without_names_get_those_that_are_given(self, folder: Path, tmp_path: Path) -> None:
+        convert(folder / "run", tmp_path / "model.zip", to="megatron")
+        given = ("task.labels=[a,b,c]", f"tokenizer.path={folder / 'encoder'}")
+        expected = self.scores(folder, folder / "run")
+        assert self.scores(folder, tmp_path / "model.zip", *given)["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        answers = io.StringIO()
+        row = io.StringIO('{"text": "w1 w40"}')
+        predict_stream(tmp_path / "model.zip", row, answers, batch_size=1, device="cpu", overrides=[given[1]])
+        assert list(json.loads(answers.getvalue())["probabilities"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+        with pytest.raises(UserError, match=r"holds no vocabulary: give tokenizer\.path=PATH"):
+            self.scores(folder, tmp_path / "model.zip")
+
+    def test_megatron_has_no_place_for_ranges(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="is quantized, and Megatron's checkpoints have no place for its ranges"):
+            convert(folder / "quantized", tmp_path / "result", to="megatron")
+
+    @pytest.mark.parametrize("keep_head", [True, False])
+    def test_what_a_run_leaves_behind_is_said(
+        self, folder: Path, tmp_path: Path, keep_head: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = run_settings(
+            folder,
+            model={"from": folder / "quantized", "keep_head": keep_head},
+            training__steps=1,
+            training__run_dir=tmp_path / "again",
+        )
+        finetune(settings)
+        assert rows(tmp_path / "again")
+        said = capsys.readouterr().out
+        assert "is quantized: its weights are taken in floating point, and its ranges are left behind" in said
+        assert ("classifier.weight of" in said) != keep_head
+
+    def test_an_archive_is_unpacked_once(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For all seeds of a command."""
+        import zipfile
+
+        from megatron_bert.convert import archive
+
+        convert(folder / "encoder", tmp_path / "megatron", to="megatron")
+        with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as file:
+            for path in (tmp_path / "megatron").rglob("*"):
+                file.write(path, path.relative_to(tmp_path / "megatron"))
+        unpacked: list[str] = []
+        unpack = archive._unpack
+        monkeypatch.setattr(archive, "_unpack", lambda *a: (unpacked.append(a[1].filename), unpack(*a)))
+        settings = run_settings(
+            folder,
+            model={"from": tmp_path / "model.zip"},
+            tokenizer={"path": folder / "encoder"},
+            training__steps=1,
+            training__seeds=[1, 2],
+            training__run_dir=tmp_path / "seeds",
+        )
+        finetune(settings)
+        assert sorted(Path(name).name for name in unpacked) == [
+            "latest_checkpointed_iteration.txt",
+            "model_optim_rng.pt",
+        ]
+
+
+def test_the_least_value_of_gelu_is_that_of_integer_arithmetic() -> None:
+    assert ranges.LEAST_GELU == gelu.LEAST
+
+
+class TestFillMask:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_directory_of_transformers(self, family: str, tmp_path: Path) -> None:
+        folder = make_model(tmp_path, family, "masked")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+        text = f"w7 w31 {tokenizer.mask_token} w2"
+        inputs = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, inputs["input_ids"][0] == tokenizer.mask_token_id]
+        logits[:, tokenizer.all_special_ids] = -torch.inf
+        best = logits.softmax(dim=1).topk(3)
+        guesses = FillMask.from_checkpoint(folder)(text, top=3)
+        assert [guess.token for guess in guesses] == tokenizer.convert_ids_to_tokens(best.indices[0].tolist())
+        torch.testing.assert_close(torch.tensor([g.probability for g in guesses]), best.values[0], rtol=1e-4, atol=1e-6)
+
+    def test_an_archive_with_its_vocabulary_elsewhere(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "source").mkdir()
+        folder = make_model(tmp_path / "source", "MegatronBert", "masked")
+        convert(folder, tmp_path / "model.zip", to="megatron")
+        vocabulary = small_vocabulary(tmp_path, WORDS)
+        text = "w7 [MASK] w2"
+        assert main(["fill-mask", str(tmp_path / "model.zip"), text]) == 2
+        assert "holds no vocabulary: give --tokenizer" in capsys.readouterr().err
+        command = ["fill-mask", str(tmp_path / "model.zip"), text, "--tokenizer", str(vocabulary)]
+        assert main([*command, "--layer-norm-eps", "1e-5"]) == 0
+        found = capsys.readouterr().out
+        assert main(["fill-mask", str(folder), text]) == 0
+        assert found == capsys.readouterr().out
+
+    def test_a_model_without_the_head(self, tmp_path: Path) -> None:
+        folder = make_model(tmp_path, "Bert", "single")
+        with pytest.raises(UserError, match="has no masked-language head"):
+            FillMask.from_checkpoint(folder)
