@@ -14,7 +14,7 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.opening import config_from, load_into, open_checkpoint
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.model.pretraining import BertForPretraining
-from megatron_bert.training.optimizer import MOMENTS
+from megatron_bert.training.update_rules import MOMENTS
 from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
