@@ -77,12 +77,18 @@ class HuggingFaceNames:
         self.copies = {f"{decoder}.weight": "embeddings.word_embeddings.weight", f"{decoder}.bias": "masked_head.bias"}
 
     def theirs(self, name: str) -> tuple[str, ...]:
-        """Their name, in classes with a head, for a canonical one: three for the fused matrix."""
+        """Their name, in classes with a head, for a canonical one: three for the fused matrix.
+
+        Raises:
+            KeyError: no class of the family has it.
+        """
         owner, _, kind = name.rpartition(".")
         if owner in self._heads:
             return (f"{self._heads[owner]}.{kind}",)
         if owner in self._encoder:
             return (f"{self.prefix}.{self._encoder[owner]}.{kind}",)
+        if not owner.startswith("encoder.layers."):
+            raise KeyError(owner)
         _, _, number, part = owner.split(".", 3)
         place = f"{self.prefix}.encoder.layer.{number}"
         if part == QUERY_KEY_VALUE:
