@@ -83,7 +83,10 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
     if state.ranges is not None:
         bits = [state.ranges.settings.get(f"{what}_bits") for what in ("weight", "activation")]
         rows.append(
-            ("quantization", f"weights {bits[0]} bits, activations {bits[1]} bits, {len(state.ranges.limits)} ranges")
+            (
+                "quantized model",
+                f"weights {bits[0]} bits, activations {bits[1]} bits, {len(state.ranges.limits)} ranges",
+            )
         )
     if state.optimizer:
         rows.append(("optimizer", f"{len(state.optimizer)} tensors"))
