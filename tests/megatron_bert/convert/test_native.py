@@ -39,13 +39,8 @@ def _trained_on_this_rank(source: Path, root: Path, layout: dict[str, Any], shar
     mesh = make_mesh(**layout)
     config = config_from(source, _WORDS)
     model = BertForPretraining(config, tp=mesh.tensor_parallel)
-    apply_data_parallel(
-        model,
-        model.encoder.layer_list(),
-        mesh,
-        sharding=sharding,
-        compute_dtype=torch.float32,  # type: ignore[arg-type]
-    )
+    if sharding == "full":  # what is not divided over data ranks is loaded before it is wrapped, as a run does
+        apply_data_parallel(model, model.encoder.layer_list(), mesh, sharding=sharding, compute_dtype=torch.float32)
     report = load_into(model, source, _WORDS)
     assert report.missing == report.unexpected == ()
     parameters = dict(model.named_parameters())
