@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Modules that unpickle: nothing of them may be named but what only writes.
+#: Modules that unpickle: nothing of them may be named but what only writes, and the error.
 READERS = ("pickle.", "_pickle.", "dill.", "cloudpickle.", "joblib.", "shelve.", "marshal.", "torch.hub.")
-WRITERS = {"pickle.dump", "pickle.dumps", "pickle.Pickler", "pickle.HIGHEST_PROTOCOL", "pickle.DEFAULT_PROTOCOL"}
+WRITERS = {
+    *("pickle.dump", "pickle.dumps", "pickle.Pickler", "pickle.HIGHEST_PROTOCOL", "pickle.DEFAULT_PROTOCOL"),
+    "pickle.UnpicklingError",
+}
 #: Functions and classes that read pickles, by their full names.
 FORBIDDEN = {
     *("torch.load", "torch.serialization.load", "torch.jit.load", "torch.export.load"),

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -45,7 +46,9 @@ class DocumentedConfig(PreTrainedConfig):
         if getattr(self, "position_embedding_type", "") is None:  # some writers leave it to the default
             self.position_embedding_type = "absolute"
         of_encoder = {name: value for name, value in kwargs.items() if name in self.encoder_class.__dataclass_fields__}
-        kwargs.pop("num_labels", None)
+        count, names = kwargs.pop("num_labels", None), self.__dict__.get("id2label")
+        if count is not None and isinstance(names, dict) and len(names) != count:
+            raise UserError(f"model.num_labels is {count}, but model.id2label names {len(names)} classes")
         plain = self._checked(
             **{"num_labels": 0} | {name: value for name, value in of_encoder.items() if value is not None}
         )
@@ -133,6 +136,20 @@ class DocumentedConfig(PreTrainedConfig):
         if kwargs.get("num_labels") is not None and kwargs.get("id2label") is None:
             config_dict = {name: value for name, value in config_dict.items() if name not in _LABELS}
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers does; but a directory without a config.json is no model of default sizes.
+
+        Raises:
+            OSError: there is none.
+        """
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if place.is_dir() and not (place / "config.json").exists() and not kwargs.get("gguf_file"):
+            raise OSError(f"{place} holds no config.json: give the directory of a saved model")
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that is set, as JSON holds it; a function by its name."""

@@ -1,6 +1,6 @@
 """Kills of random ranks at random moments, and what is left of them in the end: nothing.
 
-    python -m tests.integration.soak --kills 100 [--way node|hosts|slurm] [--seed N] [--folder DIR]
+    python -m tests.integration.soak --kills 100 [--way torchrun|node|hosts|slurm] [--seed N] [--folder DIR]
 
 A run of two ranks, with loader processes, is started once in each documented way, and its ranks are killed (KILL, ABRT,
 SEGV) or stopped (STOP, so that they hang) while it starts, trains and saves. Its launcher starts it again until it is
@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.launching.launched import LOG_VARIABLE
 from megatron_bert.launching.records import read_starts
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError
@@ -36,7 +37,7 @@ from tests.megatron_bert.training.runs import TIMED, assert_same_checkpoint, row
 from tests.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = ("node", "hosts", "slurm")
+WAYS = ("torchrun", "node", "hosts", "slurm")
 RANKS = 2
 #: Seconds that a start, or the end of the run, may take.
 PATIENCE = 300.0
@@ -158,12 +159,32 @@ def _command(logs: Path, *options: str) -> list[str]:
     return [*script, "pretrain", "settings.yaml"]
 
 
+def _by_torchrun(folder: Path, variables: dict[str, str]) -> contextlib.AbstractContextManager[_Run]:
+    """By PyTorch's own program, as in the README; the variable is for the soak to find the ranks."""
+    options = ["--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", "10000"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        "-m",
+        "megatron_bert",
+        "pretrain",
+        "settings.yaml",
+    ]
+    return _on_this_host(folder, command, variables | {LOG_VARIABLE: str(folder / "run" / "logs")})
+
+
+def _on_a_node(folder: Path, variables: dict[str, str]) -> contextlib.AbstractContextManager[_Run]:
+    return _on_this_host(folder, _command(folder / "run" / "logs", "--processes", str(RANKS)), variables)
+
+
 @contextlib.contextmanager
-def _on_a_node(folder: Path, variables: dict[str, str]) -> Iterator[_Run]:
-    logs, output = folder / "run" / "logs", folder / "node.out"
+def _on_this_host(folder: Path, command: list[str], variables: dict[str, str]) -> Iterator[_Run]:
+    logs, output = folder / "run" / "logs", folder / "run.out"
     with output.open("w") as file:
         process = subprocess.Popen(
-            _command(logs, "--processes", str(RANKS)),
+            command,
             cwd=folder,
             env=os.environ | variables,
             stdout=file,
@@ -197,7 +218,7 @@ def _on_slurm(folder: Path, variables: dict[str, str]) -> Iterator[_Run]:
         yield _Submitted(folder / "run" / "logs" / f"{number}.0", session, number)
 
 
-_STARTERS = {"node": _on_a_node, "hosts": _on_hosts, "slurm": _on_slurm}
+_STARTERS = {"torchrun": _by_torchrun, "node": _on_a_node, "hosts": _on_hosts, "slurm": _on_slurm}
 
 
 class _Killer:

@@ -10,9 +10,8 @@ from tests.integration import hosts, slurm_cluster
 from tests.integration.cluster_support import need
 from tests.integration.soak import WAYS, soak
 
-#: Each costs a start; the tests of two hosts and of Slurm kill as well.
-KILLS = {"node": 5, "hosts": 2, "slurm": 2}
-PROGRAMS = {"node": (), "hosts": hosts.PROGRAMS, "slurm": slurm_cluster.PROGRAMS}
+KILLS = 5
+PROGRAMS = {"torchrun": (), "node": (), "hosts": hosts.PROGRAMS, "slurm": slurm_cluster.PROGRAMS}
 
 
 @pytest.mark.slow
@@ -21,6 +20,6 @@ PROGRAMS = {"node": (), "hosts": hosts.PROGRAMS, "slurm": slurm_cluster.PROGRAMS
 def test_killed_ranks_change_nothing_and_leave_nothing(tmp_path: Path, way: str) -> None:
     if PROGRAMS[way]:
         need(PROGRAMS[way], "iproute2 procps slurmctld slurmd slurm-client munge")
-    found = soak(way, KILLS[way], tmp_path / way)
-    assert sum(found[name] for name in found if name.startswith("SIG")) == KILLS[way]
+    found = soak(way, KILLS, tmp_path / way)
+    assert sum(found[name] for name in found if name.startswith("SIG")) == KILLS
     assert found["starts"] > 1

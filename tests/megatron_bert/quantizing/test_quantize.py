@@ -205,7 +205,8 @@ def test_a_run_of_another_arithmetic_does_not_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("megatron_bert.quantizing.objective.VERSION", 1)
+        for place in ("quantizing.objective", "convert.ranges"):
+            patched.setattr(f"megatron_bert.{place}.VERSION", 1)
         run(folder, tmp_path / "run", training__steps=1)
     (tmp_path / "run" / "results.json").unlink()
     with pytest.raises(UserError, match="in version 1 of the integer arithmetic, and this is 2"):
