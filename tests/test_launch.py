@@ -157,7 +157,7 @@ class TestSetup:
 
 
 #: Of pytest, as launch/test.sh counts them.
-WORKERS = min(4, len(os.sched_getaffinity(0)))
+WORKERS = min(4, len(os.sched_getaffinity(0)) + 1)
 
 
 class TestTest:
