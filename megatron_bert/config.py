@@ -207,8 +207,8 @@ class ParallelSettings(Section):
     sharding: Sharding = Field(
         "none",
         description="What data ranks divide: none, optimizer (states), full (gradients and weights, too), or hybrid "
-        "(full inside groups of shard_size ranks, copied between them). The flat buffers of none and optimizer have not "
-        "been run on a GPU yet.",
+        "(full inside groups of shard_size ranks, copied between them). The flat buffers of none and optimizer "
+        "have not been run on a GPU yet.",
     )
     shard_size: int | None = Field(None, gt=1, description="Ranks a shard group, for hybrid sharding.")
     timeout_seconds: float = Field(

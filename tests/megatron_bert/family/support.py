@@ -58,7 +58,7 @@ def config_of(head: str, **changes: Any) -> MegatronBertConfig:
     """A configuration that suits the class."""
     if head == "ForCausalLM":
         changes.setdefault("is_decoder", True)
-    if "Classification" in head:
+    if "Classification" in head and "id2label" not in changes:
         changes.setdefault("num_labels", 5)
     return changed(**changes)
 
