@@ -79,7 +79,7 @@ def test_the_wheel_outside_the_checkout(tmp_path: Path) -> None:
     """Built from the source distribution, it runs the first commands of the README in an environment of its own."""
     from tests.test_readme import make_place, own_text_commands, tiny
 
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COV"))}
     clean["OMP_NUM_THREADS"] = "1"
 
     def call(*command: str | Path, folder: Path = tmp_path, **variables: str) -> str:
