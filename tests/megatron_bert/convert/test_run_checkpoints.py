@@ -9,8 +9,8 @@ import pytest
 
 from megatron_bert.cli import main
 from megatron_bert.convert.run_checkpoints import RUN_FILES, RUN_FOLDERS, list_checkpoints
+from megatron_bert.convert.run_models import MODEL_FOLDER
 from megatron_bert.data.tokenizers import RUN_FOLDER
-from megatron_bert.finetuning.start import MODEL_FOLDER
 from megatron_bert.training.divergence import BATCHES_FOLDER
 from megatron_bert.training.heartbeat import HEARTBEAT_FILE
 from megatron_bert.training.metrics_file import METRICS_FILE
