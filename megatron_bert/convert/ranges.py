@@ -32,7 +32,9 @@ RANGES_NAME = "quantization.json"
 VERSION = 2
 #: The least value of GELU, as integer arithmetic has it.
 LEAST_GELU = -0.17
-_EMBEDDINGS = {"sum": "embeddings_act1", "output": "output_activation"}
+#: The place of the sum of the embeddings, whose range is not taken from their files.
+EMBEDDINGS_SUM = "embeddings_act1"
+_EMBEDDINGS = {"sum": EMBEDDINGS_SUM, "output": "output_activation"}
 _LAYER = {
     "query": "attention.self.query_activation",
     "key": "attention.self.key_activation",

@@ -26,28 +26,14 @@ from torch import Tensor, nn
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import WEIGHTS, open_weights
+from megatron_bert.convert.ranges import EMBEDDINGS_SUM, their_buffers, their_place
 from megatron_bert.convert.state import StateTensor
 from megatron_bert.family.names import Names
 from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.calibration import update_ranges
-from megatron_bert.ibert.gelu import LEAST
 from megatron_bert.ibert.quantization import in_mode, quantizers
 from megatron_bert.ibert.quantizer import Quantizer
 
-_SUM = "embeddings_act1"
-_EMBEDDINGS = {"sum": _SUM, "output": "output_activation"}
-_LAYER = {
-    "query": "attention.self.query_activation",
-    "key": "attention.self.key_activation",
-    "value": "attention.self.value_activation",
-    "context": "attention.self.output_activation",
-    "attention_sum": "attention.output.ln_input_act",
-    "middle": "attention.output.output_activation",
-    "mlp_input": "pre_intermediate_act",
-    "gelu": "intermediate.output_activation",
-    "mlp_sum": "output.ln_input_act",
-    "output": "output.output_activation",
-}
 #: Their ranges before anything was seen.
 _UNSEEN = 1.1e-5
 
@@ -89,20 +75,17 @@ def canonical_name(model: DocumentedModel, name: str) -> str:
     return name if place is None else f"{place.owner}.ranges.{rest}"
 
 
+def _cut(model: DocumentedModel, names: Names) -> str:
+    """What names in the bare encoder lack."""
+    return f"{names.prefix}." if model.base_model is model else ""
+
+
 def _places(model: DocumentedModel, names: Names) -> Iterator[tuple[Quantizer, str]]:
     """Quantizers of the encoder and the places of transformers' that have the same tensor."""
-    cut = f"{names.prefix}." if model.base_model is model else ""
     for name, quantizer in quantizers(model):
-        owner, _, place = canonical_name(model, name).rpartition(".ranges.")
-        if owner == "embeddings":
-            yield quantizer, f"{names.prefix}.embeddings.{_EMBEDDINGS[place]}".removeprefix(cut)
-        elif owner.startswith("encoder.layers."):
-            number = int(owner.split(".")[2])
-            if place in _LAYER:
-                where = f"encoder.layer.{number}.{_LAYER[place]}"
-            else:
-                where = (f"encoder.layer.{number - 1}.output" if number else "embeddings") + ".output_activation"
-            yield quantizer, f"{names.prefix}.{where}".removeprefix(cut)
+        place = their_place(canonical_name(model, name))
+        if place is not None:
+            yield quantizer, f"{names.prefix}.{place}".removeprefix(_cut(model, names))
 
 
 def stored_ranges(directory: Path, names: Names) -> dict[str, StateTensor]:
@@ -118,7 +101,7 @@ def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str,
     """Take over the ranges of transformers' quantised layers, where they have seen anything."""
     for quantizer, place in _places(model, names):
         place = names.with_prefix(place)
-        if not place.endswith(_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
+        if not place.endswith(EMBEDDINGS_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
             least, most = (float(stored[f"{place}.{end}"].load()) for end in ("x_min", "x_max"))
             limit = most if quantizer.kind == "gelu" else max(-least, most)
             if limit > _UNSEEN:
@@ -127,11 +110,6 @@ def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str,
 
 def their_ranges(model: DocumentedModel, names: Names) -> dict[str, Tensor]:
     """The ranges as transformers' quantised layers have them, by their names."""
-    tensors = {}
-    for quantizer, place in _places(model, names):
-        limit = quantizer.limit()
-        if limit > 0.0:
-            least = LEAST if quantizer.kind == "gelu" else -limit
-            tensors[f"{place}.x_min"] = torch.tensor([least])
-            tensors[f"{place}.x_max"] = torch.tensor([limit])
-    return tensors
+    limits = {canonical_name(model, name): quantizer.limit() for name, quantizer in quantizers(model)}
+    cut = _cut(model, names)
+    return {f"{names.prefix}.{place}".removeprefix(cut): values for place, values in their_buffers(limits).items()}
