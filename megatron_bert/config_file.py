@@ -18,17 +18,26 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 _BOOL = "tag:yaml.org,2002:bool"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def _as_in_yaml_1_2(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """What text a tag takes."""
+    if tag == _BOOL:
+        return re.compile("(true|True|TRUE|false|False|FALSE)$")
+    return re.compile(f"(?![^:]*:)(?:{pattern.pattern})", pattern.flags) if tag in _NUMBERS else pattern
 
 
 class _Loader(yaml.SafeLoader):
     """YAML whose mappings name every key once; YAML itself would silently keep the last value.
 
     As in YAML 1.2, ``true`` and ``false`` alone are truth values: ``yes``, ``no``, ``on`` and ``off`` are text, which
-    settings that are one or the other take too, and others, such as names of labels, as it is written.
+    settings that are one or the other take too, and others, such as names of labels, as it is written. So is ``10:12``,
+    which YAML 1.1 takes for a number to the base of 60.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        first: [(tag, re.compile("(true|True|TRUE|false|False|FALSE)$") if tag == _BOOL else p) for tag, p in found]
+        first: [(tag, _as_in_yaml_1_2(tag, pattern)) for tag, pattern in found]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

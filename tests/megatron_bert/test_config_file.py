@@ -178,3 +178,11 @@ def test_merged_keys_may_be_set_again(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("base: &base {steps: 1, seed: 3}\ntraining: {<<: *base, steps: 2}\n")
     assert read_tree(path, [])["training"] == {"steps": 2, "seed": 3}
+
+
+def test_two_numbers_with_a_colon_are_text(tmp_path: Path) -> None:
+    """YAML 1.1 would take them for one number to the base of 60."""
+    path = tmp_path / "settings.yaml"
+    path.write_text("logging: {profile: 10:12, every: 0x10}\nlearning_rate: {peak: 1.0e-4}\n", encoding="utf-8")
+    assert read_tree(path, []) == {"logging": {"profile": "10:12", "every": 16}, "learning_rate": {"peak": 1e-4}}
+    assert read_tree(path, ["logging.profile=1:3", "logging.every=3"])["logging"] == {"profile": "1:3", "every": 3}
