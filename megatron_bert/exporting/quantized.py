@@ -27,6 +27,8 @@ def quantized_directory(source: Path) -> Path:
     for directory in (source, source / MODEL_FOLDER):
         if (directory / RANGES_NAME).is_file() and (directory / CONFIG_NAME).is_file():
             return directory
+    if not source.exists():
+        raise UserError(f"{source} is not there: check the path")
     raise UserError(
         f"{source} holds no {RANGES_NAME} beside a {CONFIG_NAME}: give a run of `megatron-bert quantize`, or a "
         "quantized model that was saved with its ranges"

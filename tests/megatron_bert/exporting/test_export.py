@@ -77,4 +77,6 @@ def test_the_command(to: str, saved: tuple[Path, dict], tmp_path: Path, capsys: 
 def test_a_float_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path), str(tmp_path / "out"), "--to", "integer"]) == 2
     assert "holds no quantization.json" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--to", "integer"]) == 2
+    assert "nowhere is not there: check the path" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
