@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the integer engine into wheels, where there is a C++ compiler; all else is in pyproject.toml."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of converting full-size checkpoints.
 
     python benchmarks/conversion.py --scratch /tmp --output benchmarks/conversion.json

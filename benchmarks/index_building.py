@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of cutting a large corpus into samples.
 
 Makes up the sentence sizes of a corpus (geometric, 22 tokens a sentence and 20 sentences a document on average), builds

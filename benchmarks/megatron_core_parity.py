@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-core loads converted checkpoints and computes the same losses, on the CPU.
 
 megatron-core is not a dependency; install it into a folder of its own:

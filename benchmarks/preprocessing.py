@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Speed and memory of making a corpus, beside the tokenizer library alone and NVIDIA's way of doing it.
 
 Runs in turns, on the same text with the same vocabulary and as many processes or threads, and compares processor time:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentence splitters on labelled text, and what preprocessing costs with each.
 
 The text, `sentence_splitting.txt` next to this file, is written for the purpose: abbreviations, names, numbers and

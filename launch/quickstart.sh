@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The main job in one command: a tokenizer, a corpus and a small BERT from English text, trained on two processes with
 # tensor parallelism, evaluated, and asked to fill in masked words.
 #
@@ -38,7 +39,7 @@ while [ $# -gt 0 ]; do
             shift 2
             ;;
         -h | --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' launch/quickstart.sh
+            sed -n '3,/^set /{/^set /d;s/^# \{0,1\}//;p;}' launch/quickstart.sh
             exit 0
             ;;
         *) fail "unknown argument $1: see launch/quickstart.sh --help" ;;

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # One virtual environment, .venv in the checkout, with this project and what it needs. Quick when nothing has changed.
 #
 #   bash launch/setup.sh [--test]      --test adds what the tests need

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Everything a change must pass: lint, format, types, tests. Arguments go to pytest.
 #
 #   bash launch/test.sh

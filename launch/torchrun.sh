@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # One node with all its GPUs; or several hosts without Slurm, with the same command on each of them.
 #
 #   bash launch/torchrun.sh [OPTIONS] pretrain|finetune|quantize CONFIG.yaml [section.key=value ...]
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
         --wait) number "$@" && seconds=$2 ;;
         --logs) [ -n "${2-}" ] && logs=$2 || fail "--logs needs a directory" ;;
         -h | --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+            sed -n '3,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
         -*) fail "unknown option $1: see launch/torchrun.sh --help" ;;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BERT encoders with Megatron parallelism: pretraining, checkpoint conversion, MegatronBERT and I-BERT classes."""
 
 from __future__ import annotations

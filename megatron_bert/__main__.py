@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert`, and `python -m megatron_bert` for launchers such as torchrun."""
 
 import sys

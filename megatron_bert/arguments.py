@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types of arguments that several commands have."""
 
 from __future__ import annotations

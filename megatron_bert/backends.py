@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optional fused kernels from NVIDIA's apex, PyTorch's own otherwise.
 
 apex is never needed. The package of that name on the Python package index is another project; NVIDIA's is recognised

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `megatron-bert` command: one subcommand a job."""
 
 from __future__ import annotations

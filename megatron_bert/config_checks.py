@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks between settings, before any process group starts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings from YAML files and dotted overrides, with errors for people."""
 
 from __future__ import annotations

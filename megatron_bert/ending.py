@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every command ends: by itself, by a signal, by an error of the file system, or because nobody reads its output.
 
 A command runs inside :class:`Ending`. SIGTERM, SIGHUP and SIGUSR1 raise :class:`Terminated` in the main thread, as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON files that hold an object, as configurations do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes with the package beside its modules: settings files by name, and scripts and images to start runs with.
 
 In a checkout `files/` holds links to `configs/` and `launch/`, in an installed package copies.
@@ -36,7 +37,7 @@ def purpose(path: Path) -> str:
     """What a file's first comment says, up to the end of its first sentence."""
     words: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#!") or (not words and not line.lstrip("# ").strip()):
+        if line.startswith(("#!", "# SPDX")) or (not words and not line.lstrip("# ").strip()):
             continue
         if not line.startswith("#"):
             break

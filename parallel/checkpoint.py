@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sharded checkpoints over torch.distributed.checkpoint: what is one, and its state.
 
 A checkpoint is a directory ``step_00000100`` with one file a rank, torch's ``.metadata`` and ``state.json``. It is

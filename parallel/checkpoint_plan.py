@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank writes which part of a checkpoint, and where: decided once, for all saves of the same tensors.
 
 Every byte is written once: what several ranks hold goes to the one of them that has the least to write. The plan is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the tensors of a checkpoint into those of a model, whatever layouts wrote the one and hold the other."""
 
 from __future__ import annotations

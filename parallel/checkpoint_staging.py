@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory for a copy of what a rank writes to a checkpoint, which another process can read."""
 
 from __future__ import annotations

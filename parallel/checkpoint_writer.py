@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing checkpoints: sharded, atomic, in the background if asked; and what is done when the file system refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collectives with the gradients tensor parallelism needs.
 
 Each pair is conjugate: the backward of one is the forward of the other (Shoeybi et al., arXiv 1909.08053, figure 3;

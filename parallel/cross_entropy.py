@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross entropy over a vocabulary divided among tensor-parallel ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data parallelism: on flat buffers where weights stay whole, by PyTorch's FSDP2 where they are divided as well."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dropout whose mask is a pure function of what it is applied to.
 
 A mask element depends on a key per row (built from the seed, the step, the global sample, the position and the layer)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error for mistakes a user can fix, and values of unknown origin in its messages."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process of its own that writes files from memory it shares with this one, so that neither waits for the other.
 
 It loads no torch, starts in a fraction of a second and takes a few megabytes. Files are opened by the process that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data parallelism on flat buffers: weights that every rank holds whole, states that each holds a share of.
 
 The parameters of a stage are views of one buffer in the format of the computation, and their gradients add up in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens to gradients between the last backward pass and the optimizer."""
 
 from __future__ import annotations

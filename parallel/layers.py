@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear and embedding layers divided over tensor-parallel ranks (Shoeybi et al., arXiv 1909.08053, section 3).
 
 Shapes: T tokens, t tensor-parallel size, V vocabulary, K features in, N features out. Under sequence parallelism the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checksum for every block of every file of a checkpoint, so that what changed on a disk is not taken for weights.
 
 ``manifest.json`` lies in the checkpoint and lists its files with their sizes and the CRC-32 of each block of

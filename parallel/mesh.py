@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of a run over its processes: sizes of the axes, the device mesh, and this rank's place in it."""
 
 from __future__ import annotations

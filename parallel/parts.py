@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one rank holds of a tensor that is divided over ranks: by rows (DTensor), or a range of its elements."""
 
 from __future__ import annotations

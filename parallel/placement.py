@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the ranks of a layout sit: tensor groups belong inside a host, pipelines across hosts."""
 
 from __future__ import annotations

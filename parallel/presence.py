@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is missing when ranks wait in vain: each leaves signs of life in the store where the ranks have met.
 
 A rank says what it is at with :func:`sign`. When a collective fails on one, it raises an alarm in the store; a thread

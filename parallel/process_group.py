@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Start and stop of torch.distributed, and the device a process works on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation recomputation: keep less in the forward pass, compute it again in the backward pass.
 
 ``full`` keeps a layer's input only and runs its forward pass again. ``selective`` keeps everything that is dear to

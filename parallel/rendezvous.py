@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the ranks of one start meet, whatever an earlier start has left in the launcher's store."""
 
 from __future__ import annotations

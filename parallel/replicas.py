@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether ranks that hold copies of a value hold the same: parameters, optimizer states, and what belongs to them.
 
 Copies start alike and get the same updates, so they stay equal bit for bit. One that differs was damaged: training

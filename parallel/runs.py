@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Neighbouring parameters in memory, which an optimizer updates together."""
 
 from __future__ import annotations

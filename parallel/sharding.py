@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters that live in shards, and initial values that do not depend on the layout."""
 
 from __future__ import annotations

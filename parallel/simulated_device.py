@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that stand for those of a GPU, where a step is simulated on a machine without one."""
 
 from __future__ import annotations

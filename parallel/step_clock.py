@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a rank works for itself in a step, without the time in which it waits for others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight gradients computed later than input gradients, for zero-bubble schedules.
 
 A zero-bubble schedule (Qi et al., arXiv 2401.10241) runs the backward pass of a stage in two actions: first the

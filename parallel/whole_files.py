@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files and directories that are whole or not there, and what the file system refuses, said in one sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line for tests: each command in a process of its own, forked with its modules loaded already.
 
 Starting Python and loading torch takes longer than most commands at the sizes of tests. Where the start itself is what

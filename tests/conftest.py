@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures of every test: the same random numbers each time, and no GPU tests without a GPU."""
 
 from __future__ import annotations

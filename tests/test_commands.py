@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands in forked processes: where they run, what they say, and how they end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every file in configs/ loads, fits the layouts it suggests, has the sizes it claims, and trains at tiny size."""
 
 from __future__ import annotations

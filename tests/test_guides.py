@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command and program of the guides runs, in their order, at tiny size; settings they name are there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command that reads weights, given files with code in their pickles: a refusal, and the code is not run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may import whom: torch <- parallel <- megatron_bert <- tools, launch, tests; and no cycles inside a package."""
 
 from __future__ import annotations

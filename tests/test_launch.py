@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts in launch/: what they say and leave behind when something is missing, without installing anything."""
 
 from __future__ import annotations

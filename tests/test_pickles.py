@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of unknown origin go through `parallel.stored` alone: no reader that could run them is called anywhere else."""
 
 from __future__ import annotations

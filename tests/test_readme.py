@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command of the README runs, at tiny size: what is written there works."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes with the package: settings by name, scripts, images, the wheel and the source distribution."""
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ def test_every_settings_file_has_a_name_and_a_purpose() -> None:
     assert {f"{name}.yaml": path.read_text() for name, path in shipped_configs().items()} == texts
     assert {"bert_345m", "bert_1.3b", "finetune/mnli", "quantize/roberta"} <= shipped_configs().keys()
     assert all(purpose(path) for path in shipped_configs().values())
+
+
+def test_every_source_names_its_license() -> None:
+    """Scanners of licenses read one file at a time."""
+    packages = ("parallel", "megatron_bert", "tools", "launch", "benchmarks", "tests", "docs")
+    sources = [path for package in packages for path in (ROOT / package).rglob("*.*") if path.is_file()]
+    sources = [path for path in sources if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".c", ".h")]
+    missing = [str(path) for path in sources if "SPDX-License-Identifier: Apache-2.0" not in path.read_text()[:200]]
+    assert len(sources) > 500
+    assert not missing
 
 
 def test_settings_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every file in configs/finetune and configs/quantize loads, has the numbers it claims, and trains at tiny size."""
 
 from __future__ import annotations

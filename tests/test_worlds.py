@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The harness itself: results by rank, errors with their traceback, and no hanging worlds."""
 
 from __future__ import annotations

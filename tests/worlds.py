@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worlds of several gloo processes for tests.
 
 ``run_world(4, function, *args)`` calls an importable top-level function on four ranks of a fresh process group and

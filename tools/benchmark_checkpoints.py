@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What checkpoints cost a step: saves of this project and of torch.distributed.checkpoint, in turns in one process.
 
     python -m tools.benchmark_checkpoints --size tiny --output benchmarks/checkpoints_tiny.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What data parallelism costs the processor on one rank: flat buffers, FSDP2, and plain modules under torch's AdamW.
 
 All train the same model in bfloat16 on the same micro batches: forward and backward passes, the gradient's norm,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inference and training steps of the public classes beside transformers' eager ones, in pairs in one process.
 
 Both have the same weights and read the same batch; their steps alternate and the ratio is taken pair by pair, so that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of fine-tuning on tasks beside transformers' Trainer and beside the best constant answer.
 
 For each settings file of `megatron-bert finetune` and each seed, the model is fine-tuned here, and with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inference of one encoder in integers, beside PyTorch, ONNX Runtime and OpenVINO with the same weights.
 
 All systems answer the same token ids in one process; they alternate, so that a machine whose speed drifts does not

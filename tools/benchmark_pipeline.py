@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step times of the pipeline schedules beside those that the simulator predicts from the measured costs of actions.
 
 Every rank holds stages that wait instead of computing, so that a few cores can stand for many devices: the engine, the

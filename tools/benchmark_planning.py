@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicted step times beside measured ones, of small runs on this machine's processor.
 
 Each world is calibrated (`megatron-bert bench --ranks N`), its steps are predicted, and then trained.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signal to noise of a quantised stack of random layers against the float one, for every setting that could matter.
 
 The stack is calibrated on some random sequences and measured on others; weights are large enough for attention and GELU

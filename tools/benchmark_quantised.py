@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training steps of quantised models beside the float models they come from, and beside transformers' IBert.
 
 All models have the same sizes and read the same batch, in one process; their steps alternate, so that a machine whose

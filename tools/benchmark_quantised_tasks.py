@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of float, calibrated and quantisation-aware models on tasks, over several seeds.
 
 For each settings file of `megatron-bert finetune` and each seed:

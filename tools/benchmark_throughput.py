@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training throughput beside transformers' MegatronBertForPreTraining, in pairs in one process.
 
 Both train on the same batch (same sequences, masked positions and labels) in float32 with dropout 0.1 and fused AdamW.

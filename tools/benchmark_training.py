@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole training step of this project's trainer beside transformers' class, alternating in one run.
 
 The same model sizes, batch, number format, clipping and fused AdamW; sequences of full length, so that nobody has

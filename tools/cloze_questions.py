@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions made from plain text: some words around a gap, and what stood in it as the answer, in SQuAD's format.
 
 An encoder that has answered them finds where a question's words stand in a text before it sees the first question that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """English prose out of the Python installation: a real corpus that needs no download.
 
 Python ships the prose of its language reference (`pydoc_data.topics`), and the sources of the standard library and of

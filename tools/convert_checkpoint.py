@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convert a Megatron BERT checkpoint to Hugging Face files beside it.
 
 The same converter as `megatron-bert convert`, for those who are used to the script of the Hugging Face documentation:

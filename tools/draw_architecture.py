@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packages of this project and who imports whom, drawn from the sources.
 
     python -m tools.draw_architecture docs/images/architecture.svg

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw the loss curve of a run again, with the entropy of the corpus's word frequencies as a yardstick.
 
 A model that knows how often each word occurs, and nothing of the context, cannot do better on the held-out text than

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fuzz the checkpoint readers: broken and hostile files end in a clear error, never in a traceback or executed code.
 
     python tools/fuzz_checkpoints.py --cases 5000 --seed 1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fuzz the checkpoints of runs: each load gives what was saved, or refuses in a sentence.
 
     python -m tools.fuzz_run_checkpoints --cases 10000 --seed 1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A wider and deeper encoder that starts from what a smaller one has learned.
 
 The width, the heads and the intermediate size are doubled without changing what the model computes: every feature is

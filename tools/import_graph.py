@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules of this project import which, read from their sources."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers, the library that benchmarks compare with; training and serving do without it."""
 
 from __future__ import annotations

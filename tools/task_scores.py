@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of fine-tuning for benchmarks, and scores of several models on several tasks as medians and as a picture."""
 
 from __future__ import annotations

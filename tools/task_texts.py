@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts of a task's training examples as JSON lines, for pretraining on them before fine-tuning.
 
 An encoder that has read the words of a task, and not its labels, learns it from fewer examples (task-adaptive

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clocks of the benchmarks, and the name of the machine they ran on."""
 
 from __future__ import annotations

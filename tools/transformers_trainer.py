@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning with transformers' Trainer under the settings of `megatron-bert finetune`.
 
 The same start, the same tokenised units, batch size, learning rates, warm-up, epochs, weight decay, dropout and number

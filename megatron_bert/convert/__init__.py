@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint conversion: everything Megatron BERT was ever saved as, in and out."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Zip and tar archives as file trees: members that may be read in place are, others go through a file; never memory.
 
 An archive is somebody else's file, so nothing in it decides where bytes are written: members unpack into files of our

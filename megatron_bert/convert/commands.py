@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert convert` and `megatron-bert inspect`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversion from any format to any other, all or nothing."""
 
 from __future__ import annotations

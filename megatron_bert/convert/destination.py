@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a conversion writes: checked before the work, written beside, and put in place whole.
 
 What was at the destination goes only when the result is there: a folder that holds nothing but a checkpoint is

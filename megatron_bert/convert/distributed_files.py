@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories of torch.distributed.checkpoint, read and written one tensor at a time.
 
 Torch's own reader loads ``.metadata`` with an unrestricted pickle, and its writer keeps every tensor of a file in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How Megatron divides tensors over tensor-parallel ranks and layers over pipeline stages."""
 
 from __future__ import annotations

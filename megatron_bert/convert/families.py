@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The families of encoders: Megatron's BERT, BERT, and RoBERTa with I-BERT."""
 
 from __future__ import annotations

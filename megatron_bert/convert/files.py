@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where checkpoint bytes lie: trees of named ranges (a folder, one file, or an archive).
 
 Readers ask a tree for a name and get a :class:`FileRange`, so they do not know whether a checkpoint lies in a folder or

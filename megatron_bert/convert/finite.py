@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights are looked at when they are loaded for use: a model with NaN in it answers, and every answer is wrong."""
 
 from __future__ import annotations

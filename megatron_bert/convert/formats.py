@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formats. Adding one is a file with a class of this protocol, and a line in the table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face checkpoints of MegatronBert, Bert, RoBERTa and I-BERT: config.json, safetensors or pytorch_model.bin."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of transformers' classes of a family, and separate query, key and value from the fused matrix.
 
 | here                                | transformers'                                                           |

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a checkpoint is, without reading its tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON of unknown origin."""
 
 from __future__ import annotations

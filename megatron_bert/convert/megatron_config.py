@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder's configuration from what a Megatron checkpoint stores: shapes, and the run's arguments if they speak."""
 
 from __future__ import annotations

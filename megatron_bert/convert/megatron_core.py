@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-core's BertModel, as saved with ``--ckpt-format torch``.
 
 Keys are flat. The layer norms are modules of their own (local layer specification) or parameters of the linear layers

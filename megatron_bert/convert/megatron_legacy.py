@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-LM's own checkpoints of BERT, from the first (2019) to the last of its classic model code (2026).
 
 The same model was saved under three generations of names: ``transformer`` with ``attention`` and ``layernorm``; from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the files of a Megatron checkpoint and checks that they are all there and belong together."""
 
 from __future__ import annotations

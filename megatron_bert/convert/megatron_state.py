@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the shards of a Megatron checkpoint to the canonical state, for legacy and megatron-core names alike."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the files of a Megatron checkpoint, one tensor in memory at a time; legacy and megatron-core names alike."""
 
 from __future__ import annotations

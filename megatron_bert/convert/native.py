@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This project's own checkpoints: torch.distributed.checkpoint files and state.json, as training runs write them.
 
 Tensors are named ``model.<name>`` and ``optimizer.<moment>.<name>``, and those with a row for each word are padded with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo's packaging of Megatron's model: ``model_config.yaml`` and ``model_weights.ckpt``, in a tar file (``.nemo``).
 
 The weights are a bare state dictionary with the names of Megatron's model code behind ``model.``; the settings take the

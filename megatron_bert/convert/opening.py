@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a path to an open checkpoint, and from there into a model."""
 
 from __future__ import annotations

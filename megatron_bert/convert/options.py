@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user can say about a source, and about what to write."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to lay a checkpoint out in files that are known but not read, and what to do about each."""
 
 from __future__ import annotations

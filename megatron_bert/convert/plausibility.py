@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognises query, key and value rows that were read in a wrong order, from the weights themselves.
 
 A wrong order gives no error of shape. But training leaves a mark that only the right order shows. Scaling a query row

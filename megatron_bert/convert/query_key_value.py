@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row orders of the fused query, key and value matrix.
 
 Megatron changed the order twice, and a wrong reading gives no error of shape, only a model that has unlearned. For A

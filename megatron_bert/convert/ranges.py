@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ranges of a quantized model, as files hold them.
 
 Its weights stay those of the float model. ``quantization.json`` beside them holds how they were quantized and the range

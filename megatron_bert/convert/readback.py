@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was written, read again as a user would and compared with what should have been written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a run: step, layout, size, and whether they are whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model that a run directory stands for: of a task the one it has left, of several runs that of the best."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Safetensors files, mapped and written one tensor at a time.
 
 The library writes a file from tensors that are all in memory, and maps one whole, which counts as memory of the process

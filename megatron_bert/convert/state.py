@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The canonical state: what every format is read into and written from.
 
 Tensors carry the names of :class:`megatron_bert.model.pretraining.BertForPretraining` and of

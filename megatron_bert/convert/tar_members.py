@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tar files whose members are read in place.
 
 Python's own reader follows whatever a header says, links, sparse maps and sizes in memory included. Checkpoints in tar

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vocabulary of a model, beside its weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes files that ``torch.load`` reads, one tensor at a time.
 
 ``torch.save`` takes all tensors at once, so a file of a large model would need the whole model in memory. The container

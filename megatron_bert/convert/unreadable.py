@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why a source is no checkpoint that can be read, as far as its files show it."""
 
 from __future__ import annotations

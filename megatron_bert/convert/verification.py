@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masked-language predictions with a converted model: the proof that it still knows its language."""
 
 from __future__ import annotations

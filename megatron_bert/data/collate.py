@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples to micro batches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The subcommands that make corpora: train-tokenizer, preprocess and merge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading files that may be compressed, with the place in the compressed file that each byte came from."""
 
 import bz2

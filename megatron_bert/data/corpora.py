@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training and validation streams of a run's settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a corpus holds, for people: sizes, lengths, unknown tokens, scripts, how full samples are, and texts."""
 
 from __future__ import annotations

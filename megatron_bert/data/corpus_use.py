@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of a corpus its samples hold."""
 
 from typing import NamedTuple

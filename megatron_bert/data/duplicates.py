@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counting documents that are there more than once."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keyed 64-bit hashing: the source of every random choice that must be a pure function of its position.
 
 All functions take Python integers or uint64 arrays and give the same numbers for both, so one definition serves the

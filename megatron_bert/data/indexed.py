@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading corpora in Megatron's memory-mapped format; `indexed_format` describes the bytes."""
 
 import hashlib

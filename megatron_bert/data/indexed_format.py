@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""Megatron's memory-mapped token files: a pair `PREFIX.bin` (tokens) and `PREFIX.idx` (where sentences lie).
 
 Layout of the `.idx` file, little endian, S sentences and D document boundaries:

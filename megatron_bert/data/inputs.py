@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the user gives as text: files of every kind, directories, patterns and standard input; and parts of them."""
 
 import glob

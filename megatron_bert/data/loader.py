@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The micro batches of one data rank, loaded ahead of time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole-word n-gram masking for masked language modelling.
 
 Spans of up to `max_ngram` whole words are chosen until a share of the tokens is used up; the length n of a span is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joining corpora: the parts that several processes made of one text, or corpora of one tokenizer."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From text files to a corpus in Megatron's format.
 
 The parent process reads rows and writes results in order; decoding, sentence splitting and tokenisation happen in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One document as it lies in a file, and its text."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cutting documents into samples: which tokens make up each training sample.
 
 Pairs of segments follow Megatron's rules (`build_mapping` of its BERT data set), except that a sentence longer than a

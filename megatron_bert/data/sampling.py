@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of training samples: shuffling and blending with random access and constant memory.
 
 Both are functions from a position to a sample, never lists: the g-th sample of a run costs the same for g = 0 and for

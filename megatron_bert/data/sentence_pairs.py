@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training samples: one or two segments of a document, masked, as a pure function of (seed, epoch, sample)."""
 
 import hashlib

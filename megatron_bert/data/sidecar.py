@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The note kept next to a corpus: which tokenizer made it, so that no other is used with it by mistake."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming documents out of a column of Parquet and Arrow files, a few rows at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming documents out of tar archives, such as the shards of WebDataset."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming documents out of text files: JSON lines or plain text, compressed or not."""
 
 import os

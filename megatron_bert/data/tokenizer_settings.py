@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tokenizer_config.json that transformers keeps beside a vocabulary."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers: one interface over WordPiece, byte-level BPE and SentencePiece vocabularies.
 
 The work is done by the `tokenizers` and `sentencepiece` libraries; this module finds what pretraining needs to know

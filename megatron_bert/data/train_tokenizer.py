@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training tokenizers from the same text files that `preprocess` reads."""
 
 import io

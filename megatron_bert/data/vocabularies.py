@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of vocabularies, and the tokenizers that they stand for."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """WordPiece of whole texts out of the ids of their words, most of which a text has many times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How near an ONNX graph is to the integer engine, on random tokens."""
 
 from __future__ import annotations

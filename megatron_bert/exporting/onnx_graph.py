@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quantized model as an ONNX graph, with QuantizeLinear and DequantizeLinear at its ranges.
 
 Weights are 8-bit with a scale a row, and so are words. The inputs of products with weights, queries, keys, values and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading a quantized model of any public class from its directory."""
 
 from __future__ import annotations

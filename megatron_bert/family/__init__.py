@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public classes of the MegatronBERT family, with the documented names, arguments and outputs, on the one encoder.
 
 They add to :mod:`megatron_bert.model` what users of these classes ask of it: batches ``[B, S]`` with attention masks,

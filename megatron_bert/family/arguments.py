@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a forward pass is given, checked: every mistake is named before anything is computed.
 
 Shapes: B sequences, S tokens of each, P tokens in the cache, E tokens of the encoder.

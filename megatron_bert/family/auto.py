@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' Auto classes, told on request to make the classes of this project."""
 
 from __future__ import annotations

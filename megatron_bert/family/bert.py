@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MegatronBertModel: the encoder (or decoder) without a head.
 
 Shapes: B sequences, S tokens of each, H hidden size, P cached tokens, E tokens of an encoder.

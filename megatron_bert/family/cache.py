@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys and values of tokens that were decoded before, in transformers' caches and as the layers take them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The class that predicts the next word, and writes text with it."""
 
 from __future__ import annotations

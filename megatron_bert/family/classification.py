@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The MegatronBERT classes with a classification head: sentence pairs, sequences, choices, tokens and answer spans.
 
 Shapes: B sequences, S tokens of each.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What classes with a classification head do, whatever their family: sequences, choices, tokens and answer spans.
 
 Shapes: B sequences, S tokens of each, C classes or choices.

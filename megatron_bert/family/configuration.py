@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documented configuration of MegatronBERT: transformers' base class around the plain sizes of the encoder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder (or decoder) of any family of classes, and what heads go on from.
 
 Shapes: B sequences, S tokens of each, T tokens without skipped padding, H hidden size, P cached tokens, E tokens of an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tokens' logits a model gives that predicts next words, as transformers' ``logits_to_keep`` says it.
 
 Shapes: B sequences, S tokens of each, H hidden size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kind of thing an argument is: tensors and their devices and number formats, switches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes with a language-model head over the vocabulary: pretraining and masked words.
 
 Shapes: B sequences, S tokens of each, T tokens without skipped padding, H hidden size, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mean losses of classification, which are 0 (not NaN) where every label is ignored."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention masks as callers give them, and what attention needs of them."""
 
 from __future__ import annotations

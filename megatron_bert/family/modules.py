@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one encoder under the module names of transformers' classes.
 
 The layers of :mod:`megatron_bert.model` compute; what holds their parameters has the names and shapes that

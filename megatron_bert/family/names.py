@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameter names: those of pretraining checkpoints, and of transformers' classes, which the documented classes have.
 
 | pretraining, and tasks    | transformers' MegatronBert                         |

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one output that transformers has in the module of its class only.
 
 Shapes: B sequences, S tokens of each, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all documented classes have in common: transformers' base class, initial weights, changes and files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vocabularies beside models, as transformers' tokenizers read them."""
 
 from __future__ import annotations

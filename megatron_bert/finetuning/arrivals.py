@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a stream as they arrive: those of a pipe are handed on when there are no more, so nobody waits for others."""
 
 from __future__ import annotations

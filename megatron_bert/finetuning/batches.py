@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Units of a fine-tuning task to micro batches, without padding."""
 
 from __future__ import annotations

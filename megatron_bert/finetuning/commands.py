@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The subcommands `evaluate` and `predict`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model was fine-tuned for that does not say so itself, from its head and the names of its classes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert finetune`: from a checkpoint and labelled data to a saved model and its scores."""
 
 from __future__ import annotations

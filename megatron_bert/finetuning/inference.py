@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert evaluate` and `predict`: what a fine-tuned model says of files, and of a stream."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quantized model of a task, run by an integer engine where a float model would be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of fine-tuning tasks, as sums."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fine-tuning task as an objective."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of fine-tuning: curves of a run, confusion matrices, scores by seed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fine-tuning run leaves behind beside the model: scores, predictions, files to submit."""
 
 from __future__ import annotations

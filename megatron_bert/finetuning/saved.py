@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fine-tuned model as a directory: weights and settings that transformers reads, the vocabulary and the task."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logits of a task's units, computed by all ranks of a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All settings of a fine-tuning run as validated models."""
 
 from __future__ import annotations

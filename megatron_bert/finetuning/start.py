@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fine-tuning run starts from: the encoder's configuration and vocabulary."""
 
 from __future__ import annotations

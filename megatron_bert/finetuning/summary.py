@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several runs of a command found together: spread over seeds, and which run is the best."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tokenised data of a command, made once for all of its runs."""
 
 from __future__ import annotations

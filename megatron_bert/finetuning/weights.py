@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a checkpoint into the model of a task, at any layout of its ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I-BERT: BERT encoders in integer arithmetic, and training that is aware of it.
 
 The arithmetic is written down in ``specification.md``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of integers, with the gradient of the real function.
 
 Shapes: G sequences times heads, Q queries, K keys, D head dimension.

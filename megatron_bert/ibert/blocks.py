@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Element-wise work in blocks of rows that stay in a core's cache.
 
 An integer epilogue is a dozen element-wise passes. Over a whole activation each would run at the speed of memory; over

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranges from data: observation, the agreement of ranks, freezing."""
 
 from __future__ import annotations

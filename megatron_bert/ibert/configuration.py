@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration of an I-BERT model, with the field names of Hugging Face's IBertConfig."""
 
 from __future__ import annotations

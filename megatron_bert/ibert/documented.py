@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the modules of the documented classes become when a model is quantized.
 
 Their parameters keep the names of transformers' classes; the arithmetic is that of the modules of the encoder.

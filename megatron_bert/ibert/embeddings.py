@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Embeddings in integers: words of 8 bits with a scale a row, positions and types of 16, and their sum."""
 
 from __future__ import annotations

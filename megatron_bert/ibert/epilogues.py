@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What follows a matrix product: bias, requantisation and activation, with straight-through gradients.
 
 Each takes accumulators ``[T, N]`` and the bias as integers of the accumulators' scale, runs the integer function, and

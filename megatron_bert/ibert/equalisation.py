@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Factors a channel moved from a norm into the matrix that follows it, which changes nothing in the float model.
 
 A norm's gain gives some channels of its output a larger range than others, and one scale serves them all. Divided by a

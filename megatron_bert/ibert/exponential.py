@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2^-x in integers, for tanh.
 
 I-BERT computes e^x by splitting off multiples of ln 2, which it rounds to a multiple of the input's scale (a bias of

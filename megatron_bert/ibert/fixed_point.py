@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixed-point numbers: the symmetric quantizer, and requantization by 16-bit multipliers.
 
 Integers are held in integer tensors, or *carried* in float32 or float64 tensors whose elements are all integers small

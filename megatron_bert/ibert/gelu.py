@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GELU in integers of 16 bits.
 
 GELU(x) = max(x, 0) - |x| Phi(-|x|). The second term is even, at most 0.17 and vanishes for large |x|, so Phi is a

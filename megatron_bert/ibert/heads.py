@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads in integer arithmetic: pooler, dense heads and the masked-language head.
 
 Each reads the residual stream (or the pooler's output), rounds it to 8 bits, and gives multiples of a power of two:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transformer layer in integer arithmetic, for both places of the norms."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layer norm in integers, in one pass over a row and with one division a row.
 
 With N columns, s1 = sum x and s2 = sum x^2, the variance is V / N^2 for V = N s2 - s1^2, exactly, so nothing is lost to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quantised modules share: their ranges, their mode, and linear layers and norms of integers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact matrix products of integers on floating-point units.
 
 A float32 matrix product of integers is exact, in whatever order it sums, while every partial sum stays below 2^24 in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a float model to a quantised one, and back and forth between its modes.
 
 The modules of the model change their class in place, as PyTorch's own fully sharded data parallelism does it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantisers: the range of one place of a model, the scale that follows from it, and what was seen there."""
 
 from __future__ import annotations

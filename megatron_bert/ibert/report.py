@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a quantised model loses accuracy: ranges, saturation and signal to noise of every quantiser."""
 
 from __future__ import annotations

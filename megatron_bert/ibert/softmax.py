@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax in integers: numerators of 8 bits relative to the row's largest, and their sum.
 
 I-BERT divides first and rounds probabilities to 8 bits, so that attention spread over more than 256 keys rounds to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the ranges that files hold to a quantized model, and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The residual stream: integers of 16 bits (or fewer) whose scale is a power of two.
 
 A tensor that leaves a module holds the real values n 2^-k, which float32 represents exactly, so that whatever stands

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tanh in integers, for the pooler."""
 
 from __future__ import annotations

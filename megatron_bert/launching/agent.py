@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchrun, but for runs that cannot go on: those are not started again.
 
     python -m megatron_bert.launching.agent [OPTIONS OF TORCHRUN] -m megatron_bert pretrain CONFIG.yaml ...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The subcommands of launching: submit, failures and doctor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Submitting a corpus to Slurm: an array of jobs that make a part each, and one that merges them when all are done."""
 
 from __future__ import annotations

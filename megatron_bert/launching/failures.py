@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank of a run failed first, and why, and whether another start can help."""
 
 from __future__ import annotations

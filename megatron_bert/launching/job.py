@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Slurm job that is to be submitted, and the checks before it is queued."""
 
 from __future__ import annotations

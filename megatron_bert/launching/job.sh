@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 set -uo pipefail
 restarts=${SLURM_RESTART_COUNT:-0}
 

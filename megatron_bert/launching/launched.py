@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process of a launched run: which rank it is, a log file of its own, and a record of how it ended."""
 
 from __future__ import annotations

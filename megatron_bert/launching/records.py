@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of how the ranks of a run started and ended, one file of JSON lines for each rank.
 
 Ranks run on several hosts whose clocks differ, so an event has the time of the file system that holds the records,

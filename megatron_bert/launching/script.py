@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The batch script of a job: its options, its values, and what every job does with them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one cluster needs of every job: partition, account, modules, container, environment, network. One YAML file."""
 
 from __future__ import annotations

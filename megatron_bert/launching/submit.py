@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Submitting a run to Slurm: check that it fits, write its batch script, queue it, and say how to watch it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The activations between the two matrices of the feed-forward layers and in the masked-language head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-attention with heads divided over tensor-parallel ranks.
 
 Shapes: T tokens, B sequences, S their length, A heads on this rank, D head dimension, H hidden size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention as functions of query, key and value: written out, and by torch's fused kernels.
 
 Shapes: B sequences, A heads, Q queries, K keys, D head dimension. A mask is bool ``[B, K]``, or broadcasts to

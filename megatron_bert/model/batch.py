@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Micro batches: what one forward pass takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration of an encoder: plain values, with the field names of Hugging Face's MegatronBertConfig."""
 
 from __future__ import annotations

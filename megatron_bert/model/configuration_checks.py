@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What values a configuration may have."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of a decoder to the hidden states of an encoder, with heads divided over tensor-parallel ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories that models and their configurations are read from and written into, as users name them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder: embeddings, a range of layers and, with pre-layer-norm, the final norm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a fine-tuning task: the encoder and one small head."""
 
 from __future__ import annotations

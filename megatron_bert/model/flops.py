@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of BERT pretraining, for the MFU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads: masked language modelling at chosen positions, sentence pairs, and those of tasks."""
 
 from __future__ import annotations

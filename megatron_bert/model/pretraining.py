@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model that pretrains: encoder, masked-language head and sentence-pair head."""
 
 from __future__ import annotations

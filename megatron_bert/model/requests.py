@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can be asked of the encoder beyond the last hidden states, and what it then gives.
 
 Pretraining asks nothing of this and passes no request, which is the fast path.

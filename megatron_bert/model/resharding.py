@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters with some of their rows or columns, dealt to the tensor-parallel ranks anew."""
 
 from __future__ import annotations

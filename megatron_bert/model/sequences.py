@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the flat token axis divides into sequences.
 
 The encoder works on tokens ``[T, H]``; only attention needs to know which of them belong together. Two forms:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``megatron-bert bench``: what the machine at hand can do, as the file that `megatron-bert plan` reads.
 
 Every rank measures at the same time as the others, as they compute in a run: processes of one host share its memory.

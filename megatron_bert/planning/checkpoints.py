@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large a checkpoint is and who writes it, in closed form."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The subcommands of planning, whose work is loaded when one runs."""
 
 from __future__ import annotations

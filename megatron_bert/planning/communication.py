@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages of a step, by kind and by the ranks they are among: exactly those that a run sends."""
 
 from __future__ import annotations

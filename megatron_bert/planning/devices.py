@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What devices and networks can do: from the makers' data sheets, or measured by ``megatron-bert bench``."""
 
 from __future__ import annotations

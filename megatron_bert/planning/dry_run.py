@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real step of the real trainer on any rank of a world of any size, without its machines, memory or numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``megatron-bert pretrain --dry-run``: check a run, and measure a step of it, before it is queued."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways in which a workload can be laid out over a number of ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step takes, seen operator by operator: memory by part, operations of matrix products, and collectives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory of a rank by part, in closed form.
 
 Activations of a layer follow Korthikanti et al., arXiv 2205.05198, table 2, with fused attention: for T tokens on a

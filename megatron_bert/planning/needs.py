@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run needs beside its devices: data, room for checkpoints, memory of hosts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters of a stage by name and shape, in the order of its modules, without building any."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan as a picture: memory by part, the step of the fastest layout, and throughput of others."""
 
 from __future__ import annotations

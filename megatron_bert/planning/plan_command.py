@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``megatron-bert plan``: which layout of a run is fastest on given devices, whether it fits, and what it costs."""
 
 from __future__ import annotations

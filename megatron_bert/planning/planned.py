@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of any kind of run as a workload to plan for."""
 
 from __future__ import annotations

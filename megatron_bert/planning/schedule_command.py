@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``megatron-bert schedule``: draw a pipeline schedule, or compare several, before any run."""
 
 from __future__ import annotations

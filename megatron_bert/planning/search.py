@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts compared: what each takes, whether it fits, and which is fastest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A world of any size simulated by one of its ranks: collectives return at once, and tensors have no numbers."""
 
 from __future__ import annotations

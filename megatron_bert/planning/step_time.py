@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a step takes: products, attention, memory, messages, and the pipeline between them."""
 
 from __future__ import annotations

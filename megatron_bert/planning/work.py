@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations that a rank carries out in a step: those of matrix products and attention, recomputation included."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run computes, whatever its layout: the model, the length of its samples, the batch and the steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The float model as a teacher of the quantised one."""
 
 from __future__ import annotations

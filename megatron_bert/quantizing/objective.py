@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantisation-aware training as an objective: fine-tuning in integer arithmetic, with ranges that follow."""
 
 from __future__ import annotations

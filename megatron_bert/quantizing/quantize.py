@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert quantize`: from a fine-tuned model to an integer one and what that costs."""
 
 from __future__ import annotations

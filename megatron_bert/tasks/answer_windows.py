@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Windows over a text that is longer than a sequence, and answers found in them."""
 
 from __future__ import annotations

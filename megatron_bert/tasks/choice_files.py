@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of multiple-choice questions: RACE, SWAG, ARC, JSON lines and tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiple-choice questions, one a row: which columns hold what, and how rows say which choice is right."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Column files of tagged words, as in the CoNLL shared tasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of one or two texts with their special tokens."""
 
 from __future__ import annotations

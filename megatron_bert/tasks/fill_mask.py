@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guess masked words with a pretrained model."""
 
 from __future__ import annotations

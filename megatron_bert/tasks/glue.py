@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tasks of GLUE, from their official files to their official submissions."""
 
 from __future__ import annotations

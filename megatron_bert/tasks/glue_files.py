@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GLUE's official files: which columns hold what, and how MRPC's original files become its splits."""
 
 from __future__ import annotations

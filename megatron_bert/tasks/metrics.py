@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of classes and numbers, by scikit-learn and scipy, defined where those are not.
 
 A correlation of constant or non-finite numbers, or of fewer than two, is undefined: here it is 0, for a model that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiple choice: RACE, SWAG, ARC and a user's own questions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Question answering: the answer is a part of a text, or there is none (SQuAD 1.1 and 2.0)."""
 
 from __future__ import annotations

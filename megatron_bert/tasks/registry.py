@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which task a name means, and how tasks are built."""
 
 from __future__ import annotations

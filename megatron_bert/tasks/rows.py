@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of data files: their values, what happens to malformed ones, and fingerprints of files."""
 
 from __future__ import annotations

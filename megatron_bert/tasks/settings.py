@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of fine-tuning tasks: the sections `task` and `data` of a fine-tuning file."""
 
 from __future__ import annotations

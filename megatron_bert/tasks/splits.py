@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dividing one file into parts for training, validation and testing."""
 
 from __future__ import annotations

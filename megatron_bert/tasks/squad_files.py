@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of questions on texts: SQuAD, versions 1.1 and 2.0, and rows of one question each."""
 
 from __future__ import annotations

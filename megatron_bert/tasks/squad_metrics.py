@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact match and F1 of answers, with the meaning of SQuAD's official scripts, in per cent as they report them."""
 
 from __future__ import annotations

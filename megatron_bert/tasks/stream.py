@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of a JSON object that a user sends for prediction."""
 
 from __future__ import annotations

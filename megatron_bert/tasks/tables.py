@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading files of rows: tables separated by tabs or commas, JSON lines, and JSON arrays."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How tags mark entities: BIO, IO, IOB1, BILOU and IOBES."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fine-tuning task is: how rows become sequences and labels, and how logits become predictions and metrics.
 
 This room works on numpy arrays alone. The training side turns a `Unit` into a micro batch, runs the encoder with the

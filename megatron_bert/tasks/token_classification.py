@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token classification: a tag for every word, and the entities that tags mark."""
 
 from __future__ import annotations

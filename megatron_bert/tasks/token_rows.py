@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentences with tagged words in JSON lines and tables: a sentence a row, or a word a row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words of a text and the pieces they are made of."""
 
 from __future__ import annotations

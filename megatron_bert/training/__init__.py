@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer and what it is made of."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of a run, laid out over its ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values that are not finite: noticed in the step that makes them, and traced to a rank, a module and samples."""
 
 from __future__ import annotations

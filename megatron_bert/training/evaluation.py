@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Held-out loss, perplexity and accuracy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorBoard's event files, written without a thread: what the disk refuses is known at once, and tried again."""
 
 from __future__ import annotations

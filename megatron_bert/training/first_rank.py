@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work that rank 0 does for all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small file that says what a run is doing, for monitors outside it."""
 
 from __future__ import annotations

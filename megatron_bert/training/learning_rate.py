@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning rate as a pure function of the step."""
 
 from __future__ import annotations

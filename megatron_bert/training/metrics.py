@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run reports: a console line and a bar, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations

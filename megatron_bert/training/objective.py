@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run trains: the part of a trainer that differs between pretraining and fine-tuning."""
 
 from __future__ import annotations

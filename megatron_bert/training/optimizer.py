@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optimizer of a run, over this rank's share of the parameters."""
 
 from __future__ import annotations

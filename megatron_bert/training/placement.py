@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run says of the processes it got: where they sit, and whether there are fewer than before."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Number formats of a run, and the loss scale float16 needs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert pretrain`: from settings to a finished run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretraining as an objective: masked words, and the order of sentences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the time of a few steps goes: a trace for viewers, and tables by part of the model and by kind of work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the ranks of a run that hold copies of weights and optimizer states hold the same."""
 
 from __future__ import annotations

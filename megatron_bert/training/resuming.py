@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Going on from a checkpoint with other settings: what is refused, and what the user should know of the rest."""
 
 from __future__ import annotations

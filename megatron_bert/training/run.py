@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The beginning of a run: its directory, its number formats, and the checkpoint it goes on from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One process at a time owns a run directory, on one machine and on several that share a file system.
 
 The owner is named in a lock file, whose modification time it renews while it lives. A process on the same machine is

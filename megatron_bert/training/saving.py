@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When checkpoints cannot be written: training goes on while the next one may succeed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which checkpoint of a run is the best, and when a run has stopped getting better."""
 
 from __future__ import annotations

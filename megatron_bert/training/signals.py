@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stopping a run from outside: signals and the time limit, agreed on by all ranks, and what the run says of it."""
 
 from __future__ import annotations

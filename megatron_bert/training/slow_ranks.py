@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that take longer than those with the same work, for which all the others wait."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jumps of the loss, after which a run can return to its last checkpoint and leave out the data it jumped on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer of a run at the checkpoint that it goes on from, or at the beginning."""
 
 from __future__ import annotations

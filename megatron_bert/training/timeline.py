@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorded timeline of a pipeline step, in the same form as a simulated one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experiment trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and MLflow. Neither is on by default.
 
 A tracker gets rows of numbers and is closed; what it raises is a warning, never the end of a run. Adding one is a class

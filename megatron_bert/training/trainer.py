@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop, of pretraining and of fine-tuning."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How weights follow from gradients: a table of optimizers, each on runs of master weights."""
 
 from __future__ import annotations

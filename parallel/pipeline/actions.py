@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pipeline schedule is: every rank's list of actions, and where the stages live.
 
 A schedule is data. The same lists are validated, simulated, drawn and executed; no other form of a schedule exists.

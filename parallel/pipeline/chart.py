@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drawings of a timeline, simulated or recorded: text for a terminal, a PNG Gantt chart, a trace for Perfetto."""
 
 from __future__ import annotations

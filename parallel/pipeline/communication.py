@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages between ranks that a schedule implies, and a plan to exchange them without waiting in a circle.
 
 Each activation or gradient that crosses ranks is one message: one send where it is produced, one receive where it is

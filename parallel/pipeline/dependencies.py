@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order that a schedule's data dependencies allow, and the error when there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a pipeline schedule: exactly the actions of this rank's list, and the messages they imply."""
 
 from __future__ import annotations

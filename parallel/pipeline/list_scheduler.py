@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy list scheduling: schedules found by letting every rank take the most urgent action that is ready.
 
 All actions take one slot, so the result depends on the sizes alone and is the same on every rank of a run.

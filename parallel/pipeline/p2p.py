@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Point-to-point transport between the stages of a pipeline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schedules, and the one table that names them.
 
 A schedule is a pure function of pipeline ranks p, microbatches m and chunks a rank v. To add one, write a function that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a schedule costs: a timeline, the idle share of every rank, and the activations that it holds."""
 
 from __future__ import annotations

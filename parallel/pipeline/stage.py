@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dividing a stack of layers into stages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One parameter held by two stages: word embeddings of the first and the last."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that a schedule computes the step it should, and that its ranks can run it without waiting in a circle."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Zero-bubble schedules: weight gradients run where a rank would wait (Qi et al., arXiv 2401.10241)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories of torch.distributed.checkpoint: what they hold and where, read without running them.
 
 Torch's own reader loads ``.metadata`` with an unrestricted pickle. The format is small: that pickle says where the

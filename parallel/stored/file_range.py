@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Consecutive bytes of a file, read when they are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An interpreter of pickles that can build data and nothing else, in bounded memory: the one door for all of them.
 
 Python's own unpickler can be restricted too, but not as far as files of unknown origin ask for: an allowed class can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tensor inside a checkpoint file that is read when it is asked for."""
 
 from __future__ import annotations

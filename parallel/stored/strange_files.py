@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file really is that should have held weights or settings: downloads go wrong in a few well-known ways."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes around a tensor's values in a file of ``torch.save``, known before the values are.
 
 Such a file is a zip archive without compression. All of it but the checksum of the values follows from shape and type,

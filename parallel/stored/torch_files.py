@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of ``torch.save``, read without running them and without reading their tensors.
 
 Two containers are in use: since torch 1.6 a zip file with one member a storage, before it a stream of pickles followed

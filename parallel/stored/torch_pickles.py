@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pickles of structures with tensors, as ``torch.save`` writes them, made without the tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pickles of torch checkpoints may name, and how it is built without running code of the file's choosing."""
 
 from __future__ import annotations

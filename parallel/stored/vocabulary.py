@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pickle may name, and what becomes of the classes and functions that it names."""
 
 from __future__ import annotations

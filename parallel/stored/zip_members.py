@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Zip files whose members are read in place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests that need a machine of their own share: whether they can run, and running once for several workers."""
 
 from __future__ import annotations

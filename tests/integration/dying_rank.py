@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `megatron-bert` command with one rank that breaks in the middle of a step.
 
 The environment says which and how: BREAK_RANK, BREAK_ACTION such as 1B2, BREAK_STEP, and BREAK_HOW (kill or raise).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hosts of their own on this machine: name spaces of network and host name, joined by a bridge in one more."""
 
 from __future__ import annotations

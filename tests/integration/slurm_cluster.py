@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Slurm cluster of its own on this machine, until its input ends: `python slurm_cluster.py FOLDER NODES PARTITIONS`.
 
 As root, without systemd, and without touching /etc: its own munge key and socket, free ports, all else in FOLDER.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs through `megatron-bert submit` on a private Slurm, each disturbed in its own way, all in one session."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kills of random ranks at random moments, and what is left of them in the end: nothing.
 
     python -m tests.integration.soak --kills 100 [--way torchrun|node|hosts|slurm] [--seed N] [--folder DIR]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When tests of clusters are skipped, and that what they share is done once."""
 
 from __future__ import annotations

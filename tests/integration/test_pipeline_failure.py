@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank of a pipeline breaks in the middle of a step of the real command: all of them end soon, and say where."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text the quickstart collects, and the quickstart itself on a text of one's own."""
 
 from __future__ import annotations

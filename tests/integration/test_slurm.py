@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs on a private Slurm, disturbed in every way it knows, end with the weights of a run that nobody disturbed."""
 
 from __future__ import annotations

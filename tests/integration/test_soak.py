@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A short soak in each way of starting a run; `python -m tests.integration.soak` is the long one."""
 
 from __future__ import annotations

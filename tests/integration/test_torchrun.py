@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two processes of torchrun, sharing every matrix, train as one process does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run over two hosts, with a third in reserve: a worker is killed, a host vanishes, then another is killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels are taken when something named apex is installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistakes on the command line: one sentence, exit code 2, and nothing half-written."""
 
 from __future__ import annotations

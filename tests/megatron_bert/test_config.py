@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings as models: the checks between fields, YAML and JSON schema."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings files and overrides, and what is said of mistakes in them."""
 
 from __future__ import annotations

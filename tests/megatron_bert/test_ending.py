@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How commands end: real signals to real processes, closed pipes, full disks, and what is left of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are NaN or infinite: every command that would use them refuses, and names the tensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Places that cannot be written to: one sentence with the place and the reason, exit code 2, and nothing left there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of parallel/ share: numbers by name, tolerances, and a small model of every kind of layer."""
 
 from __future__ import annotations

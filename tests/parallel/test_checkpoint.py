@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: whole or not there, what is kept, what loading refuses, and other layouts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every collective and its gradient against sums and slices written out."""
 
 from __future__ import annotations

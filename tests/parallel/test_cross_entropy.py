@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross entropy over a divided vocabulary against float64, and against Megatron-LM's definition of it."""
 
 from __future__ import annotations

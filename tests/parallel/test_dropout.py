@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keyed dropout: right rate, independent masks, and nothing that depends on how tensors are cut.
 
 The statistical bounds are six standard deviations of what truly random masks would show. Keys are fixed, so a test

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process that writes files: what it writes, how its end is noticed, and that it ends with the one that asked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes of a file, read and mapped."""
 
 from __future__ import annotations

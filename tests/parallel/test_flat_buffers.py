@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flat buffers: what they hold, what they communicate and when."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of divided and data-parallel models, their norm and their clipping, against one plain model.
 
 The model has a divided embedding, column and row layers with biases, and norms; every layout sees the same eight

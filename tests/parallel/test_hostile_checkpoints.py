@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints that somebody changed: nothing in them is run, and each is refused in one sentence."""
 
 from __future__ import annotations

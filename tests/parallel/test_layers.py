@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Divided layers against torch's own, in float64: outputs and every gradient."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every byte of a checkpoint is accounted for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of the axes, the order of ranks on them, and errors that say what to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts of tensors: ranges of elements as blocks, which checkpoints and ranks of any layout understand."""
 
 from __future__ import annotations

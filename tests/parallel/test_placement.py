@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where ranks sit, data sizes that fit, and processes without a place."""
 
 from __future__ import annotations

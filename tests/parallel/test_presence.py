@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that are missing are named by those that wait for them, and every rank prints its stacks."""
 
 from __future__ import annotations

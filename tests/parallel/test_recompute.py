@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recomputation changes what is kept, never a result."""
 
 from __future__ import annotations

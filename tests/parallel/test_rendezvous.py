@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks of one start meet in a store that remembers other starts."""
 
 from __future__ import annotations

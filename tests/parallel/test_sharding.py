@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Initial weights: the same bits at every layout, with the distribution asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time of a rank's own work, without that in which it waits for others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight gradients left to a queue are those that the normal backward pass computes, in every kind of layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing that is written is ever half there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of checkpoints measures both kinds of saves, and leaves nothing but its results."""
 
 from __future__ import annotations

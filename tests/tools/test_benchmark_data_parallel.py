@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of data parallelism on one rank counts and times what each kind of step does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of fine-tuning: constant answers of every kind of task, and what is run for a seed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of inference measures, keeps earlier rows, and draws."""
 
 from __future__ import annotations

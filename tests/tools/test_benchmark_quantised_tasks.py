@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of quantised models on tasks: which runs it asks for, and what it makes of their results."""
 
 from __future__ import annotations

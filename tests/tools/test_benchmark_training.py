@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of training times the real trainer's step and transformers' in turn."""
 
 from __future__ import annotations

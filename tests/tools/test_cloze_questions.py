@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions made from text: their words and answers stand in the passage, and the task reads them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from tools.draw_architecture import arrows, picture, reachable, room_graph, rows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutated checkpoints of runs are what was saved, or refused; the tool itself notices what it looks for."""
 
 from __future__ import annotations

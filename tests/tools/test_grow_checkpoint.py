@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Growing an encoder: the same function at twice the width, with copies that learn different things."""
 
 from __future__ import annotations

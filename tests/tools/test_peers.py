@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What benchmarks say where the library that they compare with is not installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of several models and seeds: medians, a line and a picture."""
 
 from __future__ import annotations

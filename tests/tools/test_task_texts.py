@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts of a task's training examples: what each kind of example says, and nothing of what is held out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs a plan, behind one interface.
 
 Every backend gives the same bits: those of the specification.

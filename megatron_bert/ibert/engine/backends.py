@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backends by name; adding one is a factory and a line in the table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cpu backend: C++ with the best instructions that the processor has, chosen when a plan is made ready.
 
 The instruction set is that of the environment variable ``MEGATRON_BERT_CPU_TARGET`` (plain, avx2, avxvnni, avx512 or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an integer plan is, as rows of a table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that computes in integers from token ids to logits.
 
 Shapes: B sequences, S tokens of each, T tokens end to end, H hidden size.

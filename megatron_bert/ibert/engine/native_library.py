@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ engine as a shared library: part of a wheel, or built once by the system's compiler into the user's cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quantized modules of a model of any class, by their names in a pretraining checkpoint."""
 
 from __future__ import annotations

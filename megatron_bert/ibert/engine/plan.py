@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan: everything an engine needs of a quantized model, in integers.
 
 Shapes: V words, P positions, Y token types, H hidden size, I intermediate size, N rows and K columns of a matrix. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold of a plan for an engine to run it: types, shapes and ranges of every number.
 
 An engine's kernels trust these, so a file that was changed can give wrong answers at most, and never read or write

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans as files: safetensors, with everything that is no tensor as JSON in its header.
 
 A file holds no floating-point tensor. It says its own version, and a digest of all it holds, so that a damaged file

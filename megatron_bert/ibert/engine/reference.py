@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference backend: the specification in torch's integers, on any machine.
 
 No tensor here is in floating point. It is what faster backends are compared with, and what runs without a compiler.

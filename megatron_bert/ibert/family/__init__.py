@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public classes of I-BERT, with the documented names, arguments and outputs, on the one encoder.
 
 They are :mod:`megatron_bert.family` with RoBERTa's norms, positions and heads, and with ``quant_mode``. See

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documented configuration of I-BERT."""
 
 from __future__ import annotations

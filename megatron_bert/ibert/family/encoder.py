@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """IBertModel: the encoder without a head.
 
 Shapes: B sequences, S tokens of each, H hidden size.

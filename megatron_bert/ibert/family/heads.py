@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The I-BERT classes with a head: masked words, sequences, choices, tokens and answer spans.
 
 Shapes: B sequences, S tokens of each, H hidden size, N rows.

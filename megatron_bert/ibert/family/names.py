@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameter names of I-BERT here and in transformers' classes.
 
 | here (with a head)      | transformers' IBert                                            |

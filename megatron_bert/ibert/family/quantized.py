@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """quant_mode: integer arithmetic that finds its own ranges in training, and the ranges that transformers' files hold.
 
 | here                              | transformers' IBert                                        |

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ranges of a quantised model in a file beside its weights, which stay those of the float model."""
 
 from __future__ import annotations

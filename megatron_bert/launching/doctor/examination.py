@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All checks in turn, and the report."""
 
 from __future__ import annotations

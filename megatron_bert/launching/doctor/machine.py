@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank knows of its machine, and how the ranks compare: versions, GPUs, memory, limits."""
 
 from __future__ import annotations

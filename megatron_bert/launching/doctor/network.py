@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The network between hosts: all-reduce over all ranks, every pair of hosts, and whose clock is off."""
 
 from __future__ import annotations

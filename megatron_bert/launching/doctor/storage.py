@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The directory that runs write to: seen by all hosts, with renames and exclusive creation that hold, and room."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a training process wait, or fail, after one of its steps. Python imports this by itself from PYTHONPATH.
 
 HOLD_STEP names the step, and HOLD_FOLDER takes a file for each rank that waits. A rank waits for a signal or the run's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic Megatron checkpoints of every era, and a forward pass written from their layout alone.
 
 Nothing here uses the converter: weights are drawn as a plain dictionary in Megatron's terms (separate query, key and

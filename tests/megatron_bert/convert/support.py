@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs, and the logits of a state through this project's own model."""
 
 from __future__ import annotations

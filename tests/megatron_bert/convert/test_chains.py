@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chains of conversions return the first tensors bit for bit, and transformers computes the same from their result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line, the script beside the archive, and every command of the documentation."""
 
 from __future__ import annotations

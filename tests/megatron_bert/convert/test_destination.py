@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where results go: what is there is replaced whole or kept, and nothing is lost when something goes wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuned and quantized models through every format: heads, names of classes and ranges stay, or are said to go."""
 
 from __future__ import annotations

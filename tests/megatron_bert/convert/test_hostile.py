@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken and hostile files: a clear error each, and nothing run, written or left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The config.json files that people have: fields left out, null, spelled otherwise, or of other tools."""
 
 from __future__ import annotations

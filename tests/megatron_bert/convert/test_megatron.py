@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron checkpoints of all eras against the forward pass written from their layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native checkpoints: those of runs at several layouts, their optimizer, and loading into models that are divided."""
 
 from __future__ import annotations

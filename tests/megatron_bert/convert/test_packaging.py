@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints as other tools pack them, and what people give by mistake."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrongly read query, key and value rows are recognised from trained weights, and only from those."""
 
 from __future__ import annotations

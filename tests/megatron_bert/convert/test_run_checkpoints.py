@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`inspect` of a run directory lists its checkpoints, and says which are whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small vocabularies and corpora for the tests of data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples on the token axis: what lies where, in both forms."""
 
 from __future__ import annotations

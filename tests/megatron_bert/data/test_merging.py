@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts of a corpus made apart and joined are the corpus made at once, byte for byte."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vocab.txt with transformers' tokenizer_config.json beside it."""
 
 from __future__ import annotations

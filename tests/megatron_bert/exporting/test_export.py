@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`megatron-bert export`: plans that run alone, and graphs that onnxruntime runs."""
 
 from __future__ import annotations

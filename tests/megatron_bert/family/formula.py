@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model written out in float64, from weights under transformers' names: the reference for what it lacks.
 
 Every option is its plainest formula: relative positions are gathered for each pair of query and key, head masks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Micro models of every class, their peers in transformers, and batches."""
 
 from __future__ import annotations

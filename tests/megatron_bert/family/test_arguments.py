@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of forward passes of a wrong kind, type, shape or device, one after another in every class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export, ONNX and compilation, dynamic quantization, copies and the meta device."""
 
 from __future__ import annotations

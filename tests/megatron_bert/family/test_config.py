@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration: fields, names of classes, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoders: causal masks, caches and writing text, beside transformers and beside themselves without a cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples of docs/models.md, with a small model in the directory they name."""
 
 from __future__ import annotations

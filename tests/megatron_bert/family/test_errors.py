@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every bad input is named before anything is computed; losses that have nothing to count are 0."""
 
 from __future__ import annotations

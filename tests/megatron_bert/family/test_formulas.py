@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What transformers dropped or does not do, by float64 formulas: values and gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that does not fit on the disk is said in one sentence."""
 
 from __future__ import annotations

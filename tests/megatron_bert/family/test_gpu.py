@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classes on a GPU: outputs, losses and gradients of the processor, for every head and way of attention."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Making, changing, loading and saving models with wrong arguments, and what stays as it was."""
 
 from __future__ import annotations

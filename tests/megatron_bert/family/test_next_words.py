@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """logits_to_keep and num_items_in_batch of the model that predicts next words, beside transformers'."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classes are the pretraining model: same names, same initial weights, same results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Padding: it changes nothing, whether it is computed or skipped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything public that transformers' base classes have is here, and what its own models answer."""
 
 from __future__ import annotations

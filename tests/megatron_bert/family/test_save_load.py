@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories: written here and read by transformers, written there and read here, bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any class and option at tensor size 1, 2 and 4: equal outputs, losses and gradients."""
 
 from __future__ import annotations

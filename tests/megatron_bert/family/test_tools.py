@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classes in the hands of transformers' Trainer and pipelines, Accelerate and PEFT."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class beside transformers' with the same weights: outputs, losses and gradients."""
 
 from __future__ import annotations

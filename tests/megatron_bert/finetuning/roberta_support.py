@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small RoBERTa that transformers has made, in place of the encoder of ``support``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small pretrained encoder, small data of every kind of task, and runs over them."""
 
 from __future__ import annotations

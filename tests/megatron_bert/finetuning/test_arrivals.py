@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of pipes, handed on as they arrive."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which units stand in which batch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole fine-tuning runs: learning, stopping, going on, what they leave behind."""
 
 from __future__ import annotations

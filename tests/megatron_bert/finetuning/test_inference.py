@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuned models on files and streams, by the command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning at any layout is the fine-tuning of one process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The task model and its losses beside transformers' classes, on the same weights."""
 
 from __future__ import annotations

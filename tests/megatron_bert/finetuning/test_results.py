@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run writes is what it scored."""
 
 from __future__ import annotations

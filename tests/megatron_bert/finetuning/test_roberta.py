@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning of a RoBERTa that transformers has made: layouts, what is saved, what is refused."""
 
 from __future__ import annotations

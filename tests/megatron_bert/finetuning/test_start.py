@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run takes from a fine-tuned model: its head in the order of the task's classes, and its vocabulary."""
 
 from __future__ import annotations

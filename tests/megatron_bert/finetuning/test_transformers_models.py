@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models that transformers has fine-tuned and saved are scored and asked as they are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans of random integers, whose activations have about the ranges of real ones."""
 
 from __future__ import annotations

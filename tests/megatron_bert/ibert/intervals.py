@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interval arithmetic: what integers an expression can take, and the widest of its intermediates.
 
 An interval goes through the package's own functions in place of a tensor. Bounds are those of independent terms, so

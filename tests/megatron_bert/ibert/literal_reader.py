@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quantized classifier from its files alone: the specification's sections 4, 5 and 9 on what is in a directory.
 
 Nothing of the package: JSON, safetensors' arrays and ``reference.py``.

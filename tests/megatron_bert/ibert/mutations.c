@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Runs plans and mutations of them: mutations COUNT PLAN .. */
 #include "integer_engine.h"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formulas of I-BERT (arXiv 2101.01321) and of what it is compared with there, in float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The specification once more, literally: Python's and NumPy's integers, one line a formula, nothing of the package.
 
 Only constants (weights, biases, dyadic numbers) are computed in floating point, as the specification has it.

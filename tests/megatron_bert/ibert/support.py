@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantised micro models, and what their quantisers saw."""
 
 from __future__ import annotations

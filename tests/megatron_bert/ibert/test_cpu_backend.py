@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ engine: the bits of the reference with every instruction set, in integers only, and safe with any file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples of docs/ibert.md, one after another on a small model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quantised encoder: integers between quantisers, whatever the batch, the padding or the length."""
 
 from __future__ import annotations

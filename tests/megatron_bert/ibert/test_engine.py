@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines give the bits of the simulation: the reference in torch's integers, from a plan."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Integer functions against the real ones, and the paper's polynomials against its own table."""
 
 from __future__ import annotations

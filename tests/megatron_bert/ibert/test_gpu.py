@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same bits on a GPU as on the CPU, in the format of matrix products that is quickest there too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Straight-through gradients: those of the real function at the rounded argument, where nothing was clamped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """IntegerModel: what the float classes answer, bit for bit what the simulation does; and plans as files."""
 
 from __future__ import annotations

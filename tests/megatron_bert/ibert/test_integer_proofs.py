@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """That the engine is what it says: integers alone from ids to logits, and the same bits everywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantising models of every kind, calibration, ranges in state dicts, reports, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forward pass of training is the specification: every integer equals that of a literal second implementation."""
 
 from __future__ import annotations

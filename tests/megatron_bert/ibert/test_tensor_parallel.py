@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor parallelism: the same bits at every size, and ranges that ranks agree on."""
 
 from __future__ import annotations

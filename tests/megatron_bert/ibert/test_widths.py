@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No intermediate of any integer function leaves 64 bits, nor 32 where a kernel holds it: by interval analysis."""
 
 from __future__ import annotations

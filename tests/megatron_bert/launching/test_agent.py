@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torchrun's agent starts again, and what not."""
 
 from __future__ import annotations

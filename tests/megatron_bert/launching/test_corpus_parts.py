@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Corpora on Slurm before they are queued: what is checked, and the two scripts."""
 
 from __future__ import annotations

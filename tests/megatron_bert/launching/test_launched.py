@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log files and records of ranks, and the failure they are summed up to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs before they are queued: what is checked, and the script that comes of it."""
 
 from __future__ import annotations

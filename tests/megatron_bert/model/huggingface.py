@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole pretraining model beside one of transformers' with the same weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A micro model and micro batches for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention written out, fused, and by a float64 formula; dropout of its probabilities."""
 
 from __future__ import annotations

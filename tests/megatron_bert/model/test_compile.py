@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A compiled layer is one graph, the same for all layers, and gives the eager result."""
 
 from __future__ import annotations

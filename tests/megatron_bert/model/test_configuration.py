@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of an encoder, and what it refuses."""
 
 from __future__ import annotations

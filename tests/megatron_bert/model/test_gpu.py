@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention on a GPU: flash attention over packed sequences is attention within each of them."""
 
 from __future__ import annotations

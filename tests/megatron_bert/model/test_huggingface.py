@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole pretraining model against transformers' MegatronBert with the same weights: logits, loss and gradients."""
 
 from __future__ import annotations

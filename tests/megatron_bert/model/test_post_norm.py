@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Post-layer-norm: beside transformers' BERT, and one result however the model is divided, packed or recomputed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pretraining model: packed and padded, divided and whole, recomputed and kept, all give one result."""
 
 from __future__ import annotations

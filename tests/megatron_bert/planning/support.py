@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings and objectives of planning tests, without files."""
 
 from __future__ import annotations

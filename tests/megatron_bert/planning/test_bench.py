@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the machine at hand is measured to do is read again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of 64 ranks, planned in one process: every byte is written once, by ranks that share the work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory, messages and operations in closed form: from first principles, and as a real step has them."""
 
 from __future__ import annotations

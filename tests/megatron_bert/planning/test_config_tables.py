@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables in the comments of the shipped settings are what `megatron-bert plan` says of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of docs/planning.md run as they stand."""
 
 from __future__ import annotations

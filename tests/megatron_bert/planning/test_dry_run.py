@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step of one rank of a simulated world."""
 
 from __future__ import annotations

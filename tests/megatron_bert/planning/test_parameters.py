@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters listed without building them are those of the model."""
 
 from __future__ import annotations

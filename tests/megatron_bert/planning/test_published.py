@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predictions beside runs that others published; docs/planning.md has the table, with the error of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layouts compared: the step of a layout, the ranking, and the command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantisation at other layouts, step by step beside a run of one process.
 
 Where weights and ranges are the same, so are the integers, whatever the layout or the processor; only float gradients

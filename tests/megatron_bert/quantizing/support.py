@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small fine-tuned model, and runs that quantise it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole quantisation runs: scores side by side, going on, layouts, what they leave behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fine-tuned RoBERTa of transformers to integers: scores side by side, layouts, what is saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two rows of every GLUE file, in the columns of the official distribution."""
 
 from __future__ import annotations

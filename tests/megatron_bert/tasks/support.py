@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small vocabularies and files for the tests of tasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Windows and answers in them, against definitions by loops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much classes count in the loss of training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classification and regression on tables."""
 
 from __future__ import annotations

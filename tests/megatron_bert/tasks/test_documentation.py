@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings in the documentation of tasks are settings there are."""
 
 from __future__ import annotations

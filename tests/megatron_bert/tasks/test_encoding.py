@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of RoBERTa's models are those of transformers' tokenizers, whatever files hold the vocabulary."""
 
 from __future__ import annotations

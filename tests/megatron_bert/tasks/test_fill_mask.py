@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guessing masked words with a checkpoint of a run."""
 
 from __future__ import annotations

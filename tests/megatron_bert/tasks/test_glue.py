@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GLUE: official files in, official files out."""
 
 from __future__ import annotations

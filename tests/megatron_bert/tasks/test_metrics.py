@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics against their formulas and against fixed values, and where they are undefined."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiple choice: formats, sequences, metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Question answering: SQuAD files, windows, answers as exact parts of the text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Question answering: rows of one question, several files, and windows that leave out nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables, malformed rows and fingerprints of files."""
 
 from __future__ import annotations

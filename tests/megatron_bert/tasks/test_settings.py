@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of tasks: names, defaults, and no setting that means nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands beside a prediction in a file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact match and F1 with the official scripts' meaning, on cases worked out by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tags: which entities they mark, and which sequences follow a scheme."""
 
 from __future__ import annotations

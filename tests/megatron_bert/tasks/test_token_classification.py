@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token classification: column files, alignment, entities, seqeval's scores."""
 
 from __future__ import annotations

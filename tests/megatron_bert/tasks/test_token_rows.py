@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token classification: JSON lines, tables, comments, letters without a type, and what would fit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words of texts, their pieces, and windows of whole words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What breaks: checkpoints that are damaged, and disks while a run trains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training runs of a small model at many layouts, and a choice of layouts in which every pair of options occurs."""
 
 from __future__ import annotations

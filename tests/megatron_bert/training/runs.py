@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny runs of the public `pretrain`, in this process or as the command line."""
 
 from __future__ import annotations

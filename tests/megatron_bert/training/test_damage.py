@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run whose checkpoint is damaged goes on from the one before, says what is wrong, and loses nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What breaks on the disk while a run trains: it goes on, and says so."""
 
 from __future__ import annotations

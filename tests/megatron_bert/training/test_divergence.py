@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is not finite is noticed in its step, kept away from the weights, and traced to where it came from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Held-out scores against a direct computation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counted operations and parameters against torch's own count on the meta device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretraining on a GPU: the losses of the processor, with and without compilation, and resuming."""
 
 from __future__ import annotations

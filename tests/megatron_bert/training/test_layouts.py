@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every layout trains the same model: losses, gradient norms, scores and weights equal those of one process.
 
 Dropout is on, of hidden states and of attention. The tolerance of 1e-5 is what float32 leaves: a sum over n terms in

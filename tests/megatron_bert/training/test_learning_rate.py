@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The learning rate at the corners of its shapes, by hand."""
 
 from __future__ import annotations

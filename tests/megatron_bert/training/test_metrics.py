@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports: rows, console lines, TensorBoard, and the picture of the curves."""
 
 from __future__ import annotations

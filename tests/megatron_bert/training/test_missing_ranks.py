@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank that stands still in the middle of a step of the real command is named by the others, and by `failures`."""
 
 from __future__ import annotations

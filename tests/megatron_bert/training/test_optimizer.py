@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optimizer on local tensors is torch's AdamW or the LAMB of the paper, with decay on matrices alone."""
 
 from __future__ import annotations

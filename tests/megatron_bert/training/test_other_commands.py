@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests beside this one show of pretraining holds for fine-tuning and quantization: they are one trainer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that cannot go on say so, and leave no checkpoint of what went wrong."""
 
 from __future__ import annotations

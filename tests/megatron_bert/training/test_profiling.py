@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A profile of a few steps says where the time went, and changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank whose copy of weights or optimizer states was damaged is named, and nothing of it is saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Going on with other settings: what is refused, before anything is written, and what is noted."""
 
 from __future__ import annotations

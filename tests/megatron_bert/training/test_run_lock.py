@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One process at a time trains in a run directory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves that fail: warnings while others follow, errors when none does."""
 
 from __future__ import annotations

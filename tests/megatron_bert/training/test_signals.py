@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stopping from outside: real signals to real processes, and what ranks agree on."""
 
 from __future__ import annotations

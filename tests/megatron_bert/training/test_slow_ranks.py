@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slow ranks are named, once, and by the work of their peers."""
 
 from __future__ import annotations

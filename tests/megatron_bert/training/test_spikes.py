@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """After a spike of the loss a run returns to its last checkpoint and leaves out the data it spiked on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training that starts from the weights of another run."""
 
 from __future__ import annotations

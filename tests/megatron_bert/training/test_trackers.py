@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trackers get what metrics.jsonl gets, go on with the run, and never end it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small stages that own nothing of BERT, and what a step over them gives: on one process, and on a pipeline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine runs exactly the actions of its lists, with no more memory and arithmetic than they imply."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of step times runs, and counts the activations that the engine really holds."""
 
 from __future__ import annotations

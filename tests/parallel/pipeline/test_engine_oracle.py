@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.distributed.pipelining's schedules, run on the same stages, give the same losses and gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.distributed.pipelining's own orders, where they are right, are these schedules' orders."""
 
 from __future__ import annotations

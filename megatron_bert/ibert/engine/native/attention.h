@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of one sequence and head: scores, softmax numerators and their product with the values, blocked by queries.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The C interface: choice of an instruction set, memory, and the order of what is run.
 #include "integer_engine.h"
 

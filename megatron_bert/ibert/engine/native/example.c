@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Classifies one sequence of token ids: example PLAN ID ID ..
  *
  *   library=$(python -m megatron_bert.ibert.engine.native_library)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Runs plans of quantized BERT encoders, in integers only. Functions that can fail return NULL or -1 and write one
  * sentence to `error`, which may be NULL. An engine may be used by one thread at a time; several engines are independent. */
 #ifndef INTEGER_ENGINE_H

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // As much of JSON as a plan's header needs. Numbers stay text: nothing here is in floating point.
 #pragma once
 #include <cstdint>

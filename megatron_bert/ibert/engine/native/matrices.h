@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Packed weights, and products with what follows them fused: each tile of sums is used while it is in the first cache.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a loaded plan holds, and what targets (instruction sets) offer for it. Plain structs: each target is compiled
 // with its own flags, so nothing here may be a function whose one compiled copy another target could be given.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A plan's file: safetensors, whose metadata hold the plan's numbers as JSON. Everything is checked before it is used.
 #pragma once
 #include <cstring>

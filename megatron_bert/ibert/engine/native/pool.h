@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Threads that wait for work: they spin for a short while, since layers follow each other within microseconds, then sleep.
 #pragma once
 #include <atomic>

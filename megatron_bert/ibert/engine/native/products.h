@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Exact products of 8-bit integers with 32-bit sums, one micro kernel per instruction set.
 //
 // A `Products` struct multiplies up to MR rows of activations with a panel of NR = Vectors::W columns of weights. A panel

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One instruction set: compiled once for each, with TARGET_.. defined and the compiler's flags for it.
 //
 // No standard containers or algorithms here: a template of theirs compiled for a newer processor could become the copy

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of sixteen 16-bit (or eight 32-bit) integers with AVX2.
 #pragma once
 #include <immintrin.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of thirty-two 16-bit (or sixteen 32-bit) integers with AVX-512 (F, BW, VL, DQ).
 #pragma once
 #include <immintrin.h>

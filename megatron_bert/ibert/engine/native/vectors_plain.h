@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of eight 16-bit (or four 32-bit) integers in plain C++: what runs on any processor.
 #pragma once
 #include <cstdint>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small vocabulary of RoBERTa's kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Micro models of every I-BERT class and batches for them; the rest is as for the MegatronBERT classes."""
 
 from __future__ import annotations

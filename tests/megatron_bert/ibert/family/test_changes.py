@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I-BERT models with fewer heads or more words, in floating point and in integers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Integers beside floating point, and beside transformers' quant_mode: whole models of 12 layers, untrained.
 
 Both find their ranges in one pass of training over the batch they are then compared on. The error is the norm of the

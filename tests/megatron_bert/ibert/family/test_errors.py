@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every bad input and field of I-BERT is named in one sentence; defaults and orders are the documented ones."""
 
 from __future__ import annotations

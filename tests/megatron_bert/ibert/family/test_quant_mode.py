@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class of both families in integers: quant_mode, quantize_model, force_dequant, freezing, ranks, padding."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Directories of quantised models: here bit for bit, and the ranges of transformers' quantised layers both ways."""
 
 from __future__ import annotations

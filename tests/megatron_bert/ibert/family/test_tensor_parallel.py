@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every I-BERT class divided over two and four processes gives the results of one, also with dropout."""
 
 from __future__ import annotations

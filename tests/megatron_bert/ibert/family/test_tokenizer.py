@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs laid out as RoBERTa's are those of transformers' tokenizer of the same vocabulary."""
 
 from __future__ import annotations

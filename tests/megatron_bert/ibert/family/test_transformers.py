@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every I-BERT class beside transformers' with the same weights: outputs, losses and gradients, quant_mode off."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numeric examples of transformers' tests of I-BERT, on this arithmetic.
 
 They hold there within 0.5; here within a tenth of that or less. The exception is the linear layer, whose error is that
