@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a corpus holds, for people: sizes, lengths, unknown tokens, scripts, how full samples are, and texts."""
+"""What a corpus holds, for people: sizes, lengths, unknown tokens, languages, how full samples are, and texts."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ class CorpusReport:
                 )
         lines += map(str, self.lengths)
         if self.tokenizer is None:
-            return [*lines, "text: give --tokenizer to see unknown tokens, scripts, samples and texts"]
-        return [*lines, *self._vocabulary(self.tokenizer), self._scripts(self.tokenizer), self._fullness(options)]
+            return [*lines, "text: give --tokenizer to see unknown tokens, languages, samples and texts"]
+        return [*lines, *self._vocabulary(self.tokenizer), *self._languages(self.tokenizer), self._fullness(options)]
 
     def texts(self, count: int) -> list[str]:
         """Beginnings of some documents, evenly spread, decoded."""
@@ -194,19 +194,26 @@ class CorpusReport:
             f"vocabulary: {used:,} of {tokenizer.vocab_size:,} entries occur; {pieces:.2f} tokens a word",
         ]
 
-    def _scripts(self, tokenizer: Tokenizer) -> str:
+    def _languages(self, tokenizer: Tokenizer) -> list[str]:
+        """Shares of the characters by language, as py3langid takes each document's to be, and by script."""
+        import py3langid  # reads its model
+
         bounds = self.corpus.document_indices
         count = len(bounds) - 1
         chosen = np.unique(np.linspace(0, count - 1, min(count, TEXT_DOCUMENTS)).astype(np.int64))
+        languages: Counter[str] = Counter()
         scripts: Counter[str] = Counter()
         for document in chosen.tolist():
             ids = self.corpus.tokens(int(bounds[document]), int(bounds[document + 1]))[:TEXT_TOKENS]
-            for character, times in Counter(tokenizer.decode(ids.tolist())).items():
-                if not character.isspace():
-                    scripts[_script(character)] += times
-        total = max(1, scripts.total())
-        shares = ", ".join(f"{name} {times / total:.1%}" for name, times in scripts.most_common(8))
-        return f"characters by script (of {len(chosen):,} documents): {shares}"
+            text = tokenizer.decode(ids.tolist())
+            found = {character: times for character, times in Counter(text).items() if not character.isspace()}
+            languages[py3langid.classify(text)[0]] += sum(found.values())
+            for character, times in found.items():
+                scripts[_script(character)] += times
+        return [
+            f"characters by {name} (of {len(chosen):,} documents): {_shares(counts)}"
+            for name, counts in (("language", languages), ("script", scripts))
+        ]
 
     def _fullness(self, options: SampleOptions) -> str:
         try:
@@ -264,6 +271,12 @@ def is_corpus(source: str) -> bool:
 def corpus_prefix_of(source: str) -> str:
     """The prefix of a corpus that is given by itself or by one of its files."""
     return source.removesuffix(".idx").removesuffix(".bin")
+
+
+def _shares(counts: Counter[str]) -> str:
+    """The largest shares, largest first."""
+    total = max(1, counts.total())
+    return ", ".join(f"{name} {times / total:.1%}" for name, times in counts.most_common(8))
 
 
 @lru_cache(1 << 16)

@@ -46,12 +46,29 @@ def test_what_a_corpus_holds(made: Path) -> None:
     assert lines[5].endswith("longest 6")
     assert lines[6] == "unknown tokens: 2 (6.452%)"
     assert lines[7].startswith("vocabulary: 14 of 22 entries occur; 1.03 tokens a word")
-    assert lines[8].startswith("characters by script (of 5 documents): Latin 9")
-    assert lines[9].startswith("samples of 16 tokens (pair_objective sop): 2 an epoch, ")
-    assert "; 54.8% of the tokens are used" in lines[9], "17 of 31: documents of one sentence give no pair"
-    full = float(lines[9].split("an epoch, ")[1].split("%")[0]) / 100
+    assert lines[8].startswith("characters by language (of 5 documents): ")
+    assert lines[9].startswith("characters by script (of 5 documents): Latin 9")
+    assert lines[10].startswith("samples of 16 tokens (pair_objective sop): 2 an epoch, ")
+    assert "; 54.8% of the tokens are used" in lines[10], "17 of 31: documents of one sentence give no pair"
+    full = float(lines[10].split("an epoch, ")[1].split("%")[0]) / 100
     assert full == pytest.approx((17 + 2 * 3) / (2 * 16), abs=0.001)
     assert report.texts(2) == ["document 0: the cat sat. the dog ran,!", "document 4: a"]
+
+
+def test_shares_of_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    english = "the man walks into the town and buys some bread for his children who are waiting at home"
+    german = "der mann geht in die stadt und kauft brot für seine kinder die zu hause auf ihn warten"
+    words = sorted({*english.split(), *german.split()})
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (english, german, english)))
+    preprocess(["x.jsonl"], tmp_path / "vocab.txt", "c", progress=False, lowercase=False)
+    lines = CorpusReport("c_text_sentence", load_tokenizer(tmp_path / "vocab.txt", lowercase=False)).lines(
+        SampleOptions(seq_length=16)
+    )
+    letters = [len(text.replace(" ", "")) for text in (english, german)]
+    share = 2 * letters[0] / (2 * letters[0] + letters[1])
+    assert f"characters by language (of 3 documents): en {share:.1%}, de {1 - share:.1%}" in lines
 
 
 def test_a_sample_shows_what_is_hidden(made: Path) -> None:
