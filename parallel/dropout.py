@@ -81,14 +81,14 @@ class _RehashedDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float, keys: Tensor, first_column: int) -> Tensor:
         ctx.mask = (keys, x.shape[-1], probability, first_column)
-        return dropped(x, keep_mask(*ctx.mask), probability)
+        return mask_and_scale(x, keep_mask(*ctx.mask), probability)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return dropped(gradient, keep_mask(*ctx.mask), ctx.mask[2]), None, None, None
+        return mask_and_scale(gradient, keep_mask(*ctx.mask), ctx.mask[2]), None, None, None
 
 
-def dropped(x: Tensor, kept: Tensor, probability: float) -> Tensor:
+def mask_and_scale(x: Tensor, kept: Tensor, probability: float) -> Tensor:
     """``x / (1 - probability)`` where ``kept``, bool of its shape, and 0 elsewhere.
 
     A product, because a processor takes twice as long to choose.
@@ -113,4 +113,4 @@ def keyed_dropout(
         return x
     if keep_nothing and not torch.compiler.is_compiling():
         return _RehashedDropout.apply(x, probability, keys, first_column)
-    return dropped(x, keep_mask(keys, x.shape[-1], probability, first_column), probability)
+    return mask_and_scale(x, keep_mask(keys, x.shape[-1], probability, first_column), probability)

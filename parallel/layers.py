@@ -26,7 +26,7 @@ from parallel.collectives import (
     wait,
 )
 from parallel.mesh import SINGLE, TensorParallel
-from parallel.sharding import Constant, Normal, ParallelModule, divide, local_tensor, sharded_parameter
+from parallel.sharding import Constant, Normal, ParallelModule, local_size, local_tensor, sharded_parameter
 from parallel.weight_gradients import active_queue, deferred_linear
 
 
@@ -130,7 +130,7 @@ class ColumnParallelLinear(ParallelModule):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.gather_output, self.tp = in_features, out_features, gather_output, tp
-        divide(out_features, tp, "the number of output features")
+        local_size(out_features, tp, "the number of output features")
         self.weight = sharded_parameter((out_features, in_features), tp, dim=0, device=device, dtype=dtype)
         self.initializers["weight"] = Normal(init_std)
         self.bias: nn.Parameter | None = None
@@ -182,7 +182,7 @@ class RowParallelLinear(ParallelModule):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.tp = in_features, out_features, tp
-        divide(in_features, tp, "the number of input features")
+        local_size(in_features, tp, "the number of input features")
         self.weight = sharded_parameter((out_features, in_features), tp, dim=1, device=device, dtype=dtype)
         self.initializers["weight"] = Normal(init_std)
         self.bias: nn.Parameter | None = None
@@ -260,7 +260,7 @@ class VocabParallelEmbedding(ParallelModule):
             embedding_dim,
             tp,
         )
-        rows = divide(padded_vocab_size, tp, "the padded vocabulary")
+        rows = local_size(padded_vocab_size, tp, "the padded vocabulary")
         self.first_row = tp.rank * rows
         self.weight = sharded_parameter((padded_vocab_size, embedding_dim), tp, dim=0, device=device, dtype=dtype)
         self.initializers["weight"] = Normal(init_std, rows=vocab_size)

@@ -54,7 +54,7 @@ class ParallelModule(nn.Module):
         self.token_partial: tuple[str, ...] = ()
 
 
-def divide(total: int, tp: TensorParallel, what: str) -> int:
+def local_size(total: int, tp: TensorParallel, what: str) -> int:
     """``total / tp.size``.
 
     Raises:
@@ -81,7 +81,7 @@ def sharded_parameter(
     know the global tensor: plain slices under one name would silently overwrite each other in a checkpoint.
     """
     local_shape = list(shape)
-    local_shape[dim] = divide(shape[dim], tp, f"dimension {dim} of a parameter of shape {tuple(shape)}")
+    local_shape[dim] = local_size(shape[dim], tp, f"dimension {dim} of a parameter of shape {tuple(shape)}")
     local = torch.empty(local_shape, device=device, dtype=dtype)
     if tp.size == 1:
         return nn.Parameter(local)

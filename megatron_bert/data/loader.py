@@ -7,14 +7,13 @@ import signal
 from collections.abc import Iterator
 from multiprocessing import forkserver
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_bert.config import Settings
 from megatron_bert.data.collate import collate
 from megatron_bert.data.corpora import Part, open_corpus
-from megatron_bert.data.sampling import BlendedCorpus
+from megatron_bert.data.sampling import BatchShare, BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.ending import SIGNALS, end_with_parent, shielded_start
 from megatron_bert.model.batch import MicroBatch
@@ -23,9 +22,8 @@ from megatron_bert.model.batch import MicroBatch
 class MicroBatchSource(Dataset[MicroBatch]):
     """Micro batch i of a data rank, counted from the start of training: a pure function of (settings, rank, i).
 
-    Micro batch k of step s holds samples ``s * G + (k * data + rank) * M`` and the M - 1 that follow, for a global
-    batch of G and a micro batch of M. So the samples of a step are the same at every data and micro batch size. Every
-    tensor rank of a data rank reads for itself; files are memory-mapped and shared by the ranks of a host.
+    :class:`~megatron_bert.data.sampling.BatchShare` says which samples it holds. Every tensor rank of a data rank
+    reads for itself; files are memory-mapped and shared by the ranks of a host.
 
     Opening is left to the process that reads, so that a source travels to loader processes as settings only.
 
@@ -47,27 +45,19 @@ class MicroBatchSource(Dataset[MicroBatch]):
         first_sample: int = 0,
         token_multiple: int = 1,
     ) -> None:
-        self.settings, self.part = settings, part
-        self.data_rank, self.data_size = data_rank, data_size
-        self.first_sample, self.token_multiple = first_sample, token_multiple
+        self.settings, self.part, self.token_multiple = settings, part, token_multiple
+        self.share = BatchShare(
+            global_batch=settings.training.global_batch_size,
+            micro_batch=settings.training.micro_batch_size,
+            data_rank=data_rank,
+            data_size=data_size,
+            first_sample=first_sample,
+        )
         self._opened: tuple[Tokenizer, BlendedCorpus] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Without what is open."""
         return {**self.__dict__, "_opened": None}
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Gradient accumulation: micro batches of a step on each data rank."""
-        training = self.settings.training
-        return training.global_batch_size // (training.micro_batch_size * self.data_size)
-
-    def sample_numbers(self, index: int) -> np.ndarray:
-        """Numbers in the stream of the samples in micro batch ``index``."""
-        training = self.settings.training
-        step, k = divmod(index, self.micro_batches_per_step)
-        start = step * training.global_batch_size + (k * self.data_size + self.data_rank) * training.micro_batch_size
-        return self.first_sample + start + np.arange(training.micro_batch_size)
 
     def open(self) -> tuple[Tokenizer, BlendedCorpus]:
         """The tokenizer and the corpus, opened once a process."""
@@ -80,7 +70,7 @@ class MicroBatchSource(Dataset[MicroBatch]):
     def __getitem__(self, index: int) -> MicroBatch:
         """Micro batch ``index``."""
         tokenizer, corpus = self.open()
-        numbers = self.sample_numbers(index).tolist()
+        numbers = list(self.share.samples(index))
         data = self.settings.data
         return collate(
             [corpus.sample(number) for number in numbers],
@@ -104,18 +94,28 @@ def _start_worker(_: int) -> None:
     end_with_parent()
 
 
-def micro_batches(source: MicroBatchSource, steps: int, device: torch.device) -> Iterator[MicroBatch]:
-    """The micro batches of ``steps`` steps, in order, loaded in the background by ``data.workers`` processes."""
-    workers = source.settings.data.workers
+def micro_batches(
+    source: MicroBatchSource, steps: int, device: torch.device, *, workers: int | None = None
+) -> Iterator[MicroBatch]:
+    """The micro batches of ``steps`` steps, in order, loaded in the background by ``workers`` processes.
+
+    Args:
+        source: makes them.
+        steps: how many there are.
+        device: where they are put.
+        workers: 0 loads in this process; None is ``data.workers`` of the source's settings.
+    """
+    workers = source.settings.data.workers if workers is None else workers
     if workers:
         with shielded_start():  # the loader processes are forked from it
             forkserver.ensure_running()
+    per_step = source.share.micro_batches_per_step
     loader = DataLoader(
         source,
         batch_size=None,
-        sampler=range(steps * source.micro_batches_per_step),
+        sampler=range(steps * per_step),
         num_workers=workers,
-        prefetch_factor=max(2, -(-2 * source.micro_batches_per_step // workers)) if workers else None,
+        prefetch_factor=max(2, -(-2 * per_step // workers)) if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker if workers else None,
         # A fresh interpreter: a fork would not survive the threads of the training process (collectives, checkpoints).

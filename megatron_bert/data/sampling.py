@@ -7,6 +7,7 @@ g = 10**12, so resuming needs one counter and every rank can look at any part of
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ BLEND_BLOCK = 1 << 16
 """Draws after which the blending pattern repeats; a weight is honoured to one part in this many."""
 
 
-def shuffled(index: Any, size: int, key: int) -> Any:
+def permuted(index: Any, size: int, key: int) -> Any:
     """Give the element at a position of a pseudo-random permutation of `range(size)`.
 
     A Feistel network permutes the smallest power of four that holds `size`; results outside the range are permuted
@@ -59,6 +60,38 @@ def _feistel(words: Words, half_bits: int, round_keys: Sequence[int]) -> Words:
     for round_key in round_keys:
         left, right = right, left ^ (mix64((right + round_key) & MASK64) & mask)
     return (left << half_bits) | right
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShare:
+    """Which samples of the training stream a data rank works on, micro batch by micro batch.
+
+    Micro batch k of a step holds samples ``(k * data + rank) * M`` and the M - 1 that follow of the step's G, for a
+    global batch of G and a micro batch of M: the samples of a step are the same at every data and micro batch size.
+
+    Attributes:
+        global_batch: G, a multiple of ``micro_batch * data_size``.
+        micro_batch: M.
+        data_rank, data_size: Place on the data axis.
+        first_sample: Number in the stream of the first sample of step 0.
+    """
+
+    global_batch: int
+    micro_batch: int
+    data_rank: int = 0
+    data_size: int = 1
+    first_sample: int = 0
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Gradient accumulation: micro batches of a step on each data rank."""
+        return self.global_batch // (self.micro_batch * self.data_size)
+
+    def samples(self, index: int) -> range:
+        """Give the numbers in the stream of the samples in micro batch `index`, counted from step 0."""
+        step, k = divmod(index, self.micro_batches_per_step)
+        start = self.first_sample + step * self.global_batch + (k * self.data_size + self.data_rank) * self.micro_batch
+        return range(start, start + self.micro_batch)
 
 
 class Blend:
@@ -145,7 +178,7 @@ class BlendedCorpus:
         epochs, indices = draws // lengths, draws % lengths
         for owner, epoch in np.unique(np.stack([owners, epochs], axis=1), axis=0).tolist():
             here = (owners == owner) & (epochs == epoch)
-            indices[here] = shuffled(indices[here], self._lengths[owner], self._key(owner, epoch))
+            indices[here] = permuted(indices[here], self._lengths[owner], self._key(owner, epoch))
         return owners, epochs, indices
 
     def epochs(self, samples: int) -> list[float]:
@@ -156,7 +189,7 @@ class BlendedCorpus:
         """Build the sample at one position of the stream."""
         owner, draws = (int(number) for number in self._blend.locate(int(global_sample)))
         epoch, place = divmod(draws, self._lengths[owner])
-        index = shuffled(place, self._lengths[owner], self._key(owner, epoch))
+        index = permuted(place, self._lengths[owner], self._key(owner, epoch))
         return self.datasets[owner].sample(epoch, index)
 
     def _key(self, owner: int, epoch: int) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def _labels(units: Sequence[Unit], head: Head) -> Tensor:
     return labels.squeeze(1) if whole else labels
 
 
-def shuffled(numbers: range, count: int, seed: int) -> list[int]:
+def stream_units(numbers: range, count: int, seed: int) -> list[int]:
     """Which of ``count`` units stand at places ``numbers`` of an endless stream that shuffles them every epoch."""
     return [int(_epoch_order(count, seed, number // count)[number % count]) for number in numbers]
 
@@ -80,17 +80,3 @@ def shuffled(numbers: range, count: int, seed: int) -> list[int]:
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def step_places(
-    first_sample: int, steps: int, *, batch: int, micro: int, data_rank: int, data_size: int
-) -> Iterator[range]:
-    """Places in the stream of the units of each micro batch of a data rank, for ``steps`` steps.
-
-    Micro batch k of a step holds units ``(k * data + rank) * M`` and the M - 1 that follow of the step's G, for a
-    global batch of G and a micro batch of M: the units of a step are the same at every data and micro batch size.
-    """
-    for step in range(steps):
-        for offset in range(data_rank * micro, batch, data_size * micro):
-            start = first_sample + step * batch + offset
-            yield range(start, start + micro)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.state import CanonicalState
-from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
+from megatron_bert.data.sampling import BatchShare
+from megatron_bert.finetuning.batches import collate_units, stream_units
 from megatron_bert.finetuning.losses import label_weights, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -126,15 +127,15 @@ class Finetuning(Objective):
     ) -> Iterator[TokenBatch]:
         """Units in an order that is new every epoch."""
         training = self.settings.training
-        for places in step_places(
-            first_sample,
-            steps,
-            batch=training.global_batch_size,
-            micro=training.micro_batch_size,
+        share = BatchShare(
+            global_batch=training.global_batch_size,
+            micro_batch=training.micro_batch_size,
             data_rank=mesh.data_rank,
             data_size=mesh.layout.data,
-        ):
-            chosen = shuffled(places, len(self.units), self.order_seed)
+            first_sample=first_sample,
+        )
+        for places in map(share.samples, range(steps * share.micro_batches_per_step)):
+            chosen = stream_units(places, len(self.units), self.order_seed)
             yield collate_units(
                 [self.units[index] for index in chosen],
                 list(places),

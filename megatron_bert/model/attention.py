@@ -28,7 +28,7 @@ from parallel.dropout import fold_in
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
-from parallel.sharding import Normal, ParallelModule, divide
+from parallel.sharding import Normal, ParallelModule, local_size
 from parallel.simulated_device import on_gpu
 
 __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
@@ -90,7 +90,7 @@ class AttentionHeads(nn.Module):
     def count_heads(self, config: MegatronBertConfig, tp: TensorParallel, recompute: Recompute) -> None:
         """Begin with the sizes of the heads and the share of this rank; arguments as of the class."""
         self.tp, self.recompute = tp, recompute
-        self.heads = divide(config.num_attention_heads, tp, "model.num_attention_heads")
+        self.heads = local_size(config.num_attention_heads, tp, "model.num_attention_heads")
         self.first_head = tp.rank * self.heads
         #: The heads of all ranks, by their numbers before any was removed.
         self.numbers = list(range(config.num_attention_heads))
@@ -280,7 +280,7 @@ class SelfAttention(AttentionHeads):
             UserError: the tensor size does not divide their number.
         """
         kept = [place for place, number in enumerate(self.numbers) if number not in heads]
-        divide(len(kept), self.tp, "the number of heads that remain in a layer")
+        local_size(len(kept), self.tp, "the number of heads that remain in a layer")
         return kept
 
     def prune(self, heads: Collection[int]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.dropout import dropped, keep_mask
+from parallel.dropout import keep_mask, mask_and_scale
 from parallel.simulated_device import is_simulated_gpu, on_gpu
 
 
@@ -47,7 +47,7 @@ def attention_probabilities(
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if dropout > 0.0:
         assert keys is not None, "keyed dropout needs keys"
-        probabilities = dropped(probabilities, keep_mask(keys, probabilities.shape[-1], dropout), dropout)
+        probabilities = mask_and_scale(probabilities, keep_mask(keys, probabilities.shape[-1], dropout), dropout)
     return probabilities if head_mask is None else probabilities * head_mask
 
 

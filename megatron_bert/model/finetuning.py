@@ -33,6 +33,7 @@ class TaskBatch(TokenBatch):
         places: int64 ``[R]``, its number among the rows of its unit.
         widest: most rows of a unit.
         labels: int64 or float32; by kind of head ``[U]``, ``[U, C]``, ``[R]`` or, for spans, ``[U, 2]``.
+        taught: ``[R, outputs]``, what a teacher says of the rows; None without one, and before the last stage.
     """
 
     rows: Tensor
@@ -40,6 +41,7 @@ class TaskBatch(TokenBatch):
     places: Tensor
     widest: int
     labels: Tensor
+    taught: Tensor | None = None
 
     def by_unit(self, values: Tensor) -> Tensor:
         """Scores of the rows, ``[R]``, as ``[U, widest]`` with -inf where a unit has fewer rows."""

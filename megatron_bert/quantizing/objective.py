@@ -69,7 +69,6 @@ class QuantizationAware(Finetuning):
         self.quantization, self.distillation = settings.quantization, settings.distillation
         self.teachers: dict[int, BertForTask] = {}
         self.teaching_engine: PipelineEngine | None = None
-        self._taught: dict[int, Tensor] = {}
 
     def change(self, stage: BertForTask, *, fresh: bool) -> None:
         """Quantise the stage."""
@@ -110,28 +109,27 @@ class QuantizationAware(Finetuning):
         self.teaching_engine = engine
 
     @torch.no_grad()
-    def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> None:
-        """The teacher's logits."""
-        self._taught.clear()
+    def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> list[TokenBatch]:
+        """With the teacher's logits, where the last stage is."""
         if self.teaching_engine is None:
-            return
+            return batches
+        with_logits = list(batches)
 
-        def keep(index: int, output: Tensor) -> None:
-            self._taught[id(batches[index])] = output
+        def teach(index: int, output: Tensor) -> None:
+            with_logits[index] = replace(cast(TaskBatch, batches[index]), taught=output)
 
-        model.run_forward(self.teaching_engine, batches, keep, stages=self.teachers)
+        model.run_forward(self.teaching_engine, batches, teach, stages=self.teachers)
+        return with_logits
 
     def loss_sums(self, output: Tensor, batch: TokenBatch, tp: TensorParallel) -> Tensor:
         """The task's loss, blended with the distance to the teacher."""
         loss = super().loss_sums(output, batch, tp)
-        share = self.distillation.weight
-        if self.teaching_engine is None or share == 0.0:
+        batch, wanted = cast(TaskBatch, batch), self.distillation
+        if batch.taught is None:
             return loss
-        taught, temperature = self._taught[id(batch)], self.distillation.temperature
-        batch = cast(TaskBatch, batch)
         weights = self._class_weights(batch)
-        apart = distillation_sum(output, taught, batch, self.task.head, temperature, weights)
-        return (1.0 - share) * loss + share * apart
+        apart = distillation_sum(output, batch.taught, batch, self.task.head, wanted.temperature, weights)
+        return (1.0 - wanted.weight) * loss + wanted.weight * apart
 
     def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:
         """Ranges move to what the step has seen, on all ranks alike."""

@@ -16,7 +16,7 @@ def held_out_splits(data: TaskDataSettings) -> tuple[str, ...]:
     return tuple(part for part in ("valid", "test") if getattr(data, f"{part}_fraction") is not None)
 
 
-def divide(groups: Sequence[str], data: TaskDataSettings) -> dict[str, list[int]]:
+def assign_parts(groups: Sequence[str], data: TaskDataSettings) -> dict[str, list[int]]:
     """Divide examples into "train" and the held-out parts.
 
     Groups are ordered by a hash of the seed and their name; the first make up the validation part, the next the test

@@ -21,7 +21,7 @@ from megatron_bert.tasks.class_weights import balanced_weights, given_weights
 from megatron_bert.tasks.encoding import BERT, Feature, InputFormat
 from megatron_bert.tasks.rows import BadRows, file_fingerprint
 from megatron_bert.tasks.settings import MAX_LENGTHS, TaskDataSettings, TaskSettings
-from megatron_bert.tasks.splits import divide, held_out_splits
+from megatron_bert.tasks.splits import assign_parts, held_out_splits
 from parallel.errors import UserError
 
 IGNORED = -100
@@ -185,7 +185,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         if source == "train":
             self.check_training_data(found)
             groups = [self.group(example) for example in found]
-            for part, places in divide(groups, self.data).items():
+            for part, places in assign_parts(groups, self.data).items():
                 self._read[part] = [replace(found[place], split=part) for place in places]
         else:
             self._read[split] = found

@@ -91,8 +91,9 @@ class Objective(ABC):
         """What checkpoints hold of a stage beside its parameters: global name -> tensor, the same on every rank."""
         return {}
 
-    def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> None:  # noqa: B027
-        """Called with the micro batches of a step before it; nothing by default."""
+    def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> list[TokenBatch]:  # noqa: ARG002
+        """The micro batches of a step with all that their losses need; as they are by default."""
+        return batches
 
     def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:  # noqa: B027
         """Called after a step; nothing by default."""

@@ -133,10 +133,8 @@ class Pretraining(Objective):
     def held_out_batches(self, mesh: ParallelMesh) -> Iterator[MicroBatch]:
         """The micro batches of an evaluation on this data rank."""
         # Few batches: not worth starting loader processes for.
-        quiet = self.settings.data.model_copy(update={"workers": 0})
-        source = self._source(mesh, "valid", 0)
-        source.settings = self.settings.model_copy(update={"data": quiet})
-        return micro_batches(source, self.settings.training.evaluate_batches, mesh.device)
+        batches = self.settings.training.evaluate_batches
+        return micro_batches(self._source(mesh, "valid", 0), batches, mesh.device, workers=0)
 
     def identity(self) -> dict[str, Any]:
         """The vocabulary."""

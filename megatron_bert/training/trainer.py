@@ -234,7 +234,7 @@ class Trainer:
             began: called with stage and micro batch before every forward pass.
         """
         training = self.settings.training
-        self.objective.before_step(self.model, batches)
+        batches = self.objective.before_step(self.model, batches)
         counts = self._global_counts(batches)
         if self.world.device.type == "cuda":
             # Fused attention draws its dropout from torch's generator: seeded by step and place, so resuming is exact.

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from parallel.errors import UserError
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import SINGLE
-from parallel.sharding import Constant, Normal, ParallelModule, divide, initialize, name_seed, sharded_parameter
+from parallel.sharding import Constant, Normal, ParallelModule, initialize, local_size, name_seed, sharded_parameter
 from tests.parallel.support import ToyModel
 from tests.worlds import make_tensor_parallel, run_world
 
@@ -144,8 +144,8 @@ def test_sharded_parameters_know_the_whole():
     assert type(sharded_parameter((6, 4), SINGLE, dim=0)) is nn.Parameter
 
 
-def test_divide():
-    assert divide(8, SINGLE, "anything") == 8
+def test_local_size():
+    assert local_size(8, SINGLE, "anything") == 8
 
 
 def test_initializers_are_values():

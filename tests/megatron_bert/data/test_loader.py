@@ -49,7 +49,7 @@ LAYOUTS = [
 def test_ranks_share_every_global_batch(size: int, micro: int) -> None:
     wanted = settings(Path("unused"), micro)
     sources = [source(wanted, rank, size, first=2 * GLOBAL) for rank in range(size)]
-    per_step = sources[0].micro_batches_per_step
+    per_step = sources[0].share.micro_batches_per_step
     assert per_step * micro * size == GLOBAL
     for step in range(2):
         # Micro batch by micro batch, the ranks take turns; together they read the step's samples in order.
@@ -57,7 +57,7 @@ def test_ranks_share_every_global_batch(size: int, micro: int) -> None:
             number
             for index in range(step * per_step, (step + 1) * per_step)
             for one in sources
-            for number in one.sample_numbers(index).tolist()
+            for number in one.share.samples(index)
         ]
         assert numbers == list(range((2 + step) * GLOBAL, (3 + step) * GLOBAL))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_bert.data.hashing import derive_key, keyed_hash, mix64
-from megatron_bert.data.sampling import BLEND_BLOCK, Blend, BlendedCorpus, shuffled
+from megatron_bert.data.sampling import BLEND_BLOCK, Blend, BlendedCorpus, permuted
 from parallel.errors import UserError
 
 
@@ -24,27 +24,27 @@ def test_hashes_of_integers_and_arrays_agree() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 64, 97, 1000, 4096, 4097, 10007])
 @pytest.mark.parametrize("key", [0, 1, 2**64 - 1])
 def test_shuffling_is_a_bijection(size: int, key: int) -> None:
-    permuted = shuffled(np.arange(size), size, key)
-    assert permuted.dtype == np.int64
-    assert np.array_equal(np.sort(permuted), np.arange(size))
+    found = permuted(np.arange(size), size, key)
+    assert found.dtype == np.int64
+    assert np.array_equal(np.sort(found), np.arange(size))
 
 
 def test_one_position_equals_that_of_all_and_huge_sizes_work() -> None:
-    everything = shuffled(np.arange(1009), 1009, 5)
-    assert [shuffled(place, 1009, 5) for place in range(1009)] == everything.tolist()
-    assert np.array_equal(shuffled(np.arange(6).reshape(2, 3), 1009, 5), everything[:6].reshape(2, 3))
-    assert 0 <= shuffled(10**14, 10**15, 5) < 10**15
+    everything = permuted(np.arange(1009), 1009, 5)
+    assert [permuted(place, 1009, 5) for place in range(1009)] == everything.tolist()
+    assert np.array_equal(permuted(np.arange(6).reshape(2, 3), 1009, 5), everything[:6].reshape(2, 3))
+    assert 0 <= permuted(10**14, 10**15, 5) < 10**15
 
 
 def test_orders_look_random() -> None:
     size = 2000
-    orders = np.stack([shuffled(np.arange(size), size, key) for key in range(200)])
+    orders = np.stack([permuted(np.arange(size), size, key) for key in range(200)])
     assert abs(np.corrcoef(orders[0], np.arange(size))[0, 1]) < 0.1
     assert abs(np.corrcoef(orders[0], orders[1])[0, 1]) < 0.1
     # The element at one place is uniform over keys: its mean has standard error size / sqrt(12 * 200).
     assert abs(orders[:, 0].mean() - size / 2) < 5 * size / np.sqrt(12 * 200)
     # Small sizes reach every order.
-    assert len({tuple(shuffled(np.arange(3), 3, key)) for key in range(200)}) == 6
+    assert len({tuple(permuted(np.arange(3), 3, key)) for key in range(200)}) == 6
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5, 1, 1], [0.001, 0.999], [1 / 3] * 3, [2.0**-15, 1.0]])

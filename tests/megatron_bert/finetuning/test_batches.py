@@ -6,24 +6,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_bert.finetuning.batches import collate_units, shuffled, step_places
+from megatron_bert.data.sampling import BatchShare
+from megatron_bert.finetuning.batches import collate_units, stream_units
 from tests.megatron_bert.finetuning.support import HEADS, random_units
 
 
 def test_every_epoch_has_every_unit_once_in_another_order() -> None:
-    epochs = [shuffled(range(start, start + 10), 10, 3) for start in (0, 10, 20)]
+    epochs = [stream_units(range(start, start + 10), 10, 3) for start in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert shuffled(range(5, 15), 10, 3) == epochs[0][5:] + epochs[1][:5]
-    assert shuffled(range(10), 10, 4) != epochs[0]
+    assert stream_units(range(5, 15), 10, 3) == epochs[0][5:] + epochs[1][:5]
+    assert stream_units(range(10), 10, 4) != epochs[0]
 
 
 def test_a_step_has_the_same_units_at_every_layout() -> None:
     def units_of_steps(data: int, micro: int) -> list[list[int]]:
         per_rank = []
         for rank in range(data):
-            places = list(step_places(6, 3, batch=12, micro=micro, data_rank=rank, data_size=data))
-            share = len(places) // 3
+            of = BatchShare(global_batch=12, micro_batch=micro, data_rank=rank, data_size=data, first_sample=6)
+            share = of.micro_batches_per_step
+            places = [of.samples(index) for index in range(3 * share)]
             per_rank.append([[n for place in places[s * share : (s + 1) * share] for n in place] for s in range(3)])
         return [sorted(n for steps in per_rank for n in steps[s]) for s in range(3)]
 
