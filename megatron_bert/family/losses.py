@@ -41,7 +41,7 @@ def mean_cross_entropy(
     check_labels(name, labels, (logits.shape[0],), logits.shape[1], ignored)
     counted = labels != ignored
     if not torch.compiler.is_compiling() and not bool(counted.any()):
-        return blank().float().sum() * 0.0
+        return blank().float().sum() * 0.0 + 0.0  # which is never -0.0
     total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignored, reduction="sum")
     return total / counted.sum().clamp(min=1)
 
