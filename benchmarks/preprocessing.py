@@ -6,7 +6,7 @@ Runs in turns, on the same text with the same vocabulary and as many processes o
 - `preprocess` of whole documents, from the file to the corpus, and the tokenizers library's batch call alone, on texts
   that are in memory already and with nothing done with the tokens;
 - `preprocess` of sentences, and what NVIDIA's `preprocess_data.py` is described to do: a pool of processes that each
-  take a line at a time, split it by NLTK's Punkt, and tokenise every sentence by the Python program that was published
+  take a line at a time, split it by NLTK's Punkt, and tokenize every sentence by the Python program that was published
   with BERT; the parent writes a sentence at a time. Both must give the same tokens.
 
 With `--parquet`, measures instead the peak of memory while a Parquet file of so many megabytes is read, in row groups

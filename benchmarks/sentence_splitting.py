@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentence splitters on labelled text, and what preprocessing costs with each.
+"""Sentence splitters on labeled text, and what preprocessing costs with each.
 
 The text, `sentence_splitting.txt` next to this file, is written for the purpose: abbreviations, names, numbers and
 quotations, one sentence a line, an empty line between documents, in sections headed by `#`. The score is that of the
@@ -31,7 +31,7 @@ SPLITTERS = ("sentencex", "punkt")
 ROUNDS = 5
 
 
-def labelled_documents(path: Path) -> dict[str, list[list[str]]]:
+def labeled_documents(path: Path) -> dict[str, list[list[str]]]:
     """Sentences of each document of each section."""
     sections: dict[str, list[list[str]]] = {}
     for block in path.read_text(encoding="utf-8").strip().split("\n\n"):
@@ -48,19 +48,19 @@ def boundaries(sentences: list[str]) -> set[int]:
 
 
 def score(split: Callable[[str], list[str]], documents: list[list[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of boundaries, and the share of documents split as labelled."""
-    found = right = labelled = exact = same = 0
+    """Precision, recall and F1 of boundaries, and the share of documents split as labeled."""
+    found = right = labeled = exact = same = 0
     reference = punkt.PunktSentenceTokenizer(punkt.load_model("english")).tokenize
     for document in documents:
         mine, theirs = boundaries(split(" ".join(document))), boundaries(document)
-        found, right, labelled = found + len(mine), right + len(mine & theirs), labelled + len(theirs)
+        found, right, labeled = found + len(mine), right + len(mine & theirs), labeled + len(theirs)
         exact += mine == theirs
         same += mine == boundaries(reference(" ".join(document)))
     return {
         "precision": round(right / found, 4),
-        "recall": round(right / labelled, 4),
-        "f1": round(2 * right / (found + labelled), 4),
-        "documents_as_labelled": round(exact / len(documents), 4),
+        "recall": round(right / labeled, 4),
+        "f1": round(2 * right / (found + labeled), 4),
+        "documents_as_labeled": round(exact / len(documents), 4),
         "documents_as_nltk": round(same / len(documents), 4),
     }
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="for --speed-input")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
-    sections = labelled_documents(Path(__file__).with_suffix(".txt"))
+    sections = labeled_documents(Path(__file__).with_suffix(".txt"))
     results = {
         section: {name: score(sentence_splitter(name, "en"), documents) for name in SPLITTERS}
         for section, documents in sections.items()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optional fused kernels from NVIDIA's apex, PyTorch's own otherwise.
 
-apex is never needed. The package of that name on the Python package index is another project; NVIDIA's is recognised
+apex is never needed. The package of that name on the Python package index is another project; NVIDIA's is recognized
 by its compiled extensions.
 """
 
@@ -42,7 +42,7 @@ def apex_adam() -> Callable[..., torch.optim.Optimizer] | None:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension, by the fastest kernel at hand for the tensor's device.
+    """Normalize the last dimension, by the fastest kernel at hand for the tensor's device.
 
     Compiled code takes torch's, which the compiler fuses with what stands around it.
     """

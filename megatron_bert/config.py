@@ -100,7 +100,7 @@ class ModelSettings(Section):
     type_vocab_size: int = Field(2, gt=0, description="Number of token types (segments).")
     initializer_range: float = Field(0.02, gt=0, le=LARGEST_SCALE, description="Standard deviation of initial weights.")
     scaled_output_init: bool = Field(
-        True, description="Initialise output projections with initializer_range / sqrt(2 x layers), as Megatron does."
+        True, description="Initialize output projections with initializer_range / sqrt(2 x layers), as Megatron does."
     )
     layer_norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every layer norm.")
     vocab_size_multiple: int = Field(
@@ -410,7 +410,7 @@ _SECTIONS = ("model", "tokenizer", "task", "data")
 
 
 class RunSettings(Section):
-    """What every training run has: how it is laid out, optimised, saved and reported."""
+    """What every training run has: how it is laid out, optimized, saved and reported."""
 
     parallel: ParallelSettings = Field(default_factory=ParallelSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)

@@ -66,7 +66,7 @@ _GROUP_PARAMETERS = 2**25
 
 
 def _grouped(units: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Neighbouring units, as many as it takes to reach `_GROUP_PARAMETERS` in each group but the last."""
+    """Neighboring units, as many as it takes to reach `_GROUP_PARAMETERS` in each group but the last."""
     groups: list[list[nn.Module]] = []
     size = _GROUP_PARAMETERS
     for unit in units:

@@ -6,7 +6,7 @@ and on the global column, never on the rank, the layout, the micro batch or a ge
 tensor, data, pipeline or micro batch size drops the same elements, and recomputation needs no saved random state.
 
 The generator is an integer hash: row and column are mixed to 32 bits each, combined, and mixed again by a multiply and
-xor-shift finaliser (the shape of those of SplitMix and MurmurHash3). Arithmetic wraps modulo
+xor-shift finalizer (the shape of those of SplitMix and MurmurHash3). Arithmetic wraps modulo
 2^32 in int32, which CPU, CUDA and compiled kernels do alike.
 """
 

@@ -152,7 +152,7 @@ class FlatBuffers:
         end = 0
         for bucket in buckets:
             start, inside = end, []
-            # Of one kind together: the optimizer takes neighbours of one kind as one tensor.
+            # Of one kind together: the optimizer takes neighbors of one kind as one tensor.
             for parameter in sorted(bucket, key=lambda p: (not isinstance(p, DTensor), p.dim() < 2)):
                 inside.append((parameter, end))
                 end += _up(_local(parameter).numel(), ALIGNMENT)
@@ -210,7 +210,7 @@ class FlatBuffers:
         return low, max(low, min(slot.stop, bucket.own.stop))
 
     def runs(self, kind: Callable[[nn.Parameter], Hashable]) -> list[Run]:
-        """What this rank updates, neighbours of one kind together.
+        """What this rank updates, neighbors of one kind together.
 
         Args:
             kind: of a parameter.

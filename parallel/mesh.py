@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.errors import UserError
 from parallel.process_group import new_group
 
-#: Mesh axes from slowest to fastest varying rank: tensor groups are neighbours, as in Megatron-LM's rank order.
+#: Mesh axes from slowest to fastest varying rank: tensor groups are neighbors, as in Megatron-LM's rank order.
 AXES = ("pipeline", "data_replicate", "data_shard", "tensor")
 DATA_AXES = ("data_replicate", "data_shard")
 #: What is divided over the data ranks; see :func:`data_shard_size`.
@@ -69,7 +69,7 @@ def data_shard_size(sharding: Sharding, data: int, hybrid_size: int | None) -> i
 
     Args:
         sharding: ``none`` keeps a copy on each rank; ``optimizer`` and ``full`` share one over all; ``hybrid`` shares
-            one over ``hybrid_size`` neighbours (a node) and copies it between them.
+            one over ``hybrid_size`` neighbors (a node) and copies it between them.
         data: data-parallel size.
         hybrid_size: for ``hybrid``.
     """

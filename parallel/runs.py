@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neighbouring parameters in memory, which an optimizer updates together."""
+"""Neighboring parameters in memory, which an optimizer updates together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Parameters that are neighbours in memory and of one kind.
+    """Parameters that are neighbors in memory and of one kind.
 
     Attributes:
         values: float32 master weights of this rank.

@@ -251,7 +251,7 @@ class TestTorchrun:
         assert words in done.stderr
 
 
-@pytest.mark.parametrize(("name", "title"), [("finetune", "# Fine-tuning"), ("quantize", "# Quantisation")])
+@pytest.mark.parametrize(("name", "title"), [("finetune", "# Fine-tuning"), ("quantize", "# Quantization")])
 def test_batch_scripts_differ_in_their_command_alone(name: str, title: str) -> None:
     pretraining, other = (
         (ROOT / "launch" / f"slurm_{command}.sbatch").read_text(encoding="utf-8") for command in ("pretrain", name)

@@ -38,7 +38,7 @@ TINY = [
     "logging.every=1",
 ]
 
-#: The same for runs on labelled data.
+#: The same for runs on labeled data.
 TINY_TASK = [
     "task.max_length=32",
     "training.device=cpu",

@@ -133,7 +133,7 @@ def test_trains_at_tiny_size(path: Path, place: Path, tmp_path: Path) -> None:
         assert {"valid", "valid_float", "valid_calibrated"} == results["splits"].keys()
 
 
-def test_a_roberta_is_fine_tuned_and_quantised(place: Path, tmp_path: Path) -> None:
+def test_a_roberta_is_fine_tuned_and_quantized(place: Path, tmp_path: Path) -> None:
     """By the commands in the comment of configs/quantize/roberta.yaml."""
     quantized = ROOT / "configs" / "quantize" / "roberta.yaml"
     settings = load(quantized)

@@ -2,7 +2,7 @@
 """Inference and training steps of the public classes beside transformers' eager ones, in pairs in one process.
 
 Both have the same weights and read the same batch; their steps alternate and the ratio is taken pair by pair, so that a
-machine whose speed drifts does not favour one. ``full`` batches have no padding; ``ragged`` ones have sequences of an
+machine whose speed drifts does not favor one. ``full`` batches have no padding; ``ragged`` ones have sequences of an
 eighth of the length to all of it, padded to the longest as transformers takes them.
 
     python -m tools.benchmark_family --output benchmarks/family_cpu.json

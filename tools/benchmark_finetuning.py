@@ -31,7 +31,7 @@ from megatron_bert.tasks.squad_metrics import token_f1
 from megatron_bert.tasks.task import IGNORED, Task
 from parallel.process_group import choose_device
 from parallel.whole_files import write_json
-from tools.task_scores import describe, draw, essential_settings, finished_run, summarise, task_of_file
+from tools.task_scores import describe, draw, essential_settings, finished_run, summarize, task_of_file
 from tools.timing import machine_name
 
 #: What transformers' Trainer reached for a seed, beside the run.
@@ -107,7 +107,7 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             model: {split: scores[task.metric] for split, scores in by_split.items() if task.metric in scores}
             for model, by_split in models.items()
         }
-    return {"metric": task.metric, "settings": essential_settings(file), "splits": summarise(found)}
+    return {"metric": task.metric, "settings": essential_settings(file), "splits": summarize(found)}
 
 
 @command("benchmark_finetuning")

@@ -2,7 +2,7 @@
 """Training throughput beside transformers' MegatronBertForPreTraining, in pairs in one process.
 
 Both train on the same batch (same sequences, masked positions and labels) in float32 with dropout 0.1 and fused AdamW.
-Their steps alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts does not favour one.
+Their steps alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts does not favor one.
 
     python -m tools.benchmark_throughput --output benchmarks/throughput_cpu.json
 """

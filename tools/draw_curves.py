@@ -2,7 +2,7 @@
 """Draw the loss curve of a run again, with the entropy of the corpus's word frequencies as a yardstick.
 
 A model that knows how often each word occurs, and nothing of the context, cannot do better on the held-out text than
-the entropy of the text's own word frequencies. What a run is below that line, it has learnt from context.
+the entropy of the text's own word frequencies. What a run is below that line, it has learned from context.
 
     python tools/draw_curves.py runs/quickstart/run
 """

@@ -50,7 +50,7 @@ def essential_settings(file: Path) -> dict[str, Any]:
     )
 
 
-def summarise(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarize(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Split -> model -> the score of every seed it was run with, in turn, and their median.
 
     Args:

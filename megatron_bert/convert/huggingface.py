@@ -202,7 +202,7 @@ def _check_architecture(label: str, family: Family, stored: Mapping[str, StateTe
     ):
         raise UserError(
             f"{label} holds norms behind the embeddings or layers: it is a post-layer-norm BERT, but its settings say "
-            f"{MODEL_TYPE}, which normalises before each layer: settings and weights are of two models"
+            f"{MODEL_TYPE}, which normalizes before each layer: settings and weights are of two models"
         )
     if any("crossattention" in key for key in stored):
         raise UserError(f"{label} holds cross-attention: only encoders can be read")

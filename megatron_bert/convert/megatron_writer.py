@@ -84,8 +84,8 @@ def check_plain(state: CanonicalState) -> None:
     remedy = "convert it to huggingface or native"
     if state.config.layer_norm_placement != "pre":
         raise UserError(
-            f"the source is of a {state.config.model_type} model, which normalises after each sum (post-layer-norm); "
-            f"Megatron's normalises before each layer, so its weights would compute something else: {remedy}"
+            f"the source is of a {state.config.model_type} model, which normalizes after each sum (post-layer-norm); "
+            f"Megatron's normalizes before each layer, so its weights would compute something else: {remedy}"
         )
     if state.ranges is not None:
         raise UserError(f"the source is quantized, and Megatron's checkpoints have no place for its ranges: {remedy}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognises query, key and value rows that were read in a wrong order, from the weights themselves.
+"""Recognizes query, key and value rows that were read in a wrong order, from the weights themselves.
 
 A wrong order gives no error of shape. But training leaves a mark that only the right order shows. Scaling a query row
 by any number and the key row beside it by its inverse changes nothing in the scores, and so, in general, does any
@@ -118,7 +118,7 @@ class _Correlation:
         out = output.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [A, D, H]
         for first, second in ((query, key), (value, out)):
             left, right = _off_diagonal(first[:_HEADS]), _off_diagonal(second[:_HEADS])
-            # One head at a time is normalised, so that no large head speaks for all.
+            # One head at a time is normalized, so that no large head speaks for all.
             correlation = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-30)
             self._total += float(correlation.sum()) * math.sqrt(left.shape[1])
             self._terms += left.shape[0]

@@ -92,7 +92,7 @@ def parse_ranges(text: str | bytes, label: str) -> Ranges:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{label} is damaged ({type(error).__name__}): save the quantised model again") from None
+        raise UserError(f"{label} is damaged ({type(error).__name__}): save the quantized model again") from None
 
 
 def check_version(label: str, version: object) -> None:

@@ -2,7 +2,7 @@
 """Keyed 64-bit hashing: the source of every random choice that must be a pure function of its position.
 
 All functions take Python integers or uint64 arrays and give the same numbers for both, so one definition serves the
-vectorised index builders and the one-sample paths.
+vectorized index builders and the one-sample paths.
 """
 
 from typing import TypeVar
@@ -16,7 +16,7 @@ Words = TypeVar("Words", int, np.ndarray)
 
 
 def mix64(words: Words) -> Words:
-    """Scramble 64-bit words: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection."""
+    """Scramble 64-bit words: the finalizer of SplitMix64 (Steele, Lea and Flood 2014), a bijection."""
     mixed: Words = (words ^ (words >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & MASK64
     mixed ^= mixed >> 31

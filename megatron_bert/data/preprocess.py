@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From text files to a corpus in Megatron's format.
 
-The parent process reads rows and writes results in order; decoding, sentence splitting and tokenisation happen in the
+The parent process reads rows and writes results in order; decoding, sentence splitting and tokenization happen in the
 workers, a chunk of rows at a time, so the output is the same for any number of workers.
 """
 
@@ -110,7 +110,7 @@ def preprocess(
     part: Part | None = None,
     progress: bool = True,
 ) -> PreprocessReport:
-    """Tokenise documents into `{output_prefix}_{json_key}_{sentence|document}.{bin,idx}` and a `.json` note.
+    """Tokenize documents into `{output_prefix}_{json_key}_{sentence|document}.{bin,idx}` and a `.json` note.
 
     Nothing appears under the final names before everything is done; a failed or interrupted run removes its files.
 
@@ -243,7 +243,7 @@ def _tokenize_in_worker(rows: list[Row]) -> _Chunk:
 
 
 def _tokenize(rows: list[Row], job: _Job, tokenizer: Tokenizer) -> _Chunk:
-    """Decode, split and tokenise rows; documents and sentences without tokens are left out."""
+    """Decode, split and tokenize rows; documents and sentences without tokens are left out."""
     texts, skipped_bad = _decode(rows, job)
     if job.splitter is None:
         split = [[text] for text in texts]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FEISTEL_ROUNDS = 6
 BLEND_BLOCK = 1 << 16
-"""Draws after which the blending pattern repeats; a weight is honoured to one part in this many."""
+"""Draws after which the blending pattern repeats; a weight is honored to one part in this many."""
 
 
 def permuted(index: Any, size: int, key: int) -> Any:

@@ -12,7 +12,7 @@ from parallel.errors import UserError
 CONFIG_NAME = "tokenizer_config.json"
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """What happens to text before a WordPiece vocabulary is looked up, which its vocab.txt does not say.
 
     Attributes:
@@ -31,7 +31,7 @@ class Normalisation(NamedTuple):
         return {name: value for name, value in values if value is not None or name == "strip_accents"}
 
 
-#: transformers' names of the fields of Normalisation, in their order.
+#: transformers' names of the fields of Normalization, in their order.
 _NAMES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 
@@ -44,7 +44,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return read_object(path, "fetch the file again, or remove it") if path.is_file() else {}
 
 
-def read_normalisation(folder: Path) -> Normalisation:
+def read_normalization(folder: Path) -> Normalization:
     """What the tokenizer_config.json of a folder says of its vocab.txt; the defaults where it says nothing.
 
     Raises:
@@ -53,11 +53,11 @@ def read_normalisation(folder: Path) -> Normalisation:
     path = folder / CONFIG_NAME
     settings = read_settings(path)
     stated: dict[str, Any] = {}
-    for field, name in zip(Normalisation._fields, _NAMES, strict=True):
+    for field, name in zip(Normalization._fields, _NAMES, strict=True):
         if name not in settings:
             continue
         value = settings[name]
         if type(value) is not bool and not (value is None and name == "strip_accents"):
             raise UserError(f"{path} says that {name} is {repr(value)[:40]}: write true or false, or leave it out")
         stated[field] = value
-    return Normalisation(**stated)
+    return Normalization(**stated)

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 
-from megatron_bert.data.tokenizer_settings import Normalisation, read_normalisation
+from megatron_bert.data.tokenizer_settings import Normalization, read_normalization
 from megatron_bert.data.vocabularies import (
     BPE_NAME,
     JSON_NAME,
@@ -127,18 +127,18 @@ class Tokenizer(ABC):
         """
         return 2 if roberta and self.id_to_token(self.sep_id) == "</s>" else 1
 
-    def normalisation(self) -> Normalisation | None:
+    def normalization(self) -> Normalization | None:
         """What a WordPiece vocabulary does to text before it looks it up; None of other tokenizers."""
         return None
 
     def transformers_settings(self) -> dict[str, Any]:
         """What transformers looks for in a tokenizer_config.json beside the files."""
         roles = ("cls", "sep", "pad", "mask", "unk")
-        normalisation = self.normalisation()
+        normalization = self.normalization()
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{role}_token": self.id_to_token(getattr(self, f"{role}_id")) for role in roles},
-            **({} if normalisation is None else normalisation.settings()),
+            **({} if normalization is None else normalization.settings()),
         }
 
     @abstractmethod
@@ -185,12 +185,12 @@ class JsonTokenizer(Tokenizer):
         """Readable text of token ids; special tokens are left out."""
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
 
-    def normalisation(self) -> Normalisation | None:
+    def normalization(self) -> Normalization | None:
         """What a WordPiece vocabulary does to text before it looks it up; None of other tokenizers."""
         made = self._backend.normalizer
         if not isinstance(made, BertNormalizer):
             return None
-        return Normalisation(made.lowercase, made.strip_accents, made.handle_chinese_chars)
+        return Normalization(made.lowercase, made.strip_accents, made.handle_chinese_chars)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, and `vocab.txt` for WordPiece."""
@@ -241,7 +241,7 @@ def character_spans(text: str, offsets: Sequence[tuple[int, int]], pieces: Seque
     Args:
         text: The text.
         offsets: Begin and end of each token as a library gives them: with the space before a word or without, empty for
-            pieces of a character that normalisation made several of, without combining marks that it removed.
+            pieces of a character that normalization made several of, without combining marks that it removed.
         pieces: The tokens.
 
     Returns:
@@ -289,10 +289,10 @@ def load_tokenizer(
     """
     source = find_vocabulary(Path(path))
     if source.suffix == ".txt":
-        normalisation = read_normalisation(source.parent)
+        normalization = read_normalization(source.parent)
         if lowercase is not None:
-            normalisation = normalisation._replace(lowercase=lowercase)
-        return JsonTokenizer(source, wordpiece(read_vocabulary(source), normalisation))
+            normalization = normalization._replace(lowercase=lowercase)
+        return JsonTokenizer(source, wordpiece(read_vocabulary(source), normalization))
     if source.suffix == ".model" and model_type == "xlm-roberta":
         raise UserError(
             f"{source} numbers its pieces otherwise than the model, an xlm-roberta, whose ids fairseq has shifted: "
@@ -310,7 +310,7 @@ def load_tokenizer(
         tokenizer = SentencePieceTokenizer(source)
     if lowercase is not None and lowercase != lowercases:
         raise UserError(
-            f"lowercase={lowercase} contradicts {source}, which records its own normalisation: leave lowercase out, or "
+            f"lowercase={lowercase} contradicts {source}, which records its own normalization: leave lowercase out, or "
             f"give a vocab.txt."
         )
     return tokenizer

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from megatron_bert.data.compression import STANDARD_INPUT
 from megatron_bert.data.inputs import DocumentReader
-from megatron_bert.data.tokenizer_settings import Normalisation
+from megatron_bert.data.tokenizer_settings import Normalization
 from megatron_bert.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from megatron_bert.data.vocabularies import MODEL_NAME, wordpiece
 from parallel.errors import UserError
@@ -40,7 +40,7 @@ COVERAGE, MINIMUM_COVERAGE = 0.99995, 0.99
 """Share of a text that the single characters of a WordPiece vocabulary are to make up, and must; the rest is [UNK]."""
 
 WORD_MARK = "\U0010fffd"
-"""Marks starts of words while WordPiece is trained; BERT's normalisation removes private characters from the text."""
+"""Marks starts of words while WordPiece is trained; BERT's normalization removes private characters from the text."""
 
 MAX_LINE_BYTES = 1 << 16
 """Longest line SentencePiece is given; it would silently ignore a longer one than its limit."""
@@ -131,7 +131,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     behind it and is deterministic, learns on words marked at their start; pieces with the mark start a word.
     """
     # The text is prepared exactly as the finished tokenizer will prepare it.
-    finished = wordpiece({token: number for number, token in enumerate(SPECIAL_TOKENS)}, Normalisation(not cased))
+    finished = wordpiece({token: number for number, token in enumerate(SPECIAL_TOKENS)}, Normalization(not cased))
     backend = tokenizers.Tokenizer(BPE())
     backend.normalizer = finished.normalizer
     backend.pre_tokenizer = PreTokenizerSequence([BertPreTokenizer(), Metaspace(WORD_MARK, prepend_scheme="always")])
@@ -153,7 +153,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     distinct = list(dict.fromkeys(pieces))[:vocab_size]
     _check_size(len(distinct), vocab_size)
     vocabulary = {piece: number for number, piece in enumerate(distinct)}
-    JsonTokenizer(output, wordpiece(vocabulary, Normalisation(lowercase=not cased))).save(output)
+    JsonTokenizer(output, wordpiece(vocabulary, Normalization(lowercase=not cased))).save(output)
 
 
 def _alphabet(text: Iterable[str], normalizer: Normalizer, vocab_size: int) -> list[str]:
@@ -171,7 +171,7 @@ def _alphabet(text: Iterable[str], normalizer: Normalizer, vocab_size: int) -> l
                 counts[normal] += count
     if not counts:
         raise UserError(
-            f"Nothing is left of the text once it is normalised: vocab_size {vocab_size} cannot be reached."
+            f"Nothing is left of the text once it is normalized: vocab_size {vocab_size} cannot be reached."
         )
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
     coverage = np.cumsum([counts[character] for character in ranked]) / counts.total()

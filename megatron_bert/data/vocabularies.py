@@ -12,7 +12,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 from tokenizers.processors import BertProcessing, RobertaProcessing
 
-from megatron_bert.data.tokenizer_settings import Normalisation
+from megatron_bert.data.tokenizer_settings import Normalization
 from parallel.errors import UserError
 
 ROLES = {
@@ -29,19 +29,19 @@ BPE_NAME, MERGES_NAME = "vocab.json", "merges.txt"
 """The two files of a byte-level BPE vocabulary, as RoBERTa's."""
 
 
-def wordpiece(vocabulary: dict[str, int], normalisation: Normalisation) -> tokenizers.Tokenizer:
+def wordpiece(vocabulary: dict[str, int], normalization: Normalization) -> tokenizers.Tokenizer:
     """Build BERT's WordPiece tokenizer from its vocabulary.
 
-    Where `normalisation` does not say whether text is lower-cased, it is unless the vocabulary holds upper case.
+    Where `normalization` does not say whether text is lower-cased, it is unless the vocabulary holds upper case.
     """
-    lowercase = normalisation.lowercase
+    lowercase = normalization.lowercase
     if lowercase is None:
         lowercase = not any(piece != piece.lower() for piece in vocabulary if not _is_bracketed(piece))
     backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     backend.normalizer = BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=normalisation.split_chinese,
-        strip_accents=normalisation.strip_accents,
+        handle_chinese_chars=normalization.split_chinese,
+        strip_accents=normalization.strip_accents,
         lowercase=lowercase,
     )
     backend.pre_tokenizer = BertPreTokenizer()

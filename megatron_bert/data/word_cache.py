@@ -13,7 +13,7 @@ import tokenizers
 WORDS = 1 << 17
 """Words remembered; one takes about 200 bytes."""
 
-#: Python's split() takes these for spaces, BERT's normalisation removes them, which joins the words around them.
+#: Python's split() takes these for spaces, BERT's normalization removes them, which joins the words around them.
 _OTHERWISE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
 
 
@@ -31,7 +31,7 @@ def splits_at_spaces(backend: tokenizers.Tokenizer) -> bool:
 
 
 class WordCache:
-    """Token ids of texts, each word of which is tokenised once.
+    """Token ids of texts, each word of which is tokenized once.
 
     Args:
         encode: Gives token ids of several texts, for which `splits_at_spaces` holds.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_bert.ibert.engine.compile import Parts
 from megatron_bert.ibert.engine.parts import parts_of
-from megatron_bert.ibert.products import quantise_weight
+from megatron_bert.ibert.products import quantize_weight
 from megatron_bert.ibert.quantizer import Quantizer
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from parallel.errors import UserError
@@ -96,7 +96,7 @@ class _Graph:
 
     def linear(self, x: str, weight: Tensor, bias: Tensor | None, bits: int, output: str | None = None) -> str:
         """A product with weights of 8 bits, ``[.., K]`` to ``[.., N]``."""
-        integers = quantise_weight(weight.detach(), bits)
+        integers = quantize_weight(weight.detach(), bits)
         matrix = self.constant(integers.q.t(), np.int8)
         zeros = self.constant(np.zeros(len(integers.scale)), np.int8)
         matrix = self.add("DequantizeLinear", matrix, self.constant(integers.scale), zeros, axis=1)
@@ -145,7 +145,7 @@ class _Graph:
         """``[B, S, H]``."""
         module: Any = self.parts.embeddings
         config = self.parts.config
-        integers = quantise_weight(module.word_embeddings.weight.detach()[: config.vocab_size], 8)
+        integers = quantize_weight(module.word_embeddings.weight.detach()[: config.vocab_size], 8)
         rows = self.add("Gather", self.constant(integers.q, np.int8), "input_ids")
         words = self.add("Cast", rows, to=self.onnx.TensorProto.FLOAT)
         scales = self.add("Gather", self.constant(integers.scale[:, None]), "input_ids")

@@ -78,7 +78,7 @@ class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
         if given.shape is not None:
             check_kept(logits_to_keep, *given.shape)
         items = _checked_items(num_items_in_batch)
-        encoded = self.base_model.encode(given, needed=self.labelled(given, labels))
+        encoded = self.base_model.encode(given, needed=self.labeled(given, labels))
         loss = None
         hidden = encoded.rectangle(encoded.hidden)
         if labels is not None:

@@ -86,7 +86,7 @@ class MegatronBertForSequenceClassification(MegatronBertHeadModel, SequenceClass
         or ``[B, num_labels]`` values for a regression. ``config.problem_type`` says which; if it is None it is found
         from the labels each time: one class is a regression, whole numbers are classes, others several labels.
         """
-        return self.labelled_sequences(shared_arguments(locals()), labels, return_dict)
+        return self.labeled_sequences(shared_arguments(locals()), labels, return_dict)
 
 
 class MegatronBertForMultipleChoice(MegatronBertHeadModel, ChoiceClassifier):

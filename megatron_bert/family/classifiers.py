@@ -96,7 +96,7 @@ class Classifier(HeadModel):
 class SequenceClassifier(Classifier):
     """A class, several labels, or values for each sequence."""
 
-    def labelled_sequences(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
+    def labeled_sequences(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, num_labels]``, and the loss of the problem that the configuration or the labels say."""
         encoded, logits = self.classified(given)
         loss = None

@@ -67,17 +67,17 @@ class LanguageModel(HeadModel):
         return whole.index_fill_(0, skipped.nonzero().squeeze(1), 0.0).unflatten(0, (encoded.batch, encoded.length))
 
     def language_loss(self, hidden: Tensor, labels: Tensor, items: float | None = None) -> Tensor:
-        """Mean cross entropy over the labelled tokens; 0 if there are none, whatever the hidden states hold.
+        """Mean cross entropy over the labeled tokens; 0 if there are none, whatever the hidden states hold.
 
         The head runs again on these few rows, so that the backward pass costs what they cost and not what all cost.
 
         Args:
             hidden: ``[N, H]``.
             labels: int64 ``[N]``; -100 is ignored.
-            items: what the sum of the losses is divided by; the number of labelled tokens by default.
+            items: what the sum of the losses is divided by; the number of labeled tokens by default.
 
         Raises:
-            UserError: ``items`` is 0, but there are labelled tokens.
+            UserError: ``items`` is 0, but there are labeled tokens.
         """
         if torch.compiler.is_compiling():  # how many tokens have labels is not known
             losses = vocab_parallel_cross_entropy(
@@ -101,14 +101,14 @@ class LanguageModel(HeadModel):
 
     def encoded(self, given: Arguments, labels: Tensor | None) -> Encoded:
         """Run the encoder, without a cache, and with every token that has a label."""
-        shown, needed = not self.learns_from(labels), self.labelled(given, labels)
+        shown, needed = not self.learns_from(labels), self.labeled(given, labels)
         return self.base_model.encode(replace(given, use_cache=False), shown=shown, needed=needed)
 
     def masked_loss(self, encoded: Encoded, labels: Tensor | None) -> Tensor | None:
         """The loss of masked words, where there are ``labels`` ``[B, S]``."""
         return None if labels is None else self.language_loss(encoded.hidden, encoded.of_tokens(labels))
 
-    def labelled(self, given: Arguments, labels: Tensor | None) -> Tensor | None:
+    def labeled(self, given: Arguments, labels: Tensor | None) -> Tensor | None:
         """Check word labels, and say which tokens have one: bool ``[B, S]``."""
         if labels is None or given.shape is None:
             return None

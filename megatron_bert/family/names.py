@@ -82,7 +82,7 @@ class Names:
             or another.
         in_layers: the same inside a layer; several for a fused matrix.
         output: transformers' owner of the language-model head's bias; the output matrix is in its ``decoder``.
-        quantization: last parts of buffers of transformers' quantised layers.
+        quantization: last parts of buffers of transformers' quantized layers.
         aliases: names of the encoder in other families of transformers whose weights are the same.
     """
 
@@ -137,7 +137,7 @@ class Names:
         return f"{self.prefix}.{key}" if first in _ENCODER else key
 
     def of_quantization(self, key: str) -> bool:
-        """Whether a key is a buffer of transformers' quantised layers."""
+        """Whether a key is a buffer of transformers' quantized layers."""
         return key.rpartition(".")[2] in self.quantization
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_finetuned_commands(commands: Any) -> None:
     """Add the subcommands that use a fine-tuned model."""
-    evaluate = commands.add_parser("evaluate", help="score a fine-tuned model on labelled files")
+    evaluate = commands.add_parser("evaluate", help="score a fine-tuned model on labeled files")
     _add_model(evaluate)
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.test=FILE")
     evaluate.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megatron-bert finetune`: from a checkpoint and labelled data to a saved model and its scores."""
+"""`megatron-bert finetune`: from a checkpoint and labeled data to a saved model and its scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, wr
 from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import check_lengths, encoder_config, find_tokenizer
-from megatron_bert.finetuning.summary import SEED, summarise
+from megatron_bert.finetuning.summary import SEED, summarize
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.encoding import input_format
@@ -65,7 +65,7 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
 
 
 class FinetuneStage:
-    """What one run of the command does around training; quantisation does more."""
+    """What one run of the command does around training; quantization does more."""
 
     def objective(
         self,
@@ -134,7 +134,7 @@ class FinetuneStage:
         )
         for split, found in results["splits"].items():
             scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-            report.say(f"{split}: {scores or 'not labelled; see the predictions'}")
+            report.say(f"{split}: {scores or 'not labeled; see the predictions'}")
         report.say(f"the model of step {step}, predictions and {RESULTS_FILE} are in {run_dir}")
         return results
 
@@ -260,7 +260,7 @@ def _run_from(
                     return results.reason
                 found[name] = results
             if "" not in found:
-                on_first_rank(lambda: summarise(training.run_dir, found, data.task))
+                on_first_rank(lambda: summarize(training.run_dir, found, data.task))
     return None
 
 

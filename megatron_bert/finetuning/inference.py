@@ -109,7 +109,7 @@ def evaluate_files(
     device: str = "auto",
     engine: Engine = Engine(),  # noqa: B008 (it cannot change)
 ) -> dict[str, dict[str, float]]:
-    """Score a fine-tuned model on labelled files, alone or on all ranks of torchrun.
+    """Score a fine-tuned model on labeled files, alone or on all ranks of torchrun.
 
     Args:
         source: the model, its run, or several runs, whose best is taken; see :func:`load_task`.
@@ -146,7 +146,7 @@ def evaluate_files(
         for split in splits:
             examples = task.examples(split)
             named = next((name for name in ("label", "answers", "tag") if name in (given.get("columns") or {})), None)
-            if named is not None and not any(example.labelled for example in examples):
+            if named is not None and not any(example.labeled for example in examples):
                 raise UserError(
                     f"data.columns.{named} is {given['columns'][named]}, but no row of the {split} file has that: give "
                     f"the column of the labels, or leave data.columns.{named} out where there are none"
@@ -173,7 +173,7 @@ def _leave_split(
     loss = {} if scored.loss is None else {"loss": scored.loss}
     scores = loss | task.metrics(examples, predictions)
     said = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    print(f"{split}: {len(examples):,} examples; {said or 'not labelled'}")
+    print(f"{split}: {len(examples):,} examples; {said or 'not labeled'}")
     if output is None:
         return scores, []
     output.mkdir(parents=True, exist_ok=True)

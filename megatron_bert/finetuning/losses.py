@@ -12,7 +12,7 @@ from megatron_bert.tasks.task import Head
 from parallel.cross_entropy import IGNORED
 
 
-def labelled(batch: TaskBatch, head: Head) -> Tensor:
+def labeled(batch: TaskBatch, head: Head) -> Tensor:
     """Bool ``[U]`` (``[R]`` for a token head): which labels count."""
     labels = batch.labels
     if labels.is_floating_point():
@@ -26,7 +26,7 @@ def label_weights(batch: TaskBatch, head: Head, class_weights: Tensor | None = N
     What the mean of a loss divides its sum by is their sum. Weights of a multi-label task are those of the outcomes of
     one text, which counts once.
     """
-    counted = labelled(batch, head)
+    counted = labeled(batch, head)
     if class_weights is None or batch.labels.is_floating_point():
         return counted
     return counted * class_weights[batch.labels.clamp(min=0)]
@@ -59,7 +59,7 @@ def task_loss_sum(logits: Tensor, batch: TaskBatch, head: Head, class_weights: T
         return (ends[0] + ends[1]) / 2
     if not labels.is_floating_point():
         return F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORED, reduction="sum")
-    counted = labelled(batch, head)
+    counted = labeled(batch, head)
     targets = labels.where(counted[:, None], torch.zeros_like(labels))
     if head.problem == "regression":
         each = F.mse_loss(logits, targets, reduction="none")

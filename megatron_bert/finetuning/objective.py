@@ -44,7 +44,7 @@ class SplitResult(NamedTuple):
         units: made of them.
         logits: of each unit, on rank 0; empty on others.
         predictions: of each example, on rank 0; empty on others.
-        scores: ``loss`` and the task's metrics, the same on every rank; {} where nothing is labelled.
+        scores: ``loss`` and the task's metrics, the same on every rank; {} where nothing is labeled.
     """
 
     examples: list[Any]
@@ -145,7 +145,7 @@ class Finetuning(Objective):
             ).to(device)
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:
-        """Labelled units, or tokens, each as often as its class weighs."""
+        """Labeled units, or tokens, each as often as its class weighs."""
         found = []
         for batch in cast(list[TaskBatch], batches):
             found.append(label_weights(batch, self.task.head, self._class_weights(batch)).double().sum())

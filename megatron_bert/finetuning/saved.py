@@ -107,7 +107,7 @@ def save_task(
         config: of the model.
         task: it was trained for.
         directory: to write; empty, or not there.
-        computed_in: number format in which a quantised model saw its parameters, which are rounded to it, so that what
+        computed_in: number format in which a quantized model saw its parameters, which are rounded to it, so that what
             is saved has the integers that were trained and scored.
     """
     described = task.describe() | {"columns": _how_to_read(task.data)}

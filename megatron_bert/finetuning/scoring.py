@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.finetuning.batches import collate_units, unit_tokens
-from megatron_bert.finetuning.losses import labelled, task_loss_sum
+from megatron_bert.finetuning.losses import labeled, task_loss_sum
 from megatron_bert.model.finetuning import TaskBatch
 from megatron_bert.tasks.task import Head, Unit
 from megatron_bert.training.build import StagedModel
@@ -26,7 +26,7 @@ class Scored(NamedTuple):
     Attributes:
         logits: on rank 0, for each unit float32 ``[outputs]``, ``[choices]``, ``[R, outputs]`` or ``[R, 2]`` by kind
             of head; empty on other ranks.
-        loss: mean loss over the labelled units (tokens), the same on every rank; None where nothing is labelled.
+        loss: mean loss over the labeled units (tokens), the same on every rank; None where nothing is labeled.
     """
 
     logits: list[np.ndarray]
@@ -78,7 +78,7 @@ def score_units(
 
         def take(index: int, output: Tensor, batches=batches, numbers=numbers, chosen=chosen) -> None:
             if numbers[index] < len(chunks):
-                counted = labelled(batches[index], head).sum()
+                counted = labeled(batches[index], head).sum()
                 sums.add_(torch.stack((task_loss_sum(output, batches[index], head).double(), counted.double())))
                 mine.extend(zip(chosen[index], _by_unit(output, batches[index], head), strict=True))
 

@@ -17,7 +17,7 @@ from parallel.whole_files import write_json
 SEED = "seed_"
 
 
-def summarise(run_dir: Path, found: Mapping[str, Mapping[str, Any]], task: Task) -> None:
+def summarize(run_dir: Path, found: Mapping[str, Mapping[str, Any]], task: Task) -> None:
     """Write ``results.json`` and ``runs.png`` of several runs, and say what is in them; rank 0 calls.
 
     Runs that differ in the seed alone make a group, with median and spread of every score. The best group has the

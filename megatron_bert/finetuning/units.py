@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenised data of a command, made once for all of its runs."""
+"""The tokenized data of a command, made once for all of its runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from parallel.errors import UserError
 
 
 class TaskUnits:
-    """Units of the splits of a task, tokenised when they are first asked for.
+    """Units of the splits of a task, tokenized when they are first asked for.
 
     Args:
-        task: reads and tokenises the data.
+        task: reads and tokenizes the data.
     """
 
     def __init__(self, task: Task) -> None:
@@ -30,7 +30,7 @@ class TaskUnits:
         """
         units = self.task.units(self.task.examples("train"), train=True)
         if not units:
-            raise UserError("there is nothing to train on: data.train holds no labelled example")
+            raise UserError("there is nothing to train on: data.train holds no labeled example")
         return units
 
     def of(self, split: str) -> list[Unit]:

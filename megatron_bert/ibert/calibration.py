@@ -24,12 +24,12 @@ def calibrate(
     forward: Callable[[Any], Any],
     groups: Sequence[dist.ProcessGroup] = (),
 ) -> int:
-    """Find ranges: run the float model over some batches and let every quantiser see its tensor.
+    """Find ranges: run the float model over some batches and let every quantizer see its tensor.
 
     Dropout must be off. Ranks of the groups must hold the same part of the model and see the same number of batches.
 
     Args:
-        model: quantised; its ranges are overwritten.
+        model: quantized; its ranges are overwritten.
         batches: of data like that of training; a few hundred sequences suffice.
         forward: runs the model on one of them.
         groups: over whose ranks what was seen is put together: see :func:`update_ranges`.
@@ -61,9 +61,9 @@ def update_ranges(model: nn.Module, groups: Sequence[dist.ProcessGroup] = ()) ->
     matter. Every rank of the groups must call; then its ranges are those of all.
 
     Args:
-        model: quantised.
+        model: quantized.
         groups: one after another, the ranks whose observations count as one: those of the data axes. The model's tensor
-            ranks always do. Two small reductions each, whatever the number of quantisers.
+            ranks always do. Two small reductions each, whatever the number of quantizers.
     """
     groups = [*groups, *(group for group in _tensor_groups(model) if group not in groups)]
     found = [quantizer for _, quantizer in quantizers(model) if not quantizer.frozen]

@@ -12,7 +12,7 @@ from parallel.errors import UserError
 
 #: Fields that have one value, and why.
 _FIXED = {
-    "layer_norm_placement": ("post", "I-BERT normalises after each sum"),
+    "layer_norm_placement": ("post", "I-BERT normalizes after each sum"),
     "hidden_act": ("gelu", "the integer function is made for the exact one"),
     "position_embedding_type": ("absolute", "I-BERT has no other"),
     "is_decoder": (False, "I-BERT is an encoder"),
@@ -43,7 +43,7 @@ class IBertEncoderConfig(EncoderConfig):
         quant_mode: compute in integers, with straight-through gradients in training.
         force_dequant: functions left in floating point with quant_mode: ``none``, ``gelu``, ``softmax``, ``layernorm``,
             or ``nonlinear``, which is all three.
-        scaled_output_init: initialise output projections with initializer_range / sqrt(2 * layers).
+        scaled_output_init: initialize output projections with initializer_range / sqrt(2 * layers).
         layer_norm_placement: ``post``.
 
     The other fields are those of EncoderConfig.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask, quantised, rescale
+from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask, quantized, rescale
 from megatron_bert.ibert.fixed_point import Factor, factor
 from megatron_bert.ibert.modules import Quantized
-from megatron_bert.ibert.products import quantise_weight
+from megatron_bert.ibert.products import quantize_weight
 from megatron_bert.ibert.quantizer import Kind
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.model.encoder import BertEmbeddings
@@ -35,7 +35,7 @@ def row_factor(scale: Tensor, unit: float) -> Factor:
 class _Words(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, target: Target, watch: Watch | None) -> Tensor:
-        integers = quantise_weight(rows, WORD_BITS)
+        integers = quantize_weight(rows, WORD_BITS)
         prepared = rescale(row_factor(integers.scale[:, None], target.unit), None, integers.scale)
         out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         inside = empty_mask(ctx, rows)
@@ -56,12 +56,12 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
     with a scale a row their 8 bits cost little; the other tables are small, and have the stream's 16.
     """
 
-    def quantise(self, settings: QuantizationConfig) -> None:
-        """Begin as a quantised module."""
+    def quantize(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantized module."""
         kinds: dict[str, Kind] = {"output": "stream"}
         if self.norm is not None:
             kinds["sum"] = "stream"
-        self.adopt(settings, kinds, settings.dequantised())
+        self.adopt(settings, kinds, settings.dequantized())
 
     def forward(
         self,
@@ -90,11 +90,11 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
         to = (quantizer.target(), quantizer.watch())
         rounded = [
             _Words.apply(parts[0], *to),
-            *(quantised(part.float(), quantizer.scale(), *to) for part in parts[1:]),
+            *(quantized(part.float(), quantizer.scale(), *to) for part in parts[1:]),
         ]
         hidden = self.read(sum(rounded[1:], rounded[0]), summed)
         if self.norm is not None:
-            hidden = self.normalise(self.norm, hidden, "sum", "output")
+            hidden = self.normalize(self.norm, hidden, "sum", "output")
         if keys is None:
             return hidden
         return self.read(keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp)), "output")

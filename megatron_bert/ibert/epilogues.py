@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows a matrix product: bias, requantisation and activation, with straight-through gradients.
+"""What follows a matrix product: bias, requantization and activation, with straight-through gradients.
 
 Each takes accumulators ``[T, N]`` and the bias as integers of the accumulators' scale, runs the integer function, and
 in the backward pass the derivative of the real function at the rounded argument, times 1 where the result was not
@@ -36,7 +36,7 @@ Watch = Callable[[Tensor, slice], None]
 
 
 class Target(NamedTuple):
-    """Where a requantisation goes.
+    """Where a requantization goes.
 
     Attributes:
         low, high: bounds of the integers.
@@ -140,7 +140,7 @@ def _bias_gradient(ctx: Any, gradient: Tensor) -> Tensor | None:
     return gradient.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
 
 
-class _Requantise(torch.autograd.Function):
+class _Requantize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None
@@ -159,7 +159,7 @@ class _Requantise(torch.autograd.Function):
         return gradient, _bias_gradient(ctx, gradient), None, None, None
 
 
-def requantised(
+def requantized(
     a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None = None
 ) -> Tensor:
     """Accumulators (or any real values) to integers of another scale.
@@ -174,22 +174,22 @@ def requantised(
     Returns:
         ``[T, N]`` float32: integers, or multiples of ``target.unit``.
     """
-    return _Requantise.apply(a, tracked(bias), prepared, target, watch)
+    return _Requantize.apply(a, tracked(bias), prepared, target, watch)
 
 
-def quantised(x: Tensor, scale: float, target: Target, watch: Watch | None = None) -> Tensor:
+def quantized(x: Tensor, scale: float, target: Target, watch: Watch | None = None) -> Tensor:
     """Real values to integers of a scale.
 
     Where the scale is the target's unit, a power of two, it is one rounding: ``clamp(floor(x / scale + 1/2))``. Else it
     is a requantization by 1 / scale, whose shift takes real values, multiples of a power of two, to integers.
     """
     if target.unit != 1.0:
-        return requantised(x, None, exact_read(scale, x.device), target, watch)
+        return requantized(x, None, exact_read(scale, x.device), target, watch)
     number = torch.tensor(1.0 / scale, dtype=torch.float64, device=x.device)
-    return requantised(x, None, rescale(reading_factor(number), None, number), target, watch)
+    return requantized(x, None, rescale(reading_factor(number), None, number), target, watch)
 
 
-class _Dequantise(torch.autograd.Function):
+class _Dequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, bias: Tensor | None, scale: Tensor, bias_integers: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -200,7 +200,7 @@ class _Dequantise(torch.autograd.Function):
         return gradient, _bias_gradient(ctx, gradient), None, None
 
 
-def dequantised(a: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def dequantized(a: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The real values that integers (with an integer bias) stand for.
 
     Args:
@@ -208,7 +208,7 @@ def dequantised(a: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         scale: float64, of a step; a scalar or ``[N]``.
         bias: float ``[N]``, rounded to the scale.
     """
-    return _Dequantise.apply(a, bias, scale, None if bias is None else integer_bias(bias.detach(), scale))
+    return _Dequantize.apply(a, bias, scale, None if bias is None else integer_bias(bias.detach(), scale))
 
 
 class GeluSteps(NamedTuple):
@@ -265,7 +265,7 @@ class _Gelu(torch.autograd.Function):
 
 
 def gelu_steps(bias: Tensor | None, accumulator_scale: Tensor, result_scale: float, target: Target) -> GeluSteps:
-    """Prepare a GELU: arguments as in :func:`gelu_requantised`."""
+    """Prepare a GELU: arguments as in :func:`gelu_requantized`."""
     device = accumulator_scale.device
     exponent = integer_gelu.argument_exponent(result_scale, of_stream=target.unit != 1.0)
     argument = rescale(factor(accumulator_scale * 2.0**exponent), bias, accumulator_scale)
@@ -276,7 +276,7 @@ def gelu_steps(bias: Tensor | None, accumulator_scale: Tensor, result_scale: flo
     return GeluSteps(argument, exponent, rescale(Factor(multiplier, multiplier * 0), None, onward))
 
 
-def gelu_requantised(
+def gelu_requantized(
     a: Tensor,
     bias: Tensor | None,
     accumulator_scale: Tensor,
@@ -292,7 +292,7 @@ def gelu_requantised(
     saturates, so does the result.
 
     Args:
-        a, bias: as in :func:`requantised`.
+        a, bias: as in :func:`requantized`.
         accumulator_scale: float64 ``[N]``.
         result_scale: of the result's integers.
         target: bounds and unit of the result.
@@ -320,7 +320,7 @@ class _Tanh(torch.autograd.Function):
         return gradient, _bias_gradient(ctx, gradient), None
 
 
-def tanh_requantised(a: Tensor, bias: Tensor | None, accumulator_scale: Tensor) -> Tensor:
+def tanh_requantized(a: Tensor, bias: Tensor | None, accumulator_scale: Tensor) -> Tensor:
     """Bias and tanh of accumulators ``[N, H]``: multiples of 2^-15."""
     into = factor(accumulator_scale * integer_tanh.ARGUMENT_FACTOR)
     return _Tanh.apply(a, tracked(bias), rescale(into, bias, accumulator_scale))

@@ -77,7 +77,7 @@ def largest(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def quantise(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The symmetric quantizer: ``clamp(floor(x / scale + 1/2), -(2^(bits-1) - 1), 2^(bits-1) - 1)``.
 
     Args:
@@ -144,7 +144,7 @@ def reading_factor(scale: Tensor) -> Factor:
     return Factor(multiplier.long(), shift)
 
 
-def wide_requantise(a: Tensor, number: Dyadic, low: int, high: int) -> Tensor:
+def wide_requantize(a: Tensor, number: Dyadic, low: int, high: int) -> Tensor:
     """``clamp((a * multiplier + 2^(shift-1)) >> shift, low, high)``, for results of more than 16 bits: logits.
 
     Args:
@@ -177,7 +177,7 @@ def multiply_short(n: Tensor, multiplier: Tensor | int) -> Tensor:
     return (n * multiplier + (1 << 14)) >> 15
 
 
-def requantise(a: Tensor, number: Factor, low: int, high: int) -> Tensor:
+def requantize(a: Tensor, number: Factor, low: int, high: int) -> Tensor:
     """Shift with rounding, saturate to 16 bits, multiply with rounding, clamp: how integers change their scale.
 
     Args:
@@ -204,7 +204,7 @@ def carried(a: Tensor, step: Tensor, constant: Tensor) -> Tensor:
 
 
 def carried_short(a: Tensor, step: Tensor, constant: Tensor, multiplier: Tensor) -> Tensor:
-    """What :func:`requantise` gives before its clamp, carried: saturated ``floor(a * step + constant)``, multiplied.
+    """What :func:`requantize` gives before its clamp, carried: saturated ``floor(a * step + constant)``, multiplied.
 
     Args:
         a: carried in float32 or float64.

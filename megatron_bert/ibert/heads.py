@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_bert.ibert.epilogues import (
     Target,
-    dequantised,
-    gelu_requantised,
-    requantised,
+    dequantized,
+    gelu_requantized,
+    requantized,
     rescale,
-    tanh_requantised,
+    tanh_requantized,
 )
 from megatron_bert.ibert.fixed_point import dyadic
 from megatron_bert.ibert.modules import Quantized
@@ -34,15 +34,15 @@ _LOGITS = Target(-(2**24) + 1, 2**24 - 1, 2.0**-LOGIT_BITS)
 def logits(sums: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """Accumulators of scale ``scale`` to multiples of 2^-12."""
     factor = dyadic(scale * 2.0**LOGIT_BITS)
-    return requantised(sums, bias, rescale(factor, None if bias is None else bias.detach(), scale), _LOGITS)
+    return requantized(sums, bias, rescale(factor, None if bias is None else bias.detach(), scale), _LOGITS)
 
 
 class QuantizedDense(Quantized, Dense):
     """A dense head: logits."""
 
-    def quantise(self, settings: QuantizationConfig) -> None:
-        """Begin as a quantised module."""
-        self.adopt(settings, {"input": "signed"}, settings.dequantised())
+    def quantize(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantized module."""
+        self.adopt(settings, {"input": "signed"}, settings.dequantized())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, K]`` real values to ``[N, out_features]``, multiples of 2^-12."""
@@ -55,9 +55,9 @@ class QuantizedDense(Quantized, Dense):
 class QuantizedPooler(Quantized, Pooler):
     """Dense and tanh of first tokens."""
 
-    def quantise(self, settings: QuantizationConfig) -> None:
-        """Begin as a quantised module."""
-        self.adopt(settings, {"input": "signed"}, settings.dequantised())
+    def quantize(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantized module."""
+        self.adopt(settings, {"input": "signed"}, settings.dequantized())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H]`` real values to ``[N, H]``, multiples of 2^-15."""
@@ -66,15 +66,15 @@ class QuantizedPooler(Quantized, Pooler):
                 self, self.floating(self.observe("input", x) if self.mode == "observe" else x)
             ).float()
         sums, scale = self.multiply(self.read(x, "input"), self.weight, "input")
-        return tanh_requantised(sums, self.bias, scale)
+        return tanh_requantized(sums, self.bias, scale)
 
 
 class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
     """Dense, GELU, norm and the product with the word embeddings."""
 
-    def quantise(self, settings: QuantizationConfig) -> None:
-        """Begin as a quantised module."""
-        self.adopt(settings, {"input": "signed", "gelu": "stream", "features": "signed"}, settings.dequantised())
+    def quantize(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantized module."""
+        self.adopt(settings, {"input": "signed", "gelu": "stream", "features": "signed"}, settings.dequantized())
 
     def forward(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
         """As MaskedLanguageHead; multiples of 2^-12."""
@@ -88,9 +88,9 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
         gelu = self.quantizer("gelu")
         sums, scale = self.multiply(self.read(selected, "input"), self.dense.weight, "input")
         if "gelu" in self.force:
-            wide = self.read(ACTIVATIONS[self.hidden_act](dequantised(sums, scale, self.dense.bias)), "gelu")
+            wide = self.read(ACTIVATIONS[self.hidden_act](dequantized(sums, scale, self.dense.bias)), "gelu")
         else:
-            wide = gelu_requantised(
+            wide = gelu_requantized(
                 sums,
                 self.dense.bias,
                 scale,
@@ -100,6 +100,6 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
                 watch=gelu.watch(),
             )
             gelu.used(wide)
-        features = self.normalise(self.norm, wide, "gelu", "features")
+        features = self.normalize(self.norm, wide, "gelu", "features")
         sums, scale = self.multiply(copy_to_ranks(features, self.tp), word_embeddings, "features")
         return logits(sums, local_tensor(self.bias), scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
-from megatron_bert.ibert.epilogues import dequantised, gelu_requantised, quantised, requantised, rescale
+from megatron_bert.ibert.epilogues import dequantized, gelu_requantized, quantized, requantized, rescale
 from megatron_bert.ibert.fixed_point import GUARD_BITS, factor
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.quantizer import Kind
@@ -75,14 +75,14 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
         raise UserError(f"the intermediate size is {products}, but accumulators hold {MOST_PRODUCTS} products at most")
     if layer.mlp.hidden_act not in GELU_APPROXIMATIONS:
         raise UserError(
-            f"the model has hidden_act {layer.mlp.hidden_act}, which integer arithmetic does not cover: quantise a "
+            f"the model has hidden_act {layer.mlp.hidden_act}, which integer arithmetic does not cover: quantize a "
             f"model with {', '.join(GELU_APPROXIMATIONS)}"
         )
     if hasattr(layer, "cross_attention"):
-        raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantise an encoder")
+        raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantize an encoder")
     if layer.attention.distance is not None:
         raise UserError(
-            "the model has relative position embeddings, which integer arithmetic does not cover: quantise a model "
+            "the model has relative position embeddings, which integer arithmetic does not cover: quantize a model "
             "with position_embedding_type absolute"
         )
 
@@ -112,10 +112,10 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
     The parameters are those of the float layer. See ``specification.md``.
     """
 
-    def quantise(self, settings: QuantizationConfig, number: int) -> None:
-        """Begin as a quantised module."""
+    def quantize(self, settings: QuantizationConfig, number: int) -> None:
+        """Begin as a quantized module."""
         kinds = _MATRIX_INPUTS | (_POST_STREAM if self.post_norm else _PRE_STREAM)
-        self.adopt(settings, kinds, settings.dequantised(number))
+        self.adopt(settings, kinds, settings.dequantized(number))
 
     def compile_forward(self) -> None:
         """Not possible.
@@ -123,7 +123,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         Raises:
             UserError: always.
         """
-        raise UserError("a quantised layer is not compiled: set training.compile to false")
+        raise UserError("a quantized layer is not compiled: set training.compile to false")
 
     # ---------------------------------------------------------------- which way
 
@@ -180,7 +180,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             return self.read(hidden, result, real)
         if source == "input":
             self.quantizer(source).note(hidden, real)
-        return self.normalise(norm, hidden, source, result, real)
+        return self.normalize(norm, hidden, source, result, real)
 
     def _entered(self, read: Tensor) -> Tensor:
         """All tokens, for matrices whose rows are divided over the tensor ranks."""
@@ -204,7 +204,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
 
         prepared = rescale(number, None if bias is None else bias.detach(), scale)
         any_watch = watch if any(one is not None for one in watches) else None
-        qkv = requantised(sums, bias, prepared, quantizers[0].target(), any_watch).unflatten(-1, (heads, 3, dim))
+        qkv = requantized(sums, bias, prepared, quantizers[0].target(), any_watch).unflatten(-1, (heads, 3, dim))
         for quantizer, part in zip(quantizers, qkv.unbind(2), strict=True):
             quantizer.used(part)
         return qkv
@@ -228,10 +228,10 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value", "context")))
         if "softmax" in self.force:
             parts = zip((query, key, value), scales[:3], strict=True)
-            wide = [dequantised(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
+            wide = [dequantized(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
             mixed = explicit_attention(wide[0], wide[1], wide[2], request.mask, dropout, head_keys)
             watch = context.watch(None if real is None else real[:, None])
-            return quantised(mixed.contiguous(), scales.context, context.target(), watch), None
+            return quantized(mixed.contiguous(), scales.context, context.target(), watch), None
         kept = None if head_keys is None else keep_mask(head_keys, key.shape[2], dropout)
         # Sequences times heads, as integer attention has them.
         of_heads = None if real is None else real.repeat_interleave(query.shape[1], dim=0)
@@ -256,10 +256,10 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         bias = None if linear.bias is None else local_tensor(linear.bias)
         watch = gelu.watch(real)
         if "gelu" in self.force:
-            wide = ACTIVATIONS[self.mlp.hidden_act](dequantised(sums, scale, bias))
-            q = quantised(wide, gelu.scale(), gelu.target(), watch)
+            wide = ACTIVATIONS[self.mlp.hidden_act](dequantized(sums, scale, bias))
+            q = quantized(wide, gelu.scale(), gelu.target(), watch)
         else:
-            q = gelu_requantised(
+            q = gelu_requantized(
                 sums,
                 bias,
                 scale,
@@ -296,7 +296,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         watch = self.quantizer(total).watch(real)
         hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=keep_factor, watch=watch)
         self.quantizer(total).used(hidden)
-        return self.normalise(norm, hidden, total, after, real) if self.post_norm else hidden
+        return self.normalize(norm, hidden, total, after, real) if self.post_norm else hidden
 
     # ---------------------------------------------------------------- in floating point, observed
 

@@ -110,7 +110,7 @@ def row_factor(deviations: Tensor, columns: int) -> Factor:
     return Factor(multiplier, length - 1 - normal_bits(columns))
 
 
-def normalised(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor:
+def normalized(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor:
     """(x - mean) / standard deviation with the fraction bits of :func:`normal_bits`; 16 bits.
 
     Args:
@@ -122,8 +122,8 @@ def normalised(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor
     return multiply_short(short(rounding_shift(x * columns - total, number.shift)), number.multiplier)
 
 
-def carried_normalised(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor:
-    """What :func:`normalised` gives, for ``x`` and ``total`` carried in float64."""
+def carried_normalized(x: Tensor, total: Tensor, number: Factor, columns: int) -> Tensor:
+    """What :func:`normalized` gives, for ``x`` and ``total`` carried in float64."""
     step = inverse_power(number.shift)
     narrow = (x * columns).sub_(total).mul_(step).add_(0.5).floor_().clamp_(LEAST_SHORT, LARGEST_SHORT)
     return narrow.mul_(number.multiplier.double() * 2.0**-15).add_(0.5).floor_()
@@ -155,4 +155,4 @@ def layer_norm(x: Tensor, epsilon: Tensor, parameters: Affine, limit: int) -> Te
     """
     total, squares = moments(x)
     number = row_factor(deviation(total, squares, x.shape[-1], epsilon), x.shape[-1])
-    return scaled(normalised(x, total, number, x.shape[-1]), parameters).clamp(-limit, limit)
+    return scaled(normalized(x, total, number, x.shape[-1]), parameters).clamp(-limit, limit)

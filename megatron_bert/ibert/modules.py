@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantised modules share: their ranges, their mode, and linear layers and norms of integers."""
+"""What quantized modules share: their ranges, their mode, and linear layers and norms of integers."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bert.ibert.epilogues import quantised
-from megatron_bert.ibert.products import integer_product, quantise_weight, sum_over_ranks
+from megatron_bert.ibert.epilogues import quantized
+from megatron_bert.ibert.products import integer_product, quantize_weight, sum_over_ranks
 from megatron_bert.ibert.quantizer import Kind, Quantizer
 from megatron_bert.ibert.settings import QuantizationConfig
-from megatron_bert.ibert.stream import normalised_stream
+from megatron_bert.ibert.stream import normalized_stream
 from megatron_bert.model.layer import LayerNorm
 from parallel.errors import UserError
 from parallel.mesh import TensorParallel
 from parallel.sharding import local_tensor
 
-#: ``integer``: as the specification says. ``float``: as before quantisation. ``observe``: the same, and quantisers see
+#: ``integer``: as the specification says. ``float``: as before quantization. ``observe``: the same, and quantizers see
 #: the tensors they stand for.
 Mode = Literal["integer", "float", "observe"]
 
 
 class Quantized(nn.Module):
-    """A module that was quantised in place: its class changed, its parameters and its place in the model did not.
+    """A module that was quantized in place: its class changed, its parameters and its place in the model did not.
 
     Attributes:
         settings: bit widths and exceptions.
         mode: what the forward pass computes.
-        ranges: quantisers by name.
+        ranges: quantizers by name.
     """
 
     settings: QuantizationConfig
@@ -38,11 +38,11 @@ class Quantized(nn.Module):
     ranges: nn.ModuleDict
 
     def adopt(self, settings: QuantizationConfig, kinds: dict[str, Kind], force: frozenset[str]) -> None:
-        """Begin as a quantised module.
+        """Begin as a quantized module.
 
         Args:
             settings: of the model.
-            kinds: quantisers to make.
+            kinds: quantizers to make.
             force: what is computed in floating point.
         """
         self.settings, self.mode, self.force = settings, "integer", force
@@ -55,28 +55,28 @@ class Quantized(nn.Module):
         return x.to(next(self.parameters()).dtype)
 
     def quantizer(self, name: str) -> Quantizer:
-        """The quantiser of that name."""
+        """The quantizer of that name."""
         found = self.ranges[name]
         assert isinstance(found, Quantizer)
         return found
 
     def read(self, x: Tensor, name: str, real: Tensor | None = None) -> Tensor:
-        """Real values of the stream to integers of a quantiser; ``real`` as for :meth:`Quantizer.watch`."""
+        """Real values of the stream to integers of a quantizer; ``real`` as for :meth:`Quantizer.watch`."""
         quantizer = self.quantizer(name)
-        q = quantised(checked(x), quantizer.scale(), quantizer.target(), quantizer.watch(real))
+        q = quantized(checked(x), quantizer.scale(), quantizer.target(), quantizer.watch(real))
         quantizer.used(q)
         return q
 
-    def normalise(self, norm: LayerNorm, x: Tensor, source: str, result: str, real: Tensor | None = None) -> Tensor:
-        """Layer norm of the stream, from the integers of one quantiser to those of another.
+    def normalize(self, norm: LayerNorm, x: Tensor, source: str, result: str, real: Tensor | None = None) -> Tensor:
+        """Layer norm of the stream, from the integers of one quantizer to those of another.
 
         ``real`` is as for :meth:`Quantizer.watch`.
         """
         before, after = self.quantizer(source), self.quantizer(result)
         if "layernorm" in self.force:
-            normalised = F.layer_norm(checked(x), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            return self.read(normalised, result, real)
-        q = normalised_stream(
+            normalized = F.layer_norm(checked(x), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
+            return self.read(normalized, result, real)
+        q = normalized_stream(
             checked(x),
             norm.weight,
             norm.bias,
@@ -95,16 +95,16 @@ class Quantized(nn.Module):
         """A linear layer's accumulators.
 
         Args:
-            x: ``[T, K]`` integers of a quantiser.
+            x: ``[T, K]`` integers of a quantizer.
             weight: float parameter ``[N, K]``, of which this rank may hold a part.
-            source: the quantiser.
+            source: the quantizer.
             divided: the handle, where the ranks share the summed dimension; their accumulators are then summed.
 
         Returns:
             ``[T, N]`` (under sequence parallelism ``[T/t, N]`` where they were summed), and its float64 scale ``[N]``.
         """
         quantizer = self.quantizer(source)
-        integers = quantise_weight(local_tensor(weight).detach(), self.settings.weight_bits, divided)
+        integers = quantize_weight(local_tensor(weight).detach(), self.settings.weight_bits, divided)
         scale = quantizer.scale()
         sums = integer_product(x, weight, integers, input_scale=scale, largest_input=quantizer.largest_integer())
         if divided is not None:
@@ -112,10 +112,10 @@ class Quantized(nn.Module):
         return sums, integers.scale.double() * scale
 
     def observe(self, name: str, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """Show a quantiser the real values it stands for, and return them.
+        """Show a quantizer the real values it stands for, and return them.
 
         Args:
-            name: of the quantiser.
+            name: of the quantizer.
             x: ``[T, ..]``.
             real: bool ``[T]``, tokens that are no padding; None when all are.
         """
@@ -131,7 +131,7 @@ def checked(stream: Tensor) -> Tensor:
     """
     if stream.dtype != torch.float32:
         raise UserError(
-            f"a quantised module got hidden states in {stream.dtype}: the residual stream is float32, so let mixed "
+            f"a quantized module got hidden states in {stream.dtype}: the residual stream is float32, so let mixed "
             "precision not cast the inputs of modules"
         )
     return stream
@@ -140,9 +140,9 @@ def checked(stream: Tensor) -> Tensor:
 class QuantizedLayerNorm(Quantized, LayerNorm):
     """The encoder's final norm: from the stream to the stream."""
 
-    def quantise(self, settings: QuantizationConfig) -> None:
-        """Begin as a quantised module."""
-        self.adopt(settings, {"input": "stream", "output": "stream"}, settings.dequantised())
+    def quantize(self, settings: QuantizationConfig) -> None:
+        """Begin as a quantized module."""
+        self.adopt(settings, {"input": "stream", "output": "stream"}, settings.dequantized())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, H]`` to the same, a multiple of the output's scale."""
@@ -151,4 +151,4 @@ class QuantizedLayerNorm(Quantized, LayerNorm):
         if self.mode == "observe":
             return self.observe("output", LayerNorm.forward(self, self.floating(self.observe("input", x))).float())
         self.quantizer("input").note(x)
-        return self.normalise(self, x, "input", "output")
+        return self.normalize(self, x, "input", "output")

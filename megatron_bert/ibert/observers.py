@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of the values that reach a quantiser, and the range it follows.
+"""What is remembered of the values that reach a quantizer, and the range it follows.
 
 Each statistic can be summed (or its maximum taken) over batches, micro batches and ranks, so ranges are the same
 however a batch is divided.

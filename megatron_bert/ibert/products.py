@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bert.ibert.fixed_point import largest, quantise
+from megatron_bert.ibert.fixed_point import largest, quantize
 from parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
 from parallel.mesh import TensorParallel
 from parallel.sharding import local_tensor
@@ -27,12 +27,12 @@ from parallel.weight_gradients import WeightGradientQueue, accumulate_gradient, 
 
 #: Integers of at most this magnitude are exact in float32.
 EXACT = 2**24
-#: Weights of a row that are all smaller are quantised as if this were the largest, which leaves its bias some bits.
+#: Weights of a row that are all smaller are quantized as if this were the largest, which leaves its bias some bits.
 _LEAST_WEIGHT = 2.0**-14
 
 
 class IntegerWeight(NamedTuple):
-    """A quantised matrix.
+    """A quantized matrix.
 
     Attributes:
         q: ``[N, K]`` integers carried in float32.
@@ -44,7 +44,7 @@ class IntegerWeight(NamedTuple):
 
 
 @torch.no_grad()
-def quantise_weight(weight: Tensor, bits: int, tp: TensorParallel | None = None) -> IntegerWeight:
+def quantize_weight(weight: Tensor, bits: int, tp: TensorParallel | None = None) -> IntegerWeight:
     """Rows divided by their largest magnitude / (2^(bits-1) - 1), and rounded; in float32.
 
     Args:
@@ -57,7 +57,7 @@ def quantise_weight(weight: Tensor, bits: int, tp: TensorParallel | None = None)
     if tp is not None and tp.size > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp.group)
     scale = peak.clamp_(min=_LEAST_WEIGHT) / largest(bits)
-    return IntegerWeight(quantise(weight, scale[:, None], bits), scale)
+    return IntegerWeight(quantize(weight, scale[:, None], bits), scale)
 
 
 def exactly(device: torch.device) -> torch.autocast:
@@ -124,7 +124,7 @@ def exact_attended(numerators: Tensor, values: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``x q^T``, with the gradient of ``x w^T`` at the dequantised input and weight, which goes to the float weight.
+    """``x q^T``, with the gradient of ``x w^T`` at the dequantized input and weight, which goes to the float weight.
 
     The weight's gradient is left in a queue where a schedule asks for it: see :mod:`parallel.weight_gradients`.
     """
@@ -169,7 +169,7 @@ def integer_product(
     Args:
         x: ``[T, K]`` integers, scale ``input_scale``, at most ``largest_input`` in magnitude.
         weight: the float parameter, which gets the gradient.
-        integers: its quantised local part, ``[N, K]``.
+        integers: its quantized local part, ``[N, K]``.
         input_scale, largest_input: see above.
 
     Returns:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a float model to a quantised one, and back and forth between its modes.
+"""From a float model to a quantized one, and back and forth between its modes.
 
 The modules of the model change their class in place, as PyTorch's own fully sharded data parallelism does it:
-parameters, their names, hooks and references to modules stay, and each quantised module gains quantisers.
+parameters, their names, hooks and references to modules stay, and each quantized module gains quantizers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_bert.ibert.embeddings import QuantizedEmbeddings
-from megatron_bert.ibert.equalisation import equalise_model
+from megatron_bert.ibert.equalization import equalize_model
 from megatron_bert.ibert.heads import QuantizedDense, QuantizedMaskedLanguageHead, QuantizedPooler
 from megatron_bert.ibert.layer import QuantizedTransformerLayer, check_layer
 from megatron_bert.ibert.modules import Mode, Quantized, QuantizedLayerNorm
@@ -34,7 +34,7 @@ _SIMPLE: dict[type[nn.Module], type[Quantized]] = {
 }
 
 
-def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: bool = True) -> nn.Module:
+def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalize: bool = True) -> nn.Module:
     """Make a model compute in integers: its embeddings, layers, final norm, pooler and heads.
 
     Its ranges are to be calibrated next. Data parallelism is applied after this, not before.
@@ -42,30 +42,30 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalise: 
     Args:
         model: any that is built of ``megatron_bert.model``'s encoder, embeddings and heads, or a pipeline stage of one.
         settings: bit widths and exceptions.
-        equalise: do what ``settings.equalisation`` says, which changes parameters; False where they are about to be
-            loaded from a quantised model's checkpoint.
+        equalize: do what ``settings.equalization`` says, which changes parameters; False where they are about to be
+            loaded from a quantized model's checkpoint.
 
     Returns:
         ``model`` itself, changed.
 
     Raises:
-        UserError: it is quantised already, holds no encoder, or has what integers do not cover; it is then unchanged.
+        UserError: it is quantized already, holds no encoder, or has what integers do not cover; it is then unchanged.
     """
     if any(isinstance(module, Quantized) for module in model.modules()):
-        raise UserError("the model is quantised already: quantise a float model")
+        raise UserError("the model is quantized already: quantize a float model")
     encoders = [module for module in model.modules() if isinstance(module, Encoder)]
     if not encoders:
-        raise UserError(f"{type(model).__name__} holds no encoder: quantise a model with one")
+        raise UserError(f"{type(model).__name__} holds no encoder: quantize a model with one")
     _check_layers(model, encoders, settings)
-    if equalise:
-        equalise_model(encoders, settings.equalisation)
+    if equalize:
+        equalize_model(encoders, settings.equalization)
     for encoder in encoders:
         for number, module in encoder.layers.items():
-            module.__class__ = _quantised_class(module, QuantizedTransformerLayer)
-            module.quantise(settings, int(number))  # type: ignore[operator]
+            module.__class__ = _quantized_class(module, QuantizedTransformerLayer)
+            module.quantize(settings, int(number))  # type: ignore[operator]
         if encoder.final_norm is not None:
             encoder.final_norm.__class__ = QuantizedLayerNorm
-            encoder.final_norm.quantise(settings)  # type: ignore[operator]
+            encoder.final_norm.quantize(settings)  # type: ignore[operator]
     _change(model, settings)
     return model
 
@@ -84,7 +84,7 @@ def _check_layers(model: nn.Module, encoders: list[Encoder], settings: Quantizat
         )
 
 
-def _quantised_class(module: nn.Module, plain: type[Quantized] | None) -> Any:
+def _quantized_class(module: nn.Module, plain: type[Quantized] | None) -> Any:
     """What a module becomes: that of the documented classes, which take their time to import, or the plain one."""
     if type(module).__module__ != "megatron_bert.family.modules":
         return plain
@@ -98,23 +98,23 @@ def _change(module: nn.Module, settings: QuantizationConfig) -> None:
     for name, child in module.named_children():
         if isinstance(child, Quantized):
             continue
-        replacement = QuantizedPooler if name in tanh else _quantised_class(child, _SIMPLE.get(type(child)))
+        replacement = QuantizedPooler if name in tanh else _quantized_class(child, _SIMPLE.get(type(child)))
         if replacement is not None:
             child.__class__ = replacement
-            child.quantise(settings)  # type: ignore[operator]
+            child.quantize(settings)  # type: ignore[operator]
         else:
             _change(child, settings)
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
-    """Quantised modules with their names."""
+    """Quantized modules with their names."""
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             yield name, module
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Quantisers with their names, in the order of the model: the same on ranks that hold the same modules."""
+    """Quantizers with their names, in the order of the model: the same on ranks that hold the same modules."""
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             yield name, module
@@ -127,7 +127,7 @@ def named_ranges(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Let quantised modules compute in ``integer``, ``float`` or ``observe`` mode while the block lasts.
+    """Let quantized modules compute in ``integer``, ``float`` or ``observe`` mode while the block lasts.
 
     ``float`` is the model as it was before, with the weights it has now: a reference, or a teacher.
     """

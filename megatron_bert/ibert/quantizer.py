@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisers: the range of one place of a model, the scale that follows from it, and what was seen there."""
+"""Quantizers: the range of one place of a model, the scale that follows from it, and what was seen there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from parallel.errors import UserError
 #: ``signed``: symmetric, for inputs of matrix products; ``attention``: the same, for queries, keys and values.
 #: ``gelu``: asymmetric, from the least value of GELU up. ``stream``: symmetric, with a power of two as scale.
 Kind = Literal["signed", "attention", "gelu", "stream"]
-#: Given a quantiser and its tensor: real values of the float model, or the integers as they are carried.
+#: Given a quantizer and its tensor: real values of the float model, or the integers as they are carried.
 Tap = Callable[["Quantizer", Tensor], None]
 
 
@@ -85,7 +85,7 @@ class Quantizer(nn.Module):
         limit = self.limit()
         if not limit >= 0.0:
             raise UserError(
-                "a quantised model was run before its ranges were calibrated: run calibrate(), or load a checkpoint "
+                "a quantized model was run before its ranges were calibrated: run calibrate(), or load a checkpoint "
                 "that holds ranges"
             )
         if self.kind == "stream":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a quantised model loses accuracy: ranges, saturation and signal to noise of every quantiser."""
+"""Where a quantized model loses accuracy: ranges, saturation and signal to noise of every quantizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from parallel.whole_files import write_picture
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerReport:
-    """One quantiser, against the float model of the same weights.
+    """One quantizer, against the float model of the same weights.
 
     Attributes:
         name: ``encoder.layers.3.ranges.query``.
@@ -48,7 +48,7 @@ class QuantizerReport:
 
 
 class _Sums:
-    """What is added up for one quantiser."""
+    """What is added up for one quantizer."""
 
     def __init__(self) -> None:
         self.signal = self.noise = self.peak = 0.0
@@ -64,17 +64,17 @@ class _Sums:
 def compare_with_float(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any]
 ) -> list[QuantizerReport]:
-    """Run the float and the integer model on the same batches and compare every tensor that has a quantiser.
+    """Run the float and the integer model on the same batches and compare every tensor that has a quantizer.
 
     Ranges stay as they are. Under parallelism each rank reports what it holds.
 
     Args:
-        model: quantised and calibrated, in evaluation mode.
+        model: quantized and calibrated, in evaluation mode.
         batches: a few.
         forward: runs the model on one of them.
 
     Returns:
-        A report a quantiser, in the order of the model; those that took no part are left out.
+        A report a quantizer, in the order of the model; those that took no part are left out.
 
     Raises:
         UserError: there was no batch.

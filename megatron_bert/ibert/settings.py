@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is quantised."""
+"""How a model is quantized."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from parallel.errors import UserError
 
-#: What can be computed in floating point from dequantised values, and the kinds it stands for.
+#: What can be computed in floating point from dequantized values, and the kinds it stands for.
 FORCE_DEQUANT: dict[str, frozenset[str]] = {
     "none": frozenset(),
     "gelu": frozenset({"gelu"}),
@@ -17,14 +17,14 @@ FORCE_DEQUANT: dict[str, frozenset[str]] = {
     "nonlinear": frozenset({"gelu", "softmax", "layernorm"}),
 }
 OBSERVERS = ("min_max", "percentile", "mse")
-EQUALISATIONS = ("auto", "none", "gamma", "smooth")
+EQUALIZATIONS = ("auto", "none", "gamma", "smooth")
 #: Widths of the residual stream, which is held in 16 bits.
 _RESIDUAL_BITS = range(10, 17)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """Bit widths, range observers and exceptions of a quantised model.
+    """Bit widths, range observers and exceptions of a quantized model.
 
     Attributes:
         weight_bits: 8, or 7, with which sums of two products stay exact in the 16-bit accumulation of CPUs without
@@ -37,10 +37,10 @@ class QuantizationConfig:
             of a histogram of all batches). The residual stream always uses its largest magnitude.
         momentum: of the average over batches of ``min_max``.
         percentile: per cent of elements inside the range, for ``percentile``.
-        force_dequant: what is computed in floating point from dequantised values, to find out what costs accuracy:
+        force_dequant: what is computed in floating point from dequantized values, to find out what costs accuracy:
             ``none``, ``gelu``, ``softmax``, ``layernorm`` or ``nonlinear`` (all three).
         layer_force_dequant: layer number -> the same, in place of ``force_dequant``.
-        equalisation: ``gamma`` moves the gain of each norm before a matrix product into the matrix, ``smooth`` a
+        equalization: ``gamma`` moves the gain of each norm before a matrix product into the matrix, ``smooth`` a
             per-channel factor that balances the two; the float model stays the same function. Both need
             pre-layer-norm. ``auto`` is ``smooth`` there, and ``none`` with post-layer-norm.
     """
@@ -54,7 +54,7 @@ class QuantizationConfig:
     percentile: float = 99.99
     force_dequant: str = "none"
     layer_force_dequant: Mapping[int, str] = field(default_factory=dict)
-    equalisation: str = "auto"
+    equalization: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "attention_bits"):
@@ -67,7 +67,7 @@ class QuantizationConfig:
         for what, value, known in (
             ("observer", self.observer, OBSERVERS),
             ("force_dequant", self.force_dequant, FORCE_DEQUANT),
-            ("equalisation", self.equalisation, EQUALISATIONS),
+            ("equalization", self.equalization, EQUALIZATIONS),
             *((f"layer_force_dequant[{n}]", kind, FORCE_DEQUANT) for n, kind in self.layer_force_dequant.items()),
         ):
             if value not in known:
@@ -77,7 +77,7 @@ class QuantizationConfig:
         if not 50.0 < self.percentile <= 100.0:
             raise UserError(f"percentile is {self.percentile}: give more than 50 and at most 100 (per cent)")
 
-    def dequantised(self, layer: int | None = None) -> frozenset[str]:
+    def dequantized(self, layer: int | None = None) -> frozenset[str]:
         """The kinds of function that a layer (None: anything outside of layers) computes in floating point."""
         if layer is None:
             return FORCE_DEQUANT[self.force_dequant]

@@ -49,7 +49,7 @@ def use_ranges(
     Raises:
         UserError: the settings are none, or the model is quantized already.
     """
-    quantize_model(model, quantization_config(ranges, label, **changes), equalise=False)
+    quantize_model(model, quantization_config(ranges, label, **changes), equalize=False)
     for name, quantizer in quantizers(model):
         limit = ranges.limits.get(name if canonical is None else canonical(name), UNKNOWN)
         quantizer.range.fill_(limit)
@@ -71,4 +71,4 @@ def quantization_config(ranges: Ranges, label: str, **changes: str) -> Quantizat
     except (AttributeError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{label} is damaged ({type(error).__name__}): save the quantised model again") from None
+        raise UserError(f"{label} is damaged ({type(error).__name__}): save the quantized model again") from None

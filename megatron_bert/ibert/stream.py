@@ -115,7 +115,7 @@ class _LayerNorm(torch.autograd.Function):
         factors = integer_norm.row_factor(deviations, width)
         for rows in blocks(stream):
             own = Factor(factors.multiplier[rows], factors.shift[rows])
-            normal = integer_norm.carried_normalised(integers(rows), totals[rows], own, width)
+            normal = integer_norm.carried_normalized(integers(rows), totals[rows], own, width)
             result = integer_norm.scaled(normal, parameters)
             clamp_into(out, inside, rows, result, target, watch)
         if inside is not None:
@@ -148,7 +148,7 @@ def epsilon_steps(eps: float, width: int, unit: float) -> int:
     return min(int(eps * width * width / unit**2 + 0.5), 2**60)
 
 
-def normalised_stream(
+def normalized_stream(
     stream: Tensor,
     weight: Tensor,
     bias: Tensor,

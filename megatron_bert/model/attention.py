@@ -34,7 +34,7 @@ from parallel.simulated_device import on_gpu
 __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
 
 
-#: Scores of padding for each packed sequence up to which a processor attends within neighbouring sequences at once.
+#: Scores of padding for each packed sequence up to which a processor attends within neighboring sequences at once.
 #: More of them cost more than calls of their own for each sequence (measured on a Xeon with AVX-512).
 SCORES_PER_SEQUENCE = 1 << 15
 #: Keys up to which a processor trains faster in bfloat16 with attention written out: the backward pass of torch's fused

@@ -165,7 +165,7 @@ class EncoderConfig:
         torch_dtype: number format of the weights, as ``float32``; None where it is not known.
         output_attentions, output_hidden_states, return_dict: what forward passes return when they are not told.
         vocab_size_multiple: the embedding table is padded to a multiple of this many rows.
-        scaled_output_init: initialise output projections with initializer_range / sqrt(2 * layers), as Megatron does.
+        scaled_output_init: initialize output projections with initializer_range / sqrt(2 * layers), as Megatron does.
         binary_head: whether there is a pooler and a two-way sentence-pair head.
         layer_norm_placement: ``pre``, norms before attention and feed-forward and at the end, as MegatronBERT has; or
             ``post``, after each sum and after the embeddings, as BERT and RoBERTa have.

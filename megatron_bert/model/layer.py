@@ -2,7 +2,7 @@
 """One transformer layer, with its norms before each part (Shoeybi et al., arXiv 1909.08053, figure 7b) or after.
 
 Pre-layer-norm leaves the residual stream as it is: ``x + part(norm(x))``. Post-layer-norm, that of BERT and RoBERTa,
-normalises each sum: ``norm(x + part(x))``.
+normalizes each sum: ``norm(x + part(x))``.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def filling(tokens: int, multiple: int = 1) -> int:
 
 
 def longest_first(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How sequences stand end to end when the longest comes first, so that similar ones are neighbours.
+    """How sequences stand end to end when the longest comes first, so that similar ones are neighbors.
 
     Args:
         lengths: int64 ``[B]``.
@@ -115,10 +115,10 @@ class SequenceLayout:
         return self.boundaries.diff().tolist()
 
     def parts(self, pairs: int) -> list[SequenceLayout]:
-        """Packed only: runs of neighbouring sequences that are similar enough to fill a rectangle of their own.
+        """Packed only: runs of neighboring sequences that are similar enough to fill a rectangle of their own.
 
         Args:
-            pairs: how many pairs of places of a sequence may be padding, beside its longest neighbour.
+            pairs: how many pairs of places of a sequence may be padding, beside its longest neighbor.
         """
         if pairs not in self._parts:
             self._parts[pairs] = list(map(_of_lengths, _runs(self.lengths, pairs)))

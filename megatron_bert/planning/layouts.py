@@ -81,7 +81,7 @@ def schedule_of(name: str, ranks: int, microbatches: int, chunks: int) -> Schedu
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring parameters of a flat buffer, communicated at once.
+    """Neighboring parameters of a flat buffer, communicated at once.
 
     Attributes:
         places: each parameter with its first element in the bucket.

@@ -45,7 +45,7 @@ class Machine:
     network: Link
 
     def link(self, layout: Layout, axis: str) -> Link:
-        """The link that the ranks of an axis have between them: neighbours in rank are in one node."""
+        """The link that the ranks of an axis have between them: neighbors in rank are in one node."""
         span = {"tensor": layout.tensor, "data": layout.tensor * layout.data}.get(axis, layout.world_size)
         return self.device.link if span <= self.device.devices_per_node else self.network
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation of fine-tuned models: calibration, quantisation-aware training, and what it costs."""
+"""Quantization of fine-tuned models: calibration, quantization-aware training, and what it costs."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The float model as a teacher of the quantised one."""
+"""The float model as a teacher of the quantized one."""
 
 from __future__ import annotations
 

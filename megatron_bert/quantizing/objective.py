@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation-aware training as an objective: fine-tuning in integer arithmetic, with ranges that follow."""
+"""Quantization-aware training as an objective: fine-tuning in integer arithmetic, with ranges that follow."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class QuantizationAware(Finetuning):
         self.teaching_engine: PipelineEngine | None = None
 
     def change(self, stage: BertForTask, *, fresh: bool) -> None:
-        """Quantise the stage."""
-        quantize_model(stage, self.quantization.config(), equalise=fresh)
+        """Quantize the stage."""
+        quantize_model(stage, self.quantization.config(), equalize=fresh)
 
     def identity(self) -> dict[str, Any]:
         """That of fine-tuning, and the version of the arithmetic."""
@@ -151,7 +151,7 @@ class QuantizationAware(Finetuning):
         model.reshard()
 
     def report(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> list[QuantizerReport]:
-        """Every quantiser beside the float model of the same weights on training data, in the order of the model.
+        """Every quantizer beside the float model of the same weights on training data, in the order of the model.
 
         Every rank calls; rank 0 gets what its data rank saw in all stages.
         """

@@ -34,7 +34,7 @@ REPORT_NAME = "quantization_report"
 
 
 def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str | None:
-    """Calibrate, train with quantisation, evaluate and save, resuming where an earlier run stopped.
+    """Calibrate, train with quantization, evaluate and save, resuming where an earlier run stopped.
 
     Args:
         settings: of the run.
@@ -99,7 +99,7 @@ class QuantizeStage(FinetuneStage):
         path = settings.training.run_dir / BASELINE_FILE
         if start.checkpoint is not None and not path.is_file():
             raise UserError(
-                f"{path} is missing, which the run wrote before its first step: quantisation goes on in its own "
+                f"{path} is missing, which the run wrote before its first step: quantization goes on in its own "
                 "training.run_dir only"
             )
 

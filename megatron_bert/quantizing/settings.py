@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All settings of a quantisation run as validated models."""
+"""All settings of a quantization run as validated models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_bert.finetuning.settings import (
 from megatron_bert.ibert.settings import QuantizationConfig
 from parallel.errors import UserError
 
-Dequantised = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]
+Dequantized = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]
 
 
 class QuantizeModelSettings(FinetuneModelSettings):
-    """The fine-tuned model to quantise; its head comes with it."""
+    """The fine-tuned model to quantize; its head comes with it."""
 
-    keep_head: Literal[True] = Field(True, description="Always: the head is part of what is quantised.")
+    keep_head: Literal[True] = Field(True, description="Always: the head is part of what is quantized.")
 
 
 class QuantizationSettings(Section):
@@ -42,22 +42,22 @@ class QuantizationSettings(Section):
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="min_max: of the average over batches.")
     percentile: float = Field(99.99, gt=50, le=100, description="percentile: per cent of elements inside the range.")
-    equalisation: Literal["auto", "none", "gamma", "smooth"] = Field(
+    equalization: Literal["auto", "none", "gamma", "smooth"] = Field(
         "auto",
         description="Balance channels first: move norms' gains into the next matrix (gamma), or per-channel factors "
         "(smooth). auto: smooth where norms come first, as in MegatronBERT; elsewhere none.",
     )
-    force_dequant: Dequantised = Field(
+    force_dequant: Dequantized = Field(
         "none", description="Kind of function computed in floating point, to find out what costs accuracy."
     )
-    layer_force_dequant: dict[int, Dequantised] = Field(
+    layer_force_dequant: dict[int, Dequantized] = Field(
         default_factory=dict, description="The same for single layers: {number: kind}."
     )
     calibration_steps: int = Field(16, gt=0, description="Global batches of training data that calibrate the ranges.")
     report_steps: int = Field(4, gt=0, description="Global batches on which tensors are compared with the float model.")
 
     def config(self) -> QuantizationConfig:
-        """What quantises a model."""
+        """What quantizes a model."""
         return QuantizationConfig(**self.model_dump(exclude={"calibration_steps", "report_steps"}))
 
 
@@ -92,7 +92,7 @@ class QuantizeLearningRateSettings(LearningRateSettings):
 
 
 class QuantizeTrainingSettings(FinetuneTrainingSettings):
-    """Length, batch and place of a quantisation run."""
+    """Length, batch and place of a quantization run."""
 
     epochs: float = Field(3.0, ge=0, le=MOST_EPOCHS, description="Passes over the training data; 0 calibrates only.")
 
@@ -109,13 +109,13 @@ class QuantizeSettings(FinetuneSettings):
 
 
 def check_quantize(settings: QuantizeSettings) -> None:
-    """The checks of a quantisation run that involve more than one field, or that fine-tuning does not have.
+    """The checks of a quantization run that involve more than one field, or that fine-tuning does not have.
 
     Raises:
-        UserError: a setting is none that quantised layers can be trained with.
+        UserError: a setting is none that quantized layers can be trained with.
     """
     if settings.training.compile:
-        raise UserError("quantised layers are not compiled: set training.compile=false")
+        raise UserError("quantized layers are not compiled: set training.compile=false")
     if settings.precision.compute == "float16":
-        raise UserError("quantisation trains in float32 or bfloat16: set precision.compute to one of them")
+        raise UserError("quantization trains in float32 or bfloat16: set precision.compute to one of them")
     settings.quantization.config()

@@ -94,7 +94,7 @@ def widest_context(places: Sequence[tuple[int, int]]) -> list[np.ndarray]:
 
 
 def answer_tokens(found: SpannedTokens, begin: int, end: int) -> tuple[int, int] | None:
-    """First and last token that share a character with text[begin:end]; None where normalisation removed them all."""
+    """First and last token that share a character with text[begin:end]; None where normalization removed them all."""
     inside = [place for place, (b, e) in enumerate(found.spans) if b < e and e > begin and b < end]
     return (inside[0], inside[-1]) if inside else None
 

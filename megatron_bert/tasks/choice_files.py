@@ -56,7 +56,7 @@ class ChoiceExample(Example):
     passage: str = ""
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether its answer is known."""
         return self.answer is not None
 
@@ -161,7 +161,7 @@ def _has_text(row: Row) -> bool:
 
 def _flat(row: Row, split: str, columns: ColumnSettings) -> ChoiceExample:
     """A question a row, in the columns that the settings name, or the usual ones; see `choice_rows`."""
-    found = flat_choices(row, columns, labelled=not split.startswith("test"))
+    found = flat_choices(row, columns, labeled=not split.startswith("test"))
     question = row.text("question" if columns.question is None else columns.question)
     name = _name(row) if columns.id is None else str(row.value(columns.id))
     return ChoiceExample(

@@ -35,13 +35,13 @@ class FlatChoices(NamedTuple):
     answer: int | None
 
 
-def flat_choices(row: Row, columns: ColumnSettings, *, labelled: bool) -> FlatChoices:
+def flat_choices(row: Row, columns: ColumnSettings, *, labeled: bool) -> FlatChoices:
     """Choices, passage and answer of a row.
 
     Args:
         row: any row.
         columns: names of columns; the usual ones where they are unset.
-        labelled: whether an answer must be there.
+        labeled: whether an answer must be there.
 
     Raises:
         RowError: a column is missing or holds something else.
@@ -57,7 +57,7 @@ def flat_choices(row: Row, columns: ColumnSettings, *, labelled: bool) -> FlatCh
         context = row.text(column) or None if row.value(column) is not None else None
     assert not isinstance(columns.label, list)
     column = row.first_of(columns.label, ANSWER)
-    if not labelled and (not row.has(column) or row.value(column) in NO_ANSWER):
+    if not labeled and (not row.has(column) or row.value(column) in NO_ANSWER):
         return FlatChoices(texts, context, None)
     return FlatChoices(texts, context, answer_number(row.value(column), texts, names))
 

@@ -86,10 +86,10 @@ class ClassificationTask(SequenceTask):
         name = str(row.number) if columns.id is None else str(row.value(columns.id))
         text = row.text("text" if columns.text is None else columns.text)
         pair = None if columns.text_pair is None else row.text(columns.text_pair)
-        target = () if self._unlabelled(row, split) else self._target(row)
+        target = () if self._unlabeled(row, split) else self._target(row)
         return TextExample(name, row.where, split, text, pair, target)
 
-    def _unlabelled(self, row: Row, split: str) -> bool:
+    def _unlabeled(self, row: Row, split: str) -> bool:
         """Whether a test row has no label, as test files may; -1 stands for none unless it is a label."""
         nothing: tuple[Any, ...] = (None,) if self.settings.multi_label else (None, "")
         if self.problem == "single_label_classification" and "-1" not in self.labels:

@@ -31,7 +31,7 @@ class WordsExample(Example):
     tags: tuple[str, ...] | None = None
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether its tags are known."""
         return self.tags is not None
 

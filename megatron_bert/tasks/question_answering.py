@@ -91,13 +91,13 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         return SpanExample(name_of(row, where), where, "predict", question, context)
 
     def units(self, examples: Sequence[SpanExample], *, train: bool) -> list[WindowUnit]:
-        """One unit a window; windows without the (first) answer are labelled (0, 0), also for training."""
+        """One unit a window; windows without the (first) answer are labeled (0, 0), also for training."""
         contexts = list(dict.fromkeys(example.context for example in examples))
         encoded = dict(zip(contexts, self.tokenizer.encode_batch_with_spans(contexts), strict=True))
         questions = self.tokenizer.encode_batch([example.question for example in examples])
         units = []
         for place, (example, question) in enumerate(zip(examples, questions, strict=True)):
-            assert example.labelled or not train, f"{example.where} has no answer to train on"
+            assert example.labeled or not train, f"{example.where} has no answer to train on"
             units += self._windows(place, example, question[: self.max_query_length], encoded[example.context])
         return units
 
@@ -112,7 +112,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         places = windows(len(found.ids), room, self.doc_stride)
         units = []
         for (begin, end), widest in zip(places, widest_context(places), strict=True):
-            label = (0, 0) if example.labelled else (IGNORED, IGNORED)
+            label = (0, 0) if example.labeled else (IGNORED, IGNORED)
             if answer is not None and begin <= answer[0] and answer[1] < end:
                 label = (answer[0] - begin + offset, answer[1] - begin + offset)
             sequence = feature(self.tokenizer, self.form, question, found.ids[begin:end])
@@ -191,7 +191,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
 
     def shown(self, example: SpanExample) -> dict[str, Any]:
         """`question`, `context`, and `gold_answers`, the texts of the right answers, none where there is none."""
-        gold = {"gold_answers": [answer.text for answer in example.answers]} if example.labelled else {}
+        gold = {"gold_answers": [answer.text for answer in example.answers]} if example.labeled else {}
         return {"question": example.question, "context": example.context} | gold
 
     def metrics(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -208,7 +208,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
                 prediction["null_odds"] if self.settings.no_answer else 0.0,
             )
             for example, prediction in zip(examples, predictions, strict=True)
-            if example.labelled
+            if example.labeled
         ]
 
     def calibrated(self, examples: Sequence[SpanExample], predictions: Sequence[Prediction]) -> Self:

@@ -37,7 +37,7 @@ class TextExample(Example):
     target: tuple[float, ...] = ()
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether its label is known."""
         return bool(self.target)
 
@@ -142,7 +142,7 @@ class SequenceTask(Task[TextExample, Unit]):
         return {"labels": given, "probabilities": by_label}
 
     def metrics(self, examples: Sequence[TextExample], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """The task's metrics over the labelled examples."""
+        """The task's metrics over the labeled examples."""
         pairs = [(e.target, p) for e, p in zip(examples, predictions, strict=True) if e.target]
         if not pairs:
             return {}

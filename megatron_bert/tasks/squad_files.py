@@ -33,14 +33,14 @@ class SpanExample(Example):
         question: the question.
         context: the text.
         answers: right answers; several where people differed, () where there is none or they are unknown.
-        labelled: whether `answers` are known.
+        labeled: whether `answers` are known.
         article: what questions on the same article share.
     """
 
     question: str
     context: str
     answers: tuple[Answer, ...] = ()
-    labelled: bool = False
+    labeled: bool = False
     article: str = ""
 
 

@@ -38,7 +38,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(gold: str, answer: str) -> float:
-    """1 where the normalised answers are equal."""
+    """1 where the normalized answers are equal."""
     return float(normalize_answer(gold) == normalize_answer(answer))
 
 

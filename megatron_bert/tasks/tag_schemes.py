@@ -107,7 +107,7 @@ def _follows(tags: Sequence[str], scheme: Scheme) -> bool:
 def scored(tags: Sequence[str], scheme: Scheme) -> tuple[list[str], Any]:
     """Tags as seqeval takes them, with its name of the scheme.
 
-    In IO neighbours of one type are one entity, so the tags are those of BIO with B where the type changes.
+    In IO neighbors of one type are one entity, so the tags are those of BIO with B where the type changes.
     """
     if scheme == "IO":
         before = [OUTSIDE, *tags]
@@ -161,7 +161,7 @@ def may_follow(before: str, tag: str, scheme: Scheme) -> bool:
     if scheme == "IO":
         return True
     same_type = before[1:] == tag[1:]
-    if scheme == "IOB1":  # B only parts neighbours of one type
+    if scheme == "IOB1":  # B only parts neighbors of one type
         return tag[0] != "B" or (before != OUTSIDE and same_type)
     first, inside, last, _ = _LETTERS[scheme]
     open_before, goes_on = before[0] in (first, inside), tag[0] in (inside, last)

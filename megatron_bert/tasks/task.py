@@ -42,7 +42,7 @@ class Unit:
         features: the choices of a multiple-choice question; one sequence for every other head.
         label: by head: sequence int64 [1] (single label), float32 [outputs] of 0 and 1 (multi label), float32 [1]
             (regression); choice int64 [1]; token int64 [R]; span int64 [2], start and end as indices into `rows`, which
-            are positions ((0, 0): no answer in this window). What is not labelled is `IGNORED`, or nan where floating.
+            are positions ((0, 0): no answer in this window). What is not labeled is `IGNORED`, or nan where floating.
         example: index into the list of examples it was made from.
     """
 
@@ -82,7 +82,7 @@ class Example:
     split: str
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether its label is known."""
         raise NotImplementedError
 
@@ -232,11 +232,11 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     @abstractmethod
     def units(self, examples: Sequence[ExampleT], *, train: bool) -> list[UnitT]:
-        """Tokenise examples; every one gives at least one unit, and units are in the order of examples.
+        """Tokenize examples; every one gives at least one unit, and units are in the order of examples.
 
         Args:
-            examples: what to tokenise.
-            train: for training, where every example must be labelled.
+            examples: what to tokenize.
+            train: for training, where every example must be labeled.
         """
 
     @abstractmethod
@@ -267,7 +267,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     @abstractmethod
     def metrics(self, examples: Sequence[ExampleT], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """`metrics_names` and their values over the labelled examples; {} where none is labelled."""
+        """`metrics_names` and their values over the labeled examples; {} where none is labeled."""
 
     def confusion(
         self,

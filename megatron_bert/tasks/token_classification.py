@@ -206,7 +206,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         units = []
         for place, (example, found) in enumerate(zip(examples, encoded, strict=True)):
             assert example.tags is not None or not train, f"{example.where} has no tags to train on"
-            # A word of endless pieces must leave room for its neighbours.
+            # A word of endless pieces must leave room for its neighbors.
             pieces = pieces_of_words(found, example.words, self.tokenizer.unk_id, max(1, room // 2))
             for window in word_windows([len(word.ids) for word in pieces], room, self.doc_stride):
                 ids: list[int] = []
@@ -258,16 +258,16 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
 
     def metrics(self, examples: Sequence[WordsExample], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Precision, recall and F1 of whole entities by seqeval, strict for the scheme, and accuracy of the tags."""
-        labelled = [(e.tags, p) for e, p in zip(examples, predictions, strict=True) if e.tags]
-        if not labelled:
+        labeled = [(e.tags, p) for e, p in zip(examples, predictions, strict=True) if e.tags]
+        if not labeled:
             return {}
-        pairs = [(tags, p["tags"]) for tags, p in labelled]
+        pairs = [(tags, p["tags"]) for tags, p in labeled]
         scheme = self.settings.scheme
         kind = scored([], scheme)[1]
         true, given = [scored(t, scheme)[0] for t, _ in pairs], [scored(p, scheme)[0] for _, p in pairs]
         report: dict[str, dict[str, float]] = {}
         # Without any entity there is nothing to average over.
-        if any(set(tags) - {OUTSIDE} or p["entities"] for tags, p in labelled):
+        if any(set(tags) - {OUTSIDE} or p["entities"] for tags, p in labeled):
             report = seqeval.metrics.classification_report(
                 true, given, mode="strict", scheme=kind, output_dict=True, zero_division=0
             )

@@ -62,7 +62,7 @@ def pieces_of_words(
 ) -> list[WordPieces]:
     """The pieces of each word.
 
-    A piece belongs to the word its first character is in. A word without any, because normalisation removes it, has
+    A piece belongs to the word its first character is in. A word without any, because normalization removes it, has
     the unknown token, so that every word has a prediction. Pieces between words are left out.
 
     Args:

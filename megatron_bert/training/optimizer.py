@@ -63,7 +63,7 @@ class ShardedOptimizer:
     """An update rule on the master weights of this rank.
 
     They are plain float32 tensors, whatever the mesh axes that divide the parameters: ranges of flat buffers, or the
-    local tensors of parameters that are DTensors. Neighbours in memory that are updated alike count as one tensor.
+    local tensors of parameters that are DTensors. Neighbors in memory that are updated alike count as one tensor.
 
     Args:
         parameters: name -> parameter, after they have been prepared for data parallelism.

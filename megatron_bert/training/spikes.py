@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Median absolute deviations times this are standard deviations, for a normal distribution.
 _DEVIATIONS = 1.4826
-#: The spread counts as at least this share of the median: losses of a model that has learnt all hardly vary.
+#: The spread counts as at least this share of the median: losses of a model that has learned all hardly vary.
 _LEAST_SPREAD = 0.01
 
 

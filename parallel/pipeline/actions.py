@@ -143,26 +143,26 @@ class Schedule:
         return self.placement.stages(rank, self.ranks, self.chunks)
 
     def producer(self, action: Action) -> Action | None:
-        """The action of a neighbouring stage whose output this action takes; none at the ends of the pipeline."""
+        """The action of a neighboring stage whose output this action takes; none at the ends of the pipeline."""
         match action.kind:
             case ActionKind.FORWARD:
-                neighbour = action.stage - 1
+                neighbor = action.stage - 1
             case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-                neighbour = action.stage + 1
+                neighbor = action.stage + 1
             case ActionKind.BACKWARD_WEIGHT:
                 return None
-        return Action(action.kind, neighbour, action.microbatch) if 0 <= neighbour < self.stages else None
+        return Action(action.kind, neighbor, action.microbatch) if 0 <= neighbor < self.stages else None
 
     def consumer(self, action: Action) -> Action | None:
-        """The action of a neighbouring stage that takes this action's output; none at the ends of the pipeline."""
+        """The action of a neighboring stage that takes this action's output; none at the ends of the pipeline."""
         match action.kind:
             case ActionKind.FORWARD:
-                neighbour = action.stage + 1
+                neighbor = action.stage + 1
             case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-                neighbour = action.stage - 1
+                neighbor = action.stage - 1
             case ActionKind.BACKWARD_WEIGHT:
                 return None
-        return Action(action.kind, neighbour, action.microbatch) if 0 <= neighbour < self.stages else None
+        return Action(action.kind, neighbor, action.microbatch) if 0 <= neighbor < self.stages else None
 
     def peak_activations(self) -> tuple[int, ...]:
         """The most activations that each rank holds at once, counted in microbatches of one stage.

@@ -21,8 +21,8 @@ _KIND_NAMES = {
     ActionKind.BACKWARD_INPUT: "input gradient",
     ActionKind.BACKWARD_WEIGHT: "weight gradient",
 }
-#: Blue, orange, yellow and green that stay apart for colour-blind readers, light enough for black numbers.
-_COLOURS = {
+#: Blue, orange, yellow and green that stay apart for color-blind readers, light enough for black numbers.
+_COLORS = {
     ActionKind.FORWARD: "#5aa9e6",
     ActionKind.BACKWARD: "#ee9a4d",
     ActionKind.BACKWARD_INPUT: "#f0c93f",
@@ -71,7 +71,7 @@ def _columns(timeline: Timeline, tick: float | None) -> list[list[tuple[Action, 
     columns: list[list[tuple[Action, int, int]]] = [[] for _ in range(timeline.ranks)]
     for event in timeline.events:
         row = columns[event.rank]
-        # Rounding may make neighbours overlap; an action keeps a column of its own.
+        # Rounding may make neighbors overlap; an action keeps a column of its own.
         start = max(round((event.start - timeline.start) / tick), row[-1][2] if row else 0)
         end = max(round((event.end - timeline.start) / tick), start + 1)
         row.append((event.action, start, end))
@@ -118,7 +118,7 @@ def _trace_event(event: TimedAction, timeline: Timeline, microseconds: float) ->
 def gantt_png(charts: Sequence[tuple[str, Timeline]], path: Path) -> None:
     """Draw timelines one below the other, with the same time axis, into a PNG.
 
-    An action is coloured by its kind, lighter on later chunks, and carries its microbatch's number where that fits. The
+    An action is colored by its kind, lighter on later chunks, and carries its microbatch's number where that fits. The
     bubble is added to each title.
 
     Args:
@@ -140,7 +140,7 @@ def gantt_png(charts: Sequence[tuple[str, Timeline]], path: Path) -> None:
         axes.set_xlim(0, span * 1.002)
     rows[-1, 0].set_xlabel("time")
     kinds = [kind for kind in ActionKind if any(e.action.kind is kind for _, line in charts for e in line.events)]
-    patches = [Patch(facecolor=_COLOURS[kind], edgecolor="#333333", label=_KIND_NAMES[kind]) for kind in kinds]
+    patches = [Patch(facecolor=_COLORS[kind], edgecolor="#333333", label=_KIND_NAMES[kind]) for kind in kinds]
     if any(event.action.stage >= line.ranks for _, line in charts for event in line.events):
         patches.append(Patch(facecolor="white", edgecolor="#333333", label="paler: later chunk"))
     figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), frameon=False, fontsize=10)
@@ -174,8 +174,8 @@ def _draw(axes: Axes, timeline: Timeline, points_per_time: float) -> None:
 
 
 def _shade(action: Action, ranks: int, chunks: int) -> str:
-    """The kind's colour for the first chunk, towards white for later ones."""
+    """The kind's color for the first chunk, towards white for later ones."""
     white = 0.6 * (action.stage // ranks) / max(1, chunks - 1)
-    colour = _COLOURS[action.kind]
-    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    color = _COLORS[action.kind]
+    channels = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(channel + (255 - channel) * white):02x}" for channel in channels)

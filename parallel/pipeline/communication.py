@@ -2,7 +2,7 @@
 """The messages between ranks that a schedule implies, and a plan to exchange them without waiting in a circle.
 
 Each activation or gradient that crosses ranks is one message: one send where it is produced, one receive where it is
-consumed. Neighbouring stages on one rank (the turn of a V placement) need none.
+consumed. Neighboring stages on one rank (the turn of a V placement) need none.
 
 The plan rests on channels. A channel is a directed pair of ranks; messages travel it in the order in which the source
 produces them, and the destination posts its receives in that same order. The transport owes three things:
@@ -44,7 +44,7 @@ class Channel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One tensor from one stage to its neighbour on another rank, for one microbatch."""
+    """One tensor from one stage to its neighbor on another rank, for one microbatch."""
 
     payload: Payload
     microbatch: int

@@ -21,7 +21,7 @@ class Delivery(StrEnum):
     """What sends and receives do when a rank runs its list; a receive always waits for its message.
 
     ``BUFFERED``: a send returns at once. All schedules run under it. The plan of `plan_communication` gives the same
-    behaviour with sends that need a posted receive.
+    behavior with sends that need a posted receive.
 
     ``BATCHED``: between two actions a rank starts the send of the first and the receive of the second together, and
     waits for both (``batch_isend_irecv`` as in Megatron-LM). A send ends only when its receive has been started. GPipe,
@@ -198,7 +198,7 @@ def _check_ends(schedule: Schedule, plans: tuple[RankPlan, ...]) -> None:
         unfinished: set[Message] = set()
         for position, step in enumerate(plan.steps):
             if (step.receive, step.send) != (incoming(schedule, step.action), outgoing(schedule, step.action)):
-                raise ScheduleError("its messages are not those of its neighbours", rank, position, step.action)
+                raise ScheduleError("its messages are not those of its neighbors", rank, position, step.action)
             for message in step.post:
                 posts.setdefault(message.channel, []).append((message, rank, position, step.action))
             for message in step.finish:

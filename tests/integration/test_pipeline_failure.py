@@ -139,7 +139,7 @@ def test_without_a_launcher_that_stops_the_others(tmp_path):
     assert codes[1] == -9
     assert codes[0] > 0, texts[0]
     assert codes[2] > 0, texts[2]
-    # Both neighbours were in the middle of the pipeline; each names itself, its action and what it waited for.
+    # Both neighbors were in the middle of the pipeline; each names itself, its action and what it waited for.
     for rank in (0, 2):
         complaint = _complaints(texts[rank])[rank]
         assert f"(rank {1})" in complaint.group(4)

@@ -78,7 +78,7 @@ def install_apex(monkeypatch: pytest.MonkeyPatch, *extensions: str) -> None:
     )
 
 
-def normalised(x: torch.Tensor) -> torch.Tensor:
+def normalized(x: torch.Tensor) -> torch.Tensor:
     weight, bias = torch.full((4,), 2.0), torch.ones(4)
     return backends.layer_norm(x, weight, bias, 1e-5)
 
@@ -90,7 +90,7 @@ def plain(x: torch.Tensor) -> torch.Tensor:
 def test_no_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     x = torch.randn(3, 4)
-    assert torch.equal(normalised(x), plain(x))
+    assert torch.equal(normalized(x), plain(x))
     assert backends.report(CUDA) == {"layer norm": "torch", "Adam": "torch fused"}
     assert backends.report(CPU) == backends.report(CUDA)
 
@@ -98,8 +98,8 @@ def test_no_apex(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_apex_with_its_extensions_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     install_apex(monkeypatch, "fused_layer_norm_cuda", "amp_C")
     x = torch.randn(3, 4)
-    assert torch.equal(normalised(x), plain(x))
-    assert torch.equal(normalised(x.as_subclass(OnCuda)).as_subclass(torch.Tensor), torch.full((3, 4), 7.0))
+    assert torch.equal(normalized(x), plain(x))
+    assert torch.equal(normalized(x.as_subclass(OnCuda)).as_subclass(torch.Tensor), torch.full((3, 4), 7.0))
     assert backends.report(CUDA) == {"layer norm": "apex", "Adam": "apex"}
     assert backends.report(CPU) == {"layer norm": "torch", "Adam": "torch fused"}
 

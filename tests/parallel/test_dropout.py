@@ -50,7 +50,7 @@ def test_rate(probability):
 def test_rate_of_every_row_and_column(dim, probability):
     kept = keep_mask(_keys(), COLUMNS, probability).double().sum(dim)
     n = ROWS if dim == 0 else COLUMNS
-    # Each count is binomial; the sum of their squared standardised values has mean m and variance near 2m.
+    # Each count is binomial; the sum of their squared standardized values has mean m and variance near 2m.
     squares = (kept - n * (1 - probability)).square() / (n * probability * (1 - probability))
     assert abs(float(squares.sum()) - len(kept)) < DEVIATIONS * math.sqrt(2 * len(kept))
 

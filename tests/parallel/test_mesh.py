@@ -91,7 +91,7 @@ def _eight_ranks():
     return _coordinates(tensor=2, data=2, pipeline=2)
 
 
-def test_tensor_ranks_are_neighbours():
+def test_tensor_ranks_are_neighbors():
     for rank, (coordinate, data_rank, text, groups) in enumerate(run_world(8, _eight_ranks)):
         tensor, data, pipeline = rank % 2, rank // 2 % 2, rank // 4
         assert coordinate == {"tensor": tensor, "data_replicate": data, "data_shard": 0, "pipeline": pipeline}
@@ -107,7 +107,7 @@ def _hybrid():
     return _coordinates(data=4, data_shard=2)
 
 
-def test_shard_groups_are_neighbours():
+def test_shard_groups_are_neighbors():
     results = run_world(4, _hybrid)
     assert [result[1] for result in results] == [0, 1, 2, 3]
     assert [result[0]["data_shard"] for result in results] == [0, 1, 0, 1]

@@ -93,7 +93,7 @@ def test_initial_values_are_pinned():
     assert 0 <= name_seed(0, "a") < 2**63
 
 
-def test_initialisation_leaves_the_random_state_alone():
+def test_initialization_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     initialize(ToyModel(), 7)
     assert torch.get_rng_state().equal(before)

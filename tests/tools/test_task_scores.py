@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.task_scores import describe, draw, summarise
+from tools.task_scores import describe, draw, summarize
 
 
 def test_medians_and_picture(tmp_path: Path) -> None:
     seeds = {number: {"float": {"test": value}, "further": {"test": -value}} for number, value in enumerate((1, 5, 2))}
     seeds[1]["rarely"] = {"test": 7}
-    splits = summarise(seeds)
+    splits = summarize(seeds)
     assert splits == {
         "test": {
             "float": {"seeds": [1, 5, 2], "median": 2},

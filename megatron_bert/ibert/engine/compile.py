@@ -37,7 +37,7 @@ from megatron_bert.ibert.fixed_point import GUARD_BITS, Factor, dyadic, factor, 
 from megatron_bert.ibert.heads import LOGIT_BITS, QuantizedDense, QuantizedMaskedLanguageHead, QuantizedPooler
 from megatron_bert.ibert.layer import QuantizedTransformerLayer
 from megatron_bert.ibert.modules import Quantized, QuantizedLayerNorm
-from megatron_bert.ibert.products import IntegerWeight, quantise_weight
+from megatron_bert.ibert.products import IntegerWeight, quantize_weight
 from megatron_bert.ibert.quantization import quantizers
 from megatron_bert.ibert.quantizer import Quantizer
 from megatron_bert.ibert.softmax import mean_factor, score_factor
@@ -144,7 +144,7 @@ def _rescale(number: Factor) -> Rescale:
 
 def _matrix(weight: Tensor, bias: Tensor | None, scale: float, bits: int) -> tuple[Matrix, Tensor]:
     """A matrix, and the float64 scale of its accumulators."""
-    integers = quantise_weight(local_tensor(weight), bits)
+    integers = quantize_weight(local_tensor(weight), bits)
     accumulators = integers.scale.double() * scale
     rows = torch.zeros(len(accumulators)) if bias is None else local_tensor(bias)
     return _packed(integers, integer_bias(rows, accumulators)), accumulators
@@ -187,7 +187,7 @@ def _embeddings(config: MegatronBertConfig, module: QuantizedEmbeddings) -> Embe
     summed = module.quantizer("output" if module.norm is None else "sum")
     target, scale = summed.target(), summed.scale()
     words = local_tensor(module.word_embeddings.weight)[: config.vocab_size]
-    integers = quantise_weight(words, WORD_BITS)
+    integers = quantize_weight(words, WORD_BITS)
 
     def table(weight: Tensor) -> Tensor:
         return exact_read(scale, weight.device)(weight.float()).clamp_(target.low, target.high).to(torch.int16)

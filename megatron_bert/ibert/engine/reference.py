@@ -36,10 +36,10 @@ from megatron_bert.ibert.fixed_point import (
     Dyadic,
     Factor,
     multiply_short,
-    requantise,
+    requantize,
     rounding_shift,
     short,
-    wide_requantise,
+    wide_requantize,
 )
 from megatron_bert.ibert.softmax import MeanFactor, ScoreFactor, row_factor, softmax_numerators
 
@@ -117,12 +117,12 @@ def accumulate(x: Tensor, matrix: Matrix) -> Tensor:
 
 def rescaled(a: Tensor, rescale: Rescale, limit: int = LARGEST_SHORT) -> Tensor:
     """Accumulators requantized row by row and clamped, int64."""
-    return requantise(a, Factor(rescale.multiplier.long(), rescale.shift.long()), -limit, limit)
+    return requantize(a, Factor(rescale.multiplier.long(), rescale.shift.long()), -limit, limit)
 
 
 def widened(a: Tensor, wide: Wide) -> Tensor:
     """Accumulators to logits, int32."""
-    return wide_requantise(a, Dyadic(wide.multiplier.long(), wide.shift.long()), -_LOGITS, _LOGITS).int()
+    return wide_requantize(a, Dyadic(wide.multiplier.long(), wide.shift.long()), -_LOGITS, _LOGITS).int()
 
 
 def read8(stream: Tensor, read: Read8) -> Tensor:
@@ -142,7 +142,7 @@ def normalize(norm: Norm, stream: Tensor) -> Tensor:
     total, squares = integer_norm.moments(x)
     columns = x.shape[-1]
     deviations = integer_norm.deviation(total, squares, columns, torch.full_like(total, norm.epsilon))
-    normal = integer_norm.normalised(x, total, integer_norm.row_factor(deviations, columns), columns)
+    normal = integer_norm.normalized(x, total, integer_norm.row_factor(deviations, columns), columns)
     return ((normal * norm.gain.long() + norm.offset.long()) >> norm.shift).clamp(-norm.limit, norm.limit)
 
 
@@ -153,7 +153,7 @@ def embed(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: Tens
     """The stream that the first layer reads, ``[T, H]``."""
     rescale = embeddings.word_rescale
     number = Factor(rescale.multiplier[tokens].long()[:, None], rescale.shift[tokens].long()[:, None])
-    words = requantise(embeddings.word[tokens], number, -embeddings.limit, embeddings.limit)
+    words = requantize(embeddings.word[tokens], number, -embeddings.limit, embeddings.limit)
     summed = words + embeddings.position[positions] + embeddings.token_type[types]
     summed = summed.clamp(-embeddings.limit, embeddings.limit)
     return summed if embeddings.norm is None else normalize(embeddings.norm, summed)
@@ -204,7 +204,7 @@ def attend(attention: Attention, qkv: Tensor, starts: Tensor) -> Tensor:
         query, key, value = qkv[first:last].int().unflatten(1, (3, attention.heads, -1)).permute(1, 2, 0, 3).unbind(0)
         numerators = softmax_numerators(torch.bmm(query, key.transpose(1, 2)).long(), scores, None)
         factor = row_factor(numerators.sum(-1, keepdim=True), mean)
-        context = requantise(torch.bmm(numerators.int(), value), factor, -limit, limit)
+        context = requantize(torch.bmm(numerators.int(), value), factor, -limit, limit)
         out.append(context.transpose(0, 1).flatten(1).to(torch.int8))
     return torch.cat(out)
 

@@ -47,9 +47,9 @@ class IBertPreTrainedModel(DocumentedModel):
         """Draw initial weights, and quantize them with quant_mode; otherwise a checkpoint comes first."""
         super().post_init()
         if self._initial and self.config.quant_mode and self.device.type != "meta":
-            self._quantise()
+            self._quantize()
 
-    def _quantise(self) -> None:
+    def _quantize(self) -> None:
         quantize_model(self, QuantizationConfig(force_dequant=self.config.force_dequant))
         follow_training(self)
 
@@ -65,7 +65,7 @@ class IBertPreTrainedModel(DocumentedModel):
             load_ranges(self, Path(found).parent, force_dequant=self.config.force_dequant)
             follow_training(self)
             return
-        self._quantise()
+        self._quantize()
         weights = None if source is None else cached_file(source, "config.json", **where)
         if weights is not None:
             read_their_ranges(self, self.names, stored_ranges(Path(weights).parent, self.names))

@@ -52,7 +52,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def follow_training(model: nn.Module) -> None:
-    """Let the ranges of a quantised model follow its forward passes in training; in evaluation they stay.
+    """Let the ranges of a quantized model follow its forward passes in training; in evaluation they stay.
 
     The first pass in training finds ranges that are not known, from its batch in floating point and without dropout.
     Tensor ranks agree on them; data ranks do not, as forward passes do not know of them.
@@ -99,7 +99,7 @@ def stored_ranges(directory: Path, names: Names) -> dict[str, StateTensor]:
 
 
 def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str, StateTensor]) -> None:
-    """Take over the ranges of transformers' quantised layers, where they have seen anything."""
+    """Take over the ranges of transformers' quantized layers, where they have seen anything."""
     for quantizer, place in _places(model, names):
         place = names.with_prefix(place)
         if not place.endswith(EMBEDDINGS_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
@@ -110,7 +110,7 @@ def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str,
 
 
 def their_ranges(model: DocumentedModel, names: Names) -> dict[str, Tensor]:
-    """The ranges as transformers' quantised layers have them, by their names."""
+    """The ranges as transformers' quantized layers have them, by their names."""
     limits = {canonical_name(model, name): quantizer.limit() for name, quantizer in quantizers(model)}
     cut = _cut(model, names)
     return {f"{names.prefix}.{place}".removeprefix(cut): values for place, values in their_buffers(limits).items()}

@@ -103,9 +103,9 @@ def forward(
     """
 
     def norm(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        variance = (centred * centred).mean(-1, keepdim=True)
-        return centred / (variance + eps).sqrt() * p["weight"].double() + p["bias"].double()
+        centered = x - x.mean(-1, keepdim=True)
+        variance = (centered * centered).mean(-1, keepdim=True)
+        return centered / (variance + eps).sqrt() * p["weight"].double() + p["bias"].double()
 
     def linear(x: Tensor, p: dict[str, Tensor]) -> Tensor:
         return x @ p["weight"].double().T + p["bias"].double()

@@ -330,7 +330,7 @@ def test_post_layer_norm_bert_is_refused_with_the_reason(tmp_path: Path) -> None
     config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     transformers.BertForPreTraining(config).save_pretrained(tmp_path / "bert")
     for to in ("megatron", "megatron-core"):
-        with pytest.raises(UserError, match=r"is of a bert model, which normalises after each sum \(post-layer-norm\)"):
+        with pytest.raises(UserError, match=r"is of a bert model, which normalizes after each sum \(post-layer-norm\)"):
             convert(tmp_path / "bert", tmp_path / "result", to=to)
     text = (tmp_path / "bert" / "config.json").read_text().replace('"bert"', '"megatron-bert"')
     (tmp_path / "bert" / "config.json").write_text(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrongly read query, key and value rows are recognised from trained weights, and only from those."""
+"""Wrongly read query, key and value rows are recognized from trained weights, and only from those."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTH, BATCH, STEPS = 14, 32, 250
 
 
 def _batch(generator: torch.Generator) -> MicroBatch:
-    """Sentences in which every word comes twice in a row, so that a masked one can be read off its neighbour."""
+    """Sentences in which every word comes twice in a row, so that a masked one can be read off its neighbor."""
     words = torch.randint(len(SPECIAL), len(SPECIAL) + len(WORDS), (BATCH, LENGTH // 2 - 1), generator=generator)
     body = words.repeat_interleave(2, dim=1)
     tokens = torch.cat((torch.full((BATCH, 1), 2), body, torch.full((BATCH, 1), 3)), dim=1)
@@ -54,7 +54,7 @@ def _batch(generator: torch.Generator) -> MicroBatch:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary, and two native checkpoints: a model as it is initialised, and after training."""
+    """A vocabulary, and two native checkpoints: a model as it is initialized, and after training."""
     place = tmp_path_factory.mktemp("trained")
     (place / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
     config = MegatronBertConfig(
@@ -105,7 +105,7 @@ def _save(model: BertForPretraining, target: Path) -> None:
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("true", [0.0, 1.0, 2.0, 3.0])
-def test_a_wrong_version_is_recognised_and_the_right_one_named(
+def test_a_wrong_version_is_recognized_and_the_right_one_named(
     folder: Path, tmp_path: Path, true: float, tensor: int
 ) -> None:
     convert(
@@ -121,7 +121,7 @@ def test_a_wrong_version_is_recognised_and_the_right_one_named(
             assert f"--source-checkpoint-version {3 if true == 2 else true:g}" in doubts[0]
 
 
-def test_a_result_of_a_mistaken_converter_is_recognised(folder: Path, tmp_path: Path) -> None:
+def test_a_result_of_a_mistaken_converter_is_recognized(folder: Path, tmp_path: Path) -> None:
     convert(folder / "trained", tmp_path / "m", to="megatron", write=WriteOptions(checkpoint_version=0.0))
     wrong = ReadOptions(checkpoint_version=3.0)
     convert(tmp_path / "m", tmp_path / "wrong", to="huggingface", read=wrong)

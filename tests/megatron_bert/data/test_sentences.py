@@ -7,7 +7,7 @@ from pathlib import Path
 import punkt
 import pytest
 
-from benchmarks.sentence_splitting import labelled_documents, score
+from benchmarks.sentence_splitting import labeled_documents, score
 from megatron_bert.data.sentences import PUNKT_MODELS, PunktSplitter, check_splitter, sentence_splitter
 from parallel.errors import UserError
 
@@ -55,7 +55,7 @@ def test_remembered_decisions_are_the_librarys(model: str) -> None:
 
 
 def test_the_default_is_the_closer_to_the_labels() -> None:
-    sections = labelled_documents(Path(__file__).parents[3] / "benchmarks" / "sentence_splitting.txt")
+    sections = labeled_documents(Path(__file__).parents[3] / "benchmarks" / "sentence_splitting.txt")
     assert sum(len(document) for documents in sections.values() for document in documents) == 160
     for documents in sections.values():
         ours, theirs = (score(sentence_splitter(name, "en"), documents) for name in ("sentencex", "punkt"))

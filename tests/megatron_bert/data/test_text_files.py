@@ -61,7 +61,7 @@ def test_long_compressed_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
-def test_truncated_and_mislabelled_archives_are_named(tmp_path: Path, compress: object) -> None:
+def test_truncated_and_mislabeled_archives_are_named(tmp_path: Path, compress: object) -> None:
     suffix = "gz" if compress is gzip.compress else "zst"
     content = compress(b"some text\n" * 1000)  # type: ignore[operator]
     path = tmp_path / f"x.txt.{suffix}"

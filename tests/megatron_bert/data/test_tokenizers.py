@@ -221,7 +221,7 @@ SPANNED = [
 
 
 def spanning_tokenizers(folder: Path) -> dict[str, Tokenizer]:
-    """One of each kind, small, that normalise: lower-casing, NFC, NFKC."""
+    """One of each kind, small, that normalize: lower-casing, NFC, NFKC."""
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(["the cat sat on a mat", "naïve café Straße ½ kg İx fine", *SPANNED]) + "\n")
     made = {"cased": load_tokenizer(unicode_vocabulary(folder, True))}
@@ -240,13 +240,13 @@ def test_spans_of_every_kind(tmp_path: Path) -> None:
             assert [begin for begin, _ in spans] == sorted(begin for begin, _ in spans)
             covered = {place for begin, end in spans for place in range(begin, end)}
             assert all(text[begin:end] == text[begin:end].strip() for begin, end in spans)
-            # What no token comes from is white space, or was removed by normalisation.
+            # What no token comes from is white space, or was removed by normalization.
             missing = {text[place] for place in range(len(text)) if place not in covered}
             assert {c for c in missing if not c.isspace()} <= {"\0", "\ufffd", "\u200b", "\u200d", "\u0301"}, kind
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "sentencepiece"])
-def test_spans_survive_normalisation(tmp_path: Path, kind: str) -> None:
+def test_spans_survive_normalization(tmp_path: Path, kind: str) -> None:
     text = "x \u0130stanbul cafe\u0301 \U0001f600 \ufb01ne \u00bd\u338f"
     words = text.split()
     begins = [text.index(word) for word in words]
@@ -263,7 +263,7 @@ def test_span_rules() -> None:
     # The mark of a space alone has no characters, nor has any other white space.
     assert character_spans("x", [(0, 0), (0, 1)], ["\u2581", "x"]) == [(0, 0), (0, 1)]
     assert character_spans("\u3000x", [(0, 1), (0, 1), (1, 2)], ["a", "b", "x"]) == [(1, 1), (1, 1), (1, 2)]
-    # Combining marks that normalisation removed belong to the character before, unless they are tokens.
+    # Combining marks that normalization removed belong to the character before, unless they are tokens.
     assert character_spans("e\u0301\u0302 x", [(0, 1), (4, 5)], ["e", "x"]) == [(0, 3), (4, 5)]
     assert character_spans("e\u0301\u0302", [(0, 1), (2, 3)], ["e", "\u0302"]) == [(0, 2), (2, 3)]
     assert character_spans("", [], []) == []

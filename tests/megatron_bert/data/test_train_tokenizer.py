@@ -18,7 +18,7 @@ SIZES = {"wordpiece": 300, "sentencepiece": 120, "bpe": 360}
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Random words of a small syllabary, some of them capitalised."""
+    """Random words of a small syllabary, some of them capitalized."""
     rng = np.random.default_rng(0)
     syllables = ["ka", "to", "mi", "sé", "lun", "bra", "der", "po", "xi", "wa", "gre", "fu", "hy", "vo", "jaz", "quin"]
     words = ["".join(rng.choice(syllables, size=rng.integers(1, 4))) for _ in range(200)]

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from megatron_bert.data import word_cache
-from megatron_bert.data.tokenizer_settings import Normalisation
+from megatron_bert.data.tokenizer_settings import Normalization
 from megatron_bert.data.vocabularies import wordpiece
 from megatron_bert.data.word_cache import WordCache, splits_at_spaces
 
@@ -35,7 +35,7 @@ def test_ids_are_the_librarys(lowercase: bool, monkeypatch: pytest.MonkeyPatch) 
     rng = random.Random(0)
     letters = [character for character in CHARACTERS if len(character) == 1 and character.isprintable()]
     pieces = dict.fromkeys([*SPECIAL, *WORDS, *"çåσςßi猫犬", *letters, *(f"##{letter}" for letter in letters)])
-    backend = wordpiece({piece: number for number, piece in enumerate(pieces)}, Normalisation(lowercase))
+    backend = wordpiece({piece: number for number, piece in enumerate(pieces)}, Normalization(lowercase))
     encode = encoder(backend)
     assert splits_at_spaces(backend)
     cached = WordCache(encode)
@@ -52,14 +52,14 @@ def test_ids_are_the_librarys(lowercase: bool, monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_where_words_stand_for_themselves(tmp_path: Path) -> None:
     vocabulary = {piece: number for number, piece in enumerate([*SPECIAL, *WORDS])}
-    backend = wordpiece(vocabulary, Normalisation(True))
+    backend = wordpiece(vocabulary, Normalization(True))
     backend.add_special_tokens(["[NEW]"])
     assert splits_at_spaces(backend)
     backend.add_tokens([AddedToken("the cat")])
     assert not splits_at_spaces(backend)
-    backend = wordpiece(vocabulary, Normalisation(True))
+    backend = wordpiece(vocabulary, Normalization(True))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(clean_text=False)
     assert not splits_at_spaces(backend)
-    backend = wordpiece(vocabulary, Normalisation(True))
+    backend = wordpiece(vocabulary, Normalization(True))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     assert not splits_at_spaces(backend)

@@ -73,8 +73,8 @@ class Formula:
         return x @ self.weights[name + ".weight"].t() + self.weights[name + ".bias"]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + self.config.layer_norm_eps).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.square().mean(-1, keepdim=True) + self.config.layer_norm_eps).sqrt()
         return scaled * self.weights[name + ".weight"] + self.weights[name + ".bias"]
 
     def _attend(

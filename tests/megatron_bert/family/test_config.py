@@ -149,11 +149,11 @@ def test_what_is_refused(values, message):
 
 
 def test_fields_of_the_user_are_kept(tmp_path, caplog):
-    config = MegatronBertConfig(colour="red", layer_nrom_eps=1e-5)
+    config = MegatronBertConfig(color="red", layer_nrom_eps=1e-5)
     assert "MegatronBertConfig has no field layer_nrom_eps: did you mean layer_norm_eps?" in caplog.text
     config.save_pretrained(tmp_path)
-    again = MegatronBertConfig.from_pretrained(tmp_path, colour="blue")
-    assert (again.colour, again.layer_nrom_eps) == ("blue", 1e-5)
+    again = MegatronBertConfig.from_pretrained(tmp_path, color="blue")
+    assert (again.color, again.layer_nrom_eps) == ("blue", 1e-5)
 
 
 def test_activations_are_all_of_transformers_and_functions(tmp_path):

@@ -76,7 +76,7 @@ def test_unknown_arguments(head):
     with pytest.raises(TypeError, match="unexpected keyword argument 'atention_mask'"):
         build(head)(IDS, atention_mask=IDS)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        getattr(megatron_bert, f"MegatronBert{head}")(CONFIG, colour=1)
+        getattr(megatron_bert, f"MegatronBert{head}")(CONFIG, color=1)
 
 
 @pytest.mark.parametrize(

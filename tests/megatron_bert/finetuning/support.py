@@ -197,18 +197,18 @@ def random_units(kind: str, count: int, seed: int = 7) -> list[Unit]:
             tokens = rng.integers(5, 95, size=length)
             rows = {"token": np.arange(1, length - 1), "span": np.arange(length)}.get(head.kind, np.array([0]))
             features.append(Feature(tokens, np.sort(rng.integers(2, size=length)), rows))
-        units.append(Unit(tuple(features), _label(head, features, rng, unlabelled=number == count - 1), number))
+        units.append(Unit(tuple(features), _label(head, features, rng, unlabeled=number == count - 1), number))
     return units
 
 
-def _label(head: Head, features: list[Feature], rng: np.random.Generator, unlabelled: bool) -> np.ndarray:
+def _label(head: Head, features: list[Feature], rng: np.random.Generator, unlabeled: bool) -> np.ndarray:
     if head.problem in ("multi_label_classification", "regression"):
         label = rng.integers(2, size=head.outputs).astype(np.float32)
-        return np.full_like(label, np.nan) if unlabelled else label
+        return np.full_like(label, np.nan) if unlabeled else label
     size, highest = {
         "sequence": (1, head.outputs),
         "choice": (1, len(features)),
         "token": (len(features[0].rows), head.outputs),
         "span": (2, len(features[0].rows)),
     }[head.kind]
-    return np.full(size, -100) if unlabelled else rng.integers(highest, size=size)
+    return np.full(size, -100) if unlabeled else rng.integers(highest, size=size)

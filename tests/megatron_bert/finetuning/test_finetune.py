@@ -143,7 +143,7 @@ def test_seeds_are_reported_together(
     assert results["best"]["score"] == max(accuracy.values()) == accuracy[results["best"]["name"]]
 
 
-def test_a_list_of_one_seed_is_summarised_too(tmp_path: Path) -> None:
+def test_a_list_of_one_seed_is_summarized_too(tmp_path: Path) -> None:
     """What reads a directory of seeds finds its best run."""
     finetune(make_run(tmp_path, training__steps=1, training__seeds=[7]))
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))

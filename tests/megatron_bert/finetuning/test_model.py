@@ -17,7 +17,7 @@ import megatron_bert
 from megatron_bert.convert.families import family_of
 from megatron_bert.convert.huggingface_names import fuse
 from megatron_bert.finetuning.batches import collate_units
-from megatron_bert.finetuning.losses import label_weights, labelled, task_loss_sum
+from megatron_bert.finetuning.losses import label_weights, labeled, task_loss_sum
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.ibert.configuration import IBertEncoderConfig
 from megatron_bert.model.finetuning import BertForTask
@@ -124,7 +124,7 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
     count = sum(len(scores) for scores in their_logits)
     torch.testing.assert_close(logits[:count], torch.cat(their_logits), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
-    assert labelled(batch, HEADS[kind]).sum() == (sum(len(u.label) for u in units[:-1]) if kind == "token" else 5)
+    assert labeled(batch, HEADS[kind]).sum() == (sum(len(u.label) for u in units[:-1]) if kind == "token" else 5)
     names = family_of(ours.config).names
     gradients = {names.inside(name): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
@@ -186,7 +186,7 @@ def test_the_distance_to_a_teacher_is_weighed_as_the_loss(kind: str) -> None:
     batch = collate_units(units, range(6), head, most_features=1)
     torch.manual_seed(1)
     mine, theirs = torch.randn(2, len(batch.rows), head.outputs)
-    counted = labelled(batch, head)
+    counted = labeled(batch, head)
     each = torch.nn.functional.kl_div(mine.log_softmax(1), theirs.softmax(1), reduction="none").sum(dim=1)
     expected = (each * weights[batch.labels.clamp(min=0)])[counted].sum()
     torch.testing.assert_close(distillation_sum(mine, theirs, batch, head, 1.0, weights), expected)

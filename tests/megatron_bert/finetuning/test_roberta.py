@@ -268,5 +268,5 @@ def test_mistakes(folder: Path, tmp_path: Path, damage: Any, changes: dict[str, 
 
 def test_megatron_has_no_place_for_it(folder: Path, trained: dict[str, Path], tmp_path: Path) -> None:
     for source in (folder / "encoder", trained["classification"]):
-        with pytest.raises(UserError, match=r"is of a ibert model, which normalises after each sum"):
+        with pytest.raises(UserError, match=r"is of a ibert model, which normalizes after each sum"):
             convert(source, tmp_path / "result", to="megatron")

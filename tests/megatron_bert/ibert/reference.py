@@ -170,7 +170,7 @@ class Layer:
         return found[after] * 2.0 ** -self.k(after)
 
     def run(self, x: Array) -> tuple[Array, dict[str, Array]]:
-        """Real values of the stream ``[S, H]`` to the same, with the integers of every quantiser."""
+        """Real values of the stream ``[S, H]`` to the same, with the integers of every quantizer."""
         p, found = self.p, {}
         h = found["attention_input"] = self.entry("attention_norm", x, "input", "attention_input")
         at = "attention.query_key_value"

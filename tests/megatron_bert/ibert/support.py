@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised micro models, and what their quantisers saw."""
+"""Quantized micro models, and what their quantizers saw."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def packed(ids: list[Tensor], longest: int) -> tuple[Tensor, Tensor, SequenceLay
     return torch.cat(ids), positions, SequenceLayout.packed(lengths, longest)
 
 
-def quantised_stack(placement: str, layers: int = 12, settings: QuantizationConfig | None = None) -> Stack:
-    """A stack, quantised and calibrated on random sequences."""
+def quantized_stack(placement: str, layers: int = 12, settings: QuantizationConfig | None = None) -> Stack:
+    """A stack, quantized and calibrated on random sequences."""
     stack = make_stack(placement, layers)
     quantize_model(stack, settings or QuantizationConfig())
     calibrate(stack, [padded(*sequences(40, 25, 3))], lambda batch: stack(*batch))
@@ -87,7 +87,7 @@ def quantised_stack(placement: str, layers: int = 12, settings: QuantizationConf
 
 
 def tensors_of(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Every tensor between quantisers while ``run`` runs, as float64 integers by the quantiser's name.
+    """Every tensor between quantizers while ``run`` runs, as float64 integers by the quantizer's name.
 
     Tensors of the residual stream are divided by their power of two, which is exact.
     """

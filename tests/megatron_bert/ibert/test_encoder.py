@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantised encoder: integers between quantisers, whatever the batch, the padding or the length."""
+"""The quantized encoder: integers between quantizers, whatever the batch, the padding or the length."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_bert.ibert import QuantizationConfig, in_mode, quantizers
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
 from megatron_bert.ibert.epilogues import Target
 from megatron_bert.model.sequences import SequenceLayout
-from tests.megatron_bert.ibert.support import packed, padded, quantised_stack, sequences, tensors_of
+from tests.megatron_bert.ibert.support import packed, padded, quantized_stack, sequences, tensors_of
 
 PLACEMENTS = ("pre", "post")
 SIGNED = Target(-127, 127)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_tensors_between_quantisers_are_integers_in_twelve_layers(placement):
-    stack = quantised_stack(placement)
+def test_tensors_between_quantizers_are_integers_in_twelve_layers(placement):
+    stack = quantized_stack(placement)
     targets = {name: quantizer.target() for name, quantizer in quantizers(stack)}
-    skipped = {"input"}  # what a norm reads is the tensor of the quantiser before
+    skipped = {"input"}  # what a norm reads is the tensor of the quantizer before
     expected = {name for name in targets if name.split(".")[-1] not in skipped}
     assert len({name.split(".")[2] for name in expected if ".layers." in name}) == 12
     for lengths in ((1,), (2, 1), (33, 7), (512,), (512, 300, 1)):
@@ -38,7 +38,7 @@ def test_tensors_between_quantisers_are_integers_in_twelve_layers(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_padded_equals_packed_and_alone(placement):
-    stack = quantised_stack(placement, layers=3)
+    stack = quantized_stack(placement, layers=3)
     ids, longest = sequences(20, 1, 64, 7)
     with torch.no_grad():
         whole = stack(*padded(ids, longest)).unflatten(0, (len(ids), longest))
@@ -51,7 +51,7 @@ def test_padded_equals_packed_and_alone(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_close_to_the_float_model(placement):
-    stack = quantised_stack(placement, layers=3)
+    stack = quantized_stack(placement, layers=3)
     batch = padded(*sequences(40, 25, 3))
     with torch.no_grad():
         integer = stack(*batch)
@@ -62,7 +62,7 @@ def test_close_to_the_float_model(placement):
 
 
 def test_a_fully_masked_row_is_defined():
-    stack = quantised_stack("pre", layers=2)
+    stack = quantized_stack("pre", layers=2)
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1] = False
     batch = torch.randint(0, 90, (12,)), torch.arange(6).repeat(2), SequenceLayout.rectangle(2, 6, mask)
@@ -104,7 +104,7 @@ def test_attention_over_more_keys_than_one_product_sums():
 def test_what_is_forced_is_computed_in_floating_point(force, free):
     """The forced layer's result is nearer to the float function, and only that layer changes."""
     settings = QuantizationConfig(layer_force_dequant={1: force})
-    stack, plain = quantised_stack("pre", 2, settings), quantised_stack("pre", 2)
+    stack, plain = quantized_stack("pre", 2, settings), quantized_stack("pre", 2)
     plain.load_state_dict(stack.state_dict())
     batch = padded(*sequences(30, 9))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_what_is_forced_is_computed_in_floating_point(force, free):
 )
 def test_widths(settings):
     config = QuantizationConfig(**settings)
-    stack = quantised_stack("pre", 2, config)
+    stack = quantized_stack("pre", 2, config)
     found = tensors_of(stack, lambda: stack(*padded(*sequences(30, 9))))
     stream = {"input", "middle", "output"}
     for name, q in found.items():
@@ -171,7 +171,7 @@ def test_the_published_code_does_not_hold_integers():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_no_integer(dtype):
     """It would compute products in 8 significant bits, and say nothing."""
-    stack = quantised_stack("pre", 2)
+    stack = quantized_stack("pre", 2)
     batch = padded(*sequences(30, 9))
     with torch.no_grad():
         expected = stack(*batch)

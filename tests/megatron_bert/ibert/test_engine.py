@@ -12,7 +12,7 @@ from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.reference import ReferenceBackend
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.errors import UserError
-from tests.megatron_bert.ibert.support import SIZES, Stack, packed, quantised_stack, sequences
+from tests.megatron_bert.ibert.support import SIZES, Stack, packed, quantized_stack, sequences
 
 
 def _plan(stack: Stack, placement: str, layers: int) -> Plan:
@@ -28,7 +28,7 @@ def _plan(stack: Stack, placement: str, layers: int) -> Plan:
 )
 def test_the_reference_gives_the_bits_of_the_simulation(placement, narrow, settings):
     """``narrow`` ranges make every clamp count; wide ones leave factors no guard bits."""
-    stack = quantised_stack(placement, 3, QuantizationConfig(**settings))
+    stack = quantized_stack(placement, 3, QuantizationConfig(**settings))
     for value in named_ranges(stack).values():
         value.mul_(narrow)
     if placement == "pre":  # read at another scale than it was written at
@@ -45,10 +45,10 @@ def test_the_reference_gives_the_bits_of_the_simulation(placement, narrow, setti
 
 
 def test_what_no_engine_runs_is_refused():
-    stack = quantised_stack("pre", 1, QuantizationConfig(force_dequant="gelu"))
+    stack = quantized_stack("pre", 1, QuantizationConfig(force_dequant="gelu"))
     with pytest.raises(UserError, match="computes gelu in floating point"):
         _plan(stack, "pre", 1)
-    stack = quantised_stack("pre", 1)
+    stack = quantized_stack("pre", 1)
     named_ranges(stack)["encoder.layers.0.ranges.query.range"].fill_(-1)
     with pytest.raises(UserError, match="before its ranges were calibrated"):
         _plan(stack, "pre", 1)

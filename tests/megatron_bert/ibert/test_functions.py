@@ -15,9 +15,9 @@ from megatron_bert.ibert.fixed_point import (
     factor,
     inverse_power,
     largest,
-    quantise,
-    requantise,
-    wide_requantise,
+    quantize,
+    requantize,
+    wide_requantize,
 )
 from tests.megatron_bert.ibert import paper
 
@@ -117,16 +117,16 @@ def test_square_root_is_exact():
 # ---------------------------------------------------------------- fixed point
 
 
-def test_quantiser():
+def test_quantizer():
     x = torch.randn(1000)
     scale = torch.tensor(0.02)
-    q = quantise(x, scale, 8)
+    q = quantize(x, scale, 8)
     assert torch.equal(q, q.round())
     assert int(q.abs().max()) <= largest(8) == 127
     kept = q.abs() < 127
     # Half a step, and what float32's division and sum add.
     assert ((q * scale - x).abs()[kept] / scale).max() <= 0.5 * (1 + 1e-5)
-    assert quantise(torch.tensor([0.5, -0.5, 1.5]), torch.tensor(1.0), 8).tolist() == [1.0, 0.0, 2.0]
+    assert quantize(torch.tensor([0.5, -0.5, 1.5]), torch.tensor(1.0), 8).tolist() == [1.0, 0.0, 2.0]
 
 
 def test_dyadic_numbers():
@@ -147,7 +147,7 @@ def _literally(value: int, shift: int, multiplier: int) -> int:
     return (max(-(2**15), min(2**15 - 1, narrow)) * multiplier + 2**14) >> 15
 
 
-def test_requantisation_is_the_same_carried():
+def test_requantization_is_the_same_carried():
     a = torch.randint(-(2**29) + 1, 2**29, (20000,))
     scale = torch.exp2(torch.rand(20000, dtype=torch.float64) * 60 - 45)
     for guard in (0, 4):
@@ -155,19 +155,19 @@ def test_requantisation_is_the_same_carried():
         assert number.multiplier.max() <= 2**15 - 1
         parts = zip(a.tolist(), number.shift.tolist(), number.multiplier.tolist(), strict=True)
         exact = [_literally(*each) for each in parts]
-        assert requantise(a, number, -(2**15), 2**15).tolist() == exact
+        assert requantize(a, number, -(2**15), 2**15).tolist() == exact
         steps = (inverse_power(number.shift), torch.tensor(0.5).double(), number.multiplier.double() / 2**15)
         assert carried_short(a.double(), *steps).tolist() == exact
 
 
 @pytest.mark.parametrize(("guard", "result", "error"), [(4, 127, 0.6), (0, 16000, 1.51)])
-def test_requantisation_is_near_the_real_product(guard, result, error):
+def test_requantization_is_near_the_real_product(guard, result, error):
     scale = torch.exp2(torch.rand(20000, dtype=torch.float64) * 20 - 21 - guard)
     a = (torch.randint(-result, result + 1, (20000,)) / scale).round()
     kept = a.abs() < 2**29
     number = factor(scale, guard)
     assert (number.multiplier * 2.0**-15 * inverse_power(number.shift) / scale - 1).abs().max() <= 2.0 ** -(15 - guard)
-    found = requantise(a.long(), number, -(2**15), 2**15)
+    found = requantize(a.long(), number, -(2**15), 2**15)
     # Roundings, and what the multiplier's last bit makes of the largest result.
     allowed = error + result * 2.0 ** -(15 - guard)
     assert ((found - a * scale).abs() <= allowed)[kept].all()
@@ -176,21 +176,21 @@ def test_requantisation_is_near_the_real_product(guard, result, error):
 def test_a_factor_beyond_the_result_saturates_and_never_wraps():
     """A model whose accumulators are coarser than a step of what follows."""
     number = factor(torch.tensor([1.5, 4e4, 1e12, 2.0**-70], dtype=torch.float64), 4)
-    found = requantise(torch.tensor([[3], [-(2**28)], [0], [1]]), number, -127, 127)
+    found = requantize(torch.tensor([[3], [-(2**28)], [0], [1]]), number, -127, 127)
     assert found.tolist() == [[5, 127, 127, 0], [-127, -127, -127, 0], [0, 0, 0, 0], [2, 127, 127, 0]]
 
 
-def test_wide_requantisation_is_the_same_carried():
+def test_wide_requantization_is_the_same_carried():
     a = torch.randint(-(2**29) + 1, 2**29, (20000,))
     number = dyadic(torch.exp2(torch.rand(20000, dtype=torch.float64) * 40 - 32))
     exact = [
         max(-32767, min(32767, (value * int(m) + (1 << (int(e) - 1))) >> int(e)))
         for value, m, e in zip(a.tolist(), number.multiplier, number.shift, strict=True)
     ]
-    assert wide_requantise(a, number, -32767, 32767).tolist() == exact
+    assert wide_requantize(a, number, -32767, 32767).tolist() == exact
     assert (a.double() * number.value() + 0.5).floor().clamp(-32767, 32767).tolist() == exact
     half = dyadic(torch.tensor(0.5, dtype=torch.float64))
-    assert wide_requantise(torch.tensor([-3, -2, -1, 0, 1, 2, 3]), half, -9, 9).tolist() == [-1, -1, 0, 0, 1, 1, 2]
+    assert wide_requantize(torch.tensor([-3, -2, -1, 0, 1, 2, 3]), half, -9, 9).tolist() == [-1, -1, 0, 0, 1, 1, 2]
     assert dyadic(torch.tensor(2.0**30, dtype=torch.float64)).shift == 1
 
 
@@ -253,8 +253,8 @@ def test_carried_layer_norm_is_the_same():
         assert torch.equal(whole, carried.long())
     number = layer_norm.row_factor(layer_norm.deviation(total, squares, 96, torch.tensor(1)), 96)
     assert int(number.shift.min()) < 0 < int(number.shift.max())
-    normal = layer_norm.normalised(x, total, number, 96)
-    assert torch.equal(normal, layer_norm.carried_normalised(x.double(), total.double(), number, 96).long())
+    normal = layer_norm.normalized(x, total, number, 96)
+    assert torch.equal(normal, layer_norm.carried_normalized(x.double(), total.double(), number, 96).long())
     assert torch.equal(layer_norm.scaled(normal, parameters), layer_norm.scaled(normal.double(), parameters).long())
 
 
@@ -270,7 +270,7 @@ def test_uniform_attention_over_512_keys_keeps_its_mass():
     values = torch.randint(-127, 128, (512, 16))
     steps = 8.0  # the mean of many values has a smaller range than they have
     number = softmax.row_factor(sums, softmax.mean_factor(steps))
-    mean = requantise(numerators.long() @ values, number, -127, 127)
+    mean = requantize(numerators.long() @ values, number, -127, 127)
     real = values.double().mean(0) * steps
     assert (mean - real).abs().max() < 0.5 + 1 / 16 + 127 * 2.0**-9
     # Probabilities of 8 bits, as the paper has them: 1/512 of 256 steps rounds down to nothing.
@@ -285,15 +285,15 @@ def test_weighted_means(ratio):
     number = softmax.row_factor(sums, softmax.mean_factor(ratio))
     assert number.multiplier.max() < 2**11
     real = products / sums * ratio
-    assert (requantise(products, number, -127, 127) - real).abs().max() < 0.5 + 1 / 16 + real.abs().max() * 2.0**-9
+    assert (requantize(products, number, -127, 127) - real).abs().max() < 0.5 + 1 / 16 + real.abs().max() * 2.0**-9
     step, multiplier = softmax.row_steps(number)
     found = carried_short(products.double(), step, torch.tensor(0.5).double(), multiplier)
-    assert torch.equal(found.clamp(-127, 127).long(), requantise(products, number, -127, 127))
+    assert torch.equal(found.clamp(-127, 127).long(), requantize(products, number, -127, 127))
 
 
 def test_a_row_that_attends_to_nothing_is_zero():
     number = softmax.row_factor(torch.zeros(1, 1, dtype=torch.int64), softmax.mean_factor(1.3))
-    assert requantise(torch.zeros(1, 4, dtype=torch.int64), number, -127, 127).tolist() == [[0, 0, 0, 0]]
+    assert requantize(torch.zeros(1, 4, dtype=torch.int64), number, -127, 127).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(("columns", "step"), [(32, 0.05), (1024, 0.1), (1024, 2**-9), (2560, 2**-8)])
@@ -323,7 +323,7 @@ def test_no_element_of_a_row_is_too_large_for_16_bits(columns):
     x[0, 0] = 2**15 - 1
     total, squares = layer_norm.moments(x)
     number = layer_norm.row_factor(layer_norm.deviation(total, squares, columns, torch.tensor(0)), columns)
-    found = float(layer_norm.normalised(x, total, number, columns)[0, 0]) / 2.0 ** layer_norm.normal_bits(columns)
+    found = float(layer_norm.normalized(x, total, number, columns)[0, 0]) / 2.0 ** layer_norm.normal_bits(columns)
     assert found == pytest.approx((columns - 1) ** 0.5, rel=1e-3, abs=1e-9)
 
 

@@ -8,14 +8,14 @@ import copy
 import pytest
 import torch
 
-from tests.megatron_bert.ibert.support import padded, quantised_stack, sequences
+from tests.megatron_bert.ibert.support import padded, quantized_stack, sequences
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("placement", ["pre", "post"])
 @pytest.mark.parametrize("tf32", [False, True])
 def test_the_same_bits(placement, tf32, monkeypatch):
-    stack = quantised_stack(placement, layers=3)
+    stack = quantized_stack(placement, layers=3)
     tokens, positions, layout = padded(*sequences(64, 33, 1))
     with torch.no_grad():
         here = stack(tokens, positions, layout)

@@ -14,12 +14,12 @@ from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
 from megatron_bert.ibert.epilogues import (
     Target,
-    dequantised,
-    gelu_requantised,
-    quantised,
-    requantised,
+    dequantized,
+    gelu_requantized,
+    quantized,
+    requantized,
     rescale,
-    tanh_requantised,
+    tanh_requantized,
 )
 from megatron_bert.ibert.fixed_point import factor
 from megatron_bert.ibert.products import (
@@ -28,9 +28,9 @@ from megatron_bert.ibert.products import (
     exact_product,
     integer_product,
     parts_needed,
-    quantise_weight,
+    quantize_weight,
 )
-from megatron_bert.ibert.stream import added_to_stream, normalised_stream
+from megatron_bert.ibert.stream import added_to_stream, normalized_stream
 from megatron_bert.model.attention_functions import explicit_attention
 from parallel.weight_gradients import WeightGradientQueue, deferring
 from tests.megatron_bert.model.support import make_batch, make_model, step, total_loss
@@ -63,10 +63,10 @@ def test_products_are_exact_however_large():
 def test_weights_of_a_row_keep_their_relations():
     weight = torch.randn(9, 40) * torch.logspace(-4, 1, 9)[:, None]
     for bits, limit in ((8, 127), (7, 63)):
-        q, scale = quantise_weight(weight, bits)
+        q, scale = quantize_weight(weight, bits)
         assert q.abs().amax(1).tolist() == [limit] * 9
         assert ((q * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
-    q, scale = quantise_weight(torch.zeros(2, 3), 8)
+    q, scale = quantize_weight(torch.zeros(2, 3), 8)
     assert int(q.abs().max()) == 0
     assert float(scale.min()) > 0
 
@@ -74,7 +74,7 @@ def test_weights_of_a_row_keep_their_relations():
 def test_gradient_of_a_product():
     x = torch.randint(-127, 128, (6, 10)).float().requires_grad_()
     weight = torch.randn(4, 10, requires_grad=True)
-    integers = quantise_weight(weight, 8)
+    integers = quantize_weight(weight, 8)
     sums = integer_product(x, weight, integers, input_scale=0.05, largest_input=127)
     gradient = torch.randn(6, 4)
     sums.backward(gradient)
@@ -82,11 +82,11 @@ def test_gradient_of_a_product():
     torch.testing.assert_close(weight.grad, gradient.t() @ (x.detach() * 0.05))
 
 
-def test_gradient_of_a_requantisation_is_masked_where_it_clamps():
+def test_gradient_of_a_requantization_is_masked_where_it_clamps():
     a, bias = _accumulators(50, 8), torch.randn(8, requires_grad=True)
     scale = torch.full((8,), 1e-4, dtype=torch.float64)
     prepared = rescale(factor(scale / 0.01, 4), bias.detach(), scale)
-    q = requantised(a, bias, prepared, SIGNED)
+    q = requantized(a, bias, prepared, SIGNED)
     gradient = torch.randn(50, 8)
     q.backward(gradient)
     exact = (a.detach().double() + (bias.detach().double() / 1e-4 + 0.5).floor()) * 0.01
@@ -109,11 +109,11 @@ def test_gelu_of_all_arguments(rows):
     scale = _double(2.0**-exponent * (1 - 2.0**-15))  # for a multiplier of 32767
     given = a.float()[:, None].repeat(1, rows)
     assert (given.numel() > 2 * 32767) == (rows == 2)
-    for column in gelu_requantised(given, None, scale, result_scale, target).unbind(1):
+    for column in gelu_requantized(given, None, scale, result_scale, target).unbind(1):
         assert int((column.long() - expected).abs().max()) <= 1
         assert (column.long() != expected).float().mean() < 0.02
     given[5] = torch.nan  # of a model that diverges: no error, the loss says so
-    gelu_requantised(given, None, scale, result_scale, target)
+    gelu_requantized(given, None, scale, result_scale, target)
 
 
 def test_gradient_of_gelu():
@@ -121,7 +121,7 @@ def test_gradient_of_gelu():
     scale = torch.full((8,), 1e-3, dtype=torch.float64)
     for approximate in ("none", "tanh"):
         a.grad = bias.grad = None
-        q = gelu_requantised(a, bias, scale, 0.012, Target(-14, 241), approximate=approximate)
+        q = gelu_requantized(a, bias, scale, 0.012, Target(-14, 241), approximate=approximate)
         gradient = torch.randn(200, 8)
         q.backward(gradient)
         x = ((a.detach() + (bias.detach() * 1000 + 0.5).floor()) * 1e-3).requires_grad_()
@@ -140,7 +140,7 @@ def test_gradient_of_gelu():
 def test_gradient_of_tanh():
     a, bias = _accumulators(30, 8, 3000), torch.randn(8, requires_grad=True)
     scale = torch.full((8,), 1e-3, dtype=torch.float64)
-    out = tanh_requantised(a, bias, scale)
+    out = tanh_requantized(a, bias, scale)
     assert torch.equal(out * 2**15, (out * 2**15).round())
     out.backward(torch.ones_like(out))
     x = a.detach() * 1e-3 + bias.detach()
@@ -180,7 +180,7 @@ def test_gradient_of_layer_norm():
     inside = steps < 127.5
     # None for the few elements so near the bound that rounding decides.
     gradient = torch.randn(20, 64) * ((steps - 127.5).abs() > 0.05)
-    q = normalised_stream(stream, weight, bias, 1e-5, source, 0.02, SIGNED)
+    q = normalized_stream(stream, weight, bias, 1e-5, source, 0.02, SIGNED)
     q.backward(gradient)
     assert int((~inside).sum()) > 0
     real.backward(gradient * inside)
@@ -214,10 +214,10 @@ def test_gradient_of_attention(dropout):
         assert float(difference) < 0.02  # numerators are rounded to 255ths
 
 
-def test_quantising_and_dequantising_pass_gradients_through():
+def test_quantizing_and_dequantizing_pass_gradients_through():
     x = torch.randn(30, 4, requires_grad=True)
-    q = quantised(x, 0.015, SIGNED)
-    y = dequantised(q, _double(0.015))
+    q = quantized(x, 0.015, SIGNED)
+    y = dequantized(q, _double(0.015))
     assert (y - x.clamp(-1.905, 1.905)).abs().max() <= 0.0076
     y.sum().backward()
     inside = (x.detach() / 0.015 + 0.5).floor().abs() <= 127

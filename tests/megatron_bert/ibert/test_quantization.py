@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantising models of every kind, calibration, ranges in state dicts, reports, and what is refused."""
+"""Quantizing models of every kind, calibration, ranges in state dicts, reports, and what is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.errors import UserError
 from parallel.pipeline.stage import StagePart
-from tests.megatron_bert.ibert.support import make_stack, padded, quantised_stack, sequences
+from tests.megatron_bert.ibert.support import make_stack, padded, quantized_stack, sequences
 from tests.megatron_bert.model.support import CONFIG, LENGTH, LENGTHS, make_batch, make_model, total_loss
 
 SETTINGS = QuantizationConfig()
@@ -56,7 +56,7 @@ def test_parameters_stay_the_same_objects_under_the_same_names():
     model = make_model()
     before = dict(model.named_parameters())
     float_output = model(make_batch())
-    assert quantize_model(model, QuantizationConfig(equalisation="none")) is model
+    assert quantize_model(model, QuantizationConfig(equalization="none")) is model
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -336,15 +336,15 @@ def test_percentile_ranges_leave_outliers_out():
 
 
 @pytest.mark.parametrize("kind", ["gamma", "smooth"])
-def test_equalisation_keeps_the_float_function_and_helps_outlier_gains(kind):
-    def noise(equalisation: str) -> tuple[float, torch.Tensor]:
+def test_equalization_keeps_the_float_function_and_helps_outlier_gains(kind):
+    def noise(equalization: str) -> tuple[float, torch.Tensor]:
         torch.manual_seed(2)
         stack = make_stack("pre", 2)
         with torch.no_grad():
             for layer in stack.encoder.layers.values():
                 layer.mlp_norm.weight[3] *= 30.0
                 layer.mlp.intermediate.weight[:, 3] /= 30.0
-        quantize_model(stack, QuantizationConfig(equalisation=equalisation))
+        quantize_model(stack, QuantizationConfig(equalization=equalization))
         batch = padded(*sequences(30, 30))
         calibrate(stack, [batch], lambda b: stack(*b))
         with torch.no_grad():
@@ -353,16 +353,16 @@ def test_equalisation_keeps_the_float_function_and_helps_outlier_gains(kind):
                 real = stack(*batch)
         return float((integer - real).square().sum() / real.square().sum()), real
 
-    plain, equalised = noise("none"), noise(kind)
-    torch.testing.assert_close(plain[1], equalised[1], rtol=1e-4, atol=1e-4)
-    assert equalised[0] < 0.5 * plain[0]
+    plain, equalized = noise("none"), noise(kind)
+    torch.testing.assert_close(plain[1], equalized[1], rtol=1e-4, atol=1e-4)
+    assert equalized[0] < 0.5 * plain[0]
 
 
 # ---------------------------------------------------------------- report
 
 
 def test_report(tmp_path):
-    stack = quantised_stack("post", 2)
+    stack = quantized_stack("post", 2)
     batch = padded(*sequences(40, 25))
     named_ranges(stack)["encoder.layers.1.ranges.query.range"].div_(3)
     ranges = {name: float(value) for name, value in named_ranges(stack).items()}
@@ -401,7 +401,7 @@ def test_report(tmp_path):
         ("percentile", 10.0),
         ("force_dequant", "tanh"),
         ("layer_force_dequant", {3: "all"}),
-        ("equalisation", "yes"),
+        ("equalization", "yes"),
     ],
 )
 def test_settings_are_checked(field, value):
@@ -414,7 +414,7 @@ def test_settings_are_checked(field, value):
     [
         ({"position_embedding_type": "relative_key"}, {}, "relative position"),
         ({"is_decoder": True, "add_cross_attention": True}, {}, "cross-attention"),
-        ({"layer_norm_placement": "post"}, {"equalisation": "gamma"}, "post-layer-norm"),
+        ({"layer_norm_placement": "post"}, {"equalization": "gamma"}, "post-layer-norm"),
         ({"intermediate_size": 12544}, {}, "intermediate size"),
         ({"hidden_act": "relu"}, {}, "hidden_act relu"),
         ({"hidden_act": "silu"}, {}, "hidden_act silu"),

@@ -11,7 +11,7 @@ import torch
 
 from megatron_bert.ibert import named_ranges, quantizers
 from tests.megatron_bert.ibert import reference
-from tests.megatron_bert.ibert.support import padded, quantised_stack, sequences, tensors_of
+from tests.megatron_bert.ibert.support import padded, quantized_stack, sequences, tensors_of
 
 
 def _arrays(stack: torch.nn.Module, prefix: str) -> dict[str, np.ndarray]:
@@ -24,7 +24,7 @@ def _arrays(stack: torch.nn.Module, prefix: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("narrow", [1.0, 0.3])
 def test_layers(placement, narrow):
     """``narrow`` ranges make every clamp count."""
-    stack = quantised_stack(placement, layers=2)
+    stack = quantized_stack(placement, layers=2)
     for value in named_ranges(stack).values():
         value.mul_(narrow)
     if placement == "pre":  # read at another scale than it was written at
@@ -55,7 +55,7 @@ def test_layers(placement, narrow):
 
 
 def test_embeddings_and_final_norm():
-    stack = quantised_stack("pre", layers=1)
+    stack = quantized_stack("pre", layers=1)
     (ids,), longest = sequences(30)
     tokens, positions, layout = padded([ids], longest)
     with torch.no_grad():

@@ -14,8 +14,8 @@ from megatron_bert.ibert.fixed_point import (
     LARGEST_SHORT,
     Dyadic,
     Factor,
-    requantise,
-    wide_requantise,
+    requantize,
+    wide_requantize,
 )
 from tests.megatron_bert.ibert.intervals import Interval, bits, watched
 
@@ -28,19 +28,19 @@ def test_accumulators_have_29_bits():
     assert LARGEST_ACCUMULATOR >= 12288 * 255 * 127 + 2**27 - 1
 
 
-def test_requantisation_has_31_bits():
+def test_requantization_has_31_bits():
     for a in (LARGEST_ACCUMULATOR, 2**29):  # an accumulator; and N x - s1 or sums of attention
         for shift in range(1, 31):
             with watched():
-                result = requantise(Interval(-a, a), Factor(Interval(0, LARGEST_SHORT), Interval(shift, shift)), *SHORT)
+                result = requantize(Interval(-a, a), Factor(Interval(0, LARGEST_SHORT), Interval(shift, shift)), *SHORT)
             assert Interval.widest <= 31
             assert (result.low, result.high) >= SHORT
 
 
-def test_wide_requantisation_has_53_bits():
+def test_wide_requantization_has_53_bits():
     with watched():
         number = Dyadic(Interval(0, 2**23), Interval(1, 52))
-        wide_requantise(Interval(-LARGEST_ACCUMULATOR, LARGEST_ACCUMULATOR), number, -(2**24), 2**24)
+        wide_requantize(Interval(-LARGEST_ACCUMULATOR, LARGEST_ACCUMULATOR), number, -(2**24), 2**24)
     # float64 holds all integers of 53 bits, so it carries the same sum.
     assert Interval.widest == 53
 
@@ -111,7 +111,7 @@ def test_layer_norm_holds_64_bits_a_row_and_32_an_element(columns, bits_of_strea
     for shift in (1, 9, 21):
         number = Factor(Interval(2**14, LARGEST_SHORT), Interval(shift, shift))
         with watched():
-            normal = layer_norm.normalised(Interval(-limit, limit), total, number, columns)
+            normal = layer_norm.normalized(Interval(-limit, limit), total, number, columns)
         assert Interval.widest <= 31
         assert max(bits(normal.low), bits(normal.high)) <= 15
         for last in (1, 24):

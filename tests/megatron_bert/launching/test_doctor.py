@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor's judgement of made-up machines and links, and an examination of real processes."""
+"""The doctor's judgment of made-up machines and links, and an examination of real processes."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_dropout_of_each_kind_changes_the_loss():
     assert abs(loss(attention_probs_dropout_prob=0.1) - still) > 1e-3
 
 
-def test_a_sample_does_not_see_its_neighbours():
+def test_a_sample_does_not_see_its_neighbors():
     batch, model = make_batch(), make_model()
     tokens = batch.tokens.view(len(LENGTHS), -1).clone()
     tokens[0] = (tokens[0] + 7) % CONFIG.vocab_size

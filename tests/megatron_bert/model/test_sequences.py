@@ -63,7 +63,7 @@ def test_few_sizes_at_little_cost(multiple):
         (24, [[4, 5, 5, 3, 1, 5]]),
     ],
 )
-def test_neighbours_of_similar_length_stand_together(pairs, runs):
+def test_neighbors_of_similar_length_stand_together(pairs, runs):
     layout = SequenceLayout.packed(torch.tensor([4, 5, 5, 3, 1, 5]), 7)
     parts = layout.parts(pairs)
     assert [part.lengths for part in parts] == runs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation at other layouts, step by step beside a run of one process.
+"""Quantization at other layouts, step by step beside a run of one process.
 
 Where weights and ranges are the same, so are the integers, whatever the layout or the processor; only float gradients
 are summed in another order. Ranges come from a float model, though, and weights from such gradients: each layout has

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small fine-tuned model, and runs that quantise it."""
+"""A small fine-tuned model, and runs that quantize it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.megatron_bert.finetuning.support import make_run, run_settings
 
 
 def make_model(folder: Path, **changes: Any) -> Path:
-    """The run of a float model that has learnt something."""
+    """The run of a float model that has learned something."""
     settings = make_run(
         folder,
         training__epochs=8,

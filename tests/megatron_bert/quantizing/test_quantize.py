@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole quantisation runs: scores side by side, going on, layouts, what they leave behind."""
+"""Whole quantization runs: scores side by side, going on, layouts, what they leave behind."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, monkeypa
         ("quantization__weight_bits", 7),
         ("quantization__residual_bits", 12),
         ("quantization__observer", "mse"),
-        ("quantization__equalisation", "gamma"),
+        ("quantization__equalization", "gamma"),
         ("quantization__calibration_steps", 4),
         ("model__from", folder / "encoder"),
     ):
@@ -176,10 +176,10 @@ def test_calibration_alone(folder: Path, tmp_path: Path) -> None:
     assert results["splits"]["valid"] == pytest.approx(results["splits"]["valid_calibrated"], rel=1e-12)
 
 
-@pytest.mark.parametrize("equalisation", ["gamma", "smooth"])
-def test_equalised_models_are_saved_as_they_are(folder: Path, tmp_path: Path, equalisation: str) -> None:
+@pytest.mark.parametrize("equalization", ["gamma", "smooth"])
+def test_equalized_models_are_saved_as_they_are(folder: Path, tmp_path: Path, equalization: str) -> None:
     """The float function is the same; what is saved gives the run's scores."""
-    run(folder, tmp_path / "run", quantization__equalisation=equalisation, quantization__weight_bits=7)
+    run(folder, tmp_path / "run", quantization__equalization=equalization, quantization__weight_bits=7)
     results, float_results = read_results(tmp_path / "run"), read_results(folder / "run")
     assert results is not None
     assert float_results is not None
@@ -252,7 +252,7 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["quantization.layer_force_dequant={9: gelu}"], "names layer 9, but the model has layers 0 to 3"),
         (["model.from={folder}/encoder"], "was not fine-tuned with this kind of head"),
         (["model.keep_head=false"], "model.keep_head"),
-        (["quantisation.weight_bits=8"], "did you mean quantization?"),
+        (["quantization.weight_bits=8"], "did you mean quantization?"),
     ],
 )
 def test_mistakes(

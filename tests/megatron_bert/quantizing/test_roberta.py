@@ -142,8 +142,8 @@ def _run_rank(folder: Path, reference: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_heads_are_quantised_as_in_the_public_classes(kind: str, tmp_path: Path) -> None:
-    """The same quantisers under the same names, and from the same ranges the same integers."""
+def test_heads_are_quantized_as_in_the_public_classes(kind: str, tmp_path: Path) -> None:
+    """The same quantizers under the same names, and from the same ranges the same integers."""
     ours, _ = roberta(kind, tmp_path)
     public = getattr(megatron_bert, f"IBert{CLASS_ENDINGS[HEADS[kind].kind]}").from_pretrained(tmp_path)
     units = units_for("roberta", kind)
@@ -178,7 +178,7 @@ def _of_public(public: Any, unit: Unit) -> torch.Tensor:
     return torch.cat(found)
 
 
-def test_an_integer_model_is_quantised_anew(folder: Path, quantized: Path, tmp_path: Path) -> None:
+def test_an_integer_model_is_quantized_anew(folder: Path, quantized: Path, tmp_path: Path) -> None:
     """From its float weights."""
     again = settings_of(
         folder,
@@ -198,7 +198,7 @@ def test_an_integer_model_is_quantised_anew(folder: Path, quantized: Path, tmp_p
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["quantization.equalisation=gamma"], "equalisation is 'gamma', but the norms of post-layer-norm"),
+        (["quantization.equalization=gamma"], "equalization is 'gamma', but the norms of post-layer-norm"),
         (["task.labels=[a,b,c,d]"], "was fine-tuned for the classes c, a, b, but the task has a, b, c, d"),
     ],
 )

@@ -19,7 +19,7 @@ def table(*rows: list[str]) -> str:
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
-def labelled_files() -> dict[str, str]:
+def labeled_files() -> dict[str, str]:
     """Training and development files; the first text of a row is '"one" a', the second 'b, two'."""
     one, two = '"one" a', "b, two"
     mnli = ["0", "31193", "31193n", "government", *PARSES, one, two]
@@ -52,7 +52,7 @@ def labelled_files() -> dict[str, str]:
     }
 
 
-def unlabelled_files() -> dict[str, str]:
+def unlabeled_files() -> dict[str, str]:
     """Test files: no labels, and columns that differ in places."""
     pair, texts = ["b", "c"], ["index", "sentence1", "sentence2"]
     mnli = table(
@@ -77,7 +77,7 @@ def unlabelled_files() -> dict[str, str]:
 
 def write_glue(folder: Path) -> Path:
     """A directory of all of GLUE."""
-    for name, content in (labelled_files() | unlabelled_files()).items():
+    for name, content in (labeled_files() | unlabeled_files()).items():
         write(folder / f"{name}.tsv", content)
         if name.endswith("/train") and name != "MNLI/train":
             write(folder / name.replace("/train", "/dev.tsv"), content)

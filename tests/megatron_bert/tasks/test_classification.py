@@ -299,9 +299,9 @@ def test_files_that_cannot_serve(tmp_path: Path, tokenizer: Tokenizer) -> None:
     one = write(tmp_path / "a.tsv", "text\tlabel\nx\ta\n")
     with pytest.raises(UserError, match=r"needs 2 labels or more, not \['a'\]"):
         task_of(tokenizer, {"name": "classification"}, {"train": one})
-    unlabelled = write(tmp_path / "u.tsv", "text\tlabel\nx\t\n")
+    unlabeled = write(tmp_path / "u.tsv", "text\tlabel\nx\t\n")
     with pytest.raises(UserError, match=r"needs 1 labels or more, not \[\]"):
-        task_of(tokenizer, {"name": "classification", "multi_label": True}, {"train": unlabelled})
+        task_of(tokenizer, {"name": "classification", "multi_label": True}, {"train": unlabeled})
     with pytest.raises(UserError, match=r"set task\.labels or data\.train"):
         task_of(tokenizer, {"name": "classification"}, {"valid": one})
     with pytest.raises(UserError, match=r"set data\.format"):

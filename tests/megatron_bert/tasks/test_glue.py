@@ -82,7 +82,7 @@ def test_submissions(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     assert files == dict.fromkeys(expected, f"index\tprediction\n5\t{first}\n6\t{second}\n")
 
 
-def test_labelled_splits_are_no_submission(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_labeled_splits_are_no_submission(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, {"name": "rte"}, {"directory": write_glue(tmp_path / "glue")})
     examples = task.examples("valid")
     predictions = task.predictions(examples, task.units(examples, train=False), scores_for([0, 1], 2))
@@ -99,7 +99,7 @@ def test_files_of_mnli_that_are_given_one_by_one(tmp_path: Path, tokenizer: Toke
     assert [found.name for found in task.write_submission(examples, predictions, tmp_path / "out")] == ["MNLI-mm.tsv"]
 
 
-def test_a_labelled_file_of_cola_to_test_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_labeled_file_of_cola_to_test_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Its development file has no header, whatever it is used for."""
     path = next(write_glue(tmp_path / "glue").rglob("CoLA/dev.tsv"))
     task = task_of(tokenizer, {"name": "cola"}, {"test": path})
@@ -203,7 +203,7 @@ def test_submissions_of_several_files(tmp_path: Path, tokenizer: Tokenizer) -> N
     }
 
 
-def test_other_formats_are_recognised(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_other_formats_are_recognized(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.tsv", "question,sentence,label\na,b,entailment\n")
     with pytest.raises(UserError, match="commas seem to separate its columns, where tabs were expected"):
         task_of(tokenizer, {"name": "qnli"}, {"train": path}).examples("train")

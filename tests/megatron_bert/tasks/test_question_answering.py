@@ -88,7 +88,7 @@ def test_answers_come_back_exactly(tmp_path: Path, length: int) -> None:
             assert len(units) > len(examples), kind
         else:
             assert len(units) == len(examples), kind
-        labelled = 0
+        labeled = 0
         for unit in units:
             (feature,) = unit.features
             assert len(feature.tokens) <= length
@@ -96,11 +96,11 @@ def test_answers_come_back_exactly(tmp_path: Path, length: int) -> None:
             assert len(unit.spans) == len(feature.tokens) - unit.offset - 1
             assert set(feature.types[unit.offset :].tolist()) == {1}
             if unit.label.any():
-                labelled += 1
+                labeled += 1
                 first, last = unit.label - unit.offset
                 begin, end = unit.spans[first, 0], unit.spans[last, 1]
                 assert CONTEXT[begin:end] == ANSWERS[unit.example], kind
-        assert labelled >= len(ANSWERS)
+        assert labeled >= len(ANSWERS)
         predictions = task.predictions(examples, units, sure_logits(units))
         for prediction, text in zip(predictions, ANSWERS, strict=True):
             assert prediction["answer"] == text, kind
@@ -357,8 +357,8 @@ def test_broken_parts_of_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_test_files_need_no_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    unlabelled = {"id": "x", "question": "q"}
-    path = squad(tmp_path / "a.json", (CONTEXT, [unlabelled]))
+    unlabeled = {"id": "x", "question": "q"}
+    path = squad(tmp_path / "a.json", (CONTEXT, [unlabeled]))
     task = task_of(tokenizer, NAME, {"test": path})
     examples = task.examples("test")
     units = task.units(examples, train=False)

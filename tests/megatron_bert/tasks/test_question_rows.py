@@ -63,13 +63,13 @@ def test_rows_without_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ]
     path = json_lines(tmp_path / "a.jsonl", rows)
     found = task_of(tokenizer, NAME | {"no_answer": True}, {"train": path}).examples("train")
-    assert [(e.id, len(e.answers), e.labelled) for e in found] == [("0", 0, True), ("1", 1, True)]
+    assert [(e.id, len(e.answers), e.labeled) for e in found] == [("0", 0, True), ("1", 1, True)]
     with pytest.raises(UserError, match=r"line 1: .* set task\.no_answer"):
         task_of(tokenizer, NAME, {"train": path}).examples("train")
     for unknown in ({}, {"answers": None}):
         path = json_lines(tmp_path / "t.jsonl", [{"question": "q", "context": CONTEXT} | unknown])
         task = task_of(tokenizer, NAME, {"test": path, "valid": path})
-        assert [e.labelled for e in task.examples("test")] == [False]
+        assert [e.labeled for e in task.examples("test")] == [False]
         with pytest.raises(UserError, match=r"""['"]answers['"]"""):
             task.examples("valid")
 

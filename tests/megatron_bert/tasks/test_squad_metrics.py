@@ -36,7 +36,7 @@ from megatron_bert.tasks.squad_metrics import (
         ("", ""),
     ],
 )
-def test_normalisation(text: str, expected: str) -> None:
+def test_normalization(text: str, expected: str) -> None:
     assert normalize_answer(text) == expected
 
 

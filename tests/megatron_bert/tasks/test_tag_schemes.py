@@ -38,7 +38,7 @@ def test_entities_there_and_back(scheme: Scheme) -> None:
     check_tags(tags, scheme)
 
 
-def test_io_joins_neighbours_of_one_type() -> None:
+def test_io_joins_neighbors_of_one_type() -> None:
     tags = ["I-a", "I-a", "I-b", "O", "I-b"]
     assert entities(tags, "IO") == [WordSpan(0, 2, "a"), WordSpan(2, 3, "b"), WordSpan(4, 5, "b")]
     check_tags(tags, "IO")
@@ -51,7 +51,7 @@ def test_random_entities_come_back(scheme: Scheme) -> None:
         spans, place = [], 0
         while place < 12:
             length = int(rng.integers(1, 4))
-            # IO cannot tell neighbours of one type apart.
+            # IO cannot tell neighbors of one type apart.
             name = str(rng.choice(["a", "b-c"]))
             if rng.random() < 0.6 and not (scheme == "IO" and spans and spans[-1].end == place):
                 spans.append(WordSpan(place, min(place + length, 12), name))

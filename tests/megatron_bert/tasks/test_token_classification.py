@@ -80,7 +80,7 @@ def test_rows_are_first_pieces(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokens = units[1].features[0].tokens
     pieces = [tokenizer.id_to_token(int(token)) for token in tokens]
     first = [pieces[row] for row in units[1].features[0].rows]
-    assert first == ["[UNK]", "n", "[UNK]", "[UNK]"]  # the joiner is nothing after normalisation, and is not left out
+    assert first == ["[UNK]", "n", "[UNK]", "[UNK]"]  # the joiner is nothing after normalization, and is not left out
     assert pieces[0] == "[CLS]"
     assert pieces[-1] == "[SEP]"
     assert pieces[2:9] == ["n", "##e", "##w", "y", "##o", "##r", "##k"]

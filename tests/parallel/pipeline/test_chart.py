@@ -71,6 +71,6 @@ def test_png_shows_each_kind_of_action(tmp_path):
     charts = [(name, simulate(build_schedule(name, 2, 3))) for name in ("1f1b", "zero-bubble-v")]
     gantt_png(charts, path)
     pixels = (imread(path)[..., :3] * 255).round().astype(int)
-    colours = {f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in pixels[::8, ::4].reshape(-1, 3)}
-    assert {"#5aa9e6", "#ee9a4d", "#f0c93f", "#57b894"} <= colours
+    colors = {f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in pixels[::8, ::4].reshape(-1, 3)}
+    assert {"#5aa9e6", "#ee9a4d", "#f0c93f", "#57b894"} <= colors
     assert pixels.shape[1] > 2000

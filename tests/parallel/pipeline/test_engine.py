@@ -122,7 +122,7 @@ def test_weight_gradients_wait_for_their_action(name):
 
 
 class _WatchedTransport:
-    """Passes messages on and remembers the memory they travelled in."""
+    """Passes messages on and remembers the memory they traveled in."""
 
     def __init__(self, inner: PipelineTransport) -> None:
         self.inner = inner
@@ -278,7 +278,7 @@ def test_the_rank_that_fails_says_where(name, text):
     assert len(grid) == 2
     assert grid[rank].count(f">{text}<") == 1
     assert ">" not in grid[1 - rank]
-    # The neighbour waits for something that never comes, and says for what.
+    # The neighbor waits for something that never comes, and says for what.
     first, grid = _lines(messages[1 - rank])
     assert first.startswith(f"pipeline rank {1 - rank} (rank {1 - rank}) failed at ")
     assert "while waiting for the " in first or "while finishing the send of the " in first

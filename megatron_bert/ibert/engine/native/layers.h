@@ -5,7 +5,7 @@
 static void norm16(Pool* pool, const PackedNorm* norm, int, int rows, int16_t* stream, size_t stride) {
   for_rows(pool, rows, [=](int row) {
     int16_t* x = stream + row * stride;
-    normalise(norm, x, [=](int i, V v) { S::store(x + i, v); });
+    normalize(norm, x, [=](int i, V v) { S::store(x + i, v); });
   });
 }
 
@@ -13,7 +13,7 @@ static void norm8(Pool* pool, const PackedNorm* norm, int, int rows, const int16
                   size_t out_stride) {
   for_rows(pool, rows, [=](int row) {
     Activation* to = (Activation*)out + row * out_stride;
-    normalise(norm, stream + row * stride, [=](int i, V v) { store_activation<Activation, Products::ZERO>(to + i, v); });
+    normalize(norm, stream + row * stride, [=](int i, V v) { store_activation<Activation, Products::ZERO>(to + i, v); });
   });
 }
 

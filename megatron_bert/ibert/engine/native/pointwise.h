@@ -110,7 +110,7 @@ static inline V read_stream(V x, int shift, int limit) {
 
 // `store(column, v)` gets the results of one row.
 template <class F>
-static inline void normalise(const PackedNorm* norm, const int16_t* x, F store) {
+static inline void normalize(const PackedNorm* norm, const int16_t* x, F store) {
   PackedNormHeader n;
   std::memcpy(&n, norm, sizeof n);
   const int columns = n.columns;

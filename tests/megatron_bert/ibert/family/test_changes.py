@@ -29,10 +29,10 @@ def test_pruned_heads_are_those_that_a_mask_leaves_out(tmp_path):
     assert again(**batch).logits.equal(model(**batch).logits)
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["float", "integers"])
-def test_more_words_and_fewer_heads(quantised):
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "integers"])
+def test_more_words_and_fewer_heads(quantized):
     """Words that were there keep their logits; in integers nearly, for ranges go on following."""
-    model = build(HEAD, config_of(HEAD, initializer_range=0.08, quant_mode=quantised)).train()
+    model = build(HEAD, config_of(HEAD, initializer_range=0.08, quant_mode=quantized)).train()
     batch = batch_for(HEAD) | labels_for(HEAD)
     model(**batch)
     before = model.eval()(**batch).logits
@@ -45,6 +45,6 @@ def test_more_words_and_fewer_heads(quantised):
     found = model.eval()(**batch).logits
     with torch.no_grad(), in_mode(model, "float"):
         expected = model(**batch).logits
-    atol = 0.1 * float(expected.abs().max()) if quantised else 1e-6
+    atol = 0.1 * float(expected.abs().max()) if quantized else 1e-6
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
     assert model.get_input_embeddings().weight.grad.shape[0] == 120

@@ -43,11 +43,11 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(("length", "theirs"), [(16, 0.08), (300, 0.5)])
 def test_errors(length, theirs, models):
     """Ours does not depend on the length; theirs loses the mass of attention to many keys."""
-    model, *quantised = models
+    model, *quantized = models
     ids = torch.randint(2, 500, (1, length), generator=torch.Generator().manual_seed(1))
     errors = []
     expected = model(ids).logits
-    for each in quantised:
+    for each in quantized:
         each.train()(ids)
         difference = each.eval()(ids).logits - expected
         errors.append(float(difference.norm() / expected.norm()))

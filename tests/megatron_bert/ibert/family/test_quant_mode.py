@@ -42,7 +42,7 @@ def _batch(family: str, head: str) -> dict[str, Tensor]:
     return (megatron if family == "MegatronBert" else ibert).batch_for(head) | labels_for(head)
 
 
-def _quantised(family: str, head: str, **arguments: Any) -> Any:
+def _quantized(family: str, head: str, **arguments: Any) -> Any:
     model = quantize_model(_build(family, head, **arguments), QuantizationConfig())
     calibrate(model, [_batch(family, head)], lambda batch: model(**batch))
     return model
@@ -56,7 +56,7 @@ def _fractions(tensor: Tensor, unit: float) -> float:
 @EACH_CLASS
 def test_integers_in_every_class(family, head):
     """Close to the float model, in steps of a power of two, and with gradients for every parameter."""
-    model, batch = _quantised(family, head), _batch(family, head)
+    model, batch = _quantized(family, head), _batch(family, head)
     output = model(**batch)
     with torch.no_grad(), in_mode(model, "float"):
         expected = flatten(model(**batch))
@@ -156,7 +156,7 @@ def test_a_row_does_not_depend_on_its_batch(family, head):
     """Bit for bit: alone, with others, and with padding skipped or not."""
     if head in ("ForCausalLM", "ForMultipleChoice"):
         pytest.skip("a decoder keeps its padding, and choices stand in one row")
-    model = _quantised(family, head)
+    model = _quantized(family, head)
     batch = {n: t for n, t in _batch(family, head).items() if n in ("input_ids", "attention_mask", "token_type_ids")}
     real = int(batch["attention_mask"][1].sum())
     outputs = []
@@ -183,7 +183,7 @@ def _run(tp: TensorParallel, ranges: dict[str, dict[str, float]] | None = None) 
     """Outputs in integers with given ranges or calibrated ones, and ranges that quant_mode finds in training."""
     results = {}
     for family, head in _DIVIDED:
-        model, batch = _quantised(family, head, tp=tp), _batch(family, head)
+        model, batch = _quantized(family, head, tp=tp), _batch(family, head)
         for name, limit in named_ranges(model).items():
             if ranges is not None:
                 assert float(limit) == pytest.approx(ranges[family + head][name], rel=1e-5)
@@ -219,11 +219,11 @@ def test_tensor_ranks_give_identical_bits(size):
 
 
 def test_what_integers_do_not_cover():
-    model = _quantised("IBert", "ForMaskedLM")
+    model = _quantized("IBert", "ForMaskedLM")
     batch = _batch("IBert", "ForMaskedLM")
     with pytest.raises(UserError, match="head_mask is given"):
         model(**batch, head_mask=torch.ones(4))
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="quantized already"):
         quantize_model(_build("IBert", "Model", quant_mode=True), QuantizationConfig())
     with pytest.raises(UserError, match="relative position"):
         quantize_model(_build("MegatronBert", "Model", position_embedding_type="relative_key"), QuantizationConfig())
@@ -232,8 +232,8 @@ def test_what_integers_do_not_cover():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["IBert", "MegatronBert"])
 def test_parameters_of_sixteen_bits(family, dtype):
-    """They are quantised as they are; what is carried between modules stays float32, and so does the result."""
-    model, batch = _quantised(family, "ForMaskedLM"), _batch(family, "ForMaskedLM")
+    """They are quantized as they are; what is carried between modules stays float32, and so does the result."""
+    model, batch = _quantized(family, "ForMaskedLM"), _batch(family, "ForMaskedLM")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_no_bit():
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
-def test_a_part_of_a_class_is_quantised_with_it():
+def test_a_part_of_a_class_is_quantized_with_it():
     model = IBertForMaskedLM(ibert.config_of("ForMaskedLM", quant_mode=True))
     names = [name for name, _ in quantized_modules(model)]
     assert "lm_head" in names

@@ -43,7 +43,7 @@ def test_round_trips(head, tmp_path):
     assert type(peer).__name__ == type(model).__name__
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    # What they have beyond are buffers of their quantised layers, which they fill themselves.
+    # What they have beyond are buffers of their quantized layers, which they fill themselves.
     parameters = {name for name, _ in peer.named_parameters()}
     assert not parameters & set(info["missing_keys"])
     assert sum(parameter.numel() for parameter in peer.parameters()) == model.num_parameters()
@@ -60,7 +60,7 @@ def test_round_trips(head, tmp_path):
 @pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta"])
 @pytest.mark.parametrize("head", HEADS)
 def test_models_of_roberta_are_read(head, kind, tmp_path):
-    """Its encoder and heads are the same, so that a fine-tuned one can be quantised."""
+    """Its encoder and heads are the same, so that a fine-tuned one can be quantized."""
     config = config_of(head, type_vocab_size=1)
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels")
     names += ("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id", "initializer_range")
@@ -77,11 +77,11 @@ def test_models_of_roberta_are_read(head, kind, tmp_path):
     batch = batch_for(head)
     del batch["token_type_ids"]
     assert_outputs_close(model(**batch), peer(**batch))
-    quantised = _class(head).from_pretrained(tmp_path, quant_mode=True).train()
-    quantised(**batch)
+    quantized = _class(head).from_pretrained(tmp_path, quant_mode=True).train()
+    quantized(**batch)
     exact = model(**batch)[0]
     atol = 0.15 * float(exact.detach().abs().max())
-    torch.testing.assert_close(quantised.eval()(**batch)[0], exact, rtol=0, atol=atol)
+    torch.testing.assert_close(quantized.eval()(**batch)[0], exact, rtol=0, atol=atol)
 
 
 def test_untied_heads(tmp_path):

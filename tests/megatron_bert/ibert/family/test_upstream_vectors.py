@@ -17,12 +17,12 @@ from megatron_bert.ibert import QuantizationConfig, Quantizer, update_ranges
 from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert import layer_norm as integer_norm
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
-from megatron_bert.ibert.epilogues import Target, gelu_requantised, quantised, rescale
+from megatron_bert.ibert.epilogues import Target, gelu_requantized, quantized, rescale
 from megatron_bert.ibert.fixed_point import factor
 from megatron_bert.ibert.heads import QuantizedDense
-from megatron_bert.ibert.products import exact_product, quantise_weight
+from megatron_bert.ibert.products import exact_product, quantize_weight
 from megatron_bert.ibert.softmax import score_factor, softmax_numerators
-from megatron_bert.ibert.stream import added_to_stream, normalised_stream
+from megatron_bert.ibert.stream import added_to_stream, normalized_stream
 from megatron_bert.model.heads import Dense
 
 TIGHT = 0.05
@@ -37,7 +37,7 @@ def test_embeddings():
     """Tables have the 16 bits of the stream: their error is below a fortieth of a step of theirs, which has 8."""
     quantizer = Quantizer("stream", QuantizationConfig())
     quantizer.range.fill_(float(X.abs().max()))
-    rows = quantised(X, quantizer.scale(), quantizer.target())
+    rows = quantized(X, quantizer.scale(), quantizer.target())
     assert _whole(rows / quantizer.scale())
     torch.testing.assert_close(rows, X, rtol=0, atol=8 / 127 / 40)
 
@@ -47,7 +47,7 @@ def test_ranges_of_activations():
     quantizer = Quantizer("signed", QuantizationConfig())
 
     def used(x: Tensor) -> Tensor:
-        q = quantised(x, quantizer.scale(), quantizer.target(), quantizer.watch())
+        q = quantized(x, quantizer.scale(), quantizer.target(), quantizer.watch())
         assert _whole(q)
         return q * quantizer.scale()
 
@@ -85,7 +85,7 @@ def test_sum_with_an_identity():
 def test_linear():
     weight = torch.tensor([[-1.0, 2.0, 3.0, -4.0], [5.0, -6.0, -7.0, 8.0]]).T.contiguous()
     x = torch.tensor([[2.0, -5.0], [-3.0, 4.0]])
-    integers = quantise_weight(weight, 8)
+    integers = quantize_weight(weight, 8)
     torch.testing.assert_close(integers.scale, weight.abs().amax(1) / 127, rtol=1e-6, atol=0)
     assert integers.q.abs().amax(1).eq(127).all()  # the largest weight is not clipped, as it is there
     sums = exact_product(x, integers.q, 127)
@@ -103,7 +103,7 @@ def test_gelu():
     scale = torch.full((), 0.001, dtype=torch.float64)
     unit = 2.0**-10  # 16 bits, so that what is seen is the function's error
     accumulators = torch.arange(-10000, 10001).float()[:, None]
-    found = gelu_requantised(accumulators, None, scale.expand(1), unit, Target(-(2**15), 2**15, unit))[:, 0]
+    found = gelu_requantized(accumulators, None, scale.expand(1), unit, Target(-(2**15), 2**15, unit))[:, 0]
     assert _whole(found / unit)
     # The argument is rounded to 2^-10, which GELU's slope of at most 1.13 makes 1.1e-3; the polynomial adds 2e-3.
     torch.testing.assert_close(found, F.gelu(x), rtol=0, atol=3e-3)
@@ -160,13 +160,13 @@ def test_layer_norm():
     quantizer = Quantizer("stream", QuantizationConfig())
     quantizer.range.fill_(float((rows * 0.1).abs().max()))
     source, result = quantizer.target(), Target(-32767, 32767, unit)
-    x = quantised(rows * 0.1, source.unit, source)
-    found = normalised_stream(x, norm.weight, norm.bias, 1e-5, source, unit, result).detach()
+    x = quantized(rows * 0.1, source.unit, source)
+    found = normalized_stream(x, norm.weight, norm.bias, 1e-5, source, unit, result).detach()
     assert _whole(found / unit)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
 
-def test_a_quantised_dense_layer_of_integers():
+def test_a_quantized_dense_layer_of_integers():
     """A whole module, for integer inputs as in the linear example, calibrated on them."""
     dense = Dense(2, 4, init_std=0.02)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_quantised_dense_layer_of_integers():
     x = torch.tensor([[2.0, -5.0], [-3.0, 4.0]])
     expected = dense(x).detach()
     dense.__class__ = QuantizedDense
-    dense.quantise(QuantizationConfig())
+    dense.quantize(QuantizationConfig())
     dense.mode = "observe"
     dense(x)
     update_ranges(dense)

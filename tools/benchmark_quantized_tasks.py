@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of float, calibrated and quantisation-aware models on tasks, over several seeds.
+"""Scores of float, calibrated and quantization-aware models on tasks, over several seeds.
 
 For each settings file of `megatron-bert finetune` and each seed:
 
 1. ``float``: the model is fine-tuned;
-2. ``further``: it is trained on in floating point, for as long and as the quantised models are, so that what further
-   training alone is worth is not put down to quantisation;
+2. ``further``: it is trained on in floating point, for as long and as the quantized models are, so that what further
+   training alone is worth is not put down to quantization;
 3. ``wN calibrated`` and ``wN trained``: weights of N bits and activations of 8, before and after that training.
 
 Every training keeps its best step on the validation split; test splits decide nothing. Runs that are finished are not
 run again, so the same command, also with other files, goes on where it was::
 
-    python -m tools.benchmark_quantised_tasks configs/finetune/classification.yaml --runs runs/quantised
+    python -m tools.benchmark_quantized_tasks configs/finetune/classification.yaml --runs runs/quantized
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from parallel.process_group import choose_device
 from parallel.whole_files import write_text
-from tools.task_scores import describe, draw, essential_settings, finished_run, summarise
+from tools.task_scores import describe, draw, essential_settings, finished_run, summarize
 from tools.timing import machine_name
 
 #: Splits that results.json has for other models than the one that is saved.
@@ -55,8 +55,8 @@ def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Names
     scores["further"] = finished_run(finetune, FinetuneSettings, file, directory / "further", after)["splits"]
     for bits in arguments.weight_bits:
         name = f"w{bits}"
-        quantised = [*after, f"quantization.weight_bits={bits}", *arguments.quantised_change]
-        splits = finished_run(quantize, QuantizeSettings, file, directory / name, quantised)["splits"]
+        quantized = [*after, f"quantization.weight_bits={bits}", *arguments.quantized_change]
+        splits = finished_run(quantize, QuantizeSettings, file, directory / name, quantized)["splits"]
         before = {split: splits[split + _CALIBRATED] for split in first["splits"]}
         scores |= {f"{name} calibrated": before, f"{name} trained": {split: splits[split] for split in first["splits"]}}
     return metric, {
@@ -65,7 +65,7 @@ def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Names
     }
 
 
-@command("benchmark_quantised_tasks")
+@command("benchmark_quantized_tasks")
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-5, help="its peak learning rate")
     parser.add_argument("--change", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="of that training")
     parser.add_argument(
-        "--quantised-change", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="of the quantised models' alone"
+        "--quantized-change", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="of the quantized models' alone"
     )
     parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
     parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
@@ -90,14 +90,14 @@ def main() -> None:
         tasks[file.stem] = {
             "metric": metric,
             "settings": essential_settings(file),
-            "splits": summarise(found),
+            "splits": summarize(found),
         }
         print(describe(file.stem, tasks[file.stem]), flush=True)
     if arguments.output is None:
         return
     result = {
         "about": arguments.about,
-        "command": "python -m tools.benchmark_quantised_tasks " + " ".join(sys.argv[1:]),
+        "command": "python -m tools.benchmark_quantized_tasks " + " ".join(sys.argv[1:]),
         "machine": machine_name(choose_device("auto", 0)),
         "torch": torch.__version__,
         "seeds": arguments.seeds,
@@ -105,7 +105,7 @@ def main() -> None:
             "epochs": arguments.epochs,
             "learning_rate.peak": arguments.rate,
             "changes": arguments.change,
-            "changes of quantised models": arguments.quantised_change,
+            "changes of quantized models": arguments.quantized_change,
         },
         "tasks": tasks,
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories of quantised models: here bit for bit, and the ranges of transformers' quantised layers both ways."""
+"""Directories of quantized models: here bit for bit, and the ranges of transformers' quantized layers both ways."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_saved_and_loaded(trained, tmp_path):
 
     float_model = IBertForMaskedLM.from_pretrained(tmp_path, quant_mode=False)
     assert not named_ranges(float_model)
-    float_model.save_pretrained(tmp_path)  # what was quantised there is gone
+    float_model.save_pretrained(tmp_path)  # what was quantized there is gone
     assert not (tmp_path / "quantization.json").exists()
     with pytest.raises(UserError, match=r"holds no quantization\.json"):
         load_ranges(float_model, tmp_path)
@@ -149,7 +149,7 @@ def test_ranges_beside_a_megatron_bert_model(tmp_path, caplog):
     model = quantize_model(
         megatron.build(head, megatron.config_of(head, **SMALL)),
         QuantizationConfig(
-            weight_bits=7, force_dequant="softmax", layer_force_dequant={1: "gelu"}, equalisation="smooth"
+            weight_bits=7, force_dequant="softmax", layer_force_dequant={1: "gelu"}, equalization="smooth"
         ),
     )
     batch = megatron.batch_for(head)
@@ -161,7 +161,7 @@ def test_ranges_beside_a_megatron_bert_model(tmp_path, caplog):
     load_ranges(again, tmp_path)
     assert next(quantizers(again))[1].settings == next(quantizers(model))[1].settings
     assert again(**batch).logits.equal(model(**batch).logits)
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="quantized already"):
         load_ranges(again, tmp_path)
     encoder = BertForTask(model.sizes, "token", model.config.num_labels)  # its names are those of checkpoints
     load_ranges(encoder, tmp_path)
@@ -169,7 +169,7 @@ def test_ranges_beside_a_megatron_bert_model(tmp_path, caplog):
     caplog.clear()
     model.save_pretrained(tmp_path)
     assert not caplog.text
-    MegatronBertForTokenClassification(model.config).save_pretrained(tmp_path)  # what was quantised there is gone
+    MegatronBertForTokenClassification(model.config).save_pretrained(tmp_path)  # what was quantized there is gone
     assert not (tmp_path / "quantization.json").exists()
     with pytest.raises(UserError, match="MegatronBertForMaskedLM has no ranges to save"):
         save_ranges(MegatronBertForMaskedLM(megatron.CONFIG), tmp_path)
@@ -179,7 +179,7 @@ def test_ranges_beside_a_megatron_bert_model(tmp_path, caplog):
     "damage",
     [
         lambda content: content.pop("settings"),
-        lambda content: content["settings"].update(colour="red"),
+        lambda content: content["settings"].update(color="red"),
         lambda content: content["ranges"].update(x="wide"),
         lambda content: content["ranges"].update(x=-1.0),
         lambda content: content["ranges"].update(x=float("nan")),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of quantised models on tasks: which runs it asks for, and what it makes of their results."""
+"""The benchmark of quantized models on tasks: which runs it asks for, and what it makes of their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import benchmark_quantised_tasks as benchmark
+from tools import benchmark_quantized_tasks as benchmark
 
 
 def test_runs_of_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_runs_of_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
     monkeypatch.setattr(benchmark, "finished_run", finished_run)
     arguments = argparse.Namespace(
-        epochs=2.0, rate=1e-5, weight_bits=[8, 7], change=["optimizer.weight_decay=0"], quantised_change=["a.b=1"]
+        epochs=2.0, rate=1e-5, weight_bits=[8, 7], change=["optimizer.weight_decay=0"], quantized_change=["a.b=1"]
     )
     metric, scores = benchmark.score_seed(tmp_path / "task.yaml", 3, tmp_path, arguments)
     assert metric == "accuracy"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps of quantised models beside the float models they come from, and beside transformers' IBert.
+"""Training steps of quantized models beside the float models they come from, and beside transformers' IBert.
 
 All models have the same sizes and read the same batch, in one process; their steps alternate, so that a machine whose
-speed drifts does not favour one, and ratios are taken step by step. transformers' IBert with ``quant_mode`` simulates
+speed drifts does not favor one, and ratios are taken step by step. transformers' IBert with ``quant_mode`` simulates
 integers in float32; ours computes them.
 
-    python -m tools.benchmark_quantised --output benchmarks/quantised_cpu.json
+    python -m tools.benchmark_quantized --output benchmarks/quantized_cpu.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SIZES = {
 }
 
 
-def _quantised(model: Any, batch: dict[str, Any]) -> Any:
+def _quantized(model: Any, batch: dict[str, Any]) -> Any:
     """A float model, calibrated on the batch, with fixed ranges."""
     model.eval()
     quantize_model(model, QuantizationConfig())
@@ -59,9 +59,9 @@ def make_models(dropout: float, batch: dict[str, Any], device: torch.device) -> 
     simulated = transformers.IBertConfig(**_SIZES, **chances, type_vocab_size=2, quant_mode=True)
     return {
         "pre-layer-norm, float": MegatronBert(pre).to(device),
-        "pre-layer-norm, integer": _quantised(MegatronBert(pre).to(device), batch),
+        "pre-layer-norm, integer": _quantized(MegatronBert(pre).to(device), batch),
         "post-layer-norm, float": IBertForSequenceClassification(post).to(device),
-        "post-layer-norm, integer": _quantised(IBertForSequenceClassification(post).to(device), batch),
+        "post-layer-norm, integer": _quantized(IBertForSequenceClassification(post).to(device), batch),
         "transformers IBert, float": theirs(their_config).to(device),
         "transformers IBert, quant_mode": theirs(simulated).to(device),
     }
@@ -110,7 +110,7 @@ def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-@command("benchmark_quantised")
+@command("benchmark_quantized")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -120,11 +120,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor leaves waiting out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/quantised_cpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/quantized_cpu.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     report = {
-        "command": f"python -m tools.benchmark_quantised {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m tools.benchmark_quantized {' '.join(sys.argv[1:])}".strip(),
         "machine": machine_name(torch.device(arguments.device)),
         "threads": arguments.threads,
         "clock": arguments.clock,

@@ -23,13 +23,13 @@ from parallel.mesh import TensorParallel
 
 #: Channels are not divided by less than this share of the largest factor.
 _LEAST = 1e-3
-#: How large a normalised element is thought to be when ranges of channels are estimated from gain and bias.
+#: How large a normalized element is thought to be when ranges of channels are estimated from gain and bias.
 _TYPICAL_PEAK = 4.0
 
 
 @torch.no_grad()
-def equalise_model(encoders: Iterable[Encoder], kind: str) -> None:
-    """Equalise every norm of pre-layer-norm layers with the matrix that reads it.
+def equalize_model(encoders: Iterable[Encoder], kind: str) -> None:
+    """Equalize every norm of pre-layer-norm layers with the matrix that reads it.
 
     Args:
         encoders: whose parameters hold values, and are not divided by data parallelism.
@@ -48,7 +48,7 @@ def equalise_model(encoders: Iterable[Encoder], kind: str) -> None:
                 if kind == "auto":
                     continue
                 raise UserError(
-                    f"equalisation is {kind!r}, but the norms of post-layer-norm feed the residual stream too: set it "
+                    f"equalization is {kind!r}, but the norms of post-layer-norm feed the residual stream too: set it "
                     "to none"
                 )
             for norm, linear in (

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signal to noise of a quantised stack of random layers against the float one, for every setting that could matter.
+"""Signal to noise of a quantized stack of random layers against the float one, for every setting that could matter.
 
 The stack is calibrated on some random sequences and measured on others; weights are large enough for attention and GELU
 to be far from linear. ``outliers`` makes two channels of the residual stream some twenty times larger than the rest.
 
-    python -m tools.benchmark_quantisation_noise --output benchmarks/quantisation_noise.json
+    python -m tools.benchmark_quantization_noise --output benchmarks/quantization_noise.json
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "residual 10 bits": {"residual_bits": 10},
     "percentile": {"observer": "percentile"},
     "mse": {"observer": "mse"},
-    "no equalisation": {"equalisation": "none"},
+    "no equalization": {"equalization": "none"},
     "gelu in float": {"force_dequant": "gelu"},
     "softmax in float": {"force_dequant": "softmax"},
     "layer norm in float": {"force_dequant": "layernorm"},
@@ -93,14 +93,14 @@ def noise(placement: str, length: int, outliers: bool, settings: dict[str, Any])
     return round(10 * math.log10(float(real.square().sum() / (integer - real).square().sum())), 1)
 
 
-@command("benchmark_quantisation_noise")
+@command("benchmark_quantization_noise")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/quantisation_noise.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/quantization_noise.json"))
     arguments = parser.parse_args()
     report: dict[str, Any] = {
-        "command": f"python -m tools.benchmark_quantisation_noise {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m tools.benchmark_quantization_noise {' '.join(sys.argv[1:])}".strip(),
         "torch": torch.__version__,
         "unit": "dB",
     }
