@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
 from megatron_bert.family.kinds import check_device, check_filled, checked_switch, told
@@ -37,6 +37,8 @@ logger = transformers.logging.get_logger(__name__)
 
 #: File of a quantized model's ranges, which megatron_bert.ibert.family writes and reads.
 RANGES_NAME = "quantization.json"
+#: Arguments of from_pretrained that say where files are.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 #: What torch's restricted unpickler says it will not load.
 _ASKED = re.compile(r"GLOBAL ([\w.]+)")
 #: Output projections, whose initial values are smaller.
@@ -409,6 +411,13 @@ class DocumentedModel(transformers.PreTrainedModel):
             _remove_stale_index(Path(save_directory))
             self.save_beside(Path(save_directory))
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Upload what was written, and what stands beside it; with tensor parallelism the first rank does."""
+        if self.tp.rank != 0:
+            return None
+        self.save_beside(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def save_beside(self, directory: Path) -> None:
         """Write what a directory holds besides configuration and weights; the first tensor rank calls."""
         path = directory / RANGES_NAME
@@ -475,8 +484,7 @@ class DocumentedModel(transformers.PreTrainedModel):
 
     def finish_loading(self, source: Any, arguments: dict[str, Any]) -> None:
         """Do what is to be done once the parameters are loaded; here, say what is not done with a quantized model."""
-        del arguments
-        if source is not None and (Path(source) / RANGES_NAME).is_file():
+        if file_beside(source, RANGES_NAME, arguments) is not None:
             logger.warning(
                 "%s: %s is a quantized model, loaded in floating point without its %s: "
                 "megatron_bert.ibert.family.ranges.load_ranges(model, directory) restores the integers, and "
@@ -485,6 +493,21 @@ class DocumentedModel(transformers.PreTrainedModel):
                 source,
                 RANGES_NAME,
             )
+
+
+def file_beside(source: Any, name: str, arguments: dict[str, Any]) -> Path | None:
+    """A file of a model that from_pretrained has just read, in a directory or on the hub; None where it has none.
+
+    Args:
+        source: the directory or name.
+        name: of the file.
+        arguments: of from_pretrained, which may say where its files are.
+    """
+    if source is None:
+        return None
+    where = {key: arguments[key] for key in _WHERE if key in arguments}
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
+    return None if found is None else Path(found)
 
 
 def _remove_stale_index(directory: Path) -> None:
@@ -510,4 +533,4 @@ class MegatronBertPreTrainedModel(DocumentedModel):
     layer_norm_placement = "pre"
 
 
-__all__ = ["RANGES_NAME", "DocumentedModel", "Embeddings", "MegatronBertPreTrainedModel"]
+__all__ = ["RANGES_NAME", "DocumentedModel", "Embeddings", "MegatronBertPreTrainedModel", "file_beside"]

@@ -12,21 +12,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.utils import cached_file
 
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.pretrained import RANGES_NAME, DocumentedModel
+from megatron_bert.family.pretrained import RANGES_NAME, DocumentedModel, file_beside
 from megatron_bert.ibert.family.configuration import IBertConfig
 from megatron_bert.ibert.family.names import IBERT
 from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, stored_ranges, their_ranges
 from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
-
-#: Arguments of from_pretrained that say where files are.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class IBertPreTrainedModel(DocumentedModel):
@@ -57,18 +53,13 @@ class IBertPreTrainedModel(DocumentedModel):
         """With quant_mode: as the directory says, or with the ranges that transformers' layers have left there."""
         if not self.config.quant_mode:
             return
-        where = {name: arguments[name] for name in _WHERE if name in arguments}
-        found = None
-        if source is not None:
-            found = cached_file(source, RANGES_NAME, _raise_exceptions_for_missing_entries=False, **where)
-        if found is not None:
-            load_ranges(self, Path(found).parent, force_dequant=self.config.force_dequant)
+        if (found := file_beside(source, RANGES_NAME, arguments)) is not None:
+            load_ranges(self, found.parent, force_dequant=self.config.force_dequant)
             follow_training(self)
             return
         self._quantize()
-        weights = None if source is None else cached_file(source, "config.json", **where)
-        if weights is not None:
-            read_their_ranges(self, self.names, stored_ranges(Path(weights).parent, self.names))
+        if (config := file_beside(source, "config.json", arguments)) is not None:
+            read_their_ranges(self, self.names, stored_ranges(config.parent, self.names))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the model; its configuration says so if quantize_model has changed it."""
