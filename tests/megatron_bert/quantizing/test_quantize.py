@@ -252,7 +252,7 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["quantization.layer_force_dequant={9: gelu}"], "names layer 9, but the model has layers 0 to 3"),
         (["model.from={folder}/encoder"], "was not fine-tuned with this kind of head"),
         (["model.keep_head=false"], "model.keep_head"),
-        (["quantization.weight_bits=8"], "did you mean quantization?"),
+        (["quantizaton.weight_bits=8"], "did you mean quantization?"),
     ],
 )
 def test_mistakes(
