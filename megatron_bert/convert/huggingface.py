@@ -23,16 +23,18 @@ from megatron_bert.convert.ranges import RANGES_NAME, parse_ranges, their_buffer
 from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
 from megatron_bert.convert.state import (
     QUERY_KEY_VALUE,
+    SIZES,
     VOCABULARY_BIAS,
     VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
     SourceFacts,
     StateTensor,
+    classes_of,
     head_of,
 )
 from megatron_bert.model.activations import GELU_SYNONYMS
-from megatron_bert.model.configuration import CONFIG_NAME, MODEL_TYPE, MegatronBertConfig
+from megatron_bert.model.configuration import CONFIG_NAME, MODEL_TYPE, MegatronBertConfig, named_labels
 from megatron_bert.model.finetuning import HeadKind
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
@@ -290,17 +292,11 @@ def _classes(settings: dict[str, Any], label: str, named: Mapping[str, StateTens
     if settings.get("classifier_dropout") is not None:
         found["classifier_dropout"] = fraction(settings, "classifier_dropout", label, 0.0)
     by_number, by_name = settings.get("id2label"), settings.get("label2id")
-    if by_number or by_name:
-        try:
-            found["id2label"] = {int(number): str(name) for number, name in (by_number or {}).items()} or None
-            found["label2id"] = {str(name): int(number) for name, number in (by_name or {}).items()} or None
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"id2label in {label} is damaged ({error}): copy the model again") from None
-    else:
-        outputs = [named[name] for name in ("classifier.out_proj.bias", "classifier.bias") if name in named]
-        if outputs and len(outputs[0].shape) == 1 and outputs[0].shape[0]:
-            found["num_labels"] = outputs[0].shape[0]
-    return found
+    count = None if by_number or by_name else classes_of(named)
+    try:
+        return found | {"id2label": named_labels(by_number, by_name, count)}
+    except UserError as error:
+        raise UserError(f"id2label in {label} is damaged ({error}): copy the model again") from None
 
 
 def _their_config(state: CanonicalState) -> dict[str, Any]:
@@ -310,22 +306,17 @@ def _their_config(state: CanonicalState) -> dict[str, Any]:
     if state.head is not None:
         classes = {
             "id2label": {str(number): name for number, name in (config.id2label or {}).items()},
-            "label2id": config.label2id,
+            "label2id": {name: number for number, name in (config.id2label or {}).items()},
             "problem_type": config.problem_type,
             "classifier_dropout": config.classifier_dropout,
         }
     quantized = {}
     if family is ROBERTA and state.ranges is not None:
         quantized = {"quant_mode": True, "force_dequant": state.ranges.settings.get("force_dequant", "none")}
-    fields = (
-        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
-        *("initializer_range", "layer_norm_eps", "pad_token_id"),
-    )
     return {
         "architectures": [family.classes + _class_ending(state)],
         "model_type": config.model_type,
-        **{name: getattr(config, name) for name in fields},
+        **{name: getattr(config, name) for name in SIZES},
         **{name: value for name in ("bos_token_id", "eos_token_id") if (value := getattr(config, name)) is not None},
         "position_embedding_type": "absolute",
         "tie_word_embeddings": True,

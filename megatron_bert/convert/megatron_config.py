@@ -9,7 +9,7 @@ from typing import Any
 from megatron_bert.convert.megatron_shards import Checkpoint
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions
 from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_BIAS, WORD_EMBEDDINGS
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import MegatronBertConfig, numbered_labels
 from parallel.errors import UserError
 
 #: Dimensions of a head in every BERT that Megatron's papers and NGC have.
@@ -76,7 +76,7 @@ def encoder_config(
         attention_probs_dropout_prob=_fraction(args, "attention_dropout", 0.1),
         initializer_range=_fraction(args, "init_method_std", 0.02),
         binary_head="pair_head.classifier.weight" in shapes,
-        num_labels=max(1, shapes["classifier.bias"][0]) if shapes.get("classifier.bias") else 0,
+        id2label=numbered_labels(max(1, shapes["classifier.bias"][0])) if shapes.get("classifier.bias") else None,
     )
     return config, words, assumptions
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_bert.convert.distributed_files import read_distributed, write_distributed
 from megatron_bert.convert.divisions import pad_vocabulary
-from megatron_bert.convert.families import CLASS_ENDINGS, MODEL_TYPES, RobertaConfig
+from megatron_bert.convert.families import CLASS_ENDINGS
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
@@ -27,16 +27,18 @@ from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.ranges import VERSION, Ranges, check_version
 from megatron_bert.convert.state import (
+    SIZES,
     VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
     SourceFacts,
     StateTensor,
+    classes_of,
     head_of,
 )
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import MegatronBertConfig, RobertaConfig, config_from_dict, numbered_labels
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files
-from parallel.errors import UserError, brief
+from parallel.errors import UserError
 from parallel.manifest import MANIFEST_FILE, write_manifest
 from parallel.stored.distributed_files import METADATA
 from parallel.whole_files import write_text
@@ -109,7 +111,7 @@ class Native:
         for name, tensor in state.optimizer.items():
             tensors[_OPTIMIZER + name] = _with_padding(name.partition(".")[2], tensor, rows)
         run_state = dict(state.run_state or {"step": 0, "consumed_samples": 0})
-        run_state[CONFIG_KEY] = stored_config(state.config)
+        run_state[CONFIG_KEY] = state.config.to_dict()
         run_state[HAS_MANIFEST] = MANIFEST_FILE
         if state.head is not None:
             run_state["head"] = state.head
@@ -121,14 +123,6 @@ class Native:
         write_distributed(target, tensors, progress)
         write_text(target / STATE_FILE, json.dumps(run_state, indent=1))
         write_manifest(target)
-
-
-def stored_config(config: MegatronBertConfig) -> dict[str, Any]:
-    """What ``state.json`` holds of an encoder's configuration; the classes of a task where they have names."""
-    found = {name: getattr(config, name) for name in CONFIG_FIELDS} | {"model_type": config.model_type}
-    if config.problem_type is not None or config.id2label != {n: f"LABEL_{n}" for n in range(2)}:
-        found |= {"id2label": config.id2label, "problem_type": config.problem_type}
-    return found
 
 
 def _scalar(value: float) -> StateTensor:
@@ -159,63 +153,31 @@ def _task(run_state: dict[str, Any]) -> dict[str, Any] | None:
 
 def _config(run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int) -> MegatronBertConfig:
     """The encoder's configuration: as stored, or from the settings of the run."""
-    stored = run_state.get(CONFIG_KEY)
+    stored, settings = run_state.get(CONFIG_KEY), run_state.get("settings")
+    values: dict[str, Any] = {"model_type": RobertaConfig.model_type} if _POST_NORM in model else {}
     if isinstance(stored, dict):
-        known: dict[str, Any] = {"model_type": RobertaConfig.model_type} if _POST_NORM in model else {}
-        outputs = [model[name] for name in ("classifier.out_proj.bias", "classifier.bias") if name in model]
-        if outputs and not stored.get("id2label") and outputs[0].shape:
-            known["num_labels"] = outputs[0].shape[0]
-        return _typed_config(known | stored, label)
-    settings = run_state.get("settings")
-    sizes = settings.get("model") if isinstance(settings, dict) else None
-    if not isinstance(sizes, dict):
-        raise UserError(f"{label} holds neither the configuration of an encoder nor the settings of a run")
-    sizes = {key: value for key, value in sizes.items() if value is not None and key in CONFIG_FIELDS}
-    if "intermediate_size" not in sizes and type(sizes.get("hidden_size")) is int:
-        sizes["intermediate_size"] = 4 * sizes["hidden_size"]
-    sizes |= {"vocab_size": rows, "binary_head": "pair_head.classifier.weight" in model}
-    if _POST_NORM in model:
-        sizes["model_type"] = RobertaConfig.model_type
-    return _typed_config(sizes, label)
-
-
-#: Fields of the configuration that a state carries, with their types.
-CONFIG_FIELDS = {
-    name: type(getattr(MegatronBertConfig, name))
-    for name in (
-        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
-        *("initializer_range", "layer_norm_eps", "pad_token_id", "vocab_size_multiple", "scaled_output_init"),
-        "binary_head",
-    )
-}
-#: Fields that make another model of it, and the values that do not.
-_PLAIN = {
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-    "pruned_heads": (None, {}),
-}
-
-
-def _typed_config(values: dict[str, Any], label: str) -> MegatronBertConfig:
-    model_type = values.get("model_type", MegatronBertConfig.model_type)
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"{label} is of a {brief(model_type)}: expected one of {', '.join(MODEL_TYPES)}")
-    for key, plain in _PLAIN.items():
-        if key in values and values[key] not in plain:
+        values |= stored
+        if not stored.get("id2label") and (classes := classes_of(model)) is not None:
+            values["id2label"] = numbered_labels(classes)
+    else:
+        sizes = settings.get("model") if isinstance(settings, dict) else None
+        if not isinstance(sizes, dict):
+            raise UserError(f"{label} holds neither the configuration of an encoder nor the settings of a run")
+        values |= {key: value for key, value in sizes.items() if value is not None and key in CONFIG_FIELDS}
+        if type(hidden := values.get("hidden_size")) is int:
+            values.setdefault("intermediate_size", 4 * hidden)
+        values |= {"vocab_size": rows, "binary_head": "pair_head.classifier.weight" in model}
+    config = config_from_dict(values, label)
+    for key in _PLAIN:
+        if getattr(config, key) != getattr(MegatronBertConfig, key):
             raise UserError(f"{label} sets {key}: only plain pretraining encoders can be converted")
-    kept = {key: value for key, value in values.items() if key in CONFIG_FIELDS}
-    for key, value in kept.items():
-        if value is None and key == "pad_token_id":
-            continue  # no token is padding
-        kind = CONFIG_FIELDS[key]
-        good = type(value) is kind or (kind is float and type(value) is int)
-        if not good or (kind is int and not (0 if key == "pad_token_id" else 1) <= value < 1 << 40):
-            raise UserError(f"{label} gives {key} a value that it cannot have: it is damaged")
-    classes = {name: values[name] for name in ("id2label", "problem_type", "num_labels") if values.get(name)}
-    return MODEL_TYPES[model_type].config(**kept, **classes)
+    return config
+
+
+#: Fields of the configuration that a run cannot change on the way.
+CONFIG_FIELDS = (*SIZES, "vocab_size_multiple", "scaled_output_init", "binary_head")
+#: Fields that make another model of it.
+_PLAIN = ("position_embedding_type", "is_decoder", "add_cross_attention", "tie_word_embeddings", "pruned_heads")
 
 
 def _overridden(config: MegatronBertConfig, options: ReadOptions) -> MegatronBertConfig:

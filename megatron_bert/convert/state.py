@@ -30,6 +30,12 @@ VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
 #: Beginnings of the names of a fine-tuned model's head.
 TASK_HEADS = ("classifier.", "qa_outputs.")
 QUERY_KEY_VALUE = "attention.query_key_value"
+#: Fields of a configuration that every model has.
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
+    *("initializer_range", "layer_norm_eps", "pad_token_id"),
+)
 #: Number formats a checkpoint may hold and be written in.
 DTYPES = {
     "float32": torch.float32,
@@ -272,6 +278,12 @@ def head_of(names: Iterable[str], *, like_roberta: bool) -> HeadKind | None:
     if POOLER not in found:
         return "token"
     return "choice" if like_roberta else "sequence"
+
+
+def classes_of(tensors: Mapping[str, StateTensor]) -> int | None:
+    """The number of classes by the size of a head; None where there is no such head."""
+    shapes = (tensors[name].shape for name in ("classifier.out_proj.bias", "classifier.bias") if name in tensors)
+    return next((shape[0] for shape in shapes if len(shape) == 1 and shape[0]), None)
 
 
 def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor], head: HeadKind | None) -> None:

@@ -16,14 +16,17 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from megatron_bert.model.activations import ACTIVATIONS, GELU_SYNONYMS
-from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.model.configuration import EncoderConfig, named_labels
+from megatron_bert.model.configuration_checks import NUMBER_FORMATS, check_choice, check_switch
 from megatron_bert.model.directories import made_directory
 from parallel.errors import UserError
 
 logger = logging.get_logger(__name__)
 
 #: The three ways to say what the classes of a head are, which follow one another.
-_LABELS = ("num_labels", "id2label", "label2id")
+_LABELS = ("id2label", "label2id", "num_labels")
+#: What forward passes return unless the call says otherwise.
+_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 #: How near a name must be to that of a field for a warning.
 _NEAR = 0.85
 
@@ -38,22 +41,20 @@ class DocumentedConfig(PreTrainedConfig):
     #: The plain configuration that the encoder is built from.
     encoder_class: ClassVar[type[EncoderConfig]] = EncoderConfig
 
+    #: Checked fields that the encoder has not.
+    _others: ClassVar[tuple[str, ...]] = ("dtype",)
+
     hidden_act: str | Callable[[torch.Tensor], torch.Tensor]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        other_name = kwargs.pop("torch_dtype", None)
-        if self.__dict__.get("dtype") is None:
-            self.__dict__["dtype"] = other_name
-        if getattr(self, "position_embedding_type", "") is None:  # some writers leave it to the default
-            self.position_embedding_type = "absolute"
-        of_encoder = {name: value for name, value in kwargs.items() if name in self.encoder_class.__dataclass_fields__}
-        count, names = kwargs.pop("num_labels", None), self.__dict__.get("id2label")
-        if count is not None and isinstance(names, dict) and len(names) != count:
-            raise UserError(f"model.num_labels is {count}, but model.id2label names {len(names)} classes")
-        plain = self._checked(
-            **{"num_labels": 0} | {name: value for name, value in of_encoder.items() if value is not None}
-        )
-        self._take(plain)
+        held = self.__dict__
+        if (other_name := kwargs.pop("torch_dtype", None)) is not None and held.get("dtype") is None:
+            held["dtype"] = other_name
+        if held.get("position_embedding_type", "") is None:  # some writers leave it to the default
+            held["position_embedding_type"] = "absolute"
+        self._name_labels(held.get("id2label"), held.get("label2id"), kwargs.pop("num_labels", None))
+        known = self.encoder_class.__dataclass_fields__.keys() | _SWITCHES
+        self._checked(**{name: value for name, value in kwargs.items() if name in known and value is not None})
         for name in kwargs:
             if hasattr(type(self), name):
                 continue
@@ -61,26 +62,32 @@ class DocumentedConfig(PreTrainedConfig):
             if near and not name.startswith("_"):
                 logger.warning("%s has no field %s: did you mean %s?", type(self).__name__, name, near[0])
         super().__post_init__(**kwargs)
-        self.__dict__["_checks"] = True
+        held["_checks"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        checked = name in self.encoder_class.__dataclass_fields__ or name == "dtype"
+        checked = name in self.encoder_class.__dataclass_fields__ or name in (*_LABELS, *_SWITCHES, *self._others)
         if not checked or "_checks" not in self.__dict__:
             super().__setattr__(name, value)
             return
         before = dict(self.__dict__)
         try:
             if name in _LABELS:
-                plain = self._checked()
-                setattr(plain, name, value)
+                given = dict.fromkeys(_LABELS) | {name: value}
+                if name == "num_labels" and value == self.num_labels:
+                    given["id2label"] = self.id2label
+                self._name_labels(**given)
             else:
                 super().__setattr__(name, value)
-                plain = self._checked()
+            self._checked()
         except UserError:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        self._take(plain)
+
+    def _name_labels(self, id2label: Any, label2id: Any, num_labels: Any) -> None:
+        names = named_labels(id2label, label2id, num_labels)
+        self.__dict__["id2label"] = names
+        self.__dict__["label2id"] = {name: number for number, name in names.items()}
 
     # Of its own, as transformers refuses it for attention that gives no probabilities; here every way of computing it
     # gives them when they are asked for.
@@ -102,27 +109,19 @@ class DocumentedConfig(PreTrainedConfig):
         return self._checked()
 
     def _checked(self, **others: Any) -> EncoderConfig:
-        names = self.encoder_class.__dataclass_fields__.keys() - {"torch_dtype", "num_labels", "output_attentions"}
         held = self.__dict__
-        values = {name: held[name] for name in names if name in held}
+        values = {name: held[name] for name in self.encoder_class.__dataclass_fields__ if name in held}
+        held_switches = {**held, "output_attentions": held.get("_output_attentions") or False}
+        for name in _SWITCHES:
+            check_switch(name, others.pop(name, held_switches.get(name, False)))
         dtype = held.get("dtype")
+        check_choice("dtype", None if dtype is None else str(dtype).removeprefix("torch."), (None, *NUMBER_FORMATS))
         act = values["hidden_act"]
         act = GELU_SYNONYMS.get(act, act) if isinstance(act, str) else act
         other = callable(act) or (isinstance(act, str) and act not in ACTIVATIONS and act in ACT2FN)
-        return self.encoder_class(
-            **values
-            | others
-            | {
-                "hidden_act": "gelu" if other else act,
-                "torch_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-                "output_attentions": bool(held.get("_output_attentions", False)),
-            }
-        )
-
-    def _take(self, plain: EncoderConfig) -> None:
-        """What the plain configuration has made of names and heads."""
-        held = self.__dict__
-        held["id2label"], held["label2id"], held["pruned_heads"] = plain.id2label, plain.label2id, plain.pruned_heads
+        plain = self.encoder_class(**values | others | {"hidden_act": "gelu" if other else act})
+        held["pruned_heads"] = plain.pruned_heads
+        return plain
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -170,14 +169,6 @@ class DocumentedConfig(PreTrainedConfig):
         if callable(self.hidden_act):
             raise UserError("model.hidden_act is a function, which a file cannot hold: name it after loading again")
         super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def of_encoder(cls, sizes: EncoderConfig, **changes: Any) -> Self:
-        """The documented configuration with the values of a plain one."""
-        values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
-        values |= {"dtype": values.pop("torch_dtype"), "num_labels": None}
-        names = cls.__dataclass_fields__.keys() | {"output_attentions"}
-        return cls(**{name: value for name, value in values.items() if name in names} | changes)
 
     def replaced(self, **changes: Any) -> Self:
         """The same configuration with some fields changed."""

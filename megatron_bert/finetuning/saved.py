@@ -31,7 +31,7 @@ from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.ibert.engine.parts import plan_of
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, write_plan
 from megatron_bert.ibert.stored_ranges import use_ranges
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import MegatronBertConfig, numbered_labels
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
@@ -84,11 +84,9 @@ def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> Megat
         **changes: further fields that replace those of ``config``.
     """
     head, labels = task.head, dict(enumerate(task.labels))
-    classes: dict[str, Any] = {"id2label": labels} if labels else {"num_labels": max(head.outputs, 1)}
-    fields = changes | classes | {"problem_type": head.problem}
-    values = {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")}
-    vocabulary = {"vocab_size": task.tokenizer.vocab_size, "pad_token_id": task.tokenizer.pad_id}
-    return type(config).from_dict(values, **(vocabulary | fields))
+    fields = {"vocab_size": task.tokenizer.vocab_size, "pad_token_id": task.tokenizer.pad_id} | changes
+    classes = labels or numbered_labels(max(head.outputs, 1))
+    return replace(config, **fields, id2label=classes, problem_type=head.problem)
 
 
 def save_task(

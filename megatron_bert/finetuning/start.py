@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_bert.convert.families import TRAINED_TYPES
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.state import CanonicalState
@@ -56,7 +58,7 @@ def encoder_config(
         )
     check_padding(source, tokenizer)
     chances = settings.model.model_dump(exclude={"from_", "keep_head"}, exclude_none=True)
-    return type(config).from_dict(config.to_dict(), **chances)
+    return replace(config, **chances)
 
 
 def check_padding(source: CanonicalState, tokenizer: Tokenizer) -> None:

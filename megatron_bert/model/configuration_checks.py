@@ -24,16 +24,11 @@ _POSITIVE = (
     "max_position_embeddings",
     "type_vocab_size",
     "vocab_size_multiple",
-    "num_labels",
 )
 _SWITCHES = (
     "is_decoder",
     "add_cross_attention",
-    "use_cache",
     "tie_word_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
     "scaled_output_init",
     "binary_head",
 )
@@ -51,8 +46,7 @@ def check_values(config: Any, activations: Iterable[str]) -> None:
         if type(value) is not int or value < 1:
             raise UserError(f"model.{name} is {value!r}: give a whole number of 1 or more")
     for name in _SWITCHES:
-        if type(getattr(config, name)) is not bool:
-            raise UserError(f"model.{name} is {getattr(config, name)!r}: give true or false")
+        check_switch(name, getattr(config, name))
     for name in _PROBABILITIES:
         value = getattr(config, name)
         if not (value is None and name == "classifier_dropout") and not (is_number(value) and 0 <= value < 1):
@@ -66,11 +60,10 @@ def check_values(config: Any, activations: Iterable[str]) -> None:
             f"model.hidden_size {config.hidden_size} is not a multiple of model.num_attention_heads "
             f"{config.num_attention_heads}: every head needs the same number of dimensions"
         )
-    _check_choice("hidden_act", config.hidden_act, tuple(activations))
-    _check_choice("position_embedding_type", config.position_embedding_type, POSITION_TYPES)
-    _check_choice("layer_norm_placement", config.layer_norm_placement, LAYER_NORM_PLACEMENTS)
-    _check_choice("problem_type", config.problem_type, (None, *PROBLEM_TYPES))
-    _check_choice("torch_dtype", config.torch_dtype, (None, *NUMBER_FORMATS))
+    check_choice("hidden_act", config.hidden_act, tuple(activations))
+    check_choice("position_embedding_type", config.position_embedding_type, POSITION_TYPES)
+    check_choice("layer_norm_placement", config.layer_norm_placement, LAYER_NORM_PLACEMENTS)
+    check_choice("problem_type", config.problem_type, (None, *PROBLEM_TYPES))
     if config.add_cross_attention and not config.is_decoder:
         raise UserError("model.add_cross_attention needs model.is_decoder=true: only decoders attend to an encoder")
     _check_ids(config)
@@ -83,7 +76,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def check_switch(name: str, value: Any) -> None:
+    """Refuse (UserError) what is neither true nor false."""
+    if type(value) is not bool:
+        raise UserError(f"model.{name} is {value!r}: give true or false")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse (UserError) what is not one of some choices."""
     if not isinstance(value, str | None) or value not in choices:
         names = ", ".join(str(choice) for choice in choices if choice is not None)
         raise UserError(f"model.{name} is {value!r}: choose one of {names}")
@@ -105,8 +105,6 @@ def _check_ids(config: Any) -> None:
 
 def _check_labels(config: Any) -> None:
     numbers, names = list(config.id2label), list(config.id2label.values())
-    if len(numbers) != config.num_labels:
-        raise UserError(f"model.num_labels is {config.num_labels}, but model.id2label names {len(numbers)} classes")
     if numbers != list(range(len(numbers))) or len(set(names)) != len(names):
         raise UserError(
             f"model.id2label numbers its {len(numbers)} classes {numbers[:5]}..: number them from 0, each with a name "

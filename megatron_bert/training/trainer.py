@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_bert import backends
 from megatron_bert.config import RunSettings
-from megatron_bert.convert.native import CONFIG_KEY, stored_config
+from megatron_bert.convert.native import CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.flops import parameter_count
 from megatron_bert.training.build import build_model
@@ -384,7 +384,7 @@ class Trainer:
             "loss_scale": self.loss_scale.state(),
             "data_size": self.mesh.layout.data,
             **self.objective.identity(),
-            CONFIG_KEY: stored_config(self.config),
+            CONFIG_KEY: self.config.to_dict(),
             "settings": self.settings.model_dump(mode="json", by_alias=True),
         }
         if self.selection.metric is not None:

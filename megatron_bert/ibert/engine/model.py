@@ -22,7 +22,7 @@ from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan, write_pla
 from megatron_bert.ibert.heads import LOGIT_BITS
 from megatron_bert.ibert.softmax import MOST_KEYS
 from megatron_bert.ibert.tanh import RESULT_BITS
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import config_from_dict
 from parallel.errors import UserError, brief
 
 
@@ -64,7 +64,7 @@ class IntegerModel:
             raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
         chosen = backend_by_name(backend, warn=lambda text: print(text, file=sys.stderr))
         self.plan, self.backend = plan, chosen.name
-        self.config = MegatronBertConfig.from_dict(dict(plan.config)) if _of_megatron(plan) else _ibert_config(plan)
+        self.config = config_from_dict(plan.config, "the plan")
         self._executable = chosen.prepare(plan, threads)
         #: Where the plan's values are, if they are held by the backend alone.
         self._stored: Path | None = None
@@ -256,16 +256,6 @@ def plan_path(path: Path) -> Path:
         f"{path} holds no {PLAN_NAME}: give a model that `megatron-bert quantize` has made, or one that was quantized "
         "before and `IntegerModel.from_model(model).save(path)` has written"
     )
-
-
-def _of_megatron(plan: Plan) -> bool:
-    return plan.config.get("model_type") == MegatronBertConfig.model_type
-
-
-def _ibert_config(plan: Plan) -> MegatronBertConfig:
-    from megatron_bert.ibert.configuration import IBertConfig
-
-    return IBertConfig.from_dict(dict(plan.config))
 
 
 def _integers(values: Tensor, name: str) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from megatron_bert.family.configuration import DocumentedConfig
-from megatron_bert.ibert.configuration import IBertEncoderConfig
-from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.ibert.settings import FORCE_DEQUANT
+from megatron_bert.model.configuration import EncoderConfig, RobertaConfig
+from megatron_bert.model.configuration_checks import check_choice, check_switch
 
 
 class IBertConfig(DocumentedConfig):
@@ -30,7 +31,8 @@ class IBertConfig(DocumentedConfig):
     """
 
     model_type = "ibert"
-    encoder_class: ClassVar[type[EncoderConfig]] = IBertEncoderConfig
+    encoder_class: ClassVar[type[EncoderConfig]] = RobertaConfig
+    _others: ClassVar[tuple[str, ...]] = ("dtype", "quant_mode", "force_dequant")
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -55,3 +57,8 @@ class IBertConfig(DocumentedConfig):
     vocab_size_multiple: int = 128
     quant_mode: bool = False
     force_dequant: str = "none"
+
+    def _checked(self, **others: Any) -> EncoderConfig:
+        check_switch("quant_mode", self.quant_mode)
+        check_choice("force_dequant", self.force_dequant, tuple(FORCE_DEQUANT))
+        return super()._checked(**others)

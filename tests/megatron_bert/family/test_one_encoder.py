@@ -12,7 +12,7 @@ from megatron_bert.model.pretraining import BertForPretraining
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import CONFIG, LENGTH, make_batch, make_model
 
-SIZES = MegatronBertConfig.of_encoder(CONFIG)
+SIZES = MegatronBertConfig.from_dict(CONFIG.to_dict())
 
 
 def _documented(model):

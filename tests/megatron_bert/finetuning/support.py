@@ -60,7 +60,7 @@ def make_encoder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
     tokenizer = load_tokenizer(small_vocabulary(folder, WORDS))
-    MegatronBertForPreTraining(MegatronBertConfig.of_encoder(CONFIG)).save_pretrained(folder / "encoder")
+    MegatronBertForPreTraining(MegatronBertConfig.from_dict(CONFIG.to_dict())).save_pretrained(folder / "encoder")
     save_tokenizer(tokenizer, folder / "encoder", CONFIG.max_position_embeddings)
     return folder / "encoder"
 

@@ -19,7 +19,7 @@ from megatron_bert.convert.huggingface_names import fuse
 from megatron_bert.finetuning.batches import collate_units
 from megatron_bert.finetuning.losses import label_weights, labeled, task_loss_sum
 from megatron_bert.finetuning.weights import load_finetuned
-from megatron_bert.ibert.configuration import IBertEncoderConfig
+from megatron_bert.model.configuration import RobertaConfig, numbered_labels
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.quantizing.distillation import distillation_sum
 from megatron_bert.tasks.task import Unit
@@ -33,10 +33,10 @@ def megatron(kind: str, folder: Path) -> tuple[BertForTask, Any]:
     """Ours, and transformers' MegatronBERT with the weights of our public class."""
     head = HEADS[kind]
     name = f"MegatronBertFor{THEIRS.get(head.kind, 'QuestionAnswering')}"
-    config = replace(CONFIG, id2label=None, label2id=None, num_labels=head.outputs, problem_type=head.problem)
+    config = replace(CONFIG, id2label=numbered_labels(head.outputs), problem_type=head.problem)
     torch.manual_seed(3)
     kind_of = getattr(megatron_bert, name)
-    kind_of(kind_of.config_class.of_encoder(config)).save_pretrained(folder)
+    kind_of(kind_of.config_class.from_dict(config.to_dict())).save_pretrained(folder)
     theirs = getattr(transformers, name).from_pretrained(folder).eval()
     ours = BertForTask(config, head.kind, head.outputs)
     load_finetuned(ours, folder)
@@ -55,7 +55,10 @@ def roberta(kind: str, folder: Path) -> tuple[BertForTask, Any]:
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     theirs.save_pretrained(folder)
-    ours = BertForTask(IBertEncoderConfig.from_pretrained(folder), head.kind, head.outputs)
+    sizes = RobertaConfig(
+        **ROBERTA_SIZES, vocab_size=95, id2label=numbered_labels(head.outputs), problem_type=head.problem
+    )
+    ours = BertForTask(sizes, head.kind, head.outputs)
     load_finetuned(ours, folder)
     return ours, theirs
 
@@ -140,7 +143,7 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
 def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: str) -> None:
     head, units = HEADS[kind], units_for(family, kind)
     torch.manual_seed(3)
-    config = CONFIG if family == "megatron" else IBertEncoderConfig(**ROBERTA_SIZES, vocab_size=95)
+    config = CONFIG if family == "megatron" else RobertaConfig(**ROBERTA_SIZES, vocab_size=95)
     model = BertForTask(config, head.kind, head.outputs)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -26,6 +26,7 @@ from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.finetuning.weights import load_encoder, load_finetuned
+from megatron_bert.model.configuration import numbered_labels
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.encoding import Feature
 from megatron_bert.tasks.task import Unit
@@ -162,7 +163,7 @@ def test_the_longest_sequence_has_the_last_position(tmp_path: Path) -> None:
     settings = run_settings(tmp_path)
     config = encoder_config(settings, find_tokenizer(settings))
     assert (config.max_position_embeddings, config.longest_sequence) == (34, 32)
-    model = BertForTask(replace(config, num_labels=3), "sequence", 3)
+    model = BertForTask(replace(config, id2label=numbered_labels(3)), "sequence", 3)
     load_finetuned(model, source)
     tokens = np.random.default_rng(2).integers(5, config.vocab_size, size=32)
     feature = Feature(tokens, np.zeros(32, dtype=np.int8), np.array([0]))
@@ -177,7 +178,7 @@ def test_the_head_of_a_pretrained_encoder_is_left_behind(tmp_path: Path, prefix:
     source = make_roberta(tmp_path, "ForSequenceClassification" if prefix else "Model", num_labels=3)
     stored = {name.removeprefix("roberta."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
     config = encoder_config(run_settings(tmp_path), find_tokenizer(run_settings(tmp_path)))
-    model = BertForTask(replace(config, num_labels=3), "sequence", 3)
+    model = BertForTask(replace(config, id2label=numbered_labels(3)), "sequence", 3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
@@ -194,7 +195,7 @@ def test_rows_of_the_head_follow_the_names_of_classes(tmp_path: Path) -> None:
     names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     source = make_roberta(tmp_path, "ForSequenceClassification", **names)
     config = encoder_config(run_settings(tmp_path), find_tokenizer(run_settings(tmp_path)))
-    model = BertForTask(replace(config, id2label=dict(enumerate("cab")), label2id=None, num_labels=3), "sequence", 3)
+    model = BertForTask(replace(config, id2label=dict(enumerate("cab"))), "sequence", 3)
     load_finetuned(model, source)
     stored = load_file(source / "model.safetensors")
     assert torch.equal(model.get_parameter("classifier.dense.weight"), stored["classifier.dense.weight"])

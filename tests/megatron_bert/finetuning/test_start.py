@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from megatron_bert.convert.run_models import finished_model, read_results
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.start import find_tokenizer
 from megatron_bert.finetuning.weights import load_finetuned
-from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, HeadKind
 from parallel.errors import UserError
 from parallel.whole_files import write_json
@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage(kind: HeadKind = "sequence", **changes: Any) -> BertForTask:
     """A stage for a task with the classes a, b and c."""
     fields = {"id2label": dict(enumerate("abc")), "problem_type": "single_label_classification"} | changes
-    config = MegatronBertConfig.from_dict(CONFIG.to_dict(), **fields)
+    config = replace(CONFIG, **fields)
     return BertForTask(config, kind, config.num_labels)
 
 

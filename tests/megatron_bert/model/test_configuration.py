@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
-from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration import MegatronBertConfig, RobertaConfig, config_from_dict
 from megatron_bert.model.pretraining import BertForPretraining
 from parallel.errors import UserError
 from tests.megatron_bert.model.support import CONFIG
@@ -45,6 +46,17 @@ def test_initial_standard_deviations():
     assert config.head_dim == 64
     assert config.output_init_std == pytest.approx(0.005)
     assert replace(config, scaled_output_init=False).output_init_std == 0.02
+
+
+def test_plain_values_pass_through_json():
+    config = RobertaConfig(id2label={1: "b", 0: "a"}, pruned_heads={3: [2, 1]}, eos_token_id=[2, 5])
+    assert config_from_dict(json.loads(json.dumps(config.to_dict())), "a file") == config
+    with pytest.raises(UserError, match="a file gives an encoder rotary_base, which it does not have"):
+        config_from_dict(config.to_dict() | {"rotary_base": 1}, "a file")
+    with pytest.raises(UserError, match=r"a file does not fit: model\.hidden_size is 'x'"):
+        config_from_dict({"hidden_size": "x"}, "a file")
+    with pytest.raises(UserError, match="a file is of a gpt2: expected one of megatron-bert, bert, ibert"):
+        config_from_dict({"model_type": "gpt2"}, "a file")
 
 
 def test_the_default_is_the_345m_model():

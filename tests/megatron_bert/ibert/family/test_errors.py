@@ -19,7 +19,10 @@ IDS = torch.full((2, 4), 5)
 FIELDS = {
     "force_dequant": ("relu", "force_dequant is 'relu': choose one of none, gelu, softmax, layernorm, nonlinear"),
     "quant_mode": ("yes", "quant_mode is 'yes': give true or false"),
-    "hidden_act": ("gelu_new", "hidden_act is 'gelu_new', but the integer function is made for the exact one"),
+    "hidden_act": (
+        "gelu_new",
+        "hidden_act is 'gelu_new', but the integer function is of the exact GELU",
+    ),
     "is_decoder": (True, "is_decoder is True, but I-BERT is an encoder: leave it at False"),
     "position_embedding_type": ("relative_key", "position_embedding_type is 'relative_key', but I-BERT has no other"),
     "layer_norm_placement": ("pre", "layer_norm_placement is 'pre', but I-BERT normalizes after each sum"),
