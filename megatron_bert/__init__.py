@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from megatron_bert.public import HOMES, public
 
 if TYPE_CHECKING:
     from megatron_bert.family.auto import register_auto_classes
@@ -33,31 +34,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Where the public classes live. They are imported on first use: the command line needs none of them.
-_HOMES = {
-    "AutoTokenizer": "family.tokenizer",
-    "IBertConfig": "ibert.family.configuration",
-    "IBertForMaskedLM": "ibert.family.heads",
-    "IBertForMultipleChoice": "ibert.family.heads",
-    "IBertForQuestionAnswering": "ibert.family.heads",
-    "IBertForSequenceClassification": "ibert.family.heads",
-    "IBertForTokenClassification": "ibert.family.heads",
-    "IBertModel": "ibert.family.encoder",
-    "IBertPreTrainedModel": "ibert.family.encoder",
-    "MegatronBertConfig": "family.configuration",
-    "MegatronBertForCausalLM": "family.causal",
-    "MegatronBertForMaskedLM": "family.language",
-    "MegatronBertForMultipleChoice": "family.classification",
-    "MegatronBertForNextSentencePrediction": "family.classification",
-    "MegatronBertForPreTraining": "family.language",
-    "MegatronBertForQuestionAnswering": "family.classification",
-    "MegatronBertForSequenceClassification": "family.classification",
-    "MegatronBertForTokenClassification": "family.classification",
-    "MegatronBertModel": "family.bert",
-    "MegatronBertPreTrainedModel": "family.pretrained",
-    "register_auto_classes": "family.auto",
-}
-
 __all__ = [
     "AutoTokenizer",
     "IBertConfig",
@@ -85,6 +61,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return public(name)

@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, load: Callable[..., Any], command: Calla
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
-    from megatron_bert.tasks.fill_mask import FillMask
+    from megatron_bert.finetuning.fill_mask import FillMask
 
     model = FillMask.from_checkpoint(arguments.model, arguments.tokenizer, read_options(arguments))
     for text in arguments.text:

@@ -4,71 +4,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.section import Section
 from parallel.mesh import ParallelLayout, Sharding, data_shard_size, fit_data_size
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.stage import StagePart, split_layers
 from parallel.recompute import Recompute
 
-#: Magnitudes that float32 holds to its full precision: below them it may count as 0, above them it is infinite.
-SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.18e-38, 3.4e38
 #: Bound of rates and scales of weights. Weights that are larger overflow within a step or two.
 LARGEST_SCALE = 1e3
 #: Seconds of the longest wait; the system's own clocks overflow not far above it.
 LONGEST_WAIT = 1e8
-
-
-class Section(BaseModel):
-    """Settings that refuse unknown keys, numbers beyond float32 and truth values for numbers, and stay as read."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1."""
-        given = any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value]))
-        if given and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
-            raise PydanticCustomError("truth", "true and false are no value for it")
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
-        """Which would be the current directory."""
-        if value == "" and _takes_path(cls.model_fields[info.field_name or ""].annotation):
-            raise PydanticCustomError("empty", "the path is empty: give one, or . for the current directory")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _within_float32(cls, value: Any) -> Any:
-        """What is computed in float32 would be 0 or infinite there."""
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, float) and part and not SMALLEST_FLOAT32 <= abs(part) <= LARGEST_FLOAT32:
-                raise PydanticCustomError(
-                    "float32", f"it is computed with in float32, from {SMALLEST_FLOAT32:g} to {LARGEST_FLOAT32:g}"
-                )
-        return value
-
-
-def _takes_path(annotation: Any) -> bool:
-    return annotation is Path or any(_takes_path(part) for part in get_args(annotation))
-
-
-def _takes_bool(annotation: Any) -> bool:
-    return annotation in (bool, Any) or any(
-        isinstance(part, bool) or _takes_bool(part) for part in get_args(annotation)
-    )
 
 
 class ModelSettings(Section):

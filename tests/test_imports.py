@@ -98,8 +98,8 @@ def test_rooms_import_one_way(package):
 
 @pytest.mark.parametrize("package", ["parallel", "megatron_bert"])
 def test_modules_import_one_way(package):
-    # Inside a room a module may name a type of one that imports it.
-    assert in_cycles(module_graph(modules_of(package, for_types=False))) == []
+    """Not for types either."""
+    assert in_cycles(module_graph(modules_of(package))) == []
 
 
 @pytest.mark.parametrize("here", FORBIDDEN)
@@ -107,6 +107,15 @@ def test_rooms_do_not_look_up(here):
     graph = room_graph("megatron_bert", modules_of("megatron_bert"))
     assert here in graph, "the room was renamed: rename it in FORBIDDEN too"
     assert reachable(graph, here) & FORBIDDEN[here] == set()
+
+
+def test_tasks_load_without_torch():
+    """Numpy is enough for files, labels and metrics."""
+    modules = modules_of("parallel") | modules_of("megatron_bert")
+    tasks = {module for module in modules if module.startswith("megatron_bert.tasks")}
+    below = tasks.union(*(reachable(module_graph(modules), module) for module in tasks))
+    large = {"torch", "transformers"}
+    assert [module for module in below if large & {imported.split(".")[0] for imported in modules[module]}] == []
 
 
 def test_nobody_imports_the_command_line():
@@ -139,4 +148,3 @@ def test_the_walk_sees_what_it_should(tmp_path):
     assert in_cycles(module_graph(modules_of("parallel", tmp_path))) == ["parallel.inner.leaf", "parallel.mesh"]
     (package / "inner" / "leaf.py").write_text("if TYPE_CHECKING:\n    from parallel import mesh\n")
     assert in_cycles(module_graph(modules_of("parallel", tmp_path))) == ["parallel.inner.leaf", "parallel.mesh"]
-    assert in_cycles(module_graph(modules_of("parallel", tmp_path, for_types=False))) == []

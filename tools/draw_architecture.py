@@ -36,11 +36,11 @@ def room_of(module: str, packages: set[str]) -> str:
 
 
 def room_graph(root: Path = ROOT) -> Graph:
-    """Box -> boxes it imports, without what is imported for types alone."""
+    """Box -> boxes it imports."""
     modules = {
         name: imports
         for folder in ("parallel", "megatron_bert", "tools")
-        for name, imports in modules_of(folder, root, for_types=False).items()
+        for name, imports in modules_of(folder, root).items()
     }
     packages = {f"megatron_bert.{path.parent.name}" for path in (root / "megatron_bert").glob("*/__init__.py")}
     graph: Graph = {}

@@ -10,16 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def imported_modules(source: str, module: str, is_package: bool, for_types: bool = True) -> Iterator[str]:
-    """Every module that ``source`` imports anywhere, also inside functions; relative ones made absolute.
+def imported_modules(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Every module that ``source`` imports anywhere, also in functions or for types; relative ones made absolute.
 
-    ``from a.b import c`` gives ``a.b.c``, whether c is a module or a name in one. Without ``for_types`` what stands
-    under ``if TYPE_CHECKING`` is left out.
+    ``from a.b import c`` gives ``a.b.c``, whether c is a module or a name in one.
     """
-    tree = ast.parse(source)
-    if not for_types:
-        tree = _WithoutTypes().visit(tree)
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -31,19 +27,12 @@ def imported_modules(source: str, module: str, is_package: bool, for_types: bool
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-class _WithoutTypes(ast.NodeTransformer):
-    def visit_If(self, node: ast.If) -> ast.AST:
-        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            node.body = [ast.Pass()]
-        return self.generic_visit(node)
-
-
-def modules_of(folder: str, root: Path = ROOT, *, for_types: bool = True) -> dict[str, set[str]]:
+def modules_of(folder: str, root: Path = ROOT) -> dict[str, set[str]]:
     """Module name -> modules it imports, for all of a package or folder."""
     modules = {}
     for path in sorted((root / folder).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         is_package = parts[-1] == "__init__"
         name = ".".join(parts[:-1] if is_package else parts)
-        modules[name] = set(imported_modules(path.read_text(encoding="utf-8"), name, is_package, for_types))
+        modules[name] = set(imported_modules(path.read_text(encoding="utf-8"), name, is_package))
     return modules

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bert.data.indexed_format import DTYPES, HEADER, MAGIC, VERSION, best_dtype, dtype_code, read_header
-from megatron_bert.data.indexed_writer import IndexedWriter
+from megatron_bert.data.indexed_format import DTYPES, HEADER, MAGIC, VERSION, dtype_code, read_header
 from parallel.errors import UserError
-
-__all__ = ["IndexedDataset", "IndexedWriter", "best_dtype"]
 
 BLOCK = 1 << 22
 """Sentences checked at a time: bounds the memory of large files."""

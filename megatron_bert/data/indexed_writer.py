@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.indexed_format import DTYPES, HEADER, MAGIC, VERSION, dtype_code
 from parallel.errors import UserError
 from parallel.whole_files import reporting
-
-if TYPE_CHECKING:
-    from megatron_bert.data.indexed import IndexedDataset
 
 COPY_BYTES = 16 << 20
 BLOCK = 1 << 20
@@ -115,7 +113,7 @@ class IndexedWriter:
         self._sizes.frombytes(sizes.astype(np.intc).tobytes())
         self._documents.frombytes(ends.tobytes())
 
-    def add_corpus(self, corpus: "IndexedDataset") -> None:
+    def add_corpus(self, corpus: IndexedDataset) -> None:
         """Append all documents of another corpus.
 
         Raises:

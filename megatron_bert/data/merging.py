@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bert.data.duplicates import DuplicateCount, document_digests
-from megatron_bert.data.indexed import IndexedDataset, IndexedWriter
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.inputs import Part
 from megatron_bert.data.sidecar import read_sidecar, remove_sidecar, write_note
 from parallel.errors import UserError

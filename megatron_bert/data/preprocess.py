@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_bert.data.duplicates import DuplicateCount, document_digests
-from megatron_bert.data.indexed import IndexedWriter, best_dtype
+from megatron_bert.data.indexed_format import best_dtype
+from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.inputs import InputRows, Part
 from megatron_bert.data.merging import part_prefix
 from megatron_bert.data.rows import OnBadRow, Row, check_on_bad_row, decode_row

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Auto classes, told on request to make the classes of this project."""
+"""transformers' Auto classes, which give the classes of this project on request."""
 
 from __future__ import annotations
 
 import transformers
 
-import megatron_bert
+from megatron_bert.public import HOMES, public
 
 _FAMILIES = ("MegatronBert", "IBert")
 _HEADS = (
@@ -26,11 +26,11 @@ def register_auto_classes() -> None:
     Without this call they give those of transformers, whatever was imported.
     """
     for family in _FAMILIES:
-        config = getattr(megatron_bert, f"{family}Config")
+        config = public(f"{family}Config")
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        transformers.AutoModel.register(config, getattr(megatron_bert, f"{family}Model"), exist_ok=True)
+        transformers.AutoModel.register(config, public(f"{family}Model"), exist_ok=True)
         for head in _HEADS:
             name = f"{family}For{head}"
-            if name in megatron_bert.__all__:
+            if name in HOMES:
                 auto = getattr(transformers, f"AutoModelFor{head}")
-                auto.register(config, getattr(megatron_bert, name), exist_ok=True)
+                auto.register(config, public(name), exist_ok=True)

@@ -24,8 +24,8 @@ from megatron_bert.finetuning.scoring import Scored, score_units
 from megatron_bert.tasks.rows import RowError, parse_object
 from megatron_bert.tasks.stream import name_of
 from megatron_bert.tasks.task import Example, Prediction, Task, Unit
-from megatron_bert.training.build import StagedModel
 from megatron_bert.training.first_rank import on_first_rank
+from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.pipeline.engine import PipelineEngine

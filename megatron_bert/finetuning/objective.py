@@ -23,9 +23,9 @@ from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
 from megatron_bert.tasks.task import Prediction, Unit
-from megatron_bert.training.build import StagedModel
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.objective import Objective
+from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh, TensorParallel
 from parallel.pipeline.actions import Schedule

@@ -15,7 +15,7 @@ from megatron_bert.finetuning.batches import collate_units, unit_tokens
 from megatron_bert.finetuning.losses import labeled, task_loss_sum
 from megatron_bert.model.finetuning import TaskBatch
 from megatron_bert.tasks.task import Head, Unit
-from megatron_bert.training.build import StagedModel
+from megatron_bert.training.staged_model import StagedModel
 from parallel.mesh import DATA_AXES, ParallelMesh
 from parallel.pipeline.engine import PipelineEngine
 

@@ -8,7 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, Section, TokenizerSettings
+from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, TokenizerSettings
+from megatron_bert.section import Section
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 
 #: Bound of the passes over the data, far above what anyone waits for.

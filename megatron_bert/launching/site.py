@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from megatron_bert.config import Section
 from megatron_bert.config_file import load_sections
+from megatron_bert.section import Section
 
 #: Names the site's file, for whoever does not want to give --site each time.
 SITE_VARIABLE = "MEGATRON_BERT_SITE"

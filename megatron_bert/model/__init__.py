@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder, its heads and the public classes."""
+"""The encoder and its heads, one class at every layout; neither settings nor data."""

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from megatron_bert.config import Section
 from megatron_bert.planning.workload import BYTES
+from megatron_bert.section import Section
 from parallel.errors import UserError, brief
 
 #: Bytes of a gibibyte.

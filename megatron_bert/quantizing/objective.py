@@ -32,7 +32,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask, TaskBatch
 from megatron_bert.quantizing.distillation import distillation_sum
 from megatron_bert.quantizing.settings import QuantizeSettings
-from megatron_bert.training.build import StagedModel
+from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
 from parallel.pipeline.engine import PipelineEngine

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_bert.config import LARGEST_SCALE, LearningRateSettings, Section
+from megatron_bert.config import LARGEST_SCALE, LearningRateSettings
 from megatron_bert.finetuning.settings import (
     MOST_EPOCHS,
     FinetuneModelSettings,
@@ -15,6 +15,7 @@ from megatron_bert.finetuning.settings import (
     FinetuneTrainingSettings,
 )
 from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.section import Section
 from parallel.errors import UserError
 
 Dequantized = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pretrained encoder is used for."""
+"""Fine-tuning tasks: files to sequences and labels, logits to predictions and metrics, without torch."""

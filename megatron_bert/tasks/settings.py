@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_bert.config import Section
+from megatron_bert.section import Section
 
 Kind = Literal["sequence", "multiple_choice", "question_answering", "token_classification"]
 

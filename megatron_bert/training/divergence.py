@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.model.batch import TokenBatch
+from megatron_bert.training.run_state import RunState
 from parallel.errors import UserError
 from parallel.hosts import host_name
 from parallel.mesh import DATA_AXES
 from parallel.parts import Part
 from parallel.whole_files import reason_of, whole_file
-
-if TYPE_CHECKING:
-    from megatron_bert.training.trainer import Trainer
 
 #: Folder of a run directory with the batches of steps that were not finite.
 BATCHES_FOLDER = "diverged"
@@ -48,7 +46,7 @@ class Watch:
         trainer: whose steps they are.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: RunState) -> None:
         self.trainer = trainer
         self._found: Tensor | None = None
         self._noted: tuple[int, list[TokenBatch], Tensor, Any] | None = None
@@ -189,7 +187,7 @@ class _Finding:
     origin: _Origin | None
 
 
-def diagnosed(trainer: Trainer, step: int, batches: list[TokenBatch]) -> Exception:
+def diagnosed(trainer: RunState, step: int, batches: list[TokenBatch]) -> Exception:
     """Find out why a step was not finite, by computing it again; every rank calls, and gets the same error.
 
     Args:
@@ -227,7 +225,7 @@ def diagnosed(trainer: Trainer, step: int, batches: list[TokenBatch]) -> Excepti
     return _error(step, values, found, first, bool(sums.grad_norm.isfinite()), scale.dynamic, suspected, kept)
 
 
-def _suspected(trainer: Trainer) -> str:
+def _suspected(trainer: RunState) -> str:
     """What may be damaged beside memory, and what to do."""
     again = "without that host if it happens there again"
     if trainer.resumed is not None:
@@ -298,7 +296,7 @@ def _some(items: Sequence[Any]) -> str:
     return ", ".join(map(str, items[:_SHOWN])) + more
 
 
-def _damaged(trainer: Trainer) -> list[tuple[str, int]]:
+def _damaged(trainer: RunState) -> list[tuple[str, int]]:
     """Weights and optimizer states of this rank that are not finite: name, and how many values."""
     found = {}
     for parameters in (trainer.parameters, trainer.copies):
@@ -309,7 +307,7 @@ def _damaged(trainer: Trainer) -> list[tuple[str, int]]:
     return list(found.items())
 
 
-def _outliers(trainer: Trainer) -> list[tuple[str, float, float]]:
+def _outliers(trainer: RunState) -> list[tuple[str, float, float]]:
     """Weights of this rank far from the rest of their tensor: name, largest magnitude, its ratio to the median."""
     found = []
     for name, parameter in {**trainer.copies, **trainer.parameters}.items():
@@ -324,7 +322,7 @@ def _outliers(trainer: Trainer) -> list[tuple[str, float, float]]:
     return found
 
 
-def _kept(trainer: Trainer, step: int, batches: list[TokenBatch], data_rank: int | None) -> str:
+def _kept(trainer: RunState, step: int, batches: list[TokenBatch], data_rank: int | None) -> str:
     """Keep the micro batches of a data rank, or of all, in a file each; where they are, for people."""
     folder = trainer.settings.training.run_dir / BATCHES_FOLDER
     mesh, failure = trainer.mesh, ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import PretrainingLogits, correct_counts, loss_sums
-from megatron_bert.training.build import StagedModel
+from megatron_bert.training.staged_model import StagedModel
 from parallel.cross_entropy import IGNORED
 from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
 from parallel.pipeline.engine import PipelineEngine

@@ -4,23 +4,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.flops import peak_tflops, training_flops
+from megatron_bert.training.run_state import RunState
 from megatron_bert.training.slow_ranks import RankTimes
 from parallel.mesh import DATA_AXES
-
-if TYPE_CHECKING:
-    from megatron_bert.training.trainer import Trainer
 
 
 class Meter:
     """Counts work between two logged steps; reading it waits for the device."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: RunState) -> None:
         self.trainer = trainer
         settings, device = trainer.settings, trainer.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

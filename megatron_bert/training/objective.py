@@ -5,22 +5,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.training.staged_model import StagedModel
 from parallel.mesh import ParallelMesh, TensorParallel
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stage import StagePart
 from parallel.process_group import World
 from parallel.recompute import Recompute
-
-if TYPE_CHECKING:
-    from megatron_bert.training.build import StagedModel
 
 
 class Objective(ABC):

@@ -19,10 +19,10 @@ from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch, TokenBatch
 from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits, loss_sums
-from megatron_bert.training.build import StagedModel
 from megatron_bert.training.data_report import describe_held_out_data, describe_training_data
 from megatron_bert.training.evaluation import evaluate
 from megatron_bert.training.objective import Objective
+from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh, TensorParallel
 from parallel.pipeline.actions import Schedule

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.run_state import RunState
 from parallel.whole_files import reason_of, write_json, write_text
-
-if TYPE_CHECKING:
-    from megatron_bert.training.trainer import Trainer
 
 #: Folder of a run directory.
 FOLDER = "profile"
@@ -81,7 +79,7 @@ class StepProfiler:
         steps: their numbers, from 1; empty for none.
     """
 
-    def __init__(self, trainer: Trainer, steps: range) -> None:
+    def __init__(self, trainer: RunState, steps: range) -> None:
         self.trainer, self.steps = trainer, steps
         coordinate = trainer.mesh.coordinate
         self.chosen = all(coordinate[axis] == 0 for axis in coordinate if axis != "pipeline")
@@ -156,7 +154,7 @@ class StepProfiler:
 
 
 @contextmanager
-def _parts_marked(trainer: Trainer) -> Iterator[None]:
+def _parts_marked(trainer: RunState) -> Iterator[None]:
     """Mark what modules and the steps around them do for the profiler."""
     with ExitStack() as stack:
         for stage in trainer.model.stages.values():

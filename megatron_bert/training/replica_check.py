@@ -4,22 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_bert.training.build import TIED_NAME
+from megatron_bert.training.run_state import RunState
+from megatron_bert.training.staged_model import TIED_NAME
 from parallel.checkpoint import latest_checkpoint
 from parallel.checkpoint_reader import load_tensors
 from parallel.errors import UserError
 from parallel.parts import Part
 from parallel.replicas import Copy, compare_replicas
 
-if TYPE_CHECKING:
-    from megatron_bert.training.trainer import Trainer
 
-
-def check_replicas(trainer: Trainer) -> None:
+def check_replicas(trainer: RunState) -> None:
     """Compare the copies; every rank calls, between steps.
 
     Raises:
@@ -28,7 +25,7 @@ def check_replicas(trainer: Trainer) -> None:
     compare_replicas(_copies(trainer), trainer.mesh, lambda name: _saved(trainer, name))
 
 
-def _copies(trainer: Trainer) -> Iterator[Copy]:
+def _copies(trainer: RunState) -> Iterator[Copy]:
     for parameters in (trainer.parameters, trainer.copies):
         for name, tensor in trainer.tensors(parameters).items():
             # Both stages that have the word embeddings update them alike.
@@ -36,7 +33,7 @@ def _copies(trainer: Trainer) -> Iterator[Copy]:
             yield Copy.of(name, tensor, *(("pipeline",) if tied else ()))
 
 
-def _saved(trainer: Trainer, name: str) -> Tensor | None:
+def _saved(trainer: RunState, name: str) -> Tensor | None:
     """This rank's part of a tensor in the newest checkpoint, if there is one."""
     path = latest_checkpoint(trainer.checkpoints.root)
     everything = trainer.tensors({**trainer.copies, **trainer.parameters})

@@ -6,16 +6,15 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_bert.config import RunTrainingSettings, TrainingSettings
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.run_state import RunState
+from megatron_bert.training.saving import Saving
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_bert.training.trainer import Trainer
 
 #: Median absolute deviations times this are standard deviations, for a normal distribution.
 _DEVIATIONS = 1.4826
@@ -71,12 +70,14 @@ class Spikes:
             self.above, self.returns = int(state["above"]), int(state["returns"])
 
 
-def go_back_after_spike(trainer: Trainer, loss: float, report: Report) -> bool:
+def go_back_after_spike(trainer: RunState, spikes: Spikes, loss: float, saving: Saving, report: Report) -> bool:
     """Return to the checkpoint before a spike, and to the data after it; every rank calls after every step.
 
     Args:
         trainer: which may just have made the last step of a spike.
+        spikes: what it looks for them with.
         loss: of its step.
+        saving: of its checkpoints.
         report: of the run.
 
     Returns:
@@ -85,11 +86,11 @@ def go_back_after_spike(trainer: Trainer, loss: float, report: Report) -> bool:
     Raises:
         UserError: the run has done so as often as it may.
     """
-    spikes, settings, step = trainer.spikes, trainer.spikes.settings, trainer.step
+    settings, step = spikes.settings, trainer.step
     if settings is None or not spikes.spiked(loss):
         return False
     spike = f"the loss rose to {loss:.4g} at step {step}, above {spikes.limit():.4g} for {spikes.above} step(s)"
-    trainer.saving.settle(report)
+    saving.settle(report)
     root, last = trainer.checkpoints.root, step - spikes.above
     path = on_first_rank(lambda: next((path for saved, path in _newest_first(root) if saved <= last), None))
     if path is None:

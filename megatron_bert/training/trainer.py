@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from megatron_bert.training.precision import DTYPES, LossScale
 from megatron_bert.training.profiling import StepProfiler
 from megatron_bert.training.replica_check import check_replicas
 from megatron_bert.training.run_lock import RunLock
+from megatron_bert.training.run_state import StepSums
 from megatron_bert.training.saving import Saving
 from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
@@ -48,14 +49,6 @@ from parallel.presence import sign
 from parallel.process_group import World
 from parallel.sharding import name_seed
 from parallel.step_clock import StepClock
-
-
-class StepSums(NamedTuple):
-    """What a step did, on the device: this data rank's loss sums, global counts, and the gradient's norm."""
-
-    losses: Tensor
-    counts: Tensor
-    grad_norm: Tensor
 
 
 class Trainer:
@@ -167,7 +160,9 @@ class Trainer:
                 self._log(sums, meter, report)
                 if settings.logging.trace:
                     self._write_timeline(report)
-            if self.spikes.settings is not None and go_back_after_spike(self, sum(self.losses(sums)), report):
+            if self.spikes.settings is not None and go_back_after_spike(
+                self, self.spikes, sum(self.losses(sums)), self.saving, report
+            ):
                 batches = self._batches()
                 meter.restart()
                 continue

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_bert.cli import main
 from megatron_bert.config import LoggingSettings
-from megatron_bert.data.indexed import IndexedWriter
+from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.errors import UserError

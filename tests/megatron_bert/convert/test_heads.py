@@ -19,11 +19,11 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.families import ROBERTA
 from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.opening import open_checkpoint
+from megatron_bert.finetuning.fill_mask import FillMask
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.ibert import gelu
 from megatron_bert.quantizing.quantize import quantize
-from megatron_bert.tasks.fill_mask import FillMask
 from parallel.errors import UserError
 from tests.megatron_bert.data.support import small_vocabulary
 from tests.megatron_bert.finetuning.support import WORDS, make_run, rows, run_settings

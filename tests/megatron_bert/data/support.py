@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bert.data.indexed import IndexedDataset, IndexedWriter
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

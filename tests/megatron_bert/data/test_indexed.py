@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bert.data.indexed import IndexedDataset, IndexedWriter, best_dtype
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.indexed_format import best_dtype
+from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.merging import merge_corpora
 from parallel.errors import UserError
 

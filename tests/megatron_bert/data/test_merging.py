@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bert.data.indexed import IndexedDataset, IndexedWriter
+from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.inputs import Part
 from megatron_bert.data.merging import merge_corpora, part_prefix
 from megatron_bert.data.preprocess import preprocess

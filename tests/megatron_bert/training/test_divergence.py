@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert.config import OptimizerSettings
-from megatron_bert.training.build import TIED_NAME
 from megatron_bert.training.divergence import NotReproducedError
 from megatron_bert.training.metrics import METRICS_FILE
 from megatron_bert.training.optimizer import ShardedOptimizer
 from megatron_bert.training.precision import LossScale
 from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training.staged_model import TIED_NAME
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError

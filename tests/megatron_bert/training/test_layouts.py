@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
-from megatron_bert.training.build import TIED_NAME
 from megatron_bert.training.metrics import Report
+from megatron_bert.training.staged_model import TIED_NAME
 from parallel.pipeline.schedules import build_schedule
 from parallel.sharding import initialize
 from tests.megatron_bert.training.layouts import (

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bert.training.build import TIED_NAME
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.replica_check import check_replicas
 from megatron_bert.training.signals import StopRequest
+from megatron_bert.training.staged_model import TIED_NAME
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError

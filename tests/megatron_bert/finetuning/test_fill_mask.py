@@ -10,7 +10,7 @@ import torch
 
 from megatron_bert.cli import main
 from megatron_bert.data.tokenizers import load_tokenizer, tokenizer_of_run
-from megatron_bert.tasks.fill_mask import FillMask
+from megatron_bert.finetuning.fill_mask import FillMask
 from megatron_bert.training.pretrain import pretrain
 from parallel.errors import UserError
 from tests.megatron_bert.training.layouts import LENGTH, make_data

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of all settings, without what takes long to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+#: Magnitudes that float32 holds to its full precision: below them it may count as 0, above them it is infinite.
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.18e-38, 3.4e38
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown keys, numbers beyond float32 and truth values for numbers, and stay as read."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1."""
+        given = any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value]))
+        if given and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("truth", "true and false are no value for it")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """Which would be the current directory."""
+        if value == "" and _takes_path(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("empty", "the path is empty: give one, or . for the current directory")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_float32(cls, value: Any) -> Any:
+        """What is computed in float32 would be 0 or infinite there."""
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, float) and part and not SMALLEST_FLOAT32 <= abs(part) <= LARGEST_FLOAT32:
+                raise PydanticCustomError(
+                    "float32", f"it is computed with in float32, from {SMALLEST_FLOAT32:g} to {LARGEST_FLOAT32:g}"
+                )
+        return value
+
+
+def _takes_path(annotation: Any) -> bool:
+    return annotation is Path or any(_takes_path(part) for part in get_args(annotation))
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(
+        isinstance(part, bool) or _takes_bool(part) for part in get_args(annotation)
+    )
