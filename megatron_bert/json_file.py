@@ -15,15 +15,15 @@ def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, A
 
     Args:
         path: the file.
-        remedy: what to do where it is no JSON.
+        remedy: what to do where it is not JSON.
 
     Raises:
-        UserError: it is no JSON, or holds something else.
+        UserError: it is not JSON, or holds something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({str(error)[:80]}): {remedy}") from None
+        raise UserError(f"{path} is not JSON ({str(error)[:80]}): {remedy}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__} instead of an object: wrong file?")
     return values

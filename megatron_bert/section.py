@@ -26,7 +26,7 @@ class Section(BaseModel):
         """Python takes true for 1."""
         given = any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value]))
         if given and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
-            raise PydanticCustomError("truth", "true and false are no value for it")
+            raise PydanticCustomError("truth", "true and false are not a value for it")
         return value
 
     @field_validator("*", mode="before")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command ends while it is only starting: at once, because nothing has begun that would have to be undone.
 
-It imports next to nothing, so that signals find it from the first moment. :class:`~megatron_bert.ending.Ending` takes
+It imports almost nothing, so that signals find it from the first moment. :class:`~megatron_bert.ending.Ending` takes
 over when the command begins.
 """
 

@@ -120,7 +120,7 @@ def _write_plan(rank: int, plan: SavePlan) -> WritePlan:
     start = 0
     for item in plan.items:
         data = item.tensor_data
-        assert data is not None, f"{item.index.fqn} is no tensor"
+        assert data is not None, f"{item.index.fqn} is not a tensor"
         pieces.append(tensor_archive(tuple(data.chunk.sizes), data.properties.dtype, start))
         start = _aligned(start + pieces[-1].nbytes)
     file = f"__{rank}_0.distcp" if pieces else None

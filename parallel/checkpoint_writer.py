@@ -208,7 +208,7 @@ class CheckpointWriter:
     # ---------------------------------------------------------------- what is written, and from where
 
     def _plan_for(self, tensors: dict[str, Tensor | Part]) -> WritePlan:
-        """What this rank writes: planned anew only when tensors have changed on any rank."""
+        """What this rank writes: planned again only when tensors have changed on any rank."""
         now = signature(tensors)
         changed = torch.tensor(int(self._plan is None or now != self._signature))
         dist.all_reduce(changed, dist.ReduceOp.MAX)

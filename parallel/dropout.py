@@ -65,7 +65,7 @@ def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int 
     Returns:
         bool ``[..., columns]``.
     """
-    # Columns are told apart by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
+    # Columns are distinguished by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
     column = torch.arange(first_column, first_column + columns, device=keys.device, dtype=torch.int32)
     bits = _mix32_(_row_seed(keys)[..., None] ^ _mix32_(column ^ _COLUMN_KEY))
     return bits >= round(probability * 2**32) - 2**31

@@ -114,7 +114,7 @@ def wait_as_spare() -> None:
     It stays with the launcher, which can start it again as a rank when another process is lost.
 
     Raises:
-        RuntimeError: the run ended without a word.
+        RuntimeError: the run ended silently.
     """
     store = launchers_store()
     store.wait([_OVER], timedelta(days=365))

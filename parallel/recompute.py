@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation recomputation: keep less in the forward pass, compute it again in the backward pass.
 
-``full`` keeps a layer's input only and runs its forward pass again. ``selective`` keeps everything that is dear to
+``full`` keeps a layer's input only and runs its forward pass again. ``selective`` keeps everything that is expensive to
 compute or to communicate and repeats only what is cheap for its size: GELU, whose result is as large as the widest
 matrix product's, and scores, softmax and dropout of attention that is written out (fused attention keeps none of them).
 See Korthikanti et al., arXiv 2205.05198, section 5.

@@ -70,7 +70,7 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
 
     Raises:
         Exception: what the first rank to fail raised, with that rank's traceback as its cause.
-        RankError: a rank died without a word, or its error cannot be pickled.
+        RankError: a rank died silently, or its error cannot be pickled.
         TimeoutError: the world took longer than ``timeout``.
     """
     # Plain bytes: multiprocessing's own pickling of tensors shares memory that lives no longer than its sender.

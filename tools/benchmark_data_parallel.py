@@ -173,7 +173,7 @@ def compare(layers: int, hidden: int, microbatches: int, rounds: int) -> dict[st
     """Time steps of each kind in turn.
 
     Returns:
-        Of each kind, milliseconds of a step and operators that are no views; and medians of the ratios to plain modules
+        Of each kind, milliseconds of a step and operators that are not views; medians of the ratios to plain modules
         in the same round.
     """
     batches, steps = make_batches(microbatches), {}

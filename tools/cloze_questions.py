@@ -97,7 +97,7 @@ def questions(texts: list[str], count: int, words: tuple[int, int], seed: int = 
 
 @command("cloze_questions")
 def main(given: list[str] | None = None) -> int:
-    """Read documents, write questions; 0 on success, 2 for mistakes a user can mend."""
+    """Read documents, write questions; 0 on success, 2 for mistakes a user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="JSON lines or plain text, compressed or not")
     parser.add_argument("output", type=Path, help="JSON file in the format of SQuAD 1.1")

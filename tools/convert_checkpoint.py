@@ -21,7 +21,7 @@ from megatron_bert.ending import command
 
 @command("convert_checkpoint")
 def main(arguments: list[str] | None = None) -> int:
-    """Run the script; 0 on success, 2 for mistakes a user can mend."""
+    """Run the script; 0 on success, 2 for mistakes a user can fix."""
     parser = argparse.ArgumentParser(description="Convert a Megatron BERT checkpoint to Hugging Face files beside it.")
     parser.add_argument("source", type=Path, metavar="SRC", help="a zip file, a .pt file or a folder")
     parser.add_argument("destination", type=Path, nargs="?", metavar="DST", help="folder (default: that of SRC)")

@@ -57,7 +57,7 @@ def grow(source: Path, target: Path, layers: list[int], seed: int = 0) -> None:
     """Write a model of twice the width.
 
     Args:
-        source: Hugging Face directory of a MegatronBERT; heads that it lacks start anew.
+        source: Hugging Face directory of a MegatronBERT; heads that it lacks are initialized from scratch.
         target: directory to write.
         layers: which layer of it each layer is made of.
         seed: of how weights are divided.
@@ -93,7 +93,7 @@ def grow(source: Path, target: Path, layers: list[int], seed: int = 0) -> None:
 
 @command("grow_checkpoint")
 def main(given: list[str] | None = None) -> int:
-    """Grow the model of one directory into another; 0 on success, 2 for mistakes a user can mend."""
+    """Grow the model of one directory into another; 0 on success, 2 for mistakes a user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="Hugging Face directory of the small model")
     parser.add_argument("target", type=Path, help="directory for the large one")

@@ -58,7 +58,7 @@ def training_texts(tasks: list[Task[Any, Any]]) -> list[str]:
 
 @command("task_texts")
 def main(given: list[str] | None = None) -> int:
-    """Read tasks, write their texts; 0 on success, 2 for mistakes a user can mend."""
+    """Read tasks, write their texts; 0 on success, 2 for mistakes a user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="settings of fine-tuning")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file to write")

@@ -146,7 +146,7 @@ def convert(
 
 def _notes(state: CanonicalState, to: str, write: WriteOptions, target: Destination) -> Iterator[str]:
     if target.kept and not target.beside:
-        yield f"{target.path} holds files that are no checkpoint's, which stay: {brief(', '.join(target.kept))}"
+        yield f"{target.path} holds files that are not a checkpoint's, which stay: {brief(', '.join(target.kept))}"
     if to == "native" and write.tensor * write.pipeline * write.virtual_stages > 1:
         yield "native checkpoints fit every layout: --tensor, --pipeline and --virtual-stages change nothing"
     if state.optimizer and to != "native":

@@ -43,7 +43,7 @@ class Destination:
     Attributes:
         place: the path without links.
         zipped: whether it is a zip file.
-        kept: names of files that are there, are no checkpoint's, and stay.
+        kept: names of files that are there, are not a checkpoint's, and stay.
 
     Raises:
         UserError: it cannot be written, or holds what must not be replaced.

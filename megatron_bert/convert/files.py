@@ -16,7 +16,7 @@ from parallel.stored.file_range import FileRange
 
 #: Folders below a checkpoint folder that are searched for its files: iter_0001000/mp_rank_00/ is two.
 _DEPTH = 3
-#: More entries than this are no checkpoint, but a folder named by mistake (a home directory).
+#: More entries than this are not a checkpoint, but a folder named by mistake (a home directory).
 _MOST_ENTRIES = 100_000
 
 
@@ -31,7 +31,7 @@ class FileTree(Mapping[str, FileRange]):
 
     Attributes:
         label: what to call the tree in messages.
-        folder: the folder it was made from, or None when it is no folder on disk.
+        folder: the folder it was made from, or None when it is not a folder on disk.
     """
 
     def __init__(self, label: str, files: dict[str, Path | FileRange], folder: Path | None = None) -> None:

@@ -215,7 +215,7 @@ def _embeddings(label: str, family: Family, stored: Mapping[str, StateTensor]) -
         if family.names.ours(key) == WORD_EMBEDDINGS and len(tensor.shape) == 2:
             return tensor
     raise UserError(
-        f"{label} holds no {family.names.theirs(WORD_EMBEDDINGS)[0]}: it is no whole {family.classes} model"
+        f"{label} holds no {family.names.theirs(WORD_EMBEDDINGS)[0]}: it is not a whole {family.classes} model"
     )
 
 

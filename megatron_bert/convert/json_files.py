@@ -34,7 +34,7 @@ def parse_json(text: bytes, label: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{label} is no JSON ({brief(error, 80)}): fetch the file again") from None
+        raise UserError(f"{label} is not JSON ({brief(error, 80)}): fetch the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{label} holds a JSON {type(value).__name__} instead of an object: wrong file?")
     return value
@@ -60,5 +60,5 @@ def fraction(settings: dict[str, Any], key: str, label: str, default: float) -> 
     """
     value = settings.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise UserError(f"{label} gives {key} a value that is no number in [0, 1): it is damaged")
+        raise UserError(f"{label} gives {key} a value that is not a number in [0, 1): it is damaged")
     return float(value)

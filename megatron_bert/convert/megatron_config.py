@@ -107,7 +107,7 @@ def _sizes(label: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     }
     for name, dimensions in needed.items():
         if len(shapes.get(name, ())) != dimensions or 0 in shapes[name]:
-            raise UserError(f"{label} holds no usable {name}: it is no whole BERT model of Megatron")
+            raise UserError(f"{label} holds no usable {name}: it is not a whole BERT model of Megatron")
     rows, hidden = shapes[WORD_EMBEDDINGS]
     biases = shapes.get(VOCABULARY_BIAS, (rows,))[0]
     if rows != biases:
@@ -147,7 +147,7 @@ def _integer(label: str, args: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise UserError(f"{label} has an argument {key} that is no sensible number: it is damaged")
+        raise UserError(f"{label} has an argument {key} that is not a sensible number: it is damaged")
     return value
 
 

@@ -69,15 +69,15 @@ class Shard:
         """The checkpoint version; None when the file declares none.
 
         Raises:
-            UserError: what it declares is no number.
+            UserError: what it declares is not a number.
         """
         value = self.content.get("checkpoint_version")
         if isinstance(value, StoredTensor) and math.prod(value.shape) == 1:
             value = value.load().item()
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(
-                f"{self.label} has a checkpoint version that is no number (a {type(value).__name__}): give the order "
-                "of its rows with --source-checkpoint-version, 0, 1.0, 2.0 or 3.0"
+                f"{self.label} has a checkpoint version that is not a number (a {type(value).__name__}): give the "
+                "order of its rows with --source-checkpoint-version, 0, 1.0, 2.0 or 3.0"
             )
         return value
 
@@ -305,7 +305,7 @@ def flat_tensors(label: str, chunk: dict[Any, Any]) -> dict[str, StoredTensor]:
     """The tensors of nested dictionaries under dotted names.
 
     Raises:
-        UserError: they nest strangely, or hold something that is no tensor.
+        UserError: they nest strangely, or hold something that is not a tensor.
     """
     found: dict[str, StoredTensor] = {}
     budget = [_MOST_KEYS]
@@ -321,7 +321,7 @@ def flat_tensors(label: str, chunk: dict[Any, Any]) -> dict[str, StoredTensor]:
         elif isinstance(value, dict):
             for key, inner in value.items():
                 if not isinstance(key, str):
-                    raise UserError(f"{label} holds a model with a key that is no text: it is damaged")
+                    raise UserError(f"{label} holds a model with a key that is not text: it is damaged")
                 walk(f"{prefix}.{key}" if prefix else key, inner, depth + 1)
         else:
             raise UserError(f"{label} holds {brief(prefix or 'a model')}, a {type(value).__name__}: expected tensors")

@@ -59,7 +59,7 @@ def read_state(
     warnings: list[str] = []
     parts = _collect(checkpoint, rename)
     if WORD_EMBEDDINGS not in parts:
-        raise UserError(f"{checkpoint.first.label} holds no word embeddings: it is no BERT model of Megatron")
+        raise UserError(f"{checkpoint.first.label} holds no word embeddings: it is not a BERT model of Megatron")
     _check_objective(checkpoint, parts)
     shapes = {name: _joined_shape(name, found) for name, found in parts.items()}
     config, true_size, assumptions = encoder_config(checkpoint, shapes, options)

@@ -77,7 +77,7 @@ def _read(tree: FileTree, name: str) -> dict[str, Any]:
     try:
         settings = yaml.load(bytes(place.read(0, place.length)).decode("utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{place.label} is no YAML ({brief(error, 80)}): fetch it again") from None
+        raise UserError(f"{place.label} is not YAML ({brief(error, 80)}): fetch it again") from None
     if not isinstance(settings, dict):
         raise UserError(f"{place.label} holds no settings: fetch it again")
     return settings

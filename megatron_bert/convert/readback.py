@@ -33,7 +33,7 @@ class Written:
         label: of the destination, for messages.
 
     Attributes:
-        state: the same; reading a tensor adds a warning where it holds values that are no numbers.
+        state: the same; reading a tensor adds a warning where it holds values that are not numbers.
     """
 
     def __init__(self, state: CanonicalState, label: str) -> None:

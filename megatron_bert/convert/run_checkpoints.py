@@ -23,7 +23,7 @@ class RunCheckpoint:
 
     Attributes:
         path: of its directory.
-        step: after which it was written; None where that cannot be told.
+        step: after which it was written; None where that is unknown.
         layout: of the run that wrote it.
         size: in bytes.
         fault: what is wrong with it; None for a whole one.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a source is no checkpoint that can be read, as far as its files show it."""
+"""Why a source is not a checkpoint that can be read, as far as its files show it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def explained(tree: FileTree, formats: str) -> UserError:
         return UserError(f"{tree.label} holds several files that may be a model ({names}): give one of them")
     held = ", ".join(sorted(tree)[:5]) or "nothing"
     return UserError(
-        f"{tree.label} is no checkpoint of a kind that is known ({formats}); it holds {brief(held, 200)}: give a "
+        f"{tree.label} is not a checkpoint of a kind that is known ({formats}); it holds {brief(held, 200)}: give a "
         "checkpoint file, its folder, or an archive with one"
     )
 

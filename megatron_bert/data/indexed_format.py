@@ -61,7 +61,7 @@ def read_header(path: Path) -> tuple[int, int, int]:
             f"`megatron-bert preprocess`, or with Megatron's preprocess_data.py --dataset-impl mmap."
         )
     if not header.startswith(MAGIC[: len(header)]) or not header:
-        raise UserError(f"{path} byte 0 is {header[:9]!r} instead of {MAGIC!r}: it is no Megatron index.")
+        raise UserError(f"{path} byte 0 is {header[:9]!r} instead of {MAGIC!r}: it is not a Megatron index.")
     if len(header) < HEADER.size:
         raise UserError(f"{path} ends at byte {len(header)}, inside the {HEADER.size}-byte header: preprocess again.")
     _, version, code, sentences, boundaries = HEADER.unpack(header)

@@ -119,7 +119,7 @@ def _in_order(names: list[str], notes: list[dict[str, Any] | None]) -> tuple[lis
     count = 0
     for name, note in zip(names, notes, strict=True):
         if note is None or "part" not in note:
-            raise UserError(f"{name} is no part, but others are parts of a corpus: merge all parts of it first.")
+            raise UserError(f"{name} is not a part, but others are parts of a corpus: merge all parts of it first.")
         part = note["part"]
         same = {key: value for key, value in note.items() if key not in (*COUNTS, "part")}
         made = json.dumps([same, part["count"], part["inputs"]])

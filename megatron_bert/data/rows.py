@@ -102,7 +102,7 @@ def _text_of_object(row: Row, text: str, json_key: str) -> str:
             content.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(
-                f'{row.where} holds half of a surrogate pair under "{json_key}": it is no valid text.'
+                f'{row.where} holds half of a surrogate pair under "{json_key}": it is not valid text.'
             ) from None
     return content
 

@@ -107,7 +107,7 @@ class PunktSplitter:
     #: A word of letters with a single mark after it, and one that it does not depend on.
     _PLAIN = re.compile(r"[^\w.?!]*([^\W\d_]{2,})[.?!][^\w.?!]*")
     _ORDINARY = re.compile(r"[\"'“‘(\[]{0,2}\w")
-    #: Words are told apart by the space character alone.
+    #: Words are distinguished by the space character alone.
     _OTHER_SPACE = re.compile(r"[^\S ]")
     #: Binds what stands around it together. Dashes and signs do not.
     _PUNCTUATION_ONLY = re.compile(r"[^\w\s\-–—*#&/+=<>%$£€@~^|]+")

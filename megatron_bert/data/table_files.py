@@ -34,7 +34,7 @@ class ParquetReader:
         column: Name of the column.
 
     Raises:
-        UserError: pyarrow is missing, the file is no Parquet file, or the column is missing or not of strings.
+        UserError: pyarrow is missing, the file is not a Parquet file, or the column is missing or not of strings.
     """
 
     def __init__(self, path: str | os.PathLike[str], column: str) -> None:
@@ -97,7 +97,7 @@ class ArrowReader:
         column: Name of the column.
 
     Raises:
-        UserError: pyarrow is missing, the file is no Arrow file, or the column is missing or not of strings.
+        UserError: pyarrow is missing, the file is not an Arrow file, or the column is missing or not of strings.
     """
 
     def __init__(self, path: str | os.PathLike[str], column: str) -> None:

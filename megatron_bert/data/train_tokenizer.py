@@ -137,7 +137,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     backend.pre_tokenizer = PreTokenizerSequence([BertPreTokenizer(), Metaspace(WORD_MARK, prepend_scheme="always")])
     alphabet = _alphabet(text, backend.normalizer, vocab_size)
     trainer = BpeTrainer(
-        vocab_size=vocab_size + 1,  # one entry is the mark itself, which is no piece
+        vocab_size=vocab_size + 1,  # one entry is the mark itself, which is not a piece
         min_frequency=2,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=[WORD_MARK, *alphabet],

@@ -125,7 +125,7 @@ def byte_level_bpe(source: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer(BPE.from_file(str(source), str(merges)))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{source} and {MERGES_NAME} are no byte-level BPE vocabulary: {error}.") from None
+        raise UserError(f"{source} and {MERGES_NAME} are not byte-level BPE vocabulary: {error}.") from None
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
     vocabulary = backend.get_vocab()

@@ -156,7 +156,7 @@ class _Graph:
         return summed if module.norm is None else self.norm(summed, module.norm)
 
     def _positions(self) -> str:
-        """Rows of the table: by place, or as of RoBERTa by the number of tokens that are no padding."""
+        """Rows of the table: by place, or as of RoBERTa by the number of tokens that are not padding."""
         first = self.parts.config.first_position
         if first == 0:
             length = self.add("Gather", self.add("Shape", "input_ids"), self.constant(1, np.int64))

@@ -99,7 +99,7 @@ class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
         """Continue texts; arguments as of transformers' method.
 
         Raises:
-            UserError: the model is no decoder.
+            UserError: the model is not a decoder.
         """
         if not self.config.is_decoder:
             raise UserError("only decoders write text: set is_decoder=True in the configuration")

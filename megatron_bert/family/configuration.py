@@ -93,7 +93,7 @@ class DocumentedConfig(PreTrainedConfig):
     # gives them when they are asked for.
     @property
     def output_attentions(self) -> bool | None:
-        """Whether forward passes return attention probabilities when they are not told."""
+        """Whether forward passes return attention probabilities by default."""
         return self._output_attentions
 
     @output_attentions.setter
@@ -141,7 +141,7 @@ class DocumentedConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As transformers does; but a directory without a config.json is no model of default sizes.
+        """As transformers does; but a directory without a config.json is not a model of default sizes.
 
         Raises:
             OSError: there is none.

@@ -136,6 +136,6 @@ class _Pipe:
             yield b"".join(parts)
 
     def _read(self) -> bytes:
-        """Some bytes; none at the end, or when rows are wanted no more."""
+        """Some bytes; none at the end, or when no more rows are wanted."""
         ready = dict(self._poll.poll())
         return b"" if self._woken in ready else os.read(self._descriptor, _READ_BYTES)

@@ -157,6 +157,6 @@ def _output(path: Path | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     if path.exists() and not path.is_file():
-        raise UserError(f"--output is {path}, which is no regular file: give a file, or leave it out to use a pipe")
+        raise UserError(f"--output is {path}, which is not a regular file: give a file, or leave it out to use a pipe")
     with reporting("written", path, "choose another --output, or make room"), whole_file(path) as file:
         yield file

@@ -306,7 +306,7 @@ def _run_one(
     placement = placement_notes(mesh.layout, start.checkpoint)
     on_first_rank(lambda: write_start(settings))
     if world.is_first:
-        (training.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run, if one begins anew
+        (training.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run, if one starts from scratch
     with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
         report.say(trainer.describe())
         report.say(f"{task.settings.name}: {len(objective.units):,} training sequences, {steps:,} steps")

@@ -217,7 +217,7 @@ def _settings(overrides: list[str], *sections: str) -> dict[str, dict[str, Any]]
     for override in overrides:
         if override.partition(".")[0] not in sections:
             named, example = " or ".join(sections), f"{sections[0]}.{_EXAMPLES[sections[0]]}"
-            raise UserError(f"{override!r} is no setting of the {named}: give such as {example}")
+            raise UserError(f"{override!r} is not a setting of the {named}: give such as {example}")
         apply_override(tree, override)
     return tree
 

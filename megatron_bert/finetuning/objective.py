@@ -104,7 +104,7 @@ class Finetuning(Objective):
                 )
 
     def stage_parts(self, schedule: Schedule) -> list[StagePart]:
-        """Layers in equal parts, or as the settings say: the head costs next to nothing."""
+        """Layers in equal parts, or as the settings say: the head costs almost nothing."""
         layers = self.config.num_hidden_layers
         return split_layers(layers, schedule.stages, last_cost=0.0, sizes=self.settings.parallel.stage_layers)
 

@@ -75,9 +75,9 @@ def load_encoder(stage: BertForTask, source: Path | CanonicalState) -> list[str]
     head = source.task_head
     report = load_into(stage, source.without_head())
     notes = [
-        f"{name} of {source.label} is left behind and starts anew (model.keep_head=true takes it)"
+        f"{name} of {source.label} is left behind and is initialized from scratch (model.keep_head=true takes it)"
         if name in head
-        else f"{name} is not in {source.label} and starts anew"
+        else f"{name} is not in {source.label} and is initialized from scratch"
         for name in report.missing
     ]
     return [*report.warnings, *notes, *_left_behind(source)]

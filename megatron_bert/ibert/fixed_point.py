@@ -26,7 +26,7 @@ LARGEST_SHIFT = 52
 
 #: Bounds of 16 bits.
 LEAST_SHORT, LARGEST_SHORT = -(2**15), 2**15 - 1
-#: Bits that a narrowed accumulator keeps below the last of a result of 8 bits: its rounding then costs next to nothing.
+#: Bits that a narrowed accumulator keeps below the last of a result of 8 bits: its rounding then costs almost nothing.
 GUARD_BITS = 4
 #: Largest right shift of an accumulator; a smaller factor has a smaller multiplier.
 LARGEST_NARROWING = 30

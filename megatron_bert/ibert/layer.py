@@ -62,7 +62,7 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
     """Refuse what the specification does not cover.
 
     Raises:
-        UserError: an activation that is no GELU, cross-attention, relative positions, or a layer too wide for exact
+        UserError: an activation that is not a GELU, cross-attention, relative positions, or a layer too wide for exact
             sums.
     """
     width, products = layer.attention_norm.weight.shape[0], layer.mlp.output.in_features

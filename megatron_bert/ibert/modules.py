@@ -117,7 +117,7 @@ class Quantized(nn.Module):
         Args:
             name: of the quantizer.
             x: ``[T, ..]``.
-            real: bool ``[T]``, tokens that are no padding; None when all are.
+            real: bool ``[T]``, tokens that are not padding; None when all are.
         """
         self.quantizer(name).observe(x, real)
         return x

@@ -60,7 +60,7 @@ class Quantizer(nn.Module):
         self._known: tuple[Tensor, int, float] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}  # versions of a copied tensor begin anew
+        return {**self.__dict__, "_known": None}  # versions of a copied tensor start over
 
     # ---------------------------------------------------------------- scale
 
@@ -116,7 +116,7 @@ class Quantizer(nn.Module):
 
         Args:
             x: ``[T, ..]``.
-            real: bool ``[T]``, tokens that are no padding, whose values count; None when all are.
+            real: bool ``[T]``, tokens that are not padding, whose values count; None when all are.
         """
         if self.tap is not None:
             self.tap(self, x.detach())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_bert.launching.records import RankEnd, Start, rank_file, read_starts, words_of
 
-_SILENT = "ended without a word"
+_SILENT = "ended silently"
 
 
 def summary(folder: Path) -> str:

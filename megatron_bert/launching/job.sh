@@ -51,7 +51,7 @@ ask_to_stop() {
 }
 srun_pid=0 ended=
 trap ask_to_stop USR1
-trap 'ended=1' TERM # preempted, cancelled, or a node is gone: Slurm has told the ranks, and requeues what it should
+trap 'ended=1' TERM # preempted, cancelled, or a node is gone: Slurm has signaled the ranks, and requeues what it should
 
 echo "job $run_id: $COMMAND on $nodes of $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x $GPUS_PER_NODE by $STYLE"
 for ((try = 0; try < tries; try++)); do

@@ -286,7 +286,7 @@ class SelfAttention(AttentionHeads):
     def prune(self, heads: Collection[int]) -> None:
         """Remove heads, by their original numbers; those that are gone already do not matter.
 
-        The parameters are replaced by smaller ones; under tensor parallelism the remaining heads are dealt anew.
+        The parameters are replaced by smaller ones; under tensor parallelism the remaining heads are redistributed.
 
         Raises:
             UserError: the tensor size does not divide the rest.

@@ -13,7 +13,7 @@ def directory_path(directory: Any) -> Path:
     """The path of a directory, which need not be there.
 
     Raises:
-        UserError: what is given is no path.
+        UserError: what is given is not a path.
     """
     try:
         return Path(directory)

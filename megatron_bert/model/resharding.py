@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters with some of their rows or columns, dealt to the tensor-parallel ranks anew."""
+"""Parameters with some of their rows or columns, redistributed to the tensor-parallel ranks."""
 
 from __future__ import annotations
 

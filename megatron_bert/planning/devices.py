@@ -57,7 +57,7 @@ class Device(Section):
     def _of_formats(cls, value: dict[str, float]) -> dict[str, float]:
         for name, peak in value.items():
             if name not in BYTES or not peak > 0:
-                raise ValueError(f"{name}: {peak} is no peak of {', '.join(BYTES)}")
+                raise ValueError(f"{name}: {peak} is not a peak of {', '.join(BYTES)}")
         return value
 
 

@@ -191,7 +191,7 @@ def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
 
 
 def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: int = 0) -> RankMemory:
-    """Memory of a rank at its peak: states, what micro batches in flight keep, and the dearest backward pass.
+    """Memory of a rank at its peak: states, what micro batches in flight keep, and the most expensive backward pass.
 
     Args:
         workload: what is computed.

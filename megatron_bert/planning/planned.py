@@ -41,7 +41,7 @@ class Planned:
 
 
 def load_planned(path: Path, overrides: list[str]) -> Planned:
-    """Read settings of pretrain, finetune or quantize, told apart by their sections.
+    """Read settings of pretrain, finetune or quantize, distinguished by their sections.
 
     Raises:
         UserError: they cannot be read, or the checkpoint that they start from cannot.

@@ -72,7 +72,7 @@ def official_choice_files(directory: Path) -> dict[str, list[Path]]:
         if any(found.values()):
             return {split: paths for split, paths in found.items() if paths}
     raise UserError(
-        f"{directory} is no directory of RACE (train/, dev/, test/), SWAG (train.csv, val.csv, test.csv) or ARC "
+        f"{directory} is not a directory of RACE (train/, dev/, test/), SWAG (train.csv, val.csv, test.csv) or ARC "
         "(*-Train.jsonl, *-Dev.jsonl, *-Test.jsonl): give one, or data.train and data.valid"
     )
 
@@ -111,7 +111,7 @@ def read_choices(
         path: file or directory.
         split: test splits may lack answers.
         data: the format, None to see it in the content, and the columns of rows.
-        bad: told of rows that cannot be used.
+        bad: called with rows that cannot be used.
         numbers: gives each row its number.
     """
     kind = choice_format(path, data)

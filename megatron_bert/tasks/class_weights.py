@@ -25,7 +25,7 @@ def given_weights(given: ClassWeights, labels: Sequence[str]) -> np.ndarray | No
             [name for name in given if name not in labels],
         )
         if missing or unknown:
-            what = f"has no weight for {missing[0]!r}" if missing else f"names {unknown[0]!r}, which is no label"
+            what = f"has no weight for {missing[0]!r}" if missing else f"names {unknown[0]!r}, which is not a label"
             raise UserError(f"task.class_weights {what}: give a weight for each of {', '.join(labels[:12])}")
         given = [given[name] for name in labels]
     if len(given) != len(labels):

@@ -66,7 +66,7 @@ def read_sentences(
         token: position of the word's column; from 0, negative ones from the end.
         tag: position of the tag's column.
         tags_may_lack: whether a file with a column for the word alone is fine, as test files may be.
-        bad: told of sentences with a line that cannot be used.
+        bad: called with sentences with a line that cannot be used.
         numbers: gives each sentence its number.
 
     Raises:

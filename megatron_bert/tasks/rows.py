@@ -160,7 +160,7 @@ def converted(
     Args:
         rows: of one file.
         convert: makes something of a row, or raises RowError.
-        bad: told of rows that cannot be used.
+        bad: called with rows that cannot be used.
         columns: what to do where no row has a column that is needed; ends the sentence.
 
     Raises:
@@ -285,12 +285,12 @@ def checked_object(values: Any) -> dict[str, Any]:
     """A JSON value that is an object of valid text.
 
     Raises:
-        RowError: it is no object, or holds half of a surrogate pair.
+        RowError: it is not an object, or holds half of a surrogate pair.
     """
     try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError("it holds half of a surrogate pair, which is no valid text") from None
+        raise RowError("it holds half of a surrogate pair, which is not valid text") from None
     if not isinstance(values, dict):
         raise RowError(f"it is a JSON {type(values).__name__}, expected an object")
     return values

@@ -65,7 +65,7 @@ class QuestionReader:
         data: says which columns of rows hold what.
         split: test splits may lack answers.
         no_answer: whether questions may have no answer.
-        bad: told of questions that cannot be used.
+        bad: called with questions that cannot be used.
         seen: ids of the questions read so far, which name them in predictions.
         articles: numbers of SQuAD's articles, over all files.
     """
@@ -241,5 +241,5 @@ def _text(value: Any, key: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(f'its "{key}" holds half of a surrogate pair, which is no valid text') from None
+        raise RowError(f'its "{key}" holds half of a surrogate pair, which is not valid text') from None
     return text

@@ -54,5 +54,5 @@ def _valid(text: str, key: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f'{where} holds half of a surrogate pair under "{key}", which is no valid text') from None
+        raise UserError(f'{where} holds half of a surrogate pair under "{key}", which is not valid text') from None
     return text

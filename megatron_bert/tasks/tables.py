@@ -44,7 +44,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     separators are text. Bytes that are not UTF-8 come as lone surrogates, which `check_text` finds.
 
     Raises:
-        UserError: the file cannot be read, or is no text.
+        UserError: the file cannot be read, or is not text.
     """
     try:
         with path.open("rb") as file:
@@ -76,7 +76,7 @@ def read_table(
         kind: "tsv": separated by tabs, quotes are plain text, as in GLUE. "csv": RFC 4180, a quoted cell may hold
             commas, doubled quotes and line ends. "jsonl": one JSON object a line, or one JSON array of objects.
         header: whether the first line of a tsv or csv file names the columns.
-        bad: told of rows that cannot be read.
+        bad: called with rows that cannot be read.
         equal_widths: whether all rows of a tsv or csv file must have the same number of columns.
         numbers: gives each row its number, so that those of several files go on; from 0 when unset.
 

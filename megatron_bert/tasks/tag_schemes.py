@@ -55,7 +55,7 @@ def entity_type(tag: str, scheme: Scheme) -> str | None:
     """The type in a tag; None for "O", "" for a letter alone.
 
     Raises:
-        RowError: it is no tag of the scheme.
+        RowError: it is not a tag of the scheme.
     """
     if tag == OUTSIDE:
         return None

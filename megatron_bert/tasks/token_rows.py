@@ -28,7 +28,7 @@ class TokenRows:
     Attributes:
         data: says which columns hold what.
         tags_may_lack: whether tags may be missing, as in test files.
-        bad: told of sentences that cannot be used.
+        bad: called with sentences that cannot be used.
         numbers: gives each sentence its number.
     """
 

@@ -80,7 +80,8 @@ class Pretraining(Objective):
         if state is None:
             return []
         report = load_into(stage, state)
-        notes = [f"{name} is not in {source} and starts anew" for name in report.missing] + list(report.warnings)
+        notes = [f"{name} is not in {source} and is initialized from scratch" for name in report.missing]
+        notes += report.warnings
         if left := [*state.task_head, *(["the ranges of its quantizers"] if state.ranges else [])]:
             notes.append(f"{', '.join(left)} of {source} are left behind: pretraining has no use for them")
         return notes

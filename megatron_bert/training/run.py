@@ -186,7 +186,7 @@ def _named(settings: RunSettings) -> Path | None:
     step = -1 if path is None else checkpoint_step(path)
     if step is None:
         raise UserError(
-            f"checkpoint.resume is {path}, which is no whole checkpoint: give auto, none or a step_... directory"
+            f"checkpoint.resume is {path}, which is not a whole checkpoint: give auto, none or a step_... directory"
         )
     later = [found.name for own_step, found in named_checkpoints(root).items() if own_step > step]
     if not later:

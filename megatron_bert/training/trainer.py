@@ -430,7 +430,7 @@ class Trainer:
             self.optimizer.moments(target)[moment].values.copy_(part.values)
 
     def close(self) -> None:
-        """Give up the groups of the run, before another one begins; every rank calls."""
+        """Destroy the process groups of the run, before another one begins; every rank calls."""
         self.checkpoints.close()
         if self.transport is not None:
             self.transport.close()

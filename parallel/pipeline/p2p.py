@@ -43,7 +43,7 @@ class PipelineTransport:
         return mine
 
     def close(self) -> None:
-        """Give up the groups; every rank calls."""
+        """Destroy the process groups; every rank calls."""
         for group in (self.up, self.down):
             dist.destroy_process_group(group)
 

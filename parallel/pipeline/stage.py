@@ -27,7 +27,7 @@ class StagePart:
 def split_layers(
     layers: int, stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0, sizes: Sequence[int] | None = None
 ) -> list[StagePart]:
-    """Divide layers over stages so that the dearest stage is as cheap as can be.
+    """Divide layers over stages so that the most expensive stage is as cheap as can be.
 
     Args:
         layers: number of layers.

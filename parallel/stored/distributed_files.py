@@ -130,7 +130,7 @@ def _tensor(name: str, state: Any, places: Mapping[Any, Any], label: str) -> Blo
         file, start, length = info["relative_path"], info["offset"], info["length"]
         if not _names_a_file(file):
             raise DamagedFileError(
-                f"{label} names {brief(file)}, which is no file beside it, for {brief(name)}: it may be harmful",
+                f"{label} names {brief(file)}, which is not a file beside it, for {brief(name)}: it may be harmful",
                 "use a checkpoint from a source that you trust",
             )
         if info.get("transform_descriptors"):

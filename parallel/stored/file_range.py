@@ -48,7 +48,7 @@ class FileRange:
             # Before it is opened, which for a pipe would wait for its writer.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise DamagedFileError(
-                    f"{label or path} is no regular file", "give a checkpoint file, its folder or a zip file"
+                    f"{label or path} is not a regular file", "give a checkpoint file, its folder or a zip file"
                 )
             with path.open("rb") as file:
                 return FileRange(path, 0, os.fstat(file.fileno()).st_size, label or str(path))

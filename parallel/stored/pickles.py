@@ -419,4 +419,4 @@ def _key(value: Any) -> Any:
         return value
     if kind is tuple and all(type(item) is not tuple and item is _key(item) for item in value):
         return value
-    raise ValueError("a key is no plain value")
+    raise ValueError("a key is not a plain value")

@@ -104,5 +104,5 @@ class StoredTensor:
     def _check(self, data: bytearray, place: FileRange) -> None:
         if zlib.crc32(data) != self.storage.checksum:
             raise DamagedFileError(
-                f"{place.label} is damaged: its checksum does not match (or torch was told not to write any)"
+                f"{place.label} is damaged: its checksum does not match (or torch was set not to write any)"
             )

@@ -51,7 +51,7 @@ def load_torch_file(place: FileRange) -> Any:
     if start.startswith(_STREAM_START):
         return _load_stream(place)
     refuse_strange(place)
-    raise DamagedFileError(f"{place.label} is no file of torch.save", "give a checkpoint, or a .zip file with one")
+    raise DamagedFileError(f"{place.label} is not a file of torch.save", "give a checkpoint, or a .zip file with one")
 
 
 # ---------------------------------------------------------------- zip container
@@ -86,7 +86,7 @@ def _load_zip(place: FileRange) -> Any:
         vocabulary = torch_vocabulary(_remembering(storage))
         pickled = stored_range(place, members[pickles[0]], f"{place.label}/data.pkl")
         if pickled.length > _LONGEST_PICKLE:
-            raise UserError(f"{place.label} is no checkpoint: its structure alone takes {pickled.length:,} bytes")
+            raise UserError(f"{place.label} is not a checkpoint: its structure alone takes {pickled.length:,} bytes")
         with pickled.open() as file:
             return load_pickle(file, vocabulary, place.label)
 
@@ -105,10 +105,10 @@ def _remembering(make: Any) -> Any:
 def _storage_id(persistent_id: Any, length: int) -> tuple[str, torch.dtype, int]:
     """Key, element type and number of elements of ``('storage', type, key, location, numel, ...)``."""
     if not isinstance(persistent_id, tuple) or len(persistent_id) != length or persistent_id[0] != "storage":
-        raise ValueError("a reference to something that is no storage")
+        raise ValueError("a reference to something that is not a storage")
     _, dtype, key, _, numel = persistent_id[:5]
     if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not isinstance(numel, int):
-        raise ValueError("a reference to something that is no storage")
+        raise ValueError("a reference to something that is not a storage")
     if not 0 <= numel < 1 << 48:
         raise ValueError("a storage of a strange size")
     return key, dtype, numel
@@ -131,7 +131,7 @@ def _load_stream(place: FileRange) -> Any:
     with place.open() as file:
         if load_pickle(file, plain, place.label) != _STREAM_MAGIC:
             raise DamagedFileError(
-                f"{place.label} is no file of torch.save", "give a checkpoint, or a .zip file with one"
+                f"{place.label} is not a file of torch.save", "give a checkpoint, or a .zip file with one"
             )
         if load_pickle(file, plain, place.label) != _STREAM_PROTOCOL:
             raise UserError(

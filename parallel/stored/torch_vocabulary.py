@@ -145,7 +145,7 @@ def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
     result = {}
     for key, value in items:
         if not isinstance(key, (str, int)):
-            raise ValueError("a key is no plain value")
+            raise ValueError("a key is not a plain value")
         result[key] = value
     return result
 

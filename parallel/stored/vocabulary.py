@@ -71,7 +71,7 @@ class Vocabulary:
             RefusedError: it is none of those above.
         """
         if not isinstance(module, str) or not isinstance(name, str):
-            raise RefusedError("a class whose name is no text")
+            raise RefusedError("a class whose name is not text")
         full = f"{module}.{name}"
         if full in self.values:
             return self.values[full]

@@ -30,7 +30,7 @@ class OnCuda(torch.Tensor):
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """What was found is remembered for a process; here every test finds anew."""
+    """What was found is remembered for a process; here every test looks again."""
     found = (backends.apex_layer_norm, backends.apex_adam)
     for function in found:
         function.cache_clear()

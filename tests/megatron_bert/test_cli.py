@@ -128,7 +128,7 @@ class TestPretrain:
     def test_resume_from_what_is_not_there(self, refusal: Refusal, config: Path, tmp_path: Path) -> None:
         for wrong in (tmp_path / "step_00000001", tmp_path):
             text = refusal("pretrain", config, f"checkpoint.resume={wrong}")
-            assert f"checkpoint.resume is {wrong}, which is no whole checkpoint: give auto, none or a step_" in text
+            assert f"checkpoint.resume is {wrong}, which is not a whole checkpoint: give auto, none or a step_" in text
 
     def test_resume_from_weights_alone(self, refusal: Refusal, config: Path, trained: Path, tmp_path: Path) -> None:
         bare = tmp_path / "step_00000003"

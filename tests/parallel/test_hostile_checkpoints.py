@@ -124,13 +124,13 @@ def cycle(metadata: Metadata) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "above": (place(relative_path="../../x"), "which is no file beside it"),
-    "absolute": (place(relative_path="/etc/passwd"), "which is no file beside it"),
-    "parent": (place(relative_path=".."), "which is no file beside it"),
+    "above": (place(relative_path="../../x"), "which is not a file beside it"),
+    "absolute": (place(relative_path="/etc/passwd"), "which is not a file beside it"),
+    "parent": (place(relative_path=".."), "which is not a file beside it"),
     "no file": (place(relative_path="x"), "No such file"),
-    "lines": (place(relative_path="x\ny"), "which is no file beside it"),
-    "number as name": (place(relative_path=3), "which is no file beside it"),
-    "long name": (place(relative_path="x" * 5000), "which is no file beside it"),
+    "lines": (place(relative_path="x\ny"), "which is not a file beside it"),
+    "number as name": (place(relative_path=3), "which is not a file beside it"),
+    "long name": (place(relative_path="x" * 5000), "which is not a file beside it"),
     "beyond": (place(offset=1 << 40), "ends at"),
     "negative": (place(offset=-5), "offset -5"),
     "absurd length": (place(length=1 << 60), "ends at"),

@@ -27,7 +27,7 @@ def backend_by_name(name: str, warn: Callable[[str], None] | None = None) -> Bac
 
     Args:
         name: of one, or ``auto`` for the fastest that runs here.
-        warn: told why a faster one does not.
+        warn: called with the reason why a faster one does not.
 
     Raises:
         UserError: there is none of that name, or it does not run here.

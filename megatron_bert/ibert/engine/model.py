@@ -195,7 +195,7 @@ class IntegerModel:
         return self.pack(flat, places, kinds, lengths), kept, shape
 
     def _positions(self, ids: Tensor) -> Tensor:
-        """Rows of the position table: by place, or as of RoBERTa by the number of tokens before that are no padding."""
+        """Rows of the position table: by place, or as of RoBERTa by the number of real tokens before it."""
         if self.plan.embeddings.first_position == 0:
             return torch.arange(ids.shape[1]).expand(ids.shape)
         padding = self.plan.embeddings.first_position - 1

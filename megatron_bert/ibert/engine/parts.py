@@ -32,7 +32,7 @@ def plan_of(model: nn.Module) -> Plan:
     """Compile a quantized model: of a public class, of a task, or of pretraining.
 
     Args:
-        model: whole and on the CPU, with ranges, in evaluation mode or not: dropout is no part of a plan.
+        model: whole and on the CPU, with ranges, in evaluation mode or not: dropout is not part of a plan.
 
     Raises:
         UserError: it is of another kind, in floating point, a decoder, or has no ranges.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans as files: safetensors, with everything that is no tensor as JSON in its header.
+"""Plans as files: safetensors, with everything that is not a tensor as JSON in its header.
 
 A file holds no floating-point tensor. It says its own version, and a digest of all it holds, so that a damaged file
 never gives wrong answers.
@@ -62,7 +62,7 @@ def read_plan(path: str | Path) -> Plan:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
             _check_header(header, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -79,7 +79,7 @@ def read_plan(path: str | Path) -> Plan:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no integer plan ({brief(error)}): write it again") from None
+        raise UserError(f"{path} is not an integer plan ({brief(error)}): write it again") from None
     return plan
 
 
@@ -94,7 +94,7 @@ def is_plan(path: Path) -> bool:
 
 def _check_header(header: dict[str, str], path: Path) -> None:
     if header.get("format") != FORMAT:
-        raise UserError(f"{path} is no integer plan: give one that `megatron-bert quantize` has written")
+        raise UserError(f"{path} is not an integer plan: give one that `megatron-bert quantize` has written")
     for name, known in (("version", VERSION), ("arithmetic", ARITHMETIC)):
         found = header.get(name, "")
         if found == str(known):
@@ -155,7 +155,7 @@ def _built(kind: Any, tree: Any, name: str, tensors: _Tensors) -> Any:
         return kind(**{each: _built(hints[each], tree[each], own + each, tensors) for each in tree})
     if get_origin(kind) is tuple:
         if not isinstance(tree, list):
-            raise ValueError(f"{name} is no list")
+            raise ValueError(f"{name} is not a list")
         return tuple(_built(get_args(kind)[0], each, f"{name}.{place}", tensors) for place, each in enumerate(tree))
     if get_origin(kind) is Literal:
         if tree not in get_args(kind):

@@ -26,7 +26,7 @@ _TIMEOUT = 45.0
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Examine the machines; 0 if a run will work, 1 if something is to be mended first.
+    """Examine the machines; 0 if a run will work, 1 if something must be fixed first.
 
     Raises:
         UserError: the device cannot be had, or a launcher's variable is missing.

@@ -38,5 +38,5 @@ def warning(check: str, text: str) -> Finding:
 
 
 def failed(check: str, text: str) -> Finding:
-    """To be mended first."""
+    """Must be fixed first."""
     return Finding(check, "failed", text)

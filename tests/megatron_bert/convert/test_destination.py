@@ -92,7 +92,7 @@ def test_files_of_the_user_stay(
     os.mkfifo(tmp_path / "notes/pipe")
     to, write = _WAYS[way]
     report = convert(source, tmp_path, to=to, read=_WORDS, write=write, overwrite=True)
-    assert "holds files that are no checkpoint's, which stay: notes, vocab.txt" in str(report)
+    assert "holds files that are not a checkpoint's, which stay: notes, vocab.txt" in str(report)
     assert {"notes/today.txt", "vocab.txt"} <= set(_names(tmp_path))
     assert_same_tensors(all_tensors(tmp_path), expected)
     assert not [name for name in _names(tmp_path) if "-of-" in name] or way == "shards"

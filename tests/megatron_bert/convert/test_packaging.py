@@ -132,7 +132,7 @@ def test_nemo_models_of_other_kinds(tmp_path: Path, settings: dict[str, Any], me
 def test_nemo_settings_that_are_none(tmp_path: Path, text: str) -> None:
     folder = _write_nemo(tmp_path)
     (folder / "model_config.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"model_config.yaml (is no YAML|holds no settings)"):
+    with pytest.raises(UserError, match=r"model_config.yaml (is not YAML|holds no settings)"):
         inspect(folder)
 
 
@@ -265,7 +265,7 @@ def test_an_archive_in_an_archive_is_judged_by_the_weight_of_the_outer_one(tmp_p
         inspect(tmp_path / "outer.zip")
 
 
-# ---------------------------------------------------------------- what is no checkpoint
+# ---------------------------------------------------------------- what is not a checkpoint
 
 
 def _touch(folder: Path, *names: str) -> None:

@@ -142,7 +142,7 @@ def edit_note(prefix: str, **changes: Any) -> None:
         ("settings", "made with different settings"),
         ("inputs", "or other input files"),
         ("moved", "does not begin where .* ends"),
-        ("note", "is no part, but others are"),
+        ("note", "is not a part, but others are"),
         ("tokenizer", "different tokenizers"),
         ("damaged", "is damaged"),
     ],

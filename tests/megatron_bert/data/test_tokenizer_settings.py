@@ -77,9 +77,9 @@ def test_what_is_asked_for_counts_before_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "tokenizer_config.json is no JSON"),
-        (b"\xff", "tokenizer_config.json is no JSON"),
-        (b"[" * 100_000, "tokenizer_config.json is no JSON"),
+        (b"{", "tokenizer_config.json is not JSON"),
+        (b"\xff", "tokenizer_config.json is not JSON"),
+        (b"[" * 100_000, "tokenizer_config.json is not JSON"),
         (b"[1]", "tokenizer_config.json holds a JSON list instead of an object"),
         (b'{"do_lower_case": "no"}', "do_lower_case is 'no': write true or false"),
         (b'{"do_lower_case": null}', "do_lower_case is None: write true or false"),

@@ -164,7 +164,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def wrong_kinds(good: Tensor) -> dict[str, tuple[Any, str]]:
-    """What is no plain tensor on the model's device, in place of one that is, and how it is named."""
+    """What is not a plain tensor on the model's device, in place of one that is, and how it is named."""
     kinds = {
         "text": ("a", "is a str: give a tensor"),
         "number": (1.5, "is a float: give a tensor"),
@@ -179,7 +179,7 @@ def wrong_kinds(good: Tensor) -> dict[str, tuple[Any, str]]:
 
 
 def assert_kinds_are_named(model: Any, good: dict[str, Tensor]) -> None:
-    """Every argument of forward is refused where it is no plain tensor, or no switch, with a sentence of its own.
+    """Every argument of forward is refused where it is not a plain tensor, or no switch, with a sentence of its own.
 
     Args:
         model: of any class.

@@ -102,5 +102,5 @@ def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fill-mask", str(tmp_path), "[MASK]"]) == 2
     err = capsys.readouterr().err
-    assert f"{tmp_path} is no checkpoint of a kind that is known" in err
+    assert f"{tmp_path} is not a checkpoint of a kind that is known" in err
     assert err.count("\n") == 1

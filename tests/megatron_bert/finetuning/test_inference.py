@@ -208,7 +208,7 @@ def test_predict_skips_bad_rows(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(list(tmp_path.iterdir())) == 3, "nothing is left half-written"
 
 
-#: Rows that are no JSON object in UTF-8, and what their answers say.
+#: Rows that are not JSON objects in UTF-8, and what their answers say.
 MALFORMED = {
     b'{"text": "caf\xe9"}': "not UTF-8 at character 14",
     rb'{"text": "w1", "id": "\ud800"}': "half of a surrogate pair",
@@ -259,7 +259,7 @@ def test_answers_that_cannot_be_written(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["predict", "--output", "{here}"], "which is no regular file"),
+        (["predict", "--output", "{here}"], "which is not a regular file"),
         (["predict", "--output", "{here}/none/answers.jsonl"], "none/answers.jsonl cannot be written (No such file"),
         (["predict", "--input", "{here}"], "Is a directory"),
         (["evaluate", "--output", "{here}/file"], "file is a file: give a directory"),

@@ -145,7 +145,7 @@ def _with_header(data: bytes, change) -> bytes:
     [
         ({"version": "2"}, "newer megatron-bert"),
         ({"arithmetic": "1"}, "compile the quantized model again"),
-        ({"format": "pt"}, "is no integer plan"),
+        ({"format": "pt"}, "is not an integer plan"),
         ({"digest": "0"}, "its digest is another"),
         ({"plan": "[]"}, "its digest is another"),
     ],

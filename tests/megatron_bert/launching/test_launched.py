@@ -57,7 +57,7 @@ def test_crash_of_native_code_shows_where_python_was(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGSEGV
     assert "Segmentation fault" in rank_file(tmp_path, 0, "log").read_text()
     text = summary(tmp_path)
-    assert text.startswith("ended without a word (killed, out of memory, or the host is gone): rank 0 on ")
+    assert text.startswith("ended silently (killed, out of memory, or the host is gone): rank 0 on ")
     assert "ctypes" in text
 
 
@@ -106,7 +106,7 @@ class TestSummary:
         assert "and more" not in text
         assert f"its log: {rank_file(tmp_path, 5, 'log')}" in text
         assert "lost the connection after it: ranks 0-2, 4, 6-7 on n0, n1, n2, n3" in text
-        assert "ended without a word: rank 3 on n1" in text
+        assert "ended silently: rank 3 on n1" in text
 
     def test_rank_that_was_killed(self, tmp_path: Path) -> None:
         records = Records(tmp_path, 4)
@@ -114,7 +114,7 @@ class TestSummary:
             records.fail(rank, 5, "DistBackendError", "NCCL error: remote process exited")
         rank_file(tmp_path, 2, "log").write_text("step 7\n\nlast words\n")
         text = summary(tmp_path)
-        assert text.startswith("ended without a word (killed, out of memory, or the host is gone): rank 2 on n1;")
+        assert text.startswith("ended silently (killed, out of memory, or the host is gone): rank 2 on n1;")
         assert text.splitlines()[2:4] == ["    step 7", "    last words"]
         assert "lost the connection after it: ranks 0-1, 3 on n0, n1" in text
 

@@ -18,7 +18,7 @@ def test_same_logits_loss_and_gradients(act):
 
 
 def test_activations_differ():
-    # They are told apart by the tolerance above, also the two variants of GELU.
+    # They are distinguished by the tolerance above, also the two variants of GELU.
     batch = make_batch()
     logits = {act: make_model(hidden_act=act)(batch).masked.detach() for act in ACTIVATIONS}
     for one, other in itertools.combinations(("gelu", "gelu_new", "relu", "silu"), 2):

@@ -54,7 +54,7 @@ def test_settings(case: str, tmp_path: Path) -> None:
     ("given", "expected"),
     [
         ({"x": 1.0}, "has no weight for 'y'"),
-        ({"x": 1.0, "y": 1.0, "z": 1.0}, "names 'z', which is no label: give a weight for each of x, y"),
+        ({"x": 1.0, "y": 1.0, "z": 1.0}, "names 'z', which is not a label: give a weight for each of x, y"),
         ([1.0, 2.0, 3.0], "has 3 weights, but there are 2 labels"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_vocabulary_in_two_files_is_whole_and_robertas(two_files: Path, tmp_pa
         (tmp_path / name).write_bytes((two_files / name).read_bytes())
     vocabulary = json.loads((two_files / "vocab.json").read_text(encoding="utf-8"))
     (tmp_path / "merges.txt").write_text("no merge of two known pieces here\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"merges\.txt are no byte-level BPE vocabulary"):
+    with pytest.raises(UserError, match=r"merges\.txt are not byte-level BPE vocabulary"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match=r"vocab\.json needs the merges\.txt"):

@@ -143,7 +143,7 @@ def test_a_json_array_is_rows(tmp_path: Path, indent: int | None) -> None:
     ]
     assert [reason.split(": ", 1)[1] for reason in bad.reasons] == [
         "it is a JSON int, expected an object",
-        "it holds half of a surrogate pair, which is no valid text",
+        "it holds half of a surrogate pair, which is not valid text",
     ]
     with pytest.raises(UserError, match=r"a\.json begins as a JSON array does, but is not JSON"):
         rows(write(path, '[{"text": "a"},\n'), "jsonl")
@@ -183,7 +183,7 @@ def test_files_without_rows(tmp_path: Path, kind: str, content: bytes, reason: s
     ],
 )
 def test_a_column_that_no_row_has(tmp_path: Path, kind: str, content: str, reason: str) -> None:
-    """The file's fault, not a row's: skipping rows is no advice, and skips nothing."""
+    """The file's fault, not a row's: skipping rows is not advice, and skips nothing."""
     path = write(tmp_path / f"a.{kind}", content)
     for policy in ("error", "skip"):
         bad = BadRows(policy)  # type: ignore[arg-type]

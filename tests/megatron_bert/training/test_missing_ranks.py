@@ -80,7 +80,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path, where: tuple[type, st
     assert re.search(f"LostRankError: {sentence}", log), log
     assert "most recent call first" in log, "the stacks of a rank that waits"
     said = summary(logs)
-    assert re.match(r"ended without a word \(.*\): rank 1 on ", said), said
+    assert re.match(r"ended silently \(.*\): rank 1 on ", said), said
     assert re.search(rf"rank 0 on \S+ \(process \d+\) at .*: LostRankError: {sentence}", said), said
     heartbeat = json.loads((tmp_path / "run" / HEARTBEAT_FILE).read_text())
     assert (heartbeat["state"], heartbeat["step"]) == ("failed", done)

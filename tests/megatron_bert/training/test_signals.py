@@ -130,7 +130,7 @@ def test_a_second_interrupt_ends_at_once(
 
 
 def agree(signals: dict[int, list[signal.Signals]], limits: dict[int, float]) -> list[str | None]:
-    """What this rank is told before and after it got its signals."""
+    """What this rank prints before and after it got its signals."""
     rank = dist.get_rank()
     with StopRequest(limits.get(rank)) as stop:
         before = stop.agreed() if not limits else None

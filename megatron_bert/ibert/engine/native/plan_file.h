@@ -71,7 +71,7 @@ class PlanReader {
   }
   Plan read() {
     const Json& metadata = header_.at("__metadata__");
-    if (!metadata.has("format") || metadata.at("format").text != FORMAT) fail("it is no integer plan");
+    if (!metadata.has("format") || metadata.at("format").text != FORMAT) fail("it is not an integer plan");
     for (auto [name, known] : {std::make_pair("version", VERSION), std::make_pair("arithmetic", ARITHMETIC)}) {
       const std::string found = metadata.has(name) ? metadata.at(name).text : "none";
       if (found != known) fail("it has " + std::string(name) + " " + found + ", and this engine reads " + known);
@@ -203,7 +203,7 @@ class PlanReader {
     l.query_key_value_rescale = rescale(at + "query_key_value_rescale.", l.query_key_value.rows);
     const Json& a = j.at("attention");
     l.heads = int(a.integer("heads", 1, LARGEST));
-    if (l.query_key_value.rows % (3 * int64_t(l.heads))) fail("rows of query_key_value are no multiple of heads");
+    if (l.query_key_value.rows % (3 * int64_t(l.heads))) fail("rows of query_key_value are not a multiple of heads");
     const int attended = l.query_key_value.rows / 3;
     if (attended / l.heads > 1040 || attended > WIDEST) fail("heads are too wide");
     l.query_limit = int(a.integer("limit", 1, 127));
