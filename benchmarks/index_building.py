@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of cutting a large corpus into samples.
 
-Makes up the sentence sizes of a corpus (geometric, 22 tokens a sentence and 20 sentences a document on average), builds
-the sample index as pretraining does, and writes what it took to `index_building.json` next to this file:
+Makes up the sentence sizes of a corpus (geometric, 22 tokens per sentence and 20 sentences per document on average),
+builds the sample index as pretraining does, and writes what it took to `index_building.json` next to this file:
 
     python benchmarks/index_building.py --sentences 100_000_000
 """

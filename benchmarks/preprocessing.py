@@ -171,7 +171,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def summary(ours: list[float], theirs: list[float], tokens: int) -> dict[str, Any]:
-    """Tokens a second of processor time of both, and the median of how many times as fast ours is in a pair."""
+    """Tokens per second of processor time of both, and the median of how many times as fast ours is in a pair."""
     ratios = sorted(theirs_one / ours_one for ours_one, theirs_one in zip(ours, theirs, strict=True))
     return {
         "tokens": tokens,

@@ -2,7 +2,7 @@
 """Sentence splitters on labeled text, and what preprocessing costs with each.
 
 The text, `sentence_splitting.txt` next to this file, is written for the purpose: abbreviations, names, numbers and
-quotations, one sentence a line, an empty line between documents, in sections headed by `#`. The score is that of the
+quotations, one sentence per line, an empty line between documents, in sections headed by `#`. The score is that of the
 boundaries inside documents. The share of documents split as NLTK's Punkt does, which NVIDIA's preprocessing uses, is
 given too. Speed is that of `preprocess` with one process on the given text, the splitters taking turns. The results go
 to `sentence_splitting.json`:

@@ -4,7 +4,7 @@
 #
 #   bash launch/torchrun.sh [OPTIONS] pretrain|finetune|quantize CONFIG.yaml [section.key=value ...]
 #
-#   --processes N         processes on this host (default: one a GPU, one without)
+#   --processes N         processes on this host (default: one per GPU, one without)
 #   --hosts N | MIN:MAX   number of hosts (default 1); with MIN:MAX the run goes on when hosts are lost, down to MIN, if
 #                         its settings have parallel.elastic=true. Hosts above MAX wait to replace a lost one.
 #   --head HOST[:PORT]    host at which the others meet, the same for all (port: 29500)

@@ -38,7 +38,7 @@ class ModelSettings(Section):
 
     hidden_size: int = Field(1024, gt=0, description="Width of the residual stream.")
     num_hidden_layers: int = Field(24, gt=0, description="Number of transformer layers.")
-    num_attention_heads: int = Field(16, gt=0, description="Attention heads a layer; divides hidden_size.")
+    num_attention_heads: int = Field(16, gt=0, description="Attention heads per layer; divides hidden_size.")
     intermediate_size: int | None = Field(
         None, gt=0, description="Width of the feed-forward layer; 4 x hidden_size when unset."
     )
@@ -110,7 +110,7 @@ class DataSettings(Section):
         description="Documents of the training corpora for training, validation, test, in relative parts; 1,0,0 trains "
         "on all of them, without held-out scores.",
     )
-    seq_length: int = Field(512, ge=8, description="Tokens a sample, special tokens included.")
+    seq_length: int = Field(512, ge=8, description="Tokens per sample, special tokens included.")
     mask_probability: float = Field(0.15, gt=0, le=0.5, description="Share of the tokens to predict.")
     max_predictions: int | None = Field(
         None, gt=0, description="Most tokens to predict in a sample; mask_probability x seq_length when unset."
@@ -123,12 +123,12 @@ class DataSettings(Section):
     pair_objective: Literal["sop", "nsp", "none"] = Field(
         "sop",
         description="Sentence order prediction, next sentence prediction, or single segments, which use every token "
-        "of the corpus once an epoch.",
+        "of the corpus once per epoch.",
     )
     packed: bool = Field(
         False, description="Concatenate the sequences of a micro batch without padding, instead of a padded rectangle."
     )
-    workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
+    workers: int = Field(2, ge=0, description="Loader processes per rank; 0 loads in the training process.")
     cache_dir: Path | None = Field(
         None, description="Where sample indices are kept; `cache` in the run directory when unset."
     )
@@ -163,7 +163,7 @@ class ParallelSettings(Section):
         "(full inside groups of shard_size ranks, copied between them). The flat buffers of none and optimizer "
         "have not been run on a GPU yet.",
     )
-    shard_size: int | None = Field(None, gt=1, description="Ranks a shard group, for hybrid sharding.")
+    shard_size: int | None = Field(None, gt=1, description="Ranks per shard group, for hybrid sharding.")
     timeout_seconds: float = Field(
         600.0, gt=0, le=LONGEST_WAIT, description="How long a collective waits for the other ranks, in seconds."
     )
@@ -427,7 +427,7 @@ class Settings(RunSettings):
 
     @property
     def max_predictions(self) -> int:
-        """Slots of masked tokens a sample."""
+        """Slots of masked tokens per sample."""
         return self.data.max_predictions or max(1, round(self.data.mask_probability * self.data.seq_length))
 
     def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:

@@ -75,7 +75,7 @@ def check_layout(settings: RunSettings, world_size: int) -> ParallelLayout:
     if (sharding == "hybrid") != (shard_size is not None):
         raise UserError(
             f"parallel.sharding is {sharding} and parallel.shard_size is {shard_size}: hybrid sharding needs a "
-            "shard_size (ranks a group, for example the GPUs of a node), the others take none"
+            "shard_size (ranks per group, for example the GPUs of a node), the others take none"
         )
     layout = settings.layout(world_size)
     step = layout.data * training.micro_batch_size

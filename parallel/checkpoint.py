@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded checkpoints over torch.distributed.checkpoint: what is one, and its state.
 
-A checkpoint is a directory ``step_00000100`` with one file a rank, torch's ``.metadata`` and ``state.json``. It is
+A checkpoint is a directory ``step_00000100`` with one file per rank, torch's ``.metadata`` and ``state.json``. It is
 written as ``step_00000100.partial`` and renamed when every rank's data is on disk, so a directory of the final name is
 always whole. Tensors are stored by global name and shape, so any layout can load what any other saved.
 """

@@ -36,7 +36,7 @@ def apply_data_parallel(
             ones at a time where weights stay whole.
         mesh: where the run is laid out.
         sharding: ``full`` and ``hybrid`` gather each unit's parameters again in every pass; ``optimizer`` divides only
-            gradients and optimizer states, and gathers updated weights once a step; ``none`` divides nothing.
+            gradients and optimizer states, and gathers updated weights once per step; ``none`` divides nothing.
         compute_dtype: float32, bfloat16 or float16.
         cast_inputs: with ``full`` and ``hybrid``, give units their inputs in that format too; False leaves activations
             as they are. Elsewhere nothing casts them.

@@ -57,7 +57,7 @@ def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int 
     """Which elements are kept.
 
     Args:
-        keys: int64 keys, one a row, any shape ``[...]``.
+        keys: int64 keys, one per row, any shape ``[...]``.
         columns: number of columns here.
         probability: that an element is dropped, 0 <= probability < 1; exact to 2^-32.
         first_column: global index of the first column here, where columns are divided over ranks.
@@ -104,7 +104,7 @@ def keyed_dropout(
     Args:
         x: ``[..., columns]``.
         probability: that an element is dropped; 0 returns ``x`` itself.
-        keys: int64 ``[...]``, one a row of ``x``.
+        keys: int64 ``[...]``, one per row of ``x``.
         first_column: global index of the first column, where columns are divided over ranks.
         keep_nothing: compute the mask again in the backward pass instead of keeping it, a byte an element. Compiled
             code decides that for itself.

@@ -9,7 +9,7 @@ weights of its ranges and gives the others what they compute with (all-gather), 
 Megatron-LM's distributed optimizer, or ZeRO stage 1 (Rajbhandari et al., arXiv 1910.02054).
 
 A range knows nothing of parameters, but any range of a matrix is at most three rectangles, by which checkpoints name
-it. Bytes a parameter: 6 for weights and gradients and 12 / d for master weights and two moments on d ranks in
+it. Bytes per parameter: 6 for weights and gradients and 12 / d for master weights and two moments on d ranks in
 bfloat16; 8 + 8 / d in float32, whose weights are the master weights.
 """
 

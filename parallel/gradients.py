@@ -47,7 +47,7 @@ def token_partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def sum_token_partial_gradients(model: nn.Module, tp: TensorParallel) -> None:
     """Complete the gradients of :func:`token_partial_parameters` by one all-reduce over the tensor ranks.
 
-    Called once a step, after the last backward pass: sums over micro batches and data ranks commute with it.
+    Called once per step, after the last backward pass: sums over micro batches and data ranks commute with it.
     """
     if not tp.sequence:
         return

@@ -21,8 +21,8 @@ def gather_hosts() -> list[str]:
 def placement_warnings(layout: ParallelLayout, hosts: list[str]) -> list[str]:
     """What is wrong with the order of the ranks, in sentences; nothing for a run on one host.
 
-    Tensor groups are neighbors in rank and talk several times a layer; the stages of a pipeline are farthest apart and
-    talk least. That is right when every host has consecutive ranks, as many as tensor groups fill.
+    Tensor groups are neighbors in rank and talk several times per layer; the stages of a pipeline are farthest apart
+    and talk least. That is right when every host has consecutive ranks, as many as tensor groups fill.
 
     Args:
         layout: of the run.

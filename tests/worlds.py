@@ -45,7 +45,7 @@ _PRELOADED = [
 
 
 def preload(*modules: str) -> None:
-    """Let the server load further modules, which the processes of a test file need: once instead of once a process.
+    """Let the server load further modules, which the processes of a test file need: once instead of once per process.
 
     To be called when the file is imported, before the server starts; later it changes nothing but speed.
     """

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=30522)
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--device", default="cpu")

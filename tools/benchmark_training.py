@@ -266,7 +266,7 @@ def measure(name: str, options: argparse.Namespace, world: World, seconds: float
 
 
 def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: World) -> bool:
-    """Whether all models fit in half of the memory: 18 bytes a parameter, and as much for activations."""
+    """Whether all models fit in half of the memory: 18 bytes per parameter, and as much for activations."""
     config = settings_of(size, options, Path("unused"), compiled=False).model_config_for(VOCABULARY, 0)
     if world.device.type == "cuda":
         room = torch.cuda.get_device_properties(world.device).total_memory
@@ -297,7 +297,7 @@ def _summary(
     peaks: dict[str, int | None],
     world: World,
 ) -> dict[str, Any]:
-    """Tokens a second, MFU and peak memory of each kind, and how many times as fast as each other one ours is."""
+    """Tokens per second, MFU and peak memory of each kind, and how many times as fast as each other one ours is."""
     settings = settings_of(size, options, Path("unused"), compiled=False)
     config = settings.model_config_for(VOCABULARY, 0)
     sequences = size.micro_batch * size.micro_batches

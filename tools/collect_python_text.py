@@ -110,7 +110,7 @@ def source_files() -> Iterator[Path]:
 
 
 def documents(groups: Iterable[list[str]]) -> Iterator[str]:
-    """One document a group, a paragraph a line, without paragraphs that came before."""
+    """One document a group, a paragraph per line, without paragraphs that came before."""
     seen: set[bytes] = set()
     for paragraphs in groups:
         new = []
@@ -134,7 +134,7 @@ def collect() -> list[str]:
 
 @command("collect_python_text")
 def main() -> int:
-    """Write the corpus: a paragraph a line, a blank line between documents."""
+    """Write the corpus: a paragraph per line, a blank line between documents."""
     parser = argparse.ArgumentParser(description="Collect English prose from the Python installation.")
     parser.add_argument("output", type=Path, help="text file to write")
     output = parser.parse_args().output

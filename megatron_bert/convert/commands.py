@@ -51,7 +51,7 @@ def add_read_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gelu", choices=("erf", "tanh"), help="kind of GELU the weights were trained with")
     group.add_argument("--layer-norm-eps", type=float, metavar="E", help="epsilon of the layer norms, usually 1e-5")
     group.add_argument("--true-vocab-size", type=int, metavar="N", help="words; rows after them are padding")
-    group.add_argument("--num-attention-heads", type=int, metavar="N", help="heads a layer")
+    group.add_argument("--num-attention-heads", type=int, metavar="N", help="heads per layer")
     group.add_argument(
         "--source-checkpoint-version",
         type=float,

@@ -23,7 +23,7 @@ class ReadOptions:
         gelu: kind of GELU the weights were trained with.
         layer_norm_eps: epsilon of the layer norms.
         true_vocab_size: number of words; rows of the embedding table after them are padding.
-        num_attention_heads: heads a layer.
+        num_attention_heads: heads per layer.
         checkpoint_version: Megatron's version of the order of query, key and value rows.
     """
 

@@ -26,7 +26,7 @@ SENTENCES = (
     "In the morning the children go to school, and in the evening they come home.",
     "The president of the United States lives in the White House.",
     "He was born in London in the year of the great fire.",
-    "The doctor told the patient to take the medicine three times a day.",
+    "The doctor told the patient to take the medicine three times per day.",
     "Water is made of hydrogen and oxygen.",
     "They played the game until it was too dark to see the ball.",
 )

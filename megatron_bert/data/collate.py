@@ -29,8 +29,8 @@ def collate(
     Args:
         samples: the samples, none longer than ``seq_length``.
         numbers: their numbers in the training stream, which dropout masks depend on.
-        seq_length: S; the padded form is a rectangle of this many tokens a sample.
-        max_predictions: slots a sample; the batch has this many times the number of samples, used or not, so that
+        seq_length: S; the padded form is a rectangle of this many tokens per sample.
+        max_predictions: slots per sample; the batch has this many times the number of samples, used or not, so that
             shapes do not depend on the data.
         pad_id: token id of padding.
         packed: sequences end to end without padding, the longest first, instead of a rectangle.

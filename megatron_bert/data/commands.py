@@ -57,7 +57,7 @@ def add_corpus_inspection(commands: Any) -> None:
     group = parser.add_argument_group("corpora", "for SRC the prefix of a corpus, or its .idx file")
     group.add_argument("--sample", type=int, metavar="N", help="print N training samples with their masks")
     group.add_argument("--png", type=given_path, metavar="FILE", help="draw histograms of the lengths")
-    group.add_argument("--seq-length", type=int, metavar="N", help="tokens a sample (default: 512)")
+    group.add_argument("--seq-length", type=int, metavar="N", help="tokens per sample (default: 512)")
     group.add_argument("--pair-objective", choices=("sop", "nsp", "none"), help="of samples (default: sop)")
     group.add_argument(
         "--tokenizer", type=given_path, metavar="PATH", help="that the corpus was made with, to see its text"

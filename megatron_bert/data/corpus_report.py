@@ -58,7 +58,7 @@ class SampleOptions:
     """How training samples are made, as the settings of the same names in `data` say.
 
     Attributes:
-        seq_length: Tokens a sample, special tokens included.
+        seq_length: Tokens per sample, special tokens included.
         objective: What the second segment is for.
         mask_probability: Share of the tokens to predict.
         seed: Of everything random.
@@ -191,7 +191,7 @@ class CorpusReport:
         pieces = len(tokens) / max(1, int(counts[tokenizer.word_starts].sum()))
         return [
             f"unknown tokens: {unknown:,} ({unknown / len(tokens):.3%})",
-            f"vocabulary: {used:,} of {tokenizer.vocab_size:,} entries occur; {pieces:.2f} tokens a word",
+            f"vocabulary: {used:,} of {tokenizer.vocab_size:,} entries occur; {pieces:.2f} tokens per word",
         ]
 
     def _languages(self, tokenizer: Tokenizer) -> list[str]:

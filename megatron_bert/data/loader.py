@@ -60,7 +60,7 @@ class MicroBatchSource(Dataset[MicroBatch]):
         return {**self.__dict__, "_opened": None}
 
     def open(self) -> tuple[Tokenizer, BlendedCorpus]:
-        """The tokenizer and the corpus, opened once a process."""
+        """The tokenizer and the corpus, opened once per process."""
         if self._opened is None:
             wanted = self.settings.tokenizer
             tokenizer = load_tokenizer(wanted.path, lowercase=wanted.lowercase)

@@ -17,7 +17,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class RowReader:
     """Reads the documents of one file without decoding them, which is left to whoever uses them.
 
-    Files named .json, .jsonl or .ndjson hold one JSON object a line; files named .txt hold documents separated by
+    Files named .json, .jsonl or .ndjson hold one JSON object per line; files named .txt hold documents separated by
     blank lines; of other names the first character decides ("{" means JSON). A further .gz, .bz2, .xz or .zst is
     undone. The position of a JSON line is its first byte, that of a plain document the first byte of the line before
     it; in a compressed file it is the block of the file which that byte came of.

@@ -87,17 +87,17 @@ def holds_vocabulary(directory: Path) -> bool:
 
 
 def read_vocabulary(source: Path) -> dict[str, int]:
-    """Read a vocab.txt: one piece a line, its id is the line number counted from 0."""
+    """Read a vocab.txt: one piece per line, its id is the line number counted from 0."""
     try:
         text = source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} byte {error.start} is not UTF-8: a vocab.txt holds one piece a line.") from None
+        raise UserError(f"{source} byte {error.start} is not UTF-8: a vocab.txt holds one piece per line.") from None
     # Only line feeds end a line: other Unicode line separators may be pieces.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise UserError(f"{source} is empty: a vocab.txt holds one piece a line.")
+        raise UserError(f"{source} is empty: a vocab.txt holds one piece per line.")
     vocabulary: dict[str, int] = {}
     for number, piece in enumerate(lines):
         if piece in vocabulary:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized model as an ONNX graph, with QuantizeLinear and DequantizeLinear at its ranges.
 
-Weights are 8-bit with a scale a row, and so are words. The inputs of products with weights, queries, keys, values and
+Weights are 8-bit with a scale per row, and so are words. The inputs of products with weights, queries, keys, values and
 contexts are rounded to the model's scales; what is between (softmax, GELU, norms, sums) is in float32, as such runtimes
 compute it, so results are near those of the integer engine and not the same.
 

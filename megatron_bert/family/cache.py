@@ -23,7 +23,7 @@ def opened_cache(past: Any) -> tuple[Cache | None, tuple[LayerCache, ...]]:
     """What a caller gives as ``past_key_values``: a cache, or tuples of tensors as transformers 4 had them.
 
     Returns:
-        The cache that is to be filled, if there is one, and its keys and values a layer; none where it is empty.
+        The cache that is to be filled, if there is one, and its keys and values per layer; none where it is empty.
 
     Raises:
         UserError: it is something else, or a cache that does not grow.

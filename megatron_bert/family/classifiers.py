@@ -52,7 +52,7 @@ class Classifier(HeadModel):
         return config.num_labels
 
     def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
-        """Dropout at the head, ``[N, H]`` with a key a row."""
+        """Dropout at the head, ``[N, H]`` with a key per row."""
         return dropped(features, keys, self.sizes)
 
     def vectors(self, encoded: Encoded) -> Tensor:

@@ -185,7 +185,7 @@ class MegatronBertConfig(DocumentedConfig):
         vocab_size: number of token ids in use.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of transformer layers.
-        num_attention_heads: attention heads a layer; must divide hidden_size.
+        num_attention_heads: attention heads per layer; must divide hidden_size.
         intermediate_size: width of the feed-forward layer.
         hidden_act: a name of transformers' activations, or a function; of the feed-forward layers and the
             masked-language head.

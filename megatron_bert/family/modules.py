@@ -448,6 +448,6 @@ class RobertaSequenceHead(SequenceHead):
         self.out_proj = without_values(nn.Linear, sizes.hidden_size, sizes.num_labels)
 
     def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
-        """``[N, H]``, with a dropout key a row or None, to ``[N, outputs]``."""
+        """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
         inner = with_tanh(self.dense, dropped(first_tokens, keys, self.config))
         return self.out_proj(dropped(inner, None if keys is None else fold_in(keys, _SECOND), self.config))

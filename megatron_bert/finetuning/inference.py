@@ -253,7 +253,7 @@ def predict_stream(
 
     Args:
         source: directory of the model, its run, or several runs, whose best is taken.
-        rows: one JSON object a line, with the keys that the task reads. Bytes that are not UTF-8 come as lone
+        rows: one JSON object per line, with the keys that the task reads. Bytes that are not UTF-8 come as lone
             surrogates, which are found.
         answers: where to write.
         batch_size: most texts of a forward pass.

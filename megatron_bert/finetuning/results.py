@@ -36,7 +36,7 @@ def as_line(prediction: Prediction) -> tuple[str, bool]:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     with whole_file(path) as file:
         for prediction in predictions:
             file.write(as_line(prediction)[0])

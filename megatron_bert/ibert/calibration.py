@@ -55,7 +55,7 @@ def calibrate(
 
 @torch.no_grad()
 def update_ranges(model: nn.Module, groups: Sequence[dist.ProcessGroup] = ()) -> None:
-    """Move ranges to what was seen since the last call: in training once a step, before or after the optimizer's.
+    """Move ranges to what was seen since the last call: in training once per step, before or after the optimizer's.
 
     Until then a step uses the ranges it began with, so micro batches, recomputation and the order of ranks do not
     matter. Every rank of the groups must call; then its ranges are those of all.

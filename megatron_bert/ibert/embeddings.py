@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings in integers: words of 8 bits with a scale a row, positions and types of 16, and their sum."""
+"""Embeddings in integers: words of 8 bits with a scale per row, positions and types of 16, and their sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORD_BITS = 8
 
 
 def row_factor(scale: Tensor, unit: float) -> Factor:
-    """What takes the integers of words to the stream's: a factor a row.
+    """What takes the integers of words to the stream's: a factor per row.
 
     Args:
         scale: float32 ``[N]``, of the rows.
@@ -53,7 +53,7 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
     """Rows of the tables rounded to the stream's scale, their sum, and with post-layer-norm its norm.
 
     Rows are rounded when they are looked up, which gives the integers of a rounded table. Words are most of a file, and
-    with a scale a row their 8 bits cost little; the other tables are small, and have the stream's 16.
+    with a scale per row their 8 bits cost little; the other tables are small, and have the stream's 16.
     """
 
     def quantize(self, settings: QuantizationConfig) -> None:

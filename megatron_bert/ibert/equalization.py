@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors a channel moved from a norm into the matrix that follows it, which changes nothing in the float model.
+"""Factors per channel moved from a norm into the matrix that follows it, which changes nothing in the float model.
 
 A norm's gain gives some channels of its output a larger range than others, and one scale serves them all. Divided by a
-factor a channel, and the matrix' columns multiplied with it, the product is the same function. With post-layer-norm
+factor per channel, and the matrix' columns multiplied with it, the product is the same function. With post-layer-norm
 the norm's output is the residual stream too, so there it would not be.
 """
 

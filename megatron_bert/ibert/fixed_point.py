@@ -48,7 +48,7 @@ class Dyadic(NamedTuple):
     """A positive number multiplier / 2^shift.
 
     Attributes:
-        multiplier: int64, at most 2^23; a scalar, or one a channel.
+        multiplier: int64, at most 2^23; a scalar, or one per channel.
         shift: int64 of the same shape, 1 to 52.
     """
 
@@ -64,7 +64,7 @@ class Factor(NamedTuple):
     """A positive number multiplier / 2^(15 + shift), applied in two steps: shift and saturate to 16 bits, multiply.
 
     Attributes:
-        multiplier: int64, 0 to 32767; a scalar, or one a channel or row.
+        multiplier: int64, 0 to 32767; a scalar, or one per channel or row.
         shift: int64 of the same shape, at most 30; below 0 it shifts to the left.
     """
 

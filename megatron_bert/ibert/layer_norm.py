@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer norm in integers, in one pass over a row and with one division a row.
+"""Layer norm in integers, in one pass over a row and with one division per row.
 
 With N columns, s1 = sum x and s2 = sum x^2, the variance is V / N^2 for V = N s2 - s1^2, exactly, so nothing is lost to
 rounding the mean. I-BERT rounds it, shifts by an amount that depends on the batch, drops epsilon, and divides the bias
@@ -96,7 +96,7 @@ def deviation(total: Tensor, squares: Tensor, columns: int, epsilon: Tensor) -> 
 
 
 def row_factor(deviations: Tensor, columns: int) -> Factor:
-    """What takes N x - s1 to a normalized element, by one division a row: shift, and 2^(L+14) // deviation.
+    """What takes N x - s1 to a normalized element, by one division per row: shift, and 2^(L+14) // deviation.
 
     Args:
         deviations: int64, 1 to 2^30; L is their bit length.

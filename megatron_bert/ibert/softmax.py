@@ -2,7 +2,7 @@
 """Softmax in integers: numerators of 8 bits relative to the row's largest, and their sum.
 
 I-BERT divides first and rounds probabilities to 8 bits, so that attention spread over more than 256 keys rounds to
-nothing. Here the numerators 0..255 go into the product with the values as they are, and the one division a row comes
+nothing. Here the numerators 0..255 go into the product with the values as they are, and the one division per row comes
 after it: no mass is lost however flat the attention. The result needs no element-wise division either.
 """
 
@@ -134,7 +134,7 @@ def mean_factor(scale: float) -> MeanFactor:
 
 
 def row_factor(sums: Tensor, factor: MeanFactor) -> Factor:
-    """What takes sums of numerator * value to the mean in steps of the result: factor / sum, by a division a row.
+    """What takes sums of numerator * value to the mean in steps of the result: factor / sum, by a division per row.
 
     Args:
         sums: int64, sums of numerators, below 2^22; of a row that attends to nothing 0, which counts as 1.
@@ -150,5 +150,5 @@ def row_factor(sums: Tensor, factor: MeanFactor) -> Factor:
 
 
 def row_steps(number: Factor) -> tuple[Tensor, Tensor]:
-    """A factor a row as float64: 2^-shift and multiplier / 2^15."""
+    """A factor per row as float64: 2^-shift and multiplier / 2^15."""
     return inverse_power(number.shift.clamp(min=-64)), number.multiplier.double() * 2.0**-15

@@ -16,7 +16,7 @@ LARGEST = ONE - 1
 
 
 def tanh(t: Tensor) -> Tensor:
-    """Tanh as (1 - e) / (1 + e), e = 2^-|t|: one integer division an element.
+    """Tanh as (1 - e) / (1 + e), e = 2^-|t|: one integer division per element.
 
     Args:
         t: int32 or int64, -16384 to 16384; stands for tanh of t / (2^10 * 2 log2 e).

@@ -22,7 +22,7 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("config", metavar="CONFIG.yaml", help="settings; for preprocess its own options, after --")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--nodes", type=int, metavar="N", help="needed for all but preprocess")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="processes a node, a GPU each; needed too")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="processes per node, a GPU each; needed too")
     parser.add_argument("--time", required=True, metavar="T", help="time limit: minutes, HH:MM:SS or D-HH:MM:SS")
     parser.add_argument(
         "--min-nodes", type=int, metavar="N", help="start on fewer nodes, down to N, when no more are free or left"
@@ -36,7 +36,7 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("--parts", type=int, metavar="N", help="preprocess: parts of the corpus, a node each")
     parser.add_argument(
-        "--cpus-per-part", type=int, metavar="C", help="preprocess: cores a part (default: whole nodes)"
+        "--cpus-per-part", type=int, metavar="C", help="preprocess: cores per part (default: whole nodes)"
     )
     parser.add_argument(
         "--style",

@@ -38,9 +38,9 @@ class JobRequest:
         overrides: ``section.key=value`` settings.
         nodes: number of nodes.
         min_nodes: fewest nodes to start with; equal to nodes for a job of one size.
-        gpus_per_node: processes a node, each with a GPU.
+        gpus_per_node: processes per node, each with a GPU.
         time: time limit, as sbatch takes it.
-        style: one torchrun a node that starts its processes, or one task of srun a process.
+        style: one torchrun a node that starts its processes, or one task of srun per process.
         name: of the job; the run directory's when None.
         partition, account: override the site's.
         dependency: as sbatch takes it.

@@ -24,7 +24,7 @@ run=(-m megatron_bert "$COMMAND" "$CONFIG" "training.run_dir=$RUN_DIR" ${OVERRID
 step=(srun --nodes="$nodes" --kill-on-bad-exit=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"})
 [ -z "${SLURM_CPUS_PER_TASK-}" ] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
 if [ "$STYLE" = torchrun ]; then
-    # One agent a node, which starts a process a GPU, and starts all of them again when one fails. Without a store of
+    # One agent per node, which starts a process per GPU, and starts all of them again when one fails. Without a store of
     # each start's own a process can find the address of one that is gone.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     run=(-m megatron_bert.launching.agent --nnodes="$nodes" --nproc-per-node="$GPUS_PER_NODE"
@@ -32,7 +32,7 @@ if [ "$STYLE" = torchrun ]; then
     step+=(--ntasks="$nodes" --ntasks-per-node=1)
     tries=1
 else
-    # One task a GPU, in the order of the nodes. When one fails, a new step starts all of them again.
+    # One task per GPU, in the order of the nodes. When one fails, a new step starts all of them again.
     step+=(--ntasks=$((nodes * GPUS_PER_NODE)) --ntasks-per-node="$GPUS_PER_NODE" --distribution=block)
     export MASTER_ADDR=$address
     tries=$((MAX_RESTARTS + 1))

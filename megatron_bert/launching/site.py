@@ -41,11 +41,11 @@ class SiteSettings(Section):
         "gpus-per-node", description="How GPUs are asked for; none where nodes come whole."
     )
     cpus_per_gpu: int | None = Field(
-        None, gt=0, description="Cores a GPU; whole nodes (--exclusive) are asked for when unset."
+        None, gt=0, description="Cores per GPU; whole nodes (--exclusive) are asked for when unset."
     )
     memory: str | None = Field(None, description="Memory a node, as --mem takes it; 0 is all of it.")
     options: list[str] = Field(
-        default_factory=list, description="More options of sbatch, such as --mail-type=FAIL, one a line."
+        default_factory=list, description="More options of sbatch, such as --mail-type=FAIL, one per line."
     )
     srun_options: list[str] = Field(default_factory=list, description="More options of srun, such as --mpi=none.")
     modules: list[str] = Field(default_factory=list, description="Modules to load, in this order.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that srun started, one a GPU, made known to torch.distributed by the variables torchrun would set."""
+"""A process that srun started, one per GPU, made known to torch.distributed by the variables torchrun would set."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Pooler(Dense):
 
 
 def dropped(features: Tensor, keys: Tensor | None, config: MegatronBertConfig) -> Tensor:
-    """Dropout before the head of a task: ``[N, H]`` with a key a row; none without keys."""
+    """Dropout before the head of a task: ``[N, H]`` with a key per row; none without keys."""
     if keys is None:
         return features
     chance = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
@@ -68,7 +68,7 @@ class SequenceHead(nn.Module):
         self.out_proj = Dense(size, outputs, init_std=std, device=device)
 
     def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
-        """``[N, H]``, with a dropout key a row or None, to ``[N, outputs]``."""
+        """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
         inner = self.dense(dropped(first_tokens, keys, self.config))
         return self.out_proj(dropped(inner, None if keys is None else fold_in(keys, _SECOND), self.config))
 

@@ -108,7 +108,7 @@ def _measure(name: str) -> dict[str, Any]:
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
             "source": "measured",
             "note": f"megatron-bert bench --ranks {world.size}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads a rank",
+            f"{torch.get_num_threads()} threads per rank",
             "memory_gib": _memory(device) / world.size if device.type == "cpu" else _memory(device),
             "peak_tflops": {compute: found[0] / share for compute, found in products.items()},
             "product_share": share,

@@ -144,7 +144,7 @@ def data_messages(workload: Workload, layout: Layout, stage: Stage, microbatches
 
 
 def _closing_messages(workload: Workload, stages: list[Stage], layout: Layout, data_rank: int) -> Iterator[Message]:
-    """Once a step: counts of the losses, copies of the embeddings, partial gradients, the norm."""
+    """Once per step: counts of the losses, copies of the embeddings, partial gradients, the norm."""
     copies = layout.data // layout.shards
     axes = [("data_replicate", copies), ("data_shard", layout.shards)]
     for axis, size in axes:

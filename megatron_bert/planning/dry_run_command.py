@@ -83,7 +83,7 @@ def measure_unseen(config: Path, overrides: list[str], world_size: int) -> list[
         sent = sum(seen.bytes for seen in step.traffic.values())
         lines.append(
             f"dry run: rank {rank} of {world_size} takes {step.peak_bytes / GIB:.1f} GiB at its peak, "
-            f"{step.flops / 1e12:,.1f} TFLOP and {sent / 1e9:,.2f} GB of messages a step"
+            f"{step.flops / 1e12:,.1f} TFLOP and {sent / 1e9:,.2f} GB of messages per step"
         )
     return lines
 

@@ -22,7 +22,9 @@ LOADER_GIB = 0.35
 def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
     """Tokens that the steps take, epochs of the corpora that are there, and a warning at more than a few."""
     each = workload.global_batch * workload.length
-    lines = [f"data: {each:,} tokens a step, {each * workload.steps:,} in {workload.steps:,} steps, if none is padding"]
+    lines = [
+        f"data: {each:,} tokens per step, {each * workload.steps:,} in {workload.steps:,} steps, if none is padding"
+    ]
     if not isinstance(settings, Settings):
         return lines
     train, *_ = (float(part) for part in settings.data.split.split(","))

@@ -96,7 +96,7 @@ def one_line(prediction: Prediction) -> str:
 
 
 def table(predictions: Sequence[Prediction]) -> str:
-    """Layouts, one a line."""
+    """Layouts, one per line."""
     rows = [
         (
             "tensor",

@@ -42,7 +42,7 @@ def add_schedule_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     parser.add_argument("--microbatches", type=int, required=True, metavar="M", help="microbatches of one step")
     parser.add_argument("--schedule", required=True, metavar="NAME[,NAME...]", help="schedules, or all")
     parser.add_argument(
-        "--virtual-stages", type=int, metavar="V", help="chunks a rank, where the schedule has a choice"
+        "--virtual-stages", type=int, metavar="V", help="chunks per rank, where the schedule has a choice"
     )
     parser.add_argument(
         "--costs",
@@ -112,7 +112,7 @@ def _chunks(name: str, names: list[str], virtual_stages: int | None) -> int | No
 
 
 def _title(schedule: Schedule) -> str:
-    chunks = f", {schedule.chunks} chunks a rank" if schedule.chunks > 1 else ""
+    chunks = f", {schedule.chunks} chunks per rank" if schedule.chunks > 1 else ""
     return f"{schedule.name}, {schedule.ranks} ranks, {schedule.microbatches} microbatches{chunks}"
 
 

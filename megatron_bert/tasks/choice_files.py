@@ -160,7 +160,7 @@ def _has_text(row: Row) -> bool:
 
 
 def _flat(row: Row, split: str, columns: ColumnSettings) -> ChoiceExample:
-    """A question a row, in the columns that the settings name, or the usual ones; see `choice_rows`."""
+    """A question per row, in the columns that the settings name, or the usual ones; see `choice_rows`."""
     found = flat_choices(row, columns, labeled=not split.startswith("test"))
     question = row.text("question" if columns.question is None else columns.question)
     name = _name(row) if columns.id is None else str(row.value(columns.id))
@@ -222,7 +222,7 @@ class ArticleRow(Row):
 def _race_rows(path: Path, bad: BadRows, numbers: Iterator[int]) -> Iterator[Row]:
     """A row for each question of the articles in a *.txt file, or in all those below a directory.
 
-    An article is a JSON object a line. Rows of one question, as on the Hugging Face hub, stay what they are.
+    An article is a JSON object per line. Rows of one question, as on the Hugging Face hub, stay what they are.
     """
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiple-choice questions, one a row: which columns hold what, and how rows say which choice is right."""
+"""Multiple-choice questions, one per row: which columns hold what, and how rows say which choice is right."""
 
 from __future__ import annotations
 

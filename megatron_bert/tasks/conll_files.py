@@ -56,7 +56,7 @@ class Sentence:
 def read_sentences(
     path: Path, token: int, tag: int, tags_may_lack: bool, bad: BadRows, numbers: Iterator[int]
 ) -> Iterator[Sentence]:
-    """Sentences of a column file: one word a line, separated by empty lines; lines of -DOCSTART- are passed over.
+    """Sentences of a column file: one word per line, separated by empty lines; lines of -DOCSTART- are passed over.
 
     Columns are separated by tabs in lines that have one, and by spaces in others. Lines before the first word of a
     sentence that begin with "# " and have another number of columns than it, or no tag, are comments.

@@ -91,7 +91,7 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         return SpanExample(name_of(row, where), where, "predict", question, context)
 
     def units(self, examples: Sequence[SpanExample], *, train: bool) -> list[WindowUnit]:
-        """One unit a window; windows without the (first) answer are labeled (0, 0), also for training."""
+        """One unit per window; windows without the (first) answer are labeled (0, 0), also for training."""
         contexts = list(dict.fromkeys(example.context for example in examples))
         encoded = dict(zip(contexts, self.tokenizer.encode_batch_with_spans(contexts), strict=True))
         questions = self.tokenizer.encode_batch([example.question for example in examples])

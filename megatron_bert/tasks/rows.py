@@ -277,7 +277,7 @@ def parse_object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"it is not JSON ({error}): expected one object a line") from None
+        raise RowError(f"it is not JSON ({error}): expected one object per line") from None
     return checked_object(values)
 
 

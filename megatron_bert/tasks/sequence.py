@@ -93,7 +93,7 @@ class SequenceTask(Task[TextExample, Unit]):
         return TextExample(name_of(row, where), where, "predict", text_of(row, "text", where), pair)
 
     def units(self, examples: Sequence[TextExample], *, train: bool) -> list[Unit]:
-        """One unit an example."""
+        """One unit per example."""
         firsts = self.tokenizer.encode_batch([example.text for example in examples])
         seconds = iter(self.tokenizer.encode_batch([e.text_pair for e in examples if e.text_pair is not None]))
         units = []

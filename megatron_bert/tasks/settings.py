@@ -214,7 +214,7 @@ class ColumnSettings(Section):
     id: Column | None = Field(
         None,
         description="What names a row in predictions; when unset its number from 0 (multiple choice and question "
-        "answering: `id`, if there is one). In tables of one word a row: the sentence that the word is in.",
+        "answering: `id`, if there is one). In tables of one word per row: the sentence that the word is in.",
     )
     text: Column | None = Field(None, description="The text, or the first of a pair; `text` when unset.")
     text_pair: Column | None = Field(None, description="The second text of a pair.")

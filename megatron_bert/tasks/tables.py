@@ -74,7 +74,7 @@ def read_table(
     Args:
         path: the file.
         kind: "tsv": separated by tabs, quotes are plain text, as in GLUE. "csv": RFC 4180, a quoted cell may hold
-            commas, doubled quotes and line ends. "jsonl": one JSON object a line, or one JSON array of objects.
+            commas, doubled quotes and line ends. "jsonl": one JSON object per line, or one JSON array of objects.
         header: whether the first line of a tsv or csv file names the columns.
         bad: called with rows that cannot be read.
         equal_widths: whether all rows of a tsv or csv file must have the same number of columns.

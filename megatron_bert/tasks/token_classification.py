@@ -199,7 +199,7 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
         return WordsExample(name, where, "predict", *joined(texts_of(row, "tokens", where)))
 
     def units(self, examples: Sequence[WordsExample], *, train: bool) -> list[WordsUnit]:
-        """One unit a window; every word is in the rows of exactly one of them."""
+        """One unit per window; every word is in the rows of exactly one of them."""
         encoded = self.tokenizer.encode_batch_with_spans([example.text for example in examples])
         number = {tag: place for place, tag in enumerate(self.labels)}
         room = self.max_length - 2

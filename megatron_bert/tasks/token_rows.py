@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences with tagged words in JSON lines and tables: a sentence a row, or a word a row."""
+"""Sentences with tagged words in JSON lines and tables: a sentence per row, or a word per row."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TokenRows:
         return -1 if tag is None and not self.data.header else tag
 
     def _sentence(self, row: Row) -> Sentence:
-        """A sentence a row: a list of words and a list of tags."""
+        """A sentence per row: a list of words and a list of tags."""
         column = row.first_of(self._token(), TOKENS)
         words = structured(row.value(column), f"column {column!r}")
         if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
@@ -94,7 +94,7 @@ class TokenRows:
         return tuple(map(str, tags))
 
     def _of_words(self, path: Path, kind: Literal["csv", "tsv"]) -> Iterator[Row]:
-        """A row for each sentence of a table with a word a row, whose cells are the words' rows.
+        """A row for each sentence of a table with a word per row, whose cells are the words' rows.
 
         A sentence ends at an empty line, or where the column of `data.columns.id` changes; an empty cell there goes on.
         """

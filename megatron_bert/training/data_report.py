@@ -56,7 +56,7 @@ def describe_held_out_data(settings: Settings, corpus: BlendedCorpus) -> list[st
 def _describe(dataset: PairDataset) -> tuple[str, list[str]]:
     """The size of one corpus and what is cut off, and a note of what is left out."""
     use, prefix, objective = dataset.use(), dataset.indexed.prefix, dataset.objective
-    line = f"{prefix}: {use.documents:,} documents of {use.tokens:,} tokens make {use.samples:,} samples an epoch"
+    line = f"{prefix}: {use.documents:,} documents of {use.tokens:,} tokens make {use.samples:,} samples per epoch"
     if use.truncated_tokens:
         line += f" ({use.truncated_tokens / use.tokens:.1%} of the tokens are cut off pairs longer than their sample)"
     if not use.skipped_documents:

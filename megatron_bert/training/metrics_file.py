@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""metrics.jsonl: one JSON object a line, read whatever has happened to it, and written when the disk lets it be."""
+"""metrics.jsonl: one JSON object per line, read whatever has happened to it, and written when the disk lets it be."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ def _in_short(found: list[Usage]) -> str:
         idle = one.idle_share
         share = "" if idle is None else f", its device idle {idle:.0%} of it"
         refused = f", its trace could not be written ({one.failure})" if one.failure else ""
-        said.append(f"rank {one.rank} took {one.wall_seconds / one.steps * 1000:.1f} ms a step{share}{refused}")
+        said.append(f"rank {one.rank} took {one.wall_seconds / one.steps * 1000:.1f} ms per step{share}{refused}")
     return "; ".join(said)
 
 

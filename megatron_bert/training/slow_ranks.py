@@ -14,7 +14,7 @@ from parallel.mesh import ParallelMesh
 from parallel.step_clock import StepClock
 
 #: A rank is slow that has taken so many times as long as the median of its peers, in so many readings in a row, and
-#: longer by so many seconds a step: less is noise.
+#: longer by so many seconds per step: less is noise.
 SLOW_FACTOR, SLOW_READINGS, SLOW_SECONDS = 1.5, 3, 0.01
 
 
@@ -31,7 +31,7 @@ class SlowRanks:
         self._times_slow = [0] * len(hosts)
 
     def notes(self, seconds: Sequence[float]) -> list[str]:
-        """A sentence for each rank that is found to be slow with these readings, in seconds a step by rank."""
+        """A sentence for each rank that is found to be slow with these readings, in seconds per step by rank."""
         notes = []
         for ranks in self.peers:
             usual = median_low(seconds[rank] for rank in ranks)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schedules, and the one table that names them.
 
-A schedule is a pure function of pipeline ranks p, microbatches m and chunks a rank v. To add one, write a function that
-returns a `Schedule` and add a line to `SCHEDULES`; the validator, the simulator, the charts and the engine take it as
-it is. Any m >= 1 is allowed everywhere: fewer microbatches than ranks, and any remainder.
+A schedule is a pure function of pipeline ranks p, microbatches m and chunks per rank v. To add one, write a function
+that returns a `Schedule` and add a line to `SCHEDULES`; the validator, the simulator, the charts and the engine take it
+as it is. Any m >= 1 is allowed everywhere: fewer microbatches than ranks, and any remainder.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ScheduleKind:
     Attributes:
         build: the schedule for (ranks, microbatches, chunks).
         description: one line for people.
-        chunks: the least and the most chunks a rank, None for no upper bound.
+        chunks: the least and the most chunks per rank, None for no upper bound.
         placement: which rank holds which stage.
         backward: full, or split into input and weight gradients.
         bubble: closed form of the idle fraction for (p, m, v) with F = B_input = W of every stage and free
@@ -180,7 +180,7 @@ SCHEDULES: dict[str, ScheduleKind] = {
     ),
     "interleaved-1f1b": ScheduleKind(
         interleaved,
-        "v chunks a rank: bubble divided by v, messages multiplied by v",
+        "v chunks per rank: bubble divided by v, messages multiplied by v",
         (2, None),
         Placement.LOOP,
         Backward.FULL,
@@ -198,7 +198,7 @@ SCHEDULES: dict[str, ScheduleKind] = {
     ),
     "zero-bubble-v": ScheduleKind(
         zero_bubble_v,
-        "two chunks a rank in a V: first and last stage on rank 0, hardly any bubble, memory as 1F1B",
+        "two chunks per rank in a V: first and last stage on rank 0, hardly any bubble, memory as 1F1B",
         (2, 2),
         Placement.V,
         Backward.SPLIT,
@@ -229,7 +229,7 @@ def build_schedule(name: str, ranks: int, microbatches: int, chunks: int | None 
     if chunks < least or (most is not None and chunks > most):
         allowed = f"exactly {least}" if most == least else f"at least {least}"
         raise UserError(
-            f"schedule '{name}' was given {chunks} virtual stages a rank but takes {allowed}: change virtual_stages "
+            f"schedule '{name}' was given {chunks} virtual stages per rank but takes {allowed}: change virtual_stages "
             "or the schedule."
         )
     return kind.build(ranks, microbatches, chunks)

@@ -14,7 +14,7 @@ from parallel.pipeline.dependencies import execution_order
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of the actions of one stage, in any one unit: a number for all stages, or a sequence with one a stage.
+    """Times of the actions of one stage, in any one unit: a number for all stages, or a sequence with one per stage.
 
     A full backward takes ``backward_input + backward_weight``. ``communication`` is added to each message between
     ranks; it overlaps computation, so a rank is idle only while an action's input is under way.
@@ -47,7 +47,7 @@ class Costs:
             given = getattr(self, name)
             times = list(given) if isinstance(given, Sequence) else [given]
             if isinstance(given, Sequence) and len(times) != stages:
-                raise UserError(f"{name} costs were given for {len(times)} stages of {stages}: give one a stage.")
+                raise UserError(f"{name} costs were given for {len(times)} stages of {stages}: give one per stage.")
             for time in times:
                 if not 0 <= time < float("inf"):
                     raise UserError(f"{name} costs were given as {time:g}: give finite times of 0 or more.")
@@ -146,7 +146,7 @@ def peak_activation_bytes(
     Args:
         schedule: the schedule.
         activation_bytes: of one microbatch in one stage, from its forward to its (input gradient's) backward; a number
-            for all stages or one a stage.
+            for all stages or one per stage.
         weight_bytes: what stays of them from ``BACKWARD_INPUT`` to ``BACKWARD_WEIGHT``: inputs of the linear layers and
             the gradients of their outputs. None for as much as ``activation_bytes``.
     """

@@ -31,7 +31,7 @@ def split_layers(
 
     Args:
         layers: number of layers.
-        stages: number of stages, at most one a layer.
+        stages: number of stages, at most one per layer.
         first_cost: cost of what the first stage holds besides layers, in layers.
         last_cost: cost of what the last stage holds besides layers, in layers.
         sizes: layers of each stage, to divide by hand.
@@ -48,7 +48,7 @@ def split_layers(
         sizes = _balanced_sizes(layers, stages, first_cost, last_cost)
     elif len(sizes) != stages or sum(sizes) != layers or min(sizes) < 1:
         raise UserError(
-            f"parallel.stage_layers {list(sizes)} does not fit: give {stages} numbers of 1 or more, one a stage, "
+            f"parallel.stage_layers {list(sizes)} does not fit: give {stages} numbers of 1 or more, one per stage, "
             f"that add up to the {layers} layers"
         )
     starts = [sum(sizes[:stage]) for stage in range(stages + 1)]

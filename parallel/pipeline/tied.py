@@ -15,9 +15,9 @@ from parallel.process_group import new_group
 class TiedParameter:
     """Keeps the copies of a parameter on the first and the last stage equal.
 
-    Both start from the same initial values or checkpoint, get the same gradient (the sum of both stages' shares, once
-    a step) and so the same update: they stay equal bit for bit. The first stage's copy stands for both in the gradient
-    norm and in checkpoints.
+    Both start from the same initial values or checkpoint, get the same gradient (the sum of both stages' shares,
+    once per step) and so the same update: they stay equal bit for bit. The first stage's copy stands for both in the
+    gradient norm and in checkpoints.
 
     Every rank of the run must construct it at the same point.
 

@@ -40,7 +40,7 @@ def zero_bubble_h1(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
 
 
 def zero_bubble_v(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """ZB-V: two chunks a rank, the second running through the ranks backwards (section 6).
+    """ZB-V: two chunks per rank, the second running through the ranks backwards (section 6).
 
     The loss is on rank 0, so the first backward starts there right after the last forward, and all ranks reach the
     steady state at once. Each holds at most 2p stage-microbatches, p of a rank's layers, as 1F1B's first rank does.

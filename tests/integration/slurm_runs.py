@@ -96,7 +96,7 @@ class Session:
         return out.getvalue()
 
     def site(self, name: str, cores: int = 1, max_restarts: int = 3, **variables: str) -> Path:
-        """A site file whose jobs have these environment variables and cores a process."""
+        """A site file whose jobs have these environment variables and cores per process."""
         (self.folder / f"hold_{name}").mkdir()
         tree = {
             "python": sys.executable,

@@ -31,7 +31,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Rescale:
-    """A requantization a row of a matrix: shift with rounding, saturate to 16 bits, multiply with rounding.
+    """A requantization per row of a matrix: shift with rounding, saturate to 16 bits, multiply with rounding.
 
     Attributes:
         shift: int8 ``[N]``, -15 to 30; below 0 to the left.
@@ -44,7 +44,7 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Wide:
-    """A requantization a row in 64 bits, for logits.
+    """A requantization per row in 64 bits, for logits.
 
     Attributes:
         shift: int8 ``[N]``, 1 to 52.

@@ -141,7 +141,7 @@ def _room(directory: Path, place: Path) -> list[Finding]:
         free = shutil.disk_usage(directory).free
         grade = warning if free < _LITTLE_SPACE else ok
         more = (
-            "" if free >= _LITTLE_SPACE else "; a checkpoint takes 12 bytes a parameter, and checkpoint.keep are kept"
+            "" if free >= _LITTLE_SPACE else "; a checkpoint takes 12 bytes per parameter, and checkpoint.keep are kept"
         )
         found[1] = grade("space", f"{free / 10**9:,.0f} GB free in {directory}{more}")
     dist.broadcast_object_list(found, src=0)

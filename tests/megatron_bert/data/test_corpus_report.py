@@ -41,11 +41,11 @@ def test_what_a_corpus_holds(made: Path) -> None:
     assert lines[1].startswith("made with: tokenizer of 22 entries (")
     assert lines[1].endswith("language en, sentences by sentencex")
     assert lines[2] == "duplicates: 1 documents (20.0%) equal an earlier one"
-    assert lines[3].startswith("tokens a document: mean 6.2, median 6")
-    assert "sentences a document: mean 1.4" in lines[4]
+    assert lines[3].startswith("tokens per document: mean 6.2, median 6")
+    assert "sentences per document: mean 1.4" in lines[4]
     assert lines[5].endswith("longest 6")
     assert lines[6] == "unknown tokens: 2 (6.452%)"
-    assert lines[7].startswith("vocabulary: 14 of 22 entries occur; 1.03 tokens a word")
+    assert lines[7].startswith("vocabulary: 14 of 22 entries occur; 1.03 tokens per word")
     assert lines[8].startswith("characters by language (of 5 documents): ")
     assert lines[9].startswith("characters by script (of 5 documents): Latin 9")
     assert lines[10].startswith("samples of 16 tokens (pair_objective sop): 2 an epoch, ")

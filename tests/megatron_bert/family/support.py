@@ -221,7 +221,7 @@ def arguments_for(head: str) -> dict[str, Tensor]:
 
 
 def as_tuples(cache: Any) -> tuple[tuple[Tensor, ...], ...]:
-    """A cache as transformers 4 had it: key and value a layer, then those of the encoder."""
+    """A cache as transformers 4 had it: key and value per layer, then those of the encoder."""
     own = getattr(cache, "self_attention_cache", cache)
     crossed = cache.cross_attention_cache.layers if own is not cache else [None] * len(own.layers)
     return tuple(

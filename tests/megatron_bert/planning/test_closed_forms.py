@@ -59,7 +59,7 @@ def test_activations_are_korthikantis_table_2(tensor: int, dropout: float) -> No
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
 def test_states_are_zeros(ranks: int) -> None:
-    """18 bytes a parameter on one rank, 6 + 12 / d on d; 16 and 8 + 8 / d in float32."""
+    """18 bytes per parameter on one rank, 6 + 12 / d on d; 16 and 8 + 8 / d in float32."""
     assert sum(FLAT_STATES[2]) == 18
     assert sum(FLAT_STATES[4]) == 16
     work = workload()

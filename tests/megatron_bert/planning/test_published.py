@@ -19,7 +19,7 @@ DOCUMENT = (CONFIGS.parent / "docs" / "planning.md").read_text(encoding="utf-8")
 
 
 class Run(NamedTuple):
-    """A published run: sizes, where and how, and tokens a second of all devices."""
+    """A published run: sizes, where and how, and tokens per second of all devices."""
 
     name: str
     sizes: tuple[int, int, int]
@@ -38,7 +38,7 @@ def _data(ranks: int, micro: int, **more: object) -> Layout:
 
 
 def _foundry(mfu: float, sizes: tuple[int, int, int]) -> float:
-    """Tokens a second of eight H100s at an MFU, in operations of an encoder that scores every position."""
+    """Tokens per second of eight H100s at an MFU, in operations of an encoder that scores every position."""
     config = _config(sizes, 50368, 512, 0.0)
     work = Workload(
         config=config, length=512, slots=512, global_batch=1, steps=1, compute="bfloat16", compiled=True, losses=1
@@ -92,7 +92,7 @@ RUNS = [
 
 
 def predicted(run: Run) -> float:
-    """Tokens a second."""
+    """Tokens per second."""
     layout = run.layout
     work = Workload(
         config=_config(run.sizes, run.words, run.length, run.dropout),

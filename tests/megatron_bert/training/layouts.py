@@ -29,7 +29,7 @@ from parallel.recompute import Recompute
 from tests.megatron_bert.data.support import numbered_tokenizer, random_corpus
 from tests.worlds import CPU, gathered
 
-#: Samples a step. The numbers of data ranks below divide it.
+#: Samples per step. The numbers of data ranks below divide it.
 BATCH = 24
 LENGTH = 12
 #: Sizes of the tensor and of the data axis: divisors of the heads, the intermediate size and the batch.

@@ -30,11 +30,11 @@ def test_training_data_are_described_with_the_epochs_to_come(tmp_path: Path, cor
     prefix = tmp_path / "x"
     pairs, single, unused, *many = describe_training_data(settings, corpus, first_step=20)
     assert pairs == (
-        f"training data {prefix}: 3 documents of 77 tokens make 2 samples an epoch (6.5% of the tokens are cut off "
+        f"training data {prefix}: 3 documents of 77 tokens make 2 samples per epoch (6.5% of the tokens are cut off "
         f"pairs longer than their sample); the 40 steps to come are 80.0 epochs after 40.0"
     )
     assert single == (
-        f"training data {prefix}: 2 documents of 57 tokens make 3 samples an epoch; the 40 steps to come are "
+        f"training data {prefix}: 2 documents of 57 tokens make 3 samples per epoch; the 40 steps to come are "
         f"53.3 epochs after 26.7"
     )
     assert f"1 of the documents of {prefix}, 9.1% of its tokens, are not used: they have one sentence" in unused

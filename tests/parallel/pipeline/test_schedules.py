@@ -124,8 +124,8 @@ def test_forward_only_bubble(placement, chunks):
         (("1f1b", 0, 8, None), "given 0 pipeline ranks: give 1 or more"),
         (("1f1b", 4, 0, None), "given 0 microbatches: give 1 or more"),
         (("interleaved-1f1b", 4, 8, 0), "given 0 virtual stages: give 1 or more"),
-        (("interleaved-1f1b", 4, 8, 1), "given 1 virtual stages a rank but takes at least 2"),
-        (("1f1b", 4, 8, 2), "given 2 virtual stages a rank but takes exactly 1"),
+        (("interleaved-1f1b", 4, 8, 1), "given 1 virtual stages per rank but takes at least 2"),
+        (("1f1b", 4, 8, 2), "given 2 virtual stages per rank but takes exactly 1"),
         (("zero-bubble-v", 4, 8, 3), "takes exactly 2"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_deadlock_is_an_error_not_an_endless_loop():
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        (Costs(forward=(1, 2)), "forward costs were given for 2 stages of 3: give one a stage"),
+        (Costs(forward=(1, 2)), "forward costs were given for 2 stages of 3: give one per stage"),
         (Costs(backward_input=-1), "backward_input costs were given as -1: give finite times of 0 or more"),
         (Costs(communication=float("nan")), "communication costs were given as nan"),
     ],

@@ -30,7 +30,7 @@ def executed_order(kind, ranks, microbatches, rank):
 
 
 def planned_orders(kind, ranks, microbatches, chunks):
-    """The actions that a library schedule of several stages a rank plans, without its idle slots."""
+    """The actions that a library schedule of several stages per rank plans, without its idle slots."""
     rounds = max(1, microbatches // ranks)
     plan = SimpleNamespace(
         pp_group_size=ranks,

@@ -63,7 +63,7 @@ def test_integers_in_every_class(family, head):
     for name, tensor in flatten(output).items():
         if name.startswith("past_key_values"):
             continue
-        # 8 bits a matrix: 0.4 per cent of the largest input each, some tens of them one after another.
+        # 8 bits per matrix: 0.4 per cent of the largest input each, some tens of them one after another.
         scale = max(0.1, float(expected[name].abs().max()))
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0.1 * scale, msg=lambda t, n=name: f"{n}: {t}")
         if "logits" in name:
