@@ -20,16 +20,10 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.finetuning.saved import task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Head, Task, Unit
 from tools.peers import transformers
-
-CLASSES = {
-    "sequence": "MegatronBertForSequenceClassification",
-    "choice": "MegatronBertForMultipleChoice",
-    "token": "MegatronBertForTokenClassification",
-    "span": "MegatronBertForQuestionAnswering",
-}
 
 
 def collate(units: list[Unit], head: Head, pad_id: int) -> dict[str, Tensor]:
@@ -95,7 +89,7 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
         start = folder / "encoder"
         convert(settings.model.from_, start, to="huggingface", progress=False)
     transformers.set_seed(seed)
-    theirs = getattr(transformers, CLASSES[task.head.kind])
+    theirs = getattr(transformers, f"MegatronBert{HEADS[task.head.kind].class_ending}")
     model = theirs.from_pretrained(
         start,
         num_labels=config.num_labels,

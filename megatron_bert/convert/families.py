@@ -9,15 +9,6 @@ from megatron_bert.convert.huggingface_names import BERT as BERT_NAMES
 from megatron_bert.convert.huggingface_names import IBERT as IBERT_NAMES
 from megatron_bert.convert.huggingface_names import MEGATRON_BERT, HuggingFaceNames
 from megatron_bert.model.configuration import BertConfig, MegatronBertConfig, RobertaConfig
-from megatron_bert.model.finetuning import HeadKind
-
-#: What the name of a class of transformers ends in, by the kind of its head.
-CLASS_ENDINGS: dict[HeadKind, str] = {
-    "sequence": "ForSequenceClassification",
-    "choice": "ForMultipleChoice",
-    "token": "ForTokenClassification",
-    "span": "ForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)

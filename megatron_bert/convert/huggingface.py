@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.families import CLASS_ENDINGS, MEGATRON, MODEL_TYPES, ROBERTA, Family, family_of
+from megatron_bert.convert.families import MEGATRON, MODEL_TYPES, ROBERTA, Family, family_of
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface_names import fuse, projection_of, separate
 from megatron_bert.convert.json_files import fraction, integer, read_json
@@ -31,11 +31,10 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
     classes_of,
-    head_of,
 )
 from megatron_bert.model.activations import GELU_SYNONYMS
 from megatron_bert.model.configuration import CONFIG_NAME, MODEL_TYPE, MegatronBertConfig, named_labels
-from megatron_bert.model.finetuning import HeadKind
+from megatron_bert.model.task_heads.table import HEADS, head_of_class, head_of_parameters
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.torch_files import load_torch_file
@@ -219,11 +218,11 @@ def _embeddings(label: str, family: Family, stored: Mapping[str, StateTensor]) -
     )
 
 
-def _head(settings: dict[str, Any], names: Mapping[str, StateTensor], family: Family) -> HeadKind | None:
+def _head(settings: dict[str, Any], names: Mapping[str, StateTensor], family: Family) -> str | None:
     """The kind of head that the class has which the settings name, or else the weights."""
     if (named := _architecture(settings)) is not None:
-        return next((kind for kind, ending in CLASS_ENDINGS.items() if named.endswith(ending)), None)
-    return head_of(names, like_roberta=family is ROBERTA)
+        return head_of_class(named)
+    return head_of_parameters(names, like_roberta=family is ROBERTA)
 
 
 def _architecture(settings: dict[str, Any]) -> str | None:
@@ -329,7 +328,7 @@ def _their_config(state: CanonicalState) -> dict[str, Any]:
 def _class_ending(state: CanonicalState) -> str:
     """What the name of the class ends in that has just these weights."""
     if state.head is not None:
-        return CLASS_ENDINGS[state.head]
+        return HEADS[state.head].class_ending
     if state.has_masked_head:
         return "ForPreTraining" if state.has_pair_head else "ForMaskedLM"
     return "ForNextSentencePrediction" if state.has_pair_head else "Model"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.state import QUERY_KEY_VALUE
+from megatron_bert.model.task_heads.table import head_layers
 
 _ENCODER = {
     "embeddings.word_embeddings": "embeddings.word_embeddings",
@@ -32,7 +33,6 @@ _LAYER = {
     "mlp.intermediate": "intermediate.dense",
     "mlp.output": "output.dense",
 }
-_TASKS = {"classifier": "classifier", "qa_outputs": "qa_outputs"}
 _PRETRAINING = {
     "masked_head.dense": "cls.predictions.transform.dense",
     "masked_head.norm": "cls.predictions.transform.LayerNorm",
@@ -53,7 +53,8 @@ class HuggingFaceNames:
         prefix: the encoder's name in classes with a head.
         encoder: canonical owner -> theirs, behind the prefix, beyond what all families have.
         layer: the same inside a layer.
-        heads: the same, without a prefix.
+        heads: the same, without a prefix; heads of tasks have their names here.
+        like_roberta: which layers those have.
         aliases: names of the encoder in other families whose weights are the same.
         buffers: last parts of the names of buffers that quantized layers have.
     """
@@ -65,11 +66,13 @@ class HuggingFaceNames:
         encoder: Mapping[str, str],
         layer: Mapping[str, str],
         heads: Mapping[str, str],
+        like_roberta: bool = False,
         aliases: tuple[str, ...] = (),
         buffers: frozenset[str] = frozenset(),
     ) -> None:
         self.prefix, self._aliases, self._buffers = prefix, (prefix, *aliases), buffers
-        self._encoder, self._layer, self._heads = _ENCODER | dict(encoder), _LAYER | dict(layer), _TASKS | dict(heads)
+        self._encoder, self._layer, self._heads = _ENCODER | dict(encoder), _LAYER | dict(layer), dict(heads)
+        self._like_roberta = like_roberta
         self._ours = {theirs: ours for ours, theirs in self._encoder.items()}
         self._our_layer = {theirs: ours for ours, theirs in self._layer.items()}
         self._our_heads = {theirs: ours for ours, theirs in self._heads.items()}
@@ -89,7 +92,9 @@ class HuggingFaceNames:
         if owner in self._encoder:
             return (f"{self.prefix}.{self._encoder[owner]}.{kind}",)
         if not owner.startswith("encoder.layers."):
-            raise KeyError(owner)
+            if owner not in head_layers(like_roberta=self._like_roberta):
+                raise KeyError(owner)
+            return (name,)
         _, _, number, part = owner.split(".", 3)
         place = f"{self.prefix}.encoder.layer.{number}"
         if part == QUERY_KEY_VALUE:
@@ -114,6 +119,8 @@ class HuggingFaceNames:
             return None if ours is None else f"encoder.layers.{number}.{ours}.{kind}"
         owner, _, kind = key.rpartition(".")
         found = (self._ours if key.startswith(_PARTS) else self._our_heads).get(owner)
+        if owner in head_layers(like_roberta=self._like_roberta):
+            found = owner
         return None if found is None or kind not in ("weight", "bias") else f"{found}.{kind}"
 
     def is_buffer(self, key: str) -> bool:
@@ -143,9 +150,8 @@ IBERT = HuggingFaceNames(
         "masked_head.dense": "lm_head.dense",
         "masked_head.norm": "lm_head.layer_norm",
         "masked_head": "lm_head",
-        "classifier.dense": "classifier.dense",
-        "classifier.out_proj": "classifier.out_proj",
     },
+    like_roberta=True,
     aliases=("roberta",),
     buffers=frozenset(
         {

@@ -21,7 +21,8 @@ from megatron_bert.convert.nemo import NEMO_SETTINGS
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.query_key_value import check_version
-from megatron_bert.convert.state import TASK_HEADS, CanonicalState
+from megatron_bert.convert.state import CanonicalState
+from megatron_bert.model.task_heads.table import of_head
 from parallel.errors import UserError
 
 _EMBEDDINGS = {
@@ -114,7 +115,7 @@ class MegatronLegacy:
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds shards with the names of Megatron's classic model code."""
-        return any((name := canonical_name(key)) and not name.startswith(TASK_HEADS) for key in first_keys(tree))
+        return any((name := canonical_name(key)) and not of_head(name) for key in first_keys(tree))
 
     def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
         """Open a checkpoint of any generation, version and division."""

@@ -25,7 +25,6 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
 )
-from megatron_bert.model.finetuning import HeadKind
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 
@@ -96,7 +95,7 @@ def read_state(
         stored_rows=shapes[WORD_EMBEDDINGS][0],
         assumptions=tuple(assumptions),
     )
-    head: HeadKind | None = None
+    head: str | None = None
     if "classifier.weight" in parts:
         head = "choice" if CHOICES in parts["classifier.weight"][0].origin else "sequence"
     return CanonicalState(config=config, facts=facts, tensors=tensors, head=head, warnings=warnings)

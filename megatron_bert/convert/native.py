@@ -18,7 +18,6 @@ import torch
 
 from megatron_bert.convert.distributed_files import read_distributed, write_distributed
 from megatron_bert.convert.divisions import pad_vocabulary
-from megatron_bert.convert.families import CLASS_ENDINGS
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
@@ -34,9 +33,9 @@ from megatron_bert.convert.state import (
     SourceFacts,
     StateTensor,
     classes_of,
-    head_of,
 )
 from megatron_bert.model.configuration import MegatronBertConfig, RobertaConfig, config_from_dict, numbered_labels
+from megatron_bert.model.task_heads.table import HEADS, head_of_parameters
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files
 from parallel.errors import UserError
 from parallel.manifest import MANIFEST_FILE, write_manifest
@@ -95,7 +94,7 @@ class Native:
                 assumptions=tuple(assumptions),
             ),
             tensors=_without_padding(model, config),
-            head=head if head in CLASS_ENDINGS else head_of(model, like_roberta=config.like_roberta),
+            head=head if head in HEADS else head_of_parameters(model, like_roberta=config.like_roberta),
             ranges=_ranges(run_state, label, limits) if limits else None,
             task=_task(run_state),
             optimizer=_without_padding(optimizer, config),

@@ -9,7 +9,7 @@ is in memory: each tensor is read when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_bert.convert.ranges import Ranges
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.finetuning import HeadKind
+from megatron_bert.model.task_heads.table import HEADS, of_head
 from parallel.errors import UserError
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -27,8 +27,6 @@ VOCABULARY_BIAS = "masked_head.bias"
 POOLER = "pair_head.pooler.weight"
 #: Tensors with a row for each word; they are padded and trimmed together.
 VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
-#: Beginnings of the names of a fine-tuned model's head.
-TASK_HEADS = ("classifier.", "qa_outputs.")
 QUERY_KEY_VALUE = "attention.query_key_value"
 #: Fields of a configuration that every model has.
 SIZES = (
@@ -118,7 +116,7 @@ class CanonicalState(Mapping[str, StateTensor]):
         config: of the encoder, of the class of its family; with the names of the classes of a head.
         facts: about the source.
         tensors: by name; checked against ``config``.
-        head: kind of the head of a task that the model was saved with; None of a pretrained one.
+        head: kind of the head of a task, in the table of them, that the model was saved with; None of a pretrained one.
         ranges: of a quantized model, whose tensors are those of the float model; None of any other.
         task: what ``task.json`` says beside a model that was fine-tuned here; None for other sources.
         optimizer: ``<moment>.<name>`` -> tensor, of our own training checkpoints only.
@@ -130,7 +128,7 @@ class CanonicalState(Mapping[str, StateTensor]):
     config: MegatronBertConfig
     facts: SourceFacts
     tensors: dict[str, StateTensor]
-    head: HeadKind | None = None
+    head: str | None = None
     ranges: Ranges | None = None
     task: dict[str, Any] | None = None
     optimizer: dict[str, StateTensor] = field(default_factory=dict)
@@ -174,7 +172,7 @@ class CanonicalState(Mapping[str, StateTensor]):
     @property
     def task_head(self) -> list[str]:
         """Names of the tensors of a task's head, without its pooler."""
-        return [name for name in self.tensors if name.startswith(TASK_HEADS)]
+        return [name for name in self.tensors if of_head(name)]
 
     def without_head(self) -> CanonicalState:
         """The same state without the head of a task and the ranges: what another task starts from."""
@@ -231,18 +229,21 @@ def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
-def head_tensors(config: MegatronBertConfig, head: HeadKind | None = None) -> list[dict[str, tuple[int, ...]]]:
+def head_tensors(config: MegatronBertConfig, head: str | None = None) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes of the parts on top, each of which is there as a whole or not at all."""
-    hidden, outputs = config.hidden_size, 1 if head == "choice" else config.num_labels
+    hidden = config.hidden_size
     masked = _dense("masked_head.dense", hidden, hidden) | _norm("masked_head.norm", hidden)
-    return [
+    parts = [
         masked | {VOCABULARY_BIAS: (config.vocab_size,)},
         _dense("pair_head.pooler", hidden, hidden),
         _dense("pair_head.classifier", 2, hidden),
-        _dense("classifier", outputs, hidden),
-        _dense("classifier.dense", hidden, hidden) | _dense("classifier.out_proj", outputs, hidden),
-        _dense("qa_outputs", 2, hidden),
     ]
+    # Of kinds with the same names, the one that is named gives the shapes, or else the last, with a row for each class.
+    for kind in [*([HEADS[head]] if head else []), *reversed(HEADS.values())]:
+        found = kind.tensors(config, kind.width(config))
+        if not any(found.keys() & part.keys() for part in parts):
+            parts.append(found)
+    return parts
 
 
 def encoder_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
@@ -263,30 +264,15 @@ def encoder_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def head_of(names: Iterable[str], *, like_roberta: bool) -> HeadKind | None:
-    """The kind of head that a model with parameters of these names has; None where there is none.
-
-    A classifier of choices has the names of one of sequences, unless sequences have RoBERTa's head of two layers.
-    """
-    found = set(names)
-    if any(name.startswith("qa_outputs.") for name in found):
-        return "span"
-    if "classifier.out_proj.weight" in found:
-        return "sequence"
-    if "classifier.weight" not in found:
-        return None
-    if POOLER not in found:
-        return "token"
-    return "choice" if like_roberta else "sequence"
-
-
 def classes_of(tensors: Mapping[str, StateTensor]) -> int | None:
     """The number of classes by the size of a head; None where there is no such head."""
-    shapes = (tensors[name].shape for name in ("classifier.out_proj.bias", "classifier.bias") if name in tensors)
+    kinds = [kind for kind in HEADS.values() if kind.outputs is None]
+    layers = [kind.layers(like_roberta=like_roberta)[-1] for like_roberta in (True, False) for kind in kinds]
+    shapes = (tensors[name].shape for layer in layers if (name := f"{layer}.bias") in tensors)
     return next((shape[0] for shape in shapes if len(shape) == 1 and shape[0]), None)
 
 
-def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor], head: HeadKind | None) -> None:
+def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor], head: str | None) -> None:
     # First, because names of a billion layers could not even be listed.
     if config.num_hidden_layers > len(tensors):
         raise UserError(

@@ -11,6 +11,7 @@ import torch
 
 from megatron_bert.ibert.engine.model import IntegerModel
 from megatron_bert.ibert.engine.plan import Plan
+from megatron_bert.model.task_heads.table import HEADS
 
 _SEQUENCES, _LENGTH = 4, 32
 
@@ -47,7 +48,7 @@ def compare_with_integers(path: Path, plan: Plan) -> str:
 
 def _answer(plan: Plan, given: dict[str, Any]) -> Any:
     model = IntegerModel(plan)
-    if plan.task != "choice":
+    if plan.task not in HEADS or not HEADS[plan.task].grouped:
         return model(**given)
     # The graph scores sequences one by one.
     answer = model(**{name: tensor[:, None] for name, tensor in given.items()})

@@ -22,6 +22,8 @@ from megatron_bert.ibert.engine.parts import parts_of
 from megatron_bert.ibert.products import quantize_weight
 from megatron_bert.ibert.quantizer import Quantizer
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
+from megatron_bert.model.task_heads.kind import HeadKind
+from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
 from parallel.whole_files import write_bytes
 
@@ -229,27 +231,32 @@ class _Graph:
             size = parts.config.hidden_size
             states: dict[str, list[Any]] = {"last_hidden_state": ["batch", "length", size]}
             return states | ({} if pooled is None else {"pooler_output": ["batch", size]})
-        if task in ("sequence", "choice", "pair"):
+        if task in HEADS:
+            return self.task_head(HEADS[task], stream if pooled is None else pooled)
+        if task == "pair":
             assert pooled is not None
-            module: Any = parts.pair if task == "pair" else parts.classifier
-            self.dense(pooled, module, "logits")
-            return {"logits": ["batch", len(module.bias)]}
-        if task == "token":
-            module = parts.classifier
-            self.dense(stream, module, "logits")
-            return {"logits": ["batch", "length", len(module.bias)]}
-        if task == "span":
-            both = self.dense(stream, parts.classifier)
-            names = ("start_logits", "end_logits")
-            for place, name in enumerate(names):
-                self.add("Gather", both, self.constant(place, np.int64), axis=2, output=name)
-            return {name: ["batch", "length"] for name in names}
+            self.dense(pooled, parts.pair, "logits")
+            return {"logits": ["batch", 2]}
         found = {self.words(stream, "logits" if task == "masked" else "prediction_logits"): self._words_shape()}
         if parts.pair is not None:
             assert pooled is not None
             self.dense(pooled, parts.pair, "seq_relationship_logits")
             found["seq_relationship_logits"] = ["batch", 2]
         return found
+
+    def task_head(self, kind: HeadKind, x: str) -> dict[str, list[Any]]:
+        """The head of a task on the stream, or on what the pooler gives."""
+        module: Any = self.parts.classifier
+        if kind.by_sequence and not kind.pooled:
+            x = self.add("Gather", x, self.constant(0, np.int64), axis=1)
+        places = ["batch"] if kind.by_sequence else ["batch", "length"]
+        if len(kind.results) == 1:
+            self.dense(x, module, kind.results[0])
+            return {kind.results[0]: [*places, len(module.bias)]}
+        all_columns = self.dense(x, module)
+        for column, name in enumerate(kind.results):
+            self.add("Gather", all_columns, self.constant(column, np.int64), axis=len(places), output=name)
+        return {name: [*places] for name in kind.results}
 
     def _words_shape(self) -> list[Any]:
         return ["batch", "length", self.parts.config.vocab_size]

@@ -5,19 +5,12 @@ from __future__ import annotations
 
 import transformers
 
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.public import HOMES, public
 
 _FAMILIES = ("MegatronBert", "IBert")
-_HEADS = (
-    "PreTraining",
-    "MaskedLM",
-    "CausalLM",
-    "NextSentencePrediction",
-    "SequenceClassification",
-    "MultipleChoice",
-    "TokenClassification",
-    "QuestionAnswering",
-)
+#: Ends of the names of classes without the head of a task.
+_ENDINGS = ("ForPreTraining", "ForMaskedLM", "ForCausalLM", "ForNextSentencePrediction")
 
 
 def register_auto_classes() -> None:
@@ -29,8 +22,7 @@ def register_auto_classes() -> None:
         config = public(f"{family}Config")
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         transformers.AutoModel.register(config, public(f"{family}Model"), exist_ok=True)
-        for head in _HEADS:
-            name = f"{family}For{head}"
-            if name in HOMES:
-                auto = getattr(transformers, f"AutoModelFor{head}")
+        for ending in (*_ENDINGS, *(kind.class_ending for kind in HEADS.values())):
+            if (name := family + ending) in HOMES:
+                auto = getattr(transformers, f"AutoModel{ending}")
                 auto.register(config, public(name), exist_ok=True)

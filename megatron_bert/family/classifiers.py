@@ -26,6 +26,9 @@ from megatron_bert.family.losses import mean_cross_entropy, problem_loss
 from megatron_bert.family.modules import without_values
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.heads import dropped
+from megatron_bert.model.task_heads.choice import ChoiceKind
+from megatron_bert.model.task_heads.span import SpanKind
+from megatron_bert.model.task_heads.token import TokenKind
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 
@@ -111,7 +114,7 @@ class ChoiceClassifier(Classifier):
     def outputs(self, config: EncoderConfig) -> int:
         """One score a choice."""
         del config
-        return 1
+        return ChoiceKind.outputs
 
     def chosen(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, choices]`` of inputs ``[B, choices, S]``, and the loss where there are ``labels`` ``[B]``."""
@@ -128,8 +131,7 @@ class ChoiceClassifier(Classifier):
 class TokenClassifier(Classifier):
     """A class for each token."""
 
-    by_sequence = False
-    pooled = False
+    by_sequence, pooled = TokenKind.by_sequence, TokenKind.pooled
 
     def tagged(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
         """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
@@ -146,9 +148,7 @@ class TokenClassifier(Classifier):
 class SpanClassifier(Classifier):
     """Where an answer starts and ends."""
 
-    by_sequence = False
-    pooled = False
-    head = "qa_outputs"
+    by_sequence, pooled, head = SpanKind.by_sequence, SpanKind.pooled, SpanKind.module
 
     def outputs(self, config: EncoderConfig) -> int:
         """Start and end."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_bert.convert.huggingface_names import their_names
 from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.model.task_heads.table import head_layers
 
 #: Modules outside of layers, and in them, that some class has.
 _OUTSIDE = (
@@ -36,10 +37,6 @@ _OUTSIDE = (
     "masked_head.norm",
     "masked_head",
     "output_embeddings",
-    "classifier",
-    "classifier.dense",
-    "classifier.out_proj",
-    "qa_outputs",
 )
 _IN_LAYER = (
     "attention_norm",
@@ -84,6 +81,7 @@ class Names:
         output: transformers' owner of the language-model head's bias; the output matrix is in its ``decoder``.
         quantization: last parts of buffers of transformers' quantized layers.
         aliases: names of the encoder in other families of transformers whose weights are the same.
+        like_roberta: which layers the heads of tasks have; their names are the same here and there.
     """
 
     prefix: str
@@ -92,6 +90,7 @@ class Names:
     output: str
     quantization: frozenset[str] = frozenset()
     aliases: tuple[str, ...] = ()
+    like_roberta: bool = False
 
     @property
     def output_bias(self) -> str:
@@ -116,6 +115,8 @@ class Names:
         owner, _, kind = name.rpartition(".")
         if owner in self.outside_layers:
             return (f"{self.outside_layers[owner]}.{kind}",)
+        if owner in head_layers(like_roberta=self.like_roberta):
+            return (name,)
         if owner.startswith("encoder.layers."):
             _, _, number, part = owner.split(".", 3)
             if part in self.in_layers:
@@ -127,7 +128,7 @@ class Names:
 
     def places(self, layers: int) -> dict[str, Place]:
         """Module in transformers' classes with a head -> where its parameters are in a pretraining checkpoint."""
-        return _places(self, layers)
+        return _places(self, layers, head_layers(like_roberta=self.like_roberta))
 
     def with_prefix(self, key: str) -> str:
         """A key of any of transformers' classes as those with a head have it."""
@@ -145,8 +146,6 @@ MEGATRON_BERT = Names(
     prefix="bert",
     outside_layers={
         "output_embeddings": "cls.predictions.decoder",
-        "classifier": "classifier",
-        "qa_outputs": "qa_outputs",
     },
     # Parts of a layer that a pretraining encoder does not have.
     in_layers={
@@ -165,8 +164,6 @@ BERT = Names(
     prefix="bert",
     outside_layers={
         "embeddings.norm": "bert.embeddings.LayerNorm",
-        "classifier": "classifier",
-        "qa_outputs": "qa_outputs",
     },
     in_layers={
         "attention_norm": ("attention.output.LayerNorm",),
@@ -209,8 +206,12 @@ def fuse(tensors: list[Tensor], head_dim: int) -> Tensor:
 
 
 @functools.cache
-def _places(names: Names, layers: int) -> dict[str, Place]:
-    owners = [*_OUTSIDE, *(f"encoder.layers.{number}.{part}" for number in range(layers) for part in _IN_LAYER)]
+def _places(names: Names, layers: int, heads: frozenset[str]) -> dict[str, Place]:
+    owners = [
+        *_OUTSIDE,
+        *sorted(heads),
+        *(f"encoder.layers.{number}.{part}" for number in range(layers) for part in _IN_LAYER),
+    ]
     found: dict[str, Place] = {}
     for owner in owners:
         try:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bert.model.finetuning import TaskBatch
+from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.sequences import SequenceLayout, filling, longest_first
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.task import Head, Unit
 
 
@@ -55,21 +56,14 @@ def collate_units(
         owners=torch.from_numpy(row_owners.astype(np.int64)),
         places=torch.from_numpy(places.astype(np.int64)),
         widest=int(counts.max()),
-        labels=_labels(units, head),
+        units=len(units),
+        labels=HEADS[head.kind].labels([torch.from_numpy(unit.label) for unit in units]),
     )
 
 
 def _joined(parts: list[np.ndarray], fill: int) -> Tensor:
     values = np.concatenate(parts).astype(np.int64)
     return torch.from_numpy(np.concatenate([values, np.resize(values, fill)]))
-
-
-def _labels(units: Sequence[Unit], head: Head) -> Tensor:
-    if head.kind == "token":
-        return torch.from_numpy(np.concatenate([unit.label for unit in units]))
-    labels = torch.from_numpy(np.stack([unit.label for unit in units]))
-    whole = head.kind == "choice" or head.problem == "single_label_classification"
-    return labels.squeeze(1) if whole else labels
 
 
 def stream_units(numbers: range, count: int, seed: int) -> list[int]:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.families import CLASS_ENDINGS, family_of
+from megatron_bert.convert.families import family_of
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME as TOKENIZER_SETTINGS
 from megatron_bert.data.tokenizer_settings import read_settings
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.finetuning import HeadKind
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.settings import (
     GLUE_NAMES,
     KINDS,
@@ -26,7 +26,7 @@ from megatron_bert.tasks.settings import (
 from parallel.errors import UserError
 
 #: Kind of head -> kind of task.
-_HEADS: dict[HeadKind, Kind] = {
+_HEADS: dict[str, Kind] = {
     "sequence": "sequence",
     "choice": "multiple_choice",
     "token": "token_classification",
@@ -74,7 +74,7 @@ def _labels(config: MegatronBertConfig) -> list[str]:
 def class_of(state: CanonicalState) -> str:
     """The class of transformers that a model is of, or would be."""
     assert state.head is not None
-    return state.facts.architecture or family_of(state.config).classes + CLASS_ENDINGS[state.head]
+    return state.facts.architecture or family_of(state.config).classes + HEADS[state.head].class_ending
 
 
 def _check_kind(name: str, kind: Kind, state: CanonicalState, usual: str) -> None:

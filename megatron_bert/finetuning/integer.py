@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from megatron_bert.ibert import quantizers
 from megatron_bert.ibert.engine.model import IntegerModel
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan
+from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.finetuning import BertForTask, TaskBatch
+from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.task import Head
 from parallel.errors import UserError
 from parallel.pipeline.stage import StagePart
@@ -22,12 +23,11 @@ class IntegerTask(nn.Module):
 
     Args:
         model: runs the plan.
-        kind: of the head.
     """
 
-    def __init__(self, model: IntegerModel, kind: str) -> None:
+    def __init__(self, model: IntegerModel) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model = model
         self.config: MegatronBertConfig = model.config
         self.part = StagePart(range(self.config.num_hidden_layers), first=True, last=True)
 
@@ -63,9 +63,9 @@ def integer_task(
             "quantize` it, or leave --backend out"
         )
     if model is not None and not path.is_file():
-        return IntegerTask(IntegerModel.from_model(model, name, threads), head.kind)
+        return IntegerTask(IntegerModel.from_model(model, name, threads))
     plan = read_plan(path)
     outputs = 0 if plan.heads.classifier is None else len(plan.heads.classifier.matrix.bias)
     if plan.task != head.kind or outputs != head.outputs:
         raise UserError(f"{path} is the plan of another model: export this one again")
-    return IntegerTask(IntegerModel(plan, name, threads), head.kind)
+    return IntegerTask(IntegerModel(plan, name, threads))

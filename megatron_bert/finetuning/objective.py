@@ -14,14 +14,14 @@ from torch import Tensor
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.sampling import BatchShare
 from megatron_bert.finetuning.batches import collate_units, stream_units
-from megatron_bert.finetuning.losses import label_weights, task_loss_sum
 from megatron_bert.finetuning.scoring import score_units
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.finetuning.weights import load_encoder, load_finetuned
-from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.batch import TaskBatch, TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.finetuning import BertForTask, TaskBatch
+from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.task import Prediction, Unit
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.objective import Objective
@@ -79,6 +79,7 @@ class Finetuning(Objective):
     ) -> None:
         self.source = source
         self.settings, self.config, self.data, self.task = settings, config, data, data.task
+        self.head_kind = HEADS[self.task.head.kind]
         self.order_seed = name_seed(seed, "order of the training units")
         training = settings.training
         self.units: list[Unit] = data.train
@@ -148,7 +149,7 @@ class Finetuning(Objective):
         """Labeled units, or tokens, each as often as its class weighs."""
         found = []
         for batch in cast(list[TaskBatch], batches):
-            found.append(label_weights(batch, self.task.head, self._class_weights(batch)).double().sum())
+            found.append(self.head_kind.label_weights(batch.labels, self._class_weights(batch)).double().sum())
         return torch.stack(found).sum()[None]
 
     @property
@@ -168,7 +169,7 @@ class Finetuning(Objective):
         """The task's loss."""
         del tp
         batch = cast(TaskBatch, batch)
-        return task_loss_sum(output, batch, self.task.head, self._class_weights(batch))[None]
+        return self.head_kind.loss_sum(output, batch, self.task.head.problem, self._class_weights(batch))[None]
 
     def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
         """Scores on the validation splits; the first one's under the metrics' own names."""

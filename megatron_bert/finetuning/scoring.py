@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.finetuning.batches import collate_units, unit_tokens
-from megatron_bert.finetuning.losses import labeled, task_loss_sum
-from megatron_bert.model.finetuning import TaskBatch
+from megatron_bert.model.batch import TaskBatch
+from megatron_bert.model.task_heads.kind import HeadKind
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.task import Head, Unit
 from megatron_bert.training.staged_model import StagedModel
 from parallel.mesh import DATA_AXES, ParallelMesh
@@ -24,8 +25,7 @@ class Scored(NamedTuple):
     """What a model says of units.
 
     Attributes:
-        logits: on rank 0, for each unit float32 ``[outputs]``, ``[choices]``, ``[R, outputs]`` or ``[R, 2]`` by kind
-            of head; empty on other ranks.
+        logits: on rank 0, for each unit float32, as its kind of head has them; empty on other ranks.
         loss: mean loss over the labeled units (tokens), the same on every rank; None where nothing is labeled.
     """
 
@@ -55,6 +55,7 @@ def score_units(
         head: of the task.
         batch_size: most units of a forward pass.
     """
+    kind = HEADS[head.kind]
     order = sorted(range(len(units)), key=lambda index: -unit_tokens(units[index]))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     microbatches, data = engine.schedule.microbatches, mesh.layout.data
@@ -78,9 +79,10 @@ def score_units(
 
         def take(index: int, output: Tensor, batches=batches, numbers=numbers, chosen=chosen) -> None:
             if numbers[index] < len(chunks):
-                counted = labeled(batches[index], head).sum()
-                sums.add_(torch.stack((task_loss_sum(output, batches[index], head).double(), counted.double())))
-                mine.extend(zip(chosen[index], _by_unit(output, batches[index], head), strict=True))
+                counted = kind.counted(batches[index].labels).sum()
+                loss = kind.loss_sum(output, batches[index], head.problem)
+                sums.add_(torch.stack((loss.double(), counted.double())))
+                mine.extend(zip(chosen[index], _by_unit(output, batches[index], kind), strict=True))
 
         model.run_forward(engine, batches, take)
     model.reshard()
@@ -89,13 +91,10 @@ def score_units(
     return Scored(_gathered(mine, mesh, len(units)), total / count if count else None)
 
 
-def _by_unit(logits: Tensor, batch: TaskBatch, head: Head) -> list[np.ndarray]:
-    values = logits.float().cpu().numpy()
-    counts = torch.bincount(batch.owners, minlength=len(batch.lengths) if head.kind != "choice" else 0).cpu()
-    parts = np.split(values, np.cumsum(counts.numpy())[:-1])
-    if head.kind == "sequence":
-        return [part[0] for part in parts]
-    return [part[:, 0] for part in parts] if head.kind == "choice" else parts
+def _by_unit(logits: Tensor, batch: TaskBatch, kind: HeadKind) -> list[np.ndarray]:
+    counts = torch.bincount(batch.owners, minlength=batch.units).cpu()
+    parts = np.split(logits.float().cpu().numpy(), np.cumsum(counts.numpy())[:-1])
+    return [kind.of_unit(part) for part in parts]
 
 
 def _gathered(mine: list[tuple[int, np.ndarray]], mesh: ParallelMesh, count: int) -> list[np.ndarray]:

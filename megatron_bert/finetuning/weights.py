@@ -40,8 +40,10 @@ def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[st
     order = _class_order(stage, source)
     names = [name for name, _ in stage.named_parameters()]
     missing = next((name for name in names if name not in source), None)
-    if missing is not None or source.head not in (None, stage.kind):
-        wanted = missing or f"head for a task of this kind ({stage.kind}), but one for another ({source.head})"
+    if missing is not None or source.head not in (None, stage.head_kind.name):
+        wanted = (
+            missing or f"head for a task of this kind ({stage.head_kind.name}), but one for another ({source.head})"
+        )
         raise UserError(f"{source.label} holds no {wanted}: it was not fine-tuned with this kind of head")
     rows = {}
     for name in (f"{stage.output_name}.{kind}" for kind in ("weight", "bias")):
@@ -102,7 +104,7 @@ def _class_order(stage: BertForTask, source: CanonicalState) -> torch.Tensor | N
         )
     named = source.config.id2label or {}
     unnamed = all(name == f"LABEL_{number}" for number, name in named.items())  # names that nobody gave
-    if stage.kind not in ("sequence", "token") or problem == "regression" or unnamed:
+    if stage.head_kind.outputs is not None or problem == "regression" or unnamed:
         return None
     assert stage.config.id2label is not None
     wanted = [name for _, name in sorted(stage.config.id2label.items())]

@@ -79,3 +79,31 @@ class MicroBatch(TokenBatch):
     def predictions(self) -> int:
         """Slots, in use or not: the head works on all of them."""
         return self.slots.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBatch(TokenBatch):
+    """Sequences with what a task asks of them. Units are what a loss term belongs to: a sequence, or some choices.
+
+    Attributes:
+        rows: int64 ``[R]``, indices on the token axis of the tokens whose logits are asked for, unit by unit.
+        owners: int64 ``[R]``, the unit each row belongs to, 0 to U - 1.
+        places: int64 ``[R]``, its number among the rows of its unit.
+        widest: most rows of a unit.
+        units: number of units, U.
+        labels: int64 or float32, as the kind of head has them: ``[U]``, ``[U, C]`` or ``[R]``.
+        taught: ``[R, outputs]``, what a teacher says of the rows; None without one, and before the last stage.
+    """
+
+    rows: Tensor
+    owners: Tensor
+    places: Tensor
+    widest: int
+    units: int
+    labels: Tensor
+    taught: Tensor | None = None
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Scores of the rows, ``[R]``, as ``[U, widest]`` with -inf where a unit has fewer rows."""
+        table = values.new_full((self.units * self.widest,), -torch.inf)
+        return table.index_copy(0, self.owners * self.widest + self.places, values).view(self.units, self.widest)

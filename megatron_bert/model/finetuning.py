@@ -3,51 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
-from megatron_bert.model.heads import Dense, Pooler, SequenceHead, dropped
+from megatron_bert.model.heads import Pooler
+from megatron_bert.model.task_heads.table import HEADS
 from parallel.dropout import fold_in
 from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
-
-#: On the first token of each sequence (``choice``: one score each), on tokens, or on tokens without dropout.
-HeadKind = Literal["sequence", "choice", "token", "span"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskBatch(TokenBatch):
-    """Sequences with what a task asks of them. Units are what a loss term belongs to: a sequence, or some choices.
-
-    Attributes:
-        rows: int64 ``[R]``, indices on the token axis of the tokens whose logits are asked for, unit by unit.
-        owners: int64 ``[R]``, the unit each row belongs to, 0 to U - 1.
-        places: int64 ``[R]``, its number among the rows of its unit.
-        widest: most rows of a unit.
-        labels: int64 or float32; by kind of head ``[U]``, ``[U, C]``, ``[R]`` or, for spans, ``[U, 2]``.
-        taught: ``[R, outputs]``, what a teacher says of the rows; None without one, and before the last stage.
-    """
-
-    rows: Tensor
-    owners: Tensor
-    places: Tensor
-    widest: int
-    labels: Tensor
-    taught: Tensor | None = None
-
-    def by_unit(self, values: Tensor) -> Tensor:
-        """Scores of the rows, ``[R]``, as ``[U, widest]`` with -inf where a unit has fewer rows."""
-        units = len(self.labels)
-        table = values.new_full((units * self.widest,), -torch.inf)
-        return table.index_copy(0, self.owners * self.widest + self.places, values).view(units, self.widest)
 
 
 class PooledToken(nn.Module):
@@ -77,7 +45,7 @@ class BertForTask(nn.Module):
 
     Args:
         config: sizes of the encoder.
-        kind: of the head.
+        kind: of the head, in the table.
         outputs: width of the head.
         tp: the tensor-parallel handle.
         part: the stage's part; the whole model by default.
@@ -89,7 +57,7 @@ class BertForTask(nn.Module):
     def __init__(
         self,
         config: MegatronBertConfig,
-        kind: HeadKind,
+        kind: str,
         outputs: int,
         *,
         tp: TensorParallel = SINGLE,
@@ -102,26 +70,16 @@ class BertForTask(nn.Module):
         self.config, self.tp, self.part, self.kind = config, tp, part, kind
         self.embeddings = BertEmbeddings(config, tp=tp, device=device) if part.first else None
         self.encoder = Encoder(config, tp=tp, layers=part.layers, recompute=recompute, device=device)
-        two_layers = kind == "sequence" and config.like_roberta
-        pooled = kind in ("sequence", "choice") and not two_layers
+        self.head_kind = HEADS[kind]
+        pooled = self.head_kind.has_pooler(like_roberta=config.like_roberta)
         self.pair_head = PooledToken(config, device=device) if part.last and pooled else None
         if part.last:
-            head: nn.Module
-            if two_layers:
-                head = SequenceHead(config, outputs, device=device)
-            else:
-                head = Dense(config.hidden_size, outputs, init_std=config.initializer_range, device=device)
-            self.add_module(self.head_name, head)
-
-    @property
-    def head_name(self) -> str:
-        """Name of the head's module."""
-        return "qa_outputs" if self.kind == "span" else "classifier"
+            self.add_module(self.head_kind.module, self.head_kind.build(config, outputs, device=device))
 
     @property
     def output_name(self) -> str:
         """Name of the layer whose rows are the head's outputs."""
-        return f"{self.head_name}.out_proj" if self.kind == "sequence" and self.config.like_roberta else self.head_name
+        return self.head_kind.layers(like_roberta=self.config.like_roberta)[-1]
 
     @property
     def word_embeddings(self) -> nn.Parameter | None:
@@ -155,7 +113,5 @@ class BertForTask(nn.Module):
         if keys is not None:
             # The number after those that the layers fold in, so that its mask is independent of theirs.
             keys = fold_in(keys.index_select(0, batch.rows), 1 + self.config.num_hidden_layers)
-        head = self.get_submodule(self.head_name)
-        if isinstance(head, SequenceHead):
-            return head(features, keys)
-        return head(features if self.kind == "span" else dropped(features, keys, self.config))
+        head = self.get_submodule(self.head_kind.module)
+        return self.head_kind.logits(head, features, keys, self.config)

@@ -27,10 +27,9 @@ from megatron_bert.ibert import (
     update_ranges,
 )
 from megatron_bert.ibert.report import QuantizerReport
-from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.batch import TaskBatch, TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.finetuning import BertForTask, TaskBatch
-from megatron_bert.quantizing.distillation import distillation_sum
+from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
@@ -127,8 +126,14 @@ class QuantizationAware(Finetuning):
         batch, wanted = cast(TaskBatch, batch), self.distillation
         if batch.taught is None:
             return loss
-        weights = self._class_weights(batch)
-        apart = distillation_sum(output, batch.taught, batch, self.task.head, wanted.temperature, weights)
+        apart = self.head_kind.distillation_sum(
+            output,
+            batch.taught,
+            batch,
+            self.task.head.problem,
+            temperature=wanted.temperature,
+            class_weights=self._class_weights(batch),
+        )
         return (1.0 - wanted.weight) * loss + wanted.weight * apart
 
     def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:

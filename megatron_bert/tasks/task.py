@@ -56,13 +56,13 @@ class Head:
     """The head a task needs on the encoder.
 
     Attributes:
-        kind: sequence (on the pooled first token), choice (one score a sequence, softmax over the choices), token or
-            span (a start and an end score for every position).
+        kind: in the table of kinds of heads: sequence (on the pooled first token), choice (one score a sequence,
+            softmax over the choices), token, span (a start and an end score for every position) and others.
         outputs: width of its logits: the number of labels; 1 for choice and regression; 2 for span.
         problem: which loss a sequence head has; None for the others.
     """
 
-    kind: Literal["sequence", "choice", "token", "span"]
+    kind: str
     outputs: int
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
 

@@ -29,7 +29,6 @@ from megatron_bert.ibert.engine.plan import (
     Pooler,
     Read8,
     Rescale,
-    Task,
     Wide,
 )
 from megatron_bert.ibert.epilogues import exact_read, gelu_steps, integer_bias
@@ -44,6 +43,7 @@ from megatron_bert.ibert.softmax import mean_factor, score_factor
 from megatron_bert.ibert.stream import epsilon_steps
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm
+from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
 from parallel.sharding import local_tensor
 
@@ -61,7 +61,7 @@ class Parts(NamedTuple):
     """
 
     config: MegatronBertConfig
-    task: Task
+    task: str
     embeddings: nn.Module
     layers: list[nn.Module]
     final_norm: nn.Module | None = None
@@ -272,7 +272,7 @@ def _gelu(quantizer: Quantizer, exponent: int, multiplier: Tensor) -> Gelu:
 
 
 def _heads(parts: Parts, producer: int) -> Heads:
-    after_pooler = parts.pooler is not None and parts.task in ("sequence", "choice")
+    after_pooler = parts.pooler is not None and parts.task in HEADS
     return Heads(
         pooler=None if parts.pooler is None else _pooler(parts.pooler, producer),
         classifier=_dense(parts.classifier, integer_tanh.RESULT_BITS if after_pooler else producer),

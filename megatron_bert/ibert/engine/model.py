@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from megatron_bert.ibert.engine.backend import HeadName
 from megatron_bert.ibert.engine.backends import backend_by_name
 from megatron_bert.ibert.engine.parts import plan_of
-from megatron_bert.ibert.engine.plan import Plan
+from megatron_bert.ibert.engine.plan import Plan, plan_heads
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan, write_plan
 from megatron_bert.ibert.heads import LOGIT_BITS
 from megatron_bert.ibert.softmax import MOST_KEYS
 from megatron_bert.ibert.tanh import RESULT_BITS
 from megatron_bert.model.configuration import config_from_dict
+from megatron_bert.model.task_heads.kind import HeadKind
+from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError, brief
 
 
@@ -117,8 +119,8 @@ class IntegerModel:
         Raises:
             UserError: ids out of range, shapes that do not fit, or sequences that are empty or too long.
         """
-        if self.plan.task == "choice":
-            return self._choices(input_ids, attention_mask, token_type_ids, position_ids)
+        if self.plan.task in HEADS and HEADS[self.plan.task].grouped:
+            return self._groups(input_ids, attention_mask, token_type_ids, position_ids)
         packed, kept, shape = self._packed(input_ids, attention_mask, token_type_ids, position_ids)
         return self._answer(self.encode(packed), packed, kept, shape)
 
@@ -164,7 +166,7 @@ class IntegerModel:
 
     @property
     def _pooled(self) -> bool:
-        return self.plan.heads.pooler is not None and self.plan.task in ("sequence", "choice", "pretraining", "pair")
+        return self.plan.heads.pooler is not None and self.plan.task != "encoder"
 
     def _packed(
         self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None
@@ -181,7 +183,7 @@ class IntegerModel:
         lengths = real.sum(1).tolist()
         if min(lengths) < 1:
             raise UserError(f"attention_mask leaves nothing of sequence {lengths.index(0)}: give it a token at least")
-        if self.plan.task in ("sequence", "choice", "pair", "pretraining") and not bool(real[:, 0].all()):
+        if plan_heads(self.plan.task).by_sequence and not bool(real[:, 0].all()):
             raise UserError("attention_mask leaves out a first token, which the answer is made of: pad on the right")
         if max(lengths) > self.plan.longest:
             raise UserError(
@@ -216,31 +218,34 @@ class IntegerModel:
             pooled = None if heads.pooler is None else self.head("pooler", hidden[first])
             states = rectangle(self.plan.hidden_values(hidden))
             return outputs.BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
-        if task == "sequence":
-            return outputs.SequenceClassifierOutput(logits=self.head("classifier", hidden[first]))
+        if task in HEADS:
+            by_sequence = HEADS[task].by_sequence
+            logits = self.head("classifier", hidden[first] if by_sequence else hidden)
+            return _task_output(HEADS[task], logits if by_sequence else rectangle(logits))
         if task == "pair":
             return outputs.NextSentencePredictorOutput(logits=self.head("pair", hidden[first]))
-        if task == "token":
-            return outputs.TokenClassifierOutput(logits=rectangle(self.head("classifier", hidden)))
-        if task == "span":
-            start, end = rectangle(self.head("classifier", hidden)).unbind(-1)
-            return outputs.QuestionAnsweringModelOutput(start_logits=start.contiguous(), end_logits=end.contiguous())
         words = rectangle(self.head("masked", hidden))
         if task == "masked":
             return outputs.MaskedLMOutput(logits=words)
         pair = None if heads.pair is None else self.head("pair", hidden[first])
         return MegatronBertForPreTrainingOutput(prediction_logits=words, seq_relationship_logits=pair)
 
-    def _choices(self, ids: Tensor, *others: Tensor | None) -> Any:
-        from transformers.modeling_outputs import MultipleChoiceModelOutput
-
+    def _groups(self, ids: Tensor, *others: Tensor | None) -> Any:
         if ids.dim() != 3:
             raise UserError(f"input_ids has the shape {list(ids.shape)}: give choices of sequences, [B, choices, S]")
         flat = [None if each is None else each.flatten(0, 1) for each in (ids, *others)]
         assert flat[0] is not None
         packed, *_ = self._packed(flat[0], *flat[1:])
         logits = self.head("classifier", self.encode(packed)[packed.first])
-        return MultipleChoiceModelOutput(logits=logits.view(ids.shape[:2]))
+        return _task_output(HEADS[self.plan.task], logits.view(ids.shape[:2]))
+
+
+def _task_output(kind: HeadKind, logits: Tensor) -> Any:
+    """What transformers' class of a kind of head returns."""
+    from transformers import modeling_outputs
+
+    columns = [logits] if len(kind.results) == 1 else [column.contiguous() for column in logits.unbind(-1)]
+    return getattr(modeling_outputs, kind.output_class)(**dict(zip(kind.results, columns, strict=True)))
 
 
 def plan_path(path: Path) -> Path:

@@ -8,17 +8,15 @@ from typing import Any
 from torch import nn
 
 from megatron_bert.ibert.engine.compile import Parts, compile_plan
-from megatron_bert.ibert.engine.plan import Plan, Task
+from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.model.encoder import Encoder
+from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.heads import SequenceHead
+from megatron_bert.model.task_heads.table import HEADS, head_of_class
 from parallel.errors import UserError
 
-#: Ends of the names of public classes.
-_OF_CLASSES: dict[str, Task] = {
-    "ForSequenceClassification": "sequence",
-    "ForMultipleChoice": "choice",
-    "ForTokenClassification": "token",
-    "ForQuestionAnswering": "span",
+#: Ends of the names of public classes without the head of a task.
+_OF_CLASSES = {
     "ForMaskedLM": "masked",
     "ForPreTraining": "pretraining",
     "ForPretraining": "pretraining",
@@ -40,6 +38,13 @@ def plan_of(model: nn.Module) -> Plan:
     return compile_plan(parts_of(model))
 
 
+def _task(model: nn.Module) -> str | None:
+    if isinstance(model, BertForTask):
+        return model.head_kind.name
+    name = type(model).__name__
+    return head_of_class(name) or next((task for end, task in _OF_CLASSES.items() if name.endswith(end)), None)
+
+
 def parts_of(model: nn.Module) -> Parts:
     """Find them.
 
@@ -47,9 +52,7 @@ def parts_of(model: nn.Module) -> Parts:
         UserError: see :func:`plan_of`.
     """
     config: Any = getattr(model, "config", None)
-    task = getattr(model, "kind", None) or next(
-        (task for end, task in _OF_CLASSES.items() if type(model).__name__.endswith(end)), None
-    )
+    task = _task(model)
     if config is None or task is None:
         raise UserError(f"{type(model).__name__} has no integer plan: give an encoder of a public class or of a task")
     if getattr(config, "is_decoder", False):
@@ -61,7 +64,7 @@ def parts_of(model: nn.Module) -> Parts:
     encoder = found.get("encoder")
     if not isinstance(encoder, Encoder) or "embeddings" not in found:
         raise UserError(f"{type(model).__name__} holds no whole encoder: give a model that is not divided")
-    head = found.get("classifier") or found.get("qa_outputs")
+    head = found.get(HEADS[task].module) if task in HEADS else None
     pooler = found.get("pair_head.pooler")
     if isinstance(head, SequenceHead):
         pooler, head = head.dense, head.out_proj

@@ -8,12 +8,12 @@ the numbers mean is said in ``specification.md``; tensors are contiguous and on 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-#: What a plan's model answers: see ``model.py``.
-Task = Literal["encoder", "sequence", "choice", "token", "span", "masked", "pretraining", "pair"]
+from megatron_bert.model.task_heads.table import HEADS
+from parallel.errors import brief
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,43 @@ class Heads:
     masked: MaskedLanguage | None = None
 
 
+class PlanHeads(NamedTuple):
+    """Which heads a plan has by what its model answers.
+
+    Attributes:
+        needed: names in :class:`Heads`.
+        more: that may be there too.
+        by_sequence: whether a result is made of first tokens.
+    """
+
+    needed: frozenset[str]
+    more: frozenset[str] = frozenset()
+    by_sequence: bool = False
+
+
+#: Of models that are for no task.
+PRETRAINING_HEADS = {
+    "encoder": PlanHeads(frozenset(), frozenset({"pooler"})),
+    "masked": PlanHeads(frozenset({"masked"})),
+    "pretraining": PlanHeads(frozenset({"masked"}), frozenset({"pooler", "pair"}), by_sequence=True),
+    "pair": PlanHeads(frozenset({"pooler", "pair"}), by_sequence=True),
+}
+
+
+def plan_heads(task: str) -> PlanHeads:
+    """What a model has that answers something.
+
+    Raises:
+        ValueError: nothing is known by that name.
+    """
+    if task in PRETRAINING_HEADS:
+        return PRETRAINING_HEADS[task]
+    if task not in HEADS:
+        raise ValueError(f"task is {brief(task)}: expected one of {', '.join([*PRETRAINING_HEADS, *HEADS])}")
+    kind = HEADS[task]
+    return PlanHeads(frozenset({"classifier", *(["pooler"] if kind.pooled else [])}), by_sequence=kind.by_sequence)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A model.
@@ -265,14 +302,14 @@ class Plan:
     Attributes:
         config: of the model, as its ``config.json`` holds it.
         settings: of its quantization.
-        task: what it answers.
+        task: what it answers: the name of a kind of head, or one of :data:`PRETRAINING_HEADS`.
         hidden_exponent: k of the scale 2^-k of the final stream.
         embeddings, layers, final_norm, heads: its parts.
     """
 
     config: dict[str, object]
     settings: dict[str, object]
-    task: Task
+    task: str
     hidden_exponent: int
     embeddings: Embeddings
     layers: tuple[Layer, ...]

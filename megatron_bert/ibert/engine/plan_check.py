@@ -24,9 +24,11 @@ from megatron_bert.ibert.engine.plan import (
     Read8,
     Rescale,
     Wide,
+    plan_heads,
 )
 from megatron_bert.ibert.gelu import EXPONENTS
 from megatron_bert.ibert.layer import LARGEST_ROW, MOST_PRODUCTS
+from megatron_bert.model.task_heads.table import HEADS
 
 _SHORT = 2**15 - 1
 _LIMITS = (63, 127)
@@ -163,32 +165,21 @@ def _check_layer(layer: Layer, hidden: int, name: str) -> None:
         _within(limit, 1, _SHORT, f"{name}.{part}_limit")
 
 
-#: What a task needs of heads, and what it may have beside.
-_HEADS = {
-    "encoder": (set(), {"pooler"}),
-    "sequence": ({"classifier", "pooler"}, set()),
-    "choice": ({"classifier", "pooler"}, set()),
-    "token": ({"classifier"}, set()),
-    "span": ({"classifier"}, set()),
-    "masked": ({"masked"}, set()),
-    "pretraining": ({"masked"}, {"pooler", "pair"}),
-    "pair": ({"pooler", "pair"}, set()),
-}
-
-
 def _check_heads(plan: Plan, hidden: int) -> None:
     heads = plan.heads
     there = {name for name in ("pooler", "classifier", "pair", "masked") if getattr(heads, name) is not None}
-    needed, more = _HEADS[plan.task]
-    _require(needed <= there <= needed | more, f"the heads of a {plan.task} model are {sorted(there)}")
+    allowed = plan_heads(plan.task)
+    fits = allowed.needed <= there <= allowed.needed | allowed.more
+    _require(fits, f"the heads of a {plan.task} model are {sorted(there)}")
     if heads.pooler is not None:
         _check_pooler(heads.pooler, hidden)
     for name, head in (("classifier", heads.classifier), ("pair", heads.pair)):
         if head is not None:
             _check_dense(head, hidden, f"heads.{name}")
-    if plan.task == "span":
+    outputs = HEADS[plan.task].outputs if plan.task in HEADS else None
+    if outputs is not None:
         assert heads.classifier is not None
-        _require(len(heads.classifier.matrix.bias) == 2, "heads.classifier has no two rows")
+        _require(len(heads.classifier.matrix.bias) == outputs, f"heads.classifier has not {outputs} rows")
     if heads.masked is not None:
         _check_masked(heads.masked, hidden, plan.embeddings.word.shape[0])
 

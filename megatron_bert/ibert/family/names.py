@@ -26,11 +26,8 @@ IBERT = Names(
         "masked_head.norm": "lm_head.layer_norm",
         "masked_head": "lm_head",
         "output_embeddings": "lm_head.decoder",
-        "classifier": "classifier",
-        "classifier.dense": "classifier.dense",
-        "classifier.out_proj": "classifier.out_proj",
-        "qa_outputs": "qa_outputs",
     },
+    like_roberta=True,
     in_layers={
         "attention_norm": ("attention.output.LayerNorm",),
         "mlp_norm": ("output.LayerNorm",),

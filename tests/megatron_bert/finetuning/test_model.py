@@ -17,11 +17,10 @@ import megatron_bert
 from megatron_bert.convert.families import family_of
 from megatron_bert.convert.huggingface_names import fuse
 from megatron_bert.finetuning.batches import collate_units
-from megatron_bert.finetuning.losses import label_weights, labeled, task_loss_sum
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import RobertaConfig, numbered_labels
 from megatron_bert.model.finetuning import BertForTask
-from megatron_bert.quantizing.distillation import distillation_sum
+from megatron_bert.model.task_heads.table import HEADS as HEAD_KINDS
 from megatron_bert.tasks.task import Unit
 from tests.megatron_bert.finetuning.roberta_support import ROBERTA_SIZES
 from tests.megatron_bert.finetuning.support import CONFIG, HEADS, random_units
@@ -114,7 +113,8 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
     units = units_for(family, kind)
     batch = collate_units(units, range(6), HEADS[kind], most_features=4, multiple=4)
     logits = ours(batch)
-    total = task_loss_sum(logits, batch, HEADS[kind])
+    head = HEADS[kind]
+    total = HEAD_KINDS[head.kind].loss_sum(logits, batch, head.problem)
     total.backward()
     expected, their_logits = torch.zeros(()), []
     for unit in units[:-1]:  # the last has no label
@@ -127,7 +127,9 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
     count = sum(len(scores) for scores in their_logits)
     torch.testing.assert_close(logits[:count], torch.cat(their_logits), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
-    assert labeled(batch, HEADS[kind]).sum() == (sum(len(u.label) for u in units[:-1]) if kind == "token" else 5)
+    assert HEAD_KINDS[head.kind].counted(batch.labels).sum() == (
+        sum(len(u.label) for u in units[:-1]) if kind == "token" else 5
+    )
     names = family_of(ours.config).names
     gradients = {names.inside(name): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
@@ -154,7 +156,7 @@ def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: st
         total = 0.0
         for group in groups:
             batch = collate_units([units[i] for i in group], group, head, most_features=4)
-            total += task_loss_sum(model(batch, 11), batch, head).item()
+            total += model.head_kind.loss_sum(model(batch, 11), batch, head.problem).item()
         return total
 
     whole = loss([[0, 1, 2, 3, 4, 5]])
@@ -171,8 +173,9 @@ def test_class_weights_are_those_of_torch(kind: str) -> None:
     batches = [collate_units([units[i] for i in part], part, head, most_features=1) for part in parts]
     torch.manual_seed(1)
     logits = [torch.randn(len(batch.rows), head.outputs) for batch in batches]
-    total = sum(task_loss_sum(scores, batch, head, weights) for scores, batch in zip(logits, batches, strict=True))
-    weight = sum(label_weights(batch, head, weights).sum() for batch in batches)
+    table, pairs = HEAD_KINDS[head.kind], zip(logits, batches, strict=True)
+    total = sum(table.loss_sum(scores, batch, head.problem, weights) for scores, batch in pairs)
+    weight = sum(table.label_weights(batch.labels, weights).sum() for batch in batches)
     joined, labels = torch.cat(logits), torch.cat([batch.labels for batch in batches])
     if kind == "multi":
         counted = ~labels.isnan().any(dim=1)
@@ -189,7 +192,9 @@ def test_the_distance_to_a_teacher_is_weighed_as_the_loss(kind: str) -> None:
     batch = collate_units(units, range(6), head, most_features=1)
     torch.manual_seed(1)
     mine, theirs = torch.randn(2, len(batch.rows), head.outputs)
-    counted = labeled(batch, head)
+    table = HEAD_KINDS[head.kind]
+    counted = table.counted(batch.labels)
     each = torch.nn.functional.kl_div(mine.log_softmax(1), theirs.softmax(1), reduction="none").sum(dim=1)
     expected = (each * weights[batch.labels.clamp(min=0)])[counted].sum()
-    torch.testing.assert_close(distillation_sum(mine, theirs, batch, head, 1.0, weights), expected)
+    found = table.distillation_sum(mine, theirs, batch, head.problem, temperature=1.0, class_weights=weights)
+    torch.testing.assert_close(found, expected)

@@ -16,7 +16,7 @@ from megatron_bert.convert.run_models import finished_model, read_results
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.start import find_tokenizer
 from megatron_bert.finetuning.weights import load_finetuned
-from megatron_bert.model.finetuning import BertForTask, HeadKind
+from megatron_bert.model.finetuning import BertForTask
 from parallel.errors import UserError
 from parallel.whole_files import write_json
 from tests.megatron_bert.finetuning.support import CONFIG, make_run, run_settings
@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stage(kind: HeadKind = "sequence", **changes: Any) -> BertForTask:
+def stage(kind: str = "sequence", **changes: Any) -> BertForTask:
     """A stage for a task with the classes a, b and c."""
     fields = {"id2label": dict(enumerate("abc")), "problem_type": "single_label_classification"} | changes
     config = replace(CONFIG, **fields)

@@ -14,7 +14,7 @@ import transformers
 
 import megatron_bert
 from megatron_bert.cli import main
-from megatron_bert.convert.families import CLASS_ENDINGS, ROBERTA
+from megatron_bert.convert.families import ROBERTA
 from megatron_bert.finetuning.batches import collate_units
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
@@ -22,6 +22,7 @@ from megatron_bert.finetuning.saved import load_task
 from megatron_bert.ibert import QuantizationConfig, calibrate, quantize_model, quantizers
 from megatron_bert.ibert.family.quantized import canonical_name
 from megatron_bert.ibert.modules import Quantized
+from megatron_bert.model.task_heads.table import HEADS as HEAD_KINDS
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.tasks.task import Unit
@@ -145,7 +146,7 @@ def _run_rank(folder: Path, reference: Path, out: Path) -> None:
 def test_heads_are_quantized_as_in_the_public_classes(kind: str, tmp_path: Path) -> None:
     """The same quantizers under the same names, and from the same ranges the same integers."""
     ours, _ = roberta(kind, tmp_path)
-    public = getattr(megatron_bert, f"IBert{CLASS_ENDINGS[HEADS[kind].kind]}").from_pretrained(tmp_path)
+    public = getattr(megatron_bert, f"IBert{HEAD_KINDS[HEADS[kind].kind].class_ending}").from_pretrained(tmp_path)
     units = units_for("roberta", kind)
     batch = collate_units(units, range(len(units)), HEADS[kind], most_features=4)
     for model in (ours, public):
@@ -154,7 +155,7 @@ def test_heads_are_quantized_as_in_the_public_classes(kind: str, tmp_path: Path)
     ranges = {name: quantizer.range for name, quantizer in quantizers(ours)}
     theirs = {canonical_name(public, name): quantizer for name, quantizer in quantizers(public)}
     assert theirs.keys() == ranges.keys()
-    assert any(name.startswith(f"{ours.head_name}.") for name in ranges)
+    assert any(name.startswith(f"{ours.head_kind.module}.") for name in ranges)
     for name, quantizer in theirs.items():
         quantizer.range.copy_(ranges[name])
     with torch.no_grad():

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of several continuations is right."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from megatron_bert.model.batch import TaskBatch
+from megatron_bert.model.task_heads.kind import HeadKind
+
+
+class ChoiceKind(HeadKind):
+    """Pooler and one score for the first token of each choice. Labels: int64 ``[U]``, the number of the choice."""
+
+    name = "choice"
+    class_ending = "ForMultipleChoice"
+    output_class = "MultipleChoiceModelOutput"
+    outputs = 1
+    by_sequence = True
+    pooled = True
+    grouped = True
+
+    def distributions(self, logits: Tensor, batch: TaskBatch) -> list[Tensor]:
+        """Over the choices of a unit."""
+        return [batch.by_unit(logits.squeeze(1))]
+
+    def of_unit(self, logits: np.ndarray) -> np.ndarray:
+        """The score of each choice."""
+        return logits[:, 0]

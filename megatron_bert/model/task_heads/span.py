@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an answer starts and ends."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_bert.model.batch import TaskBatch
+from megatron_bert.model.task_heads.kind import HeadKind
+
+
+class SpanKind(HeadKind):
+    """A dense layer on tokens, without dropout. Labels: int64 ``[U, 2]``, numbers among the rows of the unit.
+
+    The loss is the mean of the start's and the end's, each over the tokens of the sequence.
+    """
+
+    name = "span"
+    class_ending = "ForQuestionAnswering"
+    output_class = "QuestionAnsweringModelOutput"
+    results = ("start_logits", "end_logits")
+    module = "qa_outputs"
+    outputs = 2
+    dropout = False
+
+    def distributions(self, logits: Tensor, batch: TaskBatch) -> list[Tensor]:
+        """Over the tokens of a sequence: of the start and of the end."""
+        return [batch.by_unit(column) for column in logits.unbind(1)]

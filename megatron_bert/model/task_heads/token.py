@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A class for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_bert.model.task_heads.kind import HeadKind
+
+
+class TokenKind(HeadKind):
+    """A dense layer on tokens. Labels: int64 ``[R]``, the class of each."""
+
+    name = "token"
+    class_ending = "ForTokenClassification"
+    output_class = "TokenClassifierOutput"
+
+    def labels(self, of_units: Sequence[Tensor]) -> Tensor:
+        """Those of all rows, end to end."""
+        return torch.cat(list(of_units))
