@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
 
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
 from megatron_bert.convert.opening import open_checkpoint
@@ -22,30 +23,20 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import check_lengths, encoder_config, find_tokenizer
 from megatron_bert.finetuning.summary import SEED, summarize
 from megatron_bert.finetuning.units import TaskUnits
-from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
-from megatron_bert.tasks.task import Task
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
-from megatron_bert.training.placement import placement_notes
-from megatron_bert.training.run import Start, check_device, find_start, write_start
+from megatron_bert.training.objective import Objective
+from megatron_bert.training.run import Start, find_start, write_start
 from megatron_bert.training.run_lock import RunLock, owning
-from megatron_bert.training.signals import StopRequest, note_stop
-from megatron_bert.training.starting import start_trainer
+from megatron_bert.training.running import Procedure, Stopped, is_spare, opened, train
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import DamagedCheckpointError, UserError
-from parallel.mesh import ParallelLayout, ParallelMesh
-from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
+from parallel.mesh import ParallelLayout
+from parallel.process_group import launched_rank, launched_world_size
 from parallel.whole_files import whole_directory
-
-
-class Stopped(NamedTuple):
-    """A run was asked to stop, and did after a step."""
-
-    reason: str
-    step: int
 
 
 def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str | None:
@@ -61,22 +52,14 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
     Raises:
         UserError: settings, files or world size do not fit; found before any process group starts where possible.
     """
-    return run_all(settings, seed_variants(settings), FinetuneStage(), ends_process=ends_process)
+    return run_all(settings, seed_variants(settings), FinetuneProcedure(), ends_process=ends_process)
 
 
-class FinetuneStage:
-    """What one run of the command does around training; quantization does more."""
+class FinetuneProcedure(Procedure):
+    """Fine-tuning leaves the model of the best checkpoint and what it scores; quantization does more."""
 
-    def objective(
-        self,
-        settings: FinetuneSettings,
-        config: MegatronBertConfig,
-        data: TaskUnits,
-        seed: int,
-        source: CanonicalState,
-    ) -> Finetuning:
-        """What is trained."""
-        return Finetuning(settings, config, data, seed, source)
+    #: What is trained.
+    objective: ClassVar[type[Finetuning]] = Finetuning
 
     def check(self, settings: FinetuneSettings, start: Start) -> None:
         """Before anything is written: what a run needs in its directory to go on.
@@ -85,19 +68,25 @@ class FinetuneStage:
             UserError: it is not there.
         """
 
-    def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
-        """Before the first step of a new run, or when one goes on."""
+    def begin(self, trainer: Trainer, report: Report) -> None:  # noqa: ARG002
+        """Remove the results of an earlier run, if one begins in its place."""
+        if trainer.world.is_first:
+            (trainer.settings.training.run_dir / RESULTS_FILE).unlink(missing_ok=True)
 
-    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> dict[str, Any]:
+    def draw(self, run_dir: Path, objective: Objective) -> object:
+        """Losses and the held-out score."""
+        return draw_run(run_dir, objective.metric)
+
+    def finish(self, trainer: Trainer, report: Report) -> dict[str, Any]:
         """Score the best checkpoint on every split, and write what a run leaves behind; every rank calls."""
-        checkpoint = self.take_best(settings, trainer, report)
+        checkpoint = self.take_best(trainer, report)
         splits = score_splits(trainer)
-        return on_first_rank(lambda: self.leave(settings, trainer, report, checkpoint, splits))
+        return on_first_rank(lambda: self.leave(trainer, report, checkpoint, splits))
 
-    def take_best(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> Path:
+    def take_best(self, trainer: Trainer, report: Report) -> Path:
         """Load the weights of the best checkpoint, or of the last one if that cannot be read; its path."""
         best, last = trainer.selection.best_step or trainer.step, trainer.step
-        checkpoints = {step: settings.training.run_dir / "checkpoints" / f"step_{step:08d}" for step in (best, last)}
+        checkpoints = {step: trainer.checkpoints.root / f"step_{step:08d}" for step in (best, last)}
         if best == last:
             return checkpoints[last]
         try:
@@ -109,19 +98,14 @@ class FinetuneStage:
         return checkpoints[best]
 
     def leave(
-        self,
-        settings: FinetuneSettings,
-        trainer: Trainer,
-        report: Report,
-        checkpoint: Path,
-        splits: Mapping[str, SplitResult],
+        self, trainer: Trainer, report: Report, checkpoint: Path, splits: Mapping[str, SplitResult]
     ) -> dict[str, Any]:
-        """Write the model, pictures and, last of all, the results, which say that the run is finished; rank 0 calls."""
-        run_dir, objective = settings.training.run_dir, cast(Finetuning, trainer.objective)
-        task, splits = settled(objective.task, splits)
-        self.save(settings, trainer, checkpoint, task)
-        report.attempt("curves.png", "there is no picture of the run", lambda: draw_run(run_dir, objective.metric))
-        step, beside = checkpoint_step(checkpoint) or 0, self.scores_beside()
+        """Write the model and, last of all, the results, which say that the run is finished; rank 0 calls."""
+        settings, objective = cast(FinetuneSettings, trainer.settings), cast(Finetuning, trainer.objective)
+        run_dir, (task, splits) = settings.training.run_dir, settled(objective.task, splits)
+        with whole_directory(run_dir / MODEL_FOLDER) as directory:
+            save_task(checkpoint, objective.config, task, directory, self.computed_in(settings))
+        step = checkpoint_step(checkpoint) or 0
         results = write_results(
             run_dir,
             settings,
@@ -129,7 +113,7 @@ class FinetuneStage:
             splits,
             step=step,
             steps=trainer.step,
-            beside=beside,
+            beside=self.scores_beside(),
             class_weights=objective.weight_of_class,
         )
         for split, found in results["splits"].items():
@@ -138,10 +122,9 @@ class FinetuneStage:
         report.say(f"the model of step {step}, predictions and {RESULTS_FILE} are in {run_dir}")
         return results
 
-    def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
-        """Write the model of a checkpoint; rank 0 calls."""
-        with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
-            save_task(checkpoint, trainer.objective.config, task, directory)
+    def computed_in(self, settings: FinetuneSettings) -> torch.dtype:  # noqa: ARG002
+        """The number format that saved weights are rounded to: none, so that of the checkpoints."""
+        return torch.float32
 
     def scores_beside(self) -> dict[str, dict[str, float]]:
         """Scores of other models that stand in the results too."""
@@ -176,7 +159,7 @@ def seed_variants(settings: SettingsT) -> dict[str, SettingsT]:
 def run_all(
     settings: FinetuneSettings,
     variants: Mapping[str, FinetuneSettings],
-    stage: FinetuneStage,
+    procedure: FinetuneProcedure,
     *,
     ends_process: bool = False,
 ) -> str | None:
@@ -185,7 +168,7 @@ def run_all(
     Args:
         settings: of the command.
         variants: by directory below the command's.
-        stage: what a run does.
+        procedure: what a run does around training.
         ends_process: as for :func:`finetune`.
 
     Returns:
@@ -195,8 +178,7 @@ def run_all(
         UserError: settings, files or world size do not fit.
     """
     layout = check_layout(settings, launched_world_size())
-    if launched_rank() >= layout.world_size:
-        wait_as_spare()
+    if is_spare(layout):
         return None
     if len(variants) > 1 and settings.checkpoint.resume not in ("auto", "none"):
         raise UserError(
@@ -205,14 +187,14 @@ def run_all(
         )
     tokenizer = find_tokenizer(settings)
     with open_checkpoint(settings.model.from_) as source:  # once, for all of the runs
-        return _run_from(source, settings, variants, stage, layout, tokenizer, ends_process=ends_process)
+        return _run_from(source, settings, variants, procedure, layout, tokenizer, ends_process=ends_process)
 
 
 def _run_from(
     source: CanonicalState,
     settings: FinetuneSettings,
     variants: Mapping[str, FinetuneSettings],
-    stage: FinetuneStage,
+    procedure: FinetuneProcedure,
     layout: ParallelLayout,
     tokenizer: Tokenizer,
     *,
@@ -234,33 +216,25 @@ def _run_from(
     for split in data.task.splits:
         data.task.examples(split)  # what cannot be read is found before anything is trained
 
-    def prepared(variant: FinetuneSettings) -> Run:
+    def prepared(variant: FinetuneSettings) -> Finetuning:
         config = task_config(encoder_config(variant, tokenizer, source), data.task)
-        return _prepare(variant, stage, stage.objective(variant, config, data, variant.training.seed, source))
+        return _prepare(variant, procedure, procedure.objective(variant, config, data, variant.training.seed, source))
 
-    runs = {name: prepared(variant) for name, variant in variants.items() if done[name] is None}
-    with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
-        check_device(settings, world)
-        with (
-            owning(training.run_dir, settings.parallel.timeout_seconds) as lock,
-            StopRequest(training.max_minutes, ends_process=ends_process, lock=lock) as stop,
-        ):
-            mesh = ParallelMesh(layout, world.device)
-            if "" not in variants:
-                on_first_rank(lambda: write_start(settings))
-            found: dict[str, dict[str, Any]] = {}
-            for name, variant in variants.items():
-                results: dict[str, Any] | Stopped | None = done[name]
-                if results is None:
-                    with _owning_below(lock, variant) as own:
-                        results = _run_one(runs.pop(name), stage, mesh, world, stop, own)
-                if isinstance(results, Stopped):
-                    if world.is_first:
-                        note_stop(training.run_dir, *results)
-                    return results.reason
-                found[name] = results
-            if "" not in found:
-                on_first_rank(lambda: summarize(training.run_dir, found, data.task))
+    objectives = {name: prepared(variant) for name, variant in variants.items() if done[name] is None}
+    with opened(settings, layout, ends_process=ends_process) as command:
+        if "" not in variants:
+            on_first_rank(lambda: write_start(settings))
+        found: dict[str, dict[str, Any]] = {}
+        for name, variant in variants.items():
+            results: dict[str, Any] | Stopped | None = done[name]
+            if results is None:
+                with _owning_below(command.lock, variant) as own:
+                    results = train(command, variant, objectives.pop(name), procedure, own)
+            if isinstance(results, Stopped):
+                return results.reason
+            found[name] = results
+        if "" not in found:
+            on_first_rank(lambda: summarize(training.run_dir, found, data.task))
     return None
 
 
@@ -272,57 +246,16 @@ def _owning_below(lock: RunLock, variant: FinetuneSettings) -> AbstractContextMa
     return owning(run_dir, variant.parallel.timeout_seconds)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that can begin: its settings, what it trains, and where it begins."""
-
-    settings: FinetuneSettings
-    objective: Finetuning
-    start: Start
-
-
-def _prepare(settings: FinetuneSettings, stage: FinetuneStage, objective: Finetuning) -> Run:
-    """Check what can be wrong with a run before anything of it is written."""
+def _prepare(settings: FinetuneSettings, procedure: FinetuneProcedure, objective: Finetuning) -> Finetuning:
+    """Check what can be wrong with a run before anything of it is written; returns the objective."""
     if objective.total_steps > 0:
         check_learning_rate(settings.learning_rate, objective.total_steps)
     start = find_start(settings, objective)
-    stage.check(settings, start)
+    procedure.check(settings, start)
     model = settings.training.run_dir / MODEL_FOLDER
     if start.checkpoint is None and model.exists():
         raise UserError(
             f"{model} is of an earlier run, of which no checkpoint is there to go on from: remove it to train in this "
             "directory, or set another training.run_dir"
         )
-    return Run(settings, objective, start)
-
-
-def _run_one(
-    run: Run, stage: FinetuneStage, mesh: ParallelMesh, world: World, stop: StopRequest, lock: RunLock
-) -> dict[str, Any] | Stopped:
-    """One run: what it found."""
-    settings, objective = run.settings, run.objective
-    training, task, steps = settings.training, objective.task, objective.total_steps
-    start, trainer = start_trainer(settings, objective, mesh, world, lock)
-    placement = placement_notes(mesh.layout, start.checkpoint)
-    on_first_rank(lambda: write_start(settings))
-    if world.is_first:
-        (training.run_dir / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier run, if one starts from scratch
-    with Report(training.run_dir, settings.logging, active=world.is_first, start=trainer.step, steps=steps) as report:
-        report.say(trainer.describe())
-        report.say(f"{task.settings.name}: {len(objective.units):,} training sequences, {steps:,} steps")
-        if objective.weight_of_class is not None:
-            weights = ", ".join(f"{label} {weight:.4g}" for label, weight in objective.weight_of_class.items())
-            report.say(f"class weights: {weights}")
-        if task.bad_rows.count:
-            report.say(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
-        report.say(f"resuming from {start.checkpoint}" if start.checkpoint else f"starting from {settings.model.from_}")
-        for note in (*trainer.model.notes, *start.notes, *placement):
-            report.say(f"note: {note}")
-        stage.begin(settings, trainer, report)
-        reason = trainer.run(stop, report)
-        if reason is not None:
-            report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
-            return Stopped(reason, trainer.step)
-        results = stage.finish(settings, trainer, report)
-    trainer.close()
-    return results
+    return objective

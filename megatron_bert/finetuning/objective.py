@@ -81,7 +81,7 @@ class Finetuning(Objective):
         self.settings, self.config, self.data, self.task = settings, config, data, data.task
         self.head_kind = HEADS[self.task.head.kind]
         self.order_seed = name_seed(seed, "order of the training units")
-        training = settings.training
+        training, self.starts_from = settings.training, settings.model.from_
         self.units: list[Unit] = data.train
         weights = self.task.class_weights(self.units)
         self.class_weights = None if weights is None else torch.from_numpy(weights)
@@ -122,6 +122,17 @@ class Finetuning(Objective):
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Nothing: the constructor has read the data."""
+
+    def describe_data(self, first_step: int) -> list[str]:  # noqa: ARG002
+        """How many sequences, what classes weigh, and how many rows were skipped."""
+        task, lines = self.task, []
+        lines.append(f"{task.settings.name}: {len(self.units):,} training sequences, {self.total_steps:,} steps")
+        if self.weight_of_class is not None:
+            weights = ", ".join(f"{label} {weight:.4g}" for label, weight in self.weight_of_class.items())
+            lines.append(f"class weights: {weights}")
+        if task.bad_rows.count:
+            lines.append(f"skipped {task.bad_rows.count} bad rows, such as {task.bad_rows.reasons[0]}")
+        return lines
 
     def training_batches(
         self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device

@@ -8,25 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_bert.convert.run_models import MODEL_FOLDER
-from megatron_bert.convert.state import CanonicalState
-from megatron_bert.finetuning.finetune import FinetuneStage, run_all, score_splits, seed_variants
-from megatron_bert.finetuning.saved import save_task
+import torch
+
+from megatron_bert.finetuning.finetune import FinetuneProcedure, run_all, score_splits, seed_variants
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.json_file import read_object
-from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
 from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
-from megatron_bert.tasks.task import Task
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.precision import DTYPES
 from megatron_bert.training.run import Start
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
-from parallel.whole_files import whole_directory, write_json, write_text
+from parallel.whole_files import write_json, write_text
 
 #: Scores of the float model and of the calibrated one, in a run directory from before its first step.
 BASELINE_FILE = "before_training.json"
@@ -52,7 +48,7 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
         for combination, of_combination in _combinations(settings).items()
         for seed, variant in seed_variants(of_combination).items()
     }
-    return run_all(settings, variants, QuantizeStage(), ends_process=ends_process)
+    return run_all(settings, variants, QuantizeProcedure(), ends_process=ends_process)
 
 
 def _combinations(settings: QuantizeSettings) -> dict[str, QuantizeSettings]:
@@ -76,23 +72,14 @@ def _combinations(settings: QuantizeSettings) -> dict[str, QuantizeSettings]:
     return variants
 
 
-class QuantizeStage(FinetuneStage):
+class QuantizeProcedure(FinetuneProcedure):
     """Scores before training, ranges that are fixed after it, and the report."""
+
+    objective = QuantizationAware
 
     def __init__(self) -> None:
         #: Of the float and of the calibrated model, in the run that is trained.
         self._before: dict[str, dict[str, float]] = {}
-
-    def objective(
-        self,
-        settings: FinetuneSettings,
-        config: MegatronBertConfig,
-        data: TaskUnits,
-        seed: int,
-        source: CanonicalState,
-    ) -> QuantizationAware:
-        """Training in integers."""
-        return QuantizationAware(cast(QuantizeSettings, settings), config, data, seed, source)
 
     def check(self, settings: FinetuneSettings, start: Start) -> None:
         """The scores from before the first step must be there."""
@@ -103,12 +90,13 @@ class QuantizeStage(FinetuneStage):
                 "training.run_dir only"
             )
 
-    def begin(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> None:
+    def begin(self, trainer: Trainer, report: Report) -> None:
         """Score the float model, calibrate, and score what came out; a run that goes on has done so."""
+        super().begin(trainer, report)
         objective = cast(QuantizationAware, trainer.objective)
-        if cast(QuantizeSettings, settings).distillation.weight > 0.0:
+        if objective.distillation.weight > 0.0:
             objective.add_teacher(trainer.model, trainer.evaluation_engine, trainer.world.device)
-        path = settings.training.run_dir / BASELINE_FILE
+        path = trainer.settings.training.run_dir / BASELINE_FILE
         if trainer.step > 0:
             self._before = on_first_rank(lambda: _read_scores(path))
             return
@@ -125,24 +113,23 @@ class QuantizeStage(FinetuneStage):
             trainer.save()
             trainer.checkpoints.finish()
 
-    def finish(self, settings: FinetuneSettings, trainer: Trainer, report: Report) -> dict[str, Any]:
+    def finish(self, trainer: Trainer, report: Report) -> dict[str, Any]:
         """Fix the ranges, score, compare every tensor with the float model, and save; every rank calls."""
         objective = cast(QuantizationAware, trainer.objective)
-        checkpoint = self.take_best(settings, trainer, report)
+        checkpoint = self.take_best(trainer, report)
         freeze(trainer.model)
         splits = score_splits(trainer)
         rows = objective.report(trainer.model, trainer.evaluation_engine, trainer.mesh)
 
         def leave() -> dict[str, Any]:
-            _write_report(settings.training.run_dir / REPORT_NAME, rows)
-            return self.leave(settings, trainer, report, checkpoint, splits)
+            _write_report(trainer.settings.training.run_dir / REPORT_NAME, rows)
+            return self.leave(trainer, report, checkpoint, splits)
 
         return on_first_rank(leave)
 
-    def save(self, settings: FinetuneSettings, trainer: Trainer, checkpoint: Path, task: Task) -> None:
-        """Write the model of a checkpoint, with its ranges."""
-        with whole_directory(settings.training.run_dir / MODEL_FOLDER) as directory:
-            save_task(checkpoint, trainer.objective.config, task, directory, DTYPES[settings.precision.compute])
+    def computed_in(self, settings: FinetuneSettings) -> torch.dtype:
+        """That of matrix products, so that what is saved has the integers that were trained and scored."""
+        return DTYPES[settings.precision.compute]
 
     def scores_beside(self) -> dict[str, dict[str, float]]:
         """Those of the float and of the calibrated model."""

@@ -231,7 +231,7 @@ def _suspected(trainer: RunState) -> str:
     if trainer.resumed is not None:
         checkpoint = f"the checkpoint it went on from ({trainer.resumed})"
         return f"memory or {checkpoint} is damaged: go on from an earlier one, and {again}"
-    source = getattr(getattr(trainer.settings, "model", None), "from_", None)
+    source = trainer.objective.starts_from
     if source is not None:
         return f"memory or model.from ({source}) is damaged: start from another copy of it, and {again}"
     return f"memory is damaged: start the same command again, {again}"

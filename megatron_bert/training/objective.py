@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class Objective(ABC):
 
     Attributes:
         config: of the encoder.
+        starts_from: the checkpoint whose weights the first step starts from; None where it starts from random ones.
         total_steps: optimizer steps of the run.
         evaluates: whether there is anything to evaluate on.
         evaluate_every: steps between evaluations; 0 evaluates at the end only.
@@ -37,6 +39,7 @@ class Objective(ABC):
     """
 
     config: MegatronBertConfig
+    starts_from: Path | None = None
     total_steps: int
     evaluates: bool = True
     evaluate_every: int
@@ -99,6 +102,10 @@ class Objective(ABC):
     @abstractmethod
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Open the data, before the first step."""
+
+    @abstractmethod
+    def describe_data(self, first_step: int) -> list[str]:
+        """What rank 0 says of the data once they are prepared, where the run starts after step ``first_step``."""
 
     @abstractmethod
     def training_batches(

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
@@ -16,19 +17,13 @@ from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.model.activations import same_activation
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.training.curves import draw_curves
-from megatron_bert.training.first_rank import on_first_rank
-from megatron_bert.training.metrics import Report
-from megatron_bert.training.placement import placement_notes
+from megatron_bert.training.objective import Objective
 from megatron_bert.training.pretraining import Pretraining
-from megatron_bert.training.run import Start, check_device, find_start, write_start
-from megatron_bert.training.run_lock import owning
-from megatron_bert.training.signals import StopRequest, note_stop
-from megatron_bert.training.starting import start_trainer
-from megatron_bert.training.trainer import Trainer
+from megatron_bert.training.run import find_start
+from megatron_bert.training.running import Procedure, Stopped, is_spare, opened, train
 from parallel.checkpoint import read_state
 from parallel.errors import UserError
-from parallel.mesh import ParallelMesh
-from parallel.process_group import launched_rank, launched_world_size, process_group, wait_as_spare
+from parallel.process_group import launched_rank, launched_world_size
 
 #: Settings that a checkpoint to start from decides.
 CHECKPOINT_SIZES = (
@@ -63,53 +58,35 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
 
 def _pretrain(settings: Settings, source: CanonicalState | None, *, ends_process: bool) -> str | None:
     layout = check_settings(settings, launched_world_size())
-    if launched_rank() >= layout.world_size:
-        wait_as_spare()
+    if is_spare(layout):
         return None
     tokenizer = check_inputs(settings)
-    training, objective = settings.training, Pretraining(settings, tokenizer, source)
+    objective = Pretraining(settings, tokenizer, source)
     checkpoint = find_start(settings, objective).checkpoint
     if checkpoint is not None and _has_nothing_left(read_state(checkpoint), objective):
         # Not an error: a job that is started again after it finished has nothing left to do.
         if launched_rank() == 0:
-            print(f"{checkpoint} has reached training.steps {training.steps}: nothing left to do; raise it to train on")
+            steps = f"training.steps {objective.total_steps}"
+            print(f"{checkpoint} has reached {steps}: nothing left to do; raise it to train on")
         return None
-    with process_group(training.device, settings.parallel.timeout_seconds, layout.world_size) as world:
-        check_device(settings, world)
-        with owning(training.run_dir, settings.parallel.timeout_seconds) as lock:
-            with StopRequest(training.max_minutes, ends_process=ends_process, lock=lock) as stop:
-                mesh = ParallelMesh(layout, world.device)
-                # Looks for the checkpoint again: who owned the directory until now may have saved since.
-                start, trainer = start_trainer(settings, objective, mesh, world, lock)
-                placement = placement_notes(layout, start.checkpoint)
-                objective.prepare(mesh, world)
-                on_first_rank(lambda: write_start(settings, tokenizer))
-                reason = _train(settings, trainer, start, placement, stop)
-            if world.is_first and reason is not None:
-                note_stop(training.run_dir, reason, trainer.step)
-    return reason
+    with opened(settings, layout, ends_process=ends_process) as command:
+        stopped: Stopped | None = train(command, settings, objective, PretrainProcedure(tokenizer))
+    return None if stopped is None else stopped.reason
 
 
-def _train(settings: Settings, trainer: Trainer, start: Start, placement: list[str], stop: StopRequest) -> str | None:
-    """Report what is trained, and train it; why it stopped early."""
-    training, active = settings.training, trainer.world.is_first
-    with Report(training.run_dir, settings.logging, active=active, start=trainer.step, steps=training.steps) as report:
-        for line in (trainer.describe(), *cast(Pretraining, trainer.objective).describe_data(trainer.step)):
-            report.say(line)
-        if start.checkpoint is not None:
-            report.say(f"resuming from {start.checkpoint}")
-        elif settings.model.from_ is not None:
-            report.say(f"starting from the weights of {settings.model.from_}")
-        alone = (
-            [] if trainer.objective.evaluates else [f"data.split {settings.data.split} leaves nothing to evaluate on"]
-        )
-        for note in (*trainer.model.notes, *start.notes, *alone, *placement):
-            report.say(f"note: {note}")
-        reason = trainer.run(stop, report)
-        report.attempt("curves.png", "there is no picture of the run", lambda: draw_curves(training.run_dir))
-        if reason is not None:
-            report.say(f"stopped by {reason} after step {trainer.step}: the same command goes on from there")
-    return reason
+class PretrainProcedure(Procedure):
+    """Pretraining leaves its checkpoints, and the vocabulary that its model is used with.
+
+    Args:
+        tokenizer: of the run.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def draw(self, run_dir: Path, objective: Objective) -> object:  # noqa: ARG002
+        """Losses, gradient norm and learning rate."""
+        return draw_curves(run_dir)
 
 
 def _has_nothing_left(state: dict[str, Any], objective: Pretraining) -> bool:

@@ -47,6 +47,7 @@ class Pretraining(Objective):
     def __init__(self, settings: Settings, tokenizer: Tokenizer, source: CanonicalState | None = None) -> None:
         self.settings, self.tokenizer, self.source = settings, tokenizer, source
         self.config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
+        self.starts_from = settings.model.from_
         self.total_steps = settings.training.steps
         self.evaluate_every = settings.training.evaluate_every
         self._corpora: dict[Part, BlendedCorpus] = {}
@@ -76,7 +77,7 @@ class Pretraining(Objective):
 
     def fill(self, stage: BertForPretraining) -> list[str]:
         """With the weights of ``model.from``, where it is set."""
-        state, source = self.source, self.settings.model.from_
+        state, source = self.source, self.starts_from
         if state is None:
             return []
         report = load_into(stage, state)
@@ -98,12 +99,14 @@ class Pretraining(Objective):
                 source.open()
 
     def describe_data(self, first_step: int) -> list[str]:
-        """What rank 0 says of the data once it is prepared, where the run starts after step ``first_step``."""
+        """Epochs and sizes; rank 0 alone has opened the corpora."""
         lines = []
         if "train" in self._corpora:
             lines += describe_training_data(self.settings, self._corpora["train"], first_step)
         if "valid" in self._corpora:
             lines += describe_held_out_data(self.settings, self._corpora["valid"])
+        if not self.evaluates:
+            lines.append(f"note: data.split {self.settings.data.split} leaves nothing to evaluate on")
         return lines
 
     def training_batches(

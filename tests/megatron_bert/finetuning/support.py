@@ -21,6 +21,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.tasks.encoding import Feature
 from megatron_bert.tasks.task import Head, Unit
+from megatron_bert.training import running
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary
@@ -175,8 +176,9 @@ def join_world() -> None:
     def joined(*_: Any) -> Iterator[World]:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=dist.get_rank(), device=CPU)
 
-    for module in (finetune_module, inference):
+    for module in (running, inference):
         module.process_group = joined  # type: ignore[attr-defined]
+    for module in (finetune_module, inference):
         module.launched_world_size = dist.get_world_size  # type: ignore[attr-defined]
 
 

@@ -227,8 +227,8 @@ def test_searching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         search__hidden_dropout_prob=[0.1],
     )
     seen = []
-    original = finetune_module._run_one
-    monkeypatch.setattr(finetune_module, "_run_one", lambda run, *a: (seen.append(run.settings), original(run, *a))[1])
+    original = finetune_module.train
+    monkeypatch.setattr(finetune_module, "train", lambda *given: (seen.append(given[1]), original(*given))[1])
     quantize(settings)
     pairs = [(s.learning_rate.peak, s.training.seed) for s in seen]
     assert pairs == [(1e-5, 1), (1e-5, 2), (1e-4, 1), (1e-4, 2)]
