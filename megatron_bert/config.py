@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.section import Section
+from parallel.errors import called
 from parallel.mesh import ParallelLayout, Sharding, data_shard_size, fit_data_size
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
@@ -379,20 +380,21 @@ class RunSettings(Section):
             UserError: the axes do not multiply to the world size, or the data axis cannot be sharded as asked.
         """
         wanted = self.parallel
-        data = fit_data_size(
-            world_size,
-            tensor=wanted.tensor,
-            pipeline=wanted.pipeline,
-            data=wanted.data,
-            choices=self._elastic_sizes() if wanted.elastic else None,
-        )
-        return ParallelLayout(
-            tensor=wanted.tensor,
-            pipeline=wanted.pipeline,
-            data=data,
-            data_shard=data_shard_size(wanted.sharding, data, wanted.shard_size),
-            sequence=wanted.sequence,
-        )
+        with called(**{name: f"parallel.{name}" for name in ("tensor", "pipeline", "data", "sequence")}):
+            data = fit_data_size(
+                world_size,
+                tensor=wanted.tensor,
+                pipeline=wanted.pipeline,
+                data=wanted.data,
+                choices=self._elastic_sizes() if wanted.elastic else None,
+            )
+            return ParallelLayout(
+                tensor=wanted.tensor,
+                pipeline=wanted.pipeline,
+                data=data,
+                data_shard=data_shard_size(wanted.sharding, data, wanted.shard_size),
+                sequence=wanted.sequence,
+            )
 
     def _elastic_sizes(self) -> list[int]:
         """Data sizes that divide the batch and, where it is sharded in groups, hold whole groups."""
@@ -409,6 +411,20 @@ class RunSettings(Section):
         microbatches = self.training.global_batch_size // (self.training.micro_batch_size * layout.data)
         wanted = self.parallel
         return build_schedule(wanted.schedule, layout.pipeline, microbatches, wanted.virtual_stages)
+
+    def divide_layers(self, layers: int, stages: int, last_cost: float = 0.0) -> list[StagePart]:
+        """What each stage holds of a model.
+
+        Args:
+            layers: of the model.
+            stages: of the pipeline.
+            last_cost: of what the last stage holds beside layers, in layers.
+
+        Raises:
+            UserError: more stages than layers, or parallel.stage_layers that do not fit.
+        """
+        with called(sizes="parallel.stage_layers"):
+            return split_layers(layers, stages, last_cost=last_cost, sizes=self.parallel.stage_layers)
 
     def dump(self) -> str:
         """The resolved settings as YAML."""
@@ -448,9 +464,5 @@ class Settings(RunSettings):
         ffn = model.intermediate_size or 4 * model.hidden_size
         layer = 4 * model.hidden_size + 2 * ffn + 2 * self.data.seq_length
         share = self.max_predictions / self.data.seq_length
-        return split_layers(
-            model.num_hidden_layers,
-            schedule.stages,
-            last_cost=share * (model.hidden_size + padded_vocab_size) / layer,
-            sizes=self.parallel.stage_layers,
-        )
+        last_cost = share * (model.hidden_size + padded_vocab_size) / layer
+        return self.divide_layers(model.num_hidden_layers, schedule.stages, last_cost)

@@ -21,7 +21,7 @@ from torch import Tensor
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, checkpoint_step
 from parallel.checkpoint_plan import WritePlan, plan_writing, signature
 from parallel.checkpoint_staging import Staging
-from parallel.errors import UserError
+from parallel.errors import ArgumentError
 from parallel.file_process import FileProcess, write_pieces
 from parallel.hosts import host_name
 from parallel.manifest import MANIFEST_FILE, FileSums, write_manifest
@@ -34,7 +34,7 @@ from parallel.whole_files import reason_of, sync_directory
 _MARGIN_SECONDS = 60.0
 
 
-class NotWrittenError(UserError):
+class NotWrittenError(ArgumentError):
     """The file system refuses a checkpoint; those before it are there still."""
 
 
@@ -199,7 +199,7 @@ class CheckpointWriter:
             if save.give_up() and self.is_first:
                 shutil.rmtree(save.partial, ignore_errors=True)
             found = f"after {self.limit:g} s {'; '.join(reasons) or 'it is not complete'}"
-            raise _not_written(save.final, found, "look into its disk, or raise checkpoint.timeout_seconds;")
+            raise _not_written(save.final, found, "look into its disk, or raise $timeout_seconds;")
         if reasons:
             if self.is_first:
                 shutil.rmtree(save.partial, ignore_errors=True)

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error for mistakes a user can fix, and values of unknown origin in its messages."""
+"""The error for mistakes a user can fix, names of arguments in its messages, and values of unknown origin."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: The name of an argument in the text of an error; not a dollar in the middle of a path or a quoted value.
+_ARGUMENT = re.compile(r"(?<![^\s(])\$([a-z_]\w*)")
 
 
 class UserError(ValueError):
@@ -7,6 +14,35 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2. Programming errors are not reported so.
     """
+
+
+class NamesArgumentsError(Exception):
+    """An error whose text, its first argument, says ``$name`` for an argument; shown as ``name`` or by :func:`called`.
+
+    So a layer speaks of its own arguments, and the layer above of the settings that they come from.
+    """
+
+    def __str__(self) -> str:
+        return _ARGUMENT.sub(r"\1", str(self.args[0]))
+
+
+class ArgumentError(NamesArgumentsError, UserError):
+    """An argument, ``$name`` in the text, that does not fit."""
+
+
+@contextmanager
+def called(**names: str) -> Iterator[None]:
+    """Give arguments in errors that leave the block the names by which the user knows them.
+
+    Args:
+        **names: argument -> name, such as ``device="--device"``; others keep theirs.
+    """
+    try:
+        yield
+    except NamesArgumentsError as error:
+        text = _ARGUMENT.sub(lambda found: names.get(found[1], found[0]), str(error.args[0]))
+        error.args = (text, *error.args[1:])
+        raise
 
 
 class DamagedFileError(UserError):

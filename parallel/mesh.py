@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.errors import UserError
+from parallel.errors import ArgumentError, UserError
 from parallel.process_group import new_group
 
 #: Mesh axes from slowest to fastest varying rank: tensor groups are neighbors, as in Megatron-LM's rank order.
@@ -42,16 +42,14 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "data_shard"):
             if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name} is {getattr(self, name)}: give 1 or more")
+                raise ArgumentError(f"${name} is {getattr(self, name)}: give 1 or more")
         if self.data % self.data_shard:
             raise UserError(
                 f"{self.data} data-parallel ranks cannot be divided in shard groups of {self.data_shard}: "
                 "choose a shard size that divides the data-parallel size"
             )
         if self.sequence and self.tensor == 1:
-            raise UserError(
-                "parallel.sequence=true needs parallel.tensor of 2 or more: it divides tokens over tensor ranks"
-            )
+            raise ArgumentError("$sequence=true needs $tensor of 2 or more: it divides tokens over tensor ranks")
 
     @property
     def world_size(self) -> int:
@@ -110,15 +108,15 @@ def fit_data_size(
         return max(fitting)
     if data is None:
         if world_size % model:
-            raise UserError(
+            raise ArgumentError(
                 f"tensor {tensor} x pipeline {pipeline} = {model} does not divide the {world_size} processes started: "
-                f"start a multiple of {model}, or change parallel.tensor / parallel.pipeline"
+                f"start a multiple of {model}, or change $tensor / $pipeline"
             )
         return world_size // model
     if model * data != world_size:
-        raise UserError(
+        raise ArgumentError(
             f"tensor {tensor} x pipeline {pipeline} x data {data} = {model * data}, but {world_size} processes were "
-            f"started: start {model * data}, or leave parallel.data unset to use what is there"
+            f"started: start {model * data}, or leave $data unset to use what is there"
         )
     return data
 

@@ -41,7 +41,7 @@ def placement_warnings(layout: ParallelLayout, hosts: list[str]) -> list[str]:
         return [
             f"{len(apart)} of {len(groups)} tensor groups reach over the network, ranks {first[0]} to {first[-1]} over "
             f"hosts {where}: "
-            + (order if scattered else "choose a parallel.tensor that divides the number of processes on a host")
+            + (order if scattered else "choose a tensor-parallel size that divides the number of processes on a host")
         ]
     if scattered and layout.pipeline > 1:
         return [

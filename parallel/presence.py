@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from parallel.errors import UserError, brief
+from parallel.errors import NamesArgumentsError, UserError, brief
 from parallel.hosts import host_name
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _NETWORK_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _STDERR = 2
 
 
-class LostRankError(RuntimeError):
+class LostRankError(NamesArgumentsError, RuntimeError):
     """Other ranks of the run are missing.
 
     Attributes:
@@ -52,9 +52,6 @@ class LostRankError(RuntimeError):
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message, ranks)
         self.ranks = ranks
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def comes_from_others(kind: str, message: str) -> bool:
@@ -236,7 +233,7 @@ class Presence:
 
 def _remedy(ranks: list[int], waited: float | None) -> str:
     whose = f"its log (rank {ranks[0]})" if len(ranks) == 1 else "their logs"
-    after = f", while others waited {waited:g} s (parallel.timeout_seconds)" if waited is not None else ""
+    after = f", while others waited {waited:g} s ($timeout_seconds)" if waited is not None else ""
     return f"{after}: see {whose} and host; the same command goes on from the newest checkpoint"
 
 

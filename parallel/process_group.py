@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parallel.errors import UserError
+from parallel.errors import ArgumentError, UserError
 from parallel.presence import Presence
 from parallel.rendezvous import launcher_keeps_store, launchers_store, private_part
 from parallel.step_clock import counting_waits
@@ -78,7 +78,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("training.device is 'cuda' but this machine has no usable CUDA device: set training.device=cpu")
+        raise ArgumentError("$device is 'cuda' but this machine has no usable CUDA device: set $device=cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from parallel.errors import UserError
+from parallel.errors import ArgumentError
 from parallel.mesh import TensorParallel
 
 
@@ -61,7 +61,7 @@ def local_size(total: int, tp: TensorParallel, what: str) -> int:
         UserError: it does not divide; ``what`` names the quantity.
     """
     if total % tp.size:
-        raise UserError(
+        raise ArgumentError(
             f"{what} is {total}, which a tensor-parallel size of {tp.size} does not divide: choose one that does"
         )
     return total // tp.size

@@ -30,7 +30,7 @@ from parallel.errors import UserError
 from parallel.mesh import ParallelMesh, TensorParallel
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import PipelineEngine
-from parallel.pipeline.stage import StagePart, split_layers
+from parallel.pipeline.stage import StagePart
 from parallel.process_group import World
 from parallel.recompute import Recompute
 from parallel.sharding import name_seed
@@ -106,8 +106,7 @@ class Finetuning(Objective):
 
     def stage_parts(self, schedule: Schedule) -> list[StagePart]:
         """Layers in equal parts, or as the settings say: the head costs almost nothing."""
-        layers = self.config.num_hidden_layers
-        return split_layers(layers, schedule.stages, last_cost=0.0, sizes=self.settings.parallel.stage_layers)
+        return self.settings.divide_layers(self.config.num_hidden_layers, schedule.stages)
 
     def make_stage(
         self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device

@@ -90,7 +90,7 @@ class AttentionHeads(nn.Module):
     def count_heads(self, config: MegatronBertConfig, tp: TensorParallel, recompute: Recompute) -> None:
         """Begin with the sizes of the heads and the share of this rank; arguments as of the class."""
         self.tp, self.recompute = tp, recompute
-        self.heads = local_size(config.num_attention_heads, tp, "model.num_attention_heads")
+        self.heads = local_size(config.num_attention_heads, tp, "$num_attention_heads")
         self.first_head = tp.rank * self.heads
         #: The heads of all ranks, by their numbers before any was removed.
         self.numbers = list(range(config.num_attention_heads))

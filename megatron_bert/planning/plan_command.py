@@ -15,7 +15,7 @@ from megatron_bert.planning.planned import load_planned
 from megatron_bert.planning.search import Prediction, Search, predict, search, usable_bytes
 from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.workload import Workload
-from parallel.errors import UserError
+from parallel.errors import UserError, called
 from parallel.whole_files import reporting, write_text
 
 
@@ -77,7 +77,8 @@ def _configured(
     reason = why_not(workload, layout)
     if reason is not None:
         return f"as configured: not possible: {reason}"
-    prediction = predict(workload, layout, machine, stage_layers)
+    with called(sizes="parallel.stage_layers"):
+        prediction = predict(workload, layout, machine, stage_layers)
     over = prediction.memory.needed - usable_bytes(machine)
     return f"as configured: {one_line(prediction)}" + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
 

@@ -21,7 +21,7 @@ from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
-from parallel.errors import DamagedCheckpointError, UserError
+from parallel.errors import DamagedCheckpointError, UserError, called
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.process_group import World, launched_rank, process_group, wait_as_spare
 
@@ -73,7 +73,10 @@ def opened(settings: RunSettings, layout: ParallelLayout, *, ends_process: bool)
         UserError: the world cannot be formed, the device cannot do what is asked, or another run owns the directory.
     """
     training, timeout = settings.training, settings.parallel.timeout_seconds
-    with process_group(training.device, timeout, layout.world_size) as world:
+    with (
+        called(device="training.device", timeout_seconds="parallel.timeout_seconds"),
+        process_group(training.device, timeout, layout.world_size) as world,
+    ):
         check_device(settings, world)
         with (
             owning(training.run_dir, timeout) as lock,
@@ -133,8 +136,9 @@ def train(
             report.say(f"starting from the weights of {objective.starts_from}")
         for note in (*trainer.model.notes, *start.notes, *placement):
             report.say(f"note: {note}")
-        procedure.begin(trainer, report)
-        reason = trainer.run(command.stop, report)
+        with called(timeout_seconds="checkpoint.timeout_seconds"):
+            procedure.begin(trainer, report)
+            reason = trainer.run(command.stop, report)
         report.attempt("curves.png", "there is no picture of the run", lambda: procedure.draw(run_dir, objective))
         if reason is None:
             found = procedure.finish(trainer, report)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.selection import Selection
 from parallel.checkpoint_writer import CheckpointWriter, NotWrittenError
-from parallel.errors import UserError
+from parallel.errors import UserError, called
 
 #: Saves in the background that may fail in a row; with the last of them the run ends.
 FAILED_SAVES = 3
@@ -81,7 +81,8 @@ class Saving:
     def _tolerated(self, work: Callable[[], None], report: Report) -> None:
         self.failed = False
         try:
-            work()
+            with called(timeout_seconds="checkpoint.timeout_seconds"):
+                work()
         except NotWrittenError as error:
             self.failed = True
             self.failures += 1

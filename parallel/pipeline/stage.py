@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.errors import UserError
+from parallel.errors import ArgumentError, UserError
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def split_layers(
     if sizes is None:
         sizes = _balanced_sizes(layers, stages, first_cost, last_cost)
     elif len(sizes) != stages or sum(sizes) != layers or min(sizes) < 1:
-        raise UserError(
-            f"parallel.stage_layers {list(sizes)} does not fit: give {stages} numbers of 1 or more, one per stage, "
+        raise ArgumentError(
+            f"$sizes {list(sizes)} does not fit: give {stages} numbers of 1 or more, one per stage, "
             f"that add up to the {layers} layers"
         )
     starts = [sum(sizes[:stage]) for stage in range(stages + 1)]

@@ -33,7 +33,9 @@ def test_fit_data_size(world, tensor, pipeline, data, expected):
 def test_sizes_that_do_not_divide_the_world():
     with pytest.raises(UserError) as error:
         fit_data_size(8, tensor=3, pipeline=2)
-    _assert_sentence(error, "tensor 3 x pipeline 2 = 6", "8 processes", "start a multiple of 6", "parallel.tensor")
+    _assert_sentence(
+        error, "tensor 3 x pipeline 2 = 6", "8 processes", "start a multiple of 6", "change tensor / pipeline"
+    )
     with pytest.raises(UserError) as error:
         fit_data_size(1, tensor=2, pipeline=1)  # a world smaller than the model
     _assert_sentence(error, "tensor 2 x pipeline 1 = 2", "1 processes")
@@ -43,14 +45,14 @@ def test_sizes_that_do_not_divide_the_world():
 def test_a_data_size_that_does_not_fit(world, data):
     with pytest.raises(UserError) as error:
         fit_data_size(world, tensor=2, pipeline=1, data=data)
-    _assert_sentence(error, f"data {data} = {2 * data}", f"{world} processes", f"start {2 * data}", "parallel.data")
+    _assert_sentence(error, f"data {data} = {2 * data}", f"{world} processes", f"start {2 * data}", "leave data unset")
 
 
 @pytest.mark.parametrize("name", ["tensor", "pipeline", "data", "data_shard"])
 def test_sizes_below_one(name):
     with pytest.raises(UserError) as error:
         ParallelLayout(**{name: 0})
-    _assert_sentence(error, f"parallel.{name} is 0", "give 1 or more")
+    _assert_sentence(error, f"{name} is 0", "give 1 or more")
 
 
 def test_a_shard_size_that_does_not_divide_the_data_ranks():
@@ -62,7 +64,7 @@ def test_a_shard_size_that_does_not_divide_the_data_ranks():
 def test_sequence_parallelism_without_tensor_parallelism():
     with pytest.raises(UserError) as error:
         ParallelLayout(sequence=True)
-    _assert_sentence(error, "parallel.sequence=true", "parallel.tensor of 2 or more")
+    _assert_sentence(error, "sequence=true", "tensor of 2 or more")
 
 
 def test_layout_sizes():

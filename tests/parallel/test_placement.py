@@ -35,7 +35,7 @@ class TestPlacement:
 
     def test_tensor_groups_larger_than_a_host(self) -> None:
         (text,) = placement_warnings(ParallelLayout(tensor=8), BY_HOST)
-        assert "choose a parallel.tensor that divides the number of processes on a host" in text
+        assert "choose a tensor-parallel size that divides the number of processes on a host" in text
 
 
 class TestElasticSize:

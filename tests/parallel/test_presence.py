@@ -62,7 +62,7 @@ def test_a_busy_rank_is_named_with_the_place_and_all_print_their_stacks(tmp_path
         assert ranks == [1]
         assert re.match(
             r"rank 1 on \S+ \(process \d+\) is busy at parallel/test_presence.py:\d+ in _stay_away "
-            r"and gave its last sign \d+ s ago, at step 5, while others waited 1 s \(parallel.timeout_seconds\): see "
+            r"and gave its last sign \d+ s ago, at step 5, while others waited 1 s \(timeout_seconds\): see "
             r"its log \(rank 1\) and host; the same command goes on",
             said,
         )

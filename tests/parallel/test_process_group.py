@@ -69,7 +69,7 @@ def test_devices(monkeypatch):
     assert choose_device("cpu", 3) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(UserError, match=re.escape("'cuda' but this machine has no usable CUDA device: set training")):
+    with pytest.raises(UserError, match=re.escape("'cuda' but this machine has no usable CUDA device: set device=cpu")):
         choose_device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

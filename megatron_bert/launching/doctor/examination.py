@@ -19,6 +19,7 @@ from megatron_bert.launching.doctor.network import (
     pair_bandwidths,
 )
 from megatron_bert.launching.doctor.storage import check_storage
+from parallel.errors import called
 from parallel.process_group import World, process_group
 
 #: A rank that does not come within this many seconds ends the examination.
@@ -32,7 +33,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         UserError: the device cannot be had, or a launcher's variable is missing.
     """
     began = time.monotonic()
-    with process_group(arguments.device, _TIMEOUT) as world:
+    with called(device="--device"), process_group(arguments.device, _TIMEOUT) as world:
         findings = examine(world, arguments.dir, arguments.megabytes)
     if world.is_first:
         for finding in findings:
