@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,25 +36,25 @@ from parallel.runs import Member, Run
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Slot:
     """Where a parameter lies.
 
     Attributes:
         parameter: which the modules use: this tensor rank's part, a view of the weights.
-        gradient: of it, before data ranks are summed.
         shape: of the whole parameter.
         offsets: of this tensor rank's part in it.
         divided: whether tensor ranks divide it.
         start: in the buffers.
+        gradient: of it, before data ranks are summed.
     """
 
     parameter: nn.Parameter
-    gradient: Tensor
     shape: Sizes
     offsets: Sizes
     divided: bool
     start: int
+    gradient: Tensor = field(init=False)
 
     @property
     def stop(self) -> int:
@@ -84,7 +85,7 @@ class _Bucket:
     start: int
     size: int
     own: slice
-    master: Tensor = field(init=False)
+    master: Tensor
     missing: int = 0
     reducing: dist.Work | None = None
     gathering: dist.Work | None = None
@@ -94,7 +95,8 @@ class FlatBuffers:
     """The parameters of a stage, their gradients and master weights.
 
     The parameters of the model are replaced: by plain ones, this tensor rank's part of each, in the format of the
-    computation, with a float32 gradient that is never None.
+    computation, with a float32 gradient that is never None. Gradients are allocated last, when those that were replaced
+    are gone, so that building takes no more memory than training.
 
     Args:
         model: the whole model, or the part of it on this pipeline stage.
@@ -147,61 +149,65 @@ class FlatBuffers:
         return [bucket for bucket in [*first, list(rest), *inside] if bucket]
 
     def _allocate(self, model: nn.Module, buckets: list[list[nn.Parameter]], compute_dtype: torch.dtype) -> None:
-        unit = ALIGNMENT * (self.ranks if self.divided else 1)
-        places: list[tuple[list[tuple[nn.Parameter, int]], int, int]] = []
-        end = 0
+        end, device = 0, self.mesh.device
+        places: list[list[tuple[nn.Parameter, int]]] = []
+        bounds = [0]
         for bucket in buckets:
-            start, inside = end, []
+            places.append([])
             # Of one kind together: the optimizer takes neighbors of one kind as one tensor.
             for parameter in sorted(bucket, key=lambda p: (not isinstance(p, DTensor), p.dim() < 2)):
-                inside.append((parameter, end))
+                places[-1].append((parameter, end))
                 end += _up(_local(parameter).numel(), ALIGNMENT)
-            end = start + _up(end - start, unit)
-            places.append((inside, start, end - start))
-        device = self.mesh.device
+            end = bounds[-1] + _up(end - bounds[-1], ALIGNMENT * (self.ranks if self.divided else 1))
+            bounds.append(end)
         self.weights = torch.zeros(end, dtype=compute_dtype, device=device)
-        self.gradients = torch.zeros(end, device=device)
         share = end // self.ranks if self.divided else end
         #: Float32 weights of this rank's ranges, one after the other; none where those computed with are float32.
         self.masters = torch.zeros(share if compute_dtype != torch.float32 else 0, device=device)
-        replacements: dict[nn.Parameter, nn.Parameter] = {}
-        self.buckets = [self._fill(*place, replacements) for place in places]
-        _replace(model, replacements)
+        self.buckets = [self._bucket(*between) for between in pairwise(bounds)]
+        self._take(model, places)
+        # Nobody holds the parameters that were the model's from here on: they make room for the gradients.
+        del buckets, bucket, places, parameter
+        self.gradients = torch.zeros(end, device=device)
+        for filled in self.buckets:
+            for slot in filled.slots:
+                self._give_gradient(filled, slot)
 
-    @torch.no_grad()
-    def _fill(
-        self,
-        inside: list[tuple[nn.Parameter, int]],
-        start: int,
-        size: int,
-        replacements: dict[nn.Parameter, nn.Parameter],
-    ) -> _Bucket:
-        own = slice(start, start + size)
-        first = start
+    def _bucket(self, start: int, stop: int) -> _Bucket:
+        own, first = slice(start, stop), start
         if self.divided:
-            share = size // self.ranks
+            share = (stop - start) // self.ranks
             own = slice(start + self.mesh.data_rank * share, start + (self.mesh.data_rank + 1) * share)
             first = start // self.ranks
-        bucket = _Bucket([], start, size, own)
-        inside_master = slice(first, first + own.stop - own.start)
-        bucket.master = self.masters[inside_master] if self.masters.numel() else self.weights[own]
-        for parameter, place in inside:
-            local = _local(parameter)
-            view = slice(place, place + local.numel())
-            self.weights[view].copy_(local.reshape(-1))
-            fresh = nn.Parameter(self.weights[view].view(local.shape), requires_grad=parameter.requires_grad)
-            # Gradients come in the format of the computation and add up in float32, in the kernel that adds them.
-            fresh.grad_dtype = None
-            fresh.grad = gradient = self.gradients[view].view(local.shape)
-            offsets, divided = _tensor_offsets(parameter)
-            slot = _Slot(fresh, gradient, tuple(parameter.shape), offsets, divided, place)
-            bucket.slots.append(slot)
-            replacements[parameter] = fresh
-            low, high = self._own_part(bucket, slot)
-            set_own_gradient(fresh, self.gradients[low:high])
-            if self.masters.numel():
-                bucket.master[low - own.start : high - own.start].copy_(local.reshape(-1)[low - place : high - place])
-        return bucket
+        master = self.masters[first : first + own.stop - own.start] if self.masters.numel() else self.weights[own]
+        return _Bucket([], start, stop - start, own, master)
+
+    @torch.no_grad()
+    def _take(self, model: nn.Module, places: list[list[tuple[nn.Parameter, int]]]) -> None:
+        """Copy the values of parameters to their places in the buckets, and give the model those instead."""
+        fresh: dict[nn.Parameter, nn.Parameter] = {}
+        for bucket, inside in zip(self.buckets, places, strict=True):
+            for parameter, start in inside:
+                local = _local(parameter)
+                view = slice(start, start + local.numel())
+                self.weights[view].copy_(local.reshape(-1))
+                fresh[parameter] = nn.Parameter(self.weights[view].view(local.shape), parameter.requires_grad)
+                slot = _Slot(fresh[parameter], tuple(parameter.shape), *_tensor_offsets(parameter), start)
+                bucket.slots.append(slot)
+                if self.masters.numel():
+                    low, high = self._own_part(bucket, slot)
+                    values = local.reshape(-1)[low - start : high - start]
+                    bucket.master[low - bucket.own.start : high - bucket.own.start].copy_(values)
+        _replace(model, fresh)
+
+    def _give_gradient(self, bucket: _Bucket, slot: _Slot) -> None:
+        parameter = slot.parameter
+        # Gradients come in the format of the computation and add up in float32, in the kernel that adds them.
+        parameter.grad_dtype = None
+        slot.gradient = self.gradients[slot.start : slot.stop].view(parameter.shape)
+        parameter.grad = slot.gradient
+        low, high = self._own_part(bucket, slot)
+        set_own_gradient(parameter, self.gradients[low:high])
 
     @staticmethod
     def _own_part(bucket: _Bucket, slot: _Slot) -> tuple[int, int]:

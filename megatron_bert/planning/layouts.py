@@ -92,8 +92,9 @@ class Bucket:
     size: int
 
     def own_share(self, tensor: int, shards: int, rank: int, names: frozenset[str]) -> int:
-        """Elements of some parameters in the range of one of the ranks that divide the bucket."""
-        low, high = rank * self.size // shards, (rank + 1) * self.size // shards
+        """Elements of some parameters in the range of a data rank."""
+        place = rank % shards
+        low, high = place * self.size // shards, (place + 1) * self.size // shards
         return sum(
             max(0, min(start + parameter.local(tensor), high) - max(start, low))
             for parameter, start in self.places

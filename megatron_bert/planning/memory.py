@@ -19,6 +19,7 @@ from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.measuring import Part
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.actions import ActionKind, Backward
+from parallel.pipeline.communication import incoming, outgoing
 from parallel.pipeline.schedules import SCHEDULES
 
 
@@ -50,7 +51,8 @@ class RankMemory:
 
     Attributes:
         parts: bytes by what they are for.
-        building: bytes before the first step, when parameters in float32 and what takes their place are both there.
+        building: bytes before the first step, when the whole parameters in float32 and what takes their place are both
+            there: less than a step takes, unless data ranks divide weights.
     """
 
     parts: dict[Part, float]
@@ -140,8 +142,8 @@ def _layer_tensors(
     attention += _written_out(workload, tokens, heads, recompute)
     mlp = number * wide * tokens * (2 if recompute == "none" else 1)
     kept = 2 * (stream + statistics + read + mask) + attention + mlp
-    weight = number * hidden * wide
-    transient = number * tokens * (wide + hidden) + stream + weight
+    # A split backward pass makes no gradients of weights, but keeps the activation, whose product is through, for them.
+    transient = number * tokens * (wide + hidden) + stream + number * wide * (tokens if split else hidden)
     if recompute == "selective":
         transient += number * tokens * wide
     queued = 0.0
@@ -171,11 +173,13 @@ class HeadTensors(NamedTuple):
         kept: from the forward to the backward pass, but for the next.
         logits: kept of what is as wide as the vocabulary.
         transient: what the backward pass of the loss adds.
+        queued: what a split backward pass leaves for the weight gradients.
     """
 
     kept: float
     logits: float
     transient: float
+    queued: float
 
 
 def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
@@ -184,7 +188,8 @@ def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
     slots = layout.micro_batch * workload.slots
     columns = min(config.vocab_size, config.padded_vocab_size // layout.tensor)
     rows = (4 * slots + 2 * layout.micro_batch) * config.hidden_size * number
-    return HeadTensors(rows, 4.0 * slots * columns, 8.0 * slots * columns)
+    queued = number * slots * (columns + 2 * config.hidden_size) if _split(layout) else 0.0
+    return HeadTensors(rows, 4.0 * slots * columns, 8.0 * slots * columns, queued)
 
 
 # ---------------------------------------------------------------- a rank
@@ -207,8 +212,9 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
     parts = _states(workload, layout, mine, microbatches)
     moments = _moments(layout.schedule, layout.pipeline, few, layout.chunks, rank)
     parts |= _in_flight(workload, layout, mine, moments)
-    whole = 4.0 * sum(stage.count for stage in mine)
-    building = whole + (parts["weights"] + parts["gradients"] if layout.flat else 0.0)
+    building = 4.0 * sum(stage.count for stage in mine)
+    if layout.flat:
+        building += parts["weights"] + (0.0 if workload.number_bytes == 4 else parts["weights"] * 2 / layout.shards)
     return RankMemory(parts, building)
 
 
@@ -250,18 +256,21 @@ def _in_flight(
         held_by[stage.number] = len(stage.part.layers) * layer.kept + (mask if stage.part.first else 0.0)
         if stage.part.last:
             held_by[stage.number] += head.kept + final_norm
-    queued_by = {stage.number: len(stage.part.layers) * layer.queued for stage in stages}
     last = max((stage.number for stage in stages if stage.part.last), default=-1)
+    queued_by = {stage.number: len(stage.part.layers) * layer.queued for stage in stages}
+    # While a split backward pass goes down a stage, layers drop what they kept and queue what is left for later.
+    grown_by = {stage.number: (len(stage.part.layers) - 1) * max(0.0, layer.queued - layer.kept) for stage in stages}
+    if last in queued_by:
+        queued_by[last] += head.queued
     best: tuple[float, dict[Part, float]] = (0.0, {})
     for moment in moments:
         own_logits = head.logits if moment.stage == last else 0.0
         transient = own_logits * 1.5
         if not moment.forward:
-            transient = layer.repeated + layer.transient
+            transient = layer.repeated + layer.transient + grown_by[moment.stage]
             if moment.stage == last:  # what the heads kept is gone when the layers' turn comes
-                transient = max(head.transient, transient - own_logits - head.kept - final_norm)
-        # The next message is asked for while an action runs, and the last one may not have been taken yet.
-        messages = (layout.pipeline > 1) * layer.input * (1 if moment.stage == last else 2)
+                transient = max(head.transient, head.queued + transient - own_logits - head.kept - final_norm)
+        messages = moment.messages * layer.input
         held = sum(count * held_by[stage] for stage, count in moment.held)
         candidate: dict[Part, float] = {
             "activations": held + sum(count * queued_by[stage] for stage, count in moment.queued),
@@ -282,12 +291,14 @@ class Moment(NamedTuple):
         forward: or else backward.
         held: micro batches in flight of each stage.
         queued: micro batches of each stage whose weight gradients are still to come.
+        messages: one that the next action is to receive, and the last one's that may not have been taken yet.
     """
 
     stage: int
     forward: bool
     held: tuple[tuple[int, int], ...]
     queued: tuple[tuple[int, int], ...]
+    messages: int
 
 
 @lru_cache(maxsize=4096)
@@ -296,13 +307,20 @@ def _moments(name: str, ranks: int, microbatches: int, chunks: int, rank: int) -
     held: Counter[int] = Counter()
     queued: Counter[int] = Counter()
     found: dict[Moment, None] = {}
-    for action in schedule_of(name, ranks, microbatches, chunks).actions[rank]:
+    schedule = schedule_of(name, ranks, microbatches, chunks)
+    actions = schedule.actions[rank]
+    for before, action, after in zip((None, *actions), actions, (*actions[1:], None), strict=False):
         if action.kind is ActionKind.BACKWARD_WEIGHT:
             queued[action.stage] -= 1
             continue
         forward = action.kind is ActionKind.FORWARD
         held[action.stage] += forward
-        found[Moment(action.stage, forward, tuple(sorted(held.items())), tuple(sorted(queued.items())))] = None
+        messages = (before is not None and outgoing(schedule, before) is not None) + (
+            after is not None and incoming(schedule, after) is not None
+        )
+        found[Moment(action.stage, forward, tuple(sorted(held.items())), tuple(sorted(queued.items())), messages)] = (
+            None
+        )
         held[action.stage] -= not forward
         queued[action.stage] += action.kind is ActionKind.BACKWARD_INPUT
     return tuple(found)

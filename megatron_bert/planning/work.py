@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.workload import Workload
+from parallel.pipeline.actions import Backward
+from parallel.pipeline.schedules import SCHEDULES
 
 
 def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
@@ -19,9 +21,13 @@ def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
     products = 2 * tokens * (4 * hidden * (hidden // tensor) + 2 * hidden * wide)
     attention = 4 * tokens * workload.length * (hidden // tensor)
     forward, backward = products + attention, 2 * products + attention * 5 // 2
+    # Nothing needs the last product of a region again, but a split backward pass gets its operands behind it only.
+    last = 2 * tokens * wide * hidden
+    repeats_last = SCHEDULES[layout.schedule].backward is Backward.SPLIT
     if layout.recompute == "full":
-        # All but the last product, which nothing needs again.
-        backward += forward - 2 * tokens * wide * hidden
+        backward += forward - (0 if repeats_last else last)
+    elif layout.recompute == "selective" and repeats_last:
+        backward += last
     return forward, backward
 
 

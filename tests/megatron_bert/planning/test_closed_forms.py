@@ -110,6 +110,10 @@ CASES = [
     (2, 4, ["parallel.sharding=full"]),
     (6, 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.sharding=hybrid", "parallel.shard_size=2"]),
     (2, 4, ["data.pair_objective=none", "precision.compute=float32"]),
+    (5, 8, ["parallel.sharding=none", "parallel.pipeline=2"]),  # a data rank beyond the first, of copies
+    (3, 4, ["parallel.sharding=none", "parallel.tensor=2", "parallel.sequence=true"]),
+    (3, 4, ["parallel.pipeline=4", "parallel.schedule=zero-bubble-h1", "training.recompute=full"]),
+    (1, 2, ["parallel.pipeline=2", "parallel.schedule=zero-bubble-v", "training.recompute=selective"]),
 ]
 
 
@@ -137,4 +141,8 @@ def test_agrees_with_a_real_step(rank: int, ranks: int, overrides: list[str]) ->
     assert rank_flops(work, layout, stages, place) == step.flops
     expected = totals(step_messages(work, layout, stages, place, in_stage // layout.tensor))
     assert expected == {tuple(what): (seen.count, seen.bytes) for what, seen in step.traffic.items()}
-    assert rank_memory(work, layout, stages, place).peak == pytest.approx(step.peak_bytes, rel=0.03)
+    memory = rank_memory(work, layout, stages, place)
+    assert memory.peak == pytest.approx(step.peak_bytes, rel=0.03)
+    assert memory.needed == pytest.approx(max(step.peak_bytes, step.building), rel=0.03)
+    if layout.flat:  # no more than what stays, in which a step's activations have yet to find room
+        assert step.building <= 1.01 * sum(step.resident.values())
