@@ -127,7 +127,15 @@ class DataSettings(Section):
         "of the corpus once per epoch.",
     )
     packed: bool = Field(
-        False, description="Concatenate the sequences of a micro batch without padding, instead of a padded rectangle."
+        False,
+        description="Pack samples into rows of seq_length tokens, 99% full and more, instead of padding each of them. "
+        "Batch sizes then count rows. Single segments (pair_objective none) end inside sentences to fill them.",
+    )
+    row_samples: int | None = Field(
+        None,
+        gt=0,
+        description="Most samples in a row of packed data; when unset the least of 4, 8, 16, ... that fills rows as "
+        "well as no limit would.",
     )
     workers: int = Field(2, ge=0, description="Loader processes per rank; 0 loads in the training process.")
     cache_dir: Path | None = Field(
@@ -243,8 +251,10 @@ class RunTrainingSettings(Section):
     """Batch and place of a run."""
 
     run_dir: Path = Field(description="Directory of the run's files.")
-    global_batch_size: int = Field(gt=0, description="Samples an optimizer step, over all ranks.")
-    micro_batch_size: int = Field(gt=0, description="Samples a forward pass on one data rank.")
+    global_batch_size: int = Field(
+        gt=0, description="Samples, or rows of packed data, an optimizer step, over all ranks."
+    )
+    micro_batch_size: int = Field(gt=0, description="Samples, or rows, a forward pass on one data rank.")
     seed: int = Field(1234, ge=0, lt=2**62, description="Seed of initial weights, data order, masks and dropout.")
     recompute: Recompute = Field(
         "none",
@@ -358,6 +368,8 @@ class LoggingSettings(Section):
         return self
 
 
+#: Tokens of the shortest sample: one between two special ones.
+_SHORTEST_SAMPLE = 3
 #: Sections in the order in which a settings file is written.
 _SECTIONS = ("model", "tokenizer", "task", "data")
 
@@ -445,6 +457,15 @@ class Settings(RunSettings):
     def max_predictions(self) -> int:
         """Slots of masked tokens per sample."""
         return self.data.max_predictions or max(1, round(self.data.mask_probability * self.data.seq_length))
+
+    def row_slots(self, samples: int) -> int:
+        """Slots of masked tokens of a row that holds as many samples at most: as many as they can have together.
+
+        A sample of n tokens has mask_probability x n rounded, and one at least.
+        """
+        share, data = self.data.mask_probability, self.data
+        rounded = samples * max(0.5, 1 - _SHORTEST_SAMPLE * share)
+        return min(samples * self.max_predictions, int(share * data.seq_length + rounded + 1e-9))
 
     def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:
         """The encoder's configuration, for the vocabulary of the run's tokenizer."""

@@ -31,11 +31,11 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
     intermediate = model.intermediate_size or 4 * model.hidden_size
     check_tensor_size(layout.tensor, model.num_attention_heads, intermediate, model.vocab_size_multiple)
     tokens = settings.training.micro_batch_size * data.seq_length
-    if layout.sequence and tokens % layout.tensor and not data.packed:  # packed micro batches are filled up
+    if layout.sequence and tokens % layout.tensor:
         raise UserError(
             f"parallel.sequence divides the {tokens} tokens of a micro batch (training.micro_batch_size x "
             f"data.seq_length) over {layout.tensor} tensor ranks, which does not come out even: change "
-            "data.seq_length, or set data.packed=true"
+            "data.seq_length or training.micro_batch_size"
         )
     if data.seq_length > model.max_position_embeddings:
         raise UserError(
@@ -50,6 +50,11 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
     if settings.max_predictions > data.seq_length:
         raise UserError(
             f"data.max_predictions {settings.max_predictions} is above data.seq_length {data.seq_length}: lower it"
+        )
+    if data.row_samples is not None and not data.packed:
+        raise UserError(
+            f"data.row_samples is {data.row_samples}, but there are no rows while data.packed is false: remove it, or "
+            "set data.packed=true"
         )
     if settings.training.spike_threshold and not settings.checkpoint.every:
         raise UserError(

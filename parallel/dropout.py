@@ -53,12 +53,13 @@ def _row_seed(keys: Tensor) -> Tensor:
     return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
 
 
-def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int = 0) -> Tensor:
+def keep_mask(keys: Tensor, columns: int | Tensor, probability: float, first_column: int = 0) -> Tensor:
     """Which elements are kept.
 
     Args:
         keys: int64 keys, one per row, any shape ``[...]``.
-        columns: number of columns here.
+        columns: number of columns here; or their numbers where rows differ in them, int32, broadcastable to
+            ``[..., columns]``.
         probability: that an element is dropped, 0 <= probability < 1; exact to 2^-32.
         first_column: global index of the first column here, where columns are divided over ranks.
 
@@ -66,7 +67,10 @@ def keep_mask(keys: Tensor, columns: int, probability: float, first_column: int 
         bool ``[..., columns]``.
     """
     # Columns are distinguished by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
-    column = torch.arange(first_column, first_column + columns, device=keys.device, dtype=torch.int32)
+    if isinstance(columns, Tensor):
+        column = columns
+    else:
+        column = torch.arange(first_column, first_column + columns, device=keys.device, dtype=torch.int32)
     bits = _mix32_(_row_seed(keys)[..., None] ^ _mix32_(column ^ _COLUMN_KEY))
     return bits >= round(probability * 2**32) - 2**31
 

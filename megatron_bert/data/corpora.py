@@ -73,6 +73,7 @@ def _open(settings: Settings, tokenizer: Tokenizer, corpus: WeightedPrefix, part
         whole_word=data.whole_word_masking,
         short_sequence_probability=data.short_sequence_probability,
         objective=data.pair_objective,
+        filled=data.packed,
         seed=settings.training.seed,
         cache_directory=cache_directory(settings),
     )

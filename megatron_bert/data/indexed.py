@@ -74,6 +74,10 @@ class IndexedDataset:
         end = int(self.offsets[last - 1]) // self.dtype.itemsize + int(self.sizes[last - 1])
         return self._tokens[begin:end]
 
+    def tokens_at(self, places: np.ndarray) -> np.ndarray:
+        """Tokens at places of the whole corpus, of the shape of `places`: a copy."""
+        return self._tokens[places]
+
     @property
     def tokens_path(self) -> Path:
         """The `.bin` file."""

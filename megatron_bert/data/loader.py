@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_bert.config import Settings
-from megatron_bert.data.collate import collate
+from megatron_bert.data.collate import collate, collate_rows
 from megatron_bert.data.corpora import Part, open_corpus
+from megatron_bert.data.packing import RowStream
 from megatron_bert.data.sampling import BatchShare, BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bert.ending import SIGNALS, end_with_parent, shielded_start
@@ -22,8 +23,8 @@ from megatron_bert.model.batch import MicroBatch
 class MicroBatchSource(Dataset[MicroBatch]):
     """Micro batch i of a data rank, counted from the start of training: a pure function of (settings, rank, i).
 
-    :class:`~megatron_bert.data.sampling.BatchShare` says which samples it holds. Every tensor rank of a data rank
-    reads for itself; files are memory-mapped and shared by the ranks of a host.
+    :class:`~megatron_bert.data.sampling.BatchShare` says which samples it holds, or which rows where data are packed.
+    Every tensor rank of a data rank reads for itself; files are memory-mapped and shared by the ranks of a host.
 
     Opening is left to the process that reads, so that a source travels to loader processes as settings only.
 
@@ -32,7 +33,6 @@ class MicroBatchSource(Dataset[MicroBatch]):
         part: which part of the data.
         data_rank, data_size: place on the data axis.
         first_sample: number of the first sample of step 0; a whole number of steps may have been consumed before.
-        token_multiple: what the tensor ranks need the token axis to be a multiple of.
     """
 
     def __init__(
@@ -43,21 +43,21 @@ class MicroBatchSource(Dataset[MicroBatch]):
         data_rank: int,
         data_size: int,
         first_sample: int = 0,
-        token_multiple: int = 1,
     ) -> None:
-        self.settings, self.part, self.token_multiple = settings, part, token_multiple
+        self.settings, self.part, self.first_sample = settings, part, first_sample
         self.share = BatchShare(
             global_batch=settings.training.global_batch_size,
             micro_batch=settings.training.micro_batch_size,
             data_rank=data_rank,
             data_size=data_size,
-            first_sample=first_sample,
+            first_sample=0 if settings.data.packed else first_sample,  # rows are counted from the first
         )
         self._opened: tuple[Tokenizer, BlendedCorpus] | None = None
+        self._rows: RowStream | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Without what is open."""
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_rows": None}
 
     def open(self) -> tuple[Tokenizer, BlendedCorpus]:
         """The tokenizer and the corpus, opened once per process."""
@@ -67,19 +67,41 @@ class MicroBatchSource(Dataset[MicroBatch]):
             self._opened = tokenizer, open_corpus(self.settings, tokenizer, self.part)
         return self._opened
 
+    def open_rows(self) -> RowStream:
+        """The rows of packed data, from the first of step 0."""
+        if self._rows is None:
+            data = self.settings.data
+            self._rows = RowStream(
+                self.open()[1], length=data.seq_length, most=data.row_samples, first_sample=self.first_sample
+            )
+        return self._rows
+
     def __getitem__(self, index: int) -> MicroBatch:
         """Micro batch ``index``."""
         tokenizer, corpus = self.open()
-        numbers = list(self.share.samples(index))
-        data = self.settings.data
+        settings, numbers = self.settings, list(self.share.samples(index))
+        if settings.data.packed:
+            return self._packed(index, self.open_rows())
         return collate(
             [corpus.sample(number) for number in numbers],
             numbers,
-            seq_length=data.seq_length,
-            max_predictions=self.settings.max_predictions,
+            seq_length=settings.data.seq_length,
+            max_predictions=settings.max_predictions,
             pad_id=tokenizer.pad_id,
-            packed=data.packed,
-            multiple=self.token_multiple,
+        )
+
+    def _packed(self, index: int, rows: RowStream) -> MicroBatch:
+        corpus, settings, step = rows.corpus, self.settings, index // self.share.micro_batches_per_step
+        first, last = (rows.samples_before((step + n) * settings.training.global_batch_size) for n in (0, 1))
+        return collate_rows(
+            [
+                [(number, corpus.sample(number)) for number in rows.row(place).tolist()]
+                for place in self.share.samples(index)
+            ],
+            length=rows.length,
+            most=rows.most,
+            slots=settings.row_slots(rows.most),
+            step_samples=last - first,
         )
 
 

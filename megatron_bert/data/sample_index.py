@@ -35,6 +35,7 @@ def build_samples(
     short_sequence_probability: float,
     pairs: bool,
     seed: int,
+    filled: bool = False,
 ) -> np.ndarray:
     """Cut documents into samples of consecutive tokens.
 
@@ -45,7 +46,8 @@ def build_samples(
     `piece_starts`. Documents of one sentence give no samples; a sample beyond its target is truncated when it is read.
 
     Single segments: a sample ends with the last sentence that fits its target; where none fits, inside the sentence.
-    Every token belongs to exactly one sample.
+    Filled ones end inside the sentence in any case, to come as close to their target as cuts allow. Every token belongs
+    to exactly one sample.
 
     Cuts inside a sentence are nominal: the reader may move them back to the start of a word, by `cut_margin` tokens
     at most; no sample exceeds `max_tokens` or becomes empty by that.
@@ -58,6 +60,7 @@ def build_samples(
         short_sequence_probability: Share of samples with a shorter target.
         pairs: Whether samples are made for two segments.
         seed: Seed of the targets.
+        filled: Whether single segments end where they are full, and not where a sentence does.
 
     Returns:
         [N, 5] of (first sentence, last sentence exclusive, tokens to keep, tokens of the first sentence before the
@@ -75,15 +78,21 @@ def build_samples(
         end = int(np.searchsorted(bounds, bounds[begin] + CHUNK_SENTENCES, side="right")) - 1
         end = max(end, begin + 1)
         sentences = _compact(sizes, bounds[begin : end + 1])
-        cut = _cut_pairs(_in_pieces(sentences, max_tokens), targets) if pairs else _cut_single(sentences, targets)
+        if pairs:
+            cut = _cut_pairs(_in_pieces(sentences, max_tokens), targets)
+        else:
+            cut = _cut_single(sentences, targets, filled)
         parts.append(cut.astype(index_type))
         begin = end
     return np.concatenate(parts)
 
 
-def cut_margin(max_tokens: int) -> int:
-    """How many tokens a cut inside a sentence may be moved back, to the start of a word."""
-    return min(7, max_tokens // 8)
+def cut_margin(max_tokens: int, *, filled: bool = False) -> int:
+    """How many tokens a cut inside a sentence may be moved back, to the start of a word.
+
+    Samples leave as much room for it as it takes, so it is small for those that are to be filled.
+    """
+    return min(7, max_tokens // 8, *([max(1, max_tokens // 100)] if filled else []))
 
 
 def piece_starts(size: int, max_tokens: int) -> np.ndarray:
@@ -206,9 +215,9 @@ def _cut_pairs(sentences: _Sentences, targets: _Targets) -> np.ndarray:
     return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def _cut_single(sentences: _Sentences, targets: _Targets) -> np.ndarray:
+def _cut_single(sentences: _Sentences, targets: _Targets, filled: bool) -> np.ndarray:
     """Samples that hold every token once, int64 [n, 5] in order."""
-    margin = cut_margin(targets.max_tokens)
+    margin = cut_margin(targets.max_tokens, filled=filled)
     most = targets.max_tokens - margin
     before = np.concatenate([[0], np.cumsum(sentences.lengths)])
     places, ends = before[sentences.bounds[:-1]], before[sentences.bounds[1:]]
@@ -220,11 +229,14 @@ def _cut_single(sentences: _Sentences, targets: _Targets) -> np.ndarray:
         target = targets(sentences.numbers[first], begin)
         # A start inside a sentence may be moved back by the margin, and so may a cut after it.
         reach = places + np.where(begin > 0, np.minimum(target, most), target)
-        border = before[np.searchsorted(before, np.minimum(reach, ends), side="right") - 1]
-        left = before[first + 1] - places
-        even = -(-left // -(-left // most))
-        piece = np.minimum(np.clip(target, margin + 1, most), even)
-        stops = np.where(border > places, border, places + piece)
+        if filled:
+            stops = np.minimum(np.maximum(reach, places + margin + 1), ends)
+        else:
+            border = before[np.searchsorted(before, np.minimum(reach, ends), side="right") - 1]
+            left = before[first + 1] - places
+            even = -(-left // -(-left // most))
+            piece = np.minimum(np.clip(target, margin + 1, most), even)
+            stops = np.where(border > places, border, places + piece)
         last = np.searchsorted(before, stops)
         rows = sentences.rows(first, last, stops - places)
         rows[:, 3], rows[:, 4] = begin, stops - before[last - 1]

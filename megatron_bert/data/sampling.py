@@ -192,5 +192,14 @@ class BlendedCorpus:
         index = permuted(place, self._lengths[owner], self._key(owner, epoch))
         return self.datasets[owner].sample(epoch, index)
 
+    def lengths(self, global_samples: np.ndarray) -> np.ndarray:
+        """Tokens of the samples at positions of the stream, without building them: int64 [N]."""
+        owners, epochs, indices = self.locate(global_samples)
+        lengths = np.empty_like(owners)
+        for owner, epoch in np.unique(np.stack([owners, epochs], axis=1), axis=0).tolist():
+            here = (owners == owner) & (epochs == epoch)
+            lengths[here] = self.datasets[owner].lengths(epoch, indices[here])
+        return lengths
+
     def _key(self, owner: int, epoch: int) -> int:
         return derive_key(self.seed, owner, epoch)

@@ -13,6 +13,7 @@ from megatron_bert.data.hashing import derive_key
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.masking import mask_tokens
 from megatron_bert.data.sample_index import COLUMNS, build_samples, cut_margin, piece_starts, split_documents
+from megatron_bert.data.sample_lengths import text_lengths
 from megatron_bert.data.tokenizers import Tokenizer
 from parallel.errors import UserError
 from parallel.whole_files import reporting, whole_file
@@ -58,6 +59,7 @@ class PairDataset:
         whole_word: Mask whole words; otherwise single pieces.
         short_sequence_probability: Share of samples made shorter on purpose.
         objective: What the second segment is for.
+        filled: Whether single segments end where they are full, and not where a sentence does.
         seed: Seed of everything random.
         cache_directory: Where to keep the sample index, shared by processes and runs; None: build it in memory.
 
@@ -78,6 +80,7 @@ class PairDataset:
         whole_word: bool = True,
         short_sequence_probability: float = 0.1,
         objective: Objective = "sop",
+        filled: bool = False,
         seed: int,
         cache_directory: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -87,6 +90,8 @@ class PairDataset:
         self.seq_length, self.max_predictions = seq_length, max_predictions
         self.mask_probability, self.max_ngram, self.whole_word = mask_probability, max_ngram, whole_word
         self.short_sequence_probability, self.objective, self.seed = short_sequence_probability, objective, seed
+        self._filled = filled and objective == "none"
+        self._margin = cut_margin(self._room, filled=self._filled)
         self._key = np.array([derive_key(seed), 0], dtype=np.uint64)
         self._special = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._special[list(tokenizer.special_ids)] = True
@@ -114,7 +119,7 @@ class PairDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.indexed.prefix}")
-        rng = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, index, epoch]))
+        rng = self._generator(epoch, index)
         segments, pair_label = self._segments(index, rng)
         cls, sep = (np.array([token_id], dtype=np.int32) for token_id in (self.tokenizer.cls_id, self.tokenizer.sep_id))
         pieces, starts = [cls], [_ONE_WORD]
@@ -136,6 +141,28 @@ class PairDataset:
             max_ngram=self.max_ngram,
         )
         return Sample(masked.tokens, types, masked.positions, masked.labels, pair_label)
+
+    def lengths(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Tokens of the samples that `sample` builds, without building them.
+
+        Args:
+            epoch: Number of the pass through the data.
+            indices: int [n], numbers of samples.
+
+        Returns:
+            int64 [n].
+        """
+        special = self.seq_length - self._room
+        if self.objective == "nsp":  # the second segment is drawn, and any other sample's
+            drawn = [self._segments(index, self._generator(epoch, index))[0] for index in indices.tolist()]
+            return special + np.array([sum(len(segment.ids) for segment in segments) for segments in drawn])
+        rows = self._index[indices]
+        lengths = text_lengths(self.indexed, rows, self.tokenizer.word_starts, self._margin)
+        return special + (lengths if self.objective == "none" else np.minimum(lengths, rows[:, 2]))
+
+    def _generator(self, epoch: int, index: int) -> np.random.Generator:
+        """The source of all choices of one sample."""
+        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, index, epoch]))
 
     def _segments(self, index: int, rng: np.random.Generator) -> tuple[list["_Segment"], int]:
         """The one or two segments of a sample, two cut to its target length, and the pair label."""
@@ -161,7 +188,7 @@ class PairDataset:
         starts = np.cumsum(sizes) - sizes
         stop = int(starts[-1]) + end
         # Cuts inside a sentence move back to the start of a word, for which a little more is read on both sides.
-        margin = cut_margin(self._room)
+        margin = self._margin
         low = max(0, begin - margin)
         stored = self.indexed.tokens(first, last)[low : stop + 1]
         if stored.min() < 0 or stored.max() >= self.tokenizer.vocab_size:
@@ -183,7 +210,7 @@ class PairDataset:
     ) -> np.ndarray:
         """Places between `begin` and `stop` where sentences start, and those where pieces of long ones do."""
         cuts = [
-            _word_start(word_starts, cut, cut_margin(self._room))
+            _word_start(word_starts, cut, self._margin)
             for k in np.flatnonzero(sizes > self._room)
             for cut in (starts[k] + piece_starts(int(sizes[k]), self._room)).tolist()
             if begin < cut < stop
@@ -230,6 +257,7 @@ class PairDataset:
             short_sequence_probability=self.short_sequence_probability,
             pairs=self.objective != "none",
             seed=self.seed,
+            filled=self._filled,
         )
         if len(index) == 0:
             needs = "tokens" if self.objective == "none" else f"two sentences for pair_objective {self.objective}"
@@ -261,6 +289,7 @@ class PairDataset:
             self.short_sequence_probability,
             self.objective != "none",
             self.seed,
+            *(("filled",) if self._filled else ()),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -113,6 +113,7 @@ class AttentionHeads(nn.Module):
         keys: Tensor | None,
         *,
         first: int = 0,
+        positions: Tensor | None = None,
         head_mask: Tensor | None = None,
         explicit: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +125,7 @@ class AttentionHeads(nn.Module):
             mask: bool ``[B, K]`` or broadcastable to ``[B, A, Q, K]``, true where a key may be attended to.
             keys: int64 ``[B, Q]`` dropout keys; None without dropout.
             first: position of the first query, counted from the first key.
+            positions: int32 ``[B, K]``, what dropout calls the keys; by default 0 to K - 1.
             head_mask: of all heads, broadcastable to ``[B, all heads, Q, K]``.
             explicit: write the probabilities out.
 
@@ -139,7 +141,7 @@ class AttentionHeads(nn.Module):
         if not (keyed or faster or explicit or head_mask is not None or self.distance is not None):
             return fused_attention(query, key, value, mask, dropout), None
         return recomputed(
-            self._write_out, self.recompute, query, key, value, mask, keys, first, head_mask, at="selective"
+            self._write_out, self.recompute, query, key, value, mask, keys, first, positions, head_mask, at="selective"
         )
 
     def _write_out(
@@ -150,6 +152,7 @@ class AttentionHeads(nn.Module):
         mask: Tensor | None,
         keys: Tensor | None,
         first: int,
+        positions: Tensor | None,
         head_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         head_keys = None
@@ -162,6 +165,7 @@ class AttentionHeads(nn.Module):
             bias=None if self.distance is None else self.distance(query, key, first),
             dropout=0.0 if head_keys is None else self.dropout,
             keys=head_keys,
+            positions=positions,
             head_mask=self._own_mask(head_mask),
         )
         return torch.matmul(probabilities, value), probabilities
@@ -246,7 +250,9 @@ class SelfAttention(AttentionHeads):
         """``[T, A, 3, D]`` of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
         rectangle_keys = None if keys is None else layout.to_rectangle(keys)
-        context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
+        context, _ = self.attend(
+            query, key, value, layout.rectangle_mask(), rectangle_keys, positions=layout.row_positions
+        )
         return layout.from_rectangle(context.transpose(1, 2))
 
     def _answer(

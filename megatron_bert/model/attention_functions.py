@@ -23,6 +23,7 @@ def attention_probabilities(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     keys: Tensor | None = None,
+    positions: Tensor | None = None,
     head_mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias), after dropout and the head mask.
@@ -34,6 +35,7 @@ def attention_probabilities(
         bias: added to the scaled scores, ``[B, A, Q, K]``.
         dropout: probability of dropping an attention probability.
         keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
+        positions: int32 ``[B, K]``, what dropout calls the keys; by default 0 to K - 1.
         head_mask: what the probabilities are multiplied with at last, broadcastable to ``[B, A, Q, K]``.
 
     Returns:
@@ -47,7 +49,8 @@ def attention_probabilities(
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if dropout > 0.0:
         assert keys is not None, "keyed dropout needs keys"
-        probabilities = mask_and_scale(probabilities, keep_mask(keys, probabilities.shape[-1], dropout), dropout)
+        columns = probabilities.shape[-1] if positions is None else positions[:, None, None, :]
+        probabilities = mask_and_scale(probabilities, keep_mask(keys, columns, dropout), dropout)
     return probabilities if head_mask is None else probabilities * head_mask
 
 

@@ -24,6 +24,8 @@ class TokenBatch:
         layout: which tokens belong together.
         first_tokens: int64 ``[B]``, where each sequence starts.
         lengths: number of tokens of each sequence, without padding.
+        step_samples: samples of the training stream in the step's global batch, of which this is a part; None where
+            that is the settings' global batch size.
     """
 
     tokens: Tensor
@@ -33,6 +35,7 @@ class TokenBatch:
     layout: SequenceLayout
     first_tokens: Tensor
     lengths: tuple[int, ...]
+    step_samples: int | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same batch on ``device``."""
@@ -66,6 +69,8 @@ class MicroBatch(TokenBatch):
         slots: int64 ``[K]``, indices on the token axis of the masked tokens; unused slots point at token 0.
         slot_labels: int64 ``[K]``, their true ids; -100 for unused slots.
         pair_labels: int64 ``[B]``, 0 in order / next, 1 swapped / random; -100 without a pair objective.
+
+    In rows, B is the most that there may be: sequences that there are not start at token 0 and have no label.
     """
 
     slots: Tensor

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the flat token axis divides into sequences.
 
-The encoder works on tokens ``[T, H]``; only attention needs to know which of them belong together. Two forms:
+The encoder works on tokens ``[T, H]``; only attention needs to know which of them belong together. Three forms:
 
 * a rectangle: B sequences of S tokens each, T = B * S, with an optional mask of real keys;
-* packed: sequences of any lengths end to end, without padding.
+* packed: sequences of any lengths end to end, without padding;
+* packed into rows: the same, in shapes that do not depend on the lengths. Where attention needs a rectangle, it is
+  one of rows that hold several sequences each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,12 +58,15 @@ class SequenceLayout:
     """Sequences on a flat token axis.
 
     Attributes:
-        batch: number of sequences B.
+        batch: number of sequences B; of rows where there are any.
         length: S; for packed sequences the longest (an upper bound will do).
         key_mask: rectangle only: bool ``[B, S]``, true for tokens that may be attended to; None when all may.
-        boundaries: packed only: int32 ``[B + 1]``, where each sequence starts and the last one ends (cu_seqlens).
+        boundaries: packed only: int32, where each sequence starts and the last one ends (cu_seqlens): ``[B + 1]``, or
+            a fixed number for rows, with sequences of no tokens at the end.
         places: packed only: int64 ``[T]``, where each token stands in the rectangle ``B * S``; None where they fill it.
         fill: packed only: how many tokens at the end are filling, sequences of their own that nothing is made of.
+        owners: rows only: int64 ``[B, S]``, which sequence of the row each place belongs to.
+        row_positions: rows only: int32 ``[B, S]``, which place of its sequence that is.
     """
 
     batch: int
@@ -70,6 +75,8 @@ class SequenceLayout:
     boundaries: Tensor | None = None
     places: Tensor | None = None
     fill: int = 0
+    owners: Tensor | None = None
+    row_positions: Tensor | None = None
 
     @staticmethod
     def rectangle(batch: int, length: int, key_mask: Tensor | None = None) -> SequenceLayout:
@@ -103,6 +110,37 @@ class SequenceLayout:
             fill=fill,
         )
 
+    @staticmethod
+    def rows(lengths: Sequence[Sequence[int]], length: int, most: int) -> SequenceLayout:
+        """Rows of ``length`` tokens each, filled up; the sequences of all rows stand longest first, filling at last.
+
+        Args:
+            lengths: of the sequences of each row.
+            length: tokens of a row.
+            most: sequences of a row at most; the filling is one more.
+        """
+        sizes = np.zeros((len(lengths), most + 1), dtype=np.int64)
+        for row, given in enumerate(lengths):
+            sizes[row, : len(given)] = given
+            sizes[row, most] = length - sum(given)
+        order, _ = longest_first(sizes[:, :most].flatten())
+        filling = np.arange(len(lengths)) * (most + 1) + most
+        numbers = np.concatenate([order // most * (most + 1) + order % most, filling])
+        starts = np.cumsum(sizes, axis=1) - sizes + np.arange(len(lengths))[:, None] * length
+        flat, flat_starts = sizes.flatten()[numbers], starts.flatten()[numbers]
+        ends = np.cumsum(flat)
+        owners = np.repeat(np.tile(np.arange(most + 1), len(lengths)), sizes.flatten())
+        positions = np.arange(len(lengths) * length) - np.repeat(starts.flatten(), sizes.flatten())
+        return SequenceLayout(
+            batch=len(lengths),
+            length=length,
+            boundaries=torch.from_numpy(np.concatenate([[0], ends])).to(torch.int32),
+            places=torch.from_numpy(np.repeat(flat_starts - (ends - flat), flat) + np.arange(len(lengths) * length)),
+            fill=int(sizes[:, most].sum()),
+            owners=torch.from_numpy(owners).view(len(lengths), length),
+            row_positions=torch.from_numpy(positions).to(torch.int32).view(len(lengths), length),
+        )
+
     @property
     def is_packed(self) -> bool:
         """Whether the sequences stand end to end without padding."""
@@ -110,9 +148,9 @@ class SequenceLayout:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Packed only: tokens of each sequence, as numbers: on an accelerator, asking waits for it."""
+        """Packed only: tokens of each sequence that has any: on an accelerator, asking waits for it."""
         assert self.boundaries is not None, "a packed layout has boundaries"
-        return self.boundaries.diff().tolist()
+        return [length for length in self.boundaries.diff().tolist() if length]
 
     def parts(self, pairs: int) -> list[SequenceLayout]:
         """Packed only: runs of neighboring sequences that are similar enough to fill a rectangle of their own.
@@ -147,6 +185,8 @@ class SequenceLayout:
             boundaries=changed(self.boundaries),
             places=changed(self.places),
             fill=self.fill,
+            owners=changed(self.owners),
+            row_positions=changed(self.row_positions),
         )
 
     def to_rectangle(self, tokens: Tensor) -> Tensor:
@@ -176,10 +216,17 @@ class SequenceLayout:
     def real_places(self) -> Tensor | None:
         """Bool ``[B, S]``, the same in the rectangle; None when all are."""
         real = self.real_tokens()
-        return self.rectangle_mask() if real is None else self.to_rectangle(real)
+        if real is None:
+            return None if self.owners is not None else self.rectangle_mask()
+        return self.to_rectangle(real)
 
     def rectangle_mask(self) -> Tensor | None:
-        """Bool ``[B, S]``, true for tokens that may be attended to; None when all may."""
+        """Bool ``[B, S]``, true for tokens that may be attended to; None when all may.
+
+        Of rows ``[B, 1, S, S]``, true where query and key are of one sequence.
+        """
+        if self.owners is not None:
+            return (self.owners[:, :, None] == self.owners[:, None, :])[:, None]
         if self.boundaries is None or self.places is None:
             return self.key_mask
         lengths = self.boundaries.diff()

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bert.config import Settings
-from megatron_bert.data.collate import collate
+from megatron_bert.data.collate import collate, collate_rows
+from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.data.sentence_pairs import Sample
 from megatron_bert.model.attention import SCORES_PER_SEQUENCE
 from megatron_bert.model.batch import MicroBatch
@@ -19,7 +20,7 @@ from megatron_bert.planning.measuring import StepMeasurement, StepMeter, on_ente
 from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.trainer import Trainer
-from parallel.mesh import AXES, ParallelLayout, ParallelMesh
+from parallel.mesh import AXES, ParallelMesh
 
 
 def dry_run_rank(
@@ -40,7 +41,7 @@ def dry_run_rank(
         settings = settings.model_copy(update={"training": training})
         layout = settings.layout(world_size)
         objective = make_objective(settings)
-        batch = longest_batch(settings, layout)
+        batch = longest_batch(settings)
         if batch.layout.is_packed:  # a processor asks for the lengths of its sequences, which are known here alone
             batch.layout.parts(SCORES_PER_SEQUENCE // (objective.config.num_attention_heads // layout.tensor))
         with simulated_world(rank, world_size) as world:
@@ -94,7 +95,7 @@ def _group_names(trainer: Trainer) -> dict[str, str]:
     return names
 
 
-def longest_batch(settings: Settings, layout: ParallelLayout) -> MicroBatch:
+def longest_batch(settings: Settings) -> MicroBatch:
     """A micro batch of samples that are as long as they can be, with as many masked tokens."""
     length, masked, size = settings.data.seq_length, settings.max_predictions, settings.training.micro_batch_size
     sample = Sample(
@@ -104,12 +105,9 @@ def longest_batch(settings: Settings, layout: ParallelLayout) -> MicroBatch:
         mask_labels=np.full(masked, 1),
         pair_label=-1 if settings.data.pair_objective == "none" else 0,
     )
-    return collate(
-        [sample] * size,
-        range(size),
-        seq_length=length,
-        max_predictions=masked,
-        pad_id=0,
-        packed=settings.data.packed,
-        multiple=layout.tensor,
-    )
+    if settings.data.packed:
+        most = settings.data.row_samples or LEAST_SAMPLES
+        return collate_rows(
+            [[(n, sample)] for n in range(size)], length=length, most=most, slots=settings.row_slots(most)
+        )
+    return collate([sample] * size, range(size), seq_length=length, max_predictions=masked, pad_id=0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_bert.config import RunSettings, Settings
+from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import training_flops
 from parallel.pipeline.stage import StagePart, split_layers
@@ -22,9 +23,9 @@ class Workload:
 
     Attributes:
         config: of the encoder.
-        length: tokens of a sample.
-        slots: masked tokens of a sample; 0 where there is no masked-language head.
-        global_batch: samples of an optimizer step.
+        length: tokens of a sample, or of a row of packed ones.
+        slots: masked tokens of a sample or row; 0 where there is no masked-language head.
+        global_batch: samples, or rows, of an optimizer step.
         steps: of the run.
         compute: format of matrix products.
         compiled: whether layers are compiled.
@@ -86,7 +87,11 @@ def workload_of(settings: RunSettings, config: MegatronBertConfig, steps: int, l
         length: tokens of a sample.
     """
     pretraining = isinstance(settings, Settings)
-    slots = settings.max_predictions if isinstance(settings, Settings) else 0
+    slots = 0
+    if isinstance(settings, Settings):
+        slots = settings.max_predictions
+        if settings.data.packed:
+            slots = settings.row_slots(settings.data.row_samples or LEAST_SAMPLES)
     return Workload(
         config=config,
         length=length,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from megatron_bert.config import Settings
+from megatron_bert.data.packing import RowStream
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.sentence_pairs import PairDataset
 
@@ -19,9 +20,10 @@ def describe_training_data(settings: Settings, corpus: BlendedCorpus, first_step
         corpus: the training stream.
         first_step: steps done already.
     """
-    steps, batch = settings.training.steps, settings.training.global_batch_size
+    steps, rows = settings.training.steps, _rows(settings, corpus)
+    batch = settings.training.global_batch_size * (rows.samples_per_row() if rows else 1)
     lines, notes = [], []
-    past, whole = corpus.epochs(first_step * batch), corpus.epochs(steps * batch)
+    past, whole = corpus.epochs(round(first_step * batch)), corpus.epochs(round(steps * batch))
     for dataset, before, after in zip(corpus.datasets, past, whole, strict=True):
         line, note = _describe(dataset)
         done = f" after {before:.1f}" if first_step else ""
@@ -34,12 +36,19 @@ def describe_training_data(settings: Settings, corpus: BlendedCorpus, first_step
                 f"note: {steps:,} steps are {after:,.0f} epochs of {dataset.indexed.prefix}, and BERT was pretrained "
                 f"with {MANY_EPOCHS}: watch the held-out loss, and take fewer steps or more text if it rises"
             )
+    if rows:
+        lines.append(
+            f"rows of {rows.length} tokens are {rows.fill():.1%} full, with {rows.samples_per_row():.2f} samples on "
+            f"average and {rows.most} at most"
+        )
     return lines + notes
 
 
 def describe_held_out_data(settings: Settings, corpus: BlendedCorpus) -> list[str]:
     """A line for each held-out corpus: its size, what is left out and why, how much an evaluation reads; then notes."""
+    rows = _rows(settings, corpus)
     samples = settings.training.evaluate_batches * settings.training.global_batch_size
+    samples = round(samples * rows.samples_per_row()) if rows else samples
     lines, notes = [], []
     for dataset, share in zip(corpus.datasets, corpus.epochs(samples), strict=True):
         line, note = _describe(dataset)
@@ -51,6 +60,12 @@ def describe_held_out_data(settings: Settings, corpus: BlendedCorpus) -> list[st
                 f"reads and are repeated, masked elsewhere: hold out more documents, or lower training.evaluate_batches"
             )
     return lines + notes
+
+
+def _rows(settings: Settings, corpus: BlendedCorpus) -> RowStream | None:
+    """The rows of packed data."""
+    data = settings.data
+    return RowStream(corpus, length=data.seq_length, most=data.row_samples) if data.packed else None
 
 
 def _describe(dataset: PairDataset) -> tuple[str, list[str]]:

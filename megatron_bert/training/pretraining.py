@@ -159,5 +159,4 @@ class Pretraining(Objective):
             data_rank=mesh.data_rank,
             data_size=mesh.layout.data,
             first_sample=first_sample,
-            token_multiple=mesh.layout.tensor,
         )

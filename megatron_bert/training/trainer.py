@@ -218,7 +218,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.objective.after_step(self.model, self.mesh)
         self.step += 1
-        self.consumed_samples += self.settings.training.global_batch_size
+        self.consumed_samples += batches[0].step_samples or self.settings.training.global_batch_size
         return sums
 
     def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -72,6 +73,7 @@ def test_settings_that_fit() -> None:
         ),
         (1, {"data__seq_length": 65}, ["data.seq_length 65", "model.max_position_embeddings 64", "raise the latter"]),
         (1, {"model__type_vocab_size": 1}, ["data.pair_objective sop", "model.type_vocab_size", "set it to 2"]),
+        (1, {"data__row_samples": 3}, ["data.row_samples is 3", "data.packed is false", "data.packed=true"]),
         (1, {"data__max_predictions": 33}, ["data.max_predictions 33", "data.seq_length 32", "lower it"]),
         (
             4,
@@ -150,12 +152,26 @@ def test_numbers_that_nothing_can_be_computed_with(name: str, value: Any) -> Non
         make(**{name: value})
 
 
-def test_packed_micro_batches_are_filled_up_for_sequence_parallelism() -> None:
-    layout: dict[str, Any] = {"parallel__tensor": 2, "parallel__sequence": True}
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequence_parallelism_divides_the_tokens_of_a_micro_batch(packed: bool) -> None:
+    layout: dict[str, Any] = {"parallel__tensor": 2, "parallel__sequence": True, "data__packed": packed}
     odd = {"data__seq_length": 31, "training__micro_batch_size": 3, "training__global_batch_size": 3}
     with pytest.raises(UserError, match="93 tokens of a micro batch"):
         check_settings(make(**layout, **odd), 2)
-    check_settings(make(**layout, **odd, data__packed=True), 2)
+    check_settings(make(**layout, **(odd | {"data__seq_length": 32})), 2)
+
+
+def test_slots_of_a_row_are_as_many_as_its_samples_can_mask() -> None:
+    for probability, most in ((0.15, 4), (0.15, 40), (0.4, 3), (0.01, 20)):
+        settings = make(data__mask_probability=probability, data__packed=True)
+        counted = [max(1, round(n * probability)) for n in range(33)]
+        best = np.full((most + 1, 33), -999)  # samples, tokens -> masked tokens
+        best[0] = 0
+        for samples in range(1, most + 1):
+            for tokens in range(3, 33):
+                best[samples, tokens] = max(best[samples - 1, tokens - n] + counted[n] for n in range(3, tokens + 1))
+        assert best.max() <= settings.row_slots(most) <= best.max() + most / 2 + 1
+    assert make(data__max_predictions=2, data__packed=True).row_slots(3) == 6
 
 
 def test_edges_that_fit() -> None:

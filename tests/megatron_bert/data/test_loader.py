@@ -11,6 +11,7 @@ import torch
 
 from megatron_bert.config import Settings
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
+from megatron_bert.model.batch import MicroBatch
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings
 from tests.worlds import CPU, run_world
@@ -83,15 +84,37 @@ def test_loader_processes_change_nothing(data: Path, packed: bool) -> None:
     assert_equal(found[2], found[0])
 
 
-def test_going_on_from_a_later_step(data: Path) -> None:
-    wanted = settings(data)
+@pytest.mark.parametrize("packed", [False, True])
+def test_going_on_from_a_later_step(data: Path, packed: bool) -> None:
+    wanted = settings(data, packed=packed)
     three = list(micro_batches(source(wanted), 3, CPU))
-    rest = list(micro_batches(source(wanted, first=GLOBAL), 2, CPU))
+    consumed = three[0].step_samples or GLOBAL
+    rest = list(micro_batches(source(wanted, first=consumed), 2, CPU))
     assert_equal(rest, three[GLOBAL // 4 :])
 
 
-def test_micro_batches_hold_the_same_samples_at_any_size(data: Path) -> None:
-    large = source(settings(data, micro=GLOBAL))[0]
-    small = [source(settings(data, micro=4), rank, 2)[index] for index in range(3) for rank in range(2)]
-    for name in ("tokens", "types", "samples", "slot_labels", "pair_labels"):
-        assert torch.equal(torch.cat([getattr(batch, name) for batch in small]), getattr(large, name)), name
+def of_samples(batches: list[MicroBatch]) -> dict[int, tuple[list[int], ...]]:
+    """Sample number -> its tokens, types and labels, wherever they are."""
+    found = {}
+    for batch in batches:
+        real = batch.layout.real_tokens()
+        numbers = batch.samples if real is None else torch.where(real, batch.samples, -1)
+        for number in set(numbers.tolist()) - {-1}:
+            here = numbers == number
+            labels = batch.slot_labels[(batch.slot_labels >= 0) & here[batch.slots]]
+            found[number] = batch.tokens[here].tolist(), batch.types[here].tolist(), labels.tolist()
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_hold_the_same_samples_at_any_size(data: Path, packed: bool) -> None:
+    large = [source(settings(data, micro=GLOBAL, packed=packed))[index] for index in range(3)]
+    small = [source(settings(data, micro=4, packed=packed), rank, 2)[index] for index in range(9) for rank in range(2)]
+    for step, batch in enumerate(large):
+        parts = small[6 * step : 6 * step + 6]
+        assert of_samples(parts) == of_samples([batch])
+        assert len(of_samples(parts)) == len(batch.lengths) == (batch.step_samples or GLOBAL)
+        assert {part.step_samples for part in parts} == {batch.step_samples}
+        if not packed:
+            for name in ("tokens", "types", "samples", "slot_labels", "pair_labels"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name

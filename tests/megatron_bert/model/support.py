@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_bert.data.collate import collate_rows
+from megatron_bert.data.sentence_pairs import Sample
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
@@ -75,6 +77,27 @@ def make_batch(*, packed: bool = False, samples: int = 100) -> MicroBatch:
         pair_labels=torch.tensor([0, 1, 1, IGNORED, 0]),
         lengths=LENGTHS,
     )
+
+
+def make_rows(*, swapped: bool = False) -> MicroBatch:
+    """The same sequences in rows of 16 tokens; on request with others together."""
+    batch = make_batch()
+    samples = []
+    for place, length in enumerate(LENGTHS):
+        here = slice(place * LENGTH, place * LENGTH + length)
+        masked = (batch.slots // LENGTH == place) & (batch.slot_labels != IGNORED)
+        samples.append(
+            Sample(
+                tokens=batch.tokens[here].numpy(),
+                types=batch.types[here].numpy(),
+                mask_positions=(batch.slots[masked] - place * LENGTH).numpy(),
+                mask_labels=batch.slot_labels[masked].numpy(),
+                pair_label=int(batch.pair_labels[place]),
+            )
+        )
+    rows = ((0, 3), (1, 2), (4,)) if not swapped else ((0,), (2, 1, 3), (4,))
+    given = [[(100 + place, samples[place]) for place in row] for row in rows]
+    return collate_rows(given, length=16, most=3, slots=6)
 
 
 def make_model(

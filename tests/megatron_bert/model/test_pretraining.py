@@ -19,6 +19,7 @@ from tests.megatron_bert.model.support import (
     assert_steps_equal,
     make_batch,
     make_model,
+    make_rows,
     step,
     total_loss,
     whole,
@@ -39,6 +40,17 @@ def test_packed_and_padded_agree(seed):
     used = make_batch().slot_labels != IGNORED
     torch.testing.assert_close(logits[1].masked[used], logits[0].masked[used], rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(logits[1].pair, logits[0].pair, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@DROPOUT
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_agree(monkeypatch, seed, compiled, swapped):
+    """Also where attention works on rows that hold several sequences, as it does in compiled code."""
+    expected, batch = step(make_model(), make_batch(), seed), make_rows(swapped=swapped)
+    assert batch.layout.fill == 3 * 16 - sum(LENGTHS)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    assert_steps_equal(step(make_model(), batch, seed), expected, TOLERANCE)
 
 
 def test_longer_padding_changes_nothing_with_dropout_on():
