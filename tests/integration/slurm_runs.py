@@ -58,6 +58,9 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock = threading.Lock()
+        #: All jobs, and when Slurm was asked for them: each question starts a program, and many scenarios wait.
+        self.jobs: list[dict[str, str]] = []
+        self.asked, self.asking = 0.0, threading.Lock()
         #: Set when a scenario has failed: the others need not go on.
         self.over = False
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -140,9 +143,20 @@ class Session:
         self.until(lambda: len(list(folder.glob("rank_*"))) == ranks, f"step {HOLD_STEP} of {name}")
 
     def job(self, number: str) -> list[dict[str, str]]:
-        """What Slurm knows of a job, or of each task of an array."""
-        records = self.call("scontrol", "show", "job", number).strip().split("\n\n")
-        return [dict(re.findall(r"(\w+)=(\S*)", record)) for record in records]
+        """What Slurm knew of a job, or of each task of an array, not more than a second ago."""
+        with self.asking:
+            known = time.monotonic() < self.asked + 1.0 and any(self._is_of(job, number) for job in self.jobs)
+            if not known:
+                listed = self.call("scontrol", "show", "job").strip().split("\n\n")
+                self.jobs = [dict(re.findall(r"(\w+)=(\S*)", record)) for record in listed]
+                self.asked = time.monotonic()
+            found = [job for job in self.jobs if self._is_of(job, number)]
+        assert found, f"Slurm does not know job {number}"
+        return found
+
+    @staticmethod
+    def _is_of(job: dict[str, str], number: str) -> bool:
+        return number in (job.get("JobId"), job.get("ArrayJobId"))
 
     def until_ended(self, number: str) -> list[dict[str, str]]:
         self.until(
