@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_bert.data.hashing import derive_key
-from megatron_bert.data.sampling import BlendedCorpus, shuffled
+from megatron_bert.data.sampling import BlendedCorpus, permuted
 
 WINDOW = 1024
 """Samples that are packed together. Of books in rows of 512 tokens, windows of 64, 256 and 1,024 fill 97.9, 99.0 and
@@ -145,7 +145,7 @@ class RowStream:
         """A window, packed; those used last are kept."""
         if number not in self._windows:
             rows = pack(self._lengths(number), self.length, self.most)
-            order = shuffled(np.arange(len(rows)), len(rows), derive_key(self.corpus.seed, _ORDER, number))
+            order = permuted(np.arange(len(rows)), len(rows), derive_key(self.corpus.seed, _ORDER, number))
             samples = np.concatenate([rows[row] for row in order]) + number * self.window_size
             ends = np.cumsum([len(rows[row]) for row in order])
             while len(self._windows) >= _OPEN_WINDOWS:
