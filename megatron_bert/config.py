@@ -271,7 +271,9 @@ class RunTrainingSettings(Section):
 class TrainingSettings(RunTrainingSettings):
     """Length, batch and place of a pretraining run."""
 
-    steps: int = Field(gt=0, description="Optimizer steps.")
+    steps: int = Field(
+        ge=0, description="Optimizer steps; with 0 the model is evaluated on held-out data, and no more."
+    )
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates at the end only.")
     evaluate_batches: int = Field(20, gt=0, description="Global batches of held-out samples an evaluation.")
     spike_threshold: float = Field(

@@ -62,7 +62,8 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
             "no checkpoint to return to: set checkpoint.every, or training.spike_threshold=0"
         )
     settings.stage_parts(settings.schedule(layout), padded_vocab_size=0)
-    check_learning_rate(settings.learning_rate, settings.training.steps)
+    if settings.training.steps:
+        check_learning_rate(settings.learning_rate, settings.training.steps)
     return layout
 
 

@@ -52,6 +52,10 @@ class Pretraining(Objective):
         self.evaluate_every = settings.training.evaluate_every
         self._corpora: dict[Part, BlendedCorpus] = {}
         self.evaluates = holds_out(settings.data)
+        if not self.total_steps and not self.evaluates:
+            raise UserError(
+                "training.steps is 0, which evaluates alone, but no data are held out: set data.valid or data.split"
+            )
         if settings.checkpoint.keep_best:
             if not self.evaluates:
                 raise UserError(
@@ -89,8 +93,8 @@ class Pretraining(Objective):
 
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Build the sample indices once, on rank 0, and let every rank open the data."""
-        parts: tuple[Part, ...] = ("train", "valid") if self.evaluates else ("train",)
-        for part in parts:
+        parts: dict[Part, bool] = {"train": self.total_steps > 0, "valid": self.evaluates}
+        for part in (part for part, needed in parts.items() if needed):
             source = self._source(mesh, part, 0)
             if world.is_first:
                 _, self._corpora[part] = source.open()

@@ -135,6 +135,9 @@ class Trainer:
 
     def _run(self, stop: StopRequest, report: Report) -> str | None:
         settings, total = self.settings, self.objective.total_steps
+        if not total:
+            self._evaluate(report)
+            return None
         self.checkpoints.prepare()  # not before: a start that is refused leaves nothing behind
         batches = self._batches()
         meter, profiler = Meter(self), StepProfiler(self, self.settings.logging.profiled_steps)

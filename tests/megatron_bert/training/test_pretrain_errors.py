@@ -48,3 +48,26 @@ def test_a_pattern_that_matches_no_parameter(data: Path, tmp_path: Path) -> None
     ):
         pretrain(settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_steps_evaluate_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores of a model as it is: those that its training ended with."""
+    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+    pretrain(run_settings(data, tmp_path / "trained", training__evaluate_every=STEPS))
+    ended = rows(tmp_path / "trained")[-1]
+    model = {"model__from": str(tmp_path / "trained")}
+    capsys.readouterr()
+    pretrain(run_settings(data, tmp_path / "scored", training__steps=0, **model))
+    (scores,) = rows(tmp_path / "scored")
+    assert scores["step"] == 0
+    names = ("valid_mlm_loss", "valid_sop_loss", "valid_mlm_accuracy")
+    assert [scores[name] for name in names] == pytest.approx([ended[name] for name in names])
+    assert latest_checkpoint(tmp_path / "scored" / "checkpoints") is None
+    assert "training data" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"training\.steps is 0, which evaluates alone, but no data are held out"):
+        pretrain(run_settings(data, tmp_path / "none", training__steps=0, data__split="1,0,0"))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match=f"has trained {STEPS} steps, but the run is to have 0"):
+        pretrain(run_settings(data, tmp_path / "trained", training__steps=0))
