@@ -24,6 +24,7 @@ FILES = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 WORLD_SIZES = {
     "bert_tiny": (1, 2, 4),
     "bert_345m": (1, 8, 32),
+    "bert_345m_fast": (1, 8, 32),
     "bert_1.3b": (1, 8, 64),
     "bert_3.9b": (8, 64, 256),
 }
@@ -97,6 +98,13 @@ def test_recipe_is_the_papers(name: str) -> None:
     assert (data.pair_objective, data.whole_word_masking, data.max_ngram) == ("sop", True, 3)
     assert (settings.optimizer.weight_decay, settings.optimizer.clip_grad_norm) == (0.01, 1.0)
     assert (settings.model.hidden_dropout_prob, settings.model.attention_probs_dropout_prob) == (0.1, 0.1)
+
+
+def test_the_fast_recipe_is_the_papers_without_attention_dropout() -> None:
+    fast, slow = (load_settings(_path(name), ["training.run_dir=run"]) for name in ("bert_345m_fast", "bert_345m"))
+    assert fast.model.attention_probs_dropout_prob == 0.0
+    model = fast.model.model_copy(update={"attention_probs_dropout_prob": 0.1})
+    assert fast.model_copy(update={"model": model}) == slow
 
 
 @FILES

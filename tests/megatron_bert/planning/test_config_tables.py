@@ -19,6 +19,7 @@ H100 = Machine(DEVICES["h100"], NETWORK)
 #: What the comments recommend for smaller devices, whose memory they name: GB of the smallest, GPUs, settings.
 SMALLER = {
     "bert_345m": (16, 1, ["training.micro_batch_size=4", "training.recompute=selective"]),
+    "bert_345m_fast": (16, 1, ["training.micro_batch_size=4", "training.recompute=selective"]),
     "bert_1.3b": (32, 8, ["parallel.tensor=2", "parallel.sequence=true", "training.micro_batch_size=8"]),
     "bert_3.9b": (32, 8, ["parallel.tensor=8", "training.micro_batch_size=4"]),
 }
