@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask
+from megatron_bert.ibert.epilogues import Target, clamp_into, empty_mask
 from megatron_bert.ibert.fixed_point import carried_short
 from megatron_bert.ibert.products import EXACT, exact_attended, exactly
 from megatron_bert.ibert.softmax import (
@@ -32,12 +32,11 @@ HEAD_DIMENSIONS = (EXACT - 1) // 127**2
 
 
 class AttentionScales(NamedTuple):
-    """Real values of one step of the tensors of attention."""
+    """Real values of one step of what attention reads."""
 
     query: float
     key: float
     value: float
-    context: float
 
 
 class _Attention(torch.autograd.Function):
@@ -52,7 +51,6 @@ class _Attention(torch.autograd.Function):
         keep_factor: float,
         scales: AttentionScales,
         target: Target,
-        watch: Watch | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dim = query.shape[-1]
         with exactly(query.device):
@@ -66,21 +64,19 @@ class _Attention(torch.autograd.Function):
         products = exact_attended(numerators if kept is None else numerators * kept, value)
         out = torch.empty_like(query)
         inside = empty_mask(ctx, query)
-        means = row_factor(sums.long(), mean_factor(scales.value * keep_factor / scales.context))
+        means = row_factor(sums.long(), mean_factor(scales.value * keep_factor / target.scale))
         step, multiplier = row_steps(means)
         half = step.new_full((), 0.5)
         for rows in blocks(out):
             rounded = carried_short(products[rows], step[rows], half, multiplier[rows])
-            clamp_into(out, inside, rows, rounded, target, watch)
+            clamp_into(out, inside, rows, rounded, target)
         ctx.mark_non_differentiable(numerators, sums)
         ctx.save_for_backward(query, key, value, numerators, sums, kept, inside)
         ctx.scales, ctx.keep_factor = scales, keep_factor
         return out, numerators, sums
 
     @staticmethod
-    def backward(
-        ctx: Any, gradient: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None, None]:
         query, key, value, numerators, sums, kept, inside = ctx.saved_tensors
         scales: AttentionScales = ctx.scales
         gradient = gradient * inside
@@ -95,7 +91,7 @@ class _Attention(torch.autograd.Function):
         root = query.shape[-1] ** -0.5
         of_query = torch.bmm(of_scores, key * (scales.key * root))
         of_key = torch.bmm(of_scores.transpose(1, 2), query * (scales.query * root))
-        return of_query, of_key, of_value, None, None, None, None, None, None
+        return of_query, of_key, of_value, None, None, None, None, None
 
 
 def argument_factor(dim: int) -> float:
@@ -113,7 +109,6 @@ def integer_attention(
     *,
     kept: Tensor | None = None,
     keep_factor: float = 1.0,
-    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v in integers.
 
@@ -121,14 +116,13 @@ def integer_attention(
         query, key, value: ``[B, A, Q or K, D]`` integers of 8 bits.
         mask: bool ``[B, K]`` or broadcastable to ``[B, A, Q, K]``, true where a key may be attended to; a query without
             any has the result 0.
-        scales: of the four tensors.
-        target: bounds of the result.
+        scales: of query, key and value.
+        target: of the result.
         kept: bool ``[B, A, Q, K]``, probabilities that dropout keeps.
         keep_factor: 1 / (1 - probability of dropout).
-        watch: sees the results before they are clamped.
 
     Returns:
-        ``[B, A, Q, D]`` integers of scale ``scales.context``; the numerators ``[B, A, Q, K]`` before dropout, and their
+        ``[B, A, Q, D]`` integers of scale ``target.scale``; the numerators ``[B, A, Q, K]`` before dropout, and their
         sums ``[B, A, Q, 1]``.
     """
     batch, heads, queries, dim = query.shape
@@ -143,6 +137,6 @@ def integer_attention(
         mask = mask.expand(batch, heads, mask.shape[2], keys).reshape(batch * heads, mask.shape[2], keys)
     flat = [t.reshape(batch * heads, t.shape[2], dim).contiguous() for t in (query, key, value)]
     kept = None if kept is None else kept.reshape(batch * heads, queries, keys)
-    out, numerators, sums = _Attention.apply(*flat, mask, kept, keep_factor, scales, target, watch)
+    out, numerators, sums = _Attention.apply(*flat, mask, kept, keep_factor, scales, target)
     result, above, below = (t.unflatten(0, (batch, heads)) for t in (out, numerators, sums))
     return result, above, below

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.ibert.epilogues import Target, Watch, clamp_into, empty_mask, quantized, rescale
+from megatron_bert.ibert.epilogues import Target, clamp_into, empty_mask, quantized, rescale
 from megatron_bert.ibert.fixed_point import Factor, factor
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.products import quantize_weight
@@ -34,19 +34,19 @@ def row_factor(scale: Tensor, unit: float) -> Factor:
 
 class _Words(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, target: Target, watch: Watch | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, target: Target) -> Tensor:
         integers = quantize_weight(rows, WORD_BITS)
         prepared = rescale(row_factor(integers.scale[:, None], target.unit), None, integers.scale)
         out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         inside = empty_mask(ctx, rows)
-        clamp_into(out, inside, slice(None), prepared(integers.q), target, watch)
+        clamp_into(out, inside, slice(None), prepared(integers.q), target)
         ctx.save_for_backward(inside)
         ctx.dtype = rows.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return (gradient * ctx.saved_tensors[0]).to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient * ctx.saved_tensors[0]).to(ctx.dtype), None
 
 
 class QuantizedEmbeddings(Quantized, BertEmbeddings):
@@ -86,12 +86,8 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
             if self.norm is not None:
                 hidden = self.norm(self.observe("sum", hidden))
             return self.observe("output", hidden).float()
-        quantizer = self.quantizer(summed)
-        to = (quantizer.target(), quantizer.watch())
-        rounded = [
-            _Words.apply(parts[0], *to),
-            *(quantized(part.float(), quantizer.scale(), *to) for part in parts[1:]),
-        ]
+        target = self.quantizer(summed).target()
+        rounded = [_Words.apply(parts[0], target), *(quantized(part.float(), target) for part in parts[1:])]
         hidden = self.read(sum(rounded[1:], rounded[0]), summed)
         if self.norm is not None:
             hidden = self.normalize(self.norm, hidden, "sum", "output")

@@ -36,17 +36,26 @@ Watch = Callable[[Tensor, slice], None]
 
 
 class Target(NamedTuple):
-    """Where a requantization goes.
+    """Where a requantization goes: all that a quantizer gives a layer.
 
     Attributes:
         low, high: bounds of the integers.
-        unit: what the integers are multiplied with in the tensor that is returned: 1 for carried integers, a power of
-            two (their scale) for tensors of the residual stream and logits.
+        scale: the real value of one step.
+        real: whether tensors hold the real values that the integers stand for, as those of the residual stream and
+            logits do, whose scale is a power of two; else they carry the integers.
+        watch: sees the integers before they are clamped; None where nobody does.
     """
 
     low: int
     high: int
-    unit: float = 1.0
+    scale: float = 1.0
+    real: bool = False
+    watch: Watch | None = None
+
+    @property
+    def unit(self) -> float:
+        """What the integers are multiplied with in a tensor."""
+        return self.scale if self.real else 1.0
 
 
 class Rescale(NamedTuple):
@@ -95,9 +104,7 @@ def integer_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
     return (bias.double() / accumulator_scale + 0.5).floor_().clamp_(-_LARGEST_BIAS, _LARGEST_BIAS)
 
 
-def clamp_into(
-    out: Tensor, kept: Tensor | None, rows: slice, rounded: Tensor, target: Target, watch: Watch | None
-) -> None:
+def clamp_into(out: Tensor, kept: Tensor | None, rows: slice, rounded: Tensor, target: Target) -> None:
     """Clamp a block of integers into its place of the result, and note where nothing was clamped.
 
     Args:
@@ -106,12 +113,11 @@ def clamp_into(
         rows: where the block stands in both.
         rounded: integers carried in float32 or float64. In float32 those above 2^24 lose digits, but none crosses a
             bound, which has at most 18 bits.
-        target: bounds and unit of the result.
-        watch: sees the block before it is clamped.
+        target: of the result.
     """
     rounded = rounded.float()
-    if watch is not None:
-        watch(rounded, rows)
+    if target.watch is not None:
+        target.watch(rounded, rows)
     clamped = torch.clamp(rounded, target.low, target.high, out=out[rows])
     if kept is not None:
         torch.eq(clamped, rounded, out=kept[rows])
@@ -142,51 +148,46 @@ def _bias_gradient(ctx: Any, gradient: Tensor) -> Tensor | None:
 
 class _Requantize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target) -> Tensor:
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         kept = empty_mask(ctx, a)
         for rows in blocks(a):
-            clamp_into(out, kept, rows, prepared(a, rows), target, watch)
+            clamp_into(out, kept, rows, prepared(a, rows), target)
         ctx.save_for_backward(kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         gradient = gradient * ctx.saved_tensors[0]
-        return gradient, _bias_gradient(ctx, gradient), None, None, None
+        return gradient, _bias_gradient(ctx, gradient), None, None
 
 
-def requantized(
-    a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target, watch: Watch | None = None
-) -> Tensor:
+def requantized(a: Tensor, bias: Tensor | None, prepared: Rescale, target: Target) -> Tensor:
     """Accumulators (or any real values) to integers of another scale.
 
     Args:
         a: ``[T, N]`` accumulators; or real values, with 1 / scale as the number that is prepared.
         bias: float ``[N]``, only for its gradient: ``prepared`` holds its integers. None without.
         prepared: of :func:`rescale`.
-        target: bounds and unit of the result.
-        watch: sees the results before they are clamped.
+        target: of the result.
 
     Returns:
         ``[T, N]`` float32: integers, or multiples of ``target.unit``.
     """
-    return _Requantize.apply(a, tracked(bias), prepared, target, watch)
+    return _Requantize.apply(a, tracked(bias), prepared, target)
 
 
-def quantized(x: Tensor, scale: float, target: Target, watch: Watch | None = None) -> Tensor:
-    """Real values to integers of a scale.
+def quantized(x: Tensor, target: Target) -> Tensor:
+    """Real values to integers.
 
-    Where the scale is the target's unit, a power of two, it is one rounding: ``clamp(floor(x / scale + 1/2))``. Else it
-    is a requantization by 1 / scale, whose shift takes real values, multiples of a power of two, to integers.
+    Where tensors hold real values, with a power of two as scale, it is one rounding: ``clamp(floor(x / scale + 1/2))``.
+    Else it is a requantization by 1 / scale, whose shift takes real values, multiples of a power of two, to integers.
     """
     if target.unit != 1.0:
-        return requantized(x, None, exact_read(scale, x.device), target, watch)
-    number = torch.tensor(1.0 / scale, dtype=torch.float64, device=x.device)
-    return requantized(x, None, rescale(reading_factor(number), None, number), target, watch)
+        return requantized(x, None, exact_read(target.scale, x.device), target)
+    number = torch.tensor(1.0 / target.scale, dtype=torch.float64, device=x.device)
+    return requantized(x, None, rescale(reading_factor(number), None, number), target)
 
 
 class _Dequantize(torch.autograd.Function):
@@ -227,15 +228,7 @@ class GeluSteps(NamedTuple):
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        a: Tensor,
-        bias: Tensor | None,
-        steps: GeluSteps,
-        target: Target,
-        approximate: str,
-        watch: Watch | None,
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, steps: GeluSteps, target: Target, approximate: str) -> Tensor:
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         kept = empty_mask(ctx, a)
         argument = None if kept is None else torch.empty_like(out)
@@ -252,26 +245,26 @@ class _Gelu(torch.autograd.Function):
             else:
                 places = x.add_(bound).int().clamp_(0, 2 * bound)  # NaN has none: see softmax.carried_numerators
                 rounded = results.index_select(0, places.flatten()).view(x.shape)
-            clamp_into(out, kept, rows, rounded, target, watch)
+            clamp_into(out, kept, rows, rounded, target)
         ctx.save_for_backward(argument, kept)
         ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         argument, kept = ctx.saved_tensors
         gradient = torch.ops.aten.gelu_backward(gradient * kept, argument, approximate=ctx.approximate)
-        return gradient, _bias_gradient(ctx, gradient), None, None, None, None
+        return gradient, _bias_gradient(ctx, gradient), None, None, None
 
 
-def gelu_steps(bias: Tensor | None, accumulator_scale: Tensor, result_scale: float, target: Target) -> GeluSteps:
+def gelu_steps(bias: Tensor | None, accumulator_scale: Tensor, target: Target) -> GeluSteps:
     """Prepare a GELU: arguments as in :func:`gelu_requantized`."""
     device = accumulator_scale.device
-    exponent = integer_gelu.argument_exponent(result_scale, of_stream=target.unit != 1.0)
+    exponent = integer_gelu.argument_exponent(target.scale, of_stream=target.unit != 1.0)
     argument = rescale(factor(accumulator_scale * 2.0**exponent), bias, accumulator_scale)
     if target.unit != 1.0:
-        return GeluSteps(argument, exponent, exact_read(result_scale * 2.0**exponent, device))
-    onward = torch.tensor(2.0**-exponent / result_scale, dtype=torch.float64, device=device)
+        return GeluSteps(argument, exponent, exact_read(target.scale * 2.0**exponent, device))
+    onward = torch.tensor(2.0**-exponent / target.scale, dtype=torch.float64, device=device)
     multiplier = (onward * 2.0**15 + 0.5).floor().clamp_(max=LARGEST_SHORT).long()
     return GeluSteps(argument, exponent, rescale(Factor(multiplier, multiplier * 0), None, onward))
 
@@ -280,11 +273,9 @@ def gelu_requantized(
     a: Tensor,
     bias: Tensor | None,
     accumulator_scale: Tensor,
-    result_scale: float,
     target: Target,
     *,
     approximate: str = "none",
-    watch: Watch | None = None,
 ) -> Tensor:
     """Bias, GELU and requantization of accumulators ``[T, N]``.
 
@@ -294,13 +285,11 @@ def gelu_requantized(
     Args:
         a, bias: as in :func:`requantized`.
         accumulator_scale: float64 ``[N]``.
-        result_scale: of the result's integers.
-        target: bounds and unit of the result.
+        target: of the result.
         approximate: whose derivative is taken, ``none`` or ``tanh``.
-        watch: sees the results before they are clamped.
     """
-    steps = gelu_steps(None if bias is None else bias.detach(), accumulator_scale, result_scale, target)
-    return _Gelu.apply(a, tracked(bias), steps, target, approximate, watch)
+    steps = gelu_steps(None if bias is None else bias.detach(), accumulator_scale, target)
+    return _Gelu.apply(a, tracked(bias), steps, target, approximate)
 
 
 class _Tanh(torch.autograd.Function):

@@ -28,7 +28,7 @@ from parallel.sharding import local_tensor
 
 #: Fraction bits and bounds of logits: 25 bits with the sign, which float32 holds.
 LOGIT_BITS = 12
-_LOGITS = Target(-(2**24) + 1, 2**24 - 1, 2.0**-LOGIT_BITS)
+_LOGITS = Target(-(2**24) + 1, 2**24 - 1, 2.0**-LOGIT_BITS, real=True)
 
 
 def logits(sums: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
@@ -94,10 +94,8 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
                 sums,
                 self.dense.bias,
                 scale,
-                gelu.scale(),
                 gelu.target(),
                 approximate=GELU_APPROXIMATIONS[self.hidden_act],
-                watch=gelu.watch(),
             )
             gelu.used(wide)
         features = self.normalize(self.norm, wide, "gelu", "features")

@@ -192,19 +192,20 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         linear = self.attention.query_key_value
         sums, scale = self.multiply(x, linear.weight, "attention_input")
         quantizers = [self.quantizer(name) for name in ("query", "key", "value")]
-        scales = torch.tensor([q.scale() for q in quantizers], dtype=torch.float64, device=x.device)
+        targets = [quantizer.target(real) for quantizer in quantizers]
+        scales = torch.tensor([target.scale for target in targets], dtype=torch.float64, device=x.device)
         bias = None if linear.bias is None else local_tensor(linear.bias)
         number = factor(scale / scales[None, :, None].expand(heads, 3, dim).flatten(), GUARD_BITS)
-        watches = [q.watch(real) for q in quantizers]
 
         def watch(rounded: Tensor, rows: slice) -> None:
-            for one, part in zip(watches, rounded.unflatten(-1, (heads, 3, dim)).unbind(2), strict=True):
-                if one is not None:
-                    one(part, rows)
+            for target, part in zip(targets, rounded.unflatten(-1, (heads, 3, dim)).unbind(2), strict=True):
+                if target.watch is not None:
+                    target.watch(part, rows)
 
         prepared = rescale(number, None if bias is None else bias.detach(), scale)
-        any_watch = watch if any(one is not None for one in watches) else None
-        qkv = requantized(sums, bias, prepared, quantizers[0].target(), any_watch).unflatten(-1, (heads, 3, dim))
+        watched = any(target.watch is not None for target in targets)
+        together = targets[0]._replace(watch=watch if watched else None)
+        qkv = requantized(sums, bias, prepared, together).unflatten(-1, (heads, 3, dim))
         for quantizer, part in zip(quantizers, qkv.unbind(2), strict=True):
             quantizer.used(part)
         return qkv
@@ -225,13 +226,12 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         if dropout > 0.0:
             assert keys is not None
             head_keys = fold_in(keys[:, None, :], attention.own_numbers(query.device)[None, :, None])
-        scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value", "context")))
+        scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value")))
         if "softmax" in self.force:
-            parts = zip((query, key, value), scales[:3], strict=True)
+            parts = zip((query, key, value), scales, strict=True)
             wide = [dequantized(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
             mixed = explicit_attention(wide[0], wide[1], wide[2], request.mask, dropout, head_keys)
-            watch = context.watch(None if real is None else real[:, None])
-            return quantized(mixed.contiguous(), scales.context, context.target(), watch), None
+            return quantized(mixed.contiguous(), context.target(None if real is None else real[:, None])), None
         kept = None if head_keys is None else keep_mask(head_keys, key.shape[2], dropout)
         # Sequences times heads, as integer attention has them.
         of_heads = None if real is None else real.repeat_interleave(query.shape[1], dim=0)
@@ -241,10 +241,9 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             value,
             request.mask,
             scales,
-            context.target(),
+            context.target(of_heads),
             kept=kept,
             keep_factor=1.0 / (1.0 - dropout),
-            watch=context.watch(of_heads),
         )
         if not request.probabilities:
             return result, None
@@ -254,20 +253,11 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         """GELU of the wide accumulators, and the product with the second matrix."""
         gelu, linear = self.quantizer("gelu"), self.mlp.intermediate
         bias = None if linear.bias is None else local_tensor(linear.bias)
-        watch = gelu.watch(real)
+        target, act = gelu.target(real), self.mlp.hidden_act
         if "gelu" in self.force:
-            wide = ACTIVATIONS[self.mlp.hidden_act](dequantized(sums, scale, bias))
-            q = quantized(wide, gelu.scale(), gelu.target(), watch)
+            q = quantized(ACTIVATIONS[act](dequantized(sums, scale, bias)), target)
         else:
-            q = gelu_requantized(
-                sums,
-                bias,
-                scale,
-                gelu.scale(),
-                gelu.target(),
-                approximate=GELU_APPROXIMATIONS[self.mlp.hidden_act],
-                watch=watch,
-            )
+            q = gelu_requantized(sums, bias, scale, target, approximate=GELU_APPROXIMATIONS[act])
         gelu.used(q)
         return self.multiply(q, self.mlp.output.weight, "gelu", divided=self.tp)
 
@@ -285,7 +275,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         """The stream with what a part of the layer gives: its accumulators and their scale."""
         sums, scale = part
         total, after = where
-        target = self.quantizer(total).target()
+        target = self.quantizer(total).target(real)
         kept, keep_factor = None, 1.0
         if keys is not None and self.dropout > 0.0:
             row_keys = fold_in(own_tokens(keys, self.tp), place)
@@ -293,8 +283,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         bias = linear.bias
         number = factor(scale * (keep_factor / target.unit))
         prepared = rescale(number, None if bias is None else bias.detach(), scale)
-        watch = self.quantizer(total).watch(real)
-        hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=keep_factor, watch=watch)
+        hidden = added_to_stream(hidden, sums, bias, prepared, target, kept=kept, keep_factor=keep_factor)
         self.quantizer(total).used(hidden)
         return self.normalize(norm, hidden, total, after, real) if self.post_norm else hidden
 

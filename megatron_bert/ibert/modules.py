@@ -63,7 +63,7 @@ class Quantized(nn.Module):
     def read(self, x: Tensor, name: str, real: Tensor | None = None) -> Tensor:
         """Real values of the stream to integers of a quantizer; ``real`` as for :meth:`Quantizer.watch`."""
         quantizer = self.quantizer(name)
-        q = quantized(checked(x), quantizer.scale(), quantizer.target(), quantizer.watch(real))
+        q = quantized(checked(x), quantizer.target(real))
         quantizer.used(q)
         return q
 
@@ -76,16 +76,7 @@ class Quantized(nn.Module):
         if "layernorm" in self.force:
             normalized = F.layer_norm(checked(x), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
             return self.read(normalized, result, real)
-        q = normalized_stream(
-            checked(x),
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            before.target(),
-            after.scale(),
-            after.target(),
-            after.watch(real),
-        )
+        q = normalized_stream(checked(x), norm.weight, norm.bias, norm.eps, before.target(), after.target(real))
         after.used(q)
         return q
 

@@ -96,13 +96,14 @@ class Quantizer(nn.Module):
             return (limit - LEAST) / (2**self.bits - 1)
         return max(2.0**-_FINEST, limit / largest(self.bits))
 
-    def target(self) -> Target:
-        """Bounds of the integers, and the unit of the tensors that carry them."""
+    def target(self, real: Tensor | None = None) -> Target:
+        """What a layer needs to make integers of this quantizer; ``real`` as for :meth:`watch`."""
+        scale = self.scale()
         if self.kind == "gelu":
-            zero_point = floor(-LEAST / self.scale() + 0.5)
-            return Target(-zero_point, 2**self.bits - 1 - zero_point)
+            zero_point = floor(-LEAST / scale + 0.5)
+            return Target(-zero_point, 2**self.bits - 1 - zero_point, scale, watch=self.watch(real))
         limit = largest(self.bits)
-        return Target(-limit, limit, self.scale() if self.kind == "stream" else 1.0)
+        return Target(-limit, limit, scale, self.kind == "stream", self.watch(real))
 
     def largest_integer(self) -> int:
         """Largest magnitude of the integers."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_bert.ibert import layer_norm as integer_norm
 from megatron_bert.ibert.blocks import blocks
-from megatron_bert.ibert.epilogues import Rescale, Target, Watch, clamp_into, empty_mask, exact_read, tracked
+from megatron_bert.ibert.epilogues import Rescale, Target, clamp_into, empty_mask, exact_read, tracked
 from megatron_bert.ibert.fixed_point import LARGEST_SHORT, Factor
 
 
@@ -30,7 +30,6 @@ class _AddToStream(torch.autograd.Function):
         target: Target,
         kept_of_part: Tensor | None,
         keep_factor: float,
-        watch: Watch | None,
     ) -> Tensor:
         out = torch.empty(stream.shape, dtype=torch.float32, device=a.device)
         inside = empty_mask(ctx, stream)
@@ -40,24 +39,24 @@ class _AddToStream(torch.autograd.Function):
             if kept_of_part is not None:
                 part.mul_(kept_of_part[rows])
             before = read(stream, rows)
-            if watch is not None:
-                watch(part.float(), rows)
-                watch(before.float(), rows)
+            if target.watch is not None:
+                target.watch(part.float(), rows)
+                target.watch(before.float(), rows)
             total = part.add_(before.clamp_(-LARGEST_SHORT, LARGEST_SHORT))
-            clamp_into(out, inside, rows, total, target, watch)
+            clamp_into(out, inside, rows, total, target)
         ctx.save_for_backward(inside, kept_of_part)
         ctx.keep_factor, ctx.bias_dtype = keep_factor, None if bias is None else bias.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None, None]:
         inside, kept_of_part = ctx.saved_tensors
         gradient = gradient * inside
         part = gradient
         if kept_of_part is not None:
             part = (gradient * kept_of_part).mul_(ctx.keep_factor)
         of_bias = part.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return gradient, part, of_bias, None, None, None, None, None
+        return gradient, part, of_bias, None, None, None, None
 
 
 def added_to_stream(
@@ -69,7 +68,6 @@ def added_to_stream(
     *,
     kept: Tensor | None = None,
     keep_factor: float = 1.0,
-    watch: Watch | None = None,
 ) -> Tensor:
     """The residual sum: ``clamp(floor(stream / unit + 1/2) + requantized (a + b)) * unit``, both terms of 16 bits.
 
@@ -78,12 +76,11 @@ def added_to_stream(
         a: ``[T, H]`` accumulators of the part that is added.
         bias: float ``[H]`` of that part, for its gradient.
         prepared: accumulator scale (times ``keep_factor``) / unit, with the bias.
-        target: bounds and unit of the result.
+        target: of the result; what watches it sees both terms too.
         kept: bool ``[T, H]``, elements of the part that dropout keeps; None without dropout.
         keep_factor: 1 / (1 - probability of dropout).
-        watch: sees the sums and their terms before they are clamped.
     """
-    return _AddToStream.apply(stream, a, tracked(bias), prepared, target, kept, keep_factor, watch)
+    return _AddToStream.apply(stream, a, tracked(bias), prepared, target, kept, keep_factor)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -97,7 +94,6 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         parameters: integer_norm.Affine,
         target: Target,
-        watch: Watch | None,
     ) -> Tensor:
         width = stream.shape[-1]
         out = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
@@ -117,7 +113,7 @@ class _LayerNorm(torch.autograd.Function):
             own = Factor(factors.multiplier[rows], factors.shift[rows])
             normal = integer_norm.carried_normalized(integers(rows), totals[rows], own, width)
             result = integer_norm.scaled(normal, parameters)
-            clamp_into(out, inside, rows, result, target, watch)
+            clamp_into(out, inside, rows, result, target)
         if inside is not None:
             mean = totals.mul(source.unit / width).float()
             inverse = deviations.double().reciprocal_().mul_(width / source.unit).float()
@@ -127,7 +123,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         stream, weight, bias, inside, mean, inverse = ctx.saved_tensors
         of_stream, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
             gradient * inside,
@@ -140,7 +136,7 @@ class _LayerNorm(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         as_given = [None if g is None else g.to(p.dtype) for g, p in ((of_weight, weight), (of_bias, bias))]
-        return of_stream, as_given[0], as_given[1], None, None, None, None, None
+        return of_stream, as_given[0], as_given[1], None, None, None, None
 
 
 def epsilon_steps(eps: float, width: int, unit: float) -> int:
@@ -154,9 +150,7 @@ def normalized_stream(
     bias: Tensor,
     eps: float,
     source: Target,
-    scale: float,
     target: Target,
-    watch: Watch | None = None,
 ) -> Tensor:
     """Layer norm of the stream.
 
@@ -164,11 +158,9 @@ def normalized_stream(
         stream: ``[T, H]`` real values.
         weight, bias: ``[H]``.
         eps: added to the variance.
-        source: bounds and unit that the stream is rounded to first; it already is, if its writer used the same.
-        scale: of the result's integers.
-        target: bounds and unit of the result.
-        watch: sees the results before they are clamped.
+        source: what the stream is rounded to first; it already is, if its writer used the same.
+        target: of the result.
     """
-    step = torch.tensor(scale, dtype=torch.float64, device=stream.device)
+    step = torch.tensor(target.scale, dtype=torch.float64, device=stream.device)
     parameters = integer_norm.affine(weight.detach(), bias.detach(), step)
-    return _LayerNorm.apply(stream, tracked(weight), tracked(bias), source, eps, parameters, target, watch)
+    return _LayerNorm.apply(stream, tracked(weight), tracked(bias), source, eps, parameters, target)

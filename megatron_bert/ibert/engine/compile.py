@@ -219,7 +219,7 @@ def _layer(module: QuantizedTransformerLayer, producer: int) -> Layer:
     attention_output, of_attention = _matrix(attention.output.weight, attention.output.bias, scales["context"], bits)
     intermediate, of_intermediate = _matrix(mlp.intermediate.weight, mlp.intermediate.bias, scales["mlp_input"], bits)
     output, of_output = _matrix(mlp.output.weight, mlp.output.bias, scales["gelu"], bits)
-    steps = gelu_steps(None, of_intermediate, scales["gelu"], q("gelu").target())
+    steps = gelu_steps(None, of_intermediate, q("gelu").target())
     assert steps.result.multiplier is not None
     totals = ("attention_sum", "mlp_sum") if post else ("middle", "output")
     first, second = (_exponent(q(name)) for name in totals)

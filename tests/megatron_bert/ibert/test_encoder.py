@@ -76,9 +76,9 @@ def test_a_fully_masked_row_is_defined():
 def test_uniform_attention_over_512_keys():
     values = torch.randint(-127, 128, (1, 2, 512, 8)).float()
     query = torch.zeros(1, 2, 3, 8)
-    scale = AttentionScales(0.02, 0.02, 0.03, 0.03 / 32)
+    scale = AttentionScales(0.02, 0.02, 0.03)
     key = torch.randint(-127, 128, (1, 2, 512, 8)).float()
-    context, numerators, sums = integer_attention(query, key, values, None, scale, SIGNED)
+    context, numerators, sums = integer_attention(query, key, values, None, scale, SIGNED._replace(scale=0.03 / 32))
     assert bool((numerators == 255).all())
     assert bool((sums == 512 * 255).all())
     real = values.double().mean(2, keepdim=True) * 32
@@ -92,7 +92,9 @@ def test_attention_over_more_keys_than_one_product_sums():
     query, key, value = (torch.randint(-127, 128, (1, 1, n, 4), generator=generator).float() for n in (2, 1500, 1500))
     value[:] = 127.0
     query[:] = 0.0
-    context, _, sums = integer_attention(query, key, value, None, AttentionScales(1e-3, 1e-3, 0.01, 0.01), SIGNED)
+    context, _, sums = integer_attention(
+        query, key, value, None, AttentionScales(1e-3, 1e-3, 0.01), SIGNED._replace(scale=0.01)
+    )
     assert int(sums.max()) == 1500 * 255
     assert bool((context == 127).all())
 

@@ -101,7 +101,7 @@ def test_gradient_of_a_requantization_is_masked_where_it_clamps():
 def test_gelu_of_all_arguments(rows):
     """Looked up where there are many, computed where there are few; clamped at both ends of the argument."""
     a = torch.arange(-40000, 40000, 3 - rows)
-    result_scale, target = 0.25, Target(-1, 200)
+    result_scale, target = 0.25, Target(-1, 200, 0.25)
     exponent = integer_gelu.argument_exponent(result_scale)
     assert exponent == 7
     steps = integer_gelu.gelu(a.clamp(-32767, 32767), exponent)
@@ -109,11 +109,11 @@ def test_gelu_of_all_arguments(rows):
     scale = _double(2.0**-exponent * (1 - 2.0**-15))  # for a multiplier of 32767
     given = a.float()[:, None].repeat(1, rows)
     assert (given.numel() > 2 * 32767) == (rows == 2)
-    for column in gelu_requantized(given, None, scale, result_scale, target).unbind(1):
+    for column in gelu_requantized(given, None, scale, target).unbind(1):
         assert int((column.long() - expected).abs().max()) <= 1
         assert (column.long() != expected).float().mean() < 0.02
     given[5] = torch.nan  # of a model that diverges: no error, the loss says so
-    gelu_requantized(given, None, scale, result_scale, target)
+    gelu_requantized(given, None, scale, target)
 
 
 def test_gradient_of_gelu():
@@ -121,7 +121,7 @@ def test_gradient_of_gelu():
     scale = torch.full((8,), 1e-3, dtype=torch.float64)
     for approximate in ("none", "tanh"):
         a.grad = bias.grad = None
-        q = gelu_requantized(a, bias, scale, 0.012, Target(-14, 241), approximate=approximate)
+        q = gelu_requantized(a, bias, scale, Target(-14, 241, 0.012), approximate=approximate)
         gradient = torch.randn(200, 8)
         q.backward(gradient)
         x = ((a.detach() + (bias.detach() * 1000 + 0.5).floor()) * 1e-3).requires_grad_()
@@ -154,7 +154,7 @@ def test_gradient_of_the_residual_sum_with_dropout():
     a, bias = _accumulators(40, 8), torch.randn(8, requires_grad=True)
     scale = torch.full((8,), 2e-4, dtype=torch.float64)
     kept, unit = torch.rand(40, 8) > 0.25, 2.0**-9
-    target = Target(-2047, 2047, unit)
+    target = Target(-2047, 2047, unit, real=True)
     prepared = rescale(factor(scale / unit / 0.75), bias.detach(), scale)
     out = added_to_stream(stream, a, bias, prepared, target, kept=kept, keep_factor=1 / 0.75)
     total = stream.detach() + (a.detach() * 2e-4 + bias.detach()) * kept / 0.75
@@ -173,14 +173,14 @@ def test_gradient_of_layer_norm():
     unit = 2.0**-10
     stream = ((torch.randn(20, 64) * 500).round() * unit).requires_grad_()
     weight, bias = (torch.randn(64) * 0.2 + 1).requires_grad_(), torch.randn(64, requires_grad=True)
-    source = Target(-32767, 32767, unit)
+    source = Target(-32767, 32767, unit, real=True)
     given = [t.detach().clone().requires_grad_() for t in (stream, weight, bias)]
     real = F.layer_norm(given[0], (64,), given[1], given[2], 1e-5)
     steps = (real.detach() / 0.02).abs()
     inside = steps < 127.5
     # None for the few elements so near the bound that rounding decides.
     gradient = torch.randn(20, 64) * ((steps - 127.5).abs() > 0.05)
-    q = normalized_stream(stream, weight, bias, 1e-5, source, 0.02, SIGNED)
+    q = normalized_stream(stream, weight, bias, 1e-5, source, SIGNED._replace(scale=0.02))
     q.backward(gradient)
     assert int((~inside).sum()) > 0
     real.backward(gradient * inside)
@@ -192,12 +192,12 @@ def test_gradient_of_layer_norm():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_of_attention(dropout):
-    scales = AttentionScales(0.03, 0.03, 0.02, 0.02)
+    scales, target = AttentionScales(0.03, 0.03, 0.02), SIGNED._replace(scale=0.02)
     integers = [torch.randint(-100, 101, (2, 3, 9, 8)).float().requires_grad_() for _ in range(3)]
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6:] = False
     kept = torch.rand(2, 3, 9, 9) >= dropout if dropout else None
-    context, _, _ = integer_attention(*integers, mask, scales, SIGNED, kept=kept, keep_factor=1 / (1 - dropout))
+    context, _, _ = integer_attention(*integers, mask, scales, target, kept=kept, keep_factor=1 / (1 - dropout))
     gradient = torch.randn(2, 3, 9, 8)
     context.backward(gradient)
     real = [(t.detach() * s).double().requires_grad_() for t, s in zip(integers, scales[:3], strict=True)]
@@ -216,7 +216,7 @@ def test_gradient_of_attention(dropout):
 
 def test_quantizing_and_dequantizing_pass_gradients_through():
     x = torch.randn(30, 4, requires_grad=True)
-    q = quantized(x, 0.015, SIGNED)
+    q = quantized(x, SIGNED._replace(scale=0.015))
     y = dequantized(q, _double(0.015))
     assert (y - x.clamp(-1.905, 1.905)).abs().max() <= 0.0076
     y.sum().backward()

@@ -37,7 +37,7 @@ def test_embeddings():
     """Tables have the 16 bits of the stream: their error is below a fortieth of a step of theirs, which has 8."""
     quantizer = Quantizer("stream", QuantizationConfig())
     quantizer.range.fill_(float(X.abs().max()))
-    rows = quantized(X, quantizer.scale(), quantizer.target())
+    rows = quantized(X, quantizer.target())
     assert _whole(rows / quantizer.scale())
     torch.testing.assert_close(rows, X, rtol=0, atol=8 / 127 / 40)
 
@@ -47,7 +47,7 @@ def test_ranges_of_activations():
     quantizer = Quantizer("signed", QuantizationConfig())
 
     def used(x: Tensor) -> Tensor:
-        q = quantized(x, quantizer.scale(), quantizer.target(), quantizer.watch())
+        q = quantized(x, quantizer.target())
         assert _whole(q)
         return q * quantizer.scale()
 
@@ -103,7 +103,7 @@ def test_gelu():
     scale = torch.full((), 0.001, dtype=torch.float64)
     unit = 2.0**-10  # 16 bits, so that what is seen is the function's error
     accumulators = torch.arange(-10000, 10001).float()[:, None]
-    found = gelu_requantized(accumulators, None, scale.expand(1), unit, Target(-(2**15), 2**15, unit))[:, 0]
+    found = gelu_requantized(accumulators, None, scale.expand(1), Target(-(2**15), 2**15, unit, real=True))[:, 0]
     assert _whole(found / unit)
     # The argument is rounded to 2^-10, which GELU's slope of at most 1.13 makes 1.1e-3; the polynomial adds 2e-3.
     torch.testing.assert_close(found, F.gelu(x), rtol=0, atol=3e-3)
@@ -138,8 +138,8 @@ def test_softmax_in_attention():
     key[0, 0, :, :2] = torch.stack((torch.arange(10.0), torch.ones(10)), dim=1)
     value = torch.zeros(1, 1, keys, dim)
     value[0, 0, :, :keys] = torch.eye(keys) * 127
-    scales = AttentionScales(query=0.4, key=1.0, value=1 / 127, context=1 / 127)  # 0.4 / sqrt(16) = 0.1
-    context, _, _ = integer_attention(query, key, value, None, scales, Target(-127, 127))
+    scales = AttentionScales(query=0.4, key=1.0, value=1 / 127)  # 0.4 / sqrt(16) = 0.1
+    context, _, _ = integer_attention(query, key, value, None, scales, Target(-127, 127, 1 / 127))
     assert _whole(context)
     found = context[0, 0, :, :keys] / 127
     torch.testing.assert_close(found, (scores * 0.1).softmax(-1), rtol=0, atol=5e-3 + 0.5 / 127)
@@ -159,9 +159,9 @@ def test_layer_norm():
     # On the stream, which has 16 bits.
     quantizer = Quantizer("stream", QuantizationConfig())
     quantizer.range.fill_(float((rows * 0.1).abs().max()))
-    source, result = quantizer.target(), Target(-32767, 32767, unit)
-    x = quantized(rows * 0.1, source.unit, source)
-    found = normalized_stream(x, norm.weight, norm.bias, 1e-5, source, unit, result).detach()
+    source, result = quantizer.target(), Target(-32767, 32767, unit, real=True)
+    x = quantized(rows * 0.1, source)
+    found = normalized_stream(x, norm.weight, norm.bias, 1e-5, source, result).detach()
     assert _whole(found / unit)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
