@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.section import Section
+from megatron_bert.tables import DECAYS, OPTIMIZERS, one_of
 from parallel.errors import called
 from parallel.mesh import ParallelLayout, Sharding, data_shard_size, fit_data_size
 from parallel.pipeline.actions import Schedule
@@ -178,13 +179,10 @@ class ParallelSettings(Section):
     )
 
 
-OptimizerName = Literal["adamw", "lamb"]
-
-
 class OptimizerSettings(Section):
     """An optimizer with decoupled weight decay; biases and norms do not decay."""
 
-    name: OptimizerName = Field(
+    name: Annotated[str, one_of(OPTIMIZERS)] = Field(
         "adamw",
         description="lamb scales the step of every matrix to the size of the matrix, which keeps batches of tens of "
         "thousands of sequences stable, at a peak learning rate some ten times that of adamw.",
@@ -208,8 +206,8 @@ class LearningRateSettings(Section):
 
     peak: float = Field(1e-4, gt=0, le=LARGEST_SCALE, description="Learning rate at the end of the warm-up.")
     minimum: float = Field(0.0, ge=0, le=LARGEST_SCALE, description="Learning rate after the end of the decay.")
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
-        "linear", description="Shape after warm-up; wsd is warm-up, stable, decay."
+    schedule: Annotated[str, one_of(DECAYS, "constant", "wsd")] = Field(
+        "linear", description="Shape after warm-up: linear, cosine, sqrt, constant, or wsd: warm-up, stable, decay."
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     warmup_fraction: float | None = Field(
@@ -221,8 +219,9 @@ class LearningRateSettings(Section):
     wsd_decay_steps: int | None = Field(
         None, gt=0, description="Length of the final decay of wsd, in steps; a tenth of decay_steps when unset."
     )
-    wsd_decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
-        "sqrt", description="Shape of the final decay of wsd; sqrt falls as 1 - sqrt(progress)."
+    wsd_decay_shape: Annotated[str, one_of(DECAYS)] = Field(
+        "sqrt",
+        description="Shape of the final decay of wsd: linear, cosine, or sqrt, which falls as 1 - sqrt(progress).",
     )
     layer_decay: float = Field(
         1.0,

@@ -15,7 +15,7 @@ from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
-from megatron_bert.tasks.settings import GLUE_NAMES
+from megatron_bert.tasks.table import GLUE_NAMES
 from tests.megatron_bert.finetuning.roberta_support import make_roberta
 from tests.megatron_bert.finetuning.support import (
     make_encoder,

@@ -10,9 +10,9 @@ from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
+from megatron_bert.model.task_heads.table import HEADS
 
 _ORDERS = {0.0: "[3, heads, head_dim]", 1.0: "[heads, head_dim, 3]", 2.0: "[heads, 3, head_dim]"}
-_KINDS = {"sequence": "sequences", "choice": "choices", "token": "tokens", "span": "answers in a text"}
 #: Most names of classes that are shown.
 _SHOWN = 8
 
@@ -128,7 +128,7 @@ def _heads(state: CanonicalState) -> str:
         if there
     ]
     if state.head is not None:
-        parts.append(f"{_KINDS[state.head]}{_classes(state)}")
+        parts.append(f"{HEADS[state.head].title}{_classes(state)}")
     return ", ".join(parts) or "none"
 
 

@@ -14,24 +14,10 @@ from megatron_bert.data.tokenizer_settings import CONFIG_NAME as TOKENIZER_SETTI
 from megatron_bert.data.tokenizer_settings import read_settings
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.task_heads.table import HEADS
-from megatron_bert.tasks.settings import (
-    GLUE_NAMES,
-    KINDS,
-    MAX_LENGTHS,
-    Kind,
-    meaningful,
-    meaningful_data,
-    task_name,
-)
+from megatron_bert.tasks.settings import meaningful, meaningful_data, task_name
+from megatron_bert.tasks.table import GLUE_NAMES, TASKS, has_setting
 from parallel.errors import UserError
 
-#: Kind of head -> kind of task.
-_HEADS: dict[str, Kind] = {
-    "sequence": "sequence",
-    "choice": "multiple_choice",
-    "token": "token_classification",
-    "span": "question_answering",
-}
 #: Schemes of tags by prefixes that only they have.
 _SCHEMES = (("BILOU", {"L", "U"}), ("IOBES", {"E", "S"}))
 
@@ -47,22 +33,24 @@ def deduced_settings(state: CanonicalState, given: Mapping[str, Any]) -> dict[st
         UserError: the model is for no task that there is, or the user names a task with another head.
     """
     assert state.head is not None
-    config, kind = state.config, _HEADS[state.head]
-    problem, labels = config.problem_type, config.num_labels
-    regression = kind == "sequence" and (problem == "regression" or (problem is None and labels == 1))
+    config, problem, labels = state.config, state.config.problem_type, state.config.num_labels
+    usual = next((name for name, kind in TASKS.items() if kind.head == state.head and name not in GLUE_NAMES), None)
+    if usual is None:
+        raise UserError(f"{state.label} has the head of a {state.head}, which no task uses")
+    regression = usual == "classification" and (problem == "regression" or (problem is None and labels == 1))
     if regression and labels > 1:
         raise UserError(
             f"{state.label} predicts {labels} numbers for each text: only models for one number can be used"
         )
-    usual = kind if kind != "sequence" else "regression" if regression else "classification"
+    usual = "regression" if regression else usual
     name = task_name(given.get("name", usual))
-    _check_kind(name, kind, state, usual)
-    found: dict[str, Any] = {"name": name, "max_length": _longest(Path(state.label), kind, config)}
+    _check_head(name, state, usual)
+    found: dict[str, Any] = {"name": name, "max_length": _longest(Path(state.label), usual, config)}
     if name == "classification":
         found["multi_label"] = problem == "multi_label_classification"
     if name == "token_classification":
         found["scheme"] = _scheme(_labels(config))
-    if kind in ("sequence", "token_classification") and not regression and name not in GLUE_NAMES:
+    if name in TASKS and has_setting(name, "settings", "labels") and not regression:
         found["labels"] = _labels(config)
     return found | {key: value for key, value in given.items() if key != "name"}
 
@@ -77,8 +65,8 @@ def class_of(state: CanonicalState) -> str:
     return state.facts.architecture or family_of(state.config).classes + HEADS[state.head].class_ending
 
 
-def _check_kind(name: str, kind: Kind, state: CanonicalState, usual: str) -> None:
-    if KINDS.get(name, kind) != kind:
+def _check_head(name: str, state: CanonicalState, usual: str) -> None:
+    if name in TASKS and TASKS[name].head != state.head:
         raise UserError(
             f"task.name is {name}, but {state.label} is a {class_of(state)}: give a task with such a head, such as "
             f"{usual}, or leave it out"
@@ -104,22 +92,22 @@ def changed_settings(
     """
     before = str(saved["name"])
     name = task_name(given.get("name", before))
-    if name == before or name not in KINDS:
+    if name == before or name not in TASKS:
         return {**saved, **given}, dict(how)
-    _check_kind(name, KINDS[before], state, before)
+    _check_head(name, state, before)
     found = meaningful(saved, name)
     if name == "classification" and not found.get("labels"):
         found["labels"] = _labels(state.config)
     return {**found, "name": name, **given}, meaningful_data(how, name)
 
 
-def _longest(directory: Path, kind: Kind, config: MegatronBertConfig) -> int:
+def _longest(directory: Path, usual: str, config: MegatronBertConfig) -> int:
     """What the model and its tokenizer take; windows of long texts have the length that transformers gives them."""
     stated = read_settings(directory / TOKENIZER_SETTINGS).get("model_max_length")
     longest = config.longest_sequence
     if type(stated) is int and 0 < stated < longest:
         longest = stated
-    return min(longest, MAX_LENGTHS[kind]) if kind == "question_answering" else longest
+    return min(longest, TASKS[usual].max_length) if usual == "question_answering" else longest
 
 
 def _scheme(tags: list[str]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which task a name means, and how tasks are built."""
+"""How tasks are built from settings."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_bert.data.tokenizers import Tokenizer
-from megatron_bert.tasks.classification import ClassificationTask
+from megatron_bert.tables import found_at
 from megatron_bert.tasks.encoding import BERT, InputFormat
-from megatron_bert.tasks.glue import GlueTask
-from megatron_bert.tasks.multiple_choice import MultipleChoiceTask
-from megatron_bert.tasks.question_answering import QuestionAnsweringTask
-from megatron_bert.tasks.settings import GLUE_NAMES, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
+from megatron_bert.tasks.table import TASKS
 from megatron_bert.tasks.task import Task
-from megatron_bert.tasks.token_classification import TokenClassificationTask
 from parallel.errors import UserError
-
-TASKS: dict[str, type[Task]] = {
-    **dict.fromkeys(GLUE_NAMES, GlueTask),
-    "classification": ClassificationTask,
-    "regression": ClassificationTask,
-    "multiple_choice": MultipleChoiceTask,
-    "question_answering": QuestionAnsweringTask,
-    "token_classification": TokenClassificationTask,
-}
-"""Task name -> its class; one line a task."""
 
 
 def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT) -> Task:
@@ -45,7 +32,8 @@ def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokeni
     for name, path in given:
         if not path.exists():
             raise UserError(f"data.{name} is {path}, which does not exist: give an existing file or directory")
-    return TASKS[settings.name](settings, data, tokenizer, form)
+    kind: type[Task] = found_at(TASKS[settings.name].place)
+    return kind(settings, data, tokenizer, form)
 
 
 def restore_task(

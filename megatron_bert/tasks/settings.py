@@ -11,63 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megatron_bert.section import Section
-
-Kind = Literal["sequence", "multiple_choice", "question_answering", "token_classification"]
-
-GLUE_NAMES = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-KINDS: dict[str, Kind] = {
-    **dict.fromkeys(GLUE_NAMES, "sequence"),
-    "classification": "sequence",
-    "regression": "sequence",
-    "multiple_choice": "multiple_choice",
-    "question_answering": "question_answering",
-    "token_classification": "token_classification",
-}
-"""Task name -> which kind of head and settings it has."""
-
-MAX_LENGTHS: dict[Kind, int] = {
-    "sequence": 128,
-    "multiple_choice": 512,
-    "question_answering": 384,
-    "token_classification": 128,
-}
-
-#: Settings of a task that only some names have: every other name refuses them.
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "labels": ("classification", "token_classification"),
-    "multi_label": ("classification",),
-    "label_threshold": ("classification",),
-    "class_weights": (*(name for name in GLUE_NAMES if name != "stsb"), "classification", "token_classification"),
-    "doc_stride": ("question_answering", "token_classification"),
-    "max_query_length": ("question_answering", "multiple_choice"),
-    "max_answer_length": ("question_answering",),
-    "n_best": ("question_answering",),
-    "answer_by": ("question_answering",),
-    "no_answer": ("question_answering",),
-    "null_threshold": ("question_answering",),
-    "scheme": ("token_classification",),
-    "decoding": ("token_classification",),
-}
-_DATA_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "directory": (*GLUE_NAMES, "multiple_choice"),
-    "format": ("classification", "regression", "multiple_choice", "token_classification"),
-    "columns": ("classification", "regression", "multiple_choice", "question_answering", "token_classification"),
-    "label_separator": ("classification",),
-    "header": ("classification", "regression", "multiple_choice", "token_classification"),
-}
-_COLUMNS_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "id": _DATA_ONLY_FOR["columns"],
-    "text": ("classification", "regression"),
-    "text_pair": ("classification", "regression"),
-    "label": ("classification", "regression", "multiple_choice"),
-    "question": ("multiple_choice", "question_answering"),
-    "context": ("multiple_choice", "question_answering"),
-    "choices": ("multiple_choice",),
-    "answers": ("question_answering",),
-    "token": ("token_classification",),
-    "tag": ("token_classification",),
-}
-
+from megatron_bert.tasks.table import TASKS, has_setting
 
 #: How much a class counts; by name, or in the order of the labels.
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -77,7 +21,7 @@ ClassWeights = Literal["none", "balanced"] | dict[str, Weight] | list[Weight]
 class TaskSettings(Section):
     """What is to be learned, and how examples become sequences."""
 
-    name: str = Field(description=f"One of {', '.join(KINDS)}.")
+    name: str = Field(description=f"One of {', '.join(TASKS)}.")
     max_length: int | None = Field(
         None,
         ge=8,
@@ -142,8 +86,8 @@ class TaskSettings(Section):
     @classmethod
     def _known_name(cls, name: str) -> str:
         known = task_name(name)
-        if known not in KINDS:
-            raise ValueError(f'task name "{name}" is unknown: choose {", ".join(KINDS)}')
+        if known not in TASKS:
+            raise ValueError(f'task name "{name}" is unknown: choose {", ".join(TASKS)}')
         return known
 
     @field_validator("labels", mode="before")
@@ -180,17 +124,12 @@ class TaskSettings(Section):
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        _refuse_unused(self, _ONLY_FOR, self.name, "task")
+        _refuse_unused(self, "settings", self.name, "task")
         if self.null_threshold is not None and not self.no_answer:
             raise ValueError("task.null_threshold is for questions without answer: set task.no_answer: true too")
         if not self.multi_label and self.label_threshold != type(self).model_fields["label_threshold"].default:
             raise ValueError("task.label_threshold is for multi-label tasks: set task.multi_label: true too")
         return self
-
-    @property
-    def kind(self) -> Kind:
-        """Which kind of task this is."""
-        return KINDS[self.name]
 
 
 def _label_name(label: Any) -> str:
@@ -304,8 +243,8 @@ class TaskDataSettings(Section):
 
     def check_used_by(self, name: str) -> None:
         """Refuse settings that a task of this name does not have (ValueError)."""
-        _refuse_unused(self, _DATA_ONLY_FOR, name, "data")
-        _refuse_unused(self.columns, _COLUMNS_ONLY_FOR, name, "data.columns")
+        _refuse_unused(self, "data", name, "data")
+        _refuse_unused(self.columns, "columns", name, "data.columns")
 
 
 def task_name(given: Any) -> str:
@@ -316,19 +255,19 @@ def task_name(given: Any) -> str:
 def meaningful(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Of the settings of a saved task, those that a task of another name has too; its metric is its own."""
     own = ("name", "metric", "class_weights")
-    return {key: value for key, value in settings.items() if key not in own and name in _ONLY_FOR.get(key, (name,))}
+    return {key: value for key, value in settings.items() if key not in own and has_setting(name, "settings", key)}
 
 
 def meaningful_data(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The same of the section ``data``."""
-    kept = {key: value for key, value in settings.items() if name in _DATA_ONLY_FOR.get(key, (name,))}
+    kept = {key: value for key, value in settings.items() if has_setting(name, "data", key)}
     if "columns" in kept:
-        kept["columns"] = {key: value for key, value in kept["columns"].items() if name in _COLUMNS_ONLY_FOR[key]}
+        kept["columns"] = {key: value for key, value in kept["columns"].items() if has_setting(name, "columns", key)}
     return kept
 
 
-def _refuse_unused(section: Section, only_for: dict[str, tuple[str, ...]], name: str, title: str) -> None:
-    for field, names in only_for.items():
-        info: Any = type(section).model_fields[field]
-        if name not in names and getattr(section, field) != info.get_default(call_default_factory=True):
+def _refuse_unused(section: Section, part: str, name: str, title: str) -> None:
+    for field, info in type(section).model_fields.items():
+        default: Any = info.get_default(call_default_factory=True)
+        if not has_setting(name, part, field) and getattr(section, field) != default:
             raise ValueError(f'{title}.{field} means nothing to the task "{name}": leave it out')

@@ -20,8 +20,9 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.class_weights import balanced_weights, given_weights
 from megatron_bert.tasks.encoding import BERT, Feature, InputFormat
 from megatron_bert.tasks.rows import BadRows, file_fingerprint
-from megatron_bert.tasks.settings import MAX_LENGTHS, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.splits import assign_parts, held_out_splits
+from megatron_bert.tasks.table import TASKS
 from parallel.errors import UserError
 
 IGNORED = -100
@@ -120,7 +121,7 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
     ) -> None:
         self.settings, self.data, self.tokenizer, self.form = settings, data, tokenizer, form
-        self.max_length = settings.max_length or MAX_LENGTHS[settings.kind]
+        self.max_length = settings.max_length or TASKS[settings.name].max_length
         self.bad_rows = BadRows(data.on_bad_row)
         self._read: dict[str, list[ExampleT]] = {}
         self._rows_used: dict[tuple[str, Path], int] = {}

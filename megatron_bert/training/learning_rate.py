@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_bert.config import LearningRateSettings
+from megatron_bert.tables import DECAYS
 
 
 def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) -> float:
@@ -30,13 +29,7 @@ def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) ->
     if rate.schedule == "wsd":
         start = end - (rate.wsd_decay_steps or max(1, (end - warmup) // 10))
     progress = min(1.0, max(0.0, (step - 1 - start) / (end - start)))
-    shape = rate.wsd_decay_shape if rate.schedule == "wsd" else rate.schedule
-    if shape == "cosine":
-        share = 0.5 * (1.0 + math.cos(math.pi * progress))
-    elif shape == "sqrt":
-        share = 1.0 - math.sqrt(progress)
-    else:
-        share = 1.0 - progress
+    share = DECAYS[rate.wsd_decay_shape if rate.schedule == "wsd" else rate.schedule](progress)
     return rate.minimum + (rate.peak - rate.minimum) * share
 
 

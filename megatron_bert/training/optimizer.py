@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.config import OptimizerSettings
-from megatron_bert.training.update_rules import UPDATE_RULES, Kind
+from megatron_bert.tables import OPTIMIZERS, found_at
+from megatron_bert.training.update_rules import Kind, UpdateRule
 from parallel.data_parallel import flat_buffers
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
@@ -97,7 +98,8 @@ class ShardedOptimizer:
             if parameter not in self.run_of:
                 self.run_of[parameter] = lone_run(parameter, kind)
                 self.runs.append(self.run_of[parameter])
-        self.rule = UPDATE_RULES[settings.name](self.runs, settings, mesh, list(parameters.values()), frozenset(tied))
+        rule: type[UpdateRule] = found_at(OPTIMIZERS[settings.name])
+        self.rule = rule(self.runs, settings, mesh, list(parameters.values()), frozenset(tied))
         self.steps = 0
 
     def gradients(self, mesh: ParallelMesh, without: Iterable[nn.Parameter] = ()) -> list[Tensor]:

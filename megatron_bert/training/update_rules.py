@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How weights follow from gradients: a table of optimizers, each on runs of master weights."""
+"""How weights follow from gradients: optimizers, each on runs of master weights.
+
+Their table is in :mod:`megatron_bert.tables`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert import backends
-from megatron_bert.config import OptimizerName, OptimizerSettings
+from megatron_bert.config import OptimizerSettings
 from parallel.gradients import sums_of_squares
 from parallel.mesh import ParallelMesh
 from parallel.runs import Run
@@ -212,7 +215,3 @@ class Lamb(UpdateRule):
                 part.copy_(self.mesh.all_reduce(part.contiguous(), ("tensor", "data_shard")))
         weights, steps = sums.sqrt()
         return torch.where((weights > 0) & (steps > 0), weights / steps, 1.0)
-
-
-#: Optimizers by the name they have in settings.
-UPDATE_RULES: dict[OptimizerName, type[UpdateRule]] = {"adamw": AdamW, "lamb": Lamb}

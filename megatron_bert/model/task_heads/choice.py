@@ -14,6 +14,7 @@ class ChoiceKind(HeadKind):
     """Pooler and one score for the first token of each choice. Labels: int64 ``[U]``, the number of the choice."""
 
     name = "choice"
+    title = "choices"
     class_ending = "ForMultipleChoice"
     output_class = "MultipleChoiceModelOutput"
     outputs = 1

@@ -29,6 +29,7 @@ class HeadKind:
 
     Attributes:
         name: in the table, in checkpoints and in integer plans.
+        title: what it is for, in words.
         class_ending: what the names of transformers' classes with this head end in.
         output_class: name of what those classes return, in ``transformers.modeling_outputs``.
         results: names of the logits there; several are the columns of the head's outputs.
@@ -41,6 +42,7 @@ class HeadKind:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     class_ending: ClassVar[str]
     output_class: ClassVar[str]
     results: ClassVar[tuple[str, ...]] = ("logits",)

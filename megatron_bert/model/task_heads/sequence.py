@@ -21,6 +21,7 @@ class SequenceKind(HeadKind):
     """
 
     name = "sequence"
+    title = "sequences"
     class_ending = "ForSequenceClassification"
     output_class = "SequenceClassifierOutput"
     by_sequence = True

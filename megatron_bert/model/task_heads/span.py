@@ -16,6 +16,7 @@ class SpanKind(HeadKind):
     """
 
     name = "span"
+    title = "answers in a text"
     class_ending = "ForQuestionAnswering"
     output_class = "QuestionAnsweringModelOutput"
     results = ("start_logits", "end_logits")

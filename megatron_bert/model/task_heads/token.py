@@ -15,6 +15,7 @@ class TokenKind(HeadKind):
     """A dense layer on tokens. Labels: int64 ``[R]``, the class of each."""
 
     name = "token"
+    title = "tokens"
     class_ending = "ForTokenClassification"
     output_class = "TokenClassifierOutput"
 

@@ -12,7 +12,7 @@ import sklearn.metrics
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.registry import restore_task
-from megatron_bert.tasks.settings import GLUE_NAMES
+from megatron_bert.tasks.table import GLUE_NAMES
 from parallel.errors import UserError
 
 from .glue_samples import MRPC, table, write_glue
