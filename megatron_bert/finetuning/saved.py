@@ -28,6 +28,7 @@ from megatron_bert.finetuning.deduced import changed_settings, deduced_settings,
 from megatron_bert.finetuning.integer import IntegerTask, integer_task
 from megatron_bert.finetuning.start import check_lengths, check_padding
 from megatron_bert.finetuning.weights import load_finetuned
+from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.engine.parts import plan_of
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, write_plan
 from megatron_bert.ibert.stored_ranges import use_ranges
@@ -115,7 +116,7 @@ def save_task(
         if state.ranges is not None:
             state = replace(state, tensors={name: _rounded(tensor, computed_in) for name, tensor in state.items()})
         HuggingFace().write(state, directory, WriteOptions(), Progress(0, shown=False))
-        if state.ranges is not None and not _in_float(state.ranges):
+        if state.ranges is not None and _in_engines(state.ranges, config):
             write_plan(plan_of(_model(state, config, task)), directory / PLAN_NAME)
     write_tokenizer(
         task.tokenizer,
@@ -139,10 +140,12 @@ def _rounded(tensor: StateTensor, dtype: torch.dtype) -> StateTensor:
     return tensor.mapped(lambda values: values.to(dtype).to(values.dtype))
 
 
-def _in_float(ranges: Ranges) -> bool:
-    """Whether anything is computed in floating point, which no engine does."""
+def _in_engines(ranges: Ranges, config: MegatronBertConfig) -> bool:
+    """Whether integer engines run the model: they have most activations, and compute nothing in floating point."""
+    if not INTEGER_ACTIVATIONS[config.hidden_act].in_engines:
+        return False
     by_layer = ranges.settings.get("layer_force_dequant", {})
-    return any(kind != "none" for kind in (ranges.settings.get("force_dequant", "none"), *by_layer.values()))
+    return all(kind == "none" for kind in (ranges.settings.get("force_dequant", "none"), *by_layer.values()))
 
 
 def _how_to_read(data: TaskDataSettings) -> dict[str, Any]:

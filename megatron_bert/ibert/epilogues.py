@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert import tanh as integer_tanh
+from megatron_bert.ibert.activations import IntegerActivation, all_results
 from megatron_bert.ibert.blocks import blocks
 from megatron_bert.ibert.fixed_point import (
     LARGEST_SHORT,
@@ -212,8 +213,8 @@ def dequantized(a: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Dequantize.apply(a, bias, scale, None if bias is None else integer_bias(bias.detach(), scale))
 
 
-class GeluSteps(NamedTuple):
-    """What follows the accumulators of a GELU.
+class ActivationSteps(NamedTuple):
+    """What follows the accumulators of an activation.
 
     Attributes:
         argument: to 16 bits of scale 2^-exponent.
@@ -226,58 +227,59 @@ class GeluSteps(NamedTuple):
     result: Rescale
 
 
-class _Gelu(torch.autograd.Function):
+class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, bias: Tensor | None, steps: GeluSteps, target: Target, approximate: str) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, bias: Tensor | None, steps: ActivationSteps, target: Target, activation: IntegerActivation
+    ) -> Tensor:
         out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         kept = empty_mask(ctx, a)
         argument = None if kept is None else torch.empty_like(out)
         bound, results = LARGEST_SHORT, None
         if a.numel() > 2 * bound:
             # There are no more arguments than these, and looking one up costs less than computing its result.
-            results = steps.result(integer_gelu.table(steps.exponent, a.device)).float()
+            results = steps.result(all_results(activation.function, steps.exponent, a.device)).float()
         for rows in blocks(a):
             x = steps.argument(a, rows)
             if argument is not None:
                 torch.mul(x.float(), 2.0**-steps.exponent, out=argument[rows])
             if results is None:
-                rounded = steps.result(integer_gelu.gelu(x.int(), steps.exponent).double())
+                rounded = steps.result(activation.function(x.int(), steps.exponent).double())
             else:
                 places = x.add_(bound).int().clamp_(0, 2 * bound)  # NaN has none: see softmax.carried_numerators
                 rounded = results.index_select(0, places.flatten()).view(x.shape)
             clamp_into(out, kept, rows, rounded, target)
         ctx.save_for_backward(argument, kept)
-        ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
+        ctx.activation, ctx.bias_dtype = activation, None if bias is None else bias.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         argument, kept = ctx.saved_tensors
-        gradient = torch.ops.aten.gelu_backward(gradient * kept, argument, approximate=ctx.approximate)
+        gradient = ctx.activation.backward(gradient * kept, argument)
         return gradient, _bias_gradient(ctx, gradient), None, None, None
 
 
-def gelu_steps(bias: Tensor | None, accumulator_scale: Tensor, target: Target) -> GeluSteps:
-    """Prepare a GELU: arguments as in :func:`gelu_requantized`."""
+def activation_steps(bias: Tensor | None, accumulator_scale: Tensor, target: Target) -> ActivationSteps:
+    """Prepare an activation: arguments as in :func:`activation_requantized`."""
     device = accumulator_scale.device
     exponent = integer_gelu.argument_exponent(target.scale, of_stream=target.unit != 1.0)
     argument = rescale(factor(accumulator_scale * 2.0**exponent), bias, accumulator_scale)
     if target.unit != 1.0:
-        return GeluSteps(argument, exponent, exact_read(target.scale * 2.0**exponent, device))
+        return ActivationSteps(argument, exponent, exact_read(target.scale * 2.0**exponent, device))
     onward = torch.tensor(2.0**-exponent / target.scale, dtype=torch.float64, device=device)
     multiplier = (onward * 2.0**15 + 0.5).floor().clamp_(max=LARGEST_SHORT).long()
-    return GeluSteps(argument, exponent, rescale(Factor(multiplier, multiplier * 0), None, onward))
+    return ActivationSteps(argument, exponent, rescale(Factor(multiplier, multiplier * 0), None, onward))
 
 
-def gelu_requantized(
+def activation_requantized(
     a: Tensor,
     bias: Tensor | None,
     accumulator_scale: Tensor,
     target: Target,
-    *,
-    approximate: str = "none",
+    activation: IntegerActivation,
 ) -> Tensor:
-    """Bias, GELU and requantization of accumulators ``[T, N]``.
+    """Bias, activation and requantization of accumulators ``[T, N]``.
 
     The argument is rounded to 16 bits, whose steps are 16 to 32 times as fine as those of an 8-bit result: where it
     saturates, so does the result.
@@ -286,10 +288,10 @@ def gelu_requantized(
         a, bias: as in :func:`requantized`.
         accumulator_scale: float64 ``[N]``.
         target: of the result.
-        approximate: whose derivative is taken, ``none`` or ``tanh``.
+        activation: its integer function, and the gradient of the real one.
     """
-    steps = gelu_steps(None if bias is None else bias.detach(), accumulator_scale, target)
-    return _Gelu.apply(a, tracked(bias), steps, target, approximate)
+    steps = activation_steps(None if bias is None else bias.detach(), accumulator_scale, target)
+    return _Activation.apply(a, tracked(bias), steps, target, activation)
 
 
 class _Tanh(torch.autograd.Function):

@@ -16,13 +16,11 @@ serves both.
 
 from __future__ import annotations
 
-from functools import cache
 from math import frexp
 
-import torch
 from torch import Tensor
 
-from megatron_bert.ibert.fixed_point import LARGEST_SHORT, multiply_short
+from megatron_bert.ibert.fixed_point import multiply_short
 
 #: What fraction bits the argument may have.
 EXPONENTS = range(1, 14)
@@ -65,9 +63,3 @@ def gelu(x: Tensor, exponent: int) -> Tensor:
     h = multiply_short(h, u) + _B2
     quarter = multiply_short(multiply_short(h, u), u)
     return x.clamp(min=0) - multiply_short(size, quarter * 4)
-
-
-@cache
-def table(exponent: int, device: torch.device) -> Tensor:
-    """GELU of -32767 to 32767 in turn, carried in float64 ``[65535]``."""
-    return gelu(torch.arange(-LARGEST_SHORT, LARGEST_SHORT + 1, dtype=torch.int32, device=device), exponent).double()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.epilogues import (
     Target,
+    activation_requantized,
     dequantized,
-    gelu_requantized,
     requantized,
     rescale,
     tanh_requantized,
@@ -21,7 +22,7 @@ from megatron_bert.ibert.epilogues import (
 from megatron_bert.ibert.fixed_point import dyadic
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.settings import QuantizationConfig
-from megatron_bert.model.activations import ACTIVATIONS, GELU_APPROXIMATIONS
+from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
 from parallel.collectives import copy_to_ranks
 from parallel.sharding import local_tensor
@@ -90,13 +91,8 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
         if "gelu" in self.force:
             wide = self.read(ACTIVATIONS[self.hidden_act](dequantized(sums, scale, self.dense.bias)), "gelu")
         else:
-            wide = gelu_requantized(
-                sums,
-                self.dense.bias,
-                scale,
-                gelu.target(),
-                approximate=GELU_APPROXIMATIONS[self.hidden_act],
-            )
+            activation = INTEGER_ACTIVATIONS[self.hidden_act]
+            wide = activation_requantized(sums, self.dense.bias, scale, gelu.target(), activation)
             gelu.used(wide)
         features = self.normalize(self.norm, wide, "gelu", "features")
         sums, scale = self.multiply(copy_to_ranks(features, self.tp), word_embeddings, "features")

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
-from megatron_bert.ibert.epilogues import dequantized, gelu_requantized, quantized, requantized, rescale
+from megatron_bert.ibert.epilogues import activation_requantized, dequantized, quantized, requantized, rescale
 from megatron_bert.ibert.fixed_point import GUARD_BITS, factor
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.quantizer import Kind
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.ibert.stream import added_to_stream
-from megatron_bert.model.activations import ACTIVATIONS, GELU_APPROXIMATIONS
+from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention_functions import explicit_attention
 from megatron_bert.model.layer import (
     ATTENTION_OUTPUT,
@@ -62,8 +63,8 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
     """Refuse what the specification does not cover.
 
     Raises:
-        UserError: an activation that is not a GELU, cross-attention, relative positions, or a layer too wide for exact
-            sums.
+        UserError: an activation without an integer function, cross-attention, relative positions, or a layer too wide
+            for exact sums.
     """
     width, products = layer.attention_norm.weight.shape[0], layer.mlp.output.in_features
     if width * 2 ** (settings.residual_bits - 1) > LARGEST_ROW:
@@ -73,10 +74,10 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
         )
     if products > MOST_PRODUCTS:
         raise UserError(f"the intermediate size is {products}, but accumulators hold {MOST_PRODUCTS} products at most")
-    if layer.mlp.hidden_act not in GELU_APPROXIMATIONS:
+    if layer.mlp.hidden_act not in INTEGER_ACTIVATIONS:
         raise UserError(
             f"the model has hidden_act {layer.mlp.hidden_act}, which integer arithmetic does not cover: quantize a "
-            f"model with {', '.join(GELU_APPROXIMATIONS)}"
+            f"model with {', '.join(INTEGER_ACTIVATIONS)}"
         )
     if hasattr(layer, "cross_attention"):
         raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantize an encoder")
@@ -116,6 +117,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         """Begin as a quantized module."""
         kinds = _MATRIX_INPUTS | (_POST_STREAM if self.post_norm else _PRE_STREAM)
         self.adopt(settings, kinds, settings.dequantized(number))
+        self.quantizer("gelu").least = INTEGER_ACTIVATIONS[self.mlp.hidden_act].least
 
     def compile_forward(self) -> None:
         """Not possible.
@@ -257,7 +259,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         if "gelu" in self.force:
             q = quantized(ACTIVATIONS[act](dequantized(sums, scale, bias)), target)
         else:
-            q = gelu_requantized(sums, bias, scale, target, approximate=GELU_APPROXIMATIONS[act])
+            q = activation_requantized(sums, bias, scale, target, INTEGER_ACTIVATIONS[act])
         gelu.used(q)
         return self.multiply(q, self.mlp.output.weight, "gelu", divided=self.tp)
 

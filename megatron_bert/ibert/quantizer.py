@@ -18,7 +18,8 @@ from megatron_bert.ibert.settings import QuantizationConfig
 from parallel.errors import UserError
 
 #: ``signed``: symmetric, for inputs of matrix products; ``attention``: the same, for queries, keys and values.
-#: ``gelu``: asymmetric, from the least value of GELU up. ``stream``: symmetric, with a power of two as scale.
+#: ``gelu``: asymmetric, from the least value of an activation (mostly GELU) up. ``stream``: symmetric, with a power of
+#: two as scale.
 Kind = Literal["signed", "attention", "gelu", "stream"]
 #: Given a quantizer and its tensor: real values of the float model, or the integers as they are carried.
 Tap = Callable[["Quantizer", Tensor], None]
@@ -37,6 +38,7 @@ class Quantizer(nn.Module):
 
     Attributes:
         range: float32 scalar buffer, the largest magnitude (``gelu``: value) that is represented; -1 until calibrated.
+        least: of ``gelu``, the least real value.
         frozen: whether observations leave the range as it is.
         tap: called with the tensor at each use, integers as they are carried; None mostly.
     """
@@ -50,7 +52,7 @@ class Quantizer(nn.Module):
         self.bits = of_kind.get(kind, settings.activation_bits)
         self.observer = "min_max" if kind == "stream" else settings.observer
         self.register_buffer("range", torch.full((), UNKNOWN, dtype=torch.float32, device=device))
-        self.frozen = False
+        self.least, self.frozen = LEAST, False
         self.tap: Tap | None = None
         #: Of the step in progress: the largest magnitude, or a histogram; None when nothing was seen.
         self.pending: Tensor | None = None
@@ -93,14 +95,14 @@ class Quantizer(nn.Module):
             most = min(largest(self.bits), _LARGEST_TERM)
             return 2.0 ** -min(_FINEST, floor(log2(most / max(limit, 2.0**-_FINEST))))
         if self.kind == "gelu":
-            return (limit - LEAST) / (2**self.bits - 1)
+            return (limit - self.least) / (2**self.bits - 1)
         return max(2.0**-_FINEST, limit / largest(self.bits))
 
     def target(self, real: Tensor | None = None) -> Target:
         """What a layer needs to make integers of this quantizer; ``real`` as for :meth:`watch`."""
         scale = self.scale()
         if self.kind == "gelu":
-            zero_point = floor(-LEAST / scale + 0.5)
+            zero_point = floor(-self.least / scale + 0.5)
             return Target(-zero_point, 2**self.bits - 1 - zero_point, scale, watch=self.watch(real))
         limit = largest(self.bits)
         return Target(-limit, limit, scale, self.kind == "stream", self.watch(real))

@@ -18,8 +18,9 @@ GELU_SYNONYMS: Mapping[str, str] = {
     "gelu_python": "gelu",
     "gelu_python_tanh": "gelu_new",
 }
-#: hidden_act names and their functions, which act on each element.
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+#: hidden_act names and their functions, which act on each element; adding one is a line here, and for quantization one
+#: in ``ibert/activations.py``.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: partial(F.gelu, approximate=approximation) for name, approximation in GELU_APPROXIMATIONS.items()},
     "relu": F.relu,
     "silu": F.silu,

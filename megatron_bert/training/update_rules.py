@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
 
 class UpdateRule(ABC):
-    """An update of weights, with two running means of every weight's gradient.
+    """An update of weights, with running means of every weight's gradient.
 
     Args:
         runs: of one :class:`Kind` each; those that have no values on this rank have members that others have.
@@ -46,6 +46,9 @@ class UpdateRule(ABC):
         order: of all parameters of the runs, the same on every rank that has the stage.
         tied: parameters that another stage updates as well, with the same numbers.
     """
+
+    #: What it keeps for every weight, as named in checkpoints.
+    moment_names: ClassVar[tuple[str, ...]] = MOMENTS
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class UpdateRule(ABC):
     ) -> None:
         self.settings, self.mesh, self.order, self.tied = settings, mesh, order, tied
         # Created now rather than at the first step, so that a checkpoint can be loaded in place.
-        self.moments = {run: {moment: torch.zeros_like(run.values) for moment in MOMENTS} for run in runs}
+        self.moments = {run: {name: torch.zeros_like(run.values) for name in self.moment_names} for run in runs}
         self.runs = [run for run in runs if run.values.numel()]
         self._prepare(runs)
         self.set_steps(0)

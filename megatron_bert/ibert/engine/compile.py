@@ -31,7 +31,7 @@ from megatron_bert.ibert.engine.plan import (
     Rescale,
     Wide,
 )
-from megatron_bert.ibert.epilogues import exact_read, gelu_steps, integer_bias
+from megatron_bert.ibert.epilogues import activation_steps, exact_read, integer_bias
 from megatron_bert.ibert.fixed_point import GUARD_BITS, Factor, dyadic, factor, reading_factor
 from megatron_bert.ibert.heads import LOGIT_BITS, QuantizedDense, QuantizedMaskedLanguageHead, QuantizedPooler
 from megatron_bert.ibert.layer import QuantizedTransformerLayer
@@ -219,7 +219,7 @@ def _layer(module: QuantizedTransformerLayer, producer: int) -> Layer:
     attention_output, of_attention = _matrix(attention.output.weight, attention.output.bias, scales["context"], bits)
     intermediate, of_intermediate = _matrix(mlp.intermediate.weight, mlp.intermediate.bias, scales["mlp_input"], bits)
     output, of_output = _matrix(mlp.output.weight, mlp.output.bias, scales["gelu"], bits)
-    steps = gelu_steps(None, of_intermediate, q("gelu").target())
+    steps = activation_steps(None, of_intermediate, q("gelu").target())
     assert steps.result.multiplier is not None
     totals = ("attention_sum", "mlp_sum") if post else ("middle", "output")
     first, second = (_exponent(q(name)) for name in totals)

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.engine.compile import Parts, compile_plan
 from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.model.encoder import Encoder
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.heads import SequenceHead
 from megatron_bert.model.task_heads.table import HEADS, head_of_class
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 
 #: Ends of the names of public classes without the head of a task.
 _OF_CLASSES = {
@@ -57,6 +58,8 @@ def parts_of(model: nn.Module) -> Parts:
         raise UserError(f"{type(model).__name__} has no integer plan: give an encoder of a public class or of a task")
     if getattr(config, "is_decoder", False):
         raise UserError("the model is a decoder, which no integer engine runs: give an encoder")
+    if (act := config.hidden_act) not in INTEGER_ACTIVATIONS or not INTEGER_ACTIVATIONS[act].in_engines:
+        raise UserError(f"the model has hidden_act {brief(act)}, which integer engines do not have: run it without one")
     if (canonical := getattr(model, "canonical_modules", None)) is not None:
         config, found = config.encoder_config(), canonical()
     else:

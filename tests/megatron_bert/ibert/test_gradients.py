@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, in_mode, named_ranges, quantize_model
 from megatron_bert.ibert import gelu as integer_gelu
+from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
 from megatron_bert.ibert.epilogues import (
     Target,
+    activation_requantized,
     dequantized,
-    gelu_requantized,
     quantized,
     requantized,
     rescale,
@@ -31,6 +32,7 @@ from megatron_bert.ibert.products import (
     quantize_weight,
 )
 from megatron_bert.ibert.stream import added_to_stream, normalized_stream
+from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.attention_functions import explicit_attention
 from parallel.weight_gradients import WeightGradientQueue, deferring
 from tests.megatron_bert.model.support import make_batch, make_model, step, total_loss
@@ -109,19 +111,19 @@ def test_gelu_of_all_arguments(rows):
     scale = _double(2.0**-exponent * (1 - 2.0**-15))  # for a multiplier of 32767
     given = a.float()[:, None].repeat(1, rows)
     assert (given.numel() > 2 * 32767) == (rows == 2)
-    for column in gelu_requantized(given, None, scale, target).unbind(1):
+    for column in activation_requantized(given, None, scale, target, INTEGER_ACTIVATIONS["gelu"]).unbind(1):
         assert int((column.long() - expected).abs().max()) <= 1
         assert (column.long() != expected).float().mean() < 0.02
     given[5] = torch.nan  # of a model that diverges: no error, the loss says so
-    gelu_requantized(given, None, scale, target)
+    activation_requantized(given, None, scale, target, INTEGER_ACTIVATIONS["gelu"])
 
 
 def test_gradient_of_gelu():
     a, bias = _accumulators(200, 8, 4000), torch.randn(8, requires_grad=True)
     scale = torch.full((8,), 1e-3, dtype=torch.float64)
-    for approximate in ("none", "tanh"):
+    for hidden_act, approximate in GELU_APPROXIMATIONS.items():
         a.grad = bias.grad = None
-        q = gelu_requantized(a, bias, scale, Target(-14, 241, 0.012), approximate=approximate)
+        q = activation_requantized(a, bias, scale, Target(-14, 241, 0.012), INTEGER_ACTIVATIONS[hidden_act])
         gradient = torch.randn(200, 8)
         q.backward(gradient)
         x = ((a.detach() + (bias.detach() * 1000 + 0.5).floor()) * 1e-3).requires_grad_()

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from megatron_bert.ibert import QuantizationConfig, Quantizer, update_ranges
 from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert import layer_norm as integer_norm
+from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
-from megatron_bert.ibert.epilogues import Target, gelu_requantized, quantized, rescale
+from megatron_bert.ibert.epilogues import Target, activation_requantized, quantized, rescale
 from megatron_bert.ibert.fixed_point import factor
 from megatron_bert.ibert.heads import QuantizedDense
 from megatron_bert.ibert.products import exact_product, quantize_weight
@@ -103,7 +104,8 @@ def test_gelu():
     scale = torch.full((), 0.001, dtype=torch.float64)
     unit = 2.0**-10  # 16 bits, so that what is seen is the function's error
     accumulators = torch.arange(-10000, 10001).float()[:, None]
-    found = gelu_requantized(accumulators, None, scale.expand(1), Target(-(2**15), 2**15, unit, real=True))[:, 0]
+    target, activation = Target(-(2**15), 2**15, unit, real=True), INTEGER_ACTIVATIONS["gelu"]
+    found = activation_requantized(accumulators, None, scale.expand(1), target, activation)[:, 0]
     assert _whole(found / unit)
     # The argument is rounded to 2^-10, which GELU's slope of at most 1.13 makes 1.1e-3; the polynomial adds 2e-3.
     torch.testing.assert_close(found, F.gelu(x), rtol=0, atol=3e-3)
