@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any
 
-from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 #: optimizer.name -> where the :class:`~megatron_bert.training.update_rules.UpdateRule` is.
 OPTIMIZERS: dict[str, str] = {
@@ -29,15 +30,27 @@ DECAYS: dict[str, Callable[[float], float]] = {
 }
 
 
-def one_of(table: Collection[str], *more: str) -> Any:
+class one_of:  # noqa: N801 (it reads as a function)
     """What a setting's annotation holds beside ``str``, for names of a table and some others."""
 
-    def check(name: str) -> str:
-        if name not in table and name not in more:
-            raise PydanticCustomError("one_of", "choose one of {names}", {"names": ", ".join([*table, *more])})
+    def __init__(self, table: Collection[str], *more: str) -> None:
+        self._table, self._more = table, more
+
+    @property
+    def names(self) -> list[str]:
+        """All choices there are now."""
+        return [*self._table, *self._more]
+
+    def _checked(self, name: str) -> str:
+        if name not in self.names:
+            raise PydanticCustomError("one_of", "choose one of {names}", {"names": ", ".join(self.names)})
         return name
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": self.names}
 
 
 def found_at(place: str) -> Any:

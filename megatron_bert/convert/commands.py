@@ -29,7 +29,7 @@ def add_convert_commands(commands: Any) -> None:
     convert.add_argument(
         "destination", type=given_path, metavar="DST", help="folder to write, or .zip for Megatron's formats"
     )
-    convert.add_argument("--to", choices=FORMAT_NAMES, required=True)
+    convert.add_argument("--to", metavar="FORMAT", required=True, help=", ".join(FORMAT_NAMES))
     add_read_options(convert)
     add_write_options(convert)
     convert.set_defaults(func=run_convert)
