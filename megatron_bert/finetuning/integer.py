@@ -5,20 +5,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bert.ibert import quantizers
 from megatron_bert.ibert.engine.model import IntegerModel
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan
 from megatron_bert.model.batch import TaskBatch
-from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.model.stage import ModelStage
 from megatron_bert.tasks.task import Head
 from parallel.errors import UserError
-from parallel.pipeline.stage import StagePart
 
 
-class IntegerTask(nn.Module):
+class IntegerTask(ModelStage):
     """The logits of a task's rows, computed by an engine; without parameters, on the CPU.
 
     Args:
@@ -26,10 +25,8 @@ class IntegerTask(nn.Module):
     """
 
     def __init__(self, model: IntegerModel) -> None:
-        super().__init__()
+        super().__init__(model.config)
         self.model = model
-        self.config: MegatronBertConfig = model.config
-        self.part = StagePart(range(self.config.num_hidden_layers), first=True, last=True)
 
     def forward(self, batch: TaskBatch, dropout_seed: int | None = None, received: Tensor | None = None) -> Tensor:
         """float32 ``[R, outputs]``, as :class:`BertForTask` gives them without dropout."""

@@ -54,7 +54,7 @@ class SplitResult(NamedTuple):
     scores: dict[str, float]
 
 
-class Finetuning(Objective):
+class Finetuning(Objective[BertForTask]):
     """Training and scoring of a task.
 
     Args:

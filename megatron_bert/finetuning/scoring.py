@@ -33,7 +33,6 @@ class Scored(NamedTuple):
     loss: float | None
 
 
-@torch.no_grad()
 def score_units(
     model: StagedModel,
     engine: PipelineEngine,
@@ -58,34 +57,31 @@ def score_units(
     kind = HEADS[head.kind]
     order = sorted(range(len(units)), key=lambda index: -unit_tokens(units[index]))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    microbatches, data = engine.schedule.microbatches, mesh.layout.data
-    rounds = -(-len(chunks) // (microbatches * data))
+    data, rank = mesh.layout.data, mesh.data_rank
+    # Every data rank runs equally often, as sharded parameters are gathered together: some repeat the last chunk.
+    per_round = engine.schedule.microbatches * data
+    numbers = range(rank, -(-len(chunks) // per_round) * per_round, data)
+    chosen = [chunks[min(number, len(chunks) - 1)] for number in numbers]
+    batches = (
+        collate_units(
+            [units[index] for index in chunk],
+            chunk,
+            head,
+            most_features=1,
+            multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
+        ).to(mesh.device)
+        for chunk in chosen
+    )
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     mine: list[tuple[int, np.ndarray]] = []
-    for round_number in range(rounds):
-        # Every data rank runs equally often, as sharded parameters are gathered together: some repeat the last chunk.
-        numbers = [(round_number * microbatches + k) * data + mesh.data_rank for k in range(microbatches)]
-        chosen = [chunks[min(number, len(chunks) - 1)] for number in numbers]
-        batches = [
-            collate_units(
-                [units[index] for index in chunk],
-                chunk,
-                head,
-                most_features=1,
-                multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
-            ).to(mesh.device)
-            for chunk in chosen
-        ]
 
-        def take(index: int, output: Tensor, batches=batches, numbers=numbers, chosen=chosen) -> None:
-            if numbers[index] < len(chunks):
-                counted = kind.counted(batches[index].labels).sum()
-                loss = kind.loss_sum(output, batches[index], head.problem)
-                sums.add_(torch.stack((loss.double(), counted.double())))
-                mine.extend(zip(chosen[index], _by_unit(output, batches[index], kind), strict=True))
+    def take(index: int, batch: TaskBatch, output: Tensor) -> None:
+        if numbers[index] < len(chunks):
+            counted = kind.counted(batch.labels).sum()
+            sums.add_(torch.stack((kind.loss_sum(output, batch, head.problem).double(), counted.double())))
+            mine.extend(zip(chosen[index], _by_unit(output, batch, kind), strict=True))
 
-        model.run_forward(engine, batches, take)
-    model.reshard()
+    model.infer(engine, batches, take)
     mesh.all_reduce(sums, (*DATA_AXES, "pipeline"))
     total, count = sums.tolist()
     return Scored(_gathered(mine, mesh, len(units)), total / count if count else None)

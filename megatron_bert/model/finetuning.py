@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.heads import Pooler
+from megatron_bert.model.stage import EncoderStage
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.dropout import fold_in
 from parallel.layers import select_tokens
@@ -36,7 +36,7 @@ class PooledToken(nn.Module):
         return self.pooler(first_tokens)
 
 
-class BertForTask(nn.Module):
+class BertForTask(EncoderStage):
     """An encoder with the head of a task, or the part of it on one pipeline stage.
 
     Parameters have the names they have in pretraining checkpoints and in the public classes. What RoBERTa and I-BERT
@@ -65,26 +65,17 @@ class BertForTask(nn.Module):
         recompute: Recompute = "none",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        part = part or StagePart(range(config.num_hidden_layers), first=True, last=True)
-        self.config, self.tp, self.part, self.kind = config, tp, part, kind
-        self.embeddings = BertEmbeddings(config, tp=tp, device=device) if part.first else None
-        self.encoder = Encoder(config, tp=tp, layers=part.layers, recompute=recompute, device=device)
-        self.head_kind = HEADS[kind]
+        super().__init__(config, tp=tp, part=part, recompute=recompute, device=device)
+        self.kind, self.head_kind = kind, HEADS[kind]
         pooled = self.head_kind.has_pooler(like_roberta=config.like_roberta)
-        self.pair_head = PooledToken(config, device=device) if part.last and pooled else None
-        if part.last:
+        self.pair_head = PooledToken(config, device=device) if self.part.last and pooled else None
+        if self.part.last:
             self.add_module(self.head_kind.module, self.head_kind.build(config, outputs, device=device))
 
     @property
     def output_name(self) -> str:
         """Name of the layer whose rows are the head's outputs."""
         return self.head_kind.layers(like_roberta=self.config.like_roberta)[-1]
-
-    @property
-    def word_embeddings(self) -> nn.Parameter | None:
-        """The word embeddings on the first stage, None elsewhere."""
-        return None if self.embeddings is None else self.embeddings.word_embeddings.weight
 
     def forward(self, batch: TaskBatch, dropout_seed: int | None = None, received: Tensor | None = None) -> Tensor:
         """Logits of the batch's rows, or what the next stage goes on with.
@@ -99,12 +90,7 @@ class BertForTask(nn.Module):
             ``[R, outputs]`` on the last stage, hidden states like ``received`` on others.
         """
         keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
-        if self.embeddings is not None:
-            hidden = self.embeddings(batch.tokens, batch.positions + self.config.first_position, batch.types, keys)
-        else:
-            assert received is not None, "a stage that is not the first goes on from hidden states"
-            hidden = received
-        hidden = self.encoder(hidden, batch.layout, keys)
+        hidden = self.encode(batch, keys, received)
         if not self.part.last:
             return hidden
         features = select_tokens(hidden, batch.rows, self.tp)

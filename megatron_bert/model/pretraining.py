@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.encoder import BertEmbeddings, Encoder, TiedWordEmbeddings
 from megatron_bert.model.heads import MaskedLanguageHead, SentencePairHead
+from megatron_bert.model.stage import EncoderStage
 from parallel.cross_entropy import IGNORED, vocab_parallel_argmax, vocab_parallel_cross_entropy
 from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
@@ -32,7 +32,7 @@ class PretrainingLogits(NamedTuple):
     pair: Tensor | None
 
 
-class BertForPretraining(nn.Module):
+class BertForPretraining(EncoderStage):
     """Megatron BERT with its pretraining heads, or the part of it on one pipeline stage.
 
     Logits are computed at masked positions only. Parameters have the same global names on whatever stage they are; the
@@ -47,6 +47,8 @@ class BertForPretraining(nn.Module):
             gives them.
     """
 
+    tied = True
+
     def __init__(
         self,
         config: MegatronBertConfig,
@@ -56,22 +58,10 @@ class BertForPretraining(nn.Module):
         recompute: Recompute = "none",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        part = part or StagePart(range(config.num_hidden_layers), first=True, last=True)
-        self.config, self.tp, self.part = config, tp, part
-        self.embeddings: BertEmbeddings | TiedWordEmbeddings | None = None
-        if part.first:
-            self.embeddings = BertEmbeddings(config, tp=tp, device=device)
-        elif part.last:
-            self.embeddings = TiedWordEmbeddings(config, tp=tp, device=device)
-        self.encoder = Encoder(config, tp=tp, layers=part.layers, recompute=recompute, device=device)
-        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device) if part.last else None
-        self.pair_head = SentencePairHead(config, device=device) if part.last and config.binary_head else None
-
-    @property
-    def word_embeddings(self) -> nn.Parameter | None:
-        """This stage's copy of the word embeddings; None in the middle of a pipeline."""
-        return None if self.embeddings is None else self.embeddings.word_embeddings.weight
+        super().__init__(config, tp=tp, part=part, recompute=recompute, device=device)
+        last = self.part.last
+        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device) if last else None
+        self.pair_head = SentencePairHead(config, device=device) if last and config.binary_head else None
 
     def forward(
         self, batch: MicroBatch, dropout_seed: int | None = None, received: Tensor | None = None
@@ -88,12 +78,7 @@ class BertForPretraining(nn.Module):
             Logits on the last stage, hidden states like ``received`` on others.
         """
         keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
-        if isinstance(self.embeddings, BertEmbeddings):
-            hidden = self.embeddings(batch.tokens, batch.positions, batch.types, keys)
-        else:
-            assert received is not None, "a stage that is not the first goes on from hidden states"
-            hidden = received
-        hidden = self.encoder(hidden, batch.layout, keys)
+        hidden = self.encode(batch, keys, received)
         if self.masked_head is None or self.embeddings is None:
             return hidden
         rows = select_tokens(hidden, torch.cat((batch.slots, batch.first_tokens)), self.tp)

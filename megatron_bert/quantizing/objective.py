@@ -107,17 +107,16 @@ class QuantizationAware(Finetuning):
             self.teachers[index] = teacher.requires_grad_(False).eval()
         self.teaching_engine = engine
 
-    @torch.no_grad()
     def before_step(self, model: StagedModel, batches: list[TokenBatch]) -> list[TokenBatch]:
         """With the teacher's logits, where the last stage is."""
         if self.teaching_engine is None:
             return batches
         with_logits = list(batches)
 
-        def teach(index: int, output: Tensor) -> None:
-            with_logits[index] = replace(cast(TaskBatch, batches[index]), taught=output)
+        def teach(index: int, batch: TaskBatch, output: Tensor) -> None:
+            with_logits[index] = replace(batch, taught=output)
 
-        model.run_forward(self.teaching_engine, batches, teach, stages=self.teachers)
+        model.infer(self.teaching_engine, batches, teach, stages=self.teachers)
         return with_logits
 
     def loss_sums(self, output: Tensor, batch: TokenBatch, tp: TensorParallel) -> Tensor:
@@ -151,9 +150,8 @@ class QuantizationAware(Finetuning):
     def calibrate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> None:
         """Find the ranges on training data; every rank calls."""
         rounds = self._rounds(self.quantization.calibration_steps, engine, mesh)
-        with torch.no_grad(), evaluating(model):
-            calibrate(_together(model), rounds, partial(model.run_forward, engine), range_groups(mesh))
-        model.reshard()
+        with evaluating(model):
+            calibrate(_together(model), rounds, partial(model.infer, engine), range_groups(mesh))
 
     def report(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> list[QuantizerReport]:
         """Every quantizer beside the float model of the same weights on training data, in the order of the model.
@@ -161,9 +159,8 @@ class QuantizationAware(Finetuning):
         Every rank calls; rank 0 gets what its data rank saw in all stages.
         """
         rounds = self._rounds(self.quantization.report_steps, engine, mesh)
-        with torch.no_grad(), evaluating(model):
-            rows = compare_with_float(_together(model), rounds, partial(model.run_forward, engine))
-        model.reshard()
+        with evaluating(model):
+            rows = compare_with_float(_together(model), rounds, partial(model.infer, engine))
         # Names of several stages on a rank begin with the number of the stage on it.
         rows = [replace(row, name=row.name.lstrip("0123456789.")) for row in rows]
         mine = [(_stage_order(row), row) for row in rows]

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from megatron_bert.config import RunSettings
+from megatron_bert.model.stage import EncoderStage, ModelStage
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.precision import DTYPES
 from megatron_bert.training.staged_model import StagedModel
@@ -32,9 +31,9 @@ def build_model(
     """
     notes: dict[str, None] = {}  # in order, each once
     parts = objective.stage_parts(schedule)
-    stages: dict[int, Any] = {}
+    stages: dict[int, EncoderStage] = {}
     for index in schedule.stages_of(mesh.coordinate["pipeline"]):
-        stage: Any = objective.make_stage(parts[index], mesh.tensor_parallel, settings.training.recompute, mesh.device)
+        stage = objective.make_stage(parts[index], mesh.tensor_parallel, settings.training.recompute, mesh.device)
         if draw:
             initialize(stage, settings.training.seed)
             notes |= dict.fromkeys(objective.fill(stage))
@@ -53,8 +52,9 @@ def build_model(
             alone=_alone(stage, schedule, objective),
         )
         stages[index] = stage
+    held: dict[int, ModelStage] = {**stages}
     if not objective.tied:
-        return StagedModel(stages, None, tuple(notes))
+        return StagedModel(held, None, tuple(notes))
     first, last = stages.get(0), stages.get(schedule.stages - 1)
     tied = TiedParameter(
         mesh,
@@ -63,10 +63,10 @@ def build_model(
         first=None if first is None else first.word_embeddings,
         last=None if last is None else last.word_embeddings,
     )
-    return StagedModel(stages, tied, tuple(notes))
+    return StagedModel(held, tied, tuple(notes))
 
 
-def _alone(stage: Any, schedule: Schedule, objective: Objective) -> list[nn.Parameter]:
+def _alone(stage: EncoderStage, schedule: Schedule, objective: Objective) -> list[nn.Parameter]:
     """The parameters of a stage that another stage has as well."""
     words = stage.word_embeddings
     return [words] if objective.tied and schedule.stages > 1 and words is not None else []

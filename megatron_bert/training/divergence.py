@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.training.run_state import RunState
@@ -128,7 +128,7 @@ class _Tracer:
         self.running, self.count = (stage, microbatch), 0
 
     @contextmanager
-    def attached(self, stages: dict[int, Any]) -> Iterator[None]:
+    def attached(self, stages: Mapping[int, nn.Module]) -> Iterator[None]:
         """Look while the block lasts."""
         hooks = []
         for stage in stages.values():

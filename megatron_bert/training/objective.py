@@ -6,13 +6,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.stage import EncoderStage
 from megatron_bert.training.staged_model import StagedModel
 from parallel.mesh import ParallelMesh, TensorParallel
 from parallel.pipeline.actions import Schedule
@@ -21,8 +22,11 @@ from parallel.pipeline.stage import StagePart
 from parallel.process_group import World
 from parallel.recompute import Recompute
 
+#: The class of an objective's stages.
+StageT = TypeVar("StageT", bound=EncoderStage)
 
-class Objective(ABC):
+
+class Objective(ABC, Generic[StageT]):
     """A model, its data, its loss and its scores; every rank constructs the same.
 
     Attributes:
@@ -64,13 +68,10 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def make_stage(self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device) -> nn.Module:
-        """One stage: called with (batch, dropout seed or None, received activation), it gives what the next one takes.
+    def make_stage(self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device) -> StageT:
+        """One stage, whose parameters hold no values yet."""
 
-        It has ``config``, ``tp``, ``part``, ``word_embeddings`` (None where it has none) and an ``encoder``.
-        """
-
-    def fill(self, stage: Any) -> list[str]:  # noqa: ARG002
+    def fill(self, stage: StageT) -> list[str]:  # noqa: ARG002
         """Give a new stage the weights it starts from; what is not among them keeps its initial values.
 
         Called before data parallelism divides the parameters.
@@ -80,7 +81,7 @@ class Objective(ABC):
         """
         return []
 
-    def change(self, stage: Any, *, fresh: bool) -> None:  # noqa: B027
+    def change(self, stage: StageT, *, fresh: bool) -> None:
         """Make of a stage what is trained, before data parallelism wraps it; nothing by default.
 
         Args:
@@ -88,7 +89,7 @@ class Objective(ABC):
             fresh: whether it is filled.
         """
 
-    def extra_tensors(self, stage: Any) -> dict[str, Tensor]:  # noqa: ARG002
+    def extra_tensors(self, stage: StageT) -> dict[str, Tensor]:  # noqa: ARG002
         """What checkpoints hold of a stage beside its parameters: global name -> tensor, the same on every rank."""
         return {}
 
@@ -96,7 +97,7 @@ class Objective(ABC):
         """The micro batches of a step with all that their losses need; as they are by default."""
         return batches
 
-    def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:  # noqa: B027
+    def after_step(self, model: StagedModel, mesh: ParallelMesh) -> None:
         """Called after a step; nothing by default."""
 
     @abstractmethod

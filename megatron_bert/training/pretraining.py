@@ -32,7 +32,7 @@ from parallel.process_group import World
 from parallel.recompute import Recompute
 
 
-class Pretraining(Objective):
+class Pretraining(Objective[BertForPretraining]):
     """Masked language modelling with sentence order (or next sentence) prediction.
 
     Args:
@@ -133,7 +133,7 @@ class Pretraining(Objective):
 
     def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
         """Loss, perplexity and accuracy on held-out samples, the same every time."""
-        scores = evaluate(model, engine, self.held_out_batches(mesh), self.settings.training.evaluate_batches, mesh)
+        scores = evaluate(model, engine, self.held_out_batches(mesh), mesh)
         if self.metric is None:
             return scores
         return scores | {"loss": sum(scores.get(name, 0.0) for name in self.loss_names)}

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from megatron_bert.model.stage import EncoderStage, ModelStage
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.run_state import RunState
 from parallel.whole_files import reason_of, write_json, write_text
@@ -169,10 +170,11 @@ def _parts_marked(trainer: RunState) -> Iterator[None]:
         yield
 
 
-def _named_parts(stage: Any, *, compiled: bool) -> Iterator[tuple[str, nn.Module]]:
+def _named_parts(stage: ModelStage, *, compiled: bool) -> Iterator[tuple[str, nn.Module]]:
     for name, child in stage.named_children():
         if name != "encoder":
             yield ("embeddings" if name == "embeddings" else f"head: {name}"), child
+    assert isinstance(stage, EncoderStage), "what is trained has layers"
     for layer in stage.encoder.layer_list():
         yield ("layers" if compiled else "layers: the rest"), layer
         if not compiled:  # hooks inside of what is compiled would break its graph

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.pipeline.engine import PipelineEngine
+from megatron_bert.model.stage import ModelStage
+from parallel.pipeline.engine import PipelineEngine, forward_of
 from parallel.pipeline.tied import TiedParameter
 
 #: Global name of the parameter that the first and the last stage both hold.
@@ -24,12 +27,12 @@ class StagedModel:
     """This rank's stages of the model.
 
     Attributes:
-        stages: by global stage index; see ``Objective.make_stage``.
+        stages: by global stage index.
         tied: the word embeddings of the first and last stage; None where the last has no copy.
         notes: what the user should know of the weights they start from.
     """
 
-    stages: dict[int, Any]
+    stages: dict[int, ModelStage]
     tied: TiedParameter | None
     notes: tuple[str, ...] = ()
 
@@ -44,31 +47,67 @@ class StagedModel:
         tokens = batch.tokens.shape[0]
         return tokens // tp.size if tp.sequence else tokens, self.config.hidden_size
 
-    def run_forward(
+    def run(
         self,
         engine: PipelineEngine,
         batches: Sequence[TokenBatch],
-        at_end: Callable[[int, Any], None] | None = None,
-        stages: Mapping[int, Any] | None = None,
+        at_end: Callable[[int, Any], Tensor | None],
+        *,
+        seed: int | None = None,
+        stages: Mapping[int, ModelStage] | None = None,
+        began: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Run the stages over micro batches, without a backward pass.
+        """Run the stages over the micro batches of one step.
+
+        Args:
+            engine: runs a schedule.
+            batches: one for each micro batch of it.
+            at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank;
+                its loss, or None where no backward pass follows.
+            seed: of dropout masks; None switches dropout off.
+            stages: others to run in place of these, with activations of the same shapes.
+            began: called with stage and micro batch before every forward pass.
+        """
+        forward = forward_of(self.stages if stages is None else stages, batches, at_end, seed=seed)
+
+        def announced(stage: int, received: Tensor | None, index: int) -> Tensor | None:
+            if began is not None:
+                began(stage, index)
+            return forward(stage, received, index)
+
+        engine.run(announced, lambda index: self.activation_shape(batches[index]))
+
+    @torch.no_grad()
+    def infer(
+        self,
+        engine: PipelineEngine,
+        batches: Iterable[TokenBatch],
+        at_end: Callable[[int, Any, Any], None] | None = None,
+        stages: Mapping[int, ModelStage] | None = None,
+    ) -> None:
+        """Run the stages over micro batches without dropout and gradients; every rank calls, equally often.
 
         Args:
             engine: runs a forward-only schedule.
-            batches: one for each micro batch of it.
-            at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank.
+            batches: as many as some runs of the schedule take.
+            at_end: takes the number of a micro batch, the micro batch, and what the last stage makes of it, where that
+                is on this rank.
             stages: others to run in place of these, with activations of the same shapes.
         """
-        running = self.stages if stages is None else stages
+        rest, first, count = iter(batches), 0, engine.schedule.microbatches
+        while step := list(islice(rest, count)):
+            assert len(step) == count, "micro batches fill every run of the schedule"
 
-        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
-            module = running[stage]
-            output: Tensor = module(batches[index], None, received)
-            if at_end is not None and module.part.last:
-                at_end(index, output)
-            return output
+            def end(index: int, output: Any, first: int = first, step: list[TokenBatch] = step) -> None:
+                if at_end is not None:
+                    at_end(first + index, step[index], output)
 
-        engine.run(forward, lambda index: self.activation_shape(batches[index]))
+            self.run(engine, step, end, stages=stages)
+            first += count
+        for stage in (self.stages if stages is None else stages).values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # frees gathered parameters, since no backward pass follows
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Global name -> parameter, without the last stage's copy of the word embeddings."""
@@ -92,13 +131,6 @@ class StagedModel:
         """Give both copies of the word embeddings the sum of their gradients."""
         if self.tied is not None:
             self.tied.sum_gradients()
-
-    def reshard(self) -> None:
-        """Give gathered parameters back after a forward pass that no backward pass follows."""
-        for stage in self.stages.values():
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
 
     def _is_copy(self, parameter: nn.Parameter) -> bool:
         return self.tied is not None and parameter is self.tied.last and parameter is not self.tied.first

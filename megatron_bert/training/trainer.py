@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -239,18 +239,12 @@ class Trainer:
             torch.cuda.manual_seed(name_seed(training.seed, f"step {self.step} rank {self.world.rank}"))
         losses = torch.zeros(len(self.objective.loss_names), device=self.world.device)
 
-        def forward(stage: int, received: Tensor | None, index: int) -> Tensor:
-            if began is not None:
-                began(stage, index)
-            module = self.model.stages[stage]
-            output = module(batches[index], self.dropout_seed, received)
-            if not module.part.last:
-                return output
+        def loss_of(index: int, output: Any) -> Tensor:
             sums = self.objective.loss_sums(output, batches[index], self.mesh.tensor_parallel)
             losses.add_(sums.detach())
             return (sums / counts).sum() * self.loss_scale.value
 
-        self.engine.run(forward, lambda index: self.model.activation_shape(batches[index]))
+        self.model.run(self.engine, batches, loss_of, seed=self.dropout_seed, began=began)
         return StepSums(losses, counts, self._finish_gradients(losses))
 
     def evaluate(self) -> dict[str, float]:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,41 @@ from parallel.pipeline.chart import text_grid
 from parallel.pipeline.communication import Message, Step, plan_communication
 from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.simulate import TimedAction, simulate
+from parallel.pipeline.stage import Stage
 from parallel.presence import sign, waits_for_others
 from parallel.step_clock import StepClock
 from parallel.weight_gradients import WeightGradientQueue, deferring
 
-#: Runs the forward pass of (stage, received activation or None, microbatch). The last stage returns the scalar loss.
-StageForward = Callable[[int, Tensor | None, int], Tensor]
+#: Runs the forward pass of (stage, received activation or None, microbatch). The last stage returns the scalar loss, or
+#: None where no backward pass follows.
+StageForward = Callable[[int, Tensor | None, int], Tensor | None]
 #: Shape of the activation that enters any but the first stage, for a microbatch.
 ActivationShape = Callable[[int], tuple[int, ...]]
+
+
+def forward_of(
+    stages: Mapping[int, Stage],
+    batches: Sequence[Any],
+    at_end: Callable[[int, Any], Tensor | None],
+    *,
+    seed: int | None = None,
+) -> StageForward:
+    """The forward pass of stages over the micro batches of a step.
+
+    Args:
+        stages: this rank's, by global index.
+        batches: what stages are called with, by micro batch.
+        at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank; its
+            loss, or None where no backward pass follows.
+        seed: of dropout masks; None switches dropout off.
+    """
+
+    def forward(number: int, received: Tensor | None, index: int) -> Tensor | None:
+        stage = stages[number]
+        output = stage(batches[index], seed, received)
+        return at_end(index, output) if stage.part.last else output
+
+    return forward
 
 
 class PipelineError(RuntimeError):
@@ -199,9 +227,10 @@ class PipelineEngine:
             output = state.forward(action.stage, received, action.microbatch)
         is_last = action.stage == self.schedule.stages - 1
         if training:
+            assert output is not None, "a last stage has a loss, and others an activation"
             root = output if is_last else get_gradient_edge(output)
             state.held[(action.stage, action.microbatch)] = _Held(received, root, queue)
-        return None if is_last else output.detach()
+        return None if is_last or output is None else output.detach()
 
     @staticmethod
     def _backward(held: _Held, gradient: Tensor | None) -> Tensor | None:

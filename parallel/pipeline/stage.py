@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dividing a stack of layers into stages."""
+"""What a pipeline runs, and dividing a stack of layers into it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from parallel.errors import ArgumentError, UserError
+from parallel.mesh import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,27 @@ class StagePart:
     layers: range
     first: bool
     last: bool
+
+
+class Stage(Protocol):
+    """What a pipeline runs: one part of a model, as a module.
+
+    Attributes:
+        part: which part it is.
+        tp: the ranks that share its matrices. Under sequence parallelism each of them gives the next stage its tokens.
+    """
+
+    part: StagePart
+    tp: TensorParallel
+
+    def __call__(self, batch: Any, seed: int | None, received: Tensor | None, /) -> Any:
+        """The model's output on the last stage, and what the next stage receives on others.
+
+        Args:
+            batch: the whole micro batch, on every stage.
+            seed: of the run's dropout masks; None switches dropout off.
+            received: from the stage before; None on the first.
+        """
 
 
 def split_layers(

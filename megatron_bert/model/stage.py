@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model, or the part of it on one pipeline stage: what all of them share."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.encoder import BertEmbeddings, Encoder, TiedWordEmbeddings
+from parallel.mesh import SINGLE, TensorParallel
+from parallel.pipeline.stage import StagePart
+from parallel.recompute import Recompute
+
+
+class ModelStage(nn.Module):
+    """What a pipeline runs (:class:`parallel.pipeline.stage.Stage`), of a model with a configuration.
+
+    Args:
+        config: of the whole model.
+        tp: the tensor-parallel handle.
+        part: the stage's part; the whole model by default.
+    """
+
+    def __init__(
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, part: StagePart | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.tp = config, tp
+        self.part = part or StagePart(range(config.num_hidden_layers), first=True, last=True)
+
+
+class EncoderStage(ModelStage):
+    """The embeddings and layers of a stage; subclasses add the heads.
+
+    Args:
+        config: sizes of the encoder.
+        tp: the tensor-parallel handle.
+        part: the stage's part; the whole model by default.
+        recompute: what layers compute again in the backward pass.
+        device: of the parameters; they hold no values until :func:`parallel.sharding.initialize` or a checkpoint
+            gives them.
+    """
+
+    #: Whether the last stage has a copy of the word embeddings, for its head.
+    tied: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: MegatronBertConfig,
+        *,
+        tp: TensorParallel = SINGLE,
+        part: StagePart | None = None,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, tp=tp, part=part)
+        self.embeddings: BertEmbeddings | TiedWordEmbeddings | None = None
+        if self.part.first:
+            self.embeddings = BertEmbeddings(config, tp=tp, device=device)
+        elif self.part.last and self.tied:
+            self.embeddings = TiedWordEmbeddings(config, tp=tp, device=device)
+        self.encoder = Encoder(config, tp=tp, layers=self.part.layers, recompute=recompute, device=device)
+
+    @property
+    def word_embeddings(self) -> nn.Parameter | None:
+        """This stage's copy of the word embeddings; None where it has none."""
+        return None if self.embeddings is None else self.embeddings.word_embeddings.weight
+
+    def encode(self, batch: TokenBatch, keys: Tensor | None, received: Tensor | None) -> Tensor:
+        """Hidden states after the stage's layers: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
+
+        Args:
+            batch: what to read; every stage takes the whole of it.
+            keys: int64 ``[T]`` dropout keys of the tokens; None without dropout.
+            received: hidden states from the stage before; None on the first stage.
+        """
+        if isinstance(self.embeddings, BertEmbeddings):
+            hidden = self.embeddings(batch.tokens, batch.positions + self.config.first_position, batch.types, keys)
+        else:
+            assert received is not None, "a stage that is not the first goes on from hidden states"
+            hidden = received
+        return self.encoder(hidden, batch.layout, keys)
