@@ -134,6 +134,6 @@ def _heads(state: CanonicalState) -> str:
 
 def _classes(state: CanonicalState) -> str:
     names = list((state.config.id2label or {}).values())
-    if state.head not in ("sequence", "token"):
+    if state.head is None or HEADS[state.head].outputs is not None:
         return ""
     return f" ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"

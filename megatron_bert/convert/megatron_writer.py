@@ -20,12 +20,15 @@ from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
 from megatron_bert.convert.torch_writer import TorchFileWriter
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
+from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
 from parallel.stored.torch_pickles import Slot
 
 #: Names at the top of a checkpoint of Megatron's.
 MEGATRON_ENTRIES = rf"{re.escape(TRACKER)}|release|iter_\d{{7}}|mp_rank_\d\d+(?:_\d{{3}})?"
 _COPY = " (output copy)"
+#: Kind of head -> Megatron's name for it.
+_TASK_HEADS = {"sequence": CLASSES, "choice": CHOICES}
 
 
 class MegatronNames(ABC):
@@ -89,10 +92,10 @@ def check_plain(state: CanonicalState) -> None:
         )
     if state.ranges is not None:
         raise UserError(f"the source is quantized, and Megatron's checkpoints have no place for its ranges: {remedy}")
-    if state.head in ("token", "span") or "classifier.out_proj.weight" in state:
+    if state.head is not None and state.head not in _TASK_HEADS:
         raise UserError(
-            f"the source has a head for {'tokens' if state.head == 'token' else 'answers'}, and Megatron's checkpoints "
-            f"have heads for classes and choices only: {remedy}"
+            f"the source has a head for {HEADS[state.head].title}, and Megatron's checkpoints have heads for classes "
+            f"and choices only: {remedy}"
         )
     if not state.has_masked_head and not state.task_head:
         raise UserError(
@@ -107,7 +110,7 @@ def check_plain(state: CanonicalState) -> None:
 
 def task_head(state: CanonicalState) -> str:
     """Megatron's name for the head of a task."""
-    return CHOICES if state.head == "choice" else CLASSES
+    return _TASK_HEADS[state.head or "sequence"]
 
 
 def _chunk_entries(state: CanonicalState, layers: range, *, first: bool, last: bool) -> dict[str, str]:

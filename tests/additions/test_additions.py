@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from megatron_bert import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.cli import main
@@ -24,22 +25,28 @@ from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
+from megatron_bert.finetuning.batches import collate_units
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files
+from megatron_bert.finetuning.integer import IntegerTask
 from megatron_bert.finetuning.saved import load_task
-from megatron_bert.ibert import quantizers
+from megatron_bert.ibert import QuantizationConfig, calibrate, quantize_model, quantizers
 from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
+from megatron_bert.ibert.engine.model import IntegerModel
 from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.tables import DECAYS, OPTIMIZERS
 from megatron_bert.tasks.table import TASKS
+from megatron_bert.tasks.task import Head
 from parallel.errors import UserError
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import simulate
 from parallel.pipeline.validate import validate
+from parallel.sharding import initialize
 from tests.megatron_bert.data.support import small_vocabulary
-from tests.megatron_bert.finetuning.support import CONFIG, WORDS, rows, run_settings
+from tests.megatron_bert.finetuning.support import CONFIG, WORDS, random_units, rows, run_settings
 from tests.megatron_bert.quantizing.support import quantize_settings
 
 TOY, PACKAGE = Path(__file__).parent / "toy", "additions_of_a_user"
@@ -127,6 +134,8 @@ def test_a_model_is_converted_to_a_format_and_back(trained: Path, tmp_path: Path
         assert (back.head, back.facts.architecture) == ("pointer", "MegatronBertForPointing")
         assert source.keys() == back.keys() >= {"pointer.weight"}
         assert all(source[name].load().equal(back[name].load()) for name in source)
+    with pytest.raises(UserError, match="the source has a head for a token of a text, and Megatron's"):
+        convert(trained / "run", tmp_path / "megatron", to="megatron")
 
 
 def test_a_model_is_quantized(trained: Path) -> None:
@@ -145,6 +154,24 @@ def test_a_model_is_quantized(trained: Path) -> None:
     assert evaluate_files(folder, data, output=None, batch_size=8, device="cpu")["valid"]["accuracy"] > 0.9
     with pytest.raises(UserError, match="squared_relu, which integer engines do not have"):
         load_task(folder).stage("integer")
+
+
+def test_integer_engines_run_a_kind_of_head() -> None:
+    """Whatever its name: they have what it says of itself."""
+    model = BertForTask(CONFIG, "pointer", 1)
+    initialize(model, seed=3)
+    units = random_units("span", 5)
+    batch = collate_units(units, range(len(units)), Head("pointer", 1), most_features=1)
+    quantize_model(model.eval(), QuantizationConfig())
+    calibrate(model, [batch], model)
+    with torch.no_grad():
+        expected = model(batch)
+        engine = IntegerModel.from_model(model, "reference")
+        assert torch.equal(IntegerTask(engine)(batch), expected)
+        tokens = torch.from_numpy(units[0].features[0].tokens).long()
+        answer = engine(tokens[None], token_type_ids=torch.from_numpy(units[0].features[0].types).long()[None])
+    assert isinstance(answer, TokenClassifierOutput)
+    assert torch.equal(answer.logits[0, units[0].features[0].rows], expected[batch.owners == 0])
 
 
 def test_the_schedule_is_one_of_a_pipeline() -> None:
