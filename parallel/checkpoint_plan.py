@@ -45,11 +45,6 @@ class WritePlan:
     metadata: bytes | None
 
     @property
-    def file_bytes(self) -> int:
-        """Size of the rank's file."""
-        return sum(piece.length for piece in self.pieces)
-
-    @property
     def staged_bytes(self) -> int:
         """Memory that a copy of the values takes."""
         return _aligned(self.pieces[-1].start + self.pieces[-1].nbytes) if self.pieces else 0

@@ -9,7 +9,6 @@ Korthikanti et al., arXiv 2205.05198, figure 5). t is the tensor-parallel size, 
 | copy_to_ranks         | identity                         | all-reduce                       |
 | reduce_from_ranks     | all-reduce                       | identity                         |
 | gather_from_ranks     | all-gather along a dimension     | own slice                        |
-| scatter_to_ranks      | own slice along a dimension      | all-gather                       |
 | all_gather_tokens     | all-gather [T/t, ..] -> [T, ..]  | reduce-scatter                   |
 | reduce_scatter_tokens | reduce-scatter [T, ..] -> [T/t, ..] | all-gather                    |
 
@@ -102,17 +101,6 @@ class _GatherFromRanks(torch.autograd.Function):
         return _own_slice(gradient, *ctx.place), None, None, None, None
 
 
-class _ScatterToRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dim: int, rank: int, size: int, group_name: str) -> Tensor:
-        ctx.place = (dim, size, group_name)
-        return _own_slice(tensor, dim, rank, size)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _all_gather_dim(gradient, *ctx.place), None, None, None, None
-
-
 class _AllGatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, size: int, group_name: str) -> Tensor:
@@ -150,13 +138,6 @@ def gather_from_ranks(tensor: Tensor, tp: TensorParallel, dim: int = -1) -> Tens
     if tp.size == 1:
         return tensor
     return _GatherFromRanks.apply(tensor, dim % tensor.dim(), tp.rank, tp.size, tp.group_name)
-
-
-def scatter_to_ranks(tensor: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
-    """Keep this rank's slice of a replicated tensor along ``dim``, which the size must divide."""
-    if tp.size == 1:
-        return tensor
-    return _ScatterToRanks.apply(tensor, dim % tensor.dim(), tp.rank, tp.size, tp.group_name)
 
 
 def all_gather_tokens(tensor: Tensor, tp: TensorParallel) -> Tensor:

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.model.activations import LEAST_GELU
 from parallel.errors import UserError
 
 RANGES_NAME = "quantization.json"
 #: Of the arithmetic that ranges belong to: see the specification.
 VERSION = 2
-#: The least value of GELU, as integer arithmetic has it.
-LEAST_GELU = -0.17
 #: The place of the sum of the embeddings, whose range is not taken from their files.
 EMBEDDINGS_SUM = "embeddings_act1"
 _EMBEDDINGS = {"sum": EMBEDDINGS_SUM, "output": "output_activation"}

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.huggingface_names import their_names
-from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.task_heads.table import head_layers
 
 #: Modules outside of layers, and in them, that some class has.
@@ -78,7 +77,6 @@ class Names:
         outside_layers: owner of a parameter -> owner in transformers, where MegatronBert's pretraining model has none
             or another.
         in_layers: the same inside a layer; several for a fused matrix.
-        output: transformers' owner of the language-model head's bias; the output matrix is in its ``decoder``.
         quantization: last parts of buffers of transformers' quantized layers.
         aliases: names of the encoder in other families of transformers whose weights are the same.
         like_roberta: which layers the heads of tasks have; their names are the same here and there.
@@ -87,25 +85,9 @@ class Names:
     prefix: str
     outside_layers: Mapping[str, str]
     in_layers: Mapping[str, tuple[str, ...]]
-    output: str
     quantization: frozenset[str] = frozenset()
     aliases: tuple[str, ...] = ()
     like_roberta: bool = False
-
-    @property
-    def output_bias(self) -> str:
-        """The bias of the language-model head."""
-        return f"{self.output}.bias"
-
-    @property
-    def output_bias_copy(self) -> str:
-        """Its second name, which counts where the head is not tied."""
-        return f"{self.output}.decoder.bias"
-
-    @property
-    def output_matrix(self) -> str:
-        """The language-model head's matrix."""
-        return f"{self.output}.decoder.weight"
 
     def theirs(self, name: str) -> tuple[str, ...]:
         """The name in transformers' classes with a head of a parameter of a pretraining checkpoint, or of a task's.
@@ -156,7 +138,6 @@ MEGATRON_BERT = Names(
         "cross_attention.output": ("crossattention.output.dense",),
         "cross_attention.distance": ("crossattention.self.distance_embedding",),
     },
-    output="cls.predictions",
 )
 
 #: Of transformers' Bert, whose norms come after the sums.
@@ -169,25 +150,7 @@ BERT = Names(
         "attention_norm": ("attention.output.LayerNorm",),
         "mlp_norm": ("output.LayerNorm",),
     },
-    output="cls.predictions",
 )
-
-
-def documented_tensors(names: Names, tensors: Mapping[str, Tensor], sizes: EncoderConfig) -> dict[str, Tensor]:
-    """Whole tensors of a pretraining or task model, by the names and in the shapes of the documented classes.
-
-    Args:
-        names: of the family.
-        tensors: by name.
-        sizes: of the encoder; rows beyond its vocabulary are left out.
-    """
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        keys = names.theirs(name)
-        by_word = name in ("embeddings.word_embeddings.weight", "masked_head.bias")
-        parts = separate(tensor[: sizes.vocab_size] if by_word else tensor, len(keys), sizes.head_dim)
-        found |= dict(zip(keys, parts, strict=True))
-    return found
 
 
 def separate(tensor: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_bert.ibert import gelu as integer_gelu
 from megatron_bert.ibert.fixed_point import LARGEST_SHORT
-from megatron_bert.model.activations import GELU_APPROXIMATIONS
+from megatron_bert.model.activations import GELU_APPROXIMATIONS, LEAST_GELU
 
 
 class IntegerActivation(NamedTuple):
@@ -37,7 +37,7 @@ INTEGER_ACTIVATIONS: dict[str, IntegerActivation] = {
     name: IntegerActivation(
         integer_gelu.gelu,
         partial(torch.ops.aten.gelu_backward, approximate=approximation),
-        integer_gelu.LEAST,
+        LEAST_GELU,
         in_engines=True,
     )
     for name, approximation in GELU_APPROXIMATIONS.items()

@@ -28,8 +28,6 @@ EXPONENTS = range(1, 14)
 _GUARD_BITS = 4
 #: Of Phi(-|x|) / 4 = u^2 (b2 + b3 u + b4 u^2 + b5 u^3), u = (c - |x|) / 4, with 15 fraction bits.
 _B2, _B3, _B4, _B5 = 1655, -9868, 29496, -15097
-#: The least value of GELU is above -0.17, which zero points of its asymmetric quantizer leave room for.
-LEAST = -0.17
 
 
 def argument_exponent(scale: float, *, of_stream: bool = False) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from megatron_bert.ibert.epilogues import Target, Watch
 from megatron_bert.ibert.fixed_point import largest
-from megatron_bert.ibert.gelu import LEAST
 from megatron_bert.ibert.observers import histogram, least_error_range, percentile_range
 from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.model.activations import LEAST_GELU
 from parallel.errors import UserError
 
 #: ``signed``: symmetric, for inputs of matrix products; ``attention``: the same, for queries, keys and values.
@@ -52,7 +52,7 @@ class Quantizer(nn.Module):
         self.bits = of_kind.get(kind, settings.activation_bits)
         self.observer = "min_max" if kind == "stream" else settings.observer
         self.register_buffer("range", torch.full((), UNKNOWN, dtype=torch.float32, device=device))
-        self.least, self.frozen = LEAST, False
+        self.least, self.frozen = LEAST_GELU, False
         self.tap: Tap | None = None
         #: Of the step in progress: the largest magnitude, or a histogram; None when nothing was seen.
         self.pending: Tensor | None = None

@@ -9,6 +9,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Just below the least value of GELU: the zero points of its asymmetric quantizer leave room for it.
+LEAST_GELU = -0.17
+
 #: hidden_act names that mean GELU, and what torch calls their approximation.
 GELU_APPROXIMATIONS: Mapping[str, str] = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 #: Other names that transformers has for them: the same functions, computed in another order.

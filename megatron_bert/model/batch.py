@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.cross_entropy import IGNORED
 from parallel.dropout import fold_in
 
 
@@ -76,10 +75,6 @@ class MicroBatch(TokenBatch):
     slots: Tensor
     slot_labels: Tensor
     pair_labels: Tensor
-
-    def masked_count(self) -> int:
-        """Number of slots in use."""
-        return int((self.slot_labels != IGNORED).sum())
 
     def predictions(self) -> int:
         """Slots, in use or not: the head works on all of them."""

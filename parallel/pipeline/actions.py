@@ -6,12 +6,9 @@ A schedule is data. The same lists are validated, simulated, drawn and executed;
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-
-from parallel.errors import UserError
 
 
 class ActionKind(StrEnum):
@@ -68,9 +65,6 @@ class Placement(StrEnum):
         )
 
 
-_ACTION_TEXT = re.compile(r"(\d+)([FBIW])(\d+)")
-
-
 @dataclass(frozen=True, slots=True)
 class Action:
     """One computation of one stage on one microbatch; its text form is such as ``3F1``: stage 3, microbatch 1."""
@@ -81,22 +75,6 @@ class Action:
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"
-
-    @classmethod
-    def parse(cls, text: str) -> Action:
-        """The action of a text form.
-
-        Raises:
-            UserError: the text is not one.
-        """
-        match = _ACTION_TEXT.fullmatch(text.strip())
-        if match is None:
-            raise UserError(
-                f"'{text}' is not an action: write stage, one of F, B, I, W, and microbatch, such as 3F1 for the "
-                "forward of stage 3 on microbatch 1."
-            )
-        stage, kind, microbatch = match.groups()
-        return cls(ActionKind(kind), int(stage), int(microbatch))
 
 
 @dataclass(frozen=True)
@@ -133,10 +111,6 @@ class Schedule:
     def rank_of(self, stage: int) -> int:
         """The rank that holds a stage."""
         return self.placement.rank(stage, self.ranks)
-
-    def chunk_of(self, stage: int) -> int:
-        """Which of its rank's chunks a stage is."""
-        return stage // self.ranks
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds, by chunk."""

@@ -111,25 +111,6 @@ class RankPlan:
     steps: tuple[Step, ...]
     finish: tuple[Message, ...]
 
-    @property
-    def receive_buffers(self) -> int:
-        """The most receives that are posted and not yet consumed: buffers that the rank needs at once."""
-        held = most = 0
-        for step in self.steps:
-            held += len(step.post)
-            most = max(most, held)
-            held -= step.receive is not None
-        return most
-
-    @property
-    def send_buffers(self) -> int:
-        """The most sends that are not yet waited for: outputs that the rank keeps at once."""
-        held = most = 0
-        for step in self.steps:
-            held += (step.send is not None) - len(step.finish)
-            most = max(most, held)
-        return most
-
 
 def plan_communication(schedule: Schedule) -> tuple[RankPlan, ...]:
     """When each rank posts its receives, starts its sends and waits for either.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -134,42 +134,3 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         ends[action] = free[rank] = start + costs.duration(action)
         events.append(TimedAction(rank, action, start, ends[action]))
     return Timeline(schedule.ranks, tuple(events))
-
-
-def peak_activation_bytes(
-    schedule: Schedule,
-    activation_bytes: float | Sequence[float],
-    weight_bytes: float | Sequence[float] | None = None,
-) -> tuple[float, ...]:
-    """The most bytes of activations that each rank holds at once.
-
-    Args:
-        schedule: the schedule.
-        activation_bytes: of one microbatch in one stage, from its forward to its (input gradient's) backward; a number
-            for all stages or one per stage.
-        weight_bytes: what stays of them from ``BACKWARD_INPUT`` to ``BACKWARD_WEIGHT``: inputs of the linear layers and
-            the gradients of their outputs. None for as much as ``activation_bytes``.
-    """
-    weight_bytes = activation_bytes if weight_bytes is None else weight_bytes
-    return tuple(max(_held_bytes(run, activation_bytes, weight_bytes), default=0.0) for run in schedule.actions)
-
-
-def _held_bytes(
-    actions: Iterable[Action], activation_bytes: float | Sequence[float], weight_bytes: float | Sequence[float]
-) -> list[float]:
-    held, history = 0.0, []
-    for action in actions:
-        full, kept = _of_stage(activation_bytes, action.stage), _of_stage(weight_bytes, action.stage)
-        match action.kind:
-            case ActionKind.FORWARD:
-                held += full
-            case ActionKind.BACKWARD:
-                held -= full
-            case ActionKind.BACKWARD_INPUT:
-                # Both sets are alive while the weight gradient's inputs are put aside.
-                history.append(held + kept)
-                held += kept - full
-            case ActionKind.BACKWARD_WEIGHT:
-                held -= kept
-        history.append(held)
-    return history

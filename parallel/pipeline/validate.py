@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 from parallel.pipeline.actions import Action, ActionKind, Schedule, activations_in_flight
 from parallel.pipeline.communication import (
     Channel,
@@ -17,33 +15,16 @@ from parallel.pipeline.communication import (
 from parallel.pipeline.dependencies import ScheduleError, execution_order
 
 
-class Delivery(StrEnum):
-    """What sends and receives do when a rank runs its list; a receive always waits for its message.
-
-    ``BUFFERED``: a send returns at once. All schedules run under it. The plan of `plan_communication` gives the same
-    behavior with sends that need a posted receive.
-
-    ``BATCHED``: between two actions a rank starts the send of the first and the receive of the second together, and
-    waits for both (``batch_isend_irecv`` as in Megatron-LM). A send ends only when its receive has been started. GPipe,
-    1F1B and zero-bubble H1 run under it; schedules with several chunks do not in general, because their messages
-    arrive long before the action that consumes them.
-    """
-
-    BUFFERED = "buffered"
-    BATCHED = "batched"
-
-
-def validate(schedule: Schedule, *, delivery: Delivery = Delivery.BUFFERED, peak: int | None = None) -> None:
+def validate(schedule: Schedule, *, peak: int | None = None) -> None:
     """Check every property that the engine relies on.
 
     - every action stands on the rank of its stage, and every forward and backward that the step needs is there once;
     - on a rank a forward stands before its backward, and an input gradient before its weight gradient;
-    - the ranks never wait in a circle under ``delivery``, which includes that every action's input is produced;
+    - the ranks never wait in a circle, which includes that every action's input is produced;
     - both ends of each channel agree on the order of messages, and no wait of the plan can block (`validate_plan`).
 
     Args:
         schedule: the schedule.
-        delivery: what sends and receives do.
         peak: the most stage-microbatches of activations that a rank may hold; None for no limit.
 
     Raises:
@@ -57,8 +38,6 @@ def validate(schedule: Schedule, *, delivery: Delivery = Delivery.BUFFERED, peak
         if peak is not None:
             _check_peak(schedule, rank, peak)
     execution_order(schedule)
-    if delivery is Delivery.BATCHED:
-        _check_batched(schedule)
     validate_plan(schedule, plan_communication(schedule))
 
 
@@ -106,40 +85,6 @@ def _check_peak(schedule: Schedule, rank: int, peak: int) -> None:
         if held > peak:
             problem = f"the rank holds {held} stage-microbatches of activations and may hold {peak}"
             raise ScheduleError(problem, rank, position, schedule.actions[rank][position])
-
-
-def _check_batched(schedule: Schedule) -> None:
-    """Run the lists with an exchange between actions that waits for its send and its receive."""
-    exchanges = [_exchanges(schedule, actions) for actions in schedule.actions]
-    position = [0] * schedule.ranks
-    # How many of its two ends have started a message.
-    started = dict.fromkeys((message for run in exchanges for batch in run for message in batch), 0)
-    for rank_exchanges in exchanges:
-        for message in rank_exchanges[0]:
-            started[message] += 1
-    moved = True
-    while moved:
-        moved = False
-        for rank, run in enumerate(exchanges):
-            while position[rank] < len(run) and all(started[message] == 2 for message in run[position[rank]]):
-                position[rank] += 1
-                moved = True
-                for message in run[position[rank]] if position[rank] < len(run) else ():
-                    started[message] += 1
-    for rank, actions in enumerate(schedule.actions):
-        at = position[rank]
-        if at < len(exchanges[rank]):
-            pending = next(message for message in exchanges[rank][at] if started[message] < 2)
-            action_position = min(at, len(actions) - 1)
-            problem = f"deadlock with batched sends and receives: the exchange of the {pending} never ends"
-            raise ScheduleError(problem, rank, action_position, actions[action_position])
-
-
-def _exchanges(schedule: Schedule, actions: tuple[Action, ...]) -> list[list[Message]]:
-    """The messages exchanged before each action, and after the last."""
-    sends = [None, *(outgoing(schedule, action) for action in actions)]
-    receives = [*(incoming(schedule, action) for action in actions), None]
-    return [[message for message in pair if message is not None] for pair in zip(sends, receives, strict=True)]
 
 
 def validate_plan(schedule: Schedule, plans: tuple[RankPlan, ...]) -> None:

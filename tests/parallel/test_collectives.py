@@ -43,8 +43,6 @@ CASES = {
     "gather_from_ranks": ({}, _concatenated(-1), _slice(-1)),
     "gather_from_ranks-0": ({"dim": 0}, _concatenated(0), _slice(0)),
     "gather_from_ranks-1": ({"dim": 1}, _concatenated(1), _slice(1)),
-    "scatter_to_ranks": ({}, _slice(-1), _concatenated(-1)),
-    "scatter_to_ranks-0": ({"dim": 0}, _slice(0), _concatenated(0)),
     "all_gather_tokens": ({}, _concatenated(0), _slice_of_total),
     "reduce_scatter_tokens": ({}, _slice_of_total, _concatenated(0)),
 }

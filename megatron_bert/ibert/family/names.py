@@ -32,7 +32,6 @@ IBERT = Names(
         "attention_norm": ("attention.output.LayerNorm",),
         "mlp_norm": ("output.LayerNorm",),
     },
-    output="lm_head",
     aliases=("roberta",),
     quantization=frozenset(
         {

@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor
 
 from megatron_bert.cli import main
-from megatron_bert.convert import ranges
 from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.families import ROBERTA
 from megatron_bert.convert.inspection import inspect
@@ -22,7 +21,6 @@ from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.finetuning.fill_mask import FillMask
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
-from megatron_bert.ibert import gelu
 from megatron_bert.quantizing.quantize import quantize
 from parallel.errors import UserError
 from tests.megatron_bert.data.support import small_vocabulary
@@ -174,10 +172,6 @@ class TestRuns:
             "latest_checkpointed_iteration.txt",
             "model_optim_rng.pt",
         ]
-
-
-def test_the_least_value_of_gelu_is_that_of_integer_arithmetic() -> None:
-    assert ranges.LEAST_GELU == gelu.LEAST
 
 
 class TestFillMask:

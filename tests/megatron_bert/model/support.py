@@ -120,7 +120,7 @@ def make_model(
 def total_loss(model: BertForPretraining, batch: MicroBatch, dropout_seed: int | None = None) -> Tensor:
     """Mean masked-token loss plus mean pair loss."""
     sums = loss_sums(model(batch, dropout_seed), batch, model.config.vocab_size, model.tp)
-    return sums.masked / batch.masked_count() + sums.pair / int((batch.pair_labels != IGNORED).sum())
+    return sums.masked / (batch.slot_labels != IGNORED).sum() + sums.pair / (batch.pair_labels != IGNORED).sum()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes over which schedules are tested."""
+"""The sizes over which schedules are tested, actions by their texts, and what a plan needs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
-from parallel.pipeline.actions import Schedule
+from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.communication import RankPlan
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 
 RANKS = range(1, 9)
@@ -34,3 +36,30 @@ def every_schedule() -> Iterator[Schedule]:
                 yield build_schedule(name, ranks, microbatches, chunks)
                 if name in ("1f1b", "interleaved-1f1b", "zero-bubble-v"):
                     yield forward_only(ranks, microbatches, chunks, kind.placement)
+
+
+def action_of(text: str) -> Action:
+    """The action of a text such as ``3F1``."""
+    match = re.fullmatch(r"(\d+)([FBIW])(\d+)", text)
+    assert match is not None
+    stage, kind, microbatch = match.groups()
+    return Action(ActionKind(kind), int(stage), int(microbatch))
+
+
+def receive_buffers(plan: RankPlan) -> int:
+    """The most receives that are posted and not yet consumed: buffers that the rank needs at once."""
+    held = most = 0
+    for step in plan.steps:
+        held += len(step.post)
+        most = max(most, held)
+        held -= step.receive is not None
+    return most
+
+
+def send_buffers(plan: RankPlan) -> int:
+    """The most sends that are not yet waited for: outputs that the rank keeps at once."""
+    held = most = 0
+    for step in plan.steps:
+        held += (step.send is not None) - len(step.finish)
+        most = max(most, held)
+    return most

@@ -5,10 +5,10 @@ import json
 
 from matplotlib.image import imread
 
-from parallel.pipeline.actions import Action
 from parallel.pipeline.chart import chrome_trace, gantt_png, text_grid
 from parallel.pipeline.schedules import build_schedule
 from parallel.pipeline.simulate import Costs, TimedAction, Timeline, simulate
+from tests.parallel.pipeline.grid import action_of
 
 
 def test_text_grid_of_1f1b():
@@ -19,7 +19,7 @@ def test_text_grid_of_1f1b():
 
 
 def test_text_grid_marks_the_failing_action_of_its_rank_only():
-    grid = text_grid(simulate(build_schedule("1f1b", 2, 3)), failed=(1, Action.parse("1B1")))
+    grid = text_grid(simulate(build_schedule("1f1b", 2, 3)), failed=(1, action_of("1B1")))
     assert grid.count(">") == grid.count("<") == 1
     assert ">1B1<-----" in grid.splitlines()[1]
 

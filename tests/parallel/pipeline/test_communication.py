@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.pipeline.actions import Action, Backward
+from parallel.pipeline.actions import Backward
 from parallel.pipeline.communication import Payload, incoming, outgoing, plan_communication
 from parallel.pipeline.dependencies import ScheduleError
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.validate import validate_plan
-from tests.parallel.pipeline.grid import every_schedule
+from tests.parallel.pipeline.grid import action_of, every_schedule, receive_buffers, send_buffers
 
 
 def messages(plans):
@@ -27,20 +27,20 @@ def changed(plans, rank, position, **attributes):
 
 def test_a_message_tells_both_ends():
     schedule = build_schedule("1f1b", 2, 2)
-    forward = outgoing(schedule, Action.parse("0F1"))
+    forward = outgoing(schedule, action_of("0F1"))
     assert str(forward) == "activation of microbatch 1 from stage 0 (rank 0) to stage 1 (rank 1)"
-    assert forward == incoming(schedule, Action.parse("1F1"))
-    backward = outgoing(schedule, Action.parse("1B1"))
+    assert forward == incoming(schedule, action_of("1F1"))
+    backward = outgoing(schedule, action_of("1B1"))
     assert (backward.payload, backward.channel) == (Payload.GRADIENT, (1, 0))
-    assert backward == incoming(schedule, Action.parse("0B1"))
+    assert backward == incoming(schedule, action_of("0B1"))
 
 
 def test_the_ends_and_the_turn_of_a_v_need_no_message():
     schedule = build_schedule("zero-bubble-v", 3, 3)
     for text in ("0F0", "3F0", "5I0", "2I0", "1W0"):
-        assert incoming(schedule, Action.parse(text)) is None
+        assert incoming(schedule, action_of(text)) is None
     for text in ("5F0", "2F0", "3I0", "0I0", "4W0"):
-        assert outgoing(schedule, Action.parse(text)) is None
+        assert outgoing(schedule, action_of(text)) is None
 
 
 def check_counts(schedule, plans):
@@ -56,8 +56,8 @@ def check_counts(schedule, plans):
 def check_buffers(schedule, plans):
     """Receives need a few buffers whatever the microbatches; sent outputs wait no longer than activations."""
     for plan, peak in zip(plans, schedule.peak_activations(), strict=True):
-        assert plan.receive_buffers <= 3
-        assert schedule.backward is Backward.NONE or plan.send_buffers <= max(1, peak)
+        assert receive_buffers(plan) <= 3
+        assert schedule.backward is Backward.NONE or send_buffers(plan) <= max(1, peak)
 
 
 def test_plans_of_every_schedule():
@@ -69,7 +69,7 @@ def test_plans_of_every_schedule():
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble-h1"])
 def test_two_receive_buffers_are_enough_for_a_loop(name):
-    assert max(plan.receive_buffers for plan in plan_communication(build_schedule(name, 4, 40))) == 2
+    assert max(receive_buffers(plan) for plan in plan_communication(build_schedule(name, 4, 40))) == 2
 
 
 def test_receives_are_posted_one_action_ahead():

@@ -18,6 +18,7 @@ from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.engine import PipelineEngine, PipelineError
 from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
+from tests.parallel.pipeline.grid import action_of, receive_buffers, send_buffers
 from tests.parallel.pipeline.stages import PRODUCTS, ToyStage, ToyStep, gradients_of, make_engine, plain_step
 from tests.parallel.support import EPS64, Operators
 from tests.worlds import CPU, make_mesh, run_world
@@ -155,7 +156,7 @@ def _memory(schedule: Schedule) -> None:
         # What was received for this action lives, what is posted, and one buffer of each microbatch still held: its
         # input until the backward pass, then, while its weight gradients wait, the gradient of its output.
         posted = len(state.receives)
-        assert posted + (action.kind is not ActionKind.BACKWARD_WEIGHT) <= engine.plan.receive_buffers + 1
+        assert posted + (action.kind is not ActionKind.BACKWARD_WEIGHT) <= receive_buffers(engine.plan) + 1
         alive = _living(watched.received), _living(watched.sent)
         assert alive[0] <= posted + 1 + activations, (action, alive, posted, activations)
         # An output lives as long as its send; nothing else holds on to it.
@@ -167,8 +168,8 @@ def _memory(schedule: Schedule) -> None:
 
     engine._compute = watch  # type: ignore[method-assign]
     engine.run(step.forward, step.shape)
-    assert most_sent <= engine.plan.send_buffers
-    assert most_posted <= engine.plan.receive_buffers < schedule.microbatches
+    assert most_sent <= send_buffers(engine.plan)
+    assert most_posted <= receive_buffers(engine.plan) < schedule.microbatches
     gc.collect()
     assert watched.received
     assert _living(watched.received) == 0
@@ -267,7 +268,7 @@ def _lines(message: str) -> tuple[str, list[str]]:
     ("name", "text"), [("1f1b", "1F2"), ("1f1b", "1B1"), ("zero-bubble-h1", "1I0"), ("zero-bubble-v", "2F1")]
 )
 def test_the_rank_that_fails_says_where(name, text):
-    schedule, action = build_schedule(name, 2, 4), Action.parse(text)
+    schedule, action = build_schedule(name, 2, 4), action_of(text)
     rank = schedule.rank_of(action.stage)
     messages = run_world(2, _failing, schedule, action, timeout=60)
     first, grid = _lines(messages[rank])

@@ -6,10 +6,10 @@ from itertools import pairwise
 import pytest
 
 from parallel.errors import UserError
-from parallel.pipeline.actions import Action
 from parallel.pipeline.dependencies import ScheduleError
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
-from parallel.pipeline.simulate import Costs, TimedAction, Timeline, peak_activation_bytes, simulate
+from parallel.pipeline.simulate import Costs, TimedAction, Timeline, simulate
+from tests.parallel.pipeline.grid import action_of
 from tests.parallel.pipeline.test_validate import with_actions
 
 
@@ -117,17 +117,6 @@ def test_free_actions_take_no_time():
 
 
 def test_recorded_times_need_not_start_at_zero():
-    timeline = Timeline(
-        1, (TimedAction(0, Action.parse("0F0"), 5.0, 6.0), TimedAction(0, Action.parse("0B0"), 7.0, 9.0))
-    )
+    timeline = Timeline(1, (TimedAction(0, action_of("0F0"), 5.0, 6.0), TimedAction(0, action_of("0B0"), 7.0, 9.0)))
     assert (timeline.start, timeline.makespan) == (5, 4)
     assert timeline.bubble == pytest.approx(0.25)
-
-
-def test_peak_bytes_of_full_and_split_backward():
-    assert peak_activation_bytes(build_schedule("1f1b", 3, 6), 10.0) == (30, 20, 10)
-    assert peak_activation_bytes(build_schedule("1f1b", 3, 6), (10.0, 20.0, 30.0)) == (30, 40, 30)
-    # F0 F1 I0 ...: while microbatch 0 hands over what its weight gradient needs, both copies and microbatch 1 are held.
-    h1 = build_schedule("zero-bubble-h1", 2, 4)
-    assert peak_activation_bytes(h1, 10.0, 4.0) == (24, 18)
-    assert peak_activation_bytes(h1, 10.0, 0.0) == (20, 10)

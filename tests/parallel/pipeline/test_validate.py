@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.pipeline.actions import Action, Backward
+from parallel.pipeline.actions import Backward
 from parallel.pipeline.dependencies import ScheduleError, execution_order
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
-from parallel.pipeline.validate import Delivery, validate
-from tests.parallel.pipeline.grid import every_schedule, sizes
+from parallel.pipeline.validate import validate
+from tests.parallel.pipeline.grid import action_of, every_schedule
 
 
 def with_actions(schedule, rank, actions):
     """The schedule with another list for one rank, written as actions or their texts."""
-    parsed = tuple(Action.parse(action) if isinstance(action, str) else action for action in actions)
+    parsed = tuple(action_of(action) if isinstance(action, str) else action for action in actions)
     return replace(schedule, actions=(*schedule.actions[:rank], parsed, *schedule.actions[rank + 1 :]))
 
 
@@ -34,19 +34,6 @@ def refusal(schedule, **options):
 def test_every_schedule_of_the_grid_is_valid():
     for schedule in every_schedule():
         validate(schedule)
-
-
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zero-bubble-h1"])
-def test_one_chunk_schedules_run_with_batched_exchanges(name):
-    for ranks, microbatches, _ in sizes(name):
-        validate(build_schedule(name, ranks, microbatches), delivery=Delivery.BATCHED)
-
-
-def test_batched_exchanges_of_two_rounds_of_chunks_deadlock_and_the_place_is_named():
-    # Rank 3 sends microbatch 0 on to chunk 1 long before rank 0, busy with its warm-up, asks for it.
-    error = refusal(build_schedule("interleaved-1f1b", 4, 8), delivery=Delivery.BATCHED)
-    assert "deadlock with batched sends and receives" in str(error)
-    assert "microbatch" in str(error)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
