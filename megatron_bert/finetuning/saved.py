@@ -34,6 +34,7 @@ from megatron_bert.ibert.engine.plan_file import PLAN_NAME, write_plan
 from megatron_bert.ibert.stored_ranges import use_ranges
 from megatron_bert.model.configuration import MegatronBertConfig, numbered_labels
 from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import restore_task
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
@@ -116,7 +117,7 @@ def save_task(
         if state.ranges is not None:
             state = replace(state, tensors={name: _rounded(tensor, computed_in) for name, tensor in state.items()})
         HuggingFace().write(state, directory, WriteOptions(), Progress(0, shown=False))
-        if state.ranges is not None and _in_engines(state.ranges, config):
+        if state.ranges is not None and _in_engines(state.ranges, config, task):
             write_plan(plan_of(_model(state, config, task)), directory / PLAN_NAME)
     write_tokenizer(
         task.tokenizer,
@@ -140,9 +141,9 @@ def _rounded(tensor: StateTensor, dtype: torch.dtype) -> StateTensor:
     return tensor.mapped(lambda values: values.to(dtype).to(values.dtype))
 
 
-def _in_engines(ranges: Ranges, config: MegatronBertConfig) -> bool:
-    """Whether integer engines run the model: they have most activations, and compute nothing in floating point."""
-    if not INTEGER_ACTIVATIONS[config.hidden_act].in_engines:
+def _in_engines(ranges: Ranges, config: MegatronBertConfig, task: Task) -> bool:
+    """Whether integer engines run the model: not all have kernels, and nothing is computed in floating point."""
+    if not (INTEGER_ACTIVATIONS[config.hidden_act].in_engines and HEADS[task.head.kind].in_engines):
         return False
     by_layer = ranges.settings.get("layer_force_dequant", {})
     return all(kind == "none" for kind in (ranges.settings.get("force_dequant", "none"), *by_layer.values()))

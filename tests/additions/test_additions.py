@@ -156,7 +156,7 @@ def test_a_model_is_quantized(trained: Path) -> None:
         load_task(folder).stage("integer")
 
 
-def test_integer_engines_run_a_kind_of_head() -> None:
+def test_integer_engines_run_a_kind_of_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its name: they have what it says of itself."""
     model = BertForTask(CONFIG, "pointer", 1)
     initialize(model, seed=3)
@@ -172,6 +172,9 @@ def test_integer_engines_run_a_kind_of_head() -> None:
         answer = engine(tokens[None], token_type_ids=torch.from_numpy(units[0].features[0].types).long()[None])
     assert isinstance(answer, TokenClassifierOutput)
     assert torch.equal(answer.logits[0, units[0].features[0].rows], expected[batch.owners == 0])
+    monkeypatch.setattr(type(HEADS["pointer"]), "in_engines", False)
+    with pytest.raises(UserError, match="the head of a pointer, which integer engines do not have"):
+        IntegerModel.from_model(model)
 
 
 def test_the_schedule_is_one_of_a_pipeline() -> None:

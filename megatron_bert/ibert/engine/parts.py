@@ -60,6 +60,8 @@ def parts_of(model: nn.Module) -> Parts:
         raise UserError("the model is a decoder, which no integer engine runs: give an encoder")
     if (act := config.hidden_act) not in INTEGER_ACTIVATIONS or not INTEGER_ACTIVATIONS[act].in_engines:
         raise UserError(f"the model has hidden_act {brief(act)}, which integer engines do not have: run it without one")
+    if task in HEADS and not HEADS[task].in_engines:
+        raise UserError(f"the model has the head of a {task}, which integer engines do not have: run it without one")
     if (canonical := getattr(model, "canonical_modules", None)) is not None:
         config, found = config.encoder_config(), canonical()
     else:

@@ -39,6 +39,7 @@ class HeadKind:
         pooled: whether dense and tanh stand between the encoder and the outputs.
         dropout: whether there is dropout before it.
         grouped: whether a unit has several sequences, as inputs ``[B, choices, S]`` have.
+        in_engines: whether integer engines run it, which have one dense layer, and the pooler before it.
     """
 
     name: ClassVar[str]
@@ -52,6 +53,7 @@ class HeadKind:
     pooled: ClassVar[bool] = False
     dropout: ClassVar[bool] = True
     grouped: ClassVar[bool] = False
+    in_engines: ClassVar[bool] = True
 
     # ---------------------------------------------------------------- parameters
 
@@ -65,12 +67,12 @@ class HeadKind:
         return self.pooled
 
     def layers(self, *, like_roberta: bool) -> tuple[str, ...]:
-        """Names of its dense layers in their order; all but the last are as wide as the encoder."""
+        """Names of its layers, the one with the outputs last; other than dense ones need their own :meth:`tensors`."""
         del like_roberta
         return (self.module,)
 
     def tensors(self, config: MegatronBertConfig, outputs: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of its parameters in checkpoints."""
+        """Names and shapes of its parameters in checkpoints: dense layers, all but the last as wide as the encoder."""
         size, layers = config.hidden_size, self.layers(like_roberta=config.like_roberta)
         found: dict[str, tuple[int, ...]] = {}
         for layer in layers:
