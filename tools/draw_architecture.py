@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packages of this project and who imports whom, drawn from the sources.
+"""The packages of this project and who imports whom, drawn from the sources, and their list in CONTRIBUTING.md.
 
-    python -m tools.draw_architecture docs/images/architecture.svg
+    python -m tools.draw_architecture
 
 A box is a package, with the first line of its documentation; modules beside the packages of `megatron_bert` stand
 together. A box imports those that its arrows lead down to, directly or through others. Packages that import each other
@@ -21,6 +21,10 @@ from tools.import_graph import ROOT, modules_of
 
 WIDTH, BOX, HEIGHT, GAP, MARGIN = 1180, 176, 62, 44, 20
 COLORS = {"parallel": "#dbe9f6", "megatron_bert": "#e4f1df", "tools": "#fbe8d3", "launch": "#fbe8d3"}
+
+PICTURE, GUIDE = ROOT / "docs" / "images" / "architecture.svg", ROOT / "CONTRIBUTING.md"
+#: Around the list of packages in CONTRIBUTING.md.
+BEGIN, END = "<!-- packages: written by tools/draw_architecture.py -->", "<!-- end of packages -->"
 
 Graph = dict[str, set[str]]
 
@@ -107,6 +111,27 @@ def description(room: str, root: Path = ROOT) -> str:
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0].rstrip(".")
 
 
+def room_list(root: Path = ROOT) -> str:
+    """All packages with the first lines of their documentation, in Markdown; those inside of others are indented."""
+    folders = [
+        path.parent.relative_to(root)
+        for top in ("parallel", "megatron_bert")
+        for path in (root / top).rglob("__init__.py")
+    ]
+    lines = []
+    for folder in sorted(folders, key=lambda path: (path.parts[0] != "parallel", path.parts)):
+        room = ".".join(folder.parts)
+        depth = len(folder.parts) - (2 if folder.parts[0] == "megatron_bert" and len(folder.parts) > 1 else 1)
+        lines.append(f"{'  ' * depth}- `{folder}/`: {description(room, root)}.\n")
+    return "".join(lines)
+
+
+def with_rooms(guide: str, root: Path = ROOT) -> str:
+    """The text of CONTRIBUTING.md with the list as it should be, between the marks."""
+    before, after = guide.split(BEGIN)[0], guide.split(END)[1]
+    return f"{before}{BEGIN}\n{room_list(root)}{END}{after}"
+
+
 def wrapped(text: str, width: int = 30, lines: int = 3) -> list[str]:
     """Lines of a text; what does not fit is left out at the last word."""
     found = [""]
@@ -158,10 +183,10 @@ def picture(root: Path = ROOT) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Draw the picture into a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    write_text(parser.parse_args(given).output, picture())
+    """Write both files of the checkout."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(given)
+    write_text(PICTURE, picture())
+    write_text(GUIDE, with_rooms(GUIDE.read_text(encoding="utf-8")))
     return 0
 
 

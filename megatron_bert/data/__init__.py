@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers, corpora and batches."""
+"""Tokenizers, corpora, samples and batches, which know nothing of training."""

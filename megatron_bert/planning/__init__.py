@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will cost before it starts: FLOPs, memory, communication and pipeline schedules."""
+"""What a run takes before it starts: closed forms of memory, messages, operations and time, and a simulated world."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer and what it is made of."""
+"""The training loop of any objective, from settings to checkpoints, and pretraining as the first objective."""

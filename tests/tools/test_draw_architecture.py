@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from tools.draw_architecture import arrows, picture, reachable, room_graph, rows
-from tools.import_graph import ROOT
+from tools.draw_architecture import GUIDE, PICTURE, arrows, picture, reachable, room_graph, room_list, rows, with_rooms
 
 
-def test_the_picture_is_that_of_the_sources() -> None:
-    again = "run python -m tools.draw_architecture docs/images/architecture.svg"
-    assert (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8") == picture(), again
+def test_picture_and_list_are_those_of_the_sources() -> None:
+    again = "run python -m tools.draw_architecture"
+    assert PICTURE.read_text(encoding="utf-8") == picture(), again
+    guide = GUIDE.read_text(encoding="utf-8")
+    assert guide == with_rooms(guide), again
+
+
+def test_every_package_says_what_it_is() -> None:
+    lines = room_list().splitlines()
+    assert (
+        "- `megatron_bert/convert/`: Checkpoint conversion: everything Megatron BERT was ever saved as, in and out."
+        in lines
+    )
+    assert any(line.startswith("  - `parallel/pipeline/`: ") for line in lines)
+    assert not [line for line in lines if line.endswith(": .")]
 
 
 def test_what_is_drawn() -> None:
