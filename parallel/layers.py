@@ -27,6 +27,7 @@ from parallel.collectives import (
 )
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import Constant, Normal, ParallelModule, local_size, local_tensor, sharded_parameter
+from parallel.simulated_device import on_gpu
 from parallel.weight_gradients import active_queue, deferred_linear
 
 
@@ -223,6 +224,29 @@ class RowParallelLinear(ParallelModule):
         )
 
 
+class _AddedRows(torch.autograd.Function):
+    """Rows of a table whose gradient another use of the table gives too: theirs is added to that where it is.
+
+    Autograd would make a gradient of the size of the whole table, most of it zeros, and add both.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.table = table
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        held, table = ctx.table.grad, ctx.table
+        if held is None:
+            rows: Tensor = torch.ops.aten.embedding_dense_backward(gradient, ids, table.shape[0], -1, False)
+            return rows, None
+        held.index_add_(0, ids, gradient.to(held.dtype))
+        return None, None
+
+
 class VocabParallelEmbedding(ParallelModule):
     """An embedding table whose rows are divided over the tensor ranks.
 
@@ -236,6 +260,10 @@ class VocabParallelEmbedding(ParallelModule):
         init_std: standard deviation of the initial rows.
         tp: the tensor-parallel handle.
         device, dtype: of the table.
+
+    Attributes:
+        tied: whether the table has another use in every forward pass, as the output matrix of a head. On processors,
+            ``backward()`` then adds to its ``grad`` in place, where that is kept.
 
     Raises:
         UserError: the tensor size does not divide the padded vocabulary.
@@ -264,19 +292,29 @@ class VocabParallelEmbedding(ParallelModule):
         self.first_row = tp.rank * rows
         self.weight = sharded_parameter((padded_vocab_size, embedding_dim), tp, dim=0, device=device, dtype=dtype)
         self.initializers["weight"] = Normal(init_std, rows=vocab_size)
+        self.tied = False
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids ``[T]`` (the same on every rank) to ``[T, N]``, or to ``[T/t, N]`` under sequence parallelism."""
         weight = local_tensor(self.weight)
         if self.tp.size == 1:
-            return F.embedding(ids, weight)
+            return self._rows(weight, ids)
         local_ids = ids - self.first_row
         elsewhere = (local_ids < 0) | (local_ids >= weight.shape[0])
-        rows = F.embedding(local_ids.masked_fill(elsewhere, 0), weight)
+        rows = self._rows(weight, local_ids.masked_fill(elsewhere, 0))
         partial = rows.masked_fill(elsewhere[..., None], 0.0)
         if self.tp.sequence:
             return reduce_scatter_tokens(partial, self.tp)
         return reduce_from_ranks(partial, self.tp)
+
+    def _rows(self, weight: Tensor, ids: Tensor) -> Tensor:
+        # Where weight gradients wait in a queue, autograd sees that of the embedding alone. On GPUs, additions in place
+        # come in any order, and are not worth it.
+        plain = weight is self.weight and weight.device.type == "cpu" and not on_gpu(weight)
+        if self.tied and plain and torch.is_grad_enabled() and active_queue() is None:
+            rows: Tensor = _AddedRows.apply(weight, ids)
+            return rows
+        return F.embedding(ids, weight)
 
     def extra_repr(self) -> str:
         """Global sizes, and the share of this rank."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -181,6 +182,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
+        self.first_layer = layers.start
         self.layers = nn.ModuleDict(
             {str(i): TransformerLayer(config, tp=tp, recompute=recompute, device=device) for i in layers}
         )
@@ -209,20 +211,28 @@ class Encoder(nn.Module):
         """
         if request is not None:
             return self._answer(hidden, layout, keys, request)
-        for number, layer in self.layers.items():
-            # Keys of a layer are folded here, as tensors, so that all layers share one compiled graph.
-            hidden = layer(hidden, layout, None if keys is None else fold_in(keys, 1 + int(number)))
+        for layer, layer_keys in zip(self.layers.values(), self._layer_keys(keys), strict=True):
+            hidden = layer(hidden, layout, layer_keys)
         return hidden if self.final_norm is None else self.final_norm(hidden)
+
+    def _layer_keys(self, keys: Tensor | None) -> Sequence[Tensor | None]:
+        """Dropout keys of each layer.
+
+        They are folded here, as tensors, so that all layers share one compiled graph, and for all layers at once.
+        """
+        if keys is None:
+            return [None] * len(self.layers)
+        numbers = torch.arange(self.first_layer, self.first_layer + len(self.layers), device=keys.device)
+        return fold_in(keys, 1 + numbers[:, None]).unbind()
 
     def _answer(
         self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: EncoderRequest
     ) -> EncoderOutput:
         before: list[Tensor] = []
         outputs = []
-        for number, layer in self.layers.items():
+        for (number, layer), layer_keys in zip(self.layers.items(), self._layer_keys(keys), strict=True):
             given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)
             before.append(given)
-            layer_keys = None if keys is None else fold_in(keys, 1 + int(number))
             asked = _of_layer(request, int(number))
             if asked is None:
                 hidden = layer(hidden, layout, layer_keys)

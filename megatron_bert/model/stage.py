@@ -61,6 +61,7 @@ class EncoderStage(ModelStage):
         self.embeddings: BertEmbeddings | TiedWordEmbeddings | None = None
         if self.part.first:
             self.embeddings = BertEmbeddings(config, tp=tp, device=device)
+            self.embeddings.word_embeddings.tied = self.tied and self.part.last
         elif self.part.last and self.tied:
             self.embeddings = TiedWordEmbeddings(config, tp=tp, device=device)
         self.encoder = Encoder(config, tp=tp, layers=self.part.layers, recompute=recompute, device=device)

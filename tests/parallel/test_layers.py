@@ -101,6 +101,28 @@ def _row(sequence: bool, with_bias: bool) -> None:
         assert_sums_equal(layer.bias.grad, gradients["bias"], TERMS)
 
 
+def _tied_gradient(tied: bool, held: bool) -> tuple[Tensor, int]:
+    """The gradient of a table that is looked up and multiplied with, and how often one of its size was made."""
+    table = VocabParallelEmbedding(40, 40, 8, init_std=0.1)
+    table.weight.data = uniform(40, 8, seed=1)
+    table.tied = tied
+    if held:
+        table.weight.grad = uniform(40, 8, seed=2)
+    ids = torch.tensor([3, 7, 3, 0, 39])
+    loss = (F.linear(table(ids).tanh(), table.weight) * uniform(5, 40, seed=3)).sum()
+    with Operators() as operators:
+        loss.backward()
+    assert table.weight.grad is not None
+    return table.weight.grad, operators.count("embedding_dense_backward")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_tied_embedding_adds_its_rows_to_the_gradient_that_is_there(held):
+    (expected, whole), (actual, made) = (_tied_gradient(tied, held) for tied in (False, True))
+    torch.testing.assert_close(actual, expected)
+    assert (whole, made) == (1, 0 if held else 1)
+
+
 @pytest.mark.parametrize("with_bias", [False, True], ids=["nobias", "bias"])
 @SEQUENCE
 @SIZES
