@@ -66,7 +66,7 @@ def random_state(model: str) -> CanonicalState:
     )
     shapes = encoder_tensors(config)
     for part in head_tensors(config):
-        shapes |= part
+        shapes |= {name: shape for name, shape in part.items() if name.startswith(("masked_head", "pair_head"))}
     block = (torch.randn(1 << 20) * 0.02).half()
 
     def draw(shape: tuple[int, ...]) -> Tensor:

@@ -71,7 +71,7 @@ def write_native(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(1)
     shapes = encoder_tensors(CONFIG)
     for part in head_tensors(CONFIG):
-        shapes |= part
+        shapes |= {name: shape for name, shape in part.items() if name.startswith(("masked_head", "pair_head"))}
     tensors = {}
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator) * 0.15 + ("norm.weight" in name)
