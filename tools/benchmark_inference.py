@@ -6,11 +6,11 @@ favor one. A row of the report is a shape, batch, length and number of threads; 
 a long measurement can be made in pieces.
 
     pip install '.[test,benchmark]'
-    python -m tools.benchmark_inference --shape base --batch 1 --length 128 --threads 1
+    python -m tools.benchmark_inference --shape base --batch 1 8 --length 32 128 512 --threads 1
     python -m tools.benchmark_inference --draw
 
-Environment variables limit the instructions of those that allow it: MEGATRON_BERT_CPU_TARGET (ours; ``--targets``
-measures several), ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY (PyTorch). They are in the report.
+``--instructions`` measures what an older processor would run: the newer instruction sets are hidden from all systems
+alike.
 """
 
 from __future__ import annotations
@@ -23,238 +23,57 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_bert import MegatronBertConfig, MegatronBertModel
 from megatron_bert.ending import command
-from megatron_bert.ibert import IntegerModel, QuantizationConfig, calibrate, freeze_ranges, quantize_model
-from megatron_bert.ibert.engine.plan_file import read_plan
 from parallel.errors import UserError
 from parallel.whole_files import write_text
-from tools.peers import transformers
+from tools.inference_systems import SHAPES, Models, Run, systems
 from tools.timing import processor_name
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-}
-_VOCABULARY, _POSITIONS = 30522, 512
-_VARIABLES = ("MEGATRON_BERT_CPU_TARGET", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
-
-#: Answers token ids ``[B, S]`` with the final hidden states.
-_Run = Callable[[Tensor], Any]
-#: Makes a system ready, and says which file it reads.
-_System = tuple[Callable[[], _Run], Callable[[], Path]]
+#: What newer instruction sets are hidden for: the variable that says so to tools/hidden_instructions.c.
+_HIDDEN = "HIDDEN_INSTRUCTIONS"
 
 
-class _Plain(nn.Module):
-    """transformers' model without masks and options: with fused attention, or as exporters follow it at any length."""
-
-    def __init__(self, model: Any, fused: bool) -> None:
-        super().__init__()
-        self.model, self.fused = model, fused
-
-    def forward(self, ids: Tensor) -> Tensor:
-        table, encoder = self.model.embeddings, self.model.encoder
-        x = table.word_embeddings(ids) + table.position_embeddings.weight[: ids.shape[1]]
-        x = x + table.token_type_embeddings.weight[0]
-        for layer in encoder.layer:
-            attention = layer.attention
-            h, own = attention.ln(x), attention.self
-            query, key, value = (
-                projection(h).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
-                for projection in (own.query, own.key, own.value)
-            )
-            if self.fused:
-                context = nn.functional.scaled_dot_product_attention(query, key, value)
-            else:
-                context = (query @ key.transpose(-1, -2) / own.attention_head_size**0.5).softmax(-1) @ value
-            x = x + attention.output.dense(context.transpose(1, 2).flatten(2))
-            x = x + layer.output.dense(nn.functional.gelu(layer.intermediate.dense(layer.ln(x))))
-        return encoder.ln(x)
-
-
-class Models:
-    """One model in the formats of all systems, made once in a folder and kept there.
+def hide_instructions(level: str) -> None:
+    """Start this command again with newer instruction sets hidden from every library of the process.
 
     Args:
-        folder: for the files.
-        shape: a name of ``SHAPES``.
-        weight_bits: of ours.
+        level: the newest that stays, ``avx512`` or ``avx2``.
+
+    Raises:
+        UserError: there is no C compiler, or this machine cannot hide them.
+    """
+    if os.environ.get(_HIDDEN) == level:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "hidden_instructions.so"
+        source = Path(__file__).with_name("hidden_instructions.c")
+        try:
+            subprocess.run(["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"cannot compile {source.name} ({error}): install a C compiler") from None
+        command_line = [sys.executable, "-m", "tools.benchmark_inference", *sys.argv[1:]]
+        done = subprocess.run(command_line, env=os.environ | {_HIDDEN: level, "LD_PRELOAD": str(library)})
+    raise SystemExit(done.returncode)
+
+
+class Ready(NamedTuple):
+    """A system that has answered.
+
+    Attributes:
+        run: answers token ids.
+        facts: size of its file, and closeness to torch in float32.
     """
 
-    def __init__(self, folder: Path, shape: str, weight_bits: int) -> None:
-        self.folder, self.shape = folder / shape, shape
-        self.plan = self.folder / f"integer-w{weight_bits}.safetensors"
-        self.weight_bits = weight_bits
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def ids(self, batch: int, length: int, seed: int = 0) -> Tensor:
-        """Random token ids."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(5, _VOCABULARY, (batch, length), generator=generator)
-
-    def hugging_face(self) -> Path:
-        """Random weights; norms and biases are not those of a new model, which would be too easy."""
-        path = self.folder / "float"
-        if not (path / "config.json").is_file():
-            torch.manual_seed(0)
-            model = MegatronBertModel(
-                MegatronBertConfig(vocab_size=_VOCABULARY, max_position_embeddings=_POSITIONS, **SHAPES[self.shape])
-            )
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if parameter.dim() == 1:
-                        parameter.add_(torch.randn_like(parameter) * (0.2 if name.endswith("weight") else 0.05))
-            model.save_pretrained(path)
-        return path
-
-    def theirs(self, fused: bool = True) -> nn.Module:
-        """The model of transformers."""
-        return _Plain(transformers.MegatronBertModel.from_pretrained(self.hugging_face()), fused).eval()
-
-    def integer_plan(self) -> Path:
-        """Ours, calibrated on random token ids."""
-        if not _is_readable(self.plan):
-            model = MegatronBertModel.from_pretrained(self.hugging_face()).eval()
-            quantize_model(model, QuantizationConfig(weight_bits=self.weight_bits))
-            calibrate(model, [self.ids(2, 128, seed) for seed in (1, 2)], lambda ids: model(input_ids=ids))
-            freeze_ranges(model)
-            IntegerModel.from_model(model, backend="reference").save(self.plan)
-        return self.plan
-
-    def onnx(self) -> Path:
-        """For ONNX Runtime and OpenVINO."""
-        path = self.folder / "model.onnx"
-        if not path.is_file():
-            axes = {"ids": {0: "batch", 1: "length"}, "hidden": {0: "batch", 1: "length"}}
-            torch.onnx.export(
-                self.theirs(fused=False),
-                (self.ids(2, 16),),
-                str(path),
-                input_names=["ids"],
-                output_names=["hidden"],
-                dynamic_axes=axes,
-                opset_version=17,
-                dynamo=False,
-            )
-        return path
-
-    def onnx_int8(self) -> Path:
-        """Dynamic quantization of ONNX Runtime."""
-        path = self.folder / "dynamic-int8.onnx"
-        if not path.is_file():
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-
-            quantize_dynamic(self.onnx(), path, weight_type=QuantType.QInt8, per_channel=True)
-        return path
-
-    def nncf_int8(self) -> Path:
-        """Static quantization of NNCF."""
-        path = self.folder / "nncf-int8.xml"
-        if not path.is_file():
-            import nncf
-            import openvino
-
-            model = openvino.Core().read_model(self.onnx())
-            data = nncf.Dataset([self.ids(1, 128, seed).numpy() for seed in range(1, 5)])
-            model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=4)
-            openvino.save_model(model, path, compress_to_fp16=False)
-        return path
-
-
-def _is_readable(plan: Path) -> bool:
-    """Whether there is a plan that this release can read."""
-    try:
-        read_plan(plan)
-    except UserError:
-        return False
-    return True
-
-
-def _torch_run(model: Callable[[Tensor], Tensor]) -> _Run:
-    @torch.inference_mode()
-    def run(ids: Tensor) -> Tensor:
-        return model(ids)
-
-    return run
-
-
-def _onnx_run(path: Path, threads: int) -> _Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda ids: session.run(None, {"ids": ids.numpy()})[0]
-
-
-def _openvino_run(path: Path, threads: int, precision: str) -> _Run:
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    model = openvino.Core().compile_model(str(path), "CPU", settings)
-    request = model.create_infer_request()
-    return lambda ids: request.infer([ids.numpy()])[model.output(0)]
-
-
-def _integer_run(models: Models, threads: int, target: str | None) -> _Run:
-    before = os.environ.get("MEGATRON_BERT_CPU_TARGET")
-    if target is not None:
-        os.environ["MEGATRON_BERT_CPU_TARGET"] = target
-    try:
-        model = IntegerModel.from_pretrained(models.integer_plan(), "cpu", threads)
-    finally:
-        if before is None:
-            os.environ.pop("MEGATRON_BERT_CPU_TARGET", None)
-        else:
-            os.environ["MEGATRON_BERT_CPU_TARGET"] = before
-    return lambda ids: model(ids).last_hidden_state
-
-
-def systems(models: Models, threads: int, targets: list[str]) -> dict[str, _System]:
-    """How each system is made ready, and the file it reads, by its name in the report."""
-
-    def dynamic() -> _Run:
-        kind = {nn.Linear}
-        return _torch_run(torch.ao.quantization.quantize_dynamic(models.theirs(), kind, torch.qint8))
-
-    ours = f"integer W{models.weight_bits}A8"
-    weights = models.hugging_face
-    found: dict[str, _System] = {
-        f"{ours} {target}": (lambda target=target: _integer_run(models, threads, target), models.integer_plan)
-        for target in targets
-    }
-    return found | {
-        "torch fp32": (lambda: _torch_run(models.theirs()), weights),
-        "torch compile fp32": (lambda: _torch_run(torch.compile(models.theirs())), weights),
-        "torch bf16": (lambda: _torch_run(models.theirs().bfloat16()), weights),
-        "torch compile bf16": (lambda: _torch_run(torch.compile(models.theirs().bfloat16())), weights),
-        "torch dynamic int8": (dynamic, weights),
-        "onnxruntime fp32": (lambda: _onnx_run(models.onnx(), threads), models.onnx),
-        "onnxruntime dynamic int8": (lambda: _onnx_run(models.onnx_int8(), threads), models.onnx_int8),
-        "openvino fp32": (lambda: _openvino_run(models.onnx(), threads, "f32"), models.onnx),
-        "openvino bf16": (lambda: _openvino_run(models.onnx(), threads, "bf16"), models.onnx),
-        "openvino nncf int8": (lambda: _openvino_run(models.nncf_int8(), threads, "f32"), models.nncf_int8),
-        "openvino nncf int8 and bf16": (lambda: _openvino_run(models.nncf_int8(), threads, "bf16"), models.nncf_int8),
-        "transformers IBert": (lambda: _simulated(models), weights),
-    }
-
-
-def _simulated(models: Models) -> _Run:
-    """Transformers' IBert with quant_mode, of the same size (its weights are random: it has post-layer-norm)."""
-    config = transformers.IBertConfig(
-        vocab_size=_VOCABULARY, max_position_embeddings=_POSITIONS + 2, quant_mode=True, **SHAPES[models.shape]
-    )
-    model = transformers.IBertModel(config).eval()
-    return _torch_run(lambda ids: model(ids).last_hidden_state)
+    run: Run
+    facts: dict[str, float]
 
 
 def _file_size(path: Path) -> int:
@@ -272,45 +91,74 @@ def _closeness(answer: Any, expected: Tensor) -> float:
     return round(float(10 * torch.log10(expected.square().sum() / noise)), 1)
 
 
-def measure(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
-    """Milliseconds of each system, alternating."""
-    torch.set_num_threads(arguments.threads)
-    ids = models.ids(arguments.batch, arguments.length)
-    available = systems(models, arguments.threads, arguments.targets)
-    wanted = [name for name in available if not arguments.systems or any(part in name for part in arguments.systems)]
-    runs: dict[str, _Run] = {}
-    results: dict[str, Any] = {}
+def _chosen(arguments: argparse.Namespace, models: Models, threads: int) -> dict[str, Any]:
+    available = systems(models, threads, arguments.targets, arguments.weight_bits)
+    wanted = arguments.systems
+    return {name: each for name, each in available.items() if not wanted or any(part in name for part in wanted)}
+
+
+def prepare(arguments: argparse.Namespace, models: Models, threads: int) -> dict[str, Ready]:
+    """All systems that are wanted and run here."""
+    torch.set_num_threads(threads)
+    ids = models.ids(1, 128)
     with torch.inference_mode():
         expected = models.theirs()(ids).double()
-    for name in wanted:
+    ready = {}
+    for name, (make, file) in _chosen(arguments, models, threads).items():
         try:
-            run = available[name][0]()
+            run = make()
             answer = run(ids)
         except (ImportError, UserError, RuntimeError) as error:
             print(f"{name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        runs[name] = run
-        results[name] = {"file_megabytes": round(_file_size(available[name][1]()) / 1e6, 1)}
+        facts = {"file_megabytes": round(_file_size(file()) / 1e6, 1)}
         if not name.startswith("transformers"):
-            results[name]["signal_to_noise_db"] = _closeness(answer, expected)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run(ids)
-            taken[name].append((time.perf_counter() - began) * 1e3)
-    for name, times in taken.items():
-        results[name] |= {"milliseconds": round(min(times), 2), "median": round(statistics.median(times), 2)}
-    return results
+            facts["signal_to_noise_db"] = _closeness(answer, expected)
+        ready[name] = Ready(run, facts)
+    gc.collect()
+    return ready
+
+
+def measure(ready: dict[str, Ready], ids: Tensor, rounds: int, budget: float) -> dict[str, Any]:
+    """Milliseconds of each system, alternating.
+
+    Args:
+        ready: systems.
+        ids: ``[B, S]``.
+        rounds: for each system at most.
+        budget: seconds for each system; one that needs longer is run once.
+    """
+    taken: dict[str, list[float]] = {}
+    left = {}
+
+    def timed(name: str) -> float:
+        began = time.perf_counter()
+        ready[name].run(ids)
+        return time.perf_counter() - began
+
+    for name in ready:  # which also gets everybody's memory for this size
+        first = timed(name)
+        taken[name] = [first] if first > budget else []
+        left[name] = 0 if first > budget else min(rounds, max(1, int(budget / first)))
+    while any(left.values()):
+        for name in [name for name in ready if left[name]]:
+            taken[name].append(timed(name))
+            left[name] -= 1
+    return {
+        name: ready[name].facts
+        | {"milliseconds": round(1e3 * min(times), 2), "median": round(1e3 * statistics.median(times), 2)}
+        for name, times in taken.items()
+    }
 
 
 def _child(name: str, arguments: argparse.Namespace, models: Models) -> None:
     """In a process of its own: memory and time to the first answer of one system."""
-    torch.set_num_threads(arguments.threads)
-    ids = models.ids(arguments.batch, arguments.length)
+    threads = arguments.threads[0]
+    torch.set_num_threads(threads)
+    ids = models.ids(arguments.batch[0], arguments.length[0])
     gc.collect()
     began = time.perf_counter()
-    run = systems(models, arguments.threads, arguments.targets)[name][0]()
+    run = _chosen(arguments, models, threads)[name][0]()
     run(ids)
     first = time.perf_counter() - began
     run(ids)
@@ -325,9 +173,7 @@ def _child(name: str, arguments: argparse.Namespace, models: Models) -> None:
 def memory(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
     """Resident memory and time to the first answer of each system, and of Python with torch alone."""
     found: dict[str, Any] = {}
-    for name in systems(models, arguments.threads, arguments.targets):
-        if arguments.systems and not any(part in name for part in arguments.systems):
-            continue
+    for name in _chosen(arguments, models, 1):
         done = subprocess.run(
             [sys.executable, "-m", "tools.benchmark_inference", *sys.argv[1:], "--child", name],
             capture_output=True,
@@ -363,19 +209,43 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def kind_of(name: str) -> str:
+    """What a peer computes in: fp32, bf16 or int8 (also where only its products are int8), or nothing of these."""
+    return next((kind for kind in ("int8", "bf16", "fp32") if kind in name), "")
+
+
 def _fastest(times: dict[str, Any], kind: str) -> float:
-    """Milliseconds of the fastest peer whose name has ``kind``."""
-    found = [row["milliseconds"] for name, row in times.items() if kind in name and not name.startswith("integer")]
-    return min(found, default=float("nan"))
+    """Milliseconds of the fastest peer of a kind."""
+    return min((row["milliseconds"] for name, row in times.items() if kind_of(name) == kind), default=float("nan"))
 
 
 def ratios(times: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """How many times as fast ours is as the fastest peer of each kind."""
+    """How many times as fast ours is as the fastest peer of each kind that was measured."""
+    kinds = [kind for kind in ("fp32", "bf16", "int8") if any(kind_of(name) == kind for name in times)]
     return {
-        name: {kind: round(_fastest(times, kind) / row["milliseconds"], 2) for kind in ("fp32", "bf16", "int8")}
+        name: {kind: round(_fastest(times, kind) / row["milliseconds"], 2) for kind in kinds}
         for name, row in times.items()
         if name.startswith("integer")
     }
+
+
+def _rows(arguments: argparse.Namespace, models: Models, report: dict[str, Any]) -> None:
+    """Measure all rows, and write the report after each."""
+    for threads in arguments.threads:
+        ready = None if arguments.memory else prepare(arguments, models, threads)
+        for batch in arguments.batch:
+            for length in arguments.length:
+                key = f"{arguments.shape} B{batch} S{length} T{threads}"
+                key += f" {arguments.instructions}" if arguments.instructions else ""
+                row = report["rows"].setdefault(key, {})
+                if ready is None:
+                    row.setdefault("memory", {}).update(memory(arguments, models))
+                else:
+                    times = row.setdefault("times", {})
+                    times.update(measure(ready, models.ids(batch, length), arguments.rounds, arguments.seconds))
+                    row["ratios"] = ratios(times)
+                write_text(arguments.output, json.dumps(report, indent=2) + "\n")
+                print(json.dumps({key: row}, indent=2), flush=True)
 
 
 @command("benchmark_inference")
@@ -383,12 +253,14 @@ def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="base")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
+    parser.add_argument("--length", type=int, nargs="+", default=[128], help="tokens of each")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=8)
-    parser.add_argument("--targets", nargs="+", default=["amx", "avx512", "avxvnni", "avx2"], help="of ours")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each system; one that needs longer is run once")
+    parser.add_argument("--weight-bits", type=int, nargs="+", choices=(7, 8), default=[8])
+    parser.add_argument("--targets", nargs="+", default=["amx"], help="instruction sets of ours")
+    parser.add_argument("--instructions", choices=("avx512", "avx2"), help="hide newer ones from all systems")
     parser.add_argument("--systems", nargs="+", default=[], help="only those whose names have one of these parts")
     parser.add_argument("--memory", action="store_true", help="measure memory and the time to the first answer")
     parser.add_argument("--models", type=Path, default=Path("inference-models"), help="folder for models, kept")
@@ -396,7 +268,9 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw the report's PNG")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    models = Models(arguments.models, arguments.shape, arguments.weight_bits)
+    if arguments.instructions:
+        hide_instructions(arguments.instructions)
+    models = Models(arguments.models, arguments.shape)
     if arguments.child:
         return _child(arguments.child, arguments, models)
     report: dict[str, Any] = {"machine": processor_name(), "rows": {}}
@@ -404,18 +278,7 @@ def main() -> None:
         report = json.loads(arguments.output.read_text(encoding="utf-8"))
     if arguments.draw:
         return draw(report, arguments.output.with_suffix(".png"))
-    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    key = f"{arguments.shape} B{arguments.batch} S{arguments.length} T{arguments.threads}"
-    key += "".join(f" {name}={value}" for name, value in variables.items())
-    row = report["rows"].setdefault(key, {})
-    if arguments.memory:
-        row.setdefault("memory", {}).update(memory(arguments, models))
-    else:
-        times = row.setdefault("times", {})
-        times.update(measure(arguments, models))
-        row["ratios"] = ratios(times)
-    write_text(arguments.output, json.dumps(report, indent=2) + "\n")
-    print(json.dumps({key: row}, indent=2))
+    _rows(arguments, models, report)
     return None
 
 

@@ -55,132 +55,109 @@ struct Products {
 using AttentionProducts = Products;
 #endif
 
-#if defined(TARGET_AVX2) || defined(TARGET_AVX2_SEVEN) || defined(TARGET_AVXVNNI)
+#if !defined(TARGET_PLAIN) && !defined(TARGET_AMX)
+// The sums of R rows by NR columns. A struct of structs, not an array: compilers keep arrays that loops index in memory.
 template <class F, int R>
-static inline void rows256(const typename F::Activation* a, size_t lda, const int8_t* b, int depth,
-                           const int32_t* start, int32_t* c, size_t ldc, Ahead ahead) {
-  __m256i sums[R][2];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) sums[r][j] = _mm256_loadu_si256((const __m256i*)(start + 8 * j));
-  for (int k = 0; k < depth; k += F::G, b += F::G * NR) {
-    if (k % K_STEP == 0) ahead.fetch();
-    __m256i b0 = F::weights(b), b1 = F::weights(b + F::G * 8);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      int32_t group;
-      std::memcpy(&group, a + r * lda + k, 4);
-      __m256i x = _mm256_set1_epi32(group);
-      sums[r][0] = F::add(sums[r][0], x, b0);
-      sums[r][1] = F::add(sums[r][1], x, b1);
-    }
+struct RowSums {
+  V low, high;
+  RowSums<F, R - 1> others;
+  inline void set(V first, V second) {
+    low = first;
+    high = second;
+    others.set(first, second);
   }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) _mm256_storeu_si256((__m256i*)(c + r * ldc + 8 * j), sums[r][j]);
+  inline void add(const typename F::Activation* a, size_t lda, V first, V second) {
+    int32_t group;
+    std::memcpy(&group, a, 4);
+    const V x = S::set32(group);
+    low = F::add(low, x, first);
+    high = F::add(high, x, second);
+    others.add(a + lda, lda, first, second);
+  }
+  inline void store(int32_t* c, size_t ldc) const {
+    S::store(c, low);
+    S::store(c + NR / 2, high);
+    others.store(c + ldc, ldc);
+  }
+};
+template <class F>
+struct RowSums<F, 0> {
+  inline void set(V, V) {}
+  inline void add(const typename F::Activation*, size_t, V, V) {}
+  inline void store(int32_t*, size_t) const {}
+};
+
+template <class F, int R>
+static void multiply_rows(const typename F::Activation* a, size_t lda, const int8_t* b, int depth, const int32_t* start,
+                          int32_t* c, size_t ldc, Ahead ahead) {
+  RowSums<F, R> sums;
+  sums.set(S::load(start), S::load(start + NR / 2));
+  for (int k = 0; k < depth; k += K_STEP) {
+    ahead.fetch();
+#pragma GCC unroll 2
+    for (int i = 0; i < K_STEP; i += F::G, a += F::G, b += F::G * NR)
+      sums.add(a, lda, F::weights(b), F::weights(b + F::G * NR / 2));
+  }
+  sums.store(c, ldc);
 }
 
+// F::MR rows at a time, or what is left of them.
 template <class F>
-struct Products256 : F {
-  static constexpr int MR = 6;
+struct RowProducts : F {
   static size_t place(int k, int p) { return grouped<F::G>(k, p); }
   static void tile(const typename F::Activation* a, size_t lda, int rows, const int8_t* b, int depth,
                    const int32_t* start, int32_t* c, size_t ldc, Ahead ahead = {}) {
-    switch (rows) {
-      case 6: return rows256<F, 6>(a, lda, b, depth, start, c, ldc, ahead);
-      case 5: return rows256<F, 5>(a, lda, b, depth, start, c, ldc, ahead);
-      case 4: return rows256<F, 4>(a, lda, b, depth, start, c, ldc, ahead);
-      case 3: return rows256<F, 3>(a, lda, b, depth, start, c, ldc, ahead);
-      case 2: return rows256<F, 2>(a, lda, b, depth, start, c, ldc, ahead);
-      default: return rows256<F, 1>(a, lda, b, depth, start, c, ldc, ahead);
-    }
+    least<F::MR>(a, lda, rows, b, depth, start, c, ldc, ahead);
+  }
+
+ private:
+  template <int R>
+  static void least(const typename F::Activation* a, size_t lda, int rows, const int8_t* b, int depth,
+                    const int32_t* start, int32_t* c, size_t ldc, Ahead ahead) {
+    if constexpr (R > 1)
+      if (rows < R) return least<R - 1>(a, lda, rows, b, depth, start, c, ldc, ahead);
+    multiply_rows<F, R>(a, lda, b, depth, start, c, ldc, ahead);
   }
 };
+#endif
 
+#if defined(TARGET_AVX2) || defined(TARGET_AVX2_SEVEN)
 // Both factors widened to 16 bits: exact whatever the 8 bits are.
 struct Wide {
   using Activation = int16_t;
-  static constexpr int G = 2, ZERO = 0;
-  static __m256i weights(const int8_t* b) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)b)); }
-  static __m256i add(__m256i sum, __m256i x, __m256i w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w)); }
+  static constexpr int G = 2, MR = 6, ZERO = 0;
+  static V weights(const int8_t* b) { return S::load_s8(b); }
+  static V add(V sum, V x, V w) { return S::add32(sum, S::madd(x, w)); }
 };
+using AttentionProducts = RowProducts<Wide>;  // keys and values may have 8 bits
 #endif
 #if defined(TARGET_AVX2)
-using Products = Products256<Wide>;
-using AttentionProducts = Products;
+using Products = AttentionProducts;
 #endif
 #if defined(TARGET_AVX2_SEVEN)
 // Weights of 7 bits: two products of 255 * 63 fit in 16 bits, so nothing saturates.
 struct Seven {
   using Activation = uint8_t;
-  static constexpr int G = 4, ZERO = 128;
-  static __m256i weights(const int8_t* b) { return _mm256_loadu_si256((const __m256i*)b); }
-  static __m256i add(__m256i sum, __m256i x, __m256i w) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
-  }
+  static constexpr int G = 4, MR = 4, ZERO = 128;
+  static V weights(const int8_t* b) { return S::load(b); }
+  static V add(V sum, V x, V w) { return S::add32(sum, S::madd(_mm256_maddubs_epi16(x, w), S::set16(1))); }
 };
-using Products = Products256<Seven>;
-using AttentionProducts = Products256<Wide>;  // keys and values may have 8 bits
+using Products = RowProducts<Seven>;
 #endif
-#if defined(TARGET_AVXVNNI)
+#if defined(TARGET_AVXVNNI) || defined(TARGET_AVX512)
 struct Dot {
   using Activation = uint8_t;
   static constexpr int G = 4, ZERO = 128;
-  static __m256i weights(const int8_t* b) { return _mm256_loadu_si256((const __m256i*)b); }
-  static __m256i add(__m256i sum, __m256i x, __m256i w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
-};
-using Products = Products256<Dot>;
-using AttentionProducts = Products;
+  static V weights(const int8_t* b) { return S::load(b); }
+#if defined(TARGET_AVXVNNI)
+  static constexpr int MR = 6;
+  static V add(V sum, V x, V w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
+#else
+  static constexpr int MR = 12;
+  static V add(V sum, V x, V w) { return _mm512_dpbusd_epi32(sum, x, w); }
 #endif
-
-#if defined(TARGET_AVX512) || defined(TARGET_AMX)
-template <int R>
-static inline void rows512(const uint8_t* a, size_t lda, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                           size_t ldc, Ahead ahead) {
-  __m512i sums[R][2];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) sums[r][j] = _mm512_loadu_si512(start + 16 * j);
-  for (int k = 0; k < depth;) {
-    ahead.fetch();
-    for (const int end = k + K_STEP; k < end; k += 4, b += 128) {
-      __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
-      _mm_prefetch((const char*)(b + 1024), _MM_HINT_T0);
-      _mm_prefetch((const char*)(b + 1088), _MM_HINT_T0);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-        int32_t group;
-        std::memcpy(&group, a + r * lda + k, 4);
-        __m512i x = _mm512_set1_epi32(group);
-        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], x, b0);
-        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, b1);
-      }
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) _mm512_storeu_si512(c + r * ldc + 16 * j, sums[r][j]);
-}
-#endif
-#if defined(TARGET_AVX512)
-struct Products {
-  using Activation = uint8_t;
-  static constexpr int MR = 12, ZERO = 128;
-  static size_t place(int k, int p) { return grouped<4>(k, p); }
-  static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
-                   size_t ldc, Ahead ahead = {}) {
-    switch (rows) {
-      case 12: return rows512<12>(a, lda, b, depth, start, c, ldc, ahead);
-      case 11: return rows512<11>(a, lda, b, depth, start, c, ldc, ahead);
-      case 10: return rows512<10>(a, lda, b, depth, start, c, ldc, ahead);
-      case 9: return rows512<9>(a, lda, b, depth, start, c, ldc, ahead);
-      case 8: return rows512<8>(a, lda, b, depth, start, c, ldc, ahead);
-      case 7: return rows512<7>(a, lda, b, depth, start, c, ldc, ahead);
-      case 6: return rows512<6>(a, lda, b, depth, start, c, ldc, ahead);
-      case 5: return rows512<5>(a, lda, b, depth, start, c, ldc, ahead);
-      case 4: return rows512<4>(a, lda, b, depth, start, c, ldc, ahead);
-      case 3: return rows512<3>(a, lda, b, depth, start, c, ldc, ahead);
-      case 2: return rows512<2>(a, lda, b, depth, start, c, ldc, ahead);
-      default: return rows512<1>(a, lda, b, depth, start, c, ldc, ahead);
-    }
-  }
 };
+using Products = RowProducts<Dot>;
 using AttentionProducts = Products;
 #endif
 
