@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,11 +33,13 @@ from torch import Tensor
 from megatron_bert.ending import command
 from parallel.errors import UserError
 from parallel.whole_files import write_text
+from tools.inference_memory import memory
 from tools.inference_systems import SHAPES, Models, Run, systems
 from tools.timing import processor_name
 
 #: What newer instruction sets are hidden for: the variable that says so to tools/hidden_instructions.c.
 _HIDDEN = "HIDDEN_INSTRUCTIONS"
+KINDS = ("fp32", "bf16", "int8")
 
 
 def hide_instructions(level: str) -> None:
@@ -151,67 +152,37 @@ def measure(ready: dict[str, Ready], ids: Tensor, rounds: int, budget: float) ->
     }
 
 
-def _child(name: str, arguments: argparse.Namespace, models: Models) -> None:
-    """In a process of its own: memory and time to the first answer of one system."""
-    threads = arguments.threads[0]
-    torch.set_num_threads(threads)
-    ids = models.ids(arguments.batch[0], arguments.length[0])
-    gc.collect()
-    began = time.perf_counter()
-    run = _chosen(arguments, models, threads)[name][0]()
-    run(ids)
-    first = time.perf_counter() - began
-    run(ids)
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        json.dumps({"first_answer_seconds": round(first, 3), "resident_megabytes": resident >> 10, "peak": peak >> 10})
-    )
-
-
-def memory(arguments: argparse.Namespace, models: Models) -> dict[str, Any]:
-    """Resident memory and time to the first answer of each system, and of Python with torch alone."""
-    found: dict[str, Any] = {}
-    for name in _chosen(arguments, models, 1):
-        done = subprocess.run(
-            [sys.executable, "-m", "tools.benchmark_inference", *sys.argv[1:], "--child", name],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode == 0:
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of how many times as fast as the fastest float32 each system is."""
+    """How many times as fast ours is as the fastest peer of each kind: a panel for each instruction set of ours."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = {key: row for key, row in report["rows"].items() if "times" in row}
-    names = sorted({name for row in rows.values() for name in row["times"]})
-    figure, axes = pyplot.subplots(figsize=(max(8, 1.6 * len(rows)), 6))
-    for place, name in enumerate(names):
-        x, y = [], []
-        for column, row in enumerate(rows.values()):
-            if name in row["times"]:
-                x.append(column + 0.8 * place / len(names))
-                y.append(_fastest(row["times"], "fp32") / row["times"][name]["milliseconds"])
-        axes.bar(x, y, 0.8 / len(names), label=name, color=pyplot.get_cmap("tab20")(place % 20))
-    axes.set_xticks([column + 0.4 for column in range(len(rows))], list(rows), rotation=20, ha="right")
-    axes.set_ylabel("speed, the fastest float32 = 1")
-    axes.set_title(report["machine"])
-    axes.legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    bars: dict[str, dict[str, dict[str, float]]] = {}
+    for key, row in report["rows"].items():
+        for name, ratio in row.get("ratios", {}).items():
+            bars.setdefault(name, {})[" ".join(key.split()[:4])] = ratio
+    widest = max(map(len, bars.values()))
+    figure, panels = pyplot.subplots(
+        len(bars), 1, figsize=(max(8, 0.55 * widest), 3 * len(bars)), squeeze=False, layout="constrained"
+    )
+    for axes, (name, rows) in zip(panels[:, 0], sorted(bars.items()), strict=True):
+        for place, kind in enumerate(KINDS):
+            there = [column for column, ratio in enumerate(rows.values()) if kind in ratio]
+            heights = [ratio[kind] for ratio in rows.values() if kind in ratio]
+            axes.bar([column + 0.28 * (place - 1) for column in there], heights, 0.28, label=f"fastest {kind}")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(rows)), [key.replace(" ", "\n", 1) for key in rows], fontsize=6)
+        axes.set_ylabel("times as fast")
+        axes.set_title(f"{name}, {report['machine']}", fontsize=9)
+        axes.legend(fontsize=7, ncols=3)
     figure.savefig(path, dpi=110)
 
 
 def kind_of(name: str) -> str:
     """What a peer computes in: fp32, bf16 or int8 (also where only its products are int8), or nothing of these."""
-    return next((kind for kind in ("int8", "bf16", "fp32") if kind in name), "")
+    return next((kind for kind in reversed(KINDS) if kind in name), "")
 
 
 def _fastest(times: dict[str, Any], kind: str) -> float:
@@ -221,7 +192,7 @@ def _fastest(times: dict[str, Any], kind: str) -> float:
 
 def ratios(times: dict[str, Any]) -> dict[str, dict[str, float]]:
     """How many times as fast ours is as the fastest peer of each kind that was measured."""
-    kinds = [kind for kind in ("fp32", "bf16", "int8") if any(kind_of(name) == kind for name in times)]
+    kinds = [kind for kind in KINDS if any(kind_of(name) == kind for name in times)]
     return {
         name: {kind: round(_fastest(times, kind) / row["milliseconds"], 2) for kind in kinds}
         for name, row in times.items()
@@ -239,7 +210,8 @@ def _rows(arguments: argparse.Namespace, models: Models, report: dict[str, Any])
                 key += f" {arguments.instructions}" if arguments.instructions else ""
                 row = report["rows"].setdefault(key, {})
                 if ready is None:
-                    row.setdefault("memory", {}).update(memory(arguments, models))
+                    found = memory(models, batch, length, threads, arguments.systems)
+                    row.setdefault("memory", {}).update(found)
                 else:
                     times = row.setdefault("times", {})
                     times.update(measure(ready, models.ids(batch, length), arguments.rounds, arguments.seconds))
@@ -266,13 +238,10 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("inference-models"), help="folder for models, kept")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/inference_cpu.json"))
     parser.add_argument("--draw", action="store_true", help="only draw the report's PNG")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.instructions:
         hide_instructions(arguments.instructions)
     models = Models(arguments.models, arguments.shape)
-    if arguments.child:
-        return _child(arguments.child, arguments, models)
     report: dict[str, Any] = {"machine": processor_name(), "rows": {}}
     if arguments.output.is_file():
         report = json.loads(arguments.output.read_text(encoding="utf-8"))

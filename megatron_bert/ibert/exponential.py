@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_bert.ibert.bounds import TANH_BITS
+
 #: Fraction bits of the argument and of the result.
-ARGUMENT_BITS, RESULT_BITS = 10, 15
+ARGUMENT_BITS, RESULT_BITS = 10, TANH_BITS
 #: Largest argument that callers pass: the result is 0 from 16 on.
 LARGEST_ARGUMENT = 31 << ARGUMENT_BITS
 ONE = 1 << RESULT_BITS

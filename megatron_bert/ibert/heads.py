@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
+from megatron_bert.ibert.bounds import LOGIT_BITS
 from megatron_bert.ibert.epilogues import (
     Target,
     activation_requantized,
@@ -27,8 +28,7 @@ from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
 from parallel.collectives import copy_to_ranks
 from parallel.sharding import local_tensor
 
-#: Fraction bits and bounds of logits: 25 bits with the sign, which float32 holds.
-LOGIT_BITS = 12
+#: Bounds of logits: 25 bits with the sign, which float32 holds.
 _LOGITS = Target(-(2**24) + 1, 2**24 - 1, 2.0**-LOGIT_BITS, real=True)
 
 

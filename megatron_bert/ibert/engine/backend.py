@@ -6,6 +6,8 @@ Every backend gives the same bits: those of the specification.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -48,11 +50,15 @@ class Backend(Protocol):
 
     Attributes:
         name: of it.
-        keeps_plan: whether what it prepares goes on reading the plan's tensors; else they may be given back.
+        prepare_file: the same from a plan's file; None where a backend needs its tensors.
     """
 
     name: str
-    keeps_plan: bool
+
+    @property
+    def prepare_file(self) -> Callable[[Path, int | None], Executable] | None:
+        """See the attributes."""
+        ...
 
     def prepare(self, plan: Plan, threads: int | None = None) -> Executable:
         """Make a plan ready.

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.ibert.engine.backend import HeadName
+from megatron_bert.ibert.bounds import LOGIT_BITS, TANH_BITS
+from megatron_bert.ibert.engine.backend import Backend, Executable, HeadName
 from megatron_bert.ibert.engine.backends import backend_by_name
-from megatron_bert.ibert.engine.parts import plan_of
+from megatron_bert.ibert.engine.place import plan_path
 from megatron_bert.ibert.engine.plan import Plan, plan_heads
-from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan, write_plan
-from megatron_bert.ibert.heads import LOGIT_BITS
+from megatron_bert.ibert.engine.plan_file import read_plan, read_shapes, write_plan
 from megatron_bert.ibert.softmax import MOST_KEYS
-from megatron_bert.ibert.tanh import RESULT_BITS
 from megatron_bert.model.configuration import config_from_dict
 from megatron_bert.model.task_heads.kind import HeadKind
 from megatron_bert.model.task_heads.table import HEADS
@@ -62,15 +61,15 @@ class IntegerModel:
     """
 
     def __init__(self, plan: Plan, backend: str = "auto", threads: int | None = None) -> None:
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
-        chosen = backend_by_name(backend, warn=lambda text: print(text, file=sys.stderr))
-        self.plan, self.backend = plan, chosen.name
+        chosen = _backend(backend, threads)
+        self._take(plan, chosen, chosen.prepare(plan, threads))
+
+    def _take(self, plan: Plan, backend: Backend, executable: Executable, stored: Path | None = None) -> None:
+        self.plan, self.backend = plan, backend.name
         self.config = config_from_dict(plan.config, "the plan")
-        self._executable = chosen.prepare(plan, threads)
+        self._executable = executable
         #: Where the plan's values are, if they are held by the backend alone.
-        self._stored: Path | None = None
-        self._keeps_plan = chosen.keeps_plan
+        self._stored = stored
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backend: str = "auto", threads: int | None = None) -> Self:
@@ -83,15 +82,20 @@ class IntegerModel:
         Raises:
             UserError: there is no plan, or it is damaged.
         """
-        place = plan_path(Path(path))
-        model = cls(read_plan(place), backend, threads)
-        if not model._keeps_plan:
-            model.plan, model._stored = model.plan.shapes(), place
+        place, chosen = plan_path(Path(path)), _backend(backend, threads)
+        model = cls.__new__(cls)
+        if chosen.prepare_file is None:
+            plan = read_plan(place)
+            model._take(plan, chosen, chosen.prepare(plan, threads))
+        else:
+            model._take(read_shapes(place), chosen, chosen.prepare_file(place, threads), place)
         return model
 
     @classmethod
     def from_model(cls, model: nn.Module, backend: str = "auto", threads: int | None = None) -> Self:
         """Compile a quantized model; see :func:`~megatron_bert.ibert.engine.parts.plan_of`."""
+        from megatron_bert.ibert.engine.parts import plan_of  # what a finished plan needs nothing of
+
         return cls(plan_of(model), backend, threads)
 
     def save(self, path: str | Path) -> None:
@@ -132,7 +136,7 @@ class IntegerModel:
         """Logits of rows of the stream as float32; see :class:`~megatron_bert.ibert.engine.backend.Executable`."""
         if name in ("classifier", "pair") and self._pooled:
             rows = self._executable.head("pooler", rows)
-        return self._executable.head(name, rows).float() * 2.0 ** -(RESULT_BITS if name == "pooler" else LOGIT_BITS)
+        return self._executable.head(name, rows).float() * 2.0 ** -(TANH_BITS if name == "pooler" else LOGIT_BITS)
 
     def pack(self, tokens: Tensor, positions: Tensor, types: Tensor, lengths: Sequence[int]) -> Packed:
         """Check sequences that stand end to end.
@@ -248,19 +252,10 @@ def _task_output(kind: HeadKind, logits: Tensor) -> Any:
     return getattr(modeling_outputs, kind.output_class)(**dict(zip(kind.results, columns, strict=True)))
 
 
-def plan_path(path: Path) -> Path:
-    """The plan's file: itself, in a model's directory, or in that of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    for place in (path, path / PLAN_NAME, path / "model" / PLAN_NAME):
-        if place.is_file():
-            return place
-    raise UserError(
-        f"{path} holds no {PLAN_NAME}: give a model that `megatron-bert quantize` has made, or one that was quantized "
-        "before and `IntegerModel.from_model(model).save(path)` has written"
-    )
+def _backend(name: str, threads: int | None) -> Backend:
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
+    return backend_by_name(name, warn=lambda text: print(text, file=sys.stderr))
 
 
 def _integers(values: Tensor, name: str) -> None:

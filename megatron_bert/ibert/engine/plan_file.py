@@ -19,16 +19,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from megatron_bert.ibert.engine.place import PLAN_NAME
 from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.plan_check import check_plan
 from parallel.errors import UserError, brief
 from parallel.whole_files import write_bytes
 
-#: Name of a plan's file in a model's directory.
-PLAN_NAME = "integer_plan.safetensors"
+__all__ = ["PLAN_NAME", "is_plan", "plan_bytes", "read_plan", "read_shapes", "write_plan"]
+
 #: What the header calls the format, and its version: of the file and of the arithmetic.
 FORMAT, VERSION, ARITHMETIC = "megatron-bert integer plan", 1, 2
 _Tensors = dict[str, Tensor]
+_TYPES = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 
 
 def write_plan(plan: Plan, path: str | Path) -> None:
@@ -58,24 +60,53 @@ def read_plan(path: str | Path) -> Plan:
         UserError: there is none, it is damaged, or of another version.
     """
     path = Path(path)
+    tree, tensors, digest = _contents(path, values=True)
+    if digest != _digest(tree, tensors):
+        raise UserError(f"{path} is a damaged integer plan (its digest is another): write or fetch it again")
+    return _plan(tree, tensors, path, checked=True)
+
+
+def read_shapes(path: Path) -> Plan:
+    """A plan whose tensors have a shape and no values, from a file that an engine has checked.
+
+    Raises:
+        UserError: see :func:`read_plan`.
+    """
+    tree, tensors, _ = _contents(path, values=False)
+    return _plan(tree, tensors, path, checked=False)
+
+
+def _contents(path: Path, *, values: bool) -> tuple[str, _Tensors, str]:
+    """The plan's text, its tensors (without ``values`` on the meta device) and the digest that the file has."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
             _check_header(header, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+            names = file.keys()
+            if values:
+                tensors = {name: file.get_tensor(name) for name in names}
+            else:
+                slices = {name: file.get_slice(name) for name in names}
+                tensors = {
+                    name: torch.empty(each.get_shape(), dtype=_TYPES[each.get_dtype()], device="meta")
+                    for name, each in slices.items()
+                }
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is not there: give the plan of a quantized model") from None
         raise UserError(f"{path} is a damaged integer plan ({brief(error)}): write or fetch it again") from None
-    if header["digest"] != _digest(header["plan"], tensors):
-        raise UserError(f"{path} is a damaged integer plan (its digest is another): write or fetch it again")
+    return header["plan"], tensors, header["digest"]
+
+
+def _plan(tree: str, tensors: _Tensors, path: Path, *, checked: bool) -> Plan:
     try:
-        plan = _built(Plan, json.loads(header["plan"]), "", tensors)
+        plan = _built(Plan, json.loads(tree), "", tensors)
         if tensors:
             raise ValueError(f"{min(tensors)} has no place in it")
-        check_plan(plan)
+        if checked:
+            check_plan(plan)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise

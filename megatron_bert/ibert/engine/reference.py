@@ -51,7 +51,7 @@ class ReferenceBackend:
     """Torch's integers."""
 
     name = "reference"
-    keeps_plan = True
+    prepare_file = None
 
     def prepare(self, plan: Plan, threads: int | None = None) -> ReferenceExecutable:  # noqa: ARG002
         """Nothing is to be done; torch's own setting of threads counts."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_bert.ibert.engine import native_library
 from megatron_bert.ibert.engine.backends import backend_by_name
-from megatron_bert.ibert.engine.cpu import CpuBackend, CpuExecutable, native
+from megatron_bert.ibert.engine.cpu import CpuBackend, CpuExecutable
+from megatron_bert.ibert.engine.native_engine import NativeEngine, native
 from megatron_bert.ibert.engine.plan_file import plan_bytes, write_plan
 from megatron_bert.ibert.engine.reference import ReferenceBackend
 from parallel.errors import UserError
@@ -172,6 +173,25 @@ def test_damaged_plans_are_refused_in_a_sentence():
     shift = whole.replace(rb"\"score_shift\": 3", rb"\"score_shift\": 9" + b"9")[: len(whole)]
     with pytest.raises(UserError, match="cannot use the plan"):
         CpuExecutable(shift, 1)
+
+
+def test_a_file_whose_digest_is_another_is_refused(tmp_path):
+    path, whole = tmp_path / "plan.safetensors", plan_bytes(random_plan(layers=1, post=True))
+    path.write_bytes(whole)
+    NativeEngine(path, 1)
+    middle = len(whole) * 3 // 4
+    for at in (middle, middle + 1, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"cannot use .*plan\.safetensors: it is damaged: its digest is another"):
+            NativeEngine(path, 1)
+    path.write_bytes(plan_bytes(random_plan(layers=1), digest=False))
+    with pytest.raises(UserError, match="it is damaged: its header is cut"):
+        NativeEngine(path, 1)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="it is cut off"):
+        NativeEngine(path, 1)
+    with pytest.raises(UserError, match=r"cannot (open|read) "):
+        NativeEngine(tmp_path, 1)
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path):

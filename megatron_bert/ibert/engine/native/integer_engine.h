@@ -16,10 +16,10 @@ extern "C" {
 
 typedef struct integer_engine integer_engine;
 
-/* The plan of a file, for so many threads (0: one). The instruction set is the best there is, or that of the environment
+/* The plan of a file, whose digest is checked, for so many threads (0: one). The instruction set is the best there is, or that of the environment
  * variable MEGATRON_BERT_CPU_TARGET (plain, avx2, avxvnni, avx512, amx). */
 integer_engine *integer_engine_load(const char *path, int threads, char *error, size_t error_size);
-/* The same of a plan in memory, which is not needed afterwards. */
+/* The same of a plan in memory, which is not needed afterwards; its digest is not looked at. */
 integer_engine *integer_engine_load_memory(const void *plan, size_t size, int threads, char *error, size_t error_size);
 void integer_engine_free(integer_engine *engine);
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "digest.h"
 #include "json.h"
 #include "model.h"
 
@@ -101,6 +102,24 @@ class PlanReader {
     return out;
   }
 
+  // Whether the file is what was written: its digest is that of the plan's text and of all tensors by name.
+  void check_digest() const {
+    const Json& metadata = header_.at("__metadata__");
+    if (!metadata.has("digest")) fail("it is damaged: its header is cut");
+    Digest digest;
+    digest.add(metadata.at("plan").text);
+    for (const auto& [name, entry] : header_.members) {
+      if (name == "__metadata__") continue;
+      std::string type = entry.at("dtype").text, shape;
+      type = type == "U8" ? "uint8" : "int" + type.substr(type.empty() ? 0 : 1);
+      for (const Json& size : entry.at("shape").items) shape += (shape.empty() ? "" : ", ") + size.text;
+      digest.add(name + " torch." + type + " [" + shape + "]\n");
+      const auto [begin, end] = extent(name, entry);
+      digest.add(data_ + begin, end - begin);
+    }
+    if (digest.hexadecimal() != metadata.at("digest").text) fail("it is damaged: its digest is another");
+  }
+
   static constexpr const char* FORMAT = "megatron-bert integer plan";
   static constexpr const char *VERSION = "1", *ARITHMETIC = "2";
 
@@ -112,12 +131,22 @@ class PlanReader {
 
   [[noreturn]] static void fail(const std::string& what) { throw std::runtime_error(what); }
 
+  // Where a tensor's bytes are.
+  std::pair<size_t, size_t> extent(const std::string& name, const Json& entry) const {
+    const Json& offsets = entry.at("data_offsets");
+    if (offsets.items.size() != 2) fail(name + " has no place in the file");
+    const int64_t begin = offsets.items[0].as_integer("an offset"), end = offsets.items[1].as_integer("an offset");
+    if (begin < 0 || end < begin || uint64_t(end) > size_)
+      fail(name + " lies outside of the file: it is cut off or damaged");
+    return {size_t(begin), size_t(end)};
+  }
+
   // A tensor [shape..]; a size of -1 is whatever the file says, and is written back.
   template <class T>
   const T* tensor(const std::string& name, const char* type, std::initializer_list<int*> shape) {
     const Json& entry = header_.at(name);
-    const Json &dims = entry.at("shape"), &offsets = entry.at("data_offsets");
-    if (entry.at("dtype").text != type || dims.items.size() != shape.size() || offsets.items.size() != 2)
+    const Json& dims = entry.at("shape");
+    if (entry.at("dtype").text != type || dims.items.size() != shape.size())
       fail(name + " has another type or shape");
     uint64_t count = sizeof(T);
     size_t i = 0;
@@ -127,9 +156,8 @@ class PlanReader {
       *wanted = int(found);
       count *= uint64_t(found);
     }
-    const int64_t begin = offsets.items[0].as_integer("an offset"), end = offsets.items[1].as_integer("an offset");
-    if (begin < 0 || end < begin || uint64_t(end) > size_ || uint64_t(end - begin) != count)
-      fail(name + " lies outside of the file: it is cut off or damaged");
+    const auto [begin, end] = extent(name, entry);
+    if (end - begin != count) fail(name + " lies outside of the file: it is cut off or damaged");
     const uint8_t* at = data_ + begin;
     if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) {  // rare, and copied
       copies_.emplace_back(new uint8_t[count + 8]);

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plan packed for an instruction set, and the order of what is run.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "memory.h"
+#include "model.h"
+#include "plan_file.h"
+#include "pool.h"
+
+namespace ibert {
+namespace {
+
+struct PackedLayer {
+  uint8_t* matrices[4];
+  Block norms[2];
+};
+
+// rs and sat16 of one value.
+int32_t shifted(int32_t a, int shift) {
+  int64_t wide = a;
+  if (shift > 40) return 0;
+  wide = shift > 0 ? (wide + (int64_t(1) << (shift - 1))) >> shift : wide * (int64_t(1) << (shift < -20 ? 20 : -shift));
+  return wide < -32768 ? -32768 : wide > 32767 ? 32767 : int32_t(wide);
+}
+
+int32_t clamp(int64_t a, int32_t limit) { return a < -limit ? -limit : a > limit ? limit : int32_t(a); }
+
+// tanh of t / (2^10 2 log2 e), 15 fraction bits.
+int32_t tangent(int32_t t) {
+  const int32_t size = t < 0 ? -t : t, f = size & 1023;
+  int32_t h = ((-1316 * f) >> 10) + 7600;
+  h = ((h * f) >> 10) - 22670;
+  const int32_t decay = (((h * f) >> 10) + 32768) >> (size >> 10);
+  const int32_t result = (((32768 - decay) << 15) + ((32768 + decay) >> 1)) / (32768 + decay);
+  return (result > 32767 ? 32767 : result) * (t < 0 ? -1 : t > 0);
+}
+
+}  // namespace
+
+class Engine {
+ public:
+  // `bytes` outlive the constructor only. Those of a file have a digest, which is checked.
+  Engine(const uint8_t* bytes, size_t size, bool of_file, int threads) : target_(chosen_target()), pool_(threads) {
+    PlanReader reader(bytes, size);
+    if (of_file) reader.check_digest();
+    plan_ = reader.read();
+#if defined(HAVE_AVX2_SEVEN)
+    if (target_ == &target_avx2 && seven_bits()) target_ = &target_avx2_seven;
+#endif
+    size_t room = 0;
+    for (const Layer& l : plan_.layers)
+      for (const Matrix* m : {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output})
+        room += rounded_up(target_->packed_bytes(*m), 64);
+    uint8_t* next = weights_.of(room);
+    for (const Layer& l : plan_.layers) {
+      layers_.emplace_back(new PackedLayer);
+      PackedLayer& p = *layers_.back();
+      const Matrix* matrices[4] = {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output};
+      const Rescale* rescales[4] = {&l.query_key_value_rescale, &l.attention_output_rescale, &l.intermediate_rescale,
+                                    &l.output_rescale};
+      for (int i = 0; i < 4; i++) {
+        p.matrices[i] = next;
+        target_->pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point : target_->zero, next);
+        next += rounded_up(target_->packed_bytes(*matrices[i]), 64);
+      }
+      pack(l.attention_norm, p.norms[0]);
+      pack(l.mlp_norm, p.norms[1]);
+      widest_ = std::max(widest_, l.intermediate.rows);
+      attended_ = std::max(attended_, l.query_key_value.rows / 3);
+      dim_ = std::max(dim_, l.query_key_value.rows / 3 / l.heads);
+    }
+    if (plan_.normed) pack(plan_.final_norm, final_norm_);
+    if (plan_.embeddings.normed) pack(plan_.embeddings.norm, embedding_norm_);
+    if (plan_.pooler) pack(plan_.pooler->matrix, &plan_.pooler->rescale, target_->zero, pooler_);
+    if (plan_.classifier) pack(plan_.classifier->matrix, nullptr, target_->zero, classifier_);
+    if (plan_.pair) pack(plan_.pair->matrix, nullptr, target_->zero, pair_);
+    if (plan_.masked) {
+      pack(plan_.masked->dense, &plan_.masked->rescale, target_->zero, masked_dense_);
+      pack(plan_.masked->norm, masked_norm_);
+      pack(plan_.masked->decoder, nullptr, target_->zero, decoder_);
+      keep(plan_.masked->wide.shift, plan_.masked->decoder.rows, decoder_shift_);
+      keep(plan_.masked->wide.multiplier, plan_.masked->decoder.rows, decoder_multiplier_);
+    }
+    Embeddings& e = plan_.embeddings;
+    keep(e.word, size_t(e.words) * plan_.hidden, word_);
+    keep(e.word_rescale.shift, e.words, word_shift_);
+    keep(e.word_rescale.multiplier, e.words, word_multiplier_);
+    keep(e.position, size_t(e.positions) * plan_.hidden, position_);
+    keep(e.token_type, size_t(e.types) * plan_.hidden, token_type_);
+    for (Dense* d : {plan_.classifier.get(), plan_.pair.get()}) {
+      if (!d) continue;
+      Block* to = d == plan_.pair.get() ? pair_wide_ : classifier_wide_;
+      keep(d->wide.shift, d->matrix.rows, to[0]);
+      keep(d->wide.multiplier, d->matrix.rows, to[1]);
+    }
+  }
+
+  const Target& target() const { return *target_; }
+  const Plan& plan() const { return plan_; }
+  int outputs(const std::string& head) const {
+    if (head == "pooler") return plan_.pooler ? plan_.hidden : 0;
+    if (head == "classifier") return plan_.classifier ? plan_.classifier->matrix.rows : 0;
+    if (head == "pair") return plan_.pair ? plan_.pair->matrix.rows : 0;
+    if (head == "masked") return plan_.masked ? plan_.masked->decoder.rows : 0;
+    return 0;
+  }
+
+  void encode(const int32_t* tokens, const int32_t* positions, const int32_t* types, const int32_t* starts, int sequences,
+              int16_t* hidden) {
+    const Embeddings& e = plan_.embeddings;
+    const int longest_allowed = e.positions - e.first_position;
+    if (sequences < 0 || (sequences > 0 && starts[0] != 0)) throw std::runtime_error("the first sequence does not begin at 0");
+    int longest = 0;
+    for (int i = 0; i < sequences; i++) {
+      const int64_t length = int64_t(starts[i + 1]) - starts[i];
+      if (length < 0) throw std::runtime_error("sequence " + std::to_string(i) + " ends before it begins");
+      if (length > longest_allowed)
+        throw std::runtime_error("sequence " + std::to_string(i) + " has " + std::to_string(length) +
+                                 " tokens, but the model takes at most " + std::to_string(longest_allowed));
+      longest = std::max(longest, int(length));
+    }
+    const int rows = sequences ? starts[sequences] : 0;
+    if (rows == 0) return;
+    const Sizes sizes = {rows, sequences, longest, plan_.hidden};
+    const size_t stride = rounded_up(plan_.hidden, 64), padded = rounded_up(rows, 32) + 32;
+    const size_t activation = target_->activation_bytes;
+    Buffers b;
+    b.stream = (int16_t*)stream_.of(padded * stride * 2);
+    b.narrow = narrow_.of(padded * std::max(stride, rounded_up(attended_, 64)) * activation);
+    b.qkv = (int8_t*)qkv_.of(padded * rounded_up(3 * attended_, 64));
+    b.wide = wide_.of(padded * rounded_up(widest_, 64) * activation);
+    b.scratch_stride = rounded_up(layers_.empty() ? 64 : target_->scratch_bytes(dim_, longest), 4096);
+    b.scratch = scratch_.of(b.scratch_stride * pool_.threads);
+    embed(tokens, positions, types, starts, sizes, b.stream, stride);
+    if (e.normed)
+      target_->norm(&pool_, (const PackedNorm*)embedding_norm_.data(), plan_.hidden, rows, b.stream, stride);
+    for (size_t i = 0; i < layers_.size(); i++) {
+      const PackedLayer& p = *layers_[i];
+      const Packed* matrices[4];
+      for (int j = 0; j < 4; j++) matrices[j] = (const Packed*)p.matrices[j];
+      const PackedNorm* norms[2] = {(const PackedNorm*)p.norms[0].data(), (const PackedNorm*)p.norms[1].data()};
+      target_->layer(&pool_, plan_.layers[i], matrices, norms, sizes, starts, b);
+    }
+    if (plan_.normed)
+      target_->norm(&pool_, (const PackedNorm*)final_norm_.data(), plan_.hidden, rows, b.stream, stride);
+    for (int row = 0; row < rows; row++)
+      std::memcpy(hidden + size_t(row) * plan_.hidden, b.stream + row * stride, 2 * size_t(plan_.hidden));
+  }
+
+  void head(const std::string& name, const int16_t* rows, int count, int32_t* out) {
+    const int columns = outputs(name);
+    if (columns == 0) throw std::runtime_error("the plan has no head '" + name + "'");
+    if (count <= 0) return;
+    const size_t stride = rounded_up(plan_.hidden, 64), padded = rounded_up(count, 32) + 32;
+    auto* stream = (int16_t*)head_stream_.of(padded * stride * 2);
+    void* narrow = head_narrow_.of(padded * stride * target_->activation_bytes);
+    for (int row = 0; row < count; row++)
+      std::memcpy(stream + row * stride, rows + size_t(row) * plan_.hidden, 2 * size_t(plan_.hidden));
+    auto enter = [&](const Read8& read) {
+      target_->read8(&pool_, read, plan_.hidden, count, stream, stride, narrow, stride);
+    };
+    if (name == "pooler") {
+      enter(plan_.pooler->read);
+      target_->rescaled(&pool_, (const Packed*)pooler_.data(), narrow, stride, count, stream, stride);
+      for (int row = 0; row < count; row++)
+        for (int i = 0; i < columns; i++)
+          out[size_t(row) * columns + i] = tangent(clamp(stream[row * stride + i], 16384));
+      return;
+    }
+    if (name == "masked") {
+      const MaskedLanguage& m = *plan_.masked;
+      enter(m.read);
+      target_->rescaled(&pool_, (const Packed*)masked_dense_.data(), narrow, stride, count, stream, stride);
+      for (int row = 0; row < count; row++) {
+        target_->gelu16(m.gelu, stream + row * stride, stride);
+        for (int i = 0; i < plan_.hidden; i++)
+          stream[row * stride + i] = int16_t(clamp(shifted(stream[row * stride + i], m.gelu_read), m.gelu_limit));
+      }
+      target_->norm8(&pool_, (const PackedNorm*)masked_norm_.data(), plan_.hidden, count, stream, stride, narrow, stride);
+      sums(decoder_, decoder_shift_, decoder_multiplier_, narrow, stride, count, columns, out);
+      return;
+    }
+    const bool pair = name == "pair";
+    enter(pair ? plan_.pair->read : plan_.classifier->read);
+    Block* wide = pair ? pair_wide_ : classifier_wide_;
+    sums(pair ? pair_ : classifier_, wide[0], wide[1], narrow, stride, count, columns, out);
+  }
+
+ private:
+  const Target* target_;
+  Threads pool_;
+  Plan plan_;
+  std::vector<std::unique_ptr<PackedLayer>> layers_;
+  Block weights_, final_norm_, embedding_norm_, pooler_, classifier_, pair_, masked_dense_, masked_norm_, decoder_;
+  Block decoder_shift_, decoder_multiplier_, classifier_wide_[2], pair_wide_[2];
+  Block word_, word_shift_, word_multiplier_, position_, token_type_;
+  Block stream_, narrow_, qkv_, wide_, scratch_, head_stream_, head_narrow_;
+  int widest_ = 1, attended_ = 1, dim_ = 1;
+
+  bool seven_bits() const {
+    auto fits = [](const Matrix& m) {
+      for (size_t i = 0, n = size_t(m.rows) * m.depth; i < n; i++)
+        if (m.weight[i] > 63 || m.weight[i] < -63) return false;
+      return true;
+    };
+    for (const Layer& l : plan_.layers)
+      if (!fits(l.query_key_value) || !fits(l.attention_output) || !fits(l.intermediate) || !fits(l.output)) return false;
+    if (plan_.pooler && !fits(plan_.pooler->matrix)) return false;
+    if (plan_.classifier && !fits(plan_.classifier->matrix)) return false;
+    if (plan_.pair && !fits(plan_.pair->matrix)) return false;
+    return !plan_.masked || (fits(plan_.masked->dense) && fits(plan_.masked->decoder));
+  }
+  void pack(const Matrix& m, const Rescale* rescale, int zero, Block& to) {
+    target_->pack(m, rescale, zero, to.of(target_->packed_bytes(m)));
+  }
+  void pack(const Norm& n, Block& to) { target_->pack_norm(n, plan_.hidden, to.of(target_->packed_norm_bytes(plan_.hidden))); }
+  // Copies a table that outlives the file it came from.
+  template <class T>
+  static void keep(const T*& table, size_t count, Block& to) {
+    uint8_t* copy = to.of(count * sizeof(T) + 64);
+    std::memcpy(copy, table, count * sizeof(T));
+    table = reinterpret_cast<const T*>(copy);
+  }
+
+  void embed(const int32_t* tokens, const int32_t* positions, const int32_t* types, const int32_t* starts,
+             const Sizes& sizes, int16_t* stream, size_t stride) const {
+    const Embeddings& e = plan_.embeddings;
+    const size_t width = plan_.hidden;
+    auto check = [](const char* what, int32_t id, int count) {
+      if (id < 0 || id >= count)
+        throw std::runtime_error(std::string(what) + " " + std::to_string(id) + " is outside of 0 to " + std::to_string(count - 1));
+    };
+    for (int s = 0; s < sizes.sequences; s++)
+      for (int row = starts[s]; row < starts[s + 1]; row++) {
+        const int32_t token = tokens[row], type = types ? types[row] : 0;
+        const int32_t position = positions ? positions[row] : e.first_position + row - starts[s];
+        check("token", token, e.words);
+        check("position", position, e.positions);
+        check("type", type, e.types);
+        int16_t* out = stream + row * stride;
+        target_->embed_row(e.word + token * width, e.word_rescale.shift[token], e.word_rescale.multiplier[token], e.limit,
+                           plan_.hidden, out);
+        const int16_t *p = e.position + position * width, *t = e.token_type + type * width;
+        for (size_t i = 0; i < width; i++) out[i] = int16_t(clamp(int32_t(out[i]) + p[i] + t[i], e.limit));
+      }
+  }
+
+  void sums(const Block& matrix, const Block& shift, const Block& multiplier, const void* narrow, size_t stride, int count,
+            int columns, int32_t* out) {
+    target_->sums(&pool_, (const Packed*)matrix.data(), narrow, stride, count, out, columns);
+    const auto* e = (const int8_t*)shift.data();
+    const auto* m = (const int32_t*)multiplier.data();
+    for (int row = 0; row < count; row++)
+      for (int i = 0; i < columns; i++) {
+        int32_t& x = out[size_t(row) * columns + i];
+        x = clamp((int64_t(x) * m[i] + (int64_t(1) << (e[i] - 1))) >> e[i], (1 << 24) - 1);
+      }
+  }
+};
+
+}  // namespace ibert

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NativeModel: the answers of IntegerModel with numpy alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bert.ibert import IntegerModel, NativeModel
+from parallel.errors import UserError
+from tests.megatron_bert.ibert.test_integer_model import quantized
+
+SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+TYPES = [[0, 0, 1, 1, 1, 1, 1], [0], [1, 0, 0]]
+
+
+def saved(name: str, path, monkeypatch) -> tuple[NativeModel, IntegerModel]:
+    monkeypatch.setenv("MEGATRON_BERT_CPU_TARGET", "plain")
+    IntegerModel.from_model(quantized(name)[0], "reference").save(path / "plan.safetensors")
+    return NativeModel(path / "plan.safetensors"), IntegerModel.from_pretrained(path / "plan.safetensors", "reference")
+
+
+def rectangles() -> dict[str, torch.Tensor]:
+    """The sequences as IntegerModel takes them."""
+    shape = (len(SEQUENCES), max(map(len, SEQUENCES)))
+    given = {key: torch.zeros(shape, dtype=torch.long) for key in ("input_ids", "attention_mask", "token_type_ids")}
+    for row, (ids, types) in enumerate(zip(SEQUENCES, TYPES, strict=True)):
+        given["input_ids"][row, : len(ids)] = torch.tensor(ids)
+        given["token_type_ids"][row, : len(ids)] = torch.tensor(types)
+        given["attention_mask"][row, : len(ids)] = 1
+    return given
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "field"),
+    [
+        ("MegatronBertModel", "pooler", "pooler_output"),
+        ("MegatronBertForSequenceClassification", "classifier", "logits"),
+        ("MegatronBertForTokenClassification", "classifier", "logits"),
+        ("MegatronBertForMaskedLM", "masked", "logits"),
+        ("MegatronBertForNextSentencePrediction", "pair", "logits"),
+    ],
+)
+def test_answers_are_those_of_the_integer_model(name, head, field, tmp_path, monkeypatch):
+    native, integer = saved(name, tmp_path, monkeypatch)
+    expected, found = integer(**rectangles())[field].numpy(), native.logits(SEQUENCES, TYPES, head)
+    for row, sequence in enumerate(SEQUENCES):
+        wanted = expected[row] if isinstance(found, np.ndarray) else expected[row, : len(sequence)]
+        assert found[row].dtype == np.float32
+        assert np.array_equal(found[row], wanted)
+
+
+def test_hidden_states_are_those_of_the_integer_model(tmp_path, monkeypatch):
+    native, integer = saved("MegatronBertModel", tmp_path, monkeypatch)
+    expected = integer(**rectangles()).last_hidden_state.numpy()
+    for row, found in enumerate(native.hidden_states(SEQUENCES, TYPES)):
+        assert np.array_equal(found, expected[row, : len(SEQUENCES[row])])
+
+
+def test_bad_input_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    native, _ = saved("MegatronBertForSequenceClassification", tmp_path, monkeypatch)
+    for wrong, sentence in (
+        ([], "a batch has no sequence"),
+        ([[1], []], "or one without tokens"),
+        ([[1, 90]], "token 90 is outside of 0 to 89"),
+        ([[2**40]], "token 2147483647 is outside of 0 to 89"),
+        ([[-1]], "token -1 is outside of 0 to 89"),
+        ([[1] * 41], "sequence 0 has 41 tokens, but the model takes at most 40"),
+        ([[0.5]], "token ids are float64: give integers"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            native.logits(wrong)
+    with pytest.raises(UserError, match="types have other lengths"):
+        native.logits([[1, 2]], [[0]])
+    with pytest.raises(UserError, match="the plan has no head 'masked'"):
+        native.logits([[1, 2]], head="masked")
+    with pytest.raises(UserError, match="threads is 0"):
+        NativeModel(tmp_path / "plan.safetensors", 0)
+    with pytest.raises(UserError, match=r"holds no integer_plan\.safetensors"):
+        NativeModel(tmp_path)
+
+
+def test_nothing_imports_torch(tmp_path, monkeypatch):
+    native, _ = saved("MegatronBertForSequenceClassification", tmp_path, monkeypatch)
+    code = (
+        "import sys; from megatron_bert.ibert import NativeModel\n"
+        f"print(NativeModel({str(tmp_path / 'plan.safetensors')!r}).logits([[5, 6, 7]]).tolist())\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout == f"{native.logits([[5, 6, 7]]).tolist()}\n"
