@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference and training steps of the public classes beside transformers' eager ones, in pairs in one process.
+"""Inference and training of the public classes beside transformers' eager ones, in pairs in one process.
+
+Steps are a forward pass (``inference``), a whole step of plain PyTorch with dropout and fused AdamW (``training``), a
+step of transformers' Trainer (``trainer``), and one that trains adapters of rank 8 in query and value alone (``lora``).
 
 Both have the same weights and read the same batch; their steps alternate and the ratio is taken pair by pair, so that a
 machine whose speed drifts does not favor one. ``full`` batches have no padding; ``ragged`` ones have sequences of an
 eighth of the length to all of it, padded to the longest as transformers takes them.
 
     python -m tools.benchmark_family --output benchmarks/family_cpu.json
+
+The file keeps its other runs: those of other shapes, models, steps, batches and sizes.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -21,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor
 
@@ -37,6 +44,10 @@ MODELS = {
     "masked-lm": ("ForMaskedLM", None),
     "masked-lm, skip_padding": ("ForMaskedLM", True),
 }
+STEPS = ("inference", "training", "trainer", "lora")
+BATCHES = ("full", "ragged")
+#: Steps in one call of Trainer.train, which begins and ends with other work.
+_TRAINER_STEPS = 2
 #: Name -> hidden size, heads.
 SHAPES = {"hidden-512": (512, 8), "bert-large": (1024, 16)}
 
@@ -55,13 +66,13 @@ def make_batch(head: str, config: MegatronBertConfig, batch: int, length: int, r
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def make_step(model: Any, batch: dict[str, Tensor], training: bool, dtype: torch.dtype) -> Callable[[], Any]:
-    """A forward pass, or a whole training step with dropout."""
+def make_step(model: Any, batch: dict[str, Tensor], kind: str, dtype: torch.dtype) -> Callable[[], Any]:
+    """What is timed: a forward pass, or a whole training step with dropout."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    model.train(training)
-    if not training:
+    model.train(kind != "inference")
+    if kind == "inference":
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
 
         def infer() -> Any:
@@ -69,7 +80,10 @@ def make_step(model: Any, batch: dict[str, Tensor], training: bool, dtype: torch
                 return model(**inputs)
 
         return infer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    if kind == "trainer":
+        return trainer_steps(model, batch, dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
     def train() -> Any:
         with mixed:
@@ -80,6 +94,27 @@ def make_step(model: Any, batch: dict[str, Tensor], training: bool, dtype: torch
         return loss.detach()
 
     return train
+
+
+def trainer_steps(model: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Callable[[], Any]:
+    """Steps of transformers' Trainer on the rows of a batch."""
+    rows = [{name: tensor[row].cpu() for name, tensor in batch.items()} for row in range(len(batch["input_ids"]))]
+    arguments = transformers.TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        per_device_train_batch_size=len(rows),
+        max_steps=_TRAINER_STEPS,
+        learning_rate=1e-5,
+        optim="adamw_torch_fused",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=batch["input_ids"].device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer.train
 
 
 def both_models(head: str, config: MegatronBertConfig, device: torch.device) -> tuple[Any, Any]:
@@ -109,22 +144,24 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
         ours, theirs = both_models(head, config, device)
         ours.skip_padding = skip
-        for training, ragged in itertools.product((False, True), (False, True)):
-            if skip and not ragged:
-                continue  # nothing to skip
-            batch = make_batch(head, config, arguments.batch, arguments.length, ragged)
-            steps = [make_step(model, batch, training, dtype) for model in (ours, theirs)]
+        for kind, shown in itertools.product(arguments.steps, arguments.batches):
+            if skip and (shown == "full" or kind in ("trainer", "lora")):
+                continue  # nothing to skip, or skipped without being asked
+            batch = make_batch(head, config, arguments.batch, arguments.length, shown == "ragged")
+            models = [with_adapters(model) if kind == "lora" else model for model in (ours, theirs)]
+            steps = [make_step(model, batch, kind, dtype) for model in models]
             for step in steps * arguments.warmup:
                 step()
             clock = processor_seconds if arguments.clock == "processor" else partial(seconds, device=device)
-            pairs = [[clock(step) for step in steps] for _ in range(arguments.pairs)]
+            count = _TRAINER_STEPS if kind == "trainer" else 1
+            pairs = [[clock(step) / count for step in steps] for _ in range(arguments.pairs)]
             ratios = sorted(b / a for a, b in pairs)
             results.append(
                 {
                     "shape": shape,
                     "model": name,
-                    "step": "training" if training else "inference",
-                    "batch": "ragged" if ragged else "full",
+                    "step": kind,
+                    "batch": shown,
                     "seconds": {
                         "megatron_bert": statistics.median(a for a, _ in pairs),
                         "transformers": statistics.median(b for _, b in pairs),
@@ -136,12 +173,29 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def with_adapters(model: Any) -> Any:
+    """The model with adapters that alone are trained; one that has them already is taken as it is."""
+    if hasattr(model, "peft_config"):
+        return model
+    model.add_adapter(peft.LoraConfig(r=8, lora_dropout=0.1, target_modules=["query", "value"]))
+    return model
+
+
+def add_run(path: Path, run: dict[str, Any]) -> None:
+    """Write a run into a file, beside the others there, in place of one of the same command."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    runs = [other for other in runs if other["command"] != run["command"]]
+    write_text(path, json.dumps({"runs": [*runs, run]}, indent=2) + "\n")
+
+
 @command("benchmark_family")
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--batches", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=29056)
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest sequence")
@@ -152,13 +206,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--warmup", type=int, default=1, help="pairs not counted")
     parser.add_argument("--pairs", type=int, default=7, help="pairs counted")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to add the run to")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     transformers.logging.disable_progress_bar()
+    options = shlex.join(sys.argv[1:]).partition(" --output")[0]
     result = {
-        "command": "python -m tools.benchmark_family " + " ".join(sys.argv[1:]),
+        "command": f"python -m tools.benchmark_family {options}".rstrip(),
         "machine": machine_name(torch.device(arguments.device)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -172,7 +227,7 @@ def main() -> None:
         "cases": measure(arguments),
     }
     if arguments.output is not None:
-        write_text(arguments.output, json.dumps(result, indent=2) + "\n")
+        add_run(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -70,21 +70,21 @@ class Encoded:
     def of_tokens(self, rectangle: Tensor) -> Tensor:
         """``[B, S]`` as ``[T]``."""
         flat = rectangle.reshape(-1)
-        return flat if self.kept is None else flat.index_select(0, self.kept)
+        return flat if self.kept is None else flat.index_select(0, self.kept.to(flat.device))
 
 
 def _rectangle(tokens: Tensor, kept: Tensor | None, batch: int, length: int) -> Tensor:
     if kept is None:
         return tokens.unflatten(0, (batch, length))
     filled = tokens.new_zeros((batch * length, *tokens.shape[1:]))
-    return filled.index_copy(0, kept, tokens).unflatten(0, (batch, length))
+    return filled.index_copy(0, kept.to(tokens.device), tokens).unflatten(0, (batch, length))
 
 
 def _shown(kept: Tensor | None, batch: int, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states as they are returned, and from these the hidden states to go on from."""
     shown = _rectangle(hidden, kept, batch, length)
     flat = shown.flatten(0, 1)
-    return shown, flat if kept is None else flat.index_select(0, kept)
+    return shown, flat if kept is None else flat.index_select(0, kept.to(flat.device))
 
 
 class EncoderModel(DocumentedModel):
@@ -176,13 +176,14 @@ class EncoderModel(DocumentedModel):
         out = self.encoder(hidden, layout, keys, None if plain else request)
         out = EncoderOutput(hidden=out) if plain else out
         batch, length = inputs.batch, inputs.length
+        device = out.hidden.device  # of the last layer, where a device map divides the layers
         return Encoded(
             hidden=out.hidden,
             batch=batch,
             length=length,
-            kept=kept,
-            first=first,
-            keys=None if keys is None else fold_in(keys, 1 + self.config.num_hidden_layers),
+            kept=None if kept is None else kept.to(device),
+            first=first.to(device),
+            keys=None if keys is None else fold_in(keys, 1 + self.config.num_hidden_layers).to(device),
             hidden_states=out.hidden_states or None,
             attentions=out.attentions or None,
             cross_attentions=out.cross_attentions or None,

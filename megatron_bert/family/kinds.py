@@ -16,15 +16,23 @@ _TRUTH = {False: False, True: True}
 
 
 def computing_device(model: Any) -> torch.device | None:
-    """Where a model computes; None where FSDP may bring its parameters there from elsewhere.
+    """Where a model computes; None where FSDP or Accelerate may bring its parameters there from elsewhere.
 
     Raises:
         UserError: it holds no values.
     """
-    if hasattr(model, "set_reshard_after_forward"):  # its module, which is slow to import
+    if hasattr(model, "set_reshard_after_forward") or is_dispatched(model):  # FSDP's module is slow to import
         return None
     check_filled(model)
     return model.device
+
+
+def is_dispatched(model: Any) -> bool:
+    """Whether a device map has put parts of a model on several devices, or on the disk."""
+    base = model.base_model
+    layers = base.encoder.layer
+    parts = (base, base.embeddings, base.embeddings.word_embeddings, base.encoder, *layers[:1], *layers[-1:])
+    return any("_hf_hook" in vars(part) for part in parts)
 
 
 def check_filled(model: Any) -> None:
@@ -33,7 +41,7 @@ def check_filled(model: Any) -> None:
     Raises:
         UserError: its parameters are on the meta device.
     """
-    if model.device.type == "meta":
+    if model.device.type == "meta" and not is_dispatched(model):
         raise UserError(f"{type(model).__name__} is on the meta device, where it holds no values: load it on another")
 
 

@@ -80,9 +80,8 @@ class LanguageModel(HeadModel):
             UserError: ``items`` is 0, but there are labeled tokens.
         """
         if torch.compiler.is_compiling():  # how many tokens have labels is not known
-            losses = vocab_parallel_cross_entropy(
-                self.hidden_logits(hidden), labels.long(), self.config.vocab_size, self.tp
-            )
+            local = self.hidden_logits(hidden)
+            losses = vocab_parallel_cross_entropy(local, labels.long(), self.config.vocab_size, self.tp)
             return losses.sum() / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
         rows = (labels != IGNORED).nonzero().squeeze(1)
         count = rows.numel()
@@ -94,9 +93,10 @@ class LanguageModel(HeadModel):
             # A row whose label is ignored: all parameters get a gradient of 0, which data parallelism waits for.
             selected, labels = blanked(hidden[:1]), labels[:1]
         else:
-            selected, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+            selected, labels = hidden.index_select(0, rows.to(hidden.device)), labels.index_select(0, rows)
         local = self.hidden_logits(selected)
-        losses = vocab_parallel_cross_entropy(local, labels.long(), self.config.vocab_size, self.tp)
+        labels = labels.to(local.device, torch.int64)
+        losses = vocab_parallel_cross_entropy(local, labels, self.config.vocab_size, self.tp)
         return losses.sum() / (items or max(1, count))
 
     def encoded(self, given: Arguments, labels: Tensor | None) -> Encoded:

@@ -42,8 +42,9 @@ def mean_cross_entropy(
     counted = labels != ignored
     if not torch.compiler.is_compiling() and not bool(counted.any()):
         return blank().float().sum() * 0.0 + 0.0  # which is never -0.0
-    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignored, reduction="sum")
-    return total / counted.sum().clamp(min=1)
+    targets = labels.to(logits.device, torch.int64)
+    total = F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")
+    return total / counted.sum().clamp(min=1).to(total.device)
 
 
 def problem_loss(problem: str | None, logits: Tensor, labels: Tensor, blank: Callable[[], Tensor]) -> Tensor:
@@ -75,7 +76,7 @@ def problem_loss(problem: str | None, logits: Tensor, labels: Tensor, blank: Cal
         raise UserError(
             f"labels has shape {list(labels.shape)}, expected {list(logits.shape)} (problem_type is {problem})"
         )
-    targets = labels.reshape(logits.shape).float()
+    targets = labels.reshape(logits.shape).to(logits.device, torch.float32)
     if problem == "regression":
         return F.mse_loss(logits.float(), targets)
     return F.binary_cross_entropy_with_logits(logits.float(), targets)

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_bert.model.activations import ACTIVATIONS
-from megatron_bert.model.attention import AttentionHeads, DistanceTable, SelfAttention
+from megatron_bert.model.attention import SCORES_PER_SEQUENCE, AttentionHeads, DistanceTable, SelfAttention, in_parts
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
@@ -185,17 +185,26 @@ class Attention(_Attention, SelfAttention):  # type: ignore[misc]
     def forward(
         self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
     ) -> Tensor | AttentionOutput:
-        """Attend within sequences; where they fill a rectangle, the projections are not put side by side first."""
-        if request is not None or layout.places is not None or layout.is_packed:
-            return super().forward(hidden, layout, keys, request)
+        """Attend within sequences; without a request, the projections are not put side by side first."""
         own = self.projections
-        query, key, value = (
-            layout.to_rectangle(linear(hidden).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
-            for linear in (own.query, own.key, own.value)
+        if request is not None or (layout.is_packed and not in_parts(hidden)):
+            return super().forward(hidden, layout, keys, request)
+        qkv = tuple(
+            linear(hidden).unflatten(-1, (self.heads, self.head_dim)) for linear in (own.query, own.key, own.value)
         )
+        parts = layout.parts(SCORES_PER_SEQUENCE // self.heads) if layout.is_packed else [layout]
+        sizes = [hidden.shape[0]] if len(parts) == 1 else [sum(part.lengths) for part in parts]
+        all_keys = [None] * len(parts) if keys is None else keys.split(sizes)
+        each = zip(parts, *(part.split(sizes) for part in qkv), all_keys, strict=True)
+        contexts = [self._within(*part) for part in each]
+        return self.output((contexts[0] if len(contexts) == 1 else torch.cat(contexts)).flatten(-2))
+
+    def _within(self, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
+        """Projections ``[T, A, D]`` of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
+        query, key, value = (layout.to_rectangle(tokens).transpose(1, 2) for tokens in (query, key, value))
         rectangle_keys = None if keys is None else layout.to_rectangle(keys)
         context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
-        return self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2))
+        return layout.from_rectangle(context.transpose(1, 2))
 
     def prune(self, heads: Collection[int]) -> None:
         """Remove heads, by their original numbers; those that are gone already do not matter."""
@@ -240,7 +249,7 @@ class FeedForward:
 
 
 class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
-    """One transformer layer."""
+    """One transformer layer; transformers' base class computes it again in the backward pass where it is asked to."""
 
     attention: Attention
 
@@ -257,19 +266,6 @@ class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
         norm = nn.LayerNorm(size, sizes.layer_norm_eps) if self.post_norm else None
         self.intermediate = Holder(column_linear(size, wide, tp))
         self.output = Holder(row_linear(wide, size, tp), norm)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The layer recomputes itself: see ``gradient_checkpointing``."""
-        return nn.Module.__call__(self, *arguments, **named)
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether the layer is computed again in the backward pass."""
-        return self.recompute != "none"
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.recompute = "full" if value else "none"
 
     @property
     def attention_norm(self) -> nn.LayerNorm:  # type: ignore[override]

@@ -229,6 +229,19 @@ class DocumentedModel(transformers.PreTrainedModel):
             if isinstance(module, DocumentedModel):
                 module._drawn = None
 
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As transformers does; a second name without values is a parameter of its own until it is tied again.
+
+        Otherwise the mark of the second name would be one of the first, which then nothing would draw.
+        """
+        for name in self.all_tied_weights_keys:
+            parameter = self.get_parameter(name)
+            if parameter.device.type == "meta":
+                owner, _, kind = name.rpartition(".")
+                own = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+                setattr(self.get_submodule(owner), kind, own)
+        super().mark_tied_weights_as_initialized(loading_info)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         place: Place | None = getattr(module, "_place", None)

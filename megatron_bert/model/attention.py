@@ -60,6 +60,11 @@ class DistanceTable(ParallelModule):
         return relative_scores(query, key, copy_to_ranks(self.weight, self.tp), first, self.both)
 
 
+def in_parts(tokens: Tensor) -> bool:
+    """Whether packed sequences are attended to run by run, each in a rectangle of its own."""
+    return tokens.device.type == "cpu" and not on_gpu(tokens) and not torch.compiler.is_compiling()
+
+
 class AttentionHeads(nn.Module):
     """Heads of one attention module on this rank: what self-attention and cross-attention have in common.
 
@@ -233,7 +238,7 @@ class SelfAttention(AttentionHeads):
             dropout = self.dropout if keys is not None else 0.0
             query, key, value = qkv.unbind(2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
-        elif layout.is_packed and qkv.device.type == "cpu" and not on_gpu(qkv) and not torch.compiler.is_compiling():
+        elif layout.is_packed and in_parts(qkv):
             context = self._attend_in_parts(qkv, layout.parts(SCORES_PER_SEQUENCE // self.heads), keys)
         else:
             context = self._attend_within(qkv, layout, keys)

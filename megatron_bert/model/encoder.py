@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm, TransformerLayer, own_tokens
-from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest
+from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import VocabParallelEmbedding
@@ -237,7 +237,8 @@ class Encoder(nn.Module):
             if asked is None:
                 hidden = layer(hidden, layout, layer_keys)
             else:
-                outputs.append(layer(hidden, layout, layer_keys, asked))
+                # A layer that is computed again by torch's reentrant checkpoint gives a plain tuple.
+                outputs.append(LayerOutput(*layer(hidden, layout, layer_keys, asked)))
                 hidden = outputs[-1].hidden
         hidden = hidden if self.final_norm is None else self.final_norm(hidden)
         given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)

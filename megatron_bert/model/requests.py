@@ -7,17 +7,33 @@ Pretraining asks nothing of this and passes no request, which is the fast path.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 #: Keys and values of one layer, ``[B, heads on this rank, K, D]`` each; with cross-attention also those of the encoder.
 LayerCache = tuple[Tensor, ...]
 
 
+class _Movable:
+    """Dataclasses that move to another device as tensors do, with all that they hold."""
+
+    def to(self, device: torch.device | str, **how: Any) -> Self:
+        """The same with its tensors on ``device``; other arguments as of a tensor's method."""
+        changes = {field.name: _moved(getattr(self, field.name), device, how) for field in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[type-var]
+
+
+def _moved(value: Any, device: torch.device | str, how: dict[str, Any]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device, how) for part in value)
+    return value.to(device, **how) if isinstance(value, (Tensor, _Movable)) else value
+
+
 @dataclass(frozen=True, kw_only=True)
-class EncoderStates:
+class EncoderStates(_Movable):
     """What a decoder's cross-attention looks at.
 
     Attributes:
@@ -34,7 +50,7 @@ class EncoderStates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionRequest:
+class AttentionRequest(_Movable):
     """What one layer is asked. Sequences stand in a rectangle of B times Q tokens.
 
     Attributes:
