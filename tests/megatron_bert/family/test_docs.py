@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import megatron_bert
@@ -15,6 +19,7 @@ from megatron_bert import (
     IBertForMaskedLM,
     IBertForSequenceClassification,
     MegatronBertConfig,
+    MegatronBertForMaskedLM,
     MegatronBertForPreTraining,
 )
 from megatron_bert.data.tokenizers import load_tokenizer
@@ -25,6 +30,7 @@ from tests.megatron_bert.ibert.family import support as ibert
 from tests.megatron_bert.ibert.family.roberta_tokenizer import write_roberta_tokenizer
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "models.md"
+COMMAND = re.compile(r"```bash\n(.*?)\n```", re.DOTALL)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -72,6 +78,24 @@ def test_examples_run(tmp_path, monkeypatch):
     assert not named_ranges(names["float_model"])
     assert all(float(limit) > 0 for limit in named_ranges(names["model"]).values())
     assert names["loss"].isfinite()
+
+
+@pytest.mark.slow
+def test_a_divided_model_runs_under_torchrun(tmp_path):
+    """The program of the section on tensor parallelism, by the command beside it."""
+    text = DOCS.read_text(encoding="utf-8").partition("## Tensor parallelism")[2]
+    program, (command,) = BLOCK.findall(text)[0], COMMAND.findall(text)
+    (tmp_path / "megatron-bert-345m").mkdir()
+    _small_model(tmp_path / "megatron-bert-345m", program)
+    (tmp_path / "divided.py").write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
+    paths = os.pathsep.join(filter(None, (str(DOCS.parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    one = MegatronBertForPreTraining.from_pretrained(tmp_path / "megatron-bert-345m")
+    copy = MegatronBertForMaskedLM.from_pretrained(tmp_path / "copy")
+    assert copy.get_input_embeddings().weight.equal(one.get_input_embeddings().weight)
 
 
 def test_every_class_is_in_the_table():
