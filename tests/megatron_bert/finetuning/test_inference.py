@@ -288,7 +288,7 @@ def test_no_such_device(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     [
         (["predict", "nowhere"], "nowhere is not there: check the path"),
         (["evaluate", "{run}"], "no file to evaluate on"),
-        (["evaluate", "{run}", "training.steps=3"], "no setting of the data"),
+        (["evaluate", "{run}", "training.steps=3"], "not a setting of the data"),
         (["evaluate", "{run}", "data.test=nowhere.jsonl"], "nowhere.jsonl"),
         (["evaluate", "{run}", "data.tset=x.jsonl"], "tset"),
         (["predict", "{run}", "--input", "nowhere.jsonl"], "nowhere.jsonl cannot be read (No such file"),
