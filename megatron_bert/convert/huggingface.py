@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_bert.convert.families import MEGATRON, MODEL_TYPES, ROBERTA, Family, family_of
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.huggingface_names import fuse, projection_of, separate
+from megatron_bert.convert.huggingface_names import fuse, separate
 from megatron_bert.convert.json_files import fraction, integer, read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
@@ -349,7 +349,8 @@ def _canonical(
         if name is None:
             raise UserError(f"{label} holds {brief(key)}, which no {family.classes} class has: wrong file?")
         if QUERY_KEY_VALUE in name:
-            projections.setdefault(name, {})[projection_of(key)] = tensor
+            place = family.names.place(key.rpartition(".")[0])
+            projections.setdefault(name, {})[0 if place is None else place.part] = tensor
         else:
             tensors[name] = tensor
     for name, parts in projections.items():
@@ -380,7 +381,7 @@ def _fused(label: str, name: str, parts: dict[int, StateTensor], config: Megatro
             )
 
     def load() -> Tensor:
-        return fuse(query.load(), key.load(), value.load(), config.num_attention_heads)
+        return fuse([query.load(), key.load(), value.load()], config.head_dim)
 
     return StateTensor((3 * expected[0], *expected[1:]), query.dtype, load, query.origin)
 
@@ -425,7 +426,7 @@ def _write_weights(state: CanonicalState, target: Path, limit: int, progress: Pr
         layout |= {key: (tuple(values.shape), values.dtype) for key, values in beside.items()}
         with SafetensorsWriter(target / file, layout) as writer:
             for name, keys in shard.items():
-                parts = separate(name, state[name].load(), state.config.num_attention_heads)
+                parts = separate(state[name].load(), len(keys), state.config.head_dim)
                 for theirs, part_values in zip(keys, parts):
                     writer.write(theirs, part_values)
                 progress.advance(state[name].nbytes)

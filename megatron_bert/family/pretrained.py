@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import initialization
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from megatron_bert.convert.huggingface_names import MEGATRON_BERT, HuggingFaceNames, Place, separate
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
 from megatron_bert.family.kinds import check_device, check_filled, checked_switch, told
 from megatron_bert.family.modules import Embeddings, EncoderLayer, LanguageHead
-from megatron_bert.family.names import MEGATRON_BERT, Names, Place, separate
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import fill, replaced, undivided
@@ -70,7 +70,7 @@ class DocumentedModel(transformers.PreTrainedModel):
     #: Buffers of older versions.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids$", r"embeddings\.token_type_ids$"]
     #: Of parameters, in files of pretraining.
-    names: ClassVar[Names]
+    names: ClassVar[HuggingFaceNames]
     #: Where the encoder's norms are.
     layer_norm_placement: ClassVar[str]
 
@@ -186,23 +186,15 @@ class DocumentedModel(transformers.PreTrainedModel):
         if not {own, other} <= missing:
             missing -= {own, other}
 
-    def whole_name(self, name: str) -> str:
-        """The name of a parameter or module in classes with a head."""
-        return f"{self.base_model_prefix}.{name}" if self.base_model is self else name
-
-    def place_of(self, module: str) -> Place | None:
-        """Where a module's parameters are in a pretraining checkpoint; None where they are in none."""
-        return self.names.places(self.config.num_hidden_layers).get(self.whole_name(module))
-
     def canonical_modules(self) -> dict[str, nn.Module]:
         """The encoder, and the modules that a pretraining checkpoint or a task's has too, by their names there."""
-        places = ((self.place_of(name), module) for name, module in self.named_modules() if name)
+        places = ((self.names.place(name), module) for name, module in self.named_modules() if name)
         found = {place.owner: module for place, module in places if place is not None and place.parts == 1}
         return found | {"encoder": self.base_model.encoder}
 
     def has_words(self, name: str) -> bool:
         """Whether a parameter has a row for each word, so that it is padded with the vocabulary."""
-        place = self.place_of(name.rpartition(".")[0])
+        place = self.names.place(name.rpartition(".")[0])
         return place is not None and (
             place.owner in ("embeddings.word_embeddings", "output_embeddings")
             or (place.owner == "masked_head" and name.endswith("bias"))
@@ -223,7 +215,7 @@ class DocumentedModel(transformers.PreTrainedModel):
         for name, module in self.named_modules():
             if isinstance(module, DocumentedModel):
                 module._seed = seed
-            module._place = self.place_of(name)
+            module._place = self.names.place(name)
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, DocumentedModel):

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from megatron_bert.convert.huggingface_names import IBERT
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.pretrained import RANGES_NAME, DocumentedModel, file_beside
 from megatron_bert.ibert.family.configuration import IBertConfig
-from megatron_bert.ibert.family.names import IBERT
 from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, stored_ranges, their_ranges
 from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
 from megatron_bert.ibert.quantization import quantize_model, quantizers
@@ -36,7 +36,7 @@ class IBertPreTrainedModel(DocumentedModel):
     #: What transformers' quantized layers keep.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         *DocumentedModel._keys_to_ignore_on_load_unexpected,
-        *(rf"\.{name}$" for name in sorted(IBERT.quantization)),
+        *(rf"\.{name}$" for name in sorted(IBERT.buffers)),
     ]
 
     def post_init(self) -> None:
@@ -59,7 +59,7 @@ class IBertPreTrainedModel(DocumentedModel):
             return
         self._quantize()
         if (config := file_beside(source, "config.json", arguments)) is not None:
-            read_their_ranges(self, self.names, stored_ranges(config.parent, self.names))
+            read_their_ranges(self, stored_ranges(config.parent, self.names))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the model; its configuration says so if quantize_model has changed it."""
@@ -81,7 +81,7 @@ class IBertPreTrainedModel(DocumentedModel):
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The ranges of a quantized model, as transformers' layers have them."""
-        return their_ranges(self, self.names)
+        return their_ranges(self)
 
 
 class IBertModel(IBertPreTrainedModel, EncoderModel):

@@ -1,18 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """quant_mode: integer arithmetic that finds its own ranges in training, and the ranges that transformers' files hold.
 
-| here                              | transformers' IBert                                        |
-|-----------------------------------|------------------------------------------------------------|
-| embeddings: sum, output           | embeddings_act1, output_activation                         |
-| layer: query, key, value, context | attention.self.{query,key,value,output}_activation         |
-| attention_sum, middle             | attention.output.{ln_input_act,output_activation}          |
-| mlp_input                         | pre_intermediate_act                                       |
-| gelu                              | intermediate.output_activation                             |
-| mlp_sum, output                   | output.{ln_input_act,output_activation}                    |
-| attention_input                   | the output_activation of what is below                     |
-
-Their heads stay in floating point, so there are no ranges for ours; and embeddings_act1 averages the ranges of two
-tensors (words with types, and those with positions), so it is written but not taken over.
+:mod:`megatron_bert.convert.ranges` says which are which. Their heads stay in floating point, so there are no ranges for
+ours; and embeddings_act1 averages the ranges of two tensors (words with types, and those with positions), so it is
+written but not taken over.
 """
 
 from __future__ import annotations
@@ -27,13 +18,12 @@ from torch import Tensor, nn
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import WEIGHTS, open_weights
+from megatron_bert.convert.huggingface_names import HuggingFaceNames
 from megatron_bert.convert.ranges import EMBEDDINGS_SUM, their_buffers, their_place
 from megatron_bert.convert.state import StateTensor
-from megatron_bert.family.names import Names
 from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.calibration import update_ranges
 from megatron_bert.ibert.quantization import in_mode, quantizers
-from megatron_bert.ibert.quantizer import Quantizer
 
 #: Their ranges before anything was seen.
 _UNSEEN = 1.1e-5
@@ -70,38 +60,24 @@ def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any
 
 
 def canonical_name(model: DocumentedModel, name: str) -> str:
-    """The name in a pretraining checkpoint of a quantizer or of another part of a documented model."""
+    """The name in a pretraining checkpoint of a quantizer of a documented model."""
     owner, _, rest = name.rpartition(".ranges.")
-    place = model.place_of(owner)
+    place = model.names.place(owner)
     return name if place is None else f"{place.owner}.ranges.{rest}"
 
 
-def _cut(model: DocumentedModel, names: Names) -> str:
-    """What names in the bare encoder lack."""
-    return f"{names.prefix}." if model.base_model is model else ""
-
-
-def _places(model: DocumentedModel, names: Names) -> Iterator[tuple[Quantizer, str]]:
-    """Quantizers of the encoder and the places of transformers' that have the same tensor."""
-    for name, quantizer in quantizers(model):
-        place = their_place(canonical_name(model, name))
-        if place is not None:
-            yield quantizer, f"{names.prefix}.{place}".removeprefix(_cut(model, names))
-
-
-def stored_ranges(directory: Path, names: Names) -> dict[str, StateTensor]:
-    """What transformers' quantized layers have left in the weights of a directory, by the names of a head's class."""
+def stored_ranges(directory: Path, names: HuggingFaceNames) -> dict[str, StateTensor]:
+    """What transformers' quantized layers have left in the weights of a directory, by names in the bare encoder."""
     tree = FileTree(str(directory), {path.name: path for path in directory.iterdir() if path.is_file()}, directory)
     if not any(name in tree for name in WEIGHTS):
         return {}
-    stored = {names.with_prefix(key): tensor for key, tensor in open_weights(tree)[0].items()}
-    return {key: tensor for key, tensor in stored.items() if names.of_quantization(key)}
+    return {names.inside(key): tensor for key, tensor in open_weights(tree)[0].items() if names.is_range(key)}
 
 
-def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str, StateTensor]) -> None:
+def read_their_ranges(model: DocumentedModel, stored: Mapping[str, StateTensor]) -> None:
     """Take over the ranges of transformers' quantized layers, where they have seen anything."""
-    for quantizer, place in _places(model, names):
-        place = names.with_prefix(place)
+    for name, quantizer in quantizers(model):
+        place = their_place(canonical_name(model, name)) or EMBEDDINGS_SUM
         if not place.endswith(EMBEDDINGS_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
             least, most = (float(stored[f"{place}.{end}"].load()) for end in ("x_min", "x_max"))
             limit = most if quantizer.kind == "gelu" else max(-least, most)
@@ -109,8 +85,8 @@ def read_their_ranges(model: DocumentedModel, names: Names, stored: Mapping[str,
                 quantizer.range.fill_(limit)
 
 
-def their_ranges(model: DocumentedModel, names: Names) -> dict[str, Tensor]:
+def their_ranges(model: DocumentedModel) -> dict[str, Tensor]:
     """The ranges as transformers' quantized layers have them, by their names."""
     limits = {canonical_name(model, name): quantizer.limit() for name, quantizer in quantizers(model)}
-    cut = _cut(model, names)
-    return {f"{names.prefix}.{place}".removeprefix(cut): values for place, values in their_buffers(limits).items()}
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return {f"{prefix}{place}": values for place, values in their_buffers(limits).items()}

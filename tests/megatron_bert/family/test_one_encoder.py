@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bert import MegatronBertConfig, MegatronBertForPreTraining
-from megatron_bert.family.names import MEGATRON_BERT, separate
+from megatron_bert.convert.huggingface_names import MEGATRON_BERT, separate
 from megatron_bert.model.pretraining import BertForPretraining
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import CONFIG, LENGTH, make_batch, make_model
@@ -16,7 +16,7 @@ SIZES = MegatronBertConfig.from_dict(CONFIG.to_dict())
 
 
 def _documented(model):
-    """Weights by the names and in the shapes of the documented classes, without rows beyond the vocabulary."""
+    """Its parameters by the names and in the shapes of the documented classes."""
     found = {}
     for name, tensor in model.named_parameters():
         keys = MEGATRON_BERT.theirs(name)

@@ -136,7 +136,7 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
         found = [gradients[names.inside(key)] for key in names.theirs(name)]
         assert parameter.grad is not None, name
         assert all(gradient is not None for gradient in found), name
-        reference = found[0] if len(found) == 1 else fuse(*found, ours.config.num_attention_heads)
+        reference = fuse(found, ours.config.head_dim)
         torch.testing.assert_close(parameter.grad[: len(reference)], reference, rtol=1e-4, atol=1e-5, msg=name)
 
 
