@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import (
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 
 from megatron_bert.family.arguments import shared_arguments
@@ -34,16 +31,12 @@ class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
     """Whether the second sentence follows the first: logits ``[B, 2]``, 0 says it does."""
 
     head = "cls.seq_relationship"
+    drops = False
 
     def build(self, **parts: Any) -> None:
         """Make the modules."""
         HeadModel.build(self, **parts)
         self.cls = PretrainingHeads(None, without_values(nn.Linear, self.sizes.hidden_size, 2))
-
-    def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
-        """No dropout here, as in pretraining."""
-        del keys
-        return features
 
     def forward(
         self,
@@ -66,27 +59,6 @@ class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
 
 class MegatronBertForSequenceClassification(MegatronBertHeadModel, SequenceClassifier):
     """A class, several labels, or values for each sequence: logits ``[B, num_labels]``."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Classify sequences.
-
-        ``labels``: int64 ``[B]`` class numbers, float ``[B, num_labels]`` 0 and 1 for several labels, or float ``[B]``
-        or ``[B, num_labels]`` values for a regression. ``config.problem_type`` says which; if it is None it is found
-        from the labels each time: one class is a regression, whole numbers are classes, others several labels.
-        """
-        return self.labeled_sequences(shared_arguments(locals()), labels, return_dict)
 
 
 class MegatronBertForMultipleChoice(MegatronBertHeadModel, ChoiceClassifier):
@@ -112,42 +84,6 @@ class MegatronBertForMultipleChoice(MegatronBertHeadModel, ChoiceClassifier):
 class MegatronBertForTokenClassification(MegatronBertHeadModel, TokenClassifier):
     """A class for each token: logits ``[B, S, num_labels]``."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """Classify tokens; ``labels`` int64 ``[B, S]``, -100 where a token does not count."""
-        return self.tagged(shared_arguments(locals()), labels, return_dict)
-
 
 class MegatronBertForQuestionAnswering(MegatronBertHeadModel, SpanClassifier):
     """Where an answer starts and ends: logits ``[B, S]`` each."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """Find answers; ``start_positions`` and ``end_positions`` int64 ``[B]``, S or more where it is cut off.
-
-        The loss is the mean of both (or the one that is given); positions beyond the tokens do not count.
-        """
-        return self.answered(shared_arguments(locals()), start_positions, end_positions, return_dict)

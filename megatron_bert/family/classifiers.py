@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from megatron_bert.family.arguments import Arguments, check_shape
+from megatron_bert.family.arguments import Arguments, check_shape, shared_arguments
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.kinds import check_whole
@@ -40,6 +40,8 @@ class Classifier(HeadModel):
     by_sequence: ClassVar[bool] = True
     #: Name of the head.
     head: ClassVar[str] = "classifier"
+    #: Whether dropout precedes it.
+    drops: ClassVar[bool] = True
 
     def build(self, **parts: Any) -> None:
         """Make the modules."""
@@ -54,10 +56,6 @@ class Classifier(HeadModel):
         """Width of the head."""
         return config.num_labels
 
-    def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
-        """Dropout at the head, ``[N, H]`` with a key per row."""
-        return dropped(features, keys, self.sizes)
-
     def vectors(self, encoded: Encoded) -> Tensor:
         """What the head reads of every sequence, ``[B, H]``."""
         return self.base_model.pooled(encoded)
@@ -65,7 +63,7 @@ class Classifier(HeadModel):
     def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
         """The head: ``[N, H]`` to ``[N, C]``."""
         head: nn.Module = self.get_submodule(self.head)
-        return head(self.dropped(features, keys))
+        return head(dropped(features, keys, self.sizes) if self.drops else features)
 
     def classified(
         self, given: Arguments, *, shown: bool = False, needed: Tensor | None = None
@@ -99,9 +97,26 @@ class Classifier(HeadModel):
 class SequenceClassifier(Classifier):
     """A class, several labels, or values for each sequence."""
 
-    def labeled_sequences(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
-        """Logits ``[B, num_labels]``, and the loss of the problem that the configuration or the labels say."""
-        encoded, logits = self.classified(given)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Classify sequences: logits ``[B, num_labels]``; other arguments as of EncoderModel.
+
+        ``labels``: int64 ``[B]`` class numbers, float ``[B, num_labels]`` 0 and 1 for several labels, or float ``[B]``
+        or ``[B, num_labels]`` values for a regression. ``config.problem_type`` says which; if it is None it is found
+        from the labels each time: one class is a regression, whole numbers are classes, others several labels.
+        """
+        encoded, logits = self.classified(shared_arguments(locals()))
         loss = None
         if labels is not None:
             loss = problem_loss(self.config.problem_type, logits, labels, lambda: self.read(encoded.blank()))
@@ -133,8 +148,24 @@ class TokenClassifier(Classifier):
 
     by_sequence, pooled = TokenKind.by_sequence, TokenKind.pooled
 
-    def tagged(self, given: Arguments, labels: Tensor | None, return_dict: bool | None) -> Any:
-        """Logits ``[B, S, num_labels]``, and the loss where there are ``labels`` ``[B, S]``."""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple[Tensor, ...]:
+        """Classify tokens: logits ``[B, S, num_labels]``; other arguments as of EncoderModel.
+
+        ``labels`` int64 ``[B, S]``, -100 where a token does not count.
+        """
+        given = shared_arguments(locals())
         needed = None
         if labels is not None and given.shape is not None:
             check_shape("labels", labels, given.shape)
@@ -149,6 +180,7 @@ class SpanClassifier(Classifier):
     """Where an answer starts and ends."""
 
     by_sequence, pooled, head = SpanKind.by_sequence, SpanKind.pooled, SpanKind.module
+    drops = False
 
     def outputs(self, config: EncoderConfig) -> int:
         """Start and end."""
@@ -156,19 +188,34 @@ class SpanClassifier(Classifier):
             raise UserError(f"num_labels is {config.num_labels}, but an answer has a start and an end: leave it at 2")
         return 2
 
-    def dropped(self, features: Tensor, keys: Tensor | None) -> Tensor:
-        """No dropout before this head."""
-        del keys
-        return features
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
+        """Find answers: logits ``[B, S]`` of start and end; other arguments as of EncoderModel.
 
-    def answered(self, given: Arguments, starts: Tensor | None, ends: Tensor | None, return_dict: bool | None) -> Any:
-        """Logits ``[B, S]`` of start and end, and the mean loss of those whose positions ``[B]`` are given."""
+        ``start_positions`` and ``end_positions`` int64 ``[B]``, S or more where it is cut off. The loss is the mean of
+        both (or the one that is given); positions beyond the tokens do not count.
+        """
         # The loss runs over padding too.
-        encoded, scores = self.classified(given, shown=True)
+        encoded, scores = self.classified(shared_arguments(locals()), shown=True)
         start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
         losses = [
             self.class_loss(name, encoded, logits, _within(name, positions, encoded.length), ignored=encoded.length)
-            for name, logits, positions in (("start_positions", start, starts), ("end_positions", end, ends))
+            for name, logits, positions in (
+                ("start_positions", start, start_positions),
+                ("end_positions", end, end_positions),
+            )
             if positions is not None
         ]
         loss = sum(losses[1:], losses[0]) / len(losses) if losses else None

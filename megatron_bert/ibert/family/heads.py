@@ -12,9 +12,6 @@ from torch import Tensor
 from transformers.modeling_outputs import (
     MaskedLMOutput,
     MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 
 from megatron_bert.family.arguments import shared_arguments
@@ -76,27 +73,6 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
         """The head: ``[B, H]`` to ``[B, num_labels]``."""
         return self.classifier(features, keys)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Classify sequences.
-
-        ``labels``: int64 ``[B]`` class numbers, float ``[B, num_labels]`` 0 and 1 for several labels, or float ``[B]``
-        or ``[B, num_labels]`` values for a regression. ``config.problem_type`` says which; if it is None it is found
-        from the labels each time: one class is a regression, whole numbers are classes, others several labels.
-        """
-        return self.labeled_sequences(shared_arguments(locals()), labels, return_dict)
-
 
 class IBertForMultipleChoice(IBertHeadModel, ChoiceClassifier):
     """Which of several continuations is right: logits ``[B, choices]``."""
@@ -124,42 +100,6 @@ class IBertForMultipleChoice(IBertHeadModel, ChoiceClassifier):
 class IBertForTokenClassification(IBertHeadModel, TokenClassifier):
     """A class for each token: logits ``[B, S, num_labels]``."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """Classify tokens; ``labels`` int64 ``[B, S]``, -100 where a token does not count."""
-        return self.tagged(shared_arguments(locals()), labels, return_dict)
-
 
 class IBertForQuestionAnswering(IBertHeadModel, SpanClassifier):
     """Where an answer starts and ends: logits ``[B, S]`` each."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """Find answers; ``start_positions`` and ``end_positions`` int64 ``[B]``, S or more where it is cut off.
-
-        The loss is the mean of both (or the one that is given); positions beyond the tokens do not count.
-        """
-        return self.answered(shared_arguments(locals()), start_positions, end_positions, return_dict)
