@@ -21,7 +21,7 @@ from megatron_bert.convert.plausibility import layout_warning
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.readback import Written
 from megatron_bert.convert.state import DTYPES, CanonicalState
-from megatron_bert.convert.tokenizer_files import write_tokenizer
+from megatron_bert.convert.tokenizer_files import save_tokenizer
 from megatron_bert.convert.verification import Verification, verify
 from megatron_bert.data.tokenizers import load_tokenizer
 from parallel.errors import UserError, brief
@@ -116,10 +116,13 @@ def convert(
     with ExitStack() as stack:
         # Made before the work, as the surest way to see that it can be.
         folder = None if dry_run else stack.enter_context(target.writing())
-        if folder is not None and tokenizer is not None:
-            write_tokenizer(tokenizer, folder, for_transformers=to == "huggingface")
-            target.check_new(folder)
         opened = stack.enter_context(open_checkpoint(source, read))
+        if folder is not None and tokenizer is not None:
+            if to == "huggingface":
+                save_tokenizer(tokenizer, folder, opened.config.longest_sequence, roberta=opened.config.like_roberta)
+            else:
+                tokenizer.save(folder)
+            target.check_new(folder)
         state = opened if write.dtype is None else opened.in_dtype(DTYPES[write.dtype])
         if to.startswith("megatron"):
             check_plain(state)

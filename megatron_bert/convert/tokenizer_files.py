@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,32 @@ from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.run_models import finished_model
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
-from megatron_bert.data.vocabularies import holds_vocabulary
+from megatron_bert.data.vocabularies import JSON_NAME, holds_vocabulary
 from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import write_json
 
 
-def write_tokenizer(
-    tokenizer: Tokenizer, folder: Path, *, for_transformers: bool, max_length: int | None = None, roberta: bool = False
+def save_tokenizer(
+    vocabulary: Tokenizer, directory: str | os.PathLike[str], max_length: int | None = None, *, roberta: bool = False
 ) -> None:
-    """Write a tokenizer's files into a folder.
+    """Write the vocabulary's files, and what transformers' tokenizers need beside them, where they can read them.
 
     Args:
-        tokenizer: to write.
-        folder: that is there.
-        for_transformers: with the settings that its tokenizers look for.
+        vocabulary: turns text into ids.
+        directory: that of the model.
         max_length: tokens of the longest input of the model; None where it is not known.
-        roberta: whether inputs have no token types.
+        roberta: inputs are laid out as RoBERTa's, without token types.
     """
-    tokenizer.save(folder)
-    if not for_transformers or (max_length is None and not (folder / "tokenizer.json").is_file()):
+    folder = Path(directory)
+    vocabulary.save(folder)
+    if not (folder / JSON_NAME).is_file():
         return
-    settings = tokenizer.transformers_settings()
+    settings = vocabulary.transformers_settings()
+    settings["model_input_names"] = ["input_ids", *([] if roberta else ["token_type_ids"]), "attention_mask"]
     if max_length is not None:
-        inputs = ["input_ids", *([] if roberta else ["token_type_ids"]), "attention_mask"]
-        settings |= {"model_input_names": inputs, "model_max_length": max_length}
+        settings["model_max_length"] = max_length
     write_json(folder / CONFIG_NAME, settings)
 
 

@@ -16,8 +16,8 @@ from megatron_bert.convert.plausibility import ORDERS, reread
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
-from megatron_bert.model.sequences import SequenceLayout
 from parallel.errors import UserError
 
 SENTENCES = (
@@ -88,8 +88,7 @@ def verify(state: CanonicalState, tokenizer: Tokenizer, texts: Path | bool = Tru
     if not state.has_masked_head:
         raise UserError("--verify predicts masked words, but the source has no masked-language head: leave it out")
     lines = _lines(texts) if isinstance(texts, Path) else SENTENCES
-    longest = min(_LONGEST, state.config.max_position_embeddings)
-    batches = [batch for line in lines if (batch := _masked(line, tokenizer, longest)) is not None]
+    batches = [batch for line in lines if (batch := _masked(line, tokenizer, state.config)) is not None]
     if not batches:
         raise UserError(f"{texts} holds no text long enough to mask words in: give sentences, one on each line")
     model = BertForPretraining(state.config)
@@ -115,28 +114,16 @@ def _lines(path: Path) -> tuple[str, ...]:
         raise UserError(f"--verify {path} cannot be read as text ({error}): give sentences, one on each line") from None
 
 
-def _masked(text: str, tokenizer: Tokenizer, longest: int) -> MicroBatch | None:
+def _masked(text: str, tokenizer: Tokenizer, config: MegatronBertConfig) -> MicroBatch | None:
     """One text with some tokens masked; None if it is too short."""
-    ids = [tokenizer.cls_id, *tokenizer.encode(text)[: longest - 2], tokenizer.sep_id]
-    slots = torch.arange(2, len(ids) - 1, _EVERY)
+    longest = min(_LONGEST, config.longest_sequence)
+    tokens = torch.tensor([tokenizer.cls_id, *tokenizer.encode(text)[: longest - 2], tokenizer.sep_id])
+    slots = torch.arange(2, len(tokens) - 1, _EVERY)
     if len(slots) == 0:
         return None
-    tokens = torch.tensor(ids)
     labels = tokens[slots].clone()
     tokens[slots] = tokenizer.mask_id
-    zeros = torch.zeros(len(ids), dtype=torch.int64)
-    return MicroBatch(
-        tokens=tokens,
-        positions=torch.arange(len(ids)),
-        types=zeros,
-        samples=zeros,
-        layout=SequenceLayout.rectangle(1, len(ids)),
-        slots=slots,
-        slot_labels=labels,
-        first_tokens=zeros[:1],
-        pair_labels=torch.full((1,), -100),
-        lengths=(len(ids),),
-    )
+    return MicroBatch.of_one(tokens, slots, labels, first_position=config.first_position)
 
 
 def _logits(model: BertForPretraining, batch: MicroBatch) -> Tensor:

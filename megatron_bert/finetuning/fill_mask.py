@@ -16,8 +16,6 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ibert.stored_ranges import use_ranges
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import BertForPretraining
-from megatron_bert.model.sequences import SequenceLayout
-from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 
 
@@ -98,9 +96,8 @@ class FillMask:
             raise UserError(f"the text has {len(ids)} tokens, but the model takes {longest}: shorten it")
         tokens = torch.tensor(ids)
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
-        logits = self.model(_one_sequence(tokens, masks, self.model.config.first_position)).masked[
-            :, : self.tokenizer.vocab_size
-        ]
+        batch = MicroBatch.of_one(tokens, masks, first_position=self.model.config.first_position)
+        logits = self.model(batch).masked[:, : self.tokenizer.vocab_size]
         logits[:, list(self.tokenizer.special_ids)] = -torch.inf
         best = logits.float().softmax(dim=1).topk(min(top, self.tokenizer.vocab_size), dim=1)
         return [
@@ -112,20 +109,3 @@ class FillMask:
     def _guess(self, ids: list[int], place: int, token: int, probability: float) -> Guess:
         filled = [token if index == place else i for index, i in enumerate(ids)][1:-1]
         return Guess(self.tokenizer.id_to_token(token), probability, self.tokenizer.decode(filled))
-
-
-def _one_sequence(tokens: torch.Tensor, slots: torch.Tensor, first_position: int) -> MicroBatch:
-    count = tokens.shape[0]
-    zeros = torch.zeros(count, dtype=torch.int64)
-    return MicroBatch(
-        tokens=tokens,
-        positions=torch.arange(count) + first_position,
-        types=zeros,
-        samples=zeros,
-        layout=SequenceLayout.rectangle(1, count),
-        slots=slots,
-        slot_labels=torch.full_like(slots, IGNORED),
-        first_tokens=torch.zeros(1, dtype=torch.int64),
-        pair_labels=torch.full((1,), IGNORED),
-        lengths=(count,),
-    )

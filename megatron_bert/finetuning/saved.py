@@ -23,7 +23,7 @@ from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.ranges import Ranges
 from megatron_bert.convert.run_models import finished_model
 from megatron_bert.convert.state import CanonicalState, StateTensor
-from megatron_bert.convert.tokenizer_files import find_vocabulary, write_tokenizer
+from megatron_bert.convert.tokenizer_files import find_vocabulary, save_tokenizer
 from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, told
 from megatron_bert.finetuning.integer import IntegerTask, integer_task
 from megatron_bert.finetuning.start import check_lengths, check_padding
@@ -119,13 +119,7 @@ def save_task(
         HuggingFace().write(state, directory, WriteOptions(), Progress(0, shown=False))
         if state.ranges is not None and _in_engines(state.ranges, config, task):
             write_plan(plan_of(_model(state, config, task)), directory / PLAN_NAME)
-    write_tokenizer(
-        task.tokenizer,
-        directory,
-        for_transformers=True,
-        max_length=config.longest_sequence,
-        roberta=config.like_roberta,
-    )
+    save_tokenizer(task.tokenizer, directory, config.longest_sequence, roberta=config.like_roberta)
 
 
 def _model(state: CanonicalState, config: MegatronBertConfig, task: Task) -> BertForTask:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.sequences import SequenceLayout
+from parallel.cross_entropy import IGNORED
 from parallel.dropout import fold_in
 
 
@@ -75,6 +76,31 @@ class MicroBatch(TokenBatch):
     slots: Tensor
     slot_labels: Tensor
     pair_labels: Tensor
+
+    @classmethod
+    def of_one(cls, tokens: Tensor, slots: Tensor, labels: Tensor | None = None, *, first_position: int = 0) -> Self:
+        """One sequence, of one segment.
+
+        Args:
+            tokens: int64 ``[T]``, masked where words are to be predicted.
+            slots: int64 ``[K]``, the places there.
+            labels: int64 ``[K]``, the true ids; None where they are not known.
+            first_position: of the first token.
+        """
+        count = tokens.shape[0]
+        zeros = torch.zeros(count, dtype=torch.int64)
+        return cls(
+            tokens=tokens,
+            positions=torch.arange(count) + first_position,
+            types=zeros,
+            samples=zeros,
+            layout=SequenceLayout.rectangle(1, count),
+            slots=slots,
+            slot_labels=torch.full_like(slots, IGNORED) if labels is None else labels,
+            first_tokens=zeros[:1],
+            pair_labels=torch.full((1,), IGNORED),
+            lengths=(count,),
+        )
 
     def predictions(self) -> int:
         """Slots, in use or not: the head works on all of them."""

@@ -18,9 +18,13 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.families import ROBERTA
 from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.opening import open_checkpoint
+from megatron_bert.convert.options import WriteOptions
+from megatron_bert.convert.verification import verify
+from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.finetuning.fill_mask import FillMask
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
+from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.quantizing.quantize import quantize
 from parallel.errors import UserError
 from tests.megatron_bert.data.support import small_vocabulary
@@ -172,6 +176,66 @@ class TestRuns:
             "latest_checkpointed_iteration.txt",
             "model_optim_rng.pt",
         ]
+
+    def test_a_task_is_one_model(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 3.9 billion parameters there is no room for a second."""
+        from megatron_bert.finetuning import saved
+
+        built: list[str] = []
+        build = BertForTask.__init__
+
+        def count(self: BertForTask, *arguments: Any, **named: Any) -> None:
+            built.append(type(self).__name__)
+            build(self, *arguments, **named)
+
+        monkeypatch.setattr(BertForTask, "__init__", count)
+        for run in ("run", "quantized"):
+            assert saved.load_task(folder / run).model is not None
+            assert len(built) == 1, run
+            built.clear()
+
+
+def test_the_tensors_of_a_directory_are_mapped(tmp_path: Path) -> None:
+    """What is read takes no memory of its own until it is changed."""
+    folder = make_model(tmp_path, "MegatronBert", "masked")
+    with open_checkpoint(folder) as state:
+        table = state["embeddings.word_embeddings.weight"].load()
+        address = table.untyped_storage().data_ptr()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        ranges_of_file = [
+            [int(end, 16) for end in line.split()[0].split("-")] for line in maps if line.endswith("model.safetensors")
+        ]
+        assert any(start <= address < end for start, end in ranges_of_file)
+        table.zero_()
+    assert transformers.AutoModelForMaskedLM.from_pretrained(folder).get_input_embeddings().weight.any()
+
+
+@pytest.mark.parametrize("family", ["MegatronBert", "Roberta"])
+def test_verification_computes_as_transformers(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, family, "masked")
+    line = " ".join(f"w{number}" for number in range(14))
+    (tmp_path / "texts.txt").write_text(line, encoding="utf-8")
+    with open_checkpoint(folder) as state:
+        found = verify(state, load_tokenizer(folder), tmp_path / "texts.txt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(line, return_tensors="pt")["input_ids"]
+    slots = torch.arange(2, ids.shape[1] - 1, 6)
+    labels = ids[0, slots].clone()
+    ids[0, slots] = tokenizer.mask_token_id
+    with torch.no_grad():
+        logits = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()(ids).logits[0, slots]
+    assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "longest"), [("MegatronBert", 34), ("Roberta", 32)])
+def test_a_converted_vocabulary_knows_its_model(family: str, longest: int, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    folder = make_model(tmp_path / "source", family, "masked")
+    convert(folder, tmp_path / "result", to="huggingface", write=WriteOptions(tokenizer=folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "result")
+    with open_checkpoint(folder) as state:
+        assert tokenizer.model_max_length == state.config.longest_sequence == longest
+    assert ("token_type_ids" in tokenizer("w1")) == (family == "MegatronBert")
 
 
 class TestFillMask:

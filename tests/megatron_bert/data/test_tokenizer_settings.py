@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import transformers
 
-from megatron_bert.convert.tokenizer_files import write_tokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
 from parallel.errors import UserError
@@ -45,16 +44,14 @@ def test_ids_are_those_of_transformers(settings: dict[str, Any], tmp_path: Path)
     for path in (folder, folder / "vocab.txt"):
         assert load_tokenizer(path).encode(TEXT) == expected[1:-1]
 
-    saved, converted = tmp_path / "saved", tmp_path / "converted"
-    save_tokenizer(vocabulary, saved)
-    write_tokenizer(vocabulary, converted, for_transformers=True)
-    for place in (saved, converted):
-        written = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
-        given = {"strip_accents": None, "tokenize_chinese_chars": True} | settings
-        assert {name: written[name] for name in given} == given
-        assert transformers.AutoTokenizer.from_pretrained(place)(TEXT)["input_ids"] == expected
-        for path in (place, place / "vocab.txt"):
-            assert load_tokenizer(path).fingerprint == vocabulary.fingerprint
+    place = tmp_path / "saved"
+    save_tokenizer(vocabulary, place)
+    written = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+    given = {"strip_accents": None, "tokenize_chinese_chars": True} | settings
+    assert {name: written[name] for name in given} == given
+    assert transformers.AutoTokenizer.from_pretrained(place)(TEXT)["input_ids"] == expected
+    for path in (place, place / "vocab.txt"):
+        assert load_tokenizer(path).fingerprint == vocabulary.fingerprint
 
 
 def test_settings_divide_the_text_differently(tmp_path: Path) -> None:
