@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 
 
 def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, Any]:
@@ -20,10 +20,19 @@ def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, A
     Raises:
         UserError: it is not JSON, or holds something else.
     """
+    return parse_object(path.read_bytes(), str(path), remedy)
+
+
+def parse_object(text: bytes, label: str, remedy: str = "fetch the file again") -> dict[str, Any]:
+    """The object in a JSON text; ``label`` says what holds it.
+
+    Raises:
+        UserError: it is not JSON, or something else.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({str(error)[:80]}): {remedy}") from None
+        raise UserError(f"{label} is not JSON ({brief(error, 80)}): {remedy}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a JSON {type(values).__name__} instead of an object: wrong file?")
+        raise UserError(f"{label} holds a JSON {type(values).__name__} instead of an object: wrong file?")
     return values

@@ -103,7 +103,7 @@ def write_distributed(target: Path, tensors: Mapping[str, StateTensor], progress
             described[name] = TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype), size, [ChunkStorageMetadata(zeros, size)]
             )
-            progress.advance(tensor.nbytes)
+            progress.update(tensor.nbytes)
     metadata = Metadata(described, planner_data={name: (name,) for name in tensors}, storage_data=places)
     with (target / METADATA).open("wb") as file:
         pickle.dump(metadata, file)

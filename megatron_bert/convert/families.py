@@ -29,17 +29,16 @@ class Family:
 MEGATRON = Family(MEGATRON_BERT, MegatronBertConfig, "MegatronBert")
 BERT = Family(BERT_NAMES, BertConfig, "Bert")
 ROBERTA = Family(IBERT_NAMES, RobertaConfig, "IBert")
-#: model_type in a config.json -> family, of what is trained for tasks.
-TRAINED_TYPES = {
-    MegatronBertConfig.model_type: MEGATRON,
-    **dict.fromkeys((RobertaConfig.model_type, *sorted(RobertaConfig.also_reads)), ROBERTA),
+#: model_type in a config.json -> family.
+MODEL_TYPES = {
+    name: family
+    for family in (MEGATRON, ROBERTA, BERT)
+    for name in (family.config.model_type, *sorted(family.config.also_reads))
 }
-#: The same of what is read.
-MODEL_TYPES = TRAINED_TYPES | {BertConfig.model_type: BERT}
+#: Those of what is trained for tasks.
+TRAINED_TYPES = [name for name, family in MODEL_TYPES.items() if family is not BERT]
 
 
 def family_of(config: MegatronBertConfig) -> Family:
     """The family of an encoder."""
-    if isinstance(config, BertConfig):
-        return BERT
-    return ROBERTA if config.like_roberta else MEGATRON
+    return MODEL_TYPES[config.model_type]

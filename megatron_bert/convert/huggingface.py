@@ -429,7 +429,7 @@ def _write_weights(state: CanonicalState, target: Path, limit: int, progress: Pr
                 parts = separate(state[name].load(), len(keys), state.config.head_dim)
                 for theirs, part_values in zip(keys, parts):
                     writer.write(theirs, part_values)
-                progress.advance(state[name].nbytes)
+                progress.update(state[name].nbytes)
             for key, values in beside.items():
                 writer.write(key, values)
         weight_map |= dict.fromkeys(layout, file)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from parallel.errors import UserError, brief
+from megatron_bert.json_file import parse_object
+from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
 from parallel.stored.strange_files import refuse_strange
 
@@ -22,22 +22,7 @@ def read_json(place: FileRange) -> dict[str, Any]:
     if place.length > _LONGEST:
         raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
     refuse_strange(place)
-    return parse_json(bytes(place.read(0, place.length)), place.label)
-
-
-def parse_json(text: bytes, label: str) -> dict[str, Any]:
-    """The object in a JSON text.
-
-    Raises:
-        UserError: it is not one; ``label`` says what it is.
-    """
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{label} is not JSON ({brief(error, 80)}): fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{label} holds a JSON {type(value).__name__} instead of an object: wrong file?")
-    return value
+    return parse_object(bytes(place.read(0, place.length)), place.label)
 
 
 def integer(settings: dict[str, Any], key: str, label: str, default: int | None = None) -> int:

@@ -176,7 +176,7 @@ def _write_parts(
     parts = divisions.divide(source, whole, len(writers), version, state.config.num_attention_heads)
     for writer, part in zip(writers, parts):
         writer.write(name, part)
-    progress.advance(state[source].nbytes)
+    progress.update(state[source].nbytes)
 
 
 def megatron_args(state: CanonicalState, options: WriteOptions, rows: int) -> argparse.Namespace:

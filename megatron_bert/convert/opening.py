@@ -21,7 +21,7 @@ from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.run_models import finished_model
-from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState
+from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, StateTensor
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
@@ -79,30 +79,23 @@ def check_place(source: Path) -> None:
 
 
 @contextmanager
-def open_checkpoint(source: str | Path, options: ReadOptions = _PLAIN) -> Iterator[CanonicalState]:
+def open_checkpoint(source: str | Path | CanonicalState, options: ReadOptions = _PLAIN) -> Iterator[CanonicalState]:
     """A checkpoint of any format, opened without reading its tensors.
 
     Args:
-        source: a file, folder or archive.
+        source: a file, folder or archive; or what is open already, which then stays so.
         options: what it does not say.
 
     Raises:
         UserError: it is none, is damaged, or contradicts itself.
     """
+    if isinstance(source, CanonicalState):
+        yield source
+        return
     with ExitStack() as stack:
         with reporting("read", source, "check the path"):
             tree = source_tree(Path(source), stack)
         yield replace(detect_format(tree).read(tree, options, stack), label=tree.label)
-
-
-def config_from(source: str | Path, options: ReadOptions = _PLAIN) -> MegatronBertConfig:
-    """The configuration of the encoder in a checkpoint of any format.
-
-    Raises:
-        UserError: it is none, is damaged, or contradicts itself.
-    """
-    with open_checkpoint(source, options) as state:
-        return state.config
 
 
 @dataclass(frozen=True)
@@ -146,33 +139,33 @@ def load_into(
         UserError: the checkpoint cannot be read, or a tensor does not fit the parameter of its name, or holds values
             that are not finite.
     """
-    if not isinstance(source, CanonicalState):
-        with open_checkpoint(source, options) as state:
-            return load_into(model, state, options, vocab_size=vocab_size, prefix=prefix)
-    check_placement(source, getattr(model, "config", source.config))
-    parameters = {name.removeprefix(prefix): p for name, p in model.named_parameters() if name.startswith(prefix)}
-    words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    if VOCABULARY_TENSORS & parameters.keys():
-        check_words(source.config.vocab_size, words)
-    for name, parameter in parameters.items():
-        if name not in source:
-            continue
-        values = source[name].load()
-        if name in VOCABULARY_TENSORS:
-            values = pad_vocabulary(name, values[:words], max(words, parameter.shape[0]), bias=0.0)
-        if values.shape != parameter.shape:
-            raise UserError(
-                f"{source[name].origin} has shape {list(values.shape)}, but the settings make {name} "
-                f"{list(parameter.shape)}: set the sizes of the model to those of the checkpoint"
-            )
-        check_finite(values, source[name].origin)
-        copy_whole(parameter, values)
-    return LoadReport(
-        config=source.config,
-        missing=tuple(name for name in parameters if name not in source),
-        unexpected=tuple(name for name in source if name not in parameters),
-        warnings=tuple(source.warnings),
-    )
+    with open_checkpoint(source, options) as state:
+        check_placement(state, getattr(model, "config", state.config))
+        parameters = {name.removeprefix(prefix): p for name, p in model.named_parameters() if name.startswith(prefix)}
+        words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+        if VOCABULARY_TENSORS & parameters.keys():
+            check_words(state.config.vocab_size, words)
+        for name in [name for name in parameters if name in state]:
+            _fill(name, parameters[name], state[name], words)
+        return LoadReport(
+            config=state.config,
+            missing=tuple(name for name in parameters if name not in state),
+            unexpected=tuple(name for name in state if name not in parameters),
+            warnings=tuple(state.warnings),
+        )
+
+
+def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -> None:
+    values = tensor.load()
+    if name in VOCABULARY_TENSORS:
+        values = pad_vocabulary(name, values[:words], max(words, parameter.shape[0]), bias=0.0)
+    if values.shape != parameter.shape:
+        raise UserError(
+            f"{tensor.origin} has shape {list(values.shape)}, but the settings make {name} {list(parameter.shape)}: "
+            "set the sizes of the model to those of the checkpoint"
+        )
+    check_finite(values, tensor.origin)
+    copy_whole(parameter, values)
 
 
 def check_placement(source: CanonicalState, config: MegatronBertConfig) -> None:

@@ -8,7 +8,7 @@ import sys
 from tqdm import tqdm
 
 
-class Progress:
+class Progress(tqdm):
     """Counts the bytes of tensors that were dealt with.
 
     Args:
@@ -19,14 +19,4 @@ class Progress:
 
     def __init__(self, total: int, *, shown: bool | None = None, title: str = "converting") -> None:
         disable = not sys.stderr.isatty() if shown is None else not shown
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=disable, leave=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes more are done."""
-        self._bar.update(nbytes)
+        super().__init__(total=total, unit="B", unit_scale=True, desc=title, disable=disable, leave=False)

@@ -109,7 +109,7 @@ class Written:
                 (self.state if name in self.state else self.state.optimizer)[name].load()
             if _sum(values) != self._sums[name]:
                 return f"{name} is read with other values"
-            progress.advance(tensor.nbytes)
+            progress.update(tensor.nbytes)
         return None
 
 

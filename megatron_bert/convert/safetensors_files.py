@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.json_files import parse_json
 from megatron_bert.convert.state import StateTensor
+from megatron_bert.json_file import parse_object
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.stored.strange_files import refuse_strange
@@ -49,7 +49,7 @@ def read_safetensors(place: FileRange) -> dict[str, StateTensor]:
     if not 2 <= length <= min(_LONGEST_HEADER, place.length - 8):
         refuse_strange(place)
         raise UserError(f"{damaged}: its header is cut off; fetch it again")
-    header = parse_json(bytes(place.read(8, length)), f"the header of {place.label}")
+    header = parse_object(bytes(place.read(8, length)), f"the header of {place.label}")
     data = place.part(8 + length, place.length - 8 - length)
     found = {}
     for name, entry in header.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.run_models import finished_model
+from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import JSON_NAME, holds_vocabulary
@@ -74,6 +75,25 @@ def find_vocabulary(
     if place is None:
         raise UserError(f"{source} holds no vocabulary: {remedy}")
     return _checked(load_tokenizer(place, lowercase=lowercase, model_type=kind), run_state, source, place)
+
+
+def check_vocabulary(source: CanonicalState, tokenizer: Tokenizer) -> None:
+    """A model must know the words of a vocabulary, and its padding where it counts positions from that.
+
+    Raises:
+        UserError: it does not.
+    """
+    words, padding = source.config.vocab_size, source.config.pad_token_id
+    if tokenizer.vocab_size > words:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} words, but the model in {source.label} {words}: use the "
+            "vocabulary that the model was trained with"
+        )
+    if source.config.like_roberta and tokenizer.pad_id != padding:
+        raise UserError(
+            f"the tokenizer's padding has the id {tokenizer.pad_id}, but that of the model in {source.label} "
+            f"{padding}, from which it counts positions: use the vocabulary that the model was trained with"
+        )
 
 
 def _checked(tokenizer: Tokenizer, run_state: dict[str, Any] | None, source: Path, place: Path) -> Tokenizer:

@@ -44,7 +44,27 @@ class DocumentedConfig(PreTrainedConfig):
     #: Checked fields that the encoder has not.
     _others: ClassVar[tuple[str, ...]] = ("dtype",)
 
-    hidden_act: str | Callable[[torch.Tensor], torch.Tensor]
+    vocab_size: int = 29056
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    position_embedding_type: str = "absolute"
+    tie_word_embeddings: bool = True
+    classifier_dropout: float | None = None
+    pruned_heads: dict[int, list[int]] | None = None
+    scaled_output_init: bool = True
+    vocab_size_multiple: int = 128
 
     def __post_init__(self, **kwargs: Any) -> None:
         held = self.__dict__
@@ -211,27 +231,6 @@ class MegatronBertConfig(DocumentedConfig):
 
     model_type = "megatron-bert"
 
-    vocab_size: int = 29056
-    hidden_size: int = 1024
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    intermediate_size: int = 4096
-    hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    position_embedding_type: str = "absolute"
     is_decoder: bool = False
     add_cross_attention: bool = False
     use_cache: bool = True
-    tie_word_embeddings: bool = True
-    classifier_dropout: float | None = None
-    pruned_heads: dict[int, list[int]] | None = None
-    scaled_output_init: bool = True
-    vocab_size_multiple: int = 128

@@ -11,7 +11,7 @@ import torch
 
 from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.convert.options import ReadOptions
-from megatron_bert.convert.tokenizer_files import find_vocabulary
+from megatron_bert.convert.tokenizer_files import check_vocabulary, find_vocabulary
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ibert.stored_ranges import use_ranges
 from megatron_bert.model.batch import MicroBatch
@@ -64,11 +64,7 @@ class FillMask:
             vocabulary = find_vocabulary(
                 path, tokenizer, run_state=state.run_state, remedy="give --tokenizer, the one of its training"
             )
-            if vocabulary.vocab_size > state.config.vocab_size:
-                raise UserError(
-                    f"the tokenizer has {vocabulary.vocab_size} words, but the model in {path} "
-                    f"{state.config.vocab_size}: use the vocabulary that the model was trained with"
-                )
+            check_vocabulary(state, vocabulary)
             model = BertForPretraining(replace(state.config, binary_head=False))
             load_into(model, state)
             if state.ranges is not None:

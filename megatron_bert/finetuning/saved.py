@@ -23,10 +23,10 @@ from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.ranges import Ranges
 from megatron_bert.convert.run_models import finished_model
 from megatron_bert.convert.state import CanonicalState, StateTensor
-from megatron_bert.convert.tokenizer_files import find_vocabulary, save_tokenizer
+from megatron_bert.convert.tokenizer_files import check_vocabulary, find_vocabulary, save_tokenizer
 from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, told
 from megatron_bert.finetuning.integer import IntegerTask, integer_task
-from megatron_bert.finetuning.start import check_lengths, check_padding
+from megatron_bert.finetuning.start import check_lengths
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.engine.parts import plan_of
@@ -219,12 +219,7 @@ def load_task(
         how_to_use, how = _settings(state, given)
         words = find_vocabulary(source, *wanted, run_state=state.run_state, remedy=_NO_VOCABULARY)
         config = state.config
-        if words.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer in {source} has {words.vocab_size} words, but the model {config.vocab_size}: copy "
-                "the vocabulary that the model was trained with"
-            )
-        check_padding(state, words)
+        check_vocabulary(state, words)
         if given:
             validated(how_to_use, TaskSettings, source="the settings of the task")
         settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_bert.convert.families import TRAINED_TYPES
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.state import CanonicalState
-from megatron_bert.convert.tokenizer_files import find_vocabulary
+from megatron_bert.convert.tokenizer_files import check_vocabulary, find_vocabulary
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -51,28 +51,9 @@ def encoder_config(
         raise UserError(
             f"{source.label} is a {brief(config.model_type)}: fine-tuning starts from {', '.join(TRAINED_TYPES)}"
         )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} words, but the model in {settings.model.from_} "
-            f"{config.vocab_size}: use the vocabulary that the model was trained with"
-        )
-    check_padding(source, tokenizer)
+    check_vocabulary(source, tokenizer)
     chances = settings.model.model_dump(exclude={"from_", "keep_head"}, exclude_none=True)
     return replace(config, **chances)
-
-
-def check_padding(source: CanonicalState, tokenizer: Tokenizer) -> None:
-    """Where positions are counted from the id of padding, it must be the tokenizer's.
-
-    Raises:
-        UserError: it is not.
-    """
-    if source.config.like_roberta and tokenizer.pad_id != source.config.pad_token_id:
-        raise UserError(
-            f"the tokenizer's padding has the id {tokenizer.pad_id}, but that of the model in {source.label} "
-            f"{source.config.pad_token_id}, from which it counts positions: use the vocabulary that the model was "
-            "trained with"
-        )
 
 
 def check_lengths(task: Task, config: MegatronBertConfig) -> None:

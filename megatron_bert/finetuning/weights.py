@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_bert.convert.opening import load_into, open_checkpoint
-from megatron_bert.convert.state import CanonicalState
+from megatron_bert.convert.state import CanonicalState, StateTensor
 from megatron_bert.model.finetuning import BertForTask
 from parallel.errors import UserError
 
@@ -34,9 +34,17 @@ def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[st
     Raises:
         UserError: it holds no such model, or one for other classes, another kind of labels or another vocabulary.
     """
-    if not isinstance(source, CanonicalState):
-        with open_checkpoint(source) as state:
-            return load_finetuned(stage, state)
+    with open_checkpoint(source) as state:
+        report = load_into(stage, replace(state, tensors={**state.tensors, **_rows(stage, state)}))
+        return [*report.warnings, *_left_behind(state)]
+
+
+def _rows(stage: BertForTask, source: CanonicalState) -> dict[str, StateTensor]:
+    """The last layer of a fine-tuned model's head, its rows in the order of a stage's classes.
+
+    Raises:
+        UserError: it has no such head, or one for other classes.
+    """
     order = _class_order(stage, source)
     names = [name for name, _ in stage.named_parameters()]
     missing = next((name for name in names if name not in source), None)
@@ -54,8 +62,7 @@ def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[st
                     f"{source[name].origin} has shape {list(source[name].shape)}, but the task makes it {list(shape)}: "
                     "it was fine-tuned for other classes"
                 )
-    report = load_into(stage, replace(source, tensors={**source.tensors, **rows}))
-    return [*report.warnings, *_left_behind(source)]
+    return rows
 
 
 def load_encoder(stage: BertForTask, source: Path | CanonicalState) -> list[str]:
@@ -71,18 +78,15 @@ def load_encoder(stage: BertForTask, source: Path | CanonicalState) -> list[str]
     Raises:
         UserError: it holds no encoder of these sizes, or another vocabulary.
     """
-    if not isinstance(source, CanonicalState):
-        with open_checkpoint(source) as state:
-            return load_encoder(stage, state)
-    head = source.task_head
-    report = load_into(stage, source.without_head())
-    notes = [
-        f"{name} of {source.label} is left behind and is initialized from scratch (model.keep_head=true takes it)"
-        if name in head
-        else f"{name} is not in {source.label} and is initialized from scratch"
-        for name in report.missing
-    ]
-    return [*report.warnings, *notes, *_left_behind(source)]
+    with open_checkpoint(source) as state:
+        report = load_into(stage, state.without_head())
+        notes = [
+            f"{name} of {state.label} is left behind and is initialized from scratch (model.keep_head=true takes it)"
+            if name in state.task_head
+            else f"{name} is not in {state.label} and is initialized from scratch"
+            for name in report.missing
+        ]
+        return [*report.warnings, *notes, *_left_behind(state)]
 
 
 def _left_behind(source: CanonicalState) -> list[str]:

@@ -55,35 +55,16 @@ def named_labels(
 class EncoderConfig:
     """Sizes and constants of an encoder, its heads and its decoder; Megatron's BERT, unless a subclass is of another.
 
+    Fields mean what they do in transformers' MegatronBertConfig, and in the documented one that describes each
+    (:class:`megatron_bert.family.configuration.MegatronBertConfig`).
+
     Attributes:
-        vocab_size: number of token ids in use.
-        hidden_size: width of the residual stream.
-        num_hidden_layers: number of transformer layers.
-        num_attention_heads: attention heads per layer; must divide hidden_size.
-        intermediate_size: width of the feed-forward layer.
         hidden_act: ``gelu`` (exact, erf), ``gelu_new`` / ``gelu_pytorch_tanh`` (tanh approximation), ``relu``, or
             ``silu`` / ``swish``; of the feed-forward layers and the masked-language head.
-        hidden_dropout_prob: dropout of embeddings, attention output and feed-forward output.
-        attention_probs_dropout_prob: dropout of attention probabilities.
-        max_position_embeddings: rows of the position table; ``longest_sequence`` tokens fit.
-        type_vocab_size: number of token types (segments).
-        initializer_range: standard deviation of initial weights.
-        layer_norm_eps: added to the variance in every layer norm. Megatron's weights were trained with 1e-5.
-        pad_token_id: id of the padding token, whose embedding gets no gradient from where it is looked up; None where
-            no token is special so.
-        bos_token_id, eos_token_id: ids that open and end a generated text; there may be several that end it.
-        position_embedding_type: ``absolute``, or ``relative_key`` / ``relative_key_query`` (Shaw et al.,
-            arXiv 1803.02155; Huang et al., arXiv 2009.13658).
-        is_decoder: attend to the past only, and keep keys and values for decoding.
-        add_cross_attention: attend to an encoder's hidden states in every layer; of decoders only.
-        tie_word_embeddings: the word embeddings are the output matrix of the language-model heads too.
         id2label: names of the classes of a classification head; two that are numbered by default.
         problem_type: ``regression``, ``single_label_classification`` or ``multi_label_classification``; None finds it
             from the labels.
-        classifier_dropout: dropout before the classification heads; None takes hidden_dropout_prob.
-        pruned_heads: layer -> heads that were removed from it.
         vocab_size_multiple: the embedding table is padded to a multiple of this many rows.
-        scaled_output_init: initialize output projections with initializer_range / sqrt(2 * layers), as Megatron does.
         binary_head: whether there is a pooler and a two-way sentence-pair head.
         layer_norm_placement: ``pre``, norms before attention and feed-forward and at the end, as MegatronBERT has; or
             ``post``, after each sum and after the embeddings, as BERT and RoBERTa have.

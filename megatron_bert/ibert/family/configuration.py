@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
-
-import torch
 
 from megatron_bert.family.configuration import DocumentedConfig
 from megatron_bert.ibert.settings import FORCE_DEQUANT
@@ -39,22 +36,10 @@ class IBertConfig(DocumentedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
-    position_embedding_type: str = "absolute"
-    tie_word_embeddings: bool = True
-    classifier_dropout: float | None = None
-    pruned_heads: dict[int, list[int]] | None = None
     scaled_output_init: bool = False
-    vocab_size_multiple: int = 128
     quant_mode: bool = False
     force_dequant: str = "none"
 

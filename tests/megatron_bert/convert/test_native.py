@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.conversion import convert
-from megatron_bert.convert.opening import config_from, load_into, open_checkpoint
+from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.convert.options import ReadOptions, WriteOptions
+from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.training.update_rules import MOMENTS
 from parallel.checkpoint import read_state
@@ -33,6 +34,11 @@ from tests.worlds import make_mesh, run_world
 
 SIZES = Sizes()
 _WORDS = ReadOptions(true_vocab_size=SIZES.words)
+
+
+def config_from(source: Path, options: ReadOptions | None = None) -> EncoderConfig:
+    with open_checkpoint(source, options or ReadOptions()) as state:
+        return state.config
 
 
 def _trained_on_this_rank(source: Path, root: Path, layout: dict[str, Any], sharding: str) -> dict[str, Tensor]:
