@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError, brief
+from parallel.stored.file_range import FileRange
+from parallel.stored.strange_files import refuse_strange
+
+_LONGEST = 64 << 20
 
 
 def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, Any]:
@@ -21,6 +25,18 @@ def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, A
         UserError: it is not JSON, or holds something else.
     """
     return parse_object(path.read_bytes(), str(path), remedy)
+
+
+def read_json(place: FileRange) -> dict[str, Any]:
+    """The object in a JSON file of unknown origin, wherever it lies.
+
+    Raises:
+        UserError: it is not one.
+    """
+    if place.length > _LONGEST:
+        raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
+    refuse_strange(place)
+    return parse_object(bytes(place.read(0, place.length)), place.label)
 
 
 def parse_object(text: bytes, label: str, remedy: str = "fetch the file again") -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_bert.convert.families import MEGATRON, MODEL_TYPES, ROBERTA, Family, family_of
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface_names import fuse, separate
-from megatron_bert.convert.json_files import fraction, integer, read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
@@ -32,8 +31,15 @@ from megatron_bert.convert.state import (
     StateTensor,
     classes_of,
 )
+from megatron_bert.json_file import read_json
 from megatron_bert.model.activations import GELU_SYNONYMS
-from megatron_bert.model.configuration import CONFIG_NAME, MODEL_TYPE, MegatronBertConfig, named_labels
+from megatron_bert.model.configuration import (
+    CONFIG_NAME,
+    MODEL_TYPE,
+    MegatronBertConfig,
+    config_from_dict,
+    named_labels,
+)
 from megatron_bert.model.task_heads.table import HEADS, head_of_class, head_of_parameters
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
@@ -42,6 +48,13 @@ from parallel.whole_files import write_json, write_text
 
 #: Where weights are looked for, the safer kind first.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+#: Fields of a config.json without which nothing is known of a model.
+_NEEDED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "max_position_embeddings",
+)
+_OF_HEADS = ("classifier_dropout", "problem_type")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 #: File beside a model that was fine-tuned here, which says for what.
 TASK_NAME = "task.json"
 
@@ -119,14 +132,13 @@ def settings_alone(tree: FileTree) -> CanonicalState:
         raise UserError(f"{tree.label} holds no {CONFIG_NAME}: copy all files of the model")
     settings, label = read_json(tree[CONFIG_NAME]), f"{tree.label}/{CONFIG_NAME}"
     family, _ = _family(settings, label, {})
-    rows = integer(settings, "vocab_size", label)
-    config, words, _ = _config(settings, label, family, rows, {}, ReadOptions())
+    config, words, _ = _config(settings, label, family, None, {}, ReadOptions())
     facts = SourceFacts(
         format=HuggingFace.name,
         variant="settings alone",
         files=0,
         true_vocab_size=words,
-        stored_rows=rows,
+        stored_rows=config.vocab_size,
         architecture=_architecture(settings),
     )
     task = read_json(tree[TASK_NAME]) if TASK_NAME in tree else None
@@ -237,65 +249,54 @@ def _config(
     settings: dict[str, Any],
     label: str,
     family: Family,
-    rows: int,
+    rows: int | None,
     named: Mapping[str, StateTensor],
     options: ReadOptions,
 ) -> tuple[MegatronBertConfig, int | None, list[str]]:
-    if integer(settings, "vocab_size", label) != rows:
+    if missing := [name for name in _NEEDED if settings.get(name) is None]:
+        raise UserError(f"{label} gives no {missing[0]}: it is damaged or of another kind of model")
+    values = {name: settings[name] for name in (*SIZES, *_OF_HEADS) if settings.get(name) is not None}
+    if rows not in (None, values["vocab_size"]):
         raise UserError(
-            f"{label} says vocab_size {settings['vocab_size']}, but there are {rows} rows of word embeddings: "
+            f"{label} says vocab_size {brief(values['vocab_size'])}, but there are {rows} rows of word embeddings: "
             "settings and weights are of two models"
         )
-    words = true_vocab_size(label, rows, None, options)
-    eps = options.layer_norm_eps or fraction(settings, "layer_norm_eps", label, 1e-12)
+    words = None if rows is None else true_vocab_size(label, rows, None, options)
+    activation = GELU_NAMES[options.gelu] if options.gelu else brief(values.get("hidden_act", "gelu"), 40)
+    values |= {
+        "model_type": family.config.model_type,
+        "vocab_size": words or values["vocab_size"],
+        "num_attention_heads": options.num_attention_heads or values["num_attention_heads"],
+        "layer_norm_eps": options.layer_norm_eps or values.get("layer_norm_eps", 1e-12),
+        "hidden_act": GELU_SYNONYMS.get(activation, activation),
+        "binary_head": "pair_head.classifier.weight" in named,
+        "id2label": _classes(settings, label, named),
+    }
+    values |= {key: _token(settings, key, values["vocab_size"], family.config) for key in _TOKENS}
+    config = config_from_dict(values, label)
     assumptions = []
-    if eps == 1e-12 and family is MEGATRON:
+    if config.layer_norm_eps == 1e-12 and family is MEGATRON:
         assumptions.append(
             "the stored layer_norm_eps 1e-12 is the default of transformers, whose converter never set Megatron's "
             "1e-5: give --layer-norm-eps 1e-5 if the model was trained by Megatron"
         )
-    activation = GELU_NAMES[options.gelu] if options.gelu else settings.get("hidden_act", "gelu")
-    activation = brief(activation, 40)
-    defaults = family.config()
-    config = family.config(
-        vocab_size=words or rows,
-        hidden_size=integer(settings, "hidden_size", label),
-        num_hidden_layers=integer(settings, "num_hidden_layers", label),
-        num_attention_heads=options.num_attention_heads or integer(settings, "num_attention_heads", label),
-        intermediate_size=integer(settings, "intermediate_size", label),
-        hidden_act=GELU_SYNONYMS.get(activation, activation),
-        hidden_dropout_prob=fraction(settings, "hidden_dropout_prob", label, 0.1),
-        attention_probs_dropout_prob=fraction(settings, "attention_probs_dropout_prob", label, 0.1),
-        max_position_embeddings=integer(settings, "max_position_embeddings", label),
-        type_vocab_size=integer(settings, "type_vocab_size", label, 2),
-        initializer_range=fraction(settings, "initializer_range", label, 0.02),
-        layer_norm_eps=eps,
-        pad_token_id=_token(settings, "pad_token_id", words or rows, defaults),
-        bos_token_id=_token(settings, "bos_token_id", words or rows, defaults),
-        eos_token_id=_token(settings, "eos_token_id", words or rows, defaults),
-        binary_head="pair_head.classifier.weight" in named,
-        **_classes(settings, label, named),
-    )
     return config, words, assumptions
 
 
-def _token(settings: dict[str, Any], key: str, words: int, defaults: MegatronBertConfig) -> Any:
-    usual = getattr(defaults, key)
+def _token(settings: dict[str, Any], key: str, words: Any, family: type[MegatronBertConfig]) -> Any:
+    usual = getattr(family, key)
     value = settings.get(key, usual)
-    return value if value is None or (type(value) is int and 0 <= value < words) else usual
+    return value if value is None or (type(value) is int and type(words) is int and 0 <= value < words) else usual
 
 
-def _classes(settings: dict[str, Any], label: str, named: Mapping[str, StateTensor]) -> dict[str, Any]:
-    """What the settings say of the head of a task; the number of classes by the weights where they do not."""
-    found: dict[str, Any] = {"problem_type": settings.get("problem_type")}
-    if settings.get("classifier_dropout") is not None:
-        found["classifier_dropout"] = fraction(settings, "classifier_dropout", label, 0.0)
+def _classes(settings: dict[str, Any], label: str, named: Mapping[str, StateTensor]) -> dict[int, str]:
+    """The names of classes; their number by the weights where the settings say nothing of them."""
     by_number, by_name = settings.get("id2label"), settings.get("label2id")
     count = None if by_number or by_name else classes_of(named)
     try:
-        return found | {"id2label": named_labels(by_number, by_name, count)}
+        return named_labels(by_number, by_name, count)
     except UserError as error:
-        raise UserError(f"id2label in {label} is damaged ({error}): copy the model again") from None
+        raise UserError(f"id2label in {label} is damaged ({brief(error, 200)}): copy the model again") from None
 
 
 def _their_config(state: CanonicalState) -> dict[str, Any]:

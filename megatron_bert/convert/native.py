@@ -19,7 +19,6 @@ import torch
 from megatron_bert.convert.distributed_files import read_distributed, write_distributed
 from megatron_bert.convert.divisions import pad_vocabulary
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
@@ -34,6 +33,7 @@ from megatron_bert.convert.state import (
     StateTensor,
     classes_of,
 )
+from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import MegatronBertConfig, RobertaConfig, config_from_dict, numbered_labels
 from megatron_bert.model.task_heads.table import HEADS, head_of_parameters
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files

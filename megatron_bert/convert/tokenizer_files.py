@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.run_models import finished_model
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import JSON_NAME, holds_vocabulary
+from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron_bert
-from megatron_bert.convert.json_files import read_json
 from megatron_bert.convert.run_models import MODEL_FOLDER
 from megatron_bert.ibert import quantizers
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges
+from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange

@@ -212,6 +212,8 @@ _OF_IBERT = {
 }
 
 MegatronBertConfig = EncoderConfig
+#: Of the largest number in a file; what is larger cannot even be printed.
+_MOST_BITS = 40
 #: model_type in a file -> class of the configuration.
 CONFIG_CLASSES: dict[str, type[EncoderConfig]] = {
     name: kind for kind in (EncoderConfig, BertConfig, RobertaConfig) for name in (kind.model_type, *kind.also_reads)
@@ -236,7 +238,10 @@ def config_from_dict(values: Mapping[str, Any], label: str) -> EncoderConfig:
         raise UserError(
             f"{label} gives an encoder {brief(', '.join(unknown))}, which it does not have: use a newer megatron-bert"
         )
+    for name, value in values.items():
+        if type(value) is int and value.bit_length() > _MOST_BITS:
+            raise UserError(f"{label} gives {name} a number that no model has: it is damaged")
     try:
         return kind(**{name: value for name, value in values.items() if name != "model_type"})
     except UserError as error:
-        raise UserError(f"{label} does not fit: {error}") from None
+        raise UserError(f"{label} does not fit: {brief(error, 300)}") from None
