@@ -16,7 +16,7 @@ from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
-from parallel.whole_files import write_json
+from parallel.whole_files import reporting, write_json
 
 
 def save_tokenizer(
@@ -29,16 +29,19 @@ def save_tokenizer(
         directory: that of the model.
         max_length: tokens of the longest input of the model; None where it is not known.
         roberta: inputs are laid out as RoBERTa's, without token types.
+
+    Raises:
+        UserError: the file system refuses.
     """
     folder = Path(directory)
-    vocabulary.save(folder)
-    if not (folder / JSON_NAME).is_file():
-        return
     settings = vocabulary.transformers_settings()
     settings["model_input_names"] = ["input_ids", *([] if roberta else ["token_type_ids"]), "attention_mask"]
     if max_length is not None:
         settings["model_max_length"] = max_length
-    write_json(folder / CONFIG_NAME, settings)
+    with reporting("written", folder, "make room, or give another directory"):
+        vocabulary.save(folder)
+        if (folder / JSON_NAME).is_file():
+            write_json(folder / CONFIG_NAME, settings)
 
 
 def find_vocabulary(

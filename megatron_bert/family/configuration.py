@@ -20,6 +20,7 @@ from megatron_bert.model.configuration import EncoderConfig, named_labels
 from megatron_bert.model.configuration_checks import NUMBER_FORMATS, check_choice, check_switch
 from megatron_bert.model.directories import made_directory
 from parallel.errors import UserError
+from parallel.whole_files import reporting, write_text
 
 logger = logging.get_logger(__name__)
 
@@ -188,7 +189,12 @@ class DocumentedConfig(PreTrainedConfig):
         made_directory(save_directory)
         if callable(self.hidden_act):
             raise UserError("model.hidden_act is a function, which a file cannot hold: name it after loading again")
-        super().save_pretrained(save_directory, **kwargs)
+        with reporting("written", Path(save_directory), "make room, or give another directory"):
+            super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """As transformers does, but a file is whole, or is the one from before."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff=use_diff))
 
     def replaced(self, **changes: Any) -> Self:
         """The same configuration with some fields changed."""
