@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_bert.convert.ranges import Ranges
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.task_heads.table import HEADS, of_head
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
@@ -27,6 +28,8 @@ VOCABULARY_BIAS = "masked_head.bias"
 POOLER = "pair_head.pooler.weight"
 #: Tensors with a row for each word; they are padded and trimmed together.
 VOCABULARY_TENSORS = frozenset({WORD_EMBEDDINGS, VOCABULARY_BIAS})
+_FIRST_LAYER = "encoder.layers.0."
+_PRETRAINING_HEADS = ("masked_head.", "pair_head.pooler.", "pair_head.classifier.")
 QUERY_KEY_VALUE = "attention.query_key_value"
 #: Fields of a configuration that every model has.
 SIZES = (
@@ -202,42 +205,25 @@ def _converted(name: str, tensor: StateTensor, dtype: torch.dtype) -> StateTenso
     return replace(tensor.mapped(convert), dtype=dtype)
 
 
-def layer_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
-    """Names inside ``encoder.layers.<i>.`` and their shapes."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    return {
-        "attention_norm.weight": (hidden,),
-        "attention_norm.bias": (hidden,),
-        "attention.query_key_value.weight": (3 * hidden, hidden),
-        "attention.query_key_value.bias": (3 * hidden,),
-        "attention.output.weight": (hidden, hidden),
-        "attention.output.bias": (hidden,),
-        "mlp_norm.weight": (hidden,),
-        "mlp_norm.bias": (hidden,),
-        "mlp.intermediate.weight": (ffn, hidden),
-        "mlp.intermediate.bias": (ffn,),
-        "mlp.output.weight": (hidden, ffn),
-        "mlp.output.bias": (hidden,),
-    }
-
-
-def _dense(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+def _pretraining_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a pretraining model has, by the model itself."""
+    try:
+        model = BertForPretraining(replace(config, num_hidden_layers=1, binary_head=True), device="meta")
+    except RuntimeError as error:
+        raise UserError(f"the source gives sizes that no model has ({brief(error)}): it is damaged") from None
+    found: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        rows = config.vocab_size if name in VOCABULARY_TENSORS else parameter.shape[0]
+        part = name.removeprefix(_FIRST_LAYER)
+        names = [name] if part == name else [f"encoder.layers.{i}.{part}" for i in range(config.num_hidden_layers)]
+        found |= dict.fromkeys(names, (rows, *parameter.shape[1:]))
+    return found
 
 
 def head_tensors(config: MegatronBertConfig, head: str | None = None) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes of the parts on top, each of which is there as a whole or not at all."""
-    hidden = config.hidden_size
-    masked = _dense("masked_head.dense", hidden, hidden) | _norm("masked_head.norm", hidden)
-    parts = [
-        masked | {VOCABULARY_BIAS: (config.vocab_size,)},
-        _dense("pair_head.pooler", hidden, hidden),
-        _dense("pair_head.classifier", 2, hidden),
-    ]
+    shapes = _pretraining_tensors(config)
+    parts = [{name: shape for name, shape in shapes.items() if name.startswith(part)} for part in _PRETRAINING_HEADS]
     # Of kinds with the same names, the one that is named gives the shapes, or else the last, with a row for each class.
     for kind in [*([HEADS[head]] if head else []), *reversed(HEADS.values())]:
         found = kind.tensors(config, kind.width(config))
@@ -248,20 +234,8 @@ def head_tensors(config: MegatronBertConfig, head: str | None = None) -> list[di
 
 def encoder_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of embeddings and encoder, whose norms are before or behind what they norm."""
-    hidden = config.hidden_size
-    layer = layer_tensors(config)
-    return {
-        WORD_EMBEDDINGS: (config.vocab_size, hidden),
-        "embeddings.position_embeddings.weight": (config.max_position_embeddings, hidden),
-        TOKEN_TYPES: (config.type_vocab_size, hidden),
-        **(_norm("embeddings.norm", hidden) if config.layer_norm_placement == "post" else {}),
-        **{
-            f"encoder.layers.{i}.{name}": shape
-            for i in range(config.num_hidden_layers)
-            for name, shape in layer.items()
-        },
-        **(_norm("encoder.final_norm", hidden) if config.layer_norm_placement == "pre" else {}),
-    }
+    shapes = _pretraining_tensors(config)
+    return {name: shape for name, shape in shapes.items() if not name.startswith(_PRETRAINING_HEADS)}
 
 
 def classes_of(tensors: Mapping[str, StateTensor]) -> int | None:
