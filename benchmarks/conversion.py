@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of converting full-size checkpoints.
 
-    python benchmarks/conversion.py --scratch /tmp --output benchmarks/conversion.json
+    python -m benchmarks.conversion --scratch /tmp --output benchmarks/conversion.json
 
 Generates a 345M checkpoint as NGC packs it (half precision, the torch container of 2020, deflated into a zip file) and
 a 3.9B release directory in half precision (7.7 GB), converts each by the command line in a process of its own, and
@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import provenance
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.progress import Progress
@@ -146,9 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(found)
                 shutil.rmtree(result)
     report = {
-        "command": "python benchmarks/conversion.py",
-        "hardware": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **provenance("conversion", arguments=arguments),
         "memory_of_the_imports_alone_gb": baseline(),
         "results": results,
     }

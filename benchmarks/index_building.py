@@ -4,15 +4,12 @@
 Makes up the sentence sizes of a corpus (geometric, 22 tokens per sentence and 20 sentences per document on average),
 builds the sample index as pretraining does, and writes what it took to `index_building.json` next to this file:
 
-    python benchmarks/index_building.py --sentences 100_000_000
+    python -m benchmarks.index_building --sentences 100_000_000
 """
 
 import argparse
 import json
-import os
-import platform
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -56,15 +53,6 @@ def measure(sizes: np.ndarray, bounds: np.ndarray) -> dict[str, float]:
     }
 
 
-def processor() -> str:
-    """Name of the processor, as well as the system tells it."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -77,10 +65,10 @@ def main() -> None:
         "one_long_document": measure(*make_corpus(0, arguments.long_document)),
         "corpus": measure(*make_corpus(arguments.sentences, 0)),
     }
+    from benchmarks.harness import provenance  # loads torch, whose memory does not count
+
     report = {
-        "command": f"python benchmarks/index_building.py {' '.join(sys.argv[1:])}".strip(),
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "cores_used": 1},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        **provenance("index_building", "numpy"),
         "settings": {"seq_length": SEQ_LENGTH, "short_sequence_probability": SHORT_SEQUENCE_PROBABILITY, "seed": SEED},
         "results": results,
     }

@@ -4,7 +4,7 @@
 megatron-core is not a dependency; install it into a folder of its own:
 
     pip install --no-deps --target core megatron-core==0.16.1
-    PYTHONPATH=core python benchmarks/megatron_core_parity.py --output benchmarks/megatron_core_parity.json
+    PYTHONPATH=core python -m benchmarks.megatron_core_parity --output benchmarks/megatron_core_parity.json
 
 A small model with random weights, large enough that every part matters, is converted to megatron-core's format at
 several tensor-parallel sizes. Each rank loads its file with ``strict=True`` into BertModel (local layer specification,
@@ -18,10 +18,8 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import provenance
 from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.opening import load_into, open_checkpoint
@@ -195,9 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         native = write_native(Path(scratch, "native"))
         results = [compare(native, Path(scratch), tensor) for tensor in parsed.tensor]
     report = {
-        "command": "PYTHONPATH=core python benchmarks/megatron_core_parity.py",
-        "versions": {"megatron-core": version("megatron-core"), "torch": torch.__version__},
-        "machine": platform.machine(),
+        **provenance("megatron_core_parity", "megatron-core", arguments=arguments),
         "results": results,
     }
     text = json.dumps(report, indent=2)

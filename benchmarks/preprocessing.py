@@ -19,7 +19,6 @@ of a quarter of it:
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,7 +28,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -255,8 +253,6 @@ def measure_parquet(arguments: argparse.Namespace, folder: Path) -> dict[str, An
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    from tools.timing import processor_name  # loads torch, which the workers, that load this file, do not need
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("text", type=Path, help="JSON lines with a text field")
     parser.add_argument("vocabulary", type=Path, help="an uncased vocab.txt")
@@ -274,15 +270,16 @@ def main() -> None:
         result = (measure_parquet if arguments.parquet else measure)(arguments, Path(folder))
     given = ["TEXT.jsonl", "VOCAB.txt", *sys.argv[3:]]
     words = [word for i, word in enumerate(given) if "--output" not in (word, given[i - 1])]
+    from benchmarks.harness import provenance  # loads torch, which the workers, that load this file, do not need
+
     report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     report[name] = {
-        "command": f"python -m benchmarks.preprocessing {' '.join(words)}",
-        "hardware": {"processor": processor_name(), "cores_used": arguments.workers},
+        **provenance("preprocessing", "tokenizers", "numpy", arguments=words),
+        "workers": arguments.workers,
         "text": {
             "megabytes": round(arguments.text.stat().st_size / 1e6, 1),
             "documents": len(list(documents(arguments.text))),
         },
-        "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers"), "numpy": np.__version__},
         "results": result,
     }
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")

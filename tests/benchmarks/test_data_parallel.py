@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tools.benchmark_data_parallel import KINDS, main
+from benchmarks.data_parallel import KINDS, main
 
 
 def test_results(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Every rank holds stages that wait instead of computing, so that a few cores can 
 messages between processes (gloo) and the weight-gradient queue are the real ones. A rank's forward, input gradient and
 weight gradient take the given times, divided over its virtual stages.
 
-    python tools/benchmark_pipeline.py --output benchmarks/pipeline_cpu.json
+    python -m benchmarks.pipeline --output benchmarks/pipeline_cpu.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.harness import provenance
 from megatron_bert.ending import command
 from megatron_bert.training.timeline import gather_timeline, measured_costs
 from parallel.mesh import ParallelLayout, ParallelMesh
@@ -197,16 +197,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results.get()
 
 
-def processor() -> str:
-    """Name of the processor, as well as the system tells it."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-@command("benchmark_pipeline")
+@command("benchmarks.pipeline")
 def main(given: list[str] | None = None) -> int:
     """Run the benchmark; 1 if a step is 15% off its simulation, or zero-bubble H1 no faster than 1F1B."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -238,9 +229,8 @@ def main(given: list[str] | None = None) -> int:
     gain = seconds["1f1b"] / seconds["zero-bubble-h1"]
     print(f"zero-bubble-h1 is {gain:.3f} times as fast as 1f1b")
     report = {
-        "command": f"python tools/benchmark_pipeline.py {' '.join(sys.argv[1:] if given is None else given)}".strip(),
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "load_average_before": round(load_before, 2)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **provenance("pipeline", arguments=given),
+        "load_average_before": round(load_before, 2),
         "settings": {
             "pipeline": arguments.pipeline,
             "microbatches": arguments.microbatches,

@@ -6,22 +6,20 @@ For each settings file of `megatron-bert finetune` and each seed, the model is f
 best on the validation split. What is finished is not run again, so the same command, also with other files, goes on
 where it was. Transformers' part needs the packages ``transformers`` and ``accelerate``::
 
-    python -m tools.benchmark_finetuning configs/finetune/classification.yaml --runs runs/tasks --their-seeds 1 2 3
+    python -m benchmarks.finetuning configs/finetune/classification.yaml --runs runs/tasks --their-seeds 1 2 3
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.harness import provenance
 from megatron_bert.config_file import load_sections
 from megatron_bert.ending import command
 from megatron_bert.finetuning.finetune import finetune
@@ -32,7 +30,6 @@ from megatron_bert.tasks.task import IGNORED, Task
 from parallel.process_group import choose_device
 from parallel.whole_files import write_json
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarize, task_of_file
-from tools.timing import machine_name
 
 #: What transformers' Trainer reached for a seed, beside the run.
 _THEIR_SCORES = "transformers.json"
@@ -110,7 +107,7 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"metric": task.metric, "settings": essential_settings(file), "splits": summarize(found)}
 
 
-@command("benchmark_finetuning")
+@command("benchmarks.finetuning")
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,15 +126,12 @@ def main() -> None:
     if arguments.output is None:
         return
     theirs = any("transformers" in models for task in tasks.values() for models in task["splits"].values())
-    packages = ("torch", "transformers", "accelerate") if theirs else ("torch",)
+    packages = ("transformers", "accelerate") if theirs else ()
     write_json(
         arguments.output,
         {
             "about": arguments.about,
-            "command": "python -m tools.benchmark_finetuning " + " ".join(sys.argv[1:]),
-            "machine": machine_name(choose_device("auto", 0)),
-            "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in packages},
+            **provenance("finetuning", *packages, device=choose_device("auto", 0)),
             "tasks": tasks,
         },
     )

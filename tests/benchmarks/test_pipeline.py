@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from benchmarks.pipeline import main
 from parallel.pipeline.schedules import SCHEDULES
-from tools.benchmark_pipeline import main
 
 pytestmark = pytest.mark.slow
 

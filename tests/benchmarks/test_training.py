@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import training
+from benchmarks.throughput import make_batch
+from benchmarks.training import SIZES, Size, main, their_inputs
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.process_group import World
-from tools import benchmark_training
-from tools.benchmark_throughput import make_batch
-from tools.benchmark_training import SIZES, Size, main, their_inputs
 
 
 def test_results(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_the_three_sizes_are_those_of_the_configurations() -> None:
 
 def test_models_too_large_to_be_held_together_take_turns() -> None:
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    options = benchmark_training.argparse.Namespace(device="cpu", dtype="float32", dropout=0.1, attention_dropout=0.1)
-    assert benchmark_training._fit_together(SIZES["tiny"], options, 5, world)
-    assert not benchmark_training._fit_together(Size(200, 8192, 64, 512, 1, 1), options, 5, world)
+    options = training.argparse.Namespace(device="cpu", dtype="float32", dropout=0.1, attention_dropout=0.1)
+    assert training._fit_together(SIZES["tiny"], options, 5, world)
+    assert not training._fit_together(Size(200, 8192, 64, 512, 1, 1), options, 5, world)
 
 
 def test_both_train_on_the_same_words() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What checkpoints cost a step: saves of this project and of torch.distributed.checkpoint, in turns in one process.
 
-    python -m tools.benchmark_checkpoints --size tiny --output benchmarks/checkpoints_tiny.json
+    python -m benchmarks.checkpoints --size tiny --output benchmarks/checkpoints_tiny.json
 
 The state is that of a BERT of a size: weights and two moments in float32, on one rank and the CPU. A step is a fixed
 number of matrix products and one pass over the weights. For each kind of save the script reports the seconds that the
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,10 +25,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from benchmarks.harness import provenance
 from megatron_bert.ending import command
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.process_group import process_group
-from tools.timing import machine_name
 
 #: Name -> layers, hidden size and words.
 SIZES = {"tiny": (2, 64, 1024), "base": (12, 768, 30592), "345m": (24, 1024, 30592)}
@@ -143,7 +141,7 @@ def torchs(root: Path, tensors: dict[str, Tensor]) -> Callable[[int], Save]:
     return save
 
 
-@command("benchmark_checkpoints")
+@command("benchmarks.checkpoints")
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,9 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(options.directory, ignore_errors=True)
     report = {
-        "command": f"python -m tools.benchmark_checkpoints {' '.join(arguments or sys.argv[1:])}",
-        "machine": machine_name(torch.device("cpu")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **provenance("checkpoints", arguments=arguments),
         "size": options.size,
         "tensors": len(tensors),
         "bytes": size,

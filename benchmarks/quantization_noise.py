@@ -4,7 +4,7 @@
 The stack is calibrated on some random sequences and measured on others; weights are large enough for attention and GELU
 to be far from linear. ``outliers`` makes two channels of the residual stream some twenty times larger than the rest.
 
-    python -m tools.benchmark_quantization_noise --output benchmarks/quantization_noise.json
+    python -m benchmarks.quantization_noise --output benchmarks/quantization_noise.json
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import provenance
 from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, in_mode, quantize_model
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -93,15 +93,14 @@ def noise(placement: str, length: int, outliers: bool, settings: dict[str, Any])
     return round(10 * math.log10(float(real.square().sum() / (integer - real).square().sum())), 1)
 
 
-@command("benchmark_quantization_noise")
+@command("benchmarks.quantization_noise")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/quantization_noise.json"))
     arguments = parser.parse_args()
     report: dict[str, Any] = {
-        "command": f"python -m tools.benchmark_quantization_noise {' '.join(sys.argv[1:])}".strip(),
-        "torch": torch.__version__,
+        **provenance("quantization_noise"),
         "unit": "dB",
     }
     for placement in ("pre", "post"):

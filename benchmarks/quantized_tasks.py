@@ -11,19 +11,17 @@ For each settings file of `megatron-bert finetune` and each seed:
 Every training keeps its best step on the validation split; test splits decide nothing. Runs that are finished are not
 run again, so the same command, also with other files, goes on where it was::
 
-    python -m tools.benchmark_quantized_tasks configs/finetune/classification.yaml --runs runs/quantized
+    python -m benchmarks.quantized_tasks configs/finetune/classification.yaml --runs runs/quantized
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.harness import provenance
 from megatron_bert.ending import command
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -32,7 +30,6 @@ from megatron_bert.quantizing.settings import QuantizeSettings
 from parallel.process_group import choose_device
 from parallel.whole_files import write_text
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarize
-from tools.timing import machine_name
 
 #: Splits that results.json has for other models than the one that is saved.
 _CALIBRATED = "_calibrated"
@@ -65,7 +62,7 @@ def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Names
     }
 
 
-@command("benchmark_quantized_tasks")
+@command("benchmarks.quantized_tasks")
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,9 +94,7 @@ def main() -> None:
         return
     result = {
         "about": arguments.about,
-        "command": "python -m tools.benchmark_quantized_tasks " + " ".join(sys.argv[1:]),
-        "machine": machine_name(choose_device("auto", 0)),
-        "torch": torch.__version__,
+        **provenance("quantized_tasks", device=choose_device("auto", 0)),
         "seeds": arguments.seeds,
         "training that follows": {
             "epochs": arguments.epochs,

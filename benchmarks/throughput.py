@@ -4,7 +4,7 @@
 Both train on the same batch (same sequences, masked positions and labels) in float32 with dropout 0.1 and fused AdamW.
 Their steps alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts does not favor one.
 
-    python -m tools.benchmark_throughput --output benchmarks/throughput_cpu.json
+    python -m benchmarks.throughput --output benchmarks/throughput_cpu.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import provenance
 from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -29,7 +29,7 @@ from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
 from parallel.whole_files import write_text
 from tools.peers import transformers
-from tools.timing import machine_name, seconds
+from tools.timing import seconds
 
 
 def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatch:
@@ -138,11 +138,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ratios = sorted(b / a for a, b in pairs)
     tokens = arguments.batch * arguments.length
     return {
-        "command": "python " + " ".join(sys.argv),
-        "machine": machine_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **provenance("throughput", "transformers", device=device),
         "model": {
             "layers": arguments.layers,
             "hidden": arguments.hidden,
@@ -160,7 +156,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@command("benchmark_throughput")
+@command("benchmarks.throughput")
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,8 +4,8 @@
 The same model sizes, batch, number format, clipping and fused AdamW; sequences of full length, so that nobody has
 padding to skip. The kinds take turns, and ratios are taken turn by turn: a machine whose speed drifts favors none.
 
-    python -m tools.benchmark_training --size tiny
-    python -m tools.benchmark_training --size 345m --size 1.3b --size 3.9b --device cuda --dtype bfloat16 --seconds 420
+    python -m benchmarks.training --size tiny
+    python -m benchmarks.training --size 345m --size 1.3b --size 3.9b --device cuda --dtype bfloat16 --seconds 420
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from benchmarks.harness import provenance
+from benchmarks.throughput import make_batch
 from megatron_bert.config import Settings
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ending import command
@@ -39,9 +39,7 @@ from parallel.cross_entropy import IGNORED
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World, process_group
 from parallel.whole_files import write_json
-from tools.benchmark_throughput import make_batch
 from tools.peers import transformers
-from tools.timing import machine_name
 
 VOCABULARY = 30522
 
@@ -327,7 +325,7 @@ def _summary(
     return summary
 
 
-@command("benchmark_training")
+@command("benchmarks.training")
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -345,17 +343,10 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = options.size or ["small"]
     with process_group(options.device) as world:
         report = {
-            "command": "python -m tools.benchmark_training " + " ".join(arguments or sys.argv[1:]),
-            "machine": machine_name(world.device),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **provenance("training", "transformers", arguments=arguments, device=world.device),
             "dtype": options.dtype,
             "dropout": options.dropout,
             "attention_dropout": options.attention_dropout,
-            "threads": torch.get_num_threads(),
             "sizes": [measure(name, options, world, options.seconds / len(sizes)) for name in sizes],
         }
     print(json.dumps(report, indent=2))

@@ -5,7 +5,7 @@ All models have the same sizes and read the same batch, in one process; their st
 speed drifts does not favor one, and ratios are taken step by step. transformers' IBert with ``quant_mode`` simulates
 integers in float32; ours computes them.
 
-    python -m tools.benchmark_quantized --output benchmarks/quantized_cpu.json
+    python -m benchmarks.quantized --output benchmarks/quantized_cpu.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import provenance
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
 from parallel.whole_files import write_text
 from tools.peers import transformers
-from tools.timing import machine_name, processor_seconds, seconds
+from tools.timing import processor_seconds, seconds
 
 #: Shared by all models.
 _SIZES = {
@@ -110,7 +110,7 @@ def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-@command("benchmark_quantized")
+@command("benchmarks.quantized")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -124,12 +124,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     report = {
-        "command": f"python -m tools.benchmark_quantized {' '.join(sys.argv[1:])}".strip(),
-        "machine": machine_name(torch.device(arguments.device)),
-        "threads": arguments.threads,
+        **provenance("quantized", "transformers", device=torch.device(arguments.device)),
         "clock": arguments.clock,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "sizes": _SIZES,
         "batch": {"sequences": arguments.batch, "length": arguments.length},
         "steps": arguments.steps,

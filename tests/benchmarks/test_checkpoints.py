@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark_checkpoints import main
+from benchmarks.checkpoints import main
 
 
 def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

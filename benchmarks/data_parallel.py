@@ -6,14 +6,13 @@ clipping, the update, and gradients dropped. The plain side has bfloat16 weights
 have float32 master weights, gradients and moments, as runs have. They alternate in one process, and times are those of
 the processor, since a GPU waits for it and other programs may run beside it.
 
-    python -m tools.benchmark_data_parallel --output benchmarks/data_parallel_cpu.json
+    python -m benchmarks.data_parallel --output benchmarks/data_parallel_cpu.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.harness import provenance
 from megatron_bert.config import OptimizerSettings
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -36,7 +36,7 @@ from parallel.gradients import clip_factor, global_gradient_norm
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.process_group import process_group
 from parallel.sharding import initialize
-from tools.timing import processor_name, processor_seconds
+from tools.timing import processor_seconds
 
 Step = Callable[[], None]
 
@@ -217,10 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, row in found.items():
         print(f"{name:14} {row['milliseconds']:8.2f} ms  {row['to_plain']:.3f} x plain  {row['operators']} operators")
     if given.output is not None:
-        command = shlex.join(["python", "-m", "tools.benchmark_data_parallel", *(arguments or sys.argv[1:])])
         settings = {"layers": given.layers, "hidden": given.hidden, "micro_batches": given.micro_batches}
-        machine = {"processor": processor_name(), "torch": torch.__version__}
-        report = {"command": command, **machine, **settings, "rounds": given.rounds, "found": found}
+        made = provenance("data_parallel", arguments=arguments)
+        report = {**made, **settings, "rounds": given.rounds, "found": found}
         given.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import benchmark_quantized_tasks as benchmark
+from benchmarks import quantized_tasks as benchmark
 
 
 def test_runs_of_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
