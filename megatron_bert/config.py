@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.configuration_checks import bounds
 from megatron_bert.section import Section
 from megatron_bert.tables import DECAYS, OPTIMIZERS, one_of
 from parallel.errors import called
@@ -25,6 +26,18 @@ LARGEST_SCALE = 1e3
 LONGEST_WAIT = 1e8
 
 
+def of_encoder(name: str, description: str, **changes: Any) -> Any:
+    """A field of the encoder's configuration, with the default and the bounds that it has there.
+
+    Args:
+        name: of the field.
+        description: for people.
+        **changes: arguments of pydantic's Field in place of those or beside them.
+    """
+    default = getattr(MegatronBertConfig, name)
+    return Field(**{"default": default, "description": description, **bounds(name), **changes})
+
+
 class ModelSettings(Section):
     """The encoder; fields are named as in MegatronBertConfig. Defaults are the 345M model's.
 
@@ -38,27 +51,33 @@ class ModelSettings(Section):
         "Hugging Face directory, a run directory of this project.",
     )
 
-    hidden_size: int = Field(1024, gt=0, description="Width of the residual stream.")
-    num_hidden_layers: int = Field(24, gt=0, description="Number of transformer layers.")
-    num_attention_heads: int = Field(16, gt=0, description="Attention heads per layer; divides hidden_size.")
-    intermediate_size: int | None = Field(
-        None, gt=0, description="Width of the feed-forward layer; 4 x hidden_size when unset."
+    hidden_size: int = of_encoder("hidden_size", "Width of the residual stream.")
+    num_hidden_layers: int = of_encoder("num_hidden_layers", "Number of transformer layers.")
+    num_attention_heads: int = of_encoder("num_attention_heads", "Attention heads per layer; divides hidden_size.")
+    intermediate_size: int | None = of_encoder(
+        "intermediate_size", "Width of the feed-forward layer; 4 x hidden_size when unset.", default=None
     )
-    hidden_act: str = Field(
-        "gelu",
-        description="gelu (exact, erf), gelu_new / gelu_pytorch_tanh (tanh approximation), relu, or silu / swish.",
+    hidden_act: str = of_encoder(
+        "hidden_act", "gelu (exact, erf), gelu_new / gelu_pytorch_tanh (tanh approximation), relu, or silu / swish."
     )
-    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output.")
-    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention probabilities.")
-    max_position_embeddings: int = Field(512, gt=0, description="Longest sequence, in tokens.")
-    type_vocab_size: int = Field(2, gt=0, description="Number of token types (segments).")
-    initializer_range: float = Field(0.02, gt=0, le=LARGEST_SCALE, description="Standard deviation of initial weights.")
-    scaled_output_init: bool = Field(
-        True, description="Initialize output projections with initializer_range / sqrt(2 x layers), as Megatron does."
+    hidden_dropout_prob: float = of_encoder("hidden_dropout_prob", "Dropout of embeddings, attention and MLP output.")
+    attention_probs_dropout_prob: float = of_encoder(
+        "attention_probs_dropout_prob", "Dropout of attention probabilities."
     )
-    layer_norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every layer norm.")
-    vocab_size_multiple: int = Field(
-        128, gt=0, description="The vocabulary is padded to a multiple of this many rows, at every layout alike."
+    max_position_embeddings: int = of_encoder("max_position_embeddings", "Longest sequence, in tokens.")
+    type_vocab_size: int = of_encoder("type_vocab_size", "Number of token types (segments).")
+    initializer_range: float = of_encoder(
+        "initializer_range", "Standard deviation of initial weights.", gt=0, le=LARGEST_SCALE
+    )
+    scaled_output_init: bool = of_encoder(
+        "scaled_output_init",
+        "Initialize output projections with initializer_range / sqrt(2 x layers), as Megatron does.",
+    )
+    layer_norm_eps: float = of_encoder(
+        "layer_norm_eps", "Added to the variance in every layer norm.", default=1e-5, gt=0
+    )
+    vocab_size_multiple: int = of_encoder(
+        "vocab_size_multiple", "The vocabulary is padded to a multiple of this many rows, at every layout alike."
     )
 
 
@@ -469,12 +488,16 @@ class Settings(RunSettings):
         return min(samples * self.max_predictions, int(share * data.seq_length + rounded + 1e-9))
 
     def model_config_for(self, vocab_size: int, pad_token_id: int) -> MegatronBertConfig:
-        """The encoder's configuration, for the vocabulary of the run's tokenizer."""
+        """The encoder's configuration, for the vocabulary of the run's tokenizer.
+
+        Raises:
+            UserError: sizes that an encoder cannot have.
+        """
         sizes = self.model.model_dump(exclude={"from_"})
         sizes["intermediate_size"] = self.model.intermediate_size or 4 * self.model.hidden_size
-        return MegatronBertConfig(
-            **sizes, vocab_size=vocab_size, pad_token_id=pad_token_id, binary_head=self.data.pair_objective != "none"
-        )
+        sizes |= {"pad_token_id": pad_token_id, "binary_head": self.data.pair_objective != "none"}
+        with called(**{name: f"model.{name}" for name in sizes}):
+            return MegatronBertConfig(**sizes, vocab_size=vocab_size)
 
     def stage_parts(self, schedule: Schedule, padded_vocab_size: int) -> list[StagePart]:
         """What each stage holds of the model.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from megatron_bert.config import LearningRateSettings, RunSettings, Settings
-from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.configuration import EncoderConfig, MegatronBertConfig
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout
 from parallel.pipeline.actions import Backward
@@ -21,15 +21,9 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
     """
     model, data = settings.model, settings.data
     layout = check_layout(settings, world_size)
-    if model.hidden_act not in ACTIVATIONS:
-        raise UserError(f"model.hidden_act is {model.hidden_act!r}: choose one of {', '.join(ACTIVATIONS)}")
-    if model.hidden_size % model.num_attention_heads:
-        raise UserError(
-            f"model.hidden_size {model.hidden_size} is not a multiple of model.num_attention_heads "
-            f"{model.num_attention_heads}: every head needs the same number of dimensions"
-        )
-    intermediate = model.intermediate_size or 4 * model.hidden_size
-    check_tensor_size(layout.tensor, model.num_attention_heads, intermediate, model.vocab_size_multiple)
+    # Of any vocabulary: that of the run has not been read yet.
+    encoder = settings.model_config_for(MegatronBertConfig.vocab_size, MegatronBertConfig.pad_token_id)
+    check_tensor_size(layout.tensor, encoder)
     tokens = settings.training.micro_batch_size * data.seq_length
     if layout.sequence and tokens % layout.tensor:
         raise UserError(
@@ -101,21 +95,19 @@ def check_layout(settings: RunSettings, world_size: int) -> ParallelLayout:
     return layout
 
 
-def check_tensor_size(tensor: int, heads: int, intermediate: int, vocab_multiple: int) -> None:
+def check_tensor_size(tensor: int, encoder: EncoderConfig) -> None:
     """What the tensor ranks divide must come out even.
 
     Raises:
         UserError: it does not.
     """
-    for name, size in (
-        ("model.num_attention_heads", heads),
-        ("model.intermediate_size", intermediate),
-        ("model.vocab_size_multiple", vocab_multiple),
-    ):
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size_multiple"):
+        size = getattr(encoder, name)
         if size % tensor:
+            other = f", or set model.{name}={size * tensor}" if name.endswith("multiple") else ""
             raise UserError(
-                f"{name} is {size}, which parallel.tensor {tensor} does not divide: choose a tensor size that does"
-                + (f", or set {name}={size * tensor}" if name.endswith("multiple") else "")
+                f"model.{name} is {size}, which parallel.tensor {tensor} does not divide: choose a tensor size that "
+                f"does{other}"
             )
 
 

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_bert.config import Settings, WeightedPrefix
+from megatron_bert.config import Settings
+from megatron_bert.section import explained
 from megatron_bert.shipped import find_config
 from parallel.errors import UserError
 
@@ -159,7 +159,7 @@ def validated(tree: dict[str, Any], kind: type[Kind], source: str) -> Kind:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error, kind)}") from None
+        raise UserError(f"{source}: {explained(error, kind)}") from None
 
 
 def _corpora(value: Any) -> Any:
@@ -168,29 +168,3 @@ def _corpora(value: Any) -> Any:
         return None
     items = value if isinstance(value, list) else [value]
     return [{"prefix": item} if isinstance(item, str) else item for item in items]
-
-
-def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1], kind)
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown setting {location}; {hint}"
-    if first["type"] == "missing":
-        return f"{location} is required and not set"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{location} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _known_keys(location: tuple[Any, ...], section: type[BaseModel]) -> list[str]:
-    for part in location:
-        field = section.model_fields.get(str(part))
-        if isinstance(part, int):
-            section = WeightedPrefix
-        elif field is not None:
-            models = (field.annotation, *get_args(field.annotation))
-            section = next((m for m in models if isinstance(m, type) and issubclass(m, BaseModel)), section)
-    return [field.alias or name for name, field in section.model_fields.items()]

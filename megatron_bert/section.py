@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from parallel.errors import ArgumentError
 
 #: Magnitudes that float32 holds to its full precision: below them it may count as 0, above them it is infinite.
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.18e-38, 3.4e38
@@ -57,3 +61,41 @@ def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(
         isinstance(part, bool) or _takes_bool(part) for part in get_args(annotation)
     )
+
+
+def explained(error: ValidationError, kind: type[BaseModel]) -> ArgumentError:
+    """The first of the mistakes that pydantic has found, in a sentence that names the field.
+
+    Args:
+        error: of settings.
+        kind: of the settings.
+    """
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    named = f"${location}" if location[:1].isalpha() else location
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1], kind)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return ArgumentError(f"unknown setting {named}; {hint}")
+    if first["type"] == "missing":
+        return ArgumentError(f"{named} is required and not set")
+    if first["type"] == "value_error":
+        cause = first["ctx"]["error"]
+        return cause.within(location) if isinstance(cause, ArgumentError) else ArgumentError(str(cause))
+    return ArgumentError(f"{named} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}")
+
+
+def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
+    """Names of the fields of a section of settings."""
+    for part in location:
+        if (field := kind.model_fields.get(str(part))) is not None:
+            kind = next(_models_in(field.annotation), kind)
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

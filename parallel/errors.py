@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: The name of an argument in the text of an error; not a dollar in the middle of a path or a quoted value.
-_ARGUMENT = re.compile(r"(?<![^\s(])\$([a-z_]\w*)")
+_ARGUMENT = re.compile(r"(?<![^\s(])\$([^\W\d]\w*)")
 
 
 class UserError(ValueError):
@@ -28,6 +28,10 @@ class NamesArgumentsError(Exception):
 
 class ArgumentError(NamesArgumentsError, UserError):
     """An argument, ``$name`` in the text, that does not fit."""
+
+    def within(self, owner: str) -> "ArgumentError":
+        """The same where the arguments are parts of another; itself where that has no name."""
+        return ArgumentError(_ARGUMENT.sub(rf"${owner}.\1" if owner else r"\g<0>", str(self.args[0])))
 
 
 @contextmanager

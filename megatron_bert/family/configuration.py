@@ -19,7 +19,7 @@ from megatron_bert.model.activations import ACTIVATIONS, GELU_SYNONYMS
 from megatron_bert.model.configuration import EncoderConfig, named_labels
 from megatron_bert.model.configuration_checks import NUMBER_FORMATS, check_choice, check_switch
 from megatron_bert.model.directories import made_directory
-from parallel.errors import UserError
+from parallel.errors import ArgumentError, UserError
 from parallel.whole_files import reporting, write_text
 
 logger = logging.get_logger(__name__)
@@ -188,7 +188,7 @@ class DocumentedConfig(PreTrainedConfig):
         """
         made_directory(save_directory)
         if callable(self.hidden_act):
-            raise UserError("model.hidden_act is a function, which a file cannot hold: name it after loading again")
+            raise ArgumentError("$hidden_act is a function, which a file cannot hold: name it after loading again")
         with reporting("written", Path(save_directory), "make room, or give another directory"):
             super().save_pretrained(save_directory, **kwargs)
 

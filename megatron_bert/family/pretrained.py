@@ -27,7 +27,7 @@ from megatron_bert.family.modules import Embeddings, EncoderLayer, LanguageHead
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import fill, replaced, undivided
-from parallel.errors import UserError
+from parallel.errors import ArgumentError, UserError
 from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import local_tensor, name_seed
@@ -95,8 +95,8 @@ class DocumentedModel(transformers.PreTrainedModel):
         check_device(device)
         sizes: EncoderConfig = config.encoder_config()
         if sizes.layer_norm_placement != self.layer_norm_placement:
-            raise UserError(
-                f"model.layer_norm_placement is {sizes.layer_norm_placement!r}, but that of {type(self).__name__} is "
+            raise ArgumentError(
+                f"$layer_norm_placement is {sizes.layer_norm_placement!r}, but that of {type(self).__name__} is "
                 f"{self.layer_norm_placement!r}: use a class that has its norms there"
             )
         super().__init__(config)

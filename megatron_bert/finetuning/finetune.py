@@ -201,9 +201,7 @@ def _run_from(
     ends_process: bool,
 ) -> str | None:
     encoder = encoder_config(settings, tokenizer, source)
-    check_tensor_size(
-        layout.tensor, encoder.num_attention_heads, encoder.intermediate_size, encoder.vocab_size_multiple
-    )
+    check_tensor_size(layout.tensor, encoder)
     form = input_format(tokenizer, roberta=encoder.like_roberta)
     data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
     check_lengths(data.task, encoder)

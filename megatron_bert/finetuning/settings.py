@@ -8,7 +8,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, TokenizerSettings
+from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, TokenizerSettings, of_encoder
 from megatron_bert.section import Section
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 
@@ -28,17 +28,19 @@ class FinetuneModelSettings(Section):
     keep_head: bool = Field(
         False, description="Take the head too, from a model that was fine-tuned for the same classes."
     )
-    hidden_dropout_prob: float | None = Field(
-        None, ge=0, lt=1, description="Dropout of embeddings, attention and MLP output; the checkpoint's when unset."
+    hidden_dropout_prob: float | None = of_encoder(
+        "hidden_dropout_prob",
+        "Dropout of embeddings, attention and MLP output; the checkpoint's when unset.",
+        default=None,
     )
-    attention_probs_dropout_prob: float | None = Field(
-        None, ge=0, lt=1, description="Dropout of attention probabilities; the checkpoint's when unset."
+    attention_probs_dropout_prob: float | None = of_encoder(
+        "attention_probs_dropout_prob",
+        "Dropout of attention probabilities; the checkpoint's when unset.",
+        default=None,
     )
-    classifier_dropout: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Dropout before the task's head; the checkpoint's, or else hidden_dropout_prob, when unset.",
+    classifier_dropout: float | None = of_encoder(
+        "classifier_dropout",
+        "Dropout before the task's head; the checkpoint's, or else hidden_dropout_prob, when unset.",
     )
 
 

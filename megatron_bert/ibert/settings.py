@@ -3,79 +3,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from parallel.errors import UserError
+from pydantic import Field, ValidationError
 
+from megatron_bert.section import Section, explained
+
+Dequantized = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]
 #: What can be computed in floating point from dequantized values, and the kinds it stands for.
-FORCE_DEQUANT: dict[str, frozenset[str]] = {
+FORCE_DEQUANT: dict[Dequantized, frozenset[str]] = {
     "none": frozenset(),
     "gelu": frozenset({"gelu"}),
     "softmax": frozenset({"softmax"}),
     "layernorm": frozenset({"layernorm"}),
     "nonlinear": frozenset({"gelu", "softmax", "layernorm"}),
 }
-OBSERVERS = ("min_max", "percentile", "mse")
-EQUALIZATIONS = ("auto", "none", "gamma", "smooth")
-#: Widths of the residual stream, which is held in 16 bits.
-_RESIDUAL_BITS = range(10, 17)
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizationConfig:
-    """Bit widths, range observers and exceptions of a quantized model.
+class QuantizationConfig(Section):
+    """Bit widths, range observers and exceptions of a quantized model; see docs/ibert.md.
 
-    Attributes:
-        weight_bits: 8, or 7, with which sums of two products stay exact in the 16-bit accumulation of CPUs without
-            dot-product instructions.
-        activation_bits: of the inputs of matrix products with weights: 8 or 7.
-        attention_bits: of queries, keys and values: 8, or 7, with which the same holds for the products of attention.
-        residual_bits: of the residual stream and of every tensor between modules: 10 to 16.
-        observer: what makes a range of the inputs of matrix products from what calibration sees: ``min_max`` (the
-            largest magnitude, averaged over batches), ``percentile`` or ``mse`` (the range of least squared error, both
-            of a histogram of all batches). The residual stream always uses its largest magnitude.
-        momentum: of the average over batches of ``min_max``.
-        percentile: per cent of elements inside the range, for ``percentile``.
-        force_dequant: what is computed in floating point from dequantized values, to find out what costs accuracy:
-            ``none``, ``gelu``, ``softmax``, ``layernorm`` or ``nonlinear`` (all three).
-        layer_force_dequant: layer number -> the same, in place of ``force_dequant``.
-        equalization: ``gamma`` moves the gain of each norm before a matrix product into the matrix, ``smooth`` a
-            per-channel factor that balances the two; the float model stays the same function. Both need
-            pre-layer-norm. ``auto`` is ``smooth`` there, and ``none`` with post-layer-norm.
+    Raises:
+        UserError: a value that a field cannot have.
     """
 
-    weight_bits: int = 8
-    activation_bits: int = 8
-    attention_bits: int = 8
-    residual_bits: int = 16
-    observer: str = "min_max"
-    momentum: float = 0.95
-    percentile: float = 99.99
-    force_dequant: str = "none"
-    layer_force_dequant: Mapping[int, str] = field(default_factory=dict)
-    equalization: str = "auto"
+    weight_bits: Literal[7, 8] = Field(
+        8,
+        description="Of weights; with 7, sums of two products stay exact in the 16 bits in which CPUs without "
+        "dot-product instructions add them.",
+    )
+    activation_bits: Literal[7, 8] = Field(8, description="Of the inputs of matrix products with weights.")
+    attention_bits: Literal[7, 8] = Field(
+        8, description="Of queries, keys and values; with 7, the same holds for the products of attention."
+    )
+    residual_bits: int = Field(16, ge=10, le=16, description="Of the residual stream and tensors between modules.")
+    observer: Literal["min_max", "percentile", "mse"] = Field(
+        "min_max",
+        description="What makes ranges of the inputs of matrix products: their largest magnitude averaged over "
+        "batches, or a percentile or the least squared error of a histogram of all batches. Only min_max ranges follow "
+        "training. The residual stream always has its largest magnitude.",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="min_max: of the average over batches.")
+    percentile: float = Field(99.99, gt=50, le=100, description="percentile: per cent of elements inside the range.")
+    force_dequant: Dequantized = Field(
+        "none",
+        description="Kind of function computed in floating point from dequantized values, to find out what costs "
+        "accuracy; nonlinear is all three.",
+    )
+    layer_force_dequant: dict[int, Dequantized] = Field(
+        default_factory=dict, description="The same for single layers: {number: kind}."
+    )
+    equalization: Literal["auto", "none", "gamma", "smooth"] = Field(
+        "auto",
+        description="Balance channels first, with the same float function: move norms' gains into the next matrix "
+        "(gamma), or per-channel factors (smooth), both where norms come first. auto: smooth there, as in "
+        "MegatronBERT; elsewhere none.",
+    )
 
-    def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "attention_bits"):
-            if getattr(self, name) not in (7, 8):
-                raise UserError(f"{name} is {getattr(self, name)!r}: give 8 or 7")
-        if self.residual_bits not in _RESIDUAL_BITS:
-            raise UserError(
-                f"residual_bits is {self.residual_bits!r}: give {_RESIDUAL_BITS.start} to {_RESIDUAL_BITS.stop - 1}"
-            )
-        for what, value, known in (
-            ("observer", self.observer, OBSERVERS),
-            ("force_dequant", self.force_dequant, FORCE_DEQUANT),
-            ("equalization", self.equalization, EQUALIZATIONS),
-            *((f"layer_force_dequant[{n}]", kind, FORCE_DEQUANT) for n, kind in self.layer_force_dequant.items()),
-        ):
-            if value not in known:
-                raise UserError(f"{what} is {value!r}: choose one of {', '.join(known)}")
-        if not 0.0 <= self.momentum < 1.0:
-            raise UserError(f"momentum is {self.momentum}: give 0 or more, and less than 1")
-        if not 50.0 < self.percentile <= 100.0:
-            raise UserError(f"percentile is {self.percentile}: give more than 50 and at most 100 (per cent)")
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise explained(error, type(self)) from None
 
     def dequantized(self, layer: int | None = None) -> frozenset[str]:
         """The kinds of function that a layer (None: anything outside of layers) computes in floating point."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
 
 from torch import nn
 
@@ -28,7 +27,7 @@ def ranges_of(model: nn.Module, canonical: Callable[[str], str]) -> Ranges | Non
         return None
     return Ranges(
         # As JSON has them, whose keys are texts.
-        settings=json.loads(json.dumps(asdict(next(iter(found.values())).settings))),
+        settings=json.loads(json.dumps(next(iter(found.values())).settings.model_dump())),
         limits={canonical(name): quantizer.limit() for name, quantizer in found.items() if quantizer.known},
         frozen=all(quantizer.frozen for quantizer in found.values()),
     )
@@ -65,7 +64,7 @@ def quantization_config(ranges: Ranges, label: str, **changes: str) -> Quantizat
     values = {**ranges.settings, **changes}
     try:
         by_layer = {int(layer): kind for layer, kind in values.pop("layer_force_dequant", {}).items()}
-        if not values.keys() <= {field.name for field in fields(QuantizationConfig)}:
+        if not values.keys() <= QuantizationConfig.model_fields.keys():
             raise ValueError("unknown settings")
         return QuantizationConfig(**values, layer_force_dequant=by_layer)
     except (AttributeError, TypeError, ValueError) as error:

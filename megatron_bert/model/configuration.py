@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.configuration_checks import check_values
-from parallel.errors import UserError, brief
+from parallel.errors import ArgumentError, UserError, brief
 
 CONFIG_NAME = "config.json"
 MODEL_TYPE = "megatron-bert"
@@ -35,19 +35,19 @@ def named_labels(
         UserError: they are something else, or more or fewer than ``count``.
     """
     if count is not None and (type(count) is not int or count < 1):
-        raise UserError(f"model.num_labels is {count!r}: give a whole number of 1 or more")
+        raise ArgumentError(f"$num_labels is {count!r}: give a whole number of 1 or more")
     try:
         by_number = {int(number): str(name) for number, name in (id2label or {}).items()}
         by_name = {int(number): str(name) for name, number in (label2id or {}).items()}
     except (AttributeError, TypeError, ValueError, RuntimeError):  # a tensor's truth is a RuntimeError
-        raise UserError(
-            f"model.id2label is {id2label!r} and model.label2id {label2id!r}: give a name for each class number, such "
+        raise ArgumentError(
+            f"$id2label is {id2label!r} and $label2id {label2id!r}: give a name for each class number, such "
             "as {0: 'no', 1: 'yes'}"
         ) from None
     automatic = by_number == numbered_labels(len(by_number))
     names = dict(sorted((by_name if by_name and automatic else by_number).items()))
     if names and count is not None and len(names) != count:
-        raise UserError(f"model.num_labels is {count}, but model.id2label names {len(names)} classes")
+        raise ArgumentError(f"$num_labels is {count}, but $id2label names {len(names)} classes")
     return names or numbered_labels(count or 2)
 
 
@@ -192,13 +192,13 @@ class RobertaConfig(EncoderConfig):
         """
         for name, (value, why) in _OF_IBERT.items():
             if getattr(self, name) != value:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}, but {why}: leave it at {value!r}")
+                raise ArgumentError(f"${name} is {getattr(self, name)!r}, but {why}: leave it at {value!r}")
         if self.pad_token_id is None:
-            raise UserError("model.pad_token_id is None, but positions are counted after it: give the id of padding")
+            raise ArgumentError("$pad_token_id is None, but positions are counted after it: give the id of padding")
         if self.longest_sequence < 1:
-            raise UserError(
-                f"model.max_position_embeddings is {self.max_position_embeddings}, but positions start after "
-                f"model.pad_token_id {self.pad_token_id}: give at least {self.pad_token_id + 2}"
+            raise ArgumentError(
+                f"$max_position_embeddings is {self.max_position_embeddings}, but positions start after "
+                f"$pad_token_id {self.pad_token_id}: give at least {self.pad_token_id + 2}"
             )
 
 

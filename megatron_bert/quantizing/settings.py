@@ -18,8 +18,6 @@ from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.section import Section
 from parallel.errors import UserError
 
-Dequantized = Literal["none", "gelu", "softmax", "layernorm", "nonlinear"]
-
 
 class QuantizeModelSettings(FinetuneModelSettings):
     """The fine-tuned model to quantize; its head comes with it."""
@@ -27,39 +25,15 @@ class QuantizeModelSettings(FinetuneModelSettings):
     keep_head: Literal[True] = Field(True, description="Always: the head is part of what is quantized.")
 
 
-class QuantizationSettings(Section):
-    """Bit widths and ranges; see docs/ibert.md."""
+class QuantizationSettings(QuantizationConfig):
+    """Bit widths and ranges, and the data that make them; see docs/ibert.md."""
 
-    weight_bits: Literal[7, 8] = Field(
-        8, description="Of weights; with 7, CPUs without dot-product instructions add products exactly in 16 bits."
-    )
-    activation_bits: Literal[7, 8] = Field(8, description="Of the inputs of matrix products with weights.")
-    attention_bits: Literal[7, 8] = Field(8, description="Of queries, keys and values.")
-    residual_bits: int = Field(16, ge=10, le=16, description="Of the residual stream and tensors between modules.")
-    observer: Literal["min_max", "percentile", "mse"] = Field(
-        "min_max",
-        description="What makes ranges of what is seen: largest magnitude averaged over batches, a percentile, or the "
-        "least squared error. Only min_max ranges follow training.",
-    )
-    momentum: float = Field(0.95, ge=0, lt=1, description="min_max: of the average over batches.")
-    percentile: float = Field(99.99, gt=50, le=100, description="percentile: per cent of elements inside the range.")
-    equalization: Literal["auto", "none", "gamma", "smooth"] = Field(
-        "auto",
-        description="Balance channels first: move norms' gains into the next matrix (gamma), or per-channel factors "
-        "(smooth). auto: smooth where norms come first, as in MegatronBERT; elsewhere none.",
-    )
-    force_dequant: Dequantized = Field(
-        "none", description="Kind of function computed in floating point, to find out what costs accuracy."
-    )
-    layer_force_dequant: dict[int, Dequantized] = Field(
-        default_factory=dict, description="The same for single layers: {number: kind}."
-    )
     calibration_steps: int = Field(16, gt=0, description="Global batches of training data that calibrate the ranges.")
     report_steps: int = Field(4, gt=0, description="Global batches on which tensors are compared with the float model.")
 
     def config(self) -> QuantizationConfig:
         """What quantizes a model."""
-        return QuantizationConfig(**self.model_dump(exclude={"calibration_steps", "report_steps"}))
+        return QuantizationConfig(**self.model_dump(include=set(QuantizationConfig.model_fields)))
 
 
 class DistillationSettings(Section):
@@ -119,4 +93,3 @@ def check_quantize(settings: QuantizeSettings) -> None:
         raise UserError("quantized layers are not compiled: set training.compile=false")
     if settings.precision.compute == "float16":
         raise UserError("quantization trains in float32 or bfloat16: set precision.compute to one of them")
-    settings.quantization.config()

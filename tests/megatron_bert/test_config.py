@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_bert.cli import main
-from megatron_bert.config import Settings
+from megatron_bert.config import ModelSettings, Settings
 from megatron_bert.config_checks import check_settings
-from megatron_bert.config_file import settings_from
+from megatron_bert.config_file import settings_from, validated
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.section import Section
 from parallel.errors import UserError
 
 TREE: dict[str, Any] = {
@@ -229,6 +231,20 @@ def sections(model: type[BaseModel], seen: set[type[BaseModel]]) -> set[type[Bas
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
     return Settings.model_json_schema()
+
+
+class Owner(Section):
+    model: ModelSettings
+
+
+@pytest.mark.parametrize(
+    "name", sorted(ModelSettings.model_fields.keys() - {"from_", "hidden_act", "scaled_output_init"})
+)
+def test_sizes_have_the_bounds_of_the_encoder(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^test: model\.{name} is -1"):
+        validated({"model": {name: -1}}, Owner, "test")
+    with pytest.raises(UserError, match=rf"^{name} is -1"):
+        MegatronBertConfig(**{name: -1})
 
 
 class TestSchema:

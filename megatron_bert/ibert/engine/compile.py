@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -99,7 +98,7 @@ def compile_plan(parts: Parts) -> Plan:
         exponent = _exponent(parts.final_norm.quantizer("output"))
     return Plan(
         config=parts.config.to_dict(),
-        settings=asdict(embeddings.settings),
+        settings=embeddings.settings.model_dump(),
         task=parts.task,
         hidden_exponent=exponent,
         embeddings=compiled,

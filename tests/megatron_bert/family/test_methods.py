@@ -101,9 +101,9 @@ def test_two_names_of_one_number_format(pair, saved):
 
 
 LOADING = {
-    "num_labels": (("a", 1.5, [1], torch.ones(3)), "model.num_labels is "),
-    "hidden_act": ((np.ones(3), ["gelu"]), "model.hidden_act is "),
-    "id2label": ((torch.ones(3), "a"), "model.id2label is "),
+    "num_labels": (("a", 1.5, [1], torch.ones(3)), "num_labels is "),
+    "hidden_act": ((np.ones(3), ["gelu"]), "hidden_act is "),
+    "id2label": ((torch.ones(3), "a"), "id2label is "),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import megatron_bert
+from megatron_bert.config_file import validated
 from megatron_bert.family.causal import MegatronBertForCausalLM
 from megatron_bert.family.classification import MegatronBertForSequenceClassification
 from megatron_bert.family.language import MegatronBertForMaskedLM
@@ -34,6 +35,8 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import TransformerLayer
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.quantizing.settings import QuantizationSettings
+from megatron_bert.section import Section
 from parallel.errors import UserError
 from parallel.pipeline.stage import StagePart
 from tests.megatron_bert.ibert.support import make_stack, padded, quantized_stack, sequences
@@ -405,8 +408,24 @@ def test_report(tmp_path):
     ],
 )
 def test_settings_are_checked(field, value):
-    with pytest.raises(UserError, match=field):
+    with pytest.raises(UserError, match=f"^{field}") as found:
         QuantizationConfig(**{field: value})
+    with pytest.raises(UserError) as in_settings:
+        validated({"quantization": {field: value}}, Owner, "file")
+    assert str(in_settings.value) == f"file: quantization.{found.value}", "one definition, named by where it is used"
+
+
+class Owner(Section):
+    quantization: QuantizationSettings
+
+
+def test_unknown_settings_are_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"^unknown setting Weight_bits; did you mean weight_bits\?$"):
+        QuantizationConfig(Weight_bits=8)
+
+
+def test_defaults_are_those_of_a_run():
+    assert QuantizationSettings().config() == QuantizationConfig()
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ FIELDS = {
     "is_decoder": (True, "is_decoder is True, but I-BERT is an encoder: leave it at False"),
     "position_embedding_type": ("relative_key", "position_embedding_type is 'relative_key', but I-BERT has no other"),
     "layer_norm_placement": ("pre", "layer_norm_placement is 'pre', but I-BERT normalizes after each sum"),
-    "max_position_embeddings": (2, "max_position_embeddings is 2, but positions start after model.pad_token_id 1"),
+    "max_position_embeddings": (2, "max_position_embeddings is 2, but positions start after pad_token_id 1"),
     "pad_token_id": (None, "pad_token_id is None, but positions are counted after it: give the id of padding"),
-    "num_attention_heads": (5, "hidden_size 768 is not a multiple of model.num_attention_heads 5"),
+    "num_attention_heads": (5, "hidden_size 768 is not a multiple of num_attention_heads 5"),
 }
 INPUTS = {
     "nothing": ({}, "takes either input_ids or inputs_embeds, but neither is given"),

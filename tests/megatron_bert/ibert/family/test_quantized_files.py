@@ -197,7 +197,7 @@ def test_damaged_files(damage, trained, tmp_path):
         IBertForMaskedLM.from_pretrained(tmp_path)
     content = {"version": 2, "settings": {"weight_bits": 9}, "ranges": {}, "frozen": True}
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="weight_bits is 9: give 8 or 7"):
+    with pytest.raises(UserError, match="weight_bits is 9: input should be 7 or 8"):
         IBertForMaskedLM.from_pretrained(tmp_path)
 
 
