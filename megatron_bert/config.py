@@ -498,16 +498,3 @@ class Settings(RunSettings):
         sizes |= {"pad_token_id": pad_token_id, "binary_head": self.data.pair_objective != "none"}
         with called(**{name: f"model.{name}" for name in sizes}):
             return MegatronBertConfig(**sizes, vocab_size=vocab_size)
-
-    def stage_parts(self, schedule: Schedule, padded_vocab_size: int) -> list[StagePart]:
-        """What each stage holds of the model.
-
-        Raises:
-            UserError: more stages than layers, or parallel.stage_layers that do not fit.
-        """
-        model = self.model
-        ffn = model.intermediate_size or 4 * model.hidden_size
-        layer = 4 * model.hidden_size + 2 * ffn + 2 * self.data.seq_length
-        share = self.max_predictions / self.data.seq_length
-        last_cost = share * (model.hidden_size + padded_vocab_size) / layer
-        return self.divide_layers(model.num_hidden_layers, schedule.stages, last_cost)

@@ -55,7 +55,7 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
             f"training.spike_threshold is {settings.training.spike_threshold}, but checkpoint.every is 0, so there is "
             "no checkpoint to return to: set checkpoint.every, or training.spike_threshold=0"
         )
-    settings.stage_parts(settings.schedule(layout), padded_vocab_size=0)
+    settings.divide_layers(encoder.num_hidden_layers, settings.schedule(layout).stages)
     if settings.training.steps:
         check_learning_rate(settings.learning_rate, settings.training.steps)
     return layout

@@ -39,6 +39,18 @@ def training_flops(
     return 3.0 * (config.num_hidden_layers * (matrices + scores) + masked_head + pair_head)
 
 
+def head_in_layers(config: MegatronBertConfig, length: int, predictions: float) -> float:
+    """What the masked-language head costs, in layers.
+
+    Args:
+        config: sizes of the encoder.
+        length: tokens per sample.
+        predictions: masked positions per sample.
+    """
+    layer = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * length
+    return predictions / length * (config.hidden_size + config.padded_vocab_size) / layer
+
+
 #: Dense peak of bfloat16 / float16 matrix products by device name, in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
     "B200": 2250.0,

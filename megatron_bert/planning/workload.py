@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.flops import training_flops
+from megatron_bert.model.flops import head_in_layers, training_flops
 from parallel.pipeline.stage import StagePart, split_layers
 
 #: Bytes of a number.
@@ -71,10 +71,8 @@ class Workload:
         Raises:
             UserError: more stages than layers, or sizes that do not fit.
         """
-        config = self.config
-        layer = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * self.length
-        head = self.slots / self.length * (config.hidden_size + config.padded_vocab_size)
-        return split_layers(config.num_hidden_layers, stages, last_cost=head / layer, sizes=sizes)
+        head = head_in_layers(self.config, self.length, self.slots)
+        return split_layers(self.config.num_hidden_layers, stages, last_cost=head, sizes=sizes)
 
 
 def workload_of(settings: RunSettings, config: MegatronBertConfig, steps: int, length: int) -> Workload:

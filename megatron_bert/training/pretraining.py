@@ -18,6 +18,7 @@ from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch, TokenBatch
+from megatron_bert.model.flops import head_in_layers
 from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits, loss_sums
 from megatron_bert.training.data_report import describe_held_out_data, describe_training_data
 from megatron_bert.training.evaluation import evaluate
@@ -71,7 +72,8 @@ class Pretraining(Objective[BertForPretraining]):
 
     def stage_parts(self, schedule: Schedule) -> list[StagePart]:
         """Layers balanced by the cost of the heads, or as the settings say."""
-        return self.settings.stage_parts(schedule, self.config.padded_vocab_size)
+        head = head_in_layers(self.config, self.settings.data.seq_length, self.settings.max_predictions)
+        return self.settings.divide_layers(self.config.num_hidden_layers, schedule.stages, head)
 
     def make_stage(
         self, part: StagePart, tp: TensorParallel, recompute: Recompute, device: torch.device
