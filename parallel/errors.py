@@ -2,11 +2,16 @@
 """The error for mistakes a user can fix, names of arguments in its messages, and values of unknown origin."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: The name of an argument in the text of an error; not a dollar in the middle of a path or a quoted value.
-_ARGUMENT = re.compile(r"(?<![^\s(])\$([^\W\d]\w*)")
+#: A quoted value, or the name of an argument in the text of an error; not a dollar in the middle of a path.
+_ARGUMENT = re.compile(r"""(?<!\w)(?:'[^']*'|"[^"]*")|(?<![^\s(])\$([^\W\d]\w*)""")
+
+
+def _renamed(text: str, name: Callable[[str], str]) -> str:
+    """A text whose arguments are named by a function."""
+    return _ARGUMENT.sub(lambda found: found[0] if found[1] is None else name(found[1]), text)
 
 
 class UserError(ValueError):
@@ -23,7 +28,7 @@ class NamesArgumentsError(Exception):
     """
 
     def __str__(self) -> str:
-        return _ARGUMENT.sub(r"\1", str(self.args[0]))
+        return _renamed(str(self.args[0]), str)
 
 
 class ArgumentError(NamesArgumentsError, UserError):
@@ -31,7 +36,7 @@ class ArgumentError(NamesArgumentsError, UserError):
 
     def within(self, owner: str) -> "ArgumentError":
         """The same where the arguments are parts of another; itself where that has no name."""
-        return ArgumentError(_ARGUMENT.sub(rf"${owner}.\1" if owner else r"\g<0>", str(self.args[0])))
+        return ArgumentError(_renamed(str(self.args[0]), lambda name: f"${owner}.{name}" if owner else f"${name}"))
 
 
 @contextmanager
@@ -44,7 +49,7 @@ def called(**names: str) -> Iterator[None]:
     try:
         yield
     except NamesArgumentsError as error:
-        text = _ARGUMENT.sub(lambda found: names.get(found[1], found[0]), str(error.args[0]))
+        text = _renamed(str(error.args[0]), lambda name: names.get(name, f"${name}"))
         error.args = (text, *error.args[1:])
         raise
 

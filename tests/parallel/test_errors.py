@@ -27,10 +27,10 @@ def raised(text: str, **names: str) -> UserError:
 
 
 def test_arguments_are_shown_by_the_names_that_the_user_knows() -> None:
-    text = "$sizes [1, 2] does not fit $layers: '$sizes' and \"$layers\" are values, in /$sizes"
+    text = "$sizes [1, 2] does not fit a model's $layers: 'the $sizes' and \"$layers\" are values, in /$sizes"
     assert str(ArgumentError(text)) == text.replace("$", "", 2)
     named = raised(text, sizes="parallel.stage_layers", tensor="parallel.tensor")
-    assert str(named).startswith("parallel.stage_layers [1, 2] does not fit layers: '$sizes' and")
+    assert str(named).startswith("parallel.stage_layers [1, 2] does not fit a model's layers: 'the $sizes' and")
     assert str(pickle.loads(pickle.dumps(named))) == str(named)
     assert isinstance(named, ArgumentError)
 
