@@ -123,7 +123,7 @@ def _masked(text: str, tokenizer: Tokenizer, config: MegatronBertConfig) -> Micr
         return None
     labels = tokens[slots].clone()
     tokens[slots] = tokenizer.mask_id
-    return MicroBatch.of_one(tokens, slots, labels, first_position=config.first_position)
+    return MicroBatch.of_one(tokens, slots, labels)
 
 
 def _logits(model: BertForPretraining, batch: MicroBatch) -> Tensor:

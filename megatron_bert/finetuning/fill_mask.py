@@ -92,7 +92,7 @@ class FillMask:
             raise UserError(f"the text has {len(ids)} tokens, but the model takes {longest}: shorten it")
         tokens = torch.tensor(ids)
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
-        batch = MicroBatch.of_one(tokens, masks, first_position=self.model.config.first_position)
+        batch = MicroBatch.of_one(tokens, masks)
         logits = self.model(batch).masked[:, : self.tokenizer.vocab_size]
         logits[:, list(self.tokenizer.special_ids)] = -torch.inf
         best = logits.float().softmax(dim=1).topk(min(top, self.tokenizer.vocab_size), dim=1)

@@ -78,20 +78,19 @@ class MicroBatch(TokenBatch):
     pair_labels: Tensor
 
     @classmethod
-    def of_one(cls, tokens: Tensor, slots: Tensor, labels: Tensor | None = None, *, first_position: int = 0) -> Self:
+    def of_one(cls, tokens: Tensor, slots: Tensor, labels: Tensor | None = None) -> Self:
         """One sequence, of one segment.
 
         Args:
             tokens: int64 ``[T]``, masked where words are to be predicted.
             slots: int64 ``[K]``, the places there.
             labels: int64 ``[K]``, the true ids; None where they are not known.
-            first_position: of the first token.
         """
         count = tokens.shape[0]
         zeros = torch.zeros(count, dtype=torch.int64)
         return cls(
             tokens=tokens,
-            positions=torch.arange(count) + first_position,
+            positions=torch.arange(count),
             types=zeros,
             samples=zeros,
             layout=SequenceLayout.rectangle(1, count),
