@@ -289,7 +289,7 @@ def _touch(folder: Path, *names: str) -> None:
         (("mp_rank_00_model_states.pt", "layer_01-model_00-model_states.pt"), "DeepSpeed's pipeline engine"),
         (("zero_pp_rank_0_mp_rank_00_model_states.pt",), "ZeRO stage 3.*zero_to_fp32.py"),
         (("a.pt", "b.pt"), "several files that may be a model"),
-        (("notes.txt",), "no checkpoint of a kind that is known"),
+        (("notes.txt",), "not a checkpoint of a kind that is known"),
         (("model.safetensors",), "model.safetensors has no config.json beside it"),
     ],
 )
