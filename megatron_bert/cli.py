@@ -29,11 +29,6 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from megatron_bert.config_file import load_settings
     from megatron_bert.training.pretrain import pretrain
 
-    if check_dry_run(arguments):
-        from megatron_bert.planning.dry_run_command import run_dry_run
-
-        run_dry_run(arguments)
-        return 0
     return _run(arguments, load_settings, pretrain)
 
 
@@ -54,9 +49,14 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, load: Callable[..., Any], command: Callable[..., str | None]) -> int:
-    """Read the settings of a run, run it, and say by the exit code how it ended."""
+    """Read the settings of a run, run or check it, and say by the exit code how it ended."""
     from megatron_bert.training.signals import exit_code
 
+    if check_dry_run(arguments):
+        from megatron_bert.planning.dry_run_command import run_dry_run
+
+        run_dry_run(arguments)
+        return 0
     with launched_process():
         settings = load(arguments.config, arguments.overrides)
         return exit_code(command(settings, ends_process=arguments.own_process))
@@ -145,8 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         run.add_argument("config", type=given_path, metavar="CONFIG", help="a settings file, or a name of `configs`")
         run.add_argument("overrides", nargs="*", metavar="section.key=value")
         run.set_defaults(func=function)
-        if name == "pretrain":
-            add_dry_run(run)
+        add_dry_run(run)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
     fill.add_argument("model", type=given_path, metavar="MODEL", help="a run directory, or a checkpoint of any format")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that stand for those of a GPU, where a step is simulated on a machine without one."""
+"""Tensors without numbers, or that stand for those of a GPU, where a step is simulated on a machine without one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 _gpu = False
 
@@ -34,3 +36,9 @@ def is_simulated_gpu() -> bool:
 def on_gpu(tensor: Tensor) -> bool:
     """Whether a tensor is on a GPU, or stands for one that is."""
     return tensor.is_cuda or _gpu
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has values, and not a shape alone."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not (local.is_meta or isinstance(local.detach(), FakeTensor))

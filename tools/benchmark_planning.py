@@ -24,7 +24,7 @@ from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.ending import command
-from megatron_bert.planning.bench import bench
+from megatron_bert.planning.bench import bench, threads_of_rank
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import predict
 from megatron_bert.planning.step_time import Machine
@@ -79,7 +79,7 @@ def _train(rank: int, ranks: int, port: int, overrides: list[str]) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
     )
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.set_num_threads(threads_of_rank(ranks))
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     pretrain(load_settings(CONFIG, overrides))
 

@@ -25,6 +25,7 @@ from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, Stat
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
+from parallel.simulated_device import has_numbers
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import reporting
 
@@ -126,7 +127,8 @@ def load_into(
 ) -> LoadReport:
     """Fill the parameters of a model, or of a part of one, from a checkpoint of any format.
 
-    Each rank of a distributed run reads the tensors it has a part of, one at a time, and keeps its part.
+    Each rank of a distributed run reads the tensors it has a part of, one at a time, and keeps its part. Where a run is
+    simulated and parameters have no numbers, names and shapes are compared and nothing is read.
 
     Args:
         model: its parameters carry the canonical names, and may be DTensors over any mesh.
@@ -156,14 +158,19 @@ def load_into(
 
 
 def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -> None:
-    values = tensor.load()
+    shape, rows = tensor.shape, max(words, parameter.shape[0])
     if name in VOCABULARY_TENSORS:
-        values = pad_vocabulary(name, values[:words], max(words, parameter.shape[0]), bias=0.0)
-    if values.shape != parameter.shape:
+        shape = rows, *shape[1:]
+    if shape != parameter.shape:
         raise UserError(
-            f"{tensor.origin} has shape {list(values.shape)}, but the settings make {name} {list(parameter.shape)}: "
+            f"{tensor.origin} has shape {list(shape)}, but the settings make {name} {list(parameter.shape)}: "
             "set the sizes of the model to those of the checkpoint"
         )
+    if not has_numbers(parameter):
+        return
+    values = tensor.load()
+    if name in VOCABULARY_TENSORS:
+        values = pad_vocabulary(name, values[:words], rows, bias=0.0)
     check_finite(values, tensor.origin)
     copy_whole(parameter, values)
 

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.run_models import MODEL_FOLDER
-from megatron_bert.convert.state import CanonicalState
-from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run
 from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
@@ -180,6 +178,42 @@ def run_all(
     layout = check_layout(settings, launched_world_size())
     if is_spare(layout):
         return None
+    with checked_runs(settings, variants, procedure, layout) as checked:
+        return _run_checked(checked, settings, variants, procedure, layout, ends_process=ends_process)
+
+
+class CheckedRuns(NamedTuple):
+    """The runs of a command, of which nothing is written yet.
+
+    Attributes:
+        data: the task's.
+        done: results of each variant; None for one that is to run.
+        objectives: of the variants that are to run.
+    """
+
+    data: TaskUnits
+    done: dict[str, dict[str, Any] | None]
+    objectives: dict[str, Finetuning]
+
+
+@contextmanager
+def checked_runs(
+    settings: FinetuneSettings,
+    variants: Mapping[str, FinetuneSettings],
+    procedure: FinetuneProcedure,
+    layout: ParallelLayout,
+) -> Iterator[CheckedRuns]:
+    """Open the model and read the data; what can be wrong with the runs of a command is found before anything starts.
+
+    Args:
+        settings: of the command.
+        variants: by directory below the command's.
+        procedure: what a run does around training.
+        layout: of the ranks.
+
+    Raises:
+        UserError: model, tokenizer, data, layout and settings do not go together.
+    """
     if len(variants) > 1 and settings.checkpoint.resume not in ("auto", "none"):
         raise UserError(
             f"checkpoint.resume is {settings.checkpoint.resume}, but there are {len(variants)} runs: give auto or "
@@ -187,38 +221,38 @@ def run_all(
         )
     tokenizer = find_tokenizer(settings)
     with open_checkpoint(settings.model.from_) as source:  # once, for all of the runs
-        return _run_from(source, settings, variants, procedure, layout, tokenizer, ends_process=ends_process)
+        encoder = encoder_config(settings, tokenizer, source)
+        check_tensor_size(layout.tensor, encoder)
+        form = input_format(tokenizer, roberta=encoder.like_roberta)
+        data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
+        check_lengths(data.task, encoder)
+        done = {name: finished(variant, data.task) for name, variant in variants.items()}
+        objectives: dict[str, Finetuning] = {}
+        if done.get("") is None:
+            for split in data.task.splits:
+                data.task.examples(split)  # what cannot be read is found before anything is trained
+        for name in (name for name, results in done.items() if results is None):
+            variant = variants[name]
+            config = task_config(encoder_config(variant, tokenizer, source), data.task)
+            objective = procedure.objective(variant, config, data, variant.training.seed, source)
+            objectives[name] = _prepare(variant, procedure, objective)
+        yield CheckedRuns(data, done, objectives)
 
 
-def _run_from(
-    source: CanonicalState,
+def _run_checked(
+    checked: CheckedRuns,
     settings: FinetuneSettings,
     variants: Mapping[str, FinetuneSettings],
     procedure: FinetuneProcedure,
     layout: ParallelLayout,
-    tokenizer: Tokenizer,
     *,
     ends_process: bool,
 ) -> str | None:
-    encoder = encoder_config(settings, tokenizer, source)
-    check_tensor_size(layout.tensor, encoder)
-    form = input_format(tokenizer, roberta=encoder.like_roberta)
-    data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
-    check_lengths(data.task, encoder)
-    training = settings.training
-    done = {name: finished(variant, data.task) for name, variant in variants.items()}
+    training, done, objectives = settings.training, checked.done, checked.objectives
     if done.get("") is not None:
         if launched_rank() == 0:
             print(f"{training.run_dir / RESULTS_FILE} is there: nothing left to do; remove it to train on")
         return None
-    for split in data.task.splits:
-        data.task.examples(split)  # what cannot be read is found before anything is trained
-
-    def prepared(variant: FinetuneSettings) -> Finetuning:
-        config = task_config(encoder_config(variant, tokenizer, source), data.task)
-        return _prepare(variant, procedure, procedure.objective(variant, config, data, variant.training.seed, source))
-
-    objectives = {name: prepared(variant) for name, variant in variants.items() if done[name] is None}
     with opened(settings, layout, ends_process=ends_process) as command:
         if "" not in variants:
             on_first_rank(lambda: write_start(settings))
@@ -232,7 +266,7 @@ def _run_from(
                 return results.reason
             found[name] = results
         if "" not in found:
-            on_first_rank(lambda: summarize(training.run_dir, found, data.task))
+            on_first_rank(lambda: summarize(training.run_dir, found, checked.data.task))
     return None
 
 

@@ -95,19 +95,18 @@ def check_slurm() -> None:
 
 
 def dry_run(job: CheckedJob) -> list[str]:
-    """Run a step of two ranks on no device, of a pretraining job; what submitting it should say.
+    """Run a step of the ranks that take most memory, on no device; what submitting the job should say.
 
-    The files of the run may be where its nodes are and not here, so nothing is asked of them.
+    Corpus and tokenizer of pretraining may be where its nodes are and not here, so nothing is asked of them; the model
+    and the data of a task are checked if they are here.
 
     Raises:
-        UserError: the trainer refuses the settings.
+        UserError: a start would refuse the run.
     """
-    if job.request.command != "pretrain":
-        return []
-    from megatron_bert.planning.dry_run_command import measure_unseen
+    from megatron_bert.planning.dry_run_command import measure
 
     overrides = [text.replace(TASK, "0") for text in (*job.overrides, f"training.run_dir={job.run_dir}")]
-    return measure_unseen(job.request.config, overrides, job.layout.world_size)
+    return measure(job.request.command, job.request.config, overrides, job.layout.world_size)
 
 
 def submit(job: CheckedJob, script: str) -> str:

@@ -7,11 +7,12 @@ Every rank measures at the same time as the others, as they compute in a run: pr
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import peak_tflops
+from megatron_bert.model.layer import TransformerLayer
 from megatron_bert.model.sequences import SequenceLayout
 from megatron_bert.planning.devices import GIB, Device, Link
+from megatron_bert.planning.step_time import OPERATORS
 from parallel.dropout import keyed_dropout
 from parallel.errors import UserError
 from parallel.mesh import SINGLE
@@ -81,11 +84,19 @@ def bench(ranks: int, device: str = "auto") -> tuple[Device, Link]:
     return Device.model_validate(found), Link.model_validate(found["link"])
 
 
+def threads_of_rank(ranks: int) -> int:
+    """Threads of each process of a run: those of OMP_NUM_THREADS; else all that there are, or one for several ranks."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return torch.get_num_threads() if ranks == 1 else 1  # as torchrun does
+
+
 def _rank(rank: int, ranks: int, port: int, device: str, queue: Any) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
     )
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.set_num_threads(threads_of_rank(ranks))
     found = _measure(device)
     if rank == 0:
         queue.put(found)
@@ -130,7 +141,7 @@ _LEAST_SECONDS, _LEAST_TIMES, _MOST_TIMES, _MESSAGES = 0.15, 3, 200, 10
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int | None = None) -> float:
-    """Median seconds of some work, which all ranks do at once.
+    """Mean seconds of some work, which all ranks do at once: those that share a core are interrupted now and then.
 
     Args:
         work: what is timed.
@@ -149,12 +160,34 @@ def _seconds(work: Callable[[], object], device: torch.device, times: int | None
         found.append(time.perf_counter() - start)
         if len(found) == (times or _MOST_TIMES):
             break
-    return statistics.median(found)
+    return statistics.fmean(found)
 
 
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+#: Bytes of operands that pass through between two uses of the same: more than the cache of a core.
+_BEYOND_CACHE = 2**24
+
+
+def _not_cached(make: Callable[[], tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Operands one after the other, over and over, so that none is still in the nearest cache, as in a model."""
+    first = make()
+    if first[0].device.type == "cuda":
+        return itertools.repeat(first)
+    size = sum(tensor.nbytes for tensor in first)
+    return itertools.cycle([first, *(make() for _ in range(_BEYOND_CACHE // size))])
+
+
+def _operands(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of a product and its gradients: ``[rows, width]``, weight, bias, and the gradient of the result."""
+    x, weight = (
+        torch.randn(*shape, device=device, dtype=dtype, requires_grad=True) for shape in ((rows, width), (width, width))
+    )
+    bias = torch.zeros(width, device=device, dtype=dtype, requires_grad=True)
+    return x, weight, bias, torch.ones_like(x)
 
 
 def _product_and_gradients(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> None:
@@ -165,12 +198,8 @@ def _products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """TFLOP/s of large products and their gradients, and the size of rows or columns at which half of it is reached."""
     rows, rates = _ROWS[device.type], {}
     for width in _WIDTHS[device.type]:
-        x, weight = (
-            torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
-            for shape in ((rows, width), (width, width))
-        )
-        bias, gradient = torch.zeros(width, device=device, dtype=dtype, requires_grad=True), torch.ones_like(x)
-        work = partial(_product_and_gradients, x, weight, bias, gradient)
+        made = _not_cached(partial(_operands, rows, width, device, dtype))
+        work = lambda made=made: _product_and_gradients(*next(made))  # noqa: E731
         rates[width] = 6 * rows * width * width / _seconds(work, device) / 1e12
     best = (float("inf"), 0.0, 0.0)
     for half in range(0, 257, 2):
@@ -198,7 +227,7 @@ def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> floa
     module = module.to(dtype)
     layout = SequenceLayout.packed(torch.full((tokens // _LENGTH,), _LENGTH), _LENGTH).to(device)
     keys = torch.arange(tokens, device=device) if dropout else None
-    qkv = torch.randn(tokens, 3 * hidden, device=device, dtype=dtype)
+    made = _not_cached(lambda: (torch.randn(tokens, 3 * hidden, device=device, dtype=dtype),))
 
     class Given(nn.Module):
         """In place of the product that makes query, key and value."""
@@ -210,7 +239,7 @@ def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> floa
     module.output = Given()  # type: ignore[assignment]
 
     def work() -> None:
-        given = qkv.detach().requires_grad_()
+        given = next(made)[0].detach().requires_grad_()
         out = module(given, layout, keys)
         assert isinstance(out, Tensor)
         out.backward(out.detach())
@@ -224,11 +253,16 @@ def _moving(device: torch.device, dtype: torch.dtype) -> float:
     hidden = 256 if device.type == "cpu" else 1024
     number = torch.empty(0, dtype=dtype).element_size()
     weight, bias = (torch.ones(hidden, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-    stream = torch.randn(tokens, hidden, device=device, dtype=dtype)
-    wide = torch.randn(tokens, 4 * hidden, device=device, dtype=dtype)
+    made = _not_cached(
+        lambda: (
+            torch.randn(tokens, hidden, device=device, dtype=dtype),
+            torch.randn(tokens, 4 * hidden, device=device, dtype=dtype),
+        )
+    )
     keys = torch.arange(tokens, device=device)
 
     def work() -> None:
+        stream, wide = next(made)
         x, y = stream.detach().requires_grad_(), wide.detach().requires_grad_()
         for _ in range(2):
             x = x + keyed_dropout(F.layer_norm(x, (hidden,), weight, bias), 0.1, keys)
@@ -249,30 +283,62 @@ def _optimizer(device: torch.device) -> float:
 
 
 def _launch(device: torch.device) -> float:
-    """Microseconds of the host for an operator and its backward pass."""
-    small = torch.ones(8, device=device, requires_grad=True)
+    """Microseconds of the host for an operator of a layer: of a layer so small that its numbers cost nothing."""
+    config = MegatronBertConfig(
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=128,
+    )
+    layer = TransformerLayer(config, device=device)
+    initialize(layer, 1)
+    layout = SequenceLayout.packed(torch.full((2,), 8), 8).to(device)
+    keys, hidden = torch.arange(16, device=device), torch.randn(16, 32, device=device, requires_grad=True)
 
     def work() -> None:
-        x = small
-        for _ in range(100):
-            x = x + 1.0
-        x.sum().backward()
+        out = layer(hidden, layout, keys)
+        assert isinstance(out, Tensor)
+        out.sum().backward()
 
-    return max(_seconds(work, device) / 200 * 1e6, 0.5)
+    return max(_seconds(work, device) / sum(OPERATORS) * 1e6, 0.5)
 
 
-def _link(device: torch.device) -> dict[str, float]:
-    """Of a ring of all ranks of this host."""
+def _link(device: torch.device) -> dict[str, Any]:
+    """Of rings of the ranks of this host, all of which send at the same time; where they compute in between.
+
+    On a processor ranks wait for the slowest of them, and what sums the numbers takes time of those that compute.
+    """
     ranks = dist.get_world_size()
     if ranks == 1:
         return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}
-    size = 2**22 if device.type == "cpu" else 2**26
+    size = 2**20 if device.type == "cpu" else 2**26
     small, large = (torch.ones(count, device=device) for count in (16, size))
-    latency = _seconds(lambda: dist.all_reduce(small), device, _MESSAGES)
-    seconds = max(_seconds(lambda: dist.all_reduce(large), device, _MESSAGES) - latency, 1e-9)
+    matrix = torch.randn(512, 512, device=device)
+    times = _MESSAGES if device.type == "cuda" else 3 * _MESSAGES
+
+    def message(group: dist.ProcessGroup, sent: Tensor) -> float:
+        """Seconds of a sum of a group behind a product, without the product."""
+
+        def work() -> None:
+            matrix @ matrix
+            dist.all_reduce(sent, group=group)
+
+        return max(_seconds(work, device, times) - alone, 1e-7)
+
+    alone = _seconds(lambda: matrix @ matrix, device, times)
+    latencies: dict[int, float] = {}
+    rate = 0.0
+    for many in (n for n in range(2, ranks + 1) if ranks % n == 0):
+        groups = [dist.new_group(list(range(first, first + many))) for first in range(0, ranks, many)]
+        group = groups[dist.get_rank() // many]
+        latencies[many] = message(group, small) * 1e6
+        seconds = max(message(group, large) - latencies[many] * 1e-6, 1e-9)
+        rate = 2 * (many - 1) / many * 4 * size / seconds / 1e9
     return {
-        "gigabytes_per_second": 2 * (ranks - 1) / ranks * 4 * size / seconds / 1e9,
-        "latency_microseconds": latency * 1e6,
+        "gigabytes_per_second": rate,
+        "latency_microseconds": latencies[ranks],
+        "latency_by_ranks": latencies,
     }
 
 

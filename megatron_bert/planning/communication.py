@@ -66,7 +66,7 @@ def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatc
     size = layout.tensor
     if size == 1:
         return
-    hidden = layout.micro_batch * workload.length * config.hidden_size * number
+    hidden = workload.tokens(layout.micro_batch, layout.split_tokens) * config.hidden_size * number
     kinds: Counter[str] = Counter()
     for direction in tensor_messages_of_layer(layout):
         for kind, count in direction.items():
@@ -88,14 +88,15 @@ def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatc
         # Of the cross entropy: the maximum, then the sum of exponentials and the label's logit.
         yield Message("all-reduce", "tensor", "float32", size, slots * 4, microbatches)
         yield Message("all-reduce", "tensor", "float32", size, 2 * slots * 4, microbatches)
-    elif layout.sequence:
-        yield Message("all-reduce", "tensor", workload.compute, size, first * config.hidden_size * number, microbatches)
+    elif layout.sequence and workload.head is not None:
+        rows = layout.micro_batch * workload.head.rows
+        yield Message("all-reduce", "tensor", workload.compute, size, rows * config.hidden_size * number, microbatches)
 
 
 def _pipeline_messages(workload: Workload, layout: Layout, schedule: Schedule, rank: int) -> Iterator[Message]:
     if layout.pipeline == 1:
         return
-    tokens = layout.micro_batch * workload.length // layout.split_tokens
+    tokens = workload.tokens(layout.micro_batch, layout.split_tokens) // layout.split_tokens
     each = tokens * workload.config.hidden_size * workload.number_bytes
     sent = Counter(
         (message.channel.source, message.channel.destination)
@@ -149,7 +150,8 @@ def _closing_messages(workload: Workload, stages: list[Stage], layout: Layout, d
     axes = [("data_replicate", copies), ("data_shard", layout.shards)]
     for axis, size in axes:
         if size > 1:
-            yield Message("all-reduce", axis, "int64", size, 8 * workload.losses)
+            counted = "int64" if workload.pretraining else "float64"  # units of a task have weights
+            yield Message("all-reduce", axis, counted, size, 8 * workload.losses)
     tied = [stage for stage in stages if stage.alone]
     if len(tied) == 1:  # both on one rank need no message
         yield Message("all-reduce", "tied", "float32", 2, 4 * _own_words(tied[0], data_rank))

@@ -22,6 +22,11 @@ class Link(Section):
 
     gigabytes_per_second: float = Field(gt=0, description="Of one rank, in one direction.")
     latency_microseconds: float = Field(ge=0, description="Of a collective of nothing.")
+    latency_by_ranks: dict[int, float] = Field({}, description="The same for so many ranks, where that was measured.")
+
+    def latency(self, ranks: int) -> float:
+        """Seconds of a collective of nothing among so many ranks."""
+        return self.latency_by_ranks.get(ranks, self.latency_microseconds) * 1e-6
 
 
 class Device(Section):

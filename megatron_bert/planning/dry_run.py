@@ -5,34 +5,45 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_bert.config import Settings
+from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.collate import collate, collate_rows
 from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.data.sentence_pairs import Sample
+from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.objective import Finetuning
 from megatron_bert.model.attention import SCORES_PER_SEQUENCE
-from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.batch import MicroBatch, TokenBatch
+from megatron_bert.model.finetuning import TaskBatch
 from megatron_bert.planning.measuring import StepMeasurement, StepMeter, on_enter
 from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.trainer import Trainer
-from parallel.mesh import AXES, ParallelMesh
+from parallel.mesh import AXES, ParallelLayout, ParallelMesh
+
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
 
 def dry_run_rank(
-    settings: Settings, make_objective: Callable[[Settings], Objective], rank: int, world_size: int
+    settings: SettingsT,
+    make_objective: Callable[[SettingsT], Objective],
+    batch: TokenBatch,
+    rank: int,
+    world_size: int,
 ) -> StepMeasurement:
     """Measure one step of one rank.
 
-    Layers run as they are without ``torch.compile``, and sequences are as long as samples can be.
+    Layers run as they are without ``torch.compile``.
 
     Args:
         settings: of the run, checked for the world size.
         make_objective: what the run trains.
+        batch: micro batch that the step repeats.
         rank: which rank.
         world_size: ranks of the run.
     """
@@ -41,7 +52,6 @@ def dry_run_rank(
         settings = settings.model_copy(update={"training": training})
         layout = settings.layout(world_size)
         objective = make_objective(settings)
-        batch = longest_batch(settings)
         if batch.layout.is_packed:  # a processor asks for the lengths of its sequences, which are known here alone
             batch.layout.parts(SCORES_PER_SEQUENCE // (objective.config.num_attention_heads // layout.tensor))
         with simulated_world(rank, world_size) as world:
@@ -111,3 +121,15 @@ def longest_batch(settings: Settings) -> MicroBatch:
             [[(n, sample)] for n in range(size)], length=length, most=most, slots=settings.row_slots(most)
         )
     return collate([sample] * size, range(size), seq_length=length, max_predictions=masked, pad_id=0)
+
+
+def longest_task_batch(objective: Finetuning, layout: ParallelLayout) -> TaskBatch:
+    """A micro batch of units that are all as the one with the longest sequence of the training data."""
+    most = objective.most_features
+    unit = max(objective.units, key=lambda unit: max(len(feature.tokens) for feature in unit.features))
+    longest = max(unit.features, key=lambda feature: len(feature.tokens))
+    if most > 1:  # the choices of a question
+        unit = replace(unit, features=(longest,) * most)
+    size = objective.settings.training.micro_batch_size
+    multiple = layout.tensor if layout.sequence else 1
+    return collate_units([unit] * size, range(size), objective.task.head, most_features=most, multiple=multiple)

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``megatron-bert pretrain --dry-run``: check a run, and measure a step of it, before it is queued."""
+"""``--dry-run`` of pretrain, finetune and quantize: check a run, and measure a step of it, before it is queued."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from megatron_bert.config import Settings
-from megatron_bert.config_checks import check_settings
-from megatron_bert.config_file import load_settings
+from megatron_bert.config import RunSettings
+from megatron_bert.config_checks import check_layout, check_settings
+from megatron_bert.config_file import load_sections, load_settings
 from megatron_bert.data.tokenizers import Tokenizer
+from megatron_bert.finetuning.finetune import FinetuneProcedure, checked_runs, seed_variants
+from megatron_bert.finetuning.objective import Finetuning
+from megatron_bert.finetuning.settings import FinetuneSettings
+from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.devices import GIB, NETWORK, load_device
-from megatron_bert.planning.dry_run import dry_run_rank
+from megatron_bert.planning.dry_run import dry_run_rank, longest_batch, longest_task_batch
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.measuring import StepMeasurement
 from megatron_bert.planning.memory import layout_of, rank_memory
@@ -22,12 +28,39 @@ from megatron_bert.planning.needs import checkpoint_lines, data_lines
 from megatron_bert.planning.search import usable_bytes
 from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.work import rank_flops
-from megatron_bert.planning.workload import USUAL_VOCABULARY, Workload, workload_of
+from megatron_bert.planning.workload import USUAL_VOCABULARY, TaskHead, Workload, workload_of
+from megatron_bert.quantizing.quantize import QuantizeProcedure, quantize_variants
+from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
+from megatron_bert.training.objective import Objective
 from megatron_bert.training.pretrain import check_inputs, take_sizes
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.run import find_start
 from parallel.errors import UserError
+from parallel.mesh import ParallelLayout
 from parallel.process_group import launched_world_size
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A run that a start would not refuse.
+
+    Attributes:
+        settings: of it; those of one of several runs that are laid out alike.
+        layout: of its ranks.
+        make_objective: what it trains.
+        batch: its longest micro batch.
+        workload: what it computes.
+        says: lines on what was found.
+        predicted: whether closed forms are of this kind of run.
+    """
+
+    settings: RunSettings
+    layout: ParallelLayout
+    make_objective: Callable[[Any], Objective]
+    batch: TokenBatch
+    workload: Workload
+    says: tuple[str, ...]
+    predicted: bool = True
 
 
 def run_dry_run(arguments: argparse.Namespace) -> None:
@@ -36,56 +69,173 @@ def run_dry_run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: whatever a start of the run would refuse; or a rank needs more memory than the device has.
     """
-    settings = take_sizes(load_settings(arguments.config, arguments.overrides))
     ranks = launched_world_size() if arguments.gpus is None else arguments.gpus
     if ranks < 1:
         raise UserError(f"--gpus is {ranks}: give 1 or more")
     machine = None if arguments.gpu is None else Machine(load_device(arguments.gpu), NETWORK)
+    with checked_run(arguments.command, arguments.config, arguments.overrides, ranks) as run:
+        print("\n".join(run.says))
+        world_size = run.layout.world_size
+        if world_size < ranks:
+            print(f"{ranks - world_size} of the {ranks} processes would wait as spares")
+        for rank in _chosen(run.settings, world_size, arguments.rank):
+            step = dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
+            print("\n".join(report(run.settings, run.workload, rank, world_size, step, predicted=run.predicted)))
+            needed = max(step.peak_bytes, step.building)
+            if machine is not None and needed > usable_bytes(machine):
+                raise UserError(
+                    f"rank {rank} needs {needed / GIB:.1f} GiB, and of {machine.device.name} "
+                    f"{usable_bytes(machine) / GIB:.1f} are usable: see `megatron-bert plan` for layouts that fit"
+                )
+        print("\n".join(data_lines(run.settings, run.workload)))
+        print("\n".join(checkpoint_lines(run.settings, run.workload, layout_of(run.settings, world_size), disk=2.0)))
+
+
+@contextmanager
+def checked_run(command: str, config: Path, overrides: list[str], ranks: int) -> Iterator[_Checked]:
+    """Check a run as its start would; the model that it starts from is open while the block lasts."""
+    if command == "pretrain":
+        yield _checked_pretraining(config, overrides, ranks)
+        return
+    settings: Any
+    variants: dict[str, Any]
+    procedure: FinetuneProcedure
+    if command == "quantize":
+        settings = load_sections(config, overrides, QuantizeSettings)
+        check_quantize(settings)
+        variants, procedure = quantize_variants(settings), QuantizeProcedure()
+    else:
+        settings = load_sections(config, overrides, FinetuneSettings)
+        variants, procedure = seed_variants(settings), FinetuneProcedure()
+    layout = check_layout(settings, ranks)
+    with checked_runs(settings, variants, procedure, layout) as checked:
+        if not checked.objectives:
+            raise FinishedRunError(
+                f"{settings.training.run_dir} holds the results of this run: nothing is left to do; remove them to "
+                "train again"
+            )
+        name, objective = next(iter(checked.objectives.items()))
+        yield _checked_task(variants[name], layout, objective, ranks, len(checked.objectives))
+
+
+def _checked_pretraining(config: Path, overrides: list[str], ranks: int) -> _Checked:
+    settings = take_sizes(load_settings(config, overrides))
     layout = check_settings(settings, ranks)
     tokenizer = check_inputs(settings)
     start = find_start(settings, Pretraining(settings, tokenizer)).checkpoint
-    print(
-        f"settings, tokenizer and data are good for {ranks} processes; it would start from {start or 'the beginning'}"
+    model = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
+    return _Checked(
+        settings,
+        layout,
+        lambda own: Pretraining(own, tokenizer),
+        longest_batch(settings),
+        workload_of(settings, model, settings.training.steps, settings.data.seq_length),
+        (
+            f"settings, tokenizer and data are good for {ranks} processes; it would start from "
+            f"{start or 'the beginning'}",
+        ),
     )
-    if layout.world_size < ranks:
-        print(f"{ranks - layout.world_size} of them would wait as spares")
-    workload = _workload(settings, tokenizer.vocab_size, tokenizer.pad_id)
-    chosen = _chosen(settings, layout.world_size, arguments.rank)
-    for rank in chosen:
-        step = dry_run_rank(settings, lambda own: Pretraining(own, tokenizer), rank, layout.world_size)
-        print("\n".join(report(settings, workload, rank, layout.world_size, step)))
-        needed = max(step.peak_bytes, step.building)
-        if machine is not None and needed > usable_bytes(machine):
-            raise UserError(
-                f"rank {rank} needs {needed / GIB:.1f} GiB, and of {machine.device.name} "
-                f"{usable_bytes(machine) / GIB:.1f} are usable: see `megatron-bert plan` for layouts that fit"
-            )
-    print("\n".join(data_lines(settings, workload)))
-    print("\n".join(checkpoint_lines(settings, workload, layout_of(settings, layout.world_size), disk=2.0)))
 
 
-def measure_unseen(config: Path, overrides: list[str], world_size: int) -> list[str]:
-    """A line for each rank that takes most memory, of a run whose files need not be here.
+def _checked_task(
+    settings: FinetuneSettings, layout: ParallelLayout, objective: Finetuning, ranks: int, runs: int
+) -> _Checked:
+    batch, task = longest_task_batch(objective, layout), objective.task
+    size = settings.training.micro_batch_size
+    head = TaskHead(
+        outputs=task.head.outputs,
+        rows=len(batch.rows) // size,
+        pooled=task.head.kind in ("sequence", "choice"),
+        sequences=objective.most_features,
+    )
+    start = find_start(settings, objective).checkpoint
+    says = [
+        f"settings, model, tokenizer and data are good for {ranks} processes; it would start from "
+        f"{start or settings.model.from_}",
+        f"{task.settings.name}: {len(objective.units):,} training sequences of up to {batch.layout.length} tokens, "
+        f"{objective.total_steps:,} steps{f' in each of {runs} runs' if runs > 1 else ''}",
+    ]
+    if task.labels:
+        says.append(f"labels: {', '.join(task.labels)}")
+    if objective.float32_activations:
+        says.append("the step below is of the model before it is quantized: quantizers keep more")
+    if task.bad_rows.count:
+        says.append(f"{task.bad_rows.count} bad rows would be skipped, such as {task.bad_rows.reasons[0]}")
+    return _Checked(
+        settings,
+        layout,
+        lambda _: objective,
+        batch,
+        workload_of(settings, objective.config, max(objective.total_steps, 1), batch.layout.length, head),
+        tuple(says),
+        predicted=not objective.float32_activations,
+    )
+
+
+class FinishedRunError(UserError):
+    """A start of the run would find its results, and do nothing."""
+
+
+def measure(command: str, config: Path, overrides: list[str], world_size: int) -> list[str]:
+    """Lines on a run that is about to be queued: what was checked, and what the ranks that take most memory need.
+
+    Files of pretraining need not be here. A model to start from and data of a task are checked if they are.
 
     Args:
+        command: pretrain, finetune or quantize.
         config: settings file.
         overrides: of settings.
         world_size: ranks of the run.
 
     Raises:
-        UserError: the trainer refuses the settings.
+        UserError: the run would be refused where it starts.
     """
+    if command == "pretrain":
+        return _measure_unseen(config, overrides, world_size)
+    settings = load_sections(config, overrides, QuantizeSettings if command == "quantize" else FinetuneSettings)
+    files = [path for name in ("train", "valid", "test", "directory") for path in _files(getattr(settings.data, name))]
+    absent = next((path for path in (settings.model.from_, *files) if not path.exists()), None)
+    if absent is not None:
+        return [f"dry run: {absent} is not here, so model and data are checked where the job starts"]
+    try:
+        with checked_run(command, config, overrides, world_size) as run:
+            lines = [f"dry run: {line}" for line in run.says]
+            for rank in _chosen(run.settings, world_size, None):
+                lines.append(
+                    _short(
+                        rank, world_size, dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
+                    )
+                )
+            return lines
+    except FinishedRunError as error:
+        return [f"dry run: {error}"]
+
+
+def _files(value: object) -> Iterator[Path]:
+    """The files of a setting, whichever form it has."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _files(item)
+
+
+def _measure_unseen(config: Path, overrides: list[str], world_size: int) -> list[str]:
     settings = load_settings(config, overrides)
     words = cast(Tokenizer, _UnseenVocabulary())
-    lines = []
+    batch, lines = longest_batch(settings), []
     for rank in _chosen(settings, world_size, None):
-        step = dry_run_rank(settings, lambda own: Pretraining(own, words), rank, world_size)
-        sent = sum(seen.bytes for seen in step.traffic.values())
-        lines.append(
-            f"dry run: rank {rank} of {world_size} takes {step.peak_bytes / GIB:.1f} GiB at its peak, "
-            f"{step.flops / 1e12:,.1f} TFLOP and {sent / 1e9:,.2f} GB of messages per step"
-        )
+        step = dry_run_rank(settings, lambda own: Pretraining(own, words), batch, rank, world_size)
+        lines.append(_short(rank, world_size, step))
     return lines
+
+
+def _short(rank: int, world_size: int, step: StepMeasurement) -> str:
+    sent = sum(seen.bytes for seen in step.traffic.values())
+    return (
+        f"dry run: rank {rank} of {world_size} takes {step.peak_bytes / GIB:.1f} GiB at its peak, "
+        f"{step.flops / 1e12:,.1f} TFLOP and {sent / 1e9:,.2f} GB of messages a step"
+    )
 
 
 class _UnseenVocabulary(NamedTuple):
@@ -96,12 +246,7 @@ class _UnseenVocabulary(NamedTuple):
     fingerprint: str = ""
 
 
-def _workload(settings: Settings, words: int, padding: int) -> Workload:
-    config = settings.model_config_for(words, padding)
-    return workload_of(settings, config, settings.training.steps, settings.data.seq_length)
-
-
-def _chosen(settings: Settings, world_size: int, ranks: Sequence[int] | None) -> list[int]:
+def _chosen(settings: RunSettings, world_size: int, ranks: Sequence[int] | None) -> list[int]:
     """Those asked for; or the first of the first and of the last pipeline stage, one of which takes most."""
     if ranks is None:
         pipeline = settings.layout(world_size).pipeline
@@ -112,23 +257,35 @@ def _chosen(settings: Settings, world_size: int, ranks: Sequence[int] | None) ->
     return list(ranks)
 
 
-def report(settings: Settings, workload: Workload, rank: int, world_size: int, step: StepMeasurement) -> list[str]:
-    """What a step of one rank took, beside what the closed forms say."""
+def report(
+    settings: RunSettings, workload: Workload, rank: int, world_size: int, step: StepMeasurement, *, predicted: bool
+) -> list[str]:
+    """What a step of one rank took, beside what the closed forms say.
+
+    Args:
+        settings: of the run.
+        workload: what it computes.
+        rank: which rank.
+        world_size: ranks of the run.
+        step: what was measured.
+        predicted: whether closed forms are of this kind of run.
+    """
     layout = layout_of(settings, world_size)
     stages = stages_of(workload, layout, settings.parallel.stage_layers)
     place, in_stage = divmod(rank, world_size // layout.pipeline)
-    predicted = rank_memory(workload, layout, stages, place).peak
+    memory = f"; {rank_memory(workload, layout, stages, place).peak / GIB:.2f} by closed form" if predicted else ""
+    flops = f", {rank_flops(workload, layout, stages, place) / 1e12:,.2f} by closed form" if predicted else ""
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in sorted(step.peak.items(), key=lambda item: -item[1]))
     lines = [
-        f"rank {rank} of {world_size}: {step.peak_bytes / GIB:.2f} GiB at its peak ({parts}); "
-        f"{predicted / GIB:.2f} by closed form",
+        f"rank {rank} of {world_size}: {step.peak_bytes / GIB:.2f} GiB at its peak ({parts}){memory}",
         f"  between steps {sum(step.resident.values()) / GIB:.2f} GiB, {step.building / GIB:.2f} while it is built; "
-        f"{step.flops / 1e12:,.2f} TFLOP a step, "
-        f"{rank_flops(workload, layout, stages, place) / 1e12:,.2f} by closed form",
+        f"{step.flops / 1e12:,.2f} TFLOP a step{flops}",
     ]
-    closed = totals(step_messages(workload, layout, stages, place, in_stage // layout.tensor))
+    closed = totals(step_messages(workload, layout, stages, place, in_stage // layout.tensor)) if predicted else None
     for what, seen in sorted(step.traffic.items()):
-        expected = closed.get((what.kind, what.group, what.dtype, what.size))
+        expected = (seen.count, seen.bytes)
+        if closed is not None:
+            expected = closed.get((what.kind, what.group, what.dtype, what.size), (0, 0))
         same = "" if expected == (seen.count, seen.bytes) else f", {expected} by closed form"
         among = f"{what.size} ({what.group.replace('_', ' ')})"
         size = f"{seen.bytes / 1e6:,.3f} MB in {what.dtype} in all"

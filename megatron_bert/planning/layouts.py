@@ -205,7 +205,7 @@ def stages_of(workload: Workload, layout: Layout, sizes: list[int] | None = None
         Stage(
             number,
             part,
-            stage_parameters(workload.config, part, pretraining=workload.pretraining),
+            stage_parameters(workload.config, part, head=workload.head),
             workload.pretraining and count > 1 and (part.first or part.last),
             layout.tensor,
             layout.shards,
@@ -225,8 +225,9 @@ def why_not(workload: Workload, layout: Layout) -> str | None:
     ):
         if size % layout.tensor:
             return f"tensor {layout.tensor} does not divide the {size} {name}"
-    if layout.sequence and layout.micro_batch * workload.length % layout.tensor:
-        return f"tensor {layout.tensor} does not divide the {layout.micro_batch * workload.length} tokens"
+    tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
+    if layout.sequence and tokens % layout.tensor:
+        return f"tensor {layout.tensor} does not divide the {tokens} tokens"
     if workload.global_batch % (layout.micro_batch * layout.data):
         return f"data {layout.data} x micro batch {layout.micro_batch} does not divide {workload.global_batch} samples"
     if layout.pipeline * layout.chunks > config.num_hidden_layers:

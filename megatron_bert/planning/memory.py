@@ -130,7 +130,7 @@ def _layer_tensors(
     workload: Workload, tensor: int, split_tokens: int, micro_batch: int, recompute: str, split: bool
 ) -> LayerTensors:
     config, number = workload.config, workload.number_bytes
-    tokens = micro_batch * workload.length
+    tokens = workload.tokens(micro_batch, split_tokens)
     own = tokens / split_tokens
     hidden, wide, heads = config.hidden_size, config.intermediate_size / tensor, config.num_attention_heads / tensor
     stream = number * hidden * own
@@ -188,6 +188,8 @@ def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
     slots = layout.micro_batch * workload.slots
     columns = min(config.vocab_size, config.padded_vocab_size // layout.tensor)
     rows = (4 * slots + 2 * layout.micro_batch) * config.hidden_size * number
+    if workload.head is not None:
+        rows = (2 + 2 * workload.head.pooled) * layout.micro_batch * workload.head.rows * config.hidden_size * number
     queued = number * slots * (columns + 2 * config.hidden_size) if _split(layout) else 0.0
     return HeadTensors(rows, 4.0 * slots * columns, 8.0 * slots * columns, queued)
 
@@ -248,7 +250,7 @@ def _in_flight(
     workload: Workload, layout: Layout, stages: list[Stage], moments: tuple[Moment, ...]
 ) -> dict[Part, float]:
     layer, head = layer_tensors(workload, layout), head_tensors(workload, layout)
-    tokens = layout.micro_batch * workload.length
+    tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     mask = tokens / layout.split_tokens * workload.config.hidden_size * (workload.config.hidden_dropout_prob > 0)
     final_norm = layer.input if workload.config.layer_norm_placement == "pre" else 0.0
     held_by: dict[int, float] = {}

@@ -21,7 +21,7 @@ LOADER_GIB = 0.35
 
 def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
     """Tokens that the steps take, epochs of the corpora that are there, and a warning at more than a few."""
-    each = workload.global_batch * workload.length
+    each = workload.global_batch * workload.sample_tokens
     lines = [
         f"data: {each:,} tokens per step, {each * workload.steps:,} in {workload.steps:,} steps, if none is padding"
     ]
@@ -94,7 +94,7 @@ def host_lines(settings: RunSettings, workload: Workload, layout: Layout, ranks_
     ranks = min(ranks_of_node, layout.world_size)
     workers = settings.data.workers
     # Tokens, positions, types and samples of eight bytes each; two steps are loaded ahead.
-    batches = 2 * layout.microbatches(workload) * layout.micro_batch * workload.length * 32
+    batches = 2 * layout.microbatches(workload) * layout.micro_batch * workload.sample_tokens * 32
     staged = 0.0
     if settings.checkpoint.asynchronous:
         staged = checkpoint_of(layout, stages_of(workload, layout)).rank_bytes

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.planning.workload import TaskHead
 from parallel.pipeline.stage import StagePart
 
 #: So many parameters of layers are communicated at a time; see :mod:`parallel.data_parallel`.
@@ -58,17 +59,17 @@ class StageParameters:
             yield from layer
 
 
-def stage_parameters(config: MegatronBertConfig, part: StagePart, *, pretraining: bool = True) -> StageParameters:
+def stage_parameters(config: MegatronBertConfig, part: StagePart, head: TaskHead | None = None) -> StageParameters:
     """The parameters of a stage.
 
     Args:
         config: of the encoder.
         part: of the stage.
-        pretraining: with the pretraining heads; else with a pooler and a classifier of two classes.
+        head: of a fine-tuning task; None for those of pretraining.
     """
     root: list[Parameter] = []
     size, rows = config.hidden_size, config.padded_vocab_size
-    if part.first or (part.last and pretraining):
+    if part.first or (part.last and head is None):
         root.append(Parameter(WORDS, (rows, size), 0))
     if part.first:
         root.append(
@@ -79,13 +80,17 @@ def stage_parameters(config: MegatronBertConfig, part: StagePart, *, pretraining
             root += _norm("embeddings.norm", size, partial=True)
     if part.last and config.layer_norm_placement == "pre":
         root += _norm("encoder.final_norm", size, partial=True)
-    if part.last and pretraining:
+    if part.last and head is None:
         root.append(Parameter("masked_head.bias", (rows,), 0))
         root += _dense("masked_head.dense", size, size)
         root += _norm("masked_head.norm", size, partial=False)
-    if part.last and (config.binary_head or not pretraining):
-        root += _dense("pair_head.pooler", size, size)
-        root += _dense("pair_head.classifier", size, 2)
+        if config.binary_head:
+            root += _dense("pair_head.pooler", size, size)
+            root += _dense("pair_head.classifier", size, 2)
+    elif part.last and head is not None:
+        # Where both are on the last stage, names are those of a pooler; RoBERTa's head has the same sizes.
+        root += _dense("pair_head.pooler", size, size) if head.pooled else ()
+        root += _dense("classifier", size, head.outputs)
     return StageParameters(tuple(root), tuple(_layer(config, number) for number in part.layers))
 
 

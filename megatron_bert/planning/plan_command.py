@@ -31,6 +31,8 @@ def run_plan(arguments: argparse.Namespace) -> None:
     for name, path in (("--write", arguments.write), ("--png", arguments.png)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"{name} {path} cannot be written: name a file in a folder that exists")
+    if arguments.write is not None and arguments.write.exists():
+        raise UserError(f"--write {arguments.write} is there already: name a new file, or remove that one")
     machine = Machine(load_device(arguments.gpu), load_network(arguments.network))
     planned = load_planned(arguments.config, arguments.overrides)
     settings, workload = planned.settings, planned.workload

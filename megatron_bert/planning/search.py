@@ -44,7 +44,7 @@ class Prediction:
     @property
     def tokens_per_second(self) -> float:
         """Of all ranks."""
-        return self.workload.global_batch * self.workload.length / self.time.seconds
+        return self.workload.global_batch * self.workload.sample_tokens / self.time.seconds
 
     @property
     def mfu(self) -> float:

@@ -14,6 +14,9 @@ from parallel.pipeline.actions import Backward
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, Timeline, simulate
 
+#: That the host starts for a layer: forward, backward to its input, and for the gradients of its weights.
+OPERATORS, COMPILED_OPERATORS = (55, 55, 12), (30, 30, 12)
+
 
 class Times(NamedTuple):
     """Seconds of a stage for a micro batch.
@@ -74,7 +77,7 @@ class Machine:
             return 0.0
         around = (ranks - 1) / ranks
         factor = {"all-reduce": 2 * around, "all-gather": around, "reduce-scatter": around}.get(kind, 1.0)
-        return factor * size / (link.gigabytes_per_second * 1e9) + link.latency_microseconds * 1e-6
+        return factor * size / (link.gigabytes_per_second * 1e9) + link.latency(ranks)
 
     def with_host(self, device_seconds: float, operators: float) -> float:
         """Seconds of operators with what the host takes to start them, which a GPU does not wait for."""
@@ -86,7 +89,7 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
     """Of a layer for a micro batch."""
     config, number, compute = workload.config, workload.number_bytes, workload.compute
     hidden, tensor = config.hidden_size, layout.tensor
-    tokens = layout.micro_batch * workload.length
+    tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     own = tokens / layout.split_tokens
     wide, inner = config.intermediate_size / tensor, hidden / tensor
     shapes = [(3 * inner, hidden), (hidden, inner), (wide, hidden), (hidden, wide)]
@@ -115,14 +118,16 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
         sent_back -= min(summed, weights[0]) + min(summed, weights[2])
         if layout.sequence:
             sent_back -= min(2 * each["all-gather"], backward / 2)
-    operators = 30 if workload.compiled else 55
-    ahead_seconds = machine.with_host(forward + scores + machine.moving(moved), operators) + sent
-    back_seconds = machine.with_host(backward + 2.5 * scores + machine.moving(moved_back), operators) + sent_back
+    ahead_operators, back_operators, weight_operators = COMPILED_OPERATORS if workload.compiled else OPERATORS
+    ahead_seconds = machine.with_host(forward + scores + machine.moving(moved), ahead_operators) + sent
+    back_seconds = machine.with_host(backward + 2.5 * scores + machine.moving(moved_back), back_operators) + sent_back
     if layout.recompute == "full":
         back_seconds += ahead_seconds - machine.product(tokens, hidden, wide, compute)
     elif layout.recompute == "selective":
         back_seconds += machine.moving(waste * act * 2 * number)
-    return Times(ahead_seconds, back_seconds, machine.with_host(sum(weights) + machine.moving(moved_weights), 12))
+    return Times(
+        ahead_seconds, back_seconds, machine.with_host(sum(weights) + machine.moving(moved_weights), weight_operators)
+    )
 
 
 def ends_times(workload: Workload, layout: Layout, stage: Stage, machine: Machine) -> Times:
@@ -131,7 +136,7 @@ def ends_times(workload: Workload, layout: Layout, stage: Stage, machine: Machin
     hidden, rows = config.hidden_size, config.padded_vocab_size / layout.tensor
     forward = backward = weight = 0.0
     if stage.part.first:
-        stream = layout.micro_batch * workload.length / layout.split_tokens * hidden
+        stream = workload.tokens(layout.micro_batch, layout.split_tokens) / layout.split_tokens * hidden
         forward += machine.with_host(machine.moving(stream * 12 * number), 15)
         # The gradient of the whole table is made, and added.
         backward += machine.with_host(machine.moving(stream * 8 * number + rows * hidden * (2 * number + 8)), 15)
@@ -231,7 +236,11 @@ def step_time(
     pipeline, bubble, timeline = _pipeline(workload, layout, times, microbatches, machine, simulated)
     link = machine.link(layout, "data")
     wait = 0.0
-    of_data = [message for message in messages if message.group.startswith("data") and message.dtype != "int64"]
+    of_data = [
+        message
+        for message in messages
+        if message.group.startswith("data") and message.dtype not in ("int64", "float64")
+    ]
     per_microbatch = max(time.total for time in times) * layout.chunks
     for kind, hidden_by in (("reduce-scatter", 0.6), ("all-reduce", 0.6), ("all-gather", 0.3)):
         found = [message for message in of_data if message.kind == kind and message.bytes > 8]
@@ -265,7 +274,7 @@ def _pipeline(
     if layout.pipeline == 1:
         return microbatches * sum(time.total for time in times), 0.0, None
     kind = SCHEDULES[layout.schedule]
-    tokens = layout.micro_batch * workload.length / layout.split_tokens
+    tokens = workload.tokens(layout.micro_batch, layout.split_tokens) / layout.split_tokens
     size = tokens * workload.config.hidden_size * workload.number_bytes
     message = machine.message("send", size, 2, machine.link(layout, "pipeline"))
     if not simulated:

@@ -16,7 +16,7 @@ def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
     products for the two of the forward pass.
     """
     config, tensor = workload.config, layout.tensor
-    tokens = layout.micro_batch * workload.length
+    tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     hidden, wide = config.hidden_size, config.intermediate_size // tensor
     products = 2 * tokens * (4 * hidden * (hidden // tensor) + 2 * hidden * wide)
     attention = 4 * tokens * workload.length * (hidden // tensor)
@@ -36,7 +36,10 @@ def head_flops(workload: Workload, layout: Layout) -> int:
     config = workload.config
     hidden, slots = config.hidden_size, layout.micro_batch * workload.slots
     masked = 2 * slots * hidden * (hidden + config.padded_vocab_size // layout.tensor)
-    pairs = layout.micro_batch * (2 * hidden * hidden + 4 * hidden) if config.binary_head or not slots else 0
+    if workload.head is not None:
+        head = workload.head
+        return 2 * layout.micro_batch * head.rows * hidden * (hidden * head.pooled + head.outputs)
+    pairs = layout.micro_batch * (2 * hidden * hidden + 4 * hidden) if config.binary_head else 0
     return masked + pairs
 
 

@@ -9,6 +9,7 @@ from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import head_in_layers, training_flops
+from megatron_bert.model.sequences import filling
 from parallel.pipeline.stage import StagePart, split_layers
 
 #: Bytes of a number.
@@ -17,13 +18,30 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 USUAL_VOCABULARY = 30522
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskHead:
+    """The head of a fine-tuning task.
+
+    Attributes:
+        outputs: width of its logits.
+        rows: tokens of a sample that it scores.
+        pooled: whether a dense layer is before it: that of the pooler, or the first of RoBERTa's head.
+        sequences: of a sample: the choices of a question.
+    """
+
+    outputs: int = 2
+    rows: int = 1
+    pooled: bool = True
+    sequences: int = 1
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
     """A training run without its layout.
 
     Attributes:
         config: of the encoder.
-        length: tokens of a sample, or of a row of packed ones.
+        length: tokens of a sequence, of which a sample is one unless its head takes several; of a row of packed ones.
         slots: masked tokens of a sample or row; 0 where there is no masked-language head.
         global_batch: samples, or rows, of an optimizer step.
         steps: of the run.
@@ -31,6 +49,7 @@ class Workload:
         compiled: whether layers are compiled.
         losses: what the loss has of terms.
         fused_attention: whether attention never holds its scores, as on GPUs.
+        head: of a fine-tuning task; None where it pretrains.
     """
 
     config: MegatronBertConfig
@@ -42,6 +61,22 @@ class Workload:
     compiled: bool
     losses: int
     fused_attention: bool = True
+    head: TaskHead | None = None
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of a sample."""
+        return self.length if self.head is None else self.length * self.head.sequences
+
+    def tokens(self, micro_batch: int, multiple: int = 1) -> int:
+        """Tokens of a micro batch, with what it is filled up with.
+
+        Args:
+            micro_batch: samples.
+            multiple: of ranks that divide the tokens.
+        """
+        tokens = micro_batch * self.sample_tokens
+        return tokens if self.head is None else tokens + filling(tokens, multiple)
 
     @property
     def number_bytes(self) -> int:
@@ -51,7 +86,7 @@ class Workload:
     @property
     def pretraining(self) -> bool:
         """Whether it ends in the masked-language head, which shares the word embeddings."""
-        return self.slots > 0
+        return self.head is None
 
     @property
     def step_flops(self) -> float:
@@ -59,8 +94,8 @@ class Workload:
         batch = self.global_batch
         return training_flops(
             self.config,
-            tokens=batch * self.length,
-            squared_lengths=batch * self.length**2,
+            tokens=batch * self.sample_tokens,
+            squared_lengths=batch * self.sample_tokens * self.length,
             predictions=batch * self.slots,
             pairs=batch if self.config.binary_head else 0,
         )
@@ -75,14 +110,17 @@ class Workload:
         return split_layers(self.config.num_hidden_layers, stages, last_cost=head, sizes=sizes)
 
 
-def workload_of(settings: RunSettings, config: MegatronBertConfig, steps: int, length: int) -> Workload:
+def workload_of(
+    settings: RunSettings, config: MegatronBertConfig, steps: int, length: int, head: TaskHead | None = None
+) -> Workload:
     """The workload of a run.
 
     Args:
         settings: of the run, of any kind.
         config: of its encoder.
         steps: optimizer steps.
-        length: tokens of a sample.
+        length: tokens of a sequence.
+        head: of a fine-tuning task, as far as it is known; two classes on each sequence by default.
     """
     pretraining = isinstance(settings, Settings)
     slots = 0
@@ -100,4 +138,5 @@ def workload_of(settings: RunSettings, config: MegatronBertConfig, steps: int, l
         compiled=settings.training.compile,
         losses=2 if pretraining and config.binary_head else 1,
         fused_attention=settings.training.device != "cpu",
+        head=None if pretraining else head or TaskHead(),
     )

@@ -35,6 +35,7 @@ from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
 from parallel.pipeline.engine import PipelineEngine
+from parallel.simulated_device import has_numbers
 
 
 class QuantizationAware(Finetuning):
@@ -70,8 +71,9 @@ class QuantizationAware(Finetuning):
         self.teaching_engine: PipelineEngine | None = None
 
     def change(self, stage: BertForTask, *, fresh: bool) -> None:
-        """Quantize the stage."""
-        quantize_model(stage, self.quantization.config(), equalize=fresh)
+        """Quantize the stage; in a simulated run it stays as it is, for quantizers ask for numbers."""
+        if has_numbers(next(stage.parameters())):
+            quantize_model(stage, self.quantization.config(), equalize=fresh)
 
     def identity(self) -> dict[str, Any]:
         """That of fine-tuning, and the version of the arithmetic."""

@@ -43,12 +43,16 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
         UserError: settings, files or world size do not fit.
     """
     check_quantize(settings)
-    variants = {
+    return run_all(settings, quantize_variants(settings), QuantizeProcedure(), ends_process=ends_process)
+
+
+def quantize_variants(settings: QuantizeSettings) -> dict[str, QuantizeSettings]:
+    """Name of a run's directory -> its settings, for each combination and seed; one without a name if there is one."""
+    return {
         "/".join(filter(None, (combination, seed))): variant
         for combination, of_combination in _combinations(settings).items()
         for seed, variant in seed_variants(of_combination).items()
     }
-    return run_all(settings, variants, QuantizeProcedure(), ends_process=ends_process)
 
 
 def _combinations(settings: QuantizeSettings) -> dict[str, QuantizeSettings]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
-from megatron_bert.planning.dry_run import dry_run_rank
+from megatron_bert.planning.dry_run import dry_run_rank, longest_batch
 from megatron_bert.planning.measuring import StepMeasurement
 from megatron_bert.training.pretraining import Pretraining
 
@@ -36,4 +36,8 @@ def settings_of(*overrides: str, config: str = "bert_345m") -> Settings:
 
 def measured(settings: Settings, rank: int, world_size: int) -> StepMeasurement:
     """A dry run of one rank."""
-    return dry_run_rank(settings, lambda own: Pretraining(own, Vocabulary()), rank, world_size)  # type: ignore[arg-type]
+
+    def objective(own: Settings) -> Pretraining:
+        return Pretraining(own, Vocabulary())  # type: ignore[arg-type]
+
+    return dry_run_rank(settings, objective, longest_batch(settings), rank, world_size)

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from megatron_bert.config_file import load_settings
+from megatron_bert.config_file import load_sections, load_settings
+from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.planning.devices import DEVICES, GIB, NETWORK
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import fullest, predict, usable_bytes
 from megatron_bert.planning.step_time import Machine
-from megatron_bert.planning.workload import workload_of
+from megatron_bert.planning.workload import TaskHead, workload_of
+from megatron_bert.quantizing.settings import QuantizeSettings
 from tests.megatron_bert.planning.support import CONFIGS
 from tests.test_configs import WORLD_SIZES
 
@@ -58,3 +61,37 @@ def test_what_is_said_of_smaller_devices_fits(name: str) -> None:
     layout = layout_of(settings, ranks)
     small = Machine(H100.device.model_copy(update={"memory_gib": gigabytes * 1e9 / GIB}), NETWORK)
     assert fullest(work, layout, stages_of(work, layout)).peak < usable_bytes(small)
+
+
+#: Files whose comments have no table, and why.
+WITHOUT = {
+    "bert_tiny": "it is for processors, of which `plan` knows nothing until `bench` has measured them",
+    "finetune": "sizes are those of the model to start from, steps those of the data",
+    "quantize": "sizes are those of the model to start from, steps those of the data",
+}
+ALL = {str(path.relative_to(CONFIGS).with_suffix("")): path for path in CONFIGS.rglob("*.yaml")}
+TASKS = [name for name in ALL if name.split("/")[0] in ("finetune", "quantize")]
+
+
+def test_every_file_has_a_table_or_a_reason_for_none() -> None:
+    for name, path in ALL.items():
+        with_table = "# H100s " in path.read_text(encoding="utf-8")
+        assert with_table != (name.split("/")[0] in WITHOUT), name
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_files_of_tasks_say_nothing_of_sizes_and_fit_each_size_on_a_gpu(name: str) -> None:
+    sections = yaml.safe_load(ALL[name].read_text(encoding="utf-8"))
+    assert "from" in sections["model"]
+    assert not {"hidden_size", "num_hidden_layers"} & set(sections["model"])
+    kind = QuantizeSettings if name.startswith("quantize") else FinetuneSettings
+    for size in ("bert_345m", "bert_1.3b", "bert_3.9b"):
+        ranks = 8 if size == "bert_3.9b" else 1
+        settings = load_sections(ALL[name], ["precision.compute=bfloat16", f"parallel.tensor={ranks}"], kind)
+        source = load_settings(CONFIGS / f"{size}.yaml", [])
+        config = source.model_config_for(30522, 0)
+        length = min(settings.task.max_length, config.max_position_embeddings)
+        choices = 4 if settings.task.name == "multiple_choice" else 1
+        work = workload_of(settings, config, 1, length, TaskHead(sequences=choices))
+        layout = layout_of(settings, ranks)
+        assert fullest(work, layout, stages_of(work, layout)).needed < usable_bytes(H100), f"{name} of {size}"

@@ -46,6 +46,29 @@ def _foundry(mfu: float, sizes: tuple[int, int, int]) -> float:
     return mfu * 8 * 989e12 / (work.step_flops / 512)
 
 
+def _megatron(teraflops: float, sizes: tuple[int, int, int], ranks: int) -> float:
+    """Tokens a second at so many TFLOP/s a device, which count the recomputation (arXiv 2104.04473, section 3.4)."""
+    hidden, layers, _ = sizes
+    of_token = 96 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))
+    return teraflops * 1e12 * ranks / of_token
+
+
+def _megatron_run(
+    name: str, sizes: tuple[int, int, int], tensor: int, pipeline: int, ranks: int, teraflops: float
+) -> Run:
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=ranks // tensor // pipeline,
+        schedule="interleaved-1f1b" if pipeline > 1 else "1f1b",
+        chunks=3 if pipeline > 1 else 1,
+        micro_batch=4,
+        recompute="full",
+    )
+    published = _megatron(teraflops, sizes, ranks)
+    return Run(f"Megatron-LM, {name}, {ranks} A100", sizes, 2048, 2048, 0.1, "a100", layout, published, words=51200)
+
+
 def _config(sizes: tuple[int, int, int], words: int, length: int, dropout: float) -> MegatronBertConfig:
     hidden, layers, heads = sizes
     return MegatronBertConfig(
@@ -60,6 +83,8 @@ def _config(sizes: tuple[int, int, int], words: int, length: int, dropout: float
     )
 
 
+#: Global batches of Megatron-LM's runs.
+BATCHES = {32: 512, 64: 512, 128: 512, 256: 1024, 512: 1536}
 LARGE, FOUR = (1024, 24, 16), (2560, 48, 40)
 RUNS = [
     *(
@@ -86,6 +111,16 @@ RUNS = [
             ("2.6B", (2560, 32, 20), 0.463),
         )
     ),
+    *(
+        _megatron_run(*run)
+        for run in (
+            ("1.7B", (2304, 24, 24), 1, 1, 32, 137),
+            ("3.6B", (3072, 30, 32), 2, 1, 64, 138),
+            ("7.5B", (4096, 36, 32), 4, 1, 128, 142),
+            ("18.4B", (6144, 40, 48), 8, 1, 256, 135),
+            ("39.1B", (8192, 48, 64), 8, 2, 512, 138),
+        )
+    ),
     Run("DeepSpeed, BERT-large, V100, s=128", LARGE, 128, 20, 0.1, "v100", _data(1, 64), 272 * 128, "float16"),
     Run("DeepSpeed, BERT-large, V100, s=512", LARGE, 512, 77, 0.1, "v100", _data(1, 16), 52 * 512, "float16"),
 ]
@@ -98,7 +133,7 @@ def predicted(run: Run) -> float:
         config=_config(run.sizes, run.words, run.length, run.dropout),
         length=run.length,
         slots=run.slots,
-        global_batch=layout.data * layout.micro_batch * 4,
+        global_batch=BATCHES[layout.world_size] if run.words == 51200 else layout.data * layout.micro_batch * 4,
         steps=1,
         compute=run.compute,
         compiled=True,
