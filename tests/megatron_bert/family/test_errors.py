@@ -265,7 +265,7 @@ def test_resized_vocabularies():
 def test_a_vocabulary_is_not_cut_off_before_its_special_tokens():
     model = build("ForMaskedLM", changed(pad_token_id=85))
     before = model.get_input_embeddings().weight.clone()
-    with pytest.raises(UserError, match=r"model\.pad_token_id is 85, but model\.vocab_size 80 has ids to 79"):
+    with pytest.raises(UserError, match=r"pad_token_id is 85, but vocab_size 80 has ids to 79"):
         model.resize_token_embeddings(80)
     assert model.config.vocab_size == 91
     assert model.get_input_embeddings().weight.equal(before)
