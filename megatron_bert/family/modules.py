@@ -298,6 +298,7 @@ class LayerStack(Encoder):
 
     def __init__(self, sizes: EncoderConfig, act: Activation, tp: TensorParallel) -> None:
         nn.Module.__init__(self)
+        self.first_layer = 0
         self.layer = nn.ModuleList([EncoderLayer(sizes, act, tp) for _ in range(sizes.num_hidden_layers)])
         if sizes.layer_norm_placement == "pre":
             self.ln = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)

@@ -311,7 +311,7 @@ def test_bad_rows_of_a_stream(tokenizer: Tokenizer, row: dict, reason: str) -> N
 
 
 def test_wrong_directories_and_formats(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="no directory of RACE"):
+    with pytest.raises(UserError, match="not a directory of RACE"):
         _ = task_of(tokenizer, NAME, {"directory": tmp_path}).splits
     path = write(tmp_path / "a.csv", "q,a,b,A\n")
     with pytest.raises(UserError, match="conll is for token classification"):
