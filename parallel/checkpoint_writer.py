@@ -6,11 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, checkpoint_step
+from parallel.checkpoint import HAS_MANIFEST
+from parallel.checkpoint_directory import CheckpointDirectory
 from parallel.checkpoint_plan import WritePlan, plan_writing, signature
+from parallel.checkpoint_save import Save, SavedCheckpoint
 from parallel.checkpoint_staging import Staging
 from parallel.errors import ArgumentError
 from parallel.file_process import FileProcess, write_pieces
 from parallel.hosts import host_name
-from parallel.manifest import MANIFEST_FILE, FileSums, write_manifest
+from parallel.manifest import MANIFEST_FILE, FileSums
 from parallel.parts import Part, Sizes
 from parallel.process_group import new_group
-from parallel.stored.distributed_files import METADATA
-from parallel.whole_files import reason_of, sync_directory
+from parallel.whole_files import reason_of
 
 #: Seconds by which a thread that waits for others outlasts the limit: who does not write is named by itself before.
 _MARGIN_SECONDS = 60.0
@@ -36,23 +34,6 @@ _MARGIN_SECONDS = 60.0
 
 class NotWrittenError(ArgumentError):
     """The file system refuses a checkpoint; those before it are there still."""
-
-
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """What a checkpoint cost.
-
-    Attributes:
-        step: of the checkpoint.
-        stall_seconds: for which this rank's training stood still.
-        seconds: from the call to the moment at which the checkpoint had its name.
-        bytes: of all of its files but the manifest.
-    """
-
-    step: int
-    stall_seconds: float
-    seconds: float
-    bytes: int
 
 
 class CheckpointWriter:
@@ -81,12 +62,12 @@ class CheckpointWriter:
     def __init__(
         self, root: Path, *, keep: int, asynchronous: bool, timeout_seconds: float = 1800.0, keep_every: int = 0
     ) -> None:
-        self.root, self.keep, self.keep_every = root, keep, keep_every
+        self.root, self.directory = root, CheckpointDirectory(root, keep, keep_every)
         self.asynchronous, self.limit = asynchronous, timeout_seconds
         self.group = self._new_group()
         self.is_first = dist.get_rank() == 0
         self.protected: frozenset[int] = frozenset()
-        self._pending: _Save | None = None
+        self._pending: Save | None = None
         self._saved: list[SavedCheckpoint] = []
         self._signature: dict[str, Any] = {}
         self._plan: WritePlan | None = None
@@ -107,13 +88,7 @@ class CheckpointWriter:
         Raises:
             NotWrittenError: the directory cannot be made.
         """
-
-        def make() -> None:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob("step_*.partial"):
-                _discard(leftover)
-
-        self._on_first(self.root, make)
+        self._on_first(self.root, self.directory.prepare)
 
     def save(
         self, step: int, tensors: dict[str, Tensor | Part], state: dict[str, Any], *, frozen: bool = False
@@ -137,7 +112,17 @@ class CheckpointWriter:
         text = json.dumps(state | {HAS_MANIFEST: MANIFEST_FILE}, indent=1)
         plan = self._plan_for(tensors)
         device = Part.of(next(iter(tensors.values()))).values.device
-        self._pending = save = _Save(self, step, text, plan, began)
+        self._pending = save = Save(
+            self.directory,
+            self.group,
+            self.limit,
+            self.protected,
+            self._saved,
+            step=step,
+            state=text,
+            plan=plan,
+            began=began,
+        )
         if not self.asynchronous:  # in a thread as well: nobody can wait for just so long for a write of their own
             save.start(lambda path: _write_tensors(path, plan, tensors), device)
             self.finish()
@@ -256,167 +241,6 @@ class CheckpointWriter:
         if answer[0] is not None:
             raise _not_written(final, answer[0], what="the directory of checkpoints")
 
-    def _commit(self, partial: Path, final: Path, protected: frozenset[int]) -> None:
-        if os.path.lexists(final):
-            self._remove(final)
-        partial.rename(final)
-        sync_directory(self.root)
-        if not self.keep:
-            return
-        # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.
-        others = {step: path for path in self.root.iterdir() if (step := checkpoint_step(path)) is not None}
-        others = {
-            step: path
-            for step, path in sorted(others.items())
-            if path != final and step not in protected and not (self.keep_every and step % self.keep_every == 0)
-        }
-        for old in list(others.values())[: max(0, len(others) - self.keep + 1)]:
-            self._remove(old)
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        """Delete under another name, so that a crash on the way leaves nothing that passes for a whole checkpoint."""
-        old = path.with_name(path.name + ".old.partial")
-        _discard(old)
-        _discard(path.rename(old))
-
-
-class _Save:
-    """A checkpoint that is being written, in a thread.
-
-    Args:
-        writer: it belongs to.
-        step: of the checkpoint.
-        state: content of the file beside the tensors.
-        plan: of this rank's part.
-        began: when, by the performance counter.
-    """
-
-    def __init__(self, writer: CheckpointWriter, step: int, state: str, plan: WritePlan, began: float) -> None:
-        self.writer, self.step, self.state, self.plan, self.began = writer, step, state, plan, began
-        self.group, self.protected = writer.group, writer.protected
-        self.final = writer.root / f"step_{step:08d}"
-        self.partial = self.final.with_name(self.final.name + ".partial")
-        self.deadline = time.monotonic() + writer.limit
-        #: Whether this rank is at its own part: all else is waiting for others.
-        self.writing = False
-        #: Seconds for which the caller stood still; None for all of them.
-        self.stall: float | None = None
-        self._copied = threading.Event()
-        self._copy_end: torch.cuda.Event | None = None
-        self._done: Future[None] = Future()
-        self._lock = threading.Lock()
-        self._committing = self._given_up = False
-
-    def start(
-        self, write: Callable[[Path], FileSums], device: torch.device, copy: Callable[[], None] = lambda: None
-    ) -> None:
-        """Write it in a thread that keeps no process from ending.
-
-        Args:
-            write: this rank's file.
-            device: of the tensors.
-            copy: what is done first, and waited for by :meth:`wait_for_copy`.
-        """
-        before = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-        def run() -> None:
-            try:
-                self._copy(copy, device, before)
-                size = self._write(write)
-                seconds = time.perf_counter() - self.began
-                if size is not None:
-                    stall = seconds if self.stall is None else self.stall
-                    self.writer._saved.append(SavedCheckpoint(self.step, stall, seconds, size))
-                self._done.set_result(None)
-            except BaseException as error:
-                self._done.set_exception(error)
-
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
-
-    def _copy(self, copy: Callable[[], None], device: torch.device, before: torch.cuda.Event | None) -> None:
-        """Copy, on a GPU in a stream of its own, behind what was queued when the save began."""
-        try:
-            if before is None:
-                copy()
-                return
-            torch.cuda.set_device(device)
-            stream = torch.cuda.Stream(device)
-            stream.wait_event(before)
-            with torch.cuda.stream(stream):
-                copy()
-            self._copy_end = stream.record_event()
-        finally:
-            self._copied.set()
-        self._copy_end.synchronize()
-
-    def wait_for_copy(self) -> None:
-        """Wait until all is copied; on a GPU, let the current stream wait."""
-        self._copied.wait()
-        if self._copy_end is not None:
-            torch.cuda.current_stream().wait_event(self._copy_end)
-
-    @property
-    def failed(self) -> bool:
-        """Whether :meth:`outcome` is there and not that it was written."""
-        return self._done.exception() is not None if self._done.done() else time.monotonic() > self.deadline
-
-    def outcome(self) -> tuple[str | None, bool]:
-        """Wait until the deadline: what the file system refused, and whether it, or another rank, did not answer."""
-        try:
-            self._done.result(max(0.0, self.deadline - time.monotonic()))
-        except OSError as error:
-            late = isinstance(error, TimeoutError) and not self._done.done()
-            return (None, True) if late else (reason_of(error), False)
-        except RuntimeError:  # of a collective: errors of writing come as the above
-            return None, True
-        return None, False
-
-    def give_up(self) -> bool:
-        """Keep it from taking its name; whether it cannot any more, even if its disk answers yet."""
-        with self._lock:
-            self._given_up = not self._committing
-        return self._given_up
-
-    def _write(self, write: Callable[[Path], FileSums]) -> int | None:
-        """Write this rank's part, and give the directory its name once all ranks have written theirs; its bytes."""
-        first, file = self.writer.is_first, self.plan.file
-        self._agreed(self._begin if first else lambda: None)
-        parts = self._agreed(lambda: None if file is None else (file, write(self.partial / file)))
-        sums = dict(part for part in parts if part is not None)
-        return self._agreed((lambda: self._end(sums)) if first else lambda: None)[0]
-
-    def _agreed(self, work: Callable[[], Any]) -> list[Any]:
-        """Work, and raise on every rank what the file system refused any, once all are here; else what each found."""
-        mine: tuple[str | None, Any]
-        self.writing = True
-        try:
-            mine = None, work()
-        except OSError as error:
-            mine = reason_of(error), None
-        self.writing = False
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, mine, group=self.group)
-        if reasons := list(dict.fromkeys(reason for reason, _ in found if reason is not None)):
-            raise OSError("; ".join(reasons))
-        return [one for _, one in found]
-
-    def _begin(self) -> None:
-        _discard(self.partial)
-        self.partial.mkdir(parents=True)  # the directory of checkpoints may have been removed
-        _write_synced(self.partial / STATE_FILE, self.state.encode())
-
-    def _end(self, sums: dict[str, FileSums]) -> int | None:
-        assert self.plan.metadata is not None
-        with self._lock:
-            self._committing = not self._given_up
-        if not self._committing:
-            return None
-        _write_synced(self.partial / METADATA, self.plan.metadata)
-        size = write_manifest(self.partial, sums)
-        self.writer._commit(self.partial, self.final, self.protected)
-        return size
-
 
 def _not_written(
     final: Path, reason: str, remedy: str = "make room, or give access, and", what: str = "checkpoint"
@@ -425,21 +249,6 @@ def _not_written(
         f"{what} {final} could not be written ({reason}): {remedy} the same command goes on from the checkpoint "
         "before it"
     )
-
-
-def _discard(path: Path) -> None:
-    """Remove a directory with all that is in it, or whatever else has the name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_tensors(path: Path, plan: WritePlan, tensors: dict[str, Tensor | Part]) -> FileSums:

@@ -19,7 +19,7 @@ from megatron_bert.config import LoggingSettings
 from megatron_bert.training.heartbeat import Heartbeat
 from megatron_bert.training.metrics_file import METRICS_FILE, MetricsFile
 from megatron_bert.training.trackers import open_trackers
-from parallel.checkpoint_writer import SavedCheckpoint
+from parallel.checkpoint_save import SavedCheckpoint
 from parallel.errors import UserError
 from parallel.whole_files import reason_of, reporting
 

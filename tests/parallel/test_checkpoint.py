@@ -28,6 +28,7 @@ from parallel.checkpoint import (
     latest_checkpoint,
     read_state,
 )
+from parallel.checkpoint_directory import CheckpointDirectory
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter, NotWrittenError
 from parallel.errors import DamagedCheckpointError, UserError
@@ -122,14 +123,14 @@ class TestWriting:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int
     ) -> None:
         commits: list[str] = []
-        original = CheckpointWriter._commit
+        original = CheckpointDirectory.commit
 
-        def slow_commit(self: CheckpointWriter, partial: Path, final: Path, protected: frozenset[int]) -> None:
+        def slow_commit(self: CheckpointDirectory, partial: Path, final: Path, protected: frozenset[int]) -> None:
             list(range(1_000_000))  # long enough for a waiting thread to be woken
             original(self, partial, final, protected)
             commits.append(final.name)
 
-        monkeypatch.setattr(CheckpointWriter, "_commit", slow_commit)
+        monkeypatch.setattr(CheckpointDirectory, "commit", slow_commit)
         writer = CheckpointWriter(tmp_path, keep=0, asynchronous=True)
         writer.save(1, some_tensors(), STATE)
         writer.finish()
@@ -249,7 +250,7 @@ class TestWriting:
         def fail(*_: Any) -> None:
             raise OSError("cannot rename")
 
-        monkeypatch.setattr(CheckpointWriter, "_commit", fail)
+        monkeypatch.setattr(CheckpointDirectory, "commit", fail)
         writer = CheckpointWriter(tmp_path, keep=1, asynchronous=True)
         writer.save(1, some_tensors(), STATE)
         with pytest.raises(UserError, match=r"step_00000001 could not be written \(cannot rename\)"):
@@ -285,7 +286,7 @@ class TestWriting:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(CheckpointWriter, "_remove", staticmethod(lambda path: crash(path)))
+            patch.setattr(CheckpointDirectory, "_remove", staticmethod(lambda path: crash(path)))
             with pytest.raises(KeyboardInterrupt):
                 writer.save(2, some_tensors(2.0), STATE)
         assert latest_checkpoint(tmp_path) == tmp_path / "step_00000002"

@@ -136,7 +136,7 @@ CHANGES: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "absurd length": (place(length=1 << 60), "ends at"),
     "short": (place(length=10), "damaged"),
     "offset of a kind": (place(offset="0"), "damaged"),
-    "other bytes": (place(offset=7), "damaged|no file of torch.save"),
+    "other bytes": (place(offset=7), "damaged|not a file of torch.save"),
     "compressed": (place(transform_descriptors=["zstd"]), "compressed"),
     "no storage": (lambda m: setattr(m, "storage_data", None), "damaged"),
     "no places": (lambda m: m.storage_data.clear(), "damaged"),
@@ -215,7 +215,7 @@ def test_code_in_the_tensors_is_not_run(checkpoint: Path, tmp_path: Path) -> Non
     for content, message in (
         (archive(payload), "asks to load io.open"),
         (head + payload + pickle.dumps([], 2), "asks to load io.open"),
-        (payload + bytes(48), "no file of torch.save"),
+        (payload + bytes(48), "not a file of torch.save"),
         (archive(payload, zipfile.ZIP_DEFLATED), "compressed or encrypted"),
         (archive(pickle.dumps({"weight": 1})), "is not what it should be"),
     ):
