@@ -191,7 +191,7 @@ def _family(settings: dict[str, Any], label: str, stored: Mapping[str, StateTens
     if kind is None and any(".attention.ln." in key for key in stored):
         kind = MODEL_TYPE
         assumed.append(f"{label} gives no model_type: {MODEL_TYPE} was taken, for the norms that its weights have")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         given = "gives no model_type" if kind is None else f"has model_type {brief(kind)!r}"
         raise UserError(
             f"{label} {given}: expected {MODEL_TYPE}, {', '.join(sorted(MODEL_TYPES.keys() - {MODEL_TYPE}))}"
@@ -258,8 +258,8 @@ def _config(
     values = {name: settings[name] for name in (*SIZES, *_OF_HEADS) if settings.get(name) is not None}
     if rows not in (None, values["vocab_size"]):
         raise UserError(
-            f"{label} says vocab_size {brief(values['vocab_size'])}, but there are {rows} rows of word embeddings: "
-            "settings and weights are of two models"
+            f"{label} says vocab_size {brief(repr(values['vocab_size']))}, but there are {rows} rows of word "
+            "embeddings: settings and weights are of two models"
         )
     words = None if rows is None else true_vocab_size(label, rows, None, options)
     activation = GELU_NAMES[options.gelu] if options.gelu else brief(values.get("hidden_act", "gelu"), 40)
@@ -286,7 +286,9 @@ def _config(
 def _token(settings: dict[str, Any], key: str, words: Any, family: type[MegatronBertConfig]) -> Any:
     usual = getattr(family, key)
     value = settings.get(key, usual)
-    return value if value is None or (type(value) is int and type(words) is int and 0 <= value < words) else usual
+    ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+    known = all(type(number) is int and type(words) is int and 0 <= number < words for number in ids)
+    return value if value is None or (ids and known) else usual
 
 
 def _classes(settings: dict[str, Any], label: str, named: Mapping[str, StateTensor]) -> dict[int, str]:

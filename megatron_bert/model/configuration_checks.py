@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from operator import index
 from typing import Any
@@ -61,7 +62,7 @@ def check_values(config: Any, activations: Iterable[str]) -> None:
             raise ArgumentError(f"${name} is {value!r}: give a probability, at least 0 and below 1")
     for name in _NOT_NEGATIVE:
         value = getattr(config, name)
-        if not is_number(value) or not value >= 0:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise ArgumentError(f"${name} is {value!r}: give a number of 0 or more")
     if config.hidden_size % config.num_attention_heads:
         raise ArgumentError(

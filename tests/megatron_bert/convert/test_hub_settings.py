@@ -78,3 +78,27 @@ def test_a_model_type_that_is_left_out_of_another_model(tmp_path: Path) -> None:
     changed = _with(tmp_path / "bert", tmp_path, {}, without=("model_type",))
     with pytest.raises(UserError, match="gives no model_type: expected megatron-bert"), open_checkpoint(changed):
         pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**4000}, "gives hidden_size a number that no model has"),
+        ({"hidden_size": None}, "gives no hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size is '64': give a whole number of 1 or more"),
+        ({"vocab_size": "100"}, "says vocab_size '100', but there are"),
+        ({"hidden_act": ["gelu"]}, "hidden_act is .*: choose one of gelu"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf: give a number of 0 or more"),
+        ({"hidden_dropout_prob": 1}, "hidden_dropout_prob is 1: give a probability"),
+        ({"model_type": ["bert"]}, r"has model_type .*: expected megatron-bert"),
+    ],
+)
+def test_values_that_cannot_be(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error, open_checkpoint(_with(model, tmp_path, changes)):
+        pass
+    assert len(str(error.value)) < 1000
+
+
+def test_several_ends_are_kept(model: Path, tmp_path: Path) -> None:
+    with open_checkpoint(_with(model, tmp_path, {"eos_token_id": [2, 3]})) as state:
+        assert state.config.eos_token_id == [2, 3]
