@@ -171,7 +171,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for place, kind in enumerate(KINDS):
             there = [column for column, ratio in enumerate(rows.values()) if kind in ratio]
             heights = [ratio[kind] for ratio in rows.values() if kind in ratio]
-            axes.bar([column + 0.28 * (place - 1) for column in there], heights, 0.28, label=f"fastest {kind}")
+            if there:
+                places = [column + 0.28 * (place - 1) for column in there]
+                axes.bar(places, heights, 0.28, label=f"fastest {kind}", color=f"C{place}")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(rows)), [key.replace(" ", "\n", 1) for key in rows], fontsize=6)
         axes.set_ylabel("times as fast")

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_bert.ibert import IntegerModel, NativeModel
+from megatron_bert.ibert.engine.place import PLAN_NAME
 from parallel.errors import UserError
 from tests.megatron_bert.ibert.test_integer_model import quantized
 
@@ -94,3 +97,16 @@ def test_nothing_imports_torch(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout == f"{native.logits([[5, 6, 7]]).tolist()}\n"
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    (tmp_path / "serve" / "integer").mkdir(parents=True)
+    IntegerModel.from_model(quantized("MegatronBertForSequenceClassification")[0], "reference").save(
+        tmp_path / "serve" / "integer" / PLAN_NAME
+    )
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[3] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "NativeModel(" in each)
+    names: dict = {}
+    exec(re.sub(r"\b\d{3,}\b", "7", block), names)  # the model here has 90 words
+    assert names["logits"].shape == (2, 2)
