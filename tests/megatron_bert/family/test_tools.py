@@ -12,14 +12,22 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch.nn.parallel import scatter_gather
 
 import megatron_bert
 from megatron_bert import AutoTokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
 from tests.megatron_bert.family import support as megatron
-from tests.megatron_bert.family.support import CLOSE, batch_for, build, config_of, labels_for
+from tests.megatron_bert.family.support import (
+    CLOSE,
+    HEADS,
+    assert_outputs_close,
+    batch_for,
+    build,
+    config_of,
+    labels_for,
+)
 from tests.megatron_bert.ibert.family import support as ibert
 
 WORDS = "the dog sees a cat and sky is blue good bad it was not very paris france capital of".split()  # noqa: SIM905
@@ -109,13 +117,18 @@ def test_accelerate():
     assert type(accelerator.unwrap_model(model)).__name__ == "MegatronBertForTokenClassification"
 
 
-def test_outputs_of_replicas_are_gathered():
-    model, batch = build("ForMaskedLM"), batch_for("ForMaskedLM")
-    parts = [model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}) for row in range(3)]
-    whole = nn.parallel.scatter_gather.gather(parts, "cpu") if torch.cuda.is_available() else None
-    joined = type(parts[0])(logits=torch.cat([part.logits for part in parts]))
-    torch.testing.assert_close((whole or joined).logits, model(**batch).logits, **CLOSE)
-    assert isinstance(parts[0], transformers.utils.ModelOutput)
+def test_outputs_of_replicas_are_gathered(monkeypatch):
+    """DataParallel puts what replicas return together, field by field; copying between GPUs is all that is left out."""
+    monkeypatch.setattr(scatter_gather.Gather, "apply", lambda device, dim, *parts: torch.cat(parts, dim))
+    for head in HEADS:
+        model, batch = build(head), batch_for(head)
+        options = {"output_hidden_states": True} | ({"use_cache": False} if head == "ForCausalLM" else {})
+        parts = [
+            model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}, **options) for row in range(3)
+        ]
+        whole, expected = scatter_gather.gather(parts, "cpu"), model(**batch, **options)
+        assert type(whole) is type(expected)
+        assert_outputs_close(whole, expected)
 
 
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear"], ids=str)
