@@ -8,7 +8,7 @@ Both have the same weights and read the same batch; their steps alternate and th
 machine whose speed drifts does not favor one. ``full`` batches have no padding; ``ragged`` ones have sequences of an
 eighth of the length to all of it, padded to the longest as transformers takes them.
 
-    python -m tools.benchmark_family --output benchmarks/family_cpu.json
+    python -m benchmarks.family --output benchmarks/family_cpu.json
 
 The file keeps its other runs: those of other shapes, models, steps, batches and sizes.
 """
@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 import megatron_bert
+from benchmarks.harness import provenance
 from megatron_bert import MegatronBertConfig
 from megatron_bert.ending import command
 from parallel.whole_files import write_text
 from tools.peers import transformers
-from tools.timing import machine_name, processor_seconds, seconds
+from tools.timing import processor_seconds, seconds
 
 #: Name -> class, whether padding is skipped.
 MODELS = {
@@ -188,7 +189,7 @@ def add_run(path: Path, run: dict[str, Any]) -> None:
     write_text(path, json.dumps({"runs": [*runs, run]}, indent=2) + "\n")
 
 
-@command("benchmark_family")
+@command("benchmarks.family")
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,13 +212,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     transformers.logging.disable_progress_bar()
-    options = shlex.join(sys.argv[1:]).partition(" --output")[0]
+    options = shlex.split(shlex.join(sys.argv[1:]).partition(" --output")[0])
     result = {
-        "command": f"python -m tools.benchmark_family {options}".rstrip(),
-        "machine": machine_name(torch.device(arguments.device)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **provenance("family", "transformers", arguments=options, device=torch.device(arguments.device)),
         "layers": arguments.layers,
         "vocab": arguments.vocab_size,
         "batch": {"sequences": arguments.batch, "longest": arguments.length},

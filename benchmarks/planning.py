@@ -3,7 +3,7 @@
 
 Each world is calibrated (`megatron-bert bench --ranks N`), its steps are predicted, and then trained.
 
-    python -m tools.benchmark_planning --output benchmarks/planning_cpu.json
+    python -m benchmarks.planning --output benchmarks/planning_cpu.json
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import provenance
 from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
@@ -32,7 +33,6 @@ from megatron_bert.planning.workload import workload_of
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.pretrain import pretrain
 from parallel.whole_files import write_text
-from tools.timing import machine_name
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert_345m.yaml"
 #: Ranks, and settings of their layouts.
@@ -119,7 +119,7 @@ def compare(ranks: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-@command("benchmark_planning")
+@command("benchmarks.planning")
 def main() -> None:
     """Predict, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,9 +128,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     result = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": machine_name(torch.device("cpu")),
-        "torch": torch.__version__,
+        **provenance("planning"),
         "worlds": [row for ranks in arguments.ranks for row in compare(ranks, arguments.steps)],
     }
     text = json.dumps(result, indent=2)
