@@ -147,6 +147,6 @@ def test_the_trainer_of_transformers(tmp_path):
         trainer = transformers.Trainer(model=each, args=arguments, train_dataset=rows)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert [layer.recompute for layer in model.layer_list()] == ["full", "none", "full"]
+    assert [layer.gradient_checkpointing for layer in model.layer_list()] == [True, False, True]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(losses[0]) == 2
