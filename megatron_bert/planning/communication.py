@@ -79,7 +79,7 @@ def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatc
         yield Message(kind, "tensor", workload.compute, size, hidden, count * microbatches)
     if not stage.part.last:
         return
-    slots, first = layout.micro_batch * workload.slots, layout.micro_batch
+    slots, first = layout.micro_batch * workload.slots, layout.micro_batch * workload.pairs
     if workload.pretraining:
         row = config.hidden_size * number
         if layout.sequence:  # the rows that the heads read

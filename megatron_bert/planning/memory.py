@@ -187,7 +187,7 @@ def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
     config, number = workload.config, workload.number_bytes
     slots = layout.micro_batch * workload.slots
     columns = min(config.vocab_size, config.padded_vocab_size // layout.tensor)
-    rows = (4 * slots + 2 * layout.micro_batch) * config.hidden_size * number
+    rows = (4 * slots + 2 * layout.micro_batch * workload.pairs) * config.hidden_size * number
     if workload.head is not None:
         rows = (2 + 2 * workload.head.pooled) * layout.micro_batch * workload.head.rows * config.hidden_size * number
     queued = number * slots * (columns + 2 * config.hidden_size) if _split(layout) else 0.0
@@ -235,14 +235,14 @@ def _states(workload: Workload, layout: Layout, stages: list[Stage], microbatche
     share = sum(stage.share for stage in stages)
     whole = sum(stage.count for stage in stages)
     root = sum(stage.root_count for stage in stages)
-    layer = max(stage.layer_count for stage in stages)
+    layer = max(min(2, len(stage.part.layers)) * stage.layer_count for stage in stages)
     # Those of several micro batches add up undivided; of a single one, none is there yet when activations are most.
     gradients = 4.0 * whole if microbatches > 1 else 0.0
     return {
         "weights": 4.0 * share,
         "gradients": gradients,
         "optimizer": 8.0 * share,
-        "buffers": number * (root + 2 * layer),
+        "buffers": number * (root + layer),
     }
 
 

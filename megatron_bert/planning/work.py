@@ -39,7 +39,7 @@ def head_flops(workload: Workload, layout: Layout) -> int:
     if workload.head is not None:
         head = workload.head
         return 2 * layout.micro_batch * head.rows * hidden * (hidden * head.pooled + head.outputs)
-    pairs = layout.micro_batch * (2 * hidden * hidden + 4 * hidden) if config.binary_head else 0
+    pairs = layout.micro_batch * workload.pairs * (2 * hidden * hidden + 4 * hidden) if config.binary_head else 0
     return masked + pairs
 
 

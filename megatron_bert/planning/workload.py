@@ -50,6 +50,8 @@ class Workload:
         losses: what the loss has of terms.
         fused_attention: whether attention never holds its scores, as on GPUs.
         head: of a fine-tuning task; None where it pretrains.
+        pairs: of sentences that the pair head reads of a sample, or of a row, whose places for samples are fixed.
+        predictions: masked tokens of a sample, by which a run balances stages; as many as slots by default.
     """
 
     config: MegatronBertConfig
@@ -62,6 +64,8 @@ class Workload:
     losses: int
     fused_attention: bool = True
     head: TaskHead | None = None
+    pairs: int = 1
+    predictions: int | None = None
 
     @property
     def sample_tokens(self) -> int:
@@ -106,7 +110,7 @@ class Workload:
         Raises:
             UserError: more stages than layers, or sizes that do not fit.
         """
-        head = head_in_layers(self.config, self.length, self.slots)
+        head = head_in_layers(self.config, self.length, self.slots if self.predictions is None else self.predictions)
         return split_layers(self.config.num_hidden_layers, stages, last_cost=head, sizes=sizes)
 
 
@@ -123,11 +127,12 @@ def workload_of(
         head: of a fine-tuning task, as far as it is known; two classes on each sequence by default.
     """
     pretraining = isinstance(settings, Settings)
-    slots = 0
+    slots, pairs = 0, 1
     if isinstance(settings, Settings):
         slots = settings.max_predictions
         if settings.data.packed:
-            slots = settings.row_slots(settings.data.row_samples or LEAST_SAMPLES)
+            pairs = settings.data.row_samples or LEAST_SAMPLES
+            slots = settings.row_slots(pairs)
     return Workload(
         config=config,
         length=length,
@@ -139,4 +144,6 @@ def workload_of(
         losses=2 if pretraining and config.binary_head else 1,
         fused_attention=settings.training.device != "cpu",
         head=None if pretraining else head or TaskHead(),
+        pairs=pairs,
+        predictions=settings.max_predictions if isinstance(settings, Settings) else None,
     )
