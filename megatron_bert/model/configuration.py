@@ -236,7 +236,8 @@ def config_from_dict(values: Mapping[str, Any], label: str) -> EncoderConfig:
     unknown = sorted(values.keys() - kind.__dataclass_fields__.keys() - {"model_type"})
     if unknown:
         raise UserError(
-            f"{label} gives an encoder {brief(', '.join(unknown))}, which it does not have: use a newer megatron-bert"
+            f"{label} gives an encoder {brief(', '.join(unknown))}, which it does not have here: use the version of "
+            "megatron-bert that wrote it"
         )
     for name, value in values.items():
         if type(value) is int and value.bit_length() > _MOST_BITS:

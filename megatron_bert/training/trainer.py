@@ -436,10 +436,15 @@ class Trainer:
         """What is about to be trained, where and how."""
         layout, schedule = self.mesh.layout, self.engine.schedule
         count = parameter_count(self.config)
-        kernels = ", ".join(f"{part} by {name}" for part, name in backends.report(self.world.device).items())
+        rule = self.settings.optimizer.name
+        kernels = ", ".join(
+            f"{part} by {name}"
+            for part, name in backends.report(self.world.device).items()
+            if part != "Adam" or rule == "adamw"
+        )
         return (
             f"{count:,} parameters on {self.world.size} x {self.world.device.type}: tensor {layout.tensor}"
             f"{' (sequence parallel)' if layout.sequence else ''}, pipeline {layout.pipeline} ({schedule.name}, "
-            f"{schedule.microbatches} micro batches, {schedule.chunks} a rank), data {layout.data} "
-            f"(sharding {self.settings.parallel.sharding}), {self.settings.precision.compute}; {kernels}"
+            f"{schedule.microbatches} micro batches, {schedule.chunks} per rank), data {layout.data} "
+            f"(sharding {self.settings.parallel.sharding}), {self.settings.precision.compute}, {rule}; {kernels}"
         )
