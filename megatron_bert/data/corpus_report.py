@@ -48,7 +48,7 @@ class Lengths:
     def __str__(self) -> str:
         low, middle, high, most = np.percentile(self.values, [10, 50, 90, 99])
         return (
-            f"{self.unit} a {self.name}: mean {self.values.mean():,.1f}, median {middle:,.0f}, 10% below {low:,.0f}, "
+            f"{self.unit} per {self.name}: mean {self.values.mean():,.1f}, median {middle:,.0f}, 10% below {low:,.0f}, "
             f"10% above {high:,.0f}, 1% above {most:,.0f}, longest {self.values.max():,}"
         )
 
@@ -167,7 +167,7 @@ class CorpusReport:
             values = lengths.values[lengths.values > 0]
             edges = np.unique(np.round(np.geomspace(1, max(2, int(values.max()) + 1), 50)))
             axis.hist(values, bins=edges, color="#4c78a8")
-            axis.set(xscale="log", xlabel=f"{lengths.unit} a {lengths.name}", ylabel=f"{lengths.name}s")
+            axis.set(xscale="log", xlabel=f"{lengths.unit} per {lengths.name}", ylabel=f"{lengths.name}s")
         figure.suptitle(self.prefix)
         with reporting("written", path, "give another name"):
             write_picture(path, figure, dpi=110)

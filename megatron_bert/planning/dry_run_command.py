@@ -279,7 +279,7 @@ def report(
     lines = [
         f"rank {rank} of {world_size}: {step.peak_bytes / GIB:.2f} GiB at its peak ({parts}){memory}",
         f"  between steps {sum(step.resident.values()) / GIB:.2f} GiB, {step.building / GIB:.2f} while it is built; "
-        f"{step.flops / 1e12:,.2f} TFLOP a step{flops}",
+        f"{step.flops / 1e12:,.2f} TFLOP per step{flops}",
     ]
     closed = totals(step_messages(workload, layout, stages, place, in_stage // layout.tensor)) if predicted else None
     for what, seen in sorted(step.traffic.items()):

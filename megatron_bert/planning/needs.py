@@ -100,7 +100,7 @@ def host_lines(settings: RunSettings, workload: Workload, layout: Layout, ranks_
         staged = checkpoint_of(layout, stages_of(workload, layout)).rank_bytes
     loaders = workers * LOADER_GIB + batches / GIB
     return [
-        f"host memory: {ranks * (loaders + LOADER_GIB + staged / GIB):,.1f} GiB a node of {ranks} ranks: "
-        f"{ranks * loaders:,.1f} of {workers} loaders a rank, {ranks * staged / GIB:,.1f} of copies of checkpoints, "
+        f"host memory: {ranks * (loaders + LOADER_GIB + staged / GIB):,.1f} GiB per node of {ranks} ranks: "
+        f"{ranks * loaders:,.1f} of {workers} loaders per rank, {ranks * staged / GIB:,.1f} of copies of checkpoints, "
         "the rest of the ranks themselves"
     ]

@@ -90,7 +90,7 @@ def one_line(prediction: Prediction) -> str:
     layout = prediction.layout
     parts = [f"tensor {layout.tensor}{' (sequence)' if layout.sequence else ''}"]
     if layout.pipeline > 1:
-        parts.append(f"pipeline {layout.pipeline} ({layout.schedule}, {layout.chunks} a rank)")
+        parts.append(f"pipeline {layout.pipeline} ({layout.schedule}, {layout.chunks} per rank)")
     parts += [f"data {layout.data} ({layout.sharding})", f"micro batch {layout.micro_batch}", layout.recompute]
     return (
         f"{', '.join(parts)}: {prediction.memory.peak / GIB:.1f} GiB, {prediction.time.seconds:.3g} s a step, "
