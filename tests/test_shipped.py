@@ -34,7 +34,11 @@ def test_every_source_names_its_license() -> None:
     """Scanners of licenses read one file at a time."""
     packages = ("parallel", "megatron_bert", "tools", "launch", "benchmarks", "tests", "docs")
     sources = [path for package in packages for path in (ROOT / package).rglob("*.*") if path.is_file()]
-    sources = [path for path in sources if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".c", ".h")]
+    sources = [
+        path
+        for path in sources
+        if "docs/scripts" not in str(path) and path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".c", ".h")
+    ]
     missing = [str(path) for path in sources if "SPDX-License-Identifier: Apache-2.0" not in path.read_text()[:200]]
     assert len(sources) > 500
     assert not missing

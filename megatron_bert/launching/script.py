@@ -34,7 +34,8 @@ def render(job: CheckedJob, site: SiteSettings, command_line: str) -> str:
 
 def job_body() -> str:
     """What every job does with the values that stand above it."""
-    return resources.files("megatron_bert.launching").joinpath("job.sh").read_text(encoding="utf-8")
+    text = resources.files("megatron_bert.launching").joinpath("job.sh").read_text(encoding="utf-8")
+    return text.removeprefix("# SPDX-License-Identifier: Apache-2.0\n")  # of the source, not of what it makes
 
 
 def log_directory(job: CheckedJob) -> str:

@@ -109,7 +109,7 @@ CASES = [
     (1, 2, ["parallel.pipeline=2", "parallel.schedule=interleaved-1f1b", "parallel.virtual_stages=2"]),
     (2, 4, ["parallel.sharding=full"]),
     (6, 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.sharding=hybrid", "parallel.shard_size=2"]),
-    (2, 4, ["data.pair_objective=none", "precision.compute=float32"]),
+    (2, 4, ["data.pair_objective=none", "data.packed=false", "precision.compute=float32"]),
     (5, 8, ["parallel.sharding=none", "parallel.pipeline=2"]),  # a data rank beyond the first, of copies
     (3, 4, ["parallel.sharding=none", "parallel.tensor=2", "parallel.sequence=true"]),
     (3, 4, ["parallel.pipeline=4", "parallel.schedule=zero-bubble-h1", "training.recompute=full"]),
