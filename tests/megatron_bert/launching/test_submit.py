@@ -233,7 +233,7 @@ class TestRefusals:
         site.write_text("partitoin: gpu\n")
         assert "did you mean partition?" in submit.refused(*SIZE, "--site", str(site))
         site.write_text("environment: {'A B': 1}\n")
-        assert "no name of an environment variable" in submit.refused(*SIZE, "--site", str(site))
+        assert "is not a name of an environment variable" in submit.refused(*SIZE, "--site", str(site))
         site.write_text("partition: a\naccount: b\npartition: c\n")
         assert "partition is set twice" in submit.refused(*SIZE, "--site", str(site))
 
