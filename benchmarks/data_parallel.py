@@ -25,6 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import provenance
+from benchmarks.timing import processor_seconds
 from megatron_bert.config import OptimizerSettings
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -36,7 +37,6 @@ from parallel.gradients import clip_factor, global_gradient_norm
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.process_group import process_group
 from parallel.sharding import initialize
-from tools.timing import processor_seconds
 
 Step = Callable[[], None]
 

@@ -33,11 +33,11 @@ from torch import Tensor
 
 import megatron_bert
 from benchmarks.harness import provenance
+from benchmarks.peers import transformers
+from benchmarks.timing import processor_seconds, seconds
 from megatron_bert import MegatronBertConfig
 from megatron_bert.ending import command
 from parallel.whole_files import write_text
-from tools.peers import transformers
-from tools.timing import processor_seconds, seconds
 
 #: Name -> class, whether padding is skipped.
 MODELS = {

@@ -75,7 +75,7 @@ def their_scores(file: Path, seed: int, directory: Path) -> dict[str, dict[str, 
     """Scores of transformers' Trainer by split, from ``directory`` if they are there."""
     kept = directory / _THEIR_SCORES
     if not kept.exists():
-        from tools.transformers_trainer import train
+        from benchmarks.transformers_trainer import train
 
         settings = load_sections(file, [f"training.run_dir={directory}"], FinetuneSettings)
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tools.timing import machine_name
+from benchmarks.timing import machine_name
 
 
 def provenance(

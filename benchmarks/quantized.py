@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.harness import provenance
+from benchmarks.peers import transformers
+from benchmarks.timing import processor_seconds, seconds
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
 from parallel.whole_files import write_text
-from tools.peers import transformers
-from tools.timing import processor_seconds, seconds
 
 #: Shared by all models.
 _SIZES = {

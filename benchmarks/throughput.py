@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance
+from benchmarks.peers import transformers
+from benchmarks.timing import seconds
 from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -28,8 +30,6 @@ from megatron_bert.model.sequences import SequenceLayout
 from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
 from parallel.whole_files import write_text
-from tools.peers import transformers
-from tools.timing import seconds
 
 
 def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatch:

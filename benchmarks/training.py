@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance
+from benchmarks.peers import transformers
 from benchmarks.throughput import make_batch
 from megatron_bert.config import Settings
 from megatron_bert.data.tokenizers import Tokenizer
@@ -39,7 +40,6 @@ from parallel.cross_entropy import IGNORED
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World, process_group
 from parallel.whole_files import write_json
-from tools.peers import transformers
 
 VOCABULARY = 30522
 

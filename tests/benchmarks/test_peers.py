@@ -11,8 +11,8 @@ import pytest
 
 def test_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "tools.peers", raising=False)
+    monkeypatch.delitem(sys.modules, "benchmarks.peers", raising=False)
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module("tools.peers")
+        importlib.import_module("benchmarks.peers")
     assert ended.value.code == 2
     assert "transformers is not installed: run `bash launch/setup.sh --test`" in capsys.readouterr().err

@@ -4,7 +4,7 @@
 All read the same sentences. Ours is the run of `megatron-bert quantize`; the others quantize the float model that it
 began with, each in its own way.
 
-    python -m tools.inference_accuracy --float runs/float --quantized runs/int8 --data dev.tsv
+    python -m benchmarks.inference_accuracy --float runs/float --quantized runs/int8 --data dev.tsv
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import transformers
 from megatron_bert.ending import command
 from megatron_bert.ibert import NativeModel
 from parallel.errors import UserError
 from parallel.whole_files import write_text
-from tools.peers import transformers
 
 #: Logits of token ids and masks ``[B, S]``.
 _Run = Callable[[np.ndarray, np.ndarray], Any]
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="table with the columns sentence and label")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--calibrate", type=int, default=64, help="sentences for those that calibrate")
-    parser.add_argument("--output", type=Path, help="a report of benchmark_inference to write into")
+    parser.add_argument("--output", type=Path, help="a report of benchmarks.inference to write into")
     arguments = parser.parse_args()
     with open(arguments.data, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

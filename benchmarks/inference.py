@@ -6,8 +6,8 @@ favor one. A row of the report is a shape, batch, length and number of threads; 
 a long measurement can be made in pieces.
 
     pip install '.[test,benchmark]'
-    python -m tools.benchmark_inference --shape base --batch 1 8 --length 32 128 512 --threads 1
-    python -m tools.benchmark_inference --draw
+    python -m benchmarks.inference --shape base --batch 1 8 --length 32 128 512 --threads 1
+    python -m benchmarks.inference --draw
 
 ``--instructions`` measures what an older processor would run: the newer instruction sets are hidden from all systems
 alike.
@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.inference_memory import memory
+from benchmarks.inference_systems import SHAPES, Models, Run, systems
+from benchmarks.timing import processor_name
 from megatron_bert.ending import command
 from parallel.errors import UserError
 from parallel.whole_files import write_text
-from tools.inference_memory import memory
-from tools.inference_systems import SHAPES, Models, Run, systems
-from tools.timing import processor_name
 
-#: What newer instruction sets are hidden for: the variable that says so to tools/hidden_instructions.c.
+#: What newer instruction sets are hidden for: the variable that says so to benchmarks/hidden_instructions.c.
 _HIDDEN = "HIDDEN_INSTRUCTIONS"
 KINDS = ("fp32", "bf16", "int8")
 
@@ -60,7 +60,7 @@ def hide_instructions(level: str) -> None:
             subprocess.run(["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"cannot compile {source.name} ({error}): install a C compiler") from None
-        command_line = [sys.executable, "-m", "tools.benchmark_inference", *sys.argv[1:]]
+        command_line = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:]]
         done = subprocess.run(command_line, env=os.environ | {_HIDDEN: level, "LD_PRELOAD": str(library)})
     raise SystemExit(done.returncode)
 
@@ -222,7 +222,7 @@ def _rows(arguments: argparse.Namespace, models: Models, report: dict[str, Any])
                 print(json.dumps({key: row}, indent=2), flush=True)
 
 
-@command("benchmark_inference")
+@command("inference")
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])

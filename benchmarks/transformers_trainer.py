@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.peers import transformers
 from megatron_bert.convert.conversion import convert
 from megatron_bert.finetuning.saved import task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -23,7 +24,6 @@ from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Head, Task, Unit
-from tools.peers import transformers
 
 
 def collate(units: list[Unit], head: Head, pad_id: int) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One encoder as each system of :mod:`tools.benchmark_inference` runs it, with the same weights."""
+"""One encoder as each system of :mod:`benchmarks.inference` runs it, with the same weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import transformers
 from megatron_bert import MegatronBertConfig, MegatronBertModel
 from megatron_bert.ibert import IntegerModel, QuantizationConfig, calibrate, freeze_ranges, quantize_model
 from megatron_bert.ibert.engine.plan_file import read_plan
 from parallel.errors import UserError
-from tools.peers import transformers
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from tools.inference_systems import Models
+from benchmarks.inference_systems import Models
 
 #: What each system does, after ``ids = [[..], ..]``: makes a function `run` ready.
 _TORCH = """

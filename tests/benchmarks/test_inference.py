@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import benchmark_inference as benchmark
-from tools.inference_memory import memory
-from tools.inference_systems import Models
+from benchmarks import inference as benchmark
+from benchmarks.inference_memory import memory
+from benchmarks.inference_systems import Models
 
 
 def _run(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_inference", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["inference", *map(str, arguments)])
     benchmark.main()
 
 
