@@ -24,15 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import provenance
 from benchmarks.inference_memory import memory
 from benchmarks.inference_systems import SHAPES, Models, Run, systems
-from benchmarks.timing import processor_name
 from megatron_bert.ending import command
 from parallel.errors import UserError
 from parallel.whole_files import write_text
@@ -40,6 +41,8 @@ from parallel.whole_files import write_text
 #: What newer instruction sets are hidden for: the variable that says so to benchmarks/hidden_instructions.c.
 _HIDDEN = "HIDDEN_INSTRUCTIONS"
 KINDS = ("fp32", "bf16", "int8")
+#: Packages of the peers beside torch.
+PEERS = ("transformers", "onnxruntime", "openvino", "nncf")
 
 
 def hide_instructions(level: str) -> None:
@@ -244,11 +247,14 @@ def main() -> None:
     if arguments.instructions:
         hide_instructions(arguments.instructions)
     models = Models(arguments.models, arguments.shape)
-    report: dict[str, Any] = {"machine": processor_name(), "rows": {}}
+    report: dict[str, Any] = {"rows": {}}
     if arguments.output.is_file():
         report = json.loads(arguments.output.read_text(encoding="utf-8"))
     if arguments.draw:
         return draw(report, arguments.output.with_suffix(".png"))
+    # Rows of other calls stay; threads stand in each.
+    made = provenance("inference", *(package for package in PEERS if find_spec(package)))
+    report |= {"command": made["command"], "machine": made["machine"], "versions": made["versions"]}
     _rows(arguments, models, report)
     return None
 
