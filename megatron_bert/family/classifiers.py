@@ -97,6 +97,10 @@ class Classifier(HeadModel):
 class SequenceClassifier(Classifier):
     """A class, several labels, or values for each sequence."""
 
+    def problem_loss(self, encoded: Encoded, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of the configuration's problem; apart from ``forward``, whose locals() must hold arguments alone."""
+        return problem_loss(self.config.problem_type, logits, labels, lambda: self.read(encoded.blank()))
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -117,9 +121,7 @@ class SequenceClassifier(Classifier):
         from the labels each time: one class is a regression, whole numbers are classes, others several labels.
         """
         encoded, logits = self.classified(shared_arguments(locals()))
-        loss = None
-        if labels is not None:
-            loss = problem_loss(self.config.problem_type, logits, labels, lambda: self.read(encoded.blank()))
+        loss = None if labels is None else self.problem_loss(encoded, logits, labels)
         return self.finished(SequenceClassifierOutput(loss=loss, logits=logits), encoded, return_dict)
 
 
