@@ -87,6 +87,11 @@ def _inspect_corpus(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--sample needs a number of samples, 1 or more, and --tokenizer, which the corpus was made with."
         )
+    for name in ("seq_length", "pair_objective"):
+        if getattr(arguments, name) is not None and arguments.tokenizer is None:
+            raise UserError(f"--{name.replace('_', '-')} needs --tokenizer, which the corpus was made with.")
+    if arguments.seq_length is not None and arguments.seq_length < 8:
+        raise UserError(f"--seq-length is {arguments.seq_length}: give 8 or more.")
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     report = CorpusReport(str(arguments.source), tokenizer)
     given = {"seq_length": arguments.seq_length, "objective": arguments.pair_objective}

@@ -58,14 +58,23 @@ def parse_part(text: str) -> Part:
 
 
 def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files that the inputs name, in order; those of directories and patterns are sorted by name.
+    """The files that the inputs name, in order, each once; those of directories and patterns are sorted by name.
 
-    Says on standard error what is left out of directories.
+    Says on standard error what is left out of directories, and when files were named again.
 
     Raises:
         UserError: Something is missing, or a directory or a pattern gives no file.
     """
-    return [path for given in inputs for path in _expand(os.fspath(given))]
+    named = [path for given in inputs for path in _expand(os.fspath(given))]
+    kept, seen = [], set()
+    for path in named:
+        place = os.path.realpath(path)
+        if path == STANDARD_INPUT or place not in seen:
+            kept.append(path)
+        seen.add(place)
+    if len(kept) < len(named):
+        print(f"note: {len(named) - len(kept)} inputs name a file again, which is read once", file=sys.stderr)
+    return kept
 
 
 def _expand(given: str) -> list[str]:

@@ -68,7 +68,9 @@ def merge_corpora(prefixes: Sequence[str | os.PathLike[str]], output: str | os.P
     if not prefixes:
         raise UserError("There is nothing to merge: give at least one corpus prefix.")
     names = [os.fspath(prefix).removesuffix(".idx") for prefix in prefixes]
-    output = os.fspath(output)
+    output = os.fspath(output).removesuffix(".idx").removesuffix(".bin")
+    if Path(output).is_dir():
+        raise UserError(f"The merged corpus {output} is a directory: give a prefix, such as {output}/corpus.")
     if any(Path(name).resolve() == Path(output).resolve() for name in names):
         raise UserError(f"The merged corpus {output} cannot replace its own input: choose another prefix.")
     notes = [read_sidecar(name) for name in names]

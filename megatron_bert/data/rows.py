@@ -86,6 +86,9 @@ def decode_row(row: Row, json_key: str = "text") -> str:
     return _text_of_object(row, text, json_key) if row.form == "json" else text
 
 
+_JSON_KINDS = {type(None): "null", bool: "a truth value", list: "an array", dict: "an object"}
+
+
 def _text_of_object(row: Row, text: str, json_key: str) -> str:
     try:
         document = json.loads(text)
@@ -96,7 +99,10 @@ def _text_of_object(row: Row, text: str, json_key: str) -> str:
         raise UserError(f'{row.where} has no key "{json_key}" (found: {found}): name the text with --json-key.')
     content = document[json_key]
     if not isinstance(content, str):
-        raise UserError(f'{row.where} holds {type(content).__name__} under "{json_key}": expected a string.')
+        kind = _JSON_KINDS.get(type(content), "a number")
+        raise UserError(
+            f'{row.where} holds {kind} under "{json_key}", expected a string: skip such rows with --on-bad-row skip.'
+        )
     if b"\\u" in row.data:
         try:
             content.encode("utf-8")

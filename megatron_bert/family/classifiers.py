@@ -48,6 +48,11 @@ class Classifier(HeadModel):
         super().build(**parts)
         self.add_module(self.head, self.head_module())
 
+    @property
+    def num_labels(self) -> int:
+        """Number of classes or values, as configured."""
+        return int(self.config.num_labels)
+
     def head_module(self) -> nn.Module:
         """The head."""
         return without_values(nn.Linear, self.sizes.hidden_size, self.outputs(self.sizes))

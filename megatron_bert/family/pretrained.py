@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from operator import index
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_bert.family.modules import Embeddings, EncoderLayer, LanguageHead
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import fill, replaced, undivided
-from parallel.errors import ArgumentError, UserError
+from parallel.errors import ArgumentError, UserError, brief
 from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import local_tensor, name_seed
@@ -39,6 +39,8 @@ logger = transformers.logging.get_logger(__name__)
 RANGES_NAME = "quantization.json"
 #: Arguments of from_pretrained that say where files are.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+#: What DataParallel and torch.compile put before the names of a model's tensors.
+WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
 #: What torch's restricted unpickler says it will not load.
 _ASKED = re.compile(r"GLOBAL ([\w.]+)")
 #: Output projections, whose initial values are smaller.
@@ -457,11 +459,14 @@ class DocumentedModel(transformers.PreTrainedModel):
         check_device(device)
         if device is not None:
             kwargs["device_map"] = {"": device} if tp.size == 1 else None
-        mapping = {rf"^{alias}\.": f"{cls.base_model_prefix}." for alias in cls.names.aliases}
-        if mapping and kwargs.get("key_mapping") is None:
-            kwargs["key_mapping"] = mapping
+        if kwargs.get("key_mapping") is None:
+            aliases = {rf"^{alias}\.": f"{cls.base_model_prefix}." for alias in cls.names.aliases}
+            kwargs["key_mapping"] = {WRAPPERS: "", **aliases}
+        shown = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
         except pickle.UnpicklingError as error:
             asked = _ASKED.search(str(error))
             why = "is damaged" if asked is None else f"asks to load {asked[1]}, which tensors do not need"
@@ -469,12 +474,24 @@ class DocumentedModel(transformers.PreTrainedModel):
                 f"{pretrained_model_name_or_path} holds a pickle that {why}: take the model from where it came from "
                 "again, as safetensors if there are such"
             ) from None
-        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        cls._check_found(pretrained_model_name_or_path, info)
         if tp.size > 1:
             model = model.divided(tp, device)
         model.finish_loading(pretrained_model_name_or_path, kwargs)
         model.eval()
-        return (model, *info) if info else model
+        return (model, info) if shown else model
+
+    @classmethod
+    def _check_found(cls, source: Any, info: Mapping[str, Any]) -> None:
+        """Refuse a file whose tensors have names that are not understood, while the encoder lacks some."""
+        base, unexpected = f"{cls.base_model_prefix}.", sorted(info["unexpected_keys"])
+        missing = sorted(name.removeprefix(base) for name in info["missing_keys"])
+        missing = [name for name in missing if name.startswith(("embeddings.", "encoder."))]
+        if missing and unexpected:
+            raise UserError(
+                f"{source} has no {missing[0]} ({len(missing)} tensors of the encoder are not there), but holds "
+                f"{brief(unexpected[0])}: give its tensors the names of transformers (key_mapping=)"
+            )
 
     @torch.no_grad()
     def divided(self, tp: TensorParallel, device: torch.device | str | None = None) -> Any:

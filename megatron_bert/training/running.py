@@ -19,6 +19,7 @@ from megatron_bert.training.placement import placement_notes
 from megatron_bert.training.run import Start, check_device, find_start, set_aside, write_start
 from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import StopRequest, note_stop
+from megatron_bert.training.trackers import check_trackers
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import DamagedCheckpointError, UserError, called
@@ -73,6 +74,7 @@ def opened(settings: RunSettings, layout: ParallelLayout, *, ends_process: bool)
         UserError: the world cannot be formed, the device cannot do what is asked, or another run owns the directory.
     """
     training, timeout = settings.training, settings.parallel.timeout_seconds
+    check_trackers(settings.logging.trackers)
     with (
         called(device="training.device", timeout_seconds="parallel.timeout_seconds"),
         process_group(training.device, timeout, layout.world_size) as world,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +62,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """MLflow; what ``MLFLOW_TRACKING_URI`` names, or a database in the run directory.
+    """MLflow; what ``MLFLOW_TRACKING_URI`` names, or files in the run directory.
 
     Args:
         run_dir: directory of the run, whose name is the run's.
@@ -126,6 +126,16 @@ def open_trackers(names: list[str], run_dir: Path, project: str) -> dict[str, Tr
                 f"logging.trackers: {name} does not start ({reason}): see to that, or leave it out"
             ) from error
     return opened
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Whether the libraries are there, before a run begins.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    for name in names:
+        _library(name)
 
 
 def _library(name: str) -> Any:

@@ -118,3 +118,18 @@ def test_another_tokenizer(made: Path) -> None:
     small_vocabulary(made, ["the"])
     with pytest.raises(UserError, match="was made with a tokenizer of 22 entries"):
         CorpusReport("c_text_sentence", load_tokenizer(made / "vocab.txt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-length", "128"], "--seq-length needs --tokenizer"),
+        (["--seq-length", "7", "--tokenizer", "vocab.txt"], "--seq-length is 7: give 8 or more"),
+    ],
+)
+def test_options_that_cannot_be(
+    made: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.is_dir()
+    assert main(["inspect", "c_text_sentence", *options]) == 2
+    assert message in capsys.readouterr().err

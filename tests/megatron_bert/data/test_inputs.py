@@ -263,3 +263,13 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow, which is not installed: pip install 'megatron-bert\[arrow\]'"):
         DocumentReader([tmp_path / "x.parquet"])
+
+
+def test_a_file_that_several_inputs_name_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jsonl", "sub/b.txt"):
+        (tmp_path / name).write_text("x")
+    wanted = [str(tmp_path / "a.jsonl"), str(tmp_path / "sub" / "b.txt")]
+    assert find_inputs([tmp_path, tmp_path / "a.jsonl"]) == wanted
+    assert "1 inputs name a file again" in capsys.readouterr().err
+    assert find_inputs([f"{tmp_path}/**"]) == wanted, "which matches files and the directories that hold them"

@@ -187,3 +187,8 @@ def test_notes_of_different_corpora_are_joined(text: Path) -> None:
     report = merge_corpora([english.prefix, text.parent / "nvidia"], text.parent / "merged")
     assert not report.noted
     assert not (text.parent / "merged.json").exists()
+
+
+def test_a_directory_is_not_an_output(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path} is a directory: give a prefix, such as {tmp_path}/corpus"):
+        merge_corpora([tmp_path / "a"], tmp_path)

@@ -114,7 +114,7 @@ def test_bad_rows_leave_nothing_behind_or_are_skipped(tmp_path: Path, workers: i
     source = json_lines(tmp_path / "x.jsonl", ["the cat"])
     with source.open("a") as file:
         file.write('{"text": 3}\n')
-    with pytest.raises(UserError, match=r'x\.jsonl line 2 holds int under "text"'):
+    with pytest.raises(UserError, match=r'x\.jsonl line 2 holds a number under "text"'):
         run(tmp_path, [source], workers=workers)
     assert files(tmp_path) == {}
     report = run(tmp_path, [source], workers=workers, on_bad_row="skip")

@@ -76,7 +76,7 @@ BAD_ROWS = [
     (b"[" * 100_000 + b"\n", r"x\.jsonl line 2 is not JSON"),
     (b'{"body": "b", "title": "t"}\n', r'x\.jsonl line 2 has no key "text" \(found: body, title\)'),
     (b'["text"]\n', r'x\.jsonl line 2 has no key "text" \(found: list\)'),
-    (b'{"text": null}\n', r'x\.jsonl line 2 holds NoneType under "text"'),
+    (b'{"text": null}\n', r'x\.jsonl line 2 holds null under "text"'),
     (b'{"text": "\xff"}\n', r"x\.jsonl line 2 is not UTF-8 at byte 10 of the line"),
     (b'{"text": "\\ud83d"}\n', r"x\.jsonl line 2 holds half of a surrogate pair"),
 ]

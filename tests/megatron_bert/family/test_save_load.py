@@ -108,6 +108,19 @@ def test_files_of_torch_save(tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+def test_names_that_wrappers_have_changed(tmp_path):
+    """As DataParallel and torch.compile save them; tensors with other names are not drawn in silence."""
+    model, batch = build("ForMaskedLM"), batch_for("ForMaskedLM")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        torch.save({prefix + name: t for name, t in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+        assert_outputs_close(MegatronBertForMaskedLM.from_pretrained(tmp_path)(**batch), model(**batch))
+    torch.save({f"mine.{name}": t for name, t in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no embeddings\..*of the encoder are not there.* holds mine\.bert"):
+        MegatronBertForMaskedLM.from_pretrained(tmp_path)
+
+
 def test_shards(tmp_path):
     model = build("ForMaskedLM")
     model.save_pretrained(tmp_path, max_shard_size="30KB")

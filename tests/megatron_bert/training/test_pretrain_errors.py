@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,10 @@ def test_no_steps_evaluate_alone(
     assert not (tmp_path / "none").exists()
     with pytest.raises(UserError, match=f"has trained {STEPS} steps, but the run is to have 0"):
         pretrain(run_settings(data, tmp_path / "trained", training__steps=0))
+
+
+def test_a_missing_tracker_leaves_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logging\.trackers names wandb, which cannot be imported"):
+        pretrain(run_settings(data, tmp_path / "run", logging__trackers=["wandb"]))
+    assert not (tmp_path / "run").exists()
