@@ -125,6 +125,8 @@ def _in_order(names: list[str], notes: list[dict[str, Any] | None]) -> tuple[lis
         part = note["part"]
         same = {key: value for key, value in note.items() if key not in (*COUNTS, "part")}
         made = json.dumps([same, part["count"], part["inputs"]])
+        if alike is not None and count != part["count"]:
+            raise UserError(f"{alike[0]} is one of {count} parts and {name} one of {part['count']}: give those of one.")
         if alike is not None and alike[1] != made:
             raise UserError(
                 f"{alike[0]} and {name} are parts of different corpora, or were made with different settings or other "

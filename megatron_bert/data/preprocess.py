@@ -136,17 +136,9 @@ def preprocess(
     """
     started = time.perf_counter()
     check_on_bad_row(on_bad_row)
-    if workers < 1:
-        raise UserError(f"workers {workers} must be at least 1.")
     if not inputs:
         raise UserError("There is nothing to preprocess: give at least one input file.")
-    if splitter is not None and not split_sentences:
-        raise UserError(
-            f"Sentence splitter {splitter} has nothing to do where documents are kept whole: leave one out."
-        )
-    used = (splitter or "sentencex") if split_sentences else None
-    if used is not None:
-        check_splitter(used, language)
+    used = checked_splitter(workers, split_sentences, language, splitter)
     rows = InputRows(inputs, json_key, part)
     tokenizer = load_tokenizer(tokenizer_path, lowercase=lowercase)
     job = _Job(os.fspath(tokenizer_path), lowercase, json_key, used, append_eod, language, on_bad_row)
@@ -181,6 +173,26 @@ def preprocess(
     write_sidecar(prefix, tokenizer, **counts, **how, **({} if part is None else {"part": rows.note()}))
     seconds = time.perf_counter() - started
     return PreprocessReport(prefix, documents, sentences, tokens, used, skipped_empty, skipped_bad, repeated, seconds)
+
+
+def checked_splitter(
+    workers: int, split_sentences: bool, language: str, splitter: SplitterName | None
+) -> SplitterName | None:
+    """What splits documents into sentences, None for nothing, with the arguments of `preprocess` of these names.
+
+    Raises:
+        UserError: They do not go together, or one cannot be.
+    """
+    if workers < 1:
+        raise UserError(f"workers {workers} must be at least 1.")
+    if splitter is not None and not split_sentences:
+        raise UserError(
+            f"Sentence splitter {splitter} has nothing to do where documents are kept whole: leave one out."
+        )
+    used = (splitter or "sentencex") if split_sentences else None
+    if used is not None:
+        check_splitter(used, language)
+    return used
 
 
 def _chunks(rows: InputRows, progress: bool) -> Generator[list[Row]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_bert.data.commands import add_preprocess_options
 from megatron_bert.data.inputs import InputRows, Part
 from megatron_bert.data.merging import part_prefix
-from megatron_bert.data.preprocess import corpus_prefix
+from megatron_bert.data.preprocess import checked_splitter, corpus_prefix
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.launching.job import TASK, check_dependency, seconds_of
 from megatron_bert.launching.script import (
@@ -28,6 +28,9 @@ from parallel.errors import UserError
 
 #: Options of submit that preprocessing has no use for.
 _UNUSED = ("nodes", "gpus_per_node", "min_nodes", "style", "array")
+
+#: Parts of a corpus: their names are the arguments of one command.
+MOST_PARTS = 10_000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +77,8 @@ def _check(arguments: argparse.Namespace, words: list[str]) -> argparse.Namespac
             raise UserError("--parts is missing: say in how many parts the corpus is made.")
         if given is not None and given < 1:
             raise UserError(f"--{name} is {given}: give 1 or more.")
+    if arguments.parts > MOST_PARTS:
+        raise UserError(f"--parts is {arguments.parts}: give at most {MOST_PARTS:,}, whose names one command takes.")
     for text in (*words, arguments.name or ""):
         if not text.isprintable():
             raise UserError(f"{text!r} holds a line break or another control character: a batch script cannot hold it.")
@@ -87,6 +92,8 @@ def _check(arguments: argparse.Namespace, words: list[str]) -> argparse.Namespac
     options = parser.parse_args(words)
     if options.part is not None:
         raise UserError("--part is what each job of the array gets: leave it out.")
+    workers = 1 if options.workers is None else options.workers
+    checked_splitter(workers, not options.keep_documents, options.language, options.sentence_splitter)
     InputRows(options.input, options.json_key, Part(1, arguments.parts))
     load_tokenizer(options.tokenizer)
     return options

@@ -60,6 +60,9 @@ def test_the_scripts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (given(), "--parts is missing"),
         (["--parts", "0", *given()], "--parts is 0"),
+        (["--parts", "10001", *given()], "--parts is 10001: give at most 10,000"),
+        (["--parts", "2", *given("a b.txt", "--workers", "0")], "workers 0 must be at least 1"),
+        (["--parts", "2", *given("a b.txt", "--keep-documents", "--sentence-splitter", "punkt")], "leave one out"),
         (["--parts", "2", "--nodes", "2", *given()], "--nodes does not go with --command preprocess"),
         (["--parts", "2", "--style", "srun", *given()], "--style does not go with"),
         (["--parts", "2", *given("none.txt")], "none.txt does not exist"),
