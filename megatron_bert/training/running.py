@@ -74,12 +74,12 @@ def opened(settings: RunSettings, layout: ParallelLayout, *, ends_process: bool)
         UserError: the world cannot be formed, the device cannot do what is asked, or another run owns the directory.
     """
     training, timeout = settings.training, settings.parallel.timeout_seconds
-    check_trackers(settings.logging.trackers)
     with (
         called(device="training.device", timeout_seconds="parallel.timeout_seconds"),
         process_group(training.device, timeout, layout.world_size) as world,
     ):
         check_device(settings, world)
+        on_first_rank(lambda: check_trackers(settings.logging.trackers))
         with (
             owning(training.run_dir, timeout) as lock,
             StopRequest(training.max_minutes, ends_process=ends_process, lock=lock) as stop,
