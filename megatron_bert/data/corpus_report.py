@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.indexed_format import corpus_prefix_of
 from megatron_bert.data.sentence_pairs import Objective, PairDataset, Sample
 from megatron_bert.data.sidecar import check_tokenizer, read_sidecar
 from megatron_bert.data.tokenizers import Tokenizer
@@ -266,11 +267,6 @@ def show_sample(sample: Sample, tokenizer: Tokenizer, objective: Objective) -> s
 def is_corpus(source: str) -> bool:
     """Whether a path names a corpus: its prefix, or one of its two files."""
     return Path(f"{corpus_prefix_of(source)}.idx").is_file()
-
-
-def corpus_prefix_of(source: str) -> str:
-    """The prefix of a corpus that is given by itself or by one of its files."""
-    return source.removesuffix(".idx").removesuffix(".bin")
 
 
 def _shares(counts: Counter[str]) -> str:

@@ -41,6 +41,11 @@ DTYPES: dict[int, np.dtype] = {
 """Token types by their code in the header."""
 
 
+def corpus_prefix_of(source: str) -> str:
+    """The prefix of a corpus that is given by itself or by one of its files."""
+    return source.removesuffix(".idx").removesuffix(".bin")
+
+
 def best_dtype(vocab_size: int) -> np.dtype:
     """Smallest token type Megatron uses for a vocabulary: uint16 below 65,500 entries, else int32."""
     return DTYPES[8] if vocab_size < 65500 else DTYPES[4]

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_bert.data.duplicates import DuplicateCount, document_digests
 from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.indexed_format import corpus_prefix_of
 from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.inputs import Part
 from megatron_bert.data.sidecar import read_sidecar, remove_sidecar, write_note
@@ -68,7 +69,7 @@ def merge_corpora(prefixes: Sequence[str | os.PathLike[str]], output: str | os.P
     if not prefixes:
         raise UserError("There is nothing to merge: give at least one corpus prefix.")
     names = [os.fspath(prefix).removesuffix(".idx") for prefix in prefixes]
-    output = os.fspath(output).removesuffix(".idx").removesuffix(".bin")
+    output = corpus_prefix_of(os.fspath(output))
     if Path(output).is_dir():
         raise UserError(f"The merged corpus {output} is a directory: give a prefix, such as {output}/corpus.")
     if any(Path(name).resolve() == Path(output).resolve() for name in names):
