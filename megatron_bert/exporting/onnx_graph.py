@@ -31,7 +31,6 @@ MODEL_NAME = "model.onnx"
 _OPSET = 17
 #: Added to scores of padding.
 _MASKED = -1e9
-_Array = np.ndarray[Any, Any]
 
 
 def write_onnx(model: Any, path: Path) -> None:

@@ -8,8 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-#: What the archive around a block takes in its file, at most: headers and the pickle of shape and type.
-BLOCK_OVERHEAD = 1024
 #: What ``.metadata`` takes for a block, about: its name, place, shape, file, offset and length.
 METADATA_BYTES = 250
 

@@ -15,12 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_bert.planning.checkpoints import BLOCK_OVERHEAD, METADATA_BYTES, SavedTensor, plan_checkpoint
+from megatron_bert.planning.checkpoints import METADATA_BYTES, SavedTensor, plan_checkpoint
 from parallel.checkpoint_plan import WritePlan, global_plans, local_plan
 from parallel.stored.distributed_files import METADATA, BlockedTensor, read_metadata
 from parallel.stored.file_range import FileRange
 
 RANKS = 64
+#: What the archive around a block takes in its file, at most: headers and the pickle of shape and type.
+BLOCK_OVERHEAD = 1024
 #: Of a layer: divided over the tensor axis, and not.
 DIVIDED, WHOLE = (64, 128), (128, 5)
 LAYERS = 3
