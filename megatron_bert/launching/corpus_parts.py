@@ -54,8 +54,7 @@ def run_submit_parts(arguments: argparse.Namespace) -> None:
         return
     check_slurm()
     logs = Path(_logs(prefix))
-    logs.mkdir(parents=True, exist_ok=True)  # Slurm would not, and the jobs would leave no output
-    number = queue(parts)
+    number = queue(parts, [logs])
     merging = queue(_merge_script(arguments, site, prefix, number))
     print(
         f"job {number}: preprocess in {arguments.parts} parts; job {merging} merges them into {prefix}\n"

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bert.launching.job import TASK, CheckedJob, JobRequest, check_array, check_job
@@ -117,22 +118,30 @@ def submit(job: CheckedJob, script: str) -> str:
     """
     tasks = check_array(job.request.array) if job.request.array else [0]
     folders = [Path(log_directory(job).replace(TASK, str(task))) for task in tasks]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)  # Slurm would not, and the job would leave no output
-    number = queue(script)
+    number = queue(script, folders)
     for folder in folders:
         (folder / f"job-{number}.sbatch").write_text(script, encoding="utf-8")
     return number
 
 
-def queue(script: str) -> str:
+def queue(script: str, folders: Sequence[Path] = ()) -> str:
     """Hand a script to Slurm; returns the job's number.
+
+    Args:
+        script: of the job.
+        folders: for its output, made first: Slurm would not, and the job would leave none. A refused job leaves no new
+            ones behind.
 
     Raises:
         UserError: Slurm refuses it.
     """
+    missing = {each for folder in folders for each in (folder, *folder.parents) if not each.exists()}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode != 0:
+        for folder in sorted(missing, reverse=True):  # those inside others first
+            folder.rmdir()
         raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]
 

@@ -278,6 +278,7 @@ class TestRefusals:
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
         message = submit.refused(f"training.run_dir={tmp_path / 'run'}", *SIZE, "--unchecked")
         assert "sbatch refused the job: sbatch: error: invalid partition" in message
+        assert not (tmp_path / "run").exists()
 
     def test_a_dry_run_goes_before(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
