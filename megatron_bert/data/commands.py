@@ -96,15 +96,16 @@ def _inspect_corpus(arguments: argparse.Namespace) -> None:
     report = CorpusReport(str(arguments.source), tokenizer)
     given = {"seq_length": arguments.seq_length, "objective": arguments.pair_objective}
     options = SampleOptions(**{name: value for name, value in given.items() if value is not None})
-    print("\n".join(report.lines(options)))
+    lines = report.lines(options)
     if tokenizer is not None:
-        print("\n".join(["", *report.texts(3)]))
+        lines += ["", *report.texts(3)]
     if arguments.sample is not None:
-        print("\n".join(["", "samples; what is to be predicted is in braces, with what stood there:"]))
-        print("\n".join(report.samples(arguments.sample, options)))
+        lines += ["", "samples; what is to be predicted is in braces, with what stood there:"]
+        lines += report.samples(arguments.sample, options)
     if arguments.png is not None:
         report.draw(arguments.png)
-        print(f"\nhistograms: {arguments.png}")
+        lines += ["", f"histograms: {arguments.png}"]
+    print("\n".join(lines))
 
 
 def add_preprocess_options(parser: argparse.ArgumentParser) -> None:

@@ -125,6 +125,7 @@ def test_another_tokenizer(made: Path) -> None:
     [
         (["--seq-length", "128"], "--seq-length needs --tokenizer"),
         (["--seq-length", "7", "--tokenizer", "vocab.txt"], "--seq-length is 7: give 8 or more"),
+        (["--png", "none/x.png"], "none/x.png cannot be written"),
     ],
 )
 def test_options_that_cannot_be(
@@ -132,4 +133,5 @@ def test_options_that_cannot_be(
 ) -> None:
     assert made.is_dir()
     assert main(["inspect", "c_text_sentence", *options]) == 2
-    assert message in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert (out, message in err) == ("", True), err
