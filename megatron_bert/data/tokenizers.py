@@ -168,7 +168,7 @@ class JsonTokenizer(Tokenizer):
         decisive = [description["normalizer"], description["pre_tokenizer"], description["model"], text_tokens]
         fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         super().__init__(source, pieces, special, _continuation(source, description), fingerprint)
-        self._words = WordCache(self._encode_whole) if splits_at_spaces(backend) else None
+        self._words = WordCache(self._encode_whole) if splits_at_spaces(description) else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, without special tokens."""

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-
-import tokenizers
+from typing import Any
 
 WORDS = 1 << 17
 """Words remembered; one takes about 200 bytes."""
@@ -17,9 +15,12 @@ WORDS = 1 << 17
 _OTHERWISE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
 
 
-def splits_at_spaces(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the ids of a text are those of its words at spaces, one after the other: BERT's WordPiece does that."""
-    description = json.loads(backend.to_str())
+def splits_at_spaces(description: Mapping[str, Any]) -> bool:
+    """Whether the ids of a text are those of its words at spaces, one after the other: BERT's WordPiece does that.
+
+    Args:
+        description: Of a tokenizer, as in its `tokenizer.json`.
+    """
     normalizer, splitter = description["normalizer"] or {}, description["pre_tokenizer"] or {}
     return (
         description["model"].get("type") == "WordPiece"
