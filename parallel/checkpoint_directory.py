@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.checkpoint import checkpoint_step
+from parallel.checkpoint import whole_checkpoints
 from parallel.whole_files import sync_directory
 
 
@@ -47,13 +47,12 @@ class CheckpointDirectory:
         if not self.keep:
             return
         # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.
-        others = {step: path for path in self.root.iterdir() if (step := checkpoint_step(path)) is not None}
-        others = {
-            step: path
-            for step, path in sorted(others.items())
+        others = [
+            path
+            for step, path in whole_checkpoints(self.root).items()
             if path != final and step not in protected and not (self.keep_every and step % self.keep_every == 0)
-        }
-        for old in list(others.values())[: max(0, len(others) - self.keep + 1)]:
+        ]
+        for old in others[: max(0, len(others) - self.keep + 1)]:
             self._remove(old)
 
     @staticmethod
