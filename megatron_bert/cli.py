@@ -21,8 +21,7 @@ from megatron_bert.launching.commands import add_launch_commands
 from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.commands import add_bench_command, add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
-from megatron_bert.shipped import copy_shipped, purpose, shipped_configs, shipped_scripts
-from parallel.errors import UserError
+from megatron_bert.shipped import choose_shipped, copy_shipped, purpose, shipped_configs, shipped_scripts
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -103,14 +102,11 @@ def _config_schema(arguments: argparse.Namespace) -> None:
 
 
 def _shipped(known: Callable[[], dict[str, Path]], arguments: argparse.Namespace) -> None:
-    files = known()
+    files = choose_shipped(known(), arguments.names)
     if arguments.output is not None:
-        for path in copy_shipped(files, arguments.names, arguments.output):
+        for path in copy_shipped(files, arguments.output):
             print(path)
         return
-    unknown = [name for name in arguments.names if name not in files]
-    if unknown:
-        raise UserError(f"{unknown[0]} is not among what comes with megatron-bert: {', '.join(files)}")
     if arguments.names:  # for $(megatron-bert scripts torchrun.sh)
         print("\n".join(str(files[name]) for name in arguments.names))
         return

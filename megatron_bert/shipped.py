@@ -48,16 +48,24 @@ def purpose(path: Path) -> str:
     return sentence if len(sentence) <= 90 else sentence[:87].rsplit(" ", 1)[0] + " ..."
 
 
-def copy_shipped(known: dict[str, Path], names: Sequence[str], folder: Path) -> list[Path]:
-    """Copy files into a folder, under their names; all of them when none is named.
+def choose_shipped(known: dict[str, Path], names: Sequence[str]) -> dict[str, Path]:
+    """The files of some names; all of them when none is named.
 
     Raises:
-        UserError: a name is unknown, a file is there already, or the folder cannot be written.
+        UserError: a name is unknown.
     """
     for name in names:
         if name not in known:
             raise UserError(f"{name} is not among what comes with megatron-bert: {', '.join(known)}")
-    chosen = {name: known[name] for name in names or known}
+    return {name: known[name] for name in names or known}
+
+
+def copy_shipped(chosen: dict[str, Path], folder: Path) -> list[Path]:
+    """Copy files into a folder, under their names.
+
+    Raises:
+        UserError: a file is there already, or the folder cannot be written.
+    """
     targets = {name: folder / Path(name).parent / path.name for name, path in chosen.items()}
     for target in targets.values():
         if target.exists():
