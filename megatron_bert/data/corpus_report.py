@@ -136,9 +136,8 @@ class CorpusReport:
         """Beginnings of some documents, evenly spread, decoded."""
         assert self.tokenizer is not None
         bounds = self.corpus.document_indices
-        chosen = np.unique(np.linspace(0, len(bounds) - 2, count).astype(np.int64))
         found = []
-        for document in chosen.tolist():
+        for document in _spread(len(bounds) - 1, count):
             ids = self.corpus.tokens(int(bounds[document]), int(bounds[document + 1]))
             ending = " ..." if len(ids) > 60 else ""
             found.append(f"document {document:,}: {self.tokenizer.decode(ids[:60].tolist())}{ending}")
@@ -151,9 +150,11 @@ class CorpusReport:
             UserError: The corpus gives no sample, or the options are out of range.
         """
         dataset = self._dataset(options)
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         assert self.tokenizer is not None
-        return [show_sample(dataset.sample(0, index), self.tokenizer, options.objective) for index in chosen.tolist()]
+        return [
+            show_sample(dataset.sample(0, index), self.tokenizer, options.objective)
+            for index in _spread(len(dataset), count)
+        ]
 
     def draw(self, path: Path) -> None:
         """Draw the lengths as histograms with logarithmic bins.
@@ -201,10 +202,10 @@ class CorpusReport:
 
         bounds = self.corpus.document_indices
         count = len(bounds) - 1
-        chosen = np.unique(np.linspace(0, count - 1, min(count, TEXT_DOCUMENTS)).astype(np.int64))
+        chosen = _spread(count, min(count, TEXT_DOCUMENTS))
         languages: Counter[str] = Counter()
         scripts: Counter[str] = Counter()
-        for document in chosen.tolist():
+        for document in chosen:
             ids = self.corpus.tokens(int(bounds[document]), int(bounds[document + 1]))[:TEXT_TOKENS]
             text = tokenizer.decode(ids.tolist())
             found = {character: times for character, times in Counter(text).items() if not character.isspace()}
@@ -254,19 +255,22 @@ def show_sample(sample: Sample, tokenizer: Tokenizer, objective: Objective) -> s
             hidden = tokenizer.id_to_token(wanted[place])
             piece = f"{{{piece}={hidden}}}" if piece != hidden else f"{{{piece}}}"
         shown.append(piece)
-    label = {
-        "sop": ("in order", "swapped"),
-        "nsp": ("the next sentences", "of another document"),
-        "none": ("", ""),
-    }[objective]
-    pair = f"; the second segment is {label[sample.pair_label]}" if objective == "nsp" else ""
-    pair = f"; the segments are {label[sample.pair_label]}" if objective == "sop" else pair
+    pair = ""
+    if objective == "sop":
+        pair = f"; the segments are {('in order', 'swapped')[sample.pair_label]}"
+    if objective == "nsp":
+        pair = f"; the second segment is {('the next sentences', 'of another document')[sample.pair_label]}"
     return f"{len(shown)} tokens, {len(wanted)} to predict{pair}\n  {' '.join(shown)}"
 
 
 def is_corpus(source: str) -> bool:
     """Whether a path names a corpus: its prefix, or one of its two files."""
     return Path(f"{corpus_prefix_of(source)}.idx").is_file()
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """So many of the numbers below a total, evenly spread from the first to the last; fewer where there are fewer."""
+    return np.unique(np.linspace(0, total - 1, count).astype(np.int64)).tolist()
 
 
 def _shares(counts: Counter[str]) -> str:
