@@ -91,6 +91,7 @@ class CorpusReport:
             raise UserError(f"{self.corpus.tokens_path} holds {self.corpus.dtype} values: token ids must be integers.")
         self.note = read_sidecar(self.prefix)
         self.tokenizer = tokenizer
+        self._datasets: dict[SampleOptions, PairDataset] = {}
         if tokenizer is not None:
             check_tokenizer(self.prefix, tokenizer)
         bounds = np.array(self.corpus.document_indices)
@@ -232,17 +233,20 @@ class CorpusReport:
         )
 
     def _dataset(self, options: SampleOptions) -> PairDataset:
+        """The samples of the whole corpus, whose index is built once: that goes through all of its sentences."""
         assert self.tokenizer is not None
-        return PairDataset(
-            self.corpus,
-            (0, len(self.corpus.document_indices) - 1),
-            self.tokenizer,
-            seq_length=options.seq_length,
-            max_predictions=max(1, round(options.mask_probability * options.seq_length)),
-            mask_probability=options.mask_probability,
-            objective=options.objective,
-            seed=options.seed,
-        )
+        if options not in self._datasets:
+            self._datasets[options] = PairDataset(
+                self.corpus,
+                (0, len(self.corpus.document_indices) - 1),
+                self.tokenizer,
+                seq_length=options.seq_length,
+                max_predictions=max(1, round(options.mask_probability * options.seq_length)),
+                mask_probability=options.mask_probability,
+                objective=options.objective,
+                seed=options.seed,
+            )
+        return self._datasets[options]
 
 
 def show_sample(sample: Sample, tokenizer: Tokenizer, objective: Objective) -> str:
