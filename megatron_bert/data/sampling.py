@@ -6,7 +6,7 @@ g = 10**12, so resuming needs one counter and every rank can look at any part of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -176,8 +176,7 @@ class BlendedCorpus:
         owners, draws = self._blend.locate(np.asarray(global_samples, dtype=np.int64).reshape(-1))
         lengths = np.asarray(self._lengths, dtype=np.int64)[owners]
         epochs, indices = draws // lengths, draws % lengths
-        for owner, epoch in np.unique(np.stack([owners, epochs], axis=1), axis=0).tolist():
-            here = (owners == owner) & (epochs == epoch)
+        for owner, epoch, here in _by_epoch(owners, epochs):
             indices[here] = permuted(indices[here], self._lengths[owner], self._key(owner, epoch))
         return owners, epochs, indices
 
@@ -196,10 +195,15 @@ class BlendedCorpus:
         """Tokens of the samples at positions of the stream, without building them: int64 [N]."""
         owners, epochs, indices = self.locate(global_samples)
         lengths = np.empty_like(owners)
-        for owner, epoch in np.unique(np.stack([owners, epochs], axis=1), axis=0).tolist():
-            here = (owners == owner) & (epochs == epoch)
+        for owner, epoch, here in _by_epoch(owners, epochs):
             lengths[here] = self.datasets[owner].lengths(epoch, indices[here])
         return lengths
 
     def _key(self, owner: int, epoch: int) -> int:
         return derive_key(self.seed, owner, epoch)
+
+
+def _by_epoch(owners: np.ndarray, epochs: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Each dataset and epoch that samples are of, and which of the samples those are: bool [N]."""
+    for owner, epoch in np.unique(np.stack([owners, epochs], axis=1), axis=0).tolist():
+        yield owner, epoch, (owners == owner) & (epochs == epoch)
