@@ -43,15 +43,13 @@ def encoder_config(
     Raises:
         UserError: the checkpoint cannot be read, is of another family, or its vocabulary is not the tokenizer's.
     """
-    if source is None:
-        with open_checkpoint(settings.model.from_) as source:
-            return encoder_config(settings, tokenizer, source)
-    config = source.config
-    if config.model_type not in TRAINED_TYPES:
-        raise UserError(
-            f"{source.label} is a {brief(config.model_type)}: fine-tuning starts from {', '.join(TRAINED_TYPES)}"
-        )
-    check_vocabulary(source, tokenizer)
+    with open_checkpoint(settings.model.from_ if source is None else source) as state:
+        config = state.config
+        if config.model_type not in TRAINED_TYPES:
+            raise UserError(
+                f"{state.label} is a {brief(config.model_type)}: fine-tuning starts from {', '.join(TRAINED_TYPES)}"
+            )
+        check_vocabulary(state, tokenizer)
     chances = settings.model.model_dump(exclude={"from_", "keep_head"}, exclude_none=True)
     return replace(config, **chances)
 

@@ -108,11 +108,9 @@ def take_sizes(settings: Settings, source: CanonicalState | None = None) -> Sett
     start = settings.model.from_
     if start is None:
         return settings
-    if source is None:
-        with open_checkpoint(start) as source:
-            return take_sizes(settings, source)
-    config = source.config
-    check_placement(source, MegatronBertConfig())
+    with open_checkpoint(start if source is None else source) as state:
+        config = state.config
+        check_placement(state, MegatronBertConfig())
     sizes: dict[str, object] = {}
     for name in CHECKPOINT_SIZES:
         there, here = getattr(config, name), getattr(settings.model, name)
