@@ -147,7 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
     fill.add_argument("model", type=given_path, metavar="MODEL", help="a run directory, or a checkpoint of any format")
     fill.add_argument("text", nargs="+", help="sentences with a mask token, such as [MASK], for each missing word")
     fill.add_argument("--top", type=int, default=5, metavar="N", help="guesses a mask")
-    fill.add_argument("--tokenizer", type=Path, metavar="PATH", help="vocabulary of a model that has none beside it")
+    fill.add_argument(
+        "--tokenizer", type=given_path, metavar="PATH", help="vocabulary of a model that has none beside it"
+    )
     add_read_options(fill)
     fill.set_defaults(func=_fill_mask)
 
