@@ -322,7 +322,7 @@ class Embeddings(BertEmbeddings):
         self.tp, self.dropout = tp, sizes.hidden_dropout_prob
         self.absolute = sizes.position_embedding_type == "absolute"
         size = sizes.hidden_size
-        #: On a single device the table itself knows which row gets no gradient.
+        #: Id whose embedding gets no gradient from where it is looked up; None where the table itself knows which.
         self.padding = None if tp.size == 1 else sizes.pad_token_id
         if tp.size == 1:
             self.word_embeddings = without_values(nn.Embedding, sizes.vocab_size, size, padding_idx=sizes.pad_token_id)
@@ -341,6 +341,12 @@ class Embeddings(BertEmbeddings):
     def norm(self) -> nn.LayerNorm | None:  # type: ignore[override]
         """The norm of the sum, with post-layer-norm."""
         return getattr(self, "LayerNorm", None)
+
+    def _words(self, tokens: Tensor | None) -> Tensor:
+        words = super()._words(tokens)
+        if tokens is None or self.padding is None or not torch.is_grad_enabled():
+            return words
+        return torch.where((tokens == self.padding)[:, None], words.detach(), words)
 
 
 def with_tanh(dense: nn.Module, x: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ class TokenTable(ParallelModule):
         rows, size: of the table.
         init_std: standard deviation of initial values.
         divided: whether it sees only this rank's tokens (sequence parallelism), so its gradients are partial.
-        padding: row that gets no gradient; None when all do.
         device: of the parameter.
     """
 
@@ -39,11 +38,9 @@ class TokenTable(ParallelModule):
         *,
         init_std: float,
         divided: bool,
-        padding: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.padding = padding
         self.weight = nn.Parameter(torch.empty(rows, size, device=device))
         self.initializers["weight"] = Normal(init_std)
         if divided:
@@ -51,7 +48,7 @@ class TokenTable(ParallelModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids ``[T]`` to rows ``[T, H]``."""
-        return F.embedding(ids, self.weight, self.padding)
+        return F.embedding(ids, self.weight)
 
 
 class BertEmbeddings(nn.Module):
@@ -62,8 +59,6 @@ class BertEmbeddings(nn.Module):
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
-        padding: id whose embedding gets no gradient from where it is looked up; None when all do.
-        position_padding: position whose embedding gets no gradient, that of padding in RoBERTa; None when all do.
         device: of the parameters.
     """
 
@@ -72,12 +67,10 @@ class BertEmbeddings(nn.Module):
         config: MegatronBertConfig,
         *,
         tp: TensorParallel = SINGLE,
-        padding: int | None = None,
-        position_padding: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.tp, self.dropout, self.padding = tp, config.hidden_dropout_prob, padding
+        self.tp, self.dropout = tp, config.hidden_dropout_prob
         self.absolute = config.position_embedding_type == "absolute"
         size, std = config.hidden_size, config.initializer_range
         self.word_embeddings = _word_embeddings(config, tp, device)
@@ -86,7 +79,6 @@ class BertEmbeddings(nn.Module):
             size,
             init_std=std,
             divided=tp.sequence,
-            padding=position_padding,
             device=device,
         )
         self.token_type_embeddings = TokenTable(
@@ -123,10 +115,7 @@ class BertEmbeddings(nn.Module):
 
     def _words(self, tokens: Tensor | None) -> Tensor:
         assert tokens is not None, "either tokens or their embeddings are given"
-        words = self.word_embeddings(tokens)
-        if self.padding is None or not torch.is_grad_enabled():
-            return words
-        return torch.where((tokens == self.padding)[:, None], words.detach(), words)
+        return self.word_embeddings(tokens)
 
 
 class TiedWordEmbeddings(nn.Module):
