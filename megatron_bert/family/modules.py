@@ -33,7 +33,7 @@ from parallel.dropout import fold_in
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import TensorParallel
 from parallel.recompute import Recompute
-from parallel.sharding import local_tensor
+from parallel.sharding import local_size, local_tensor
 
 Activation = str | Callable[[Tensor], Tensor]
 Linear = nn.Linear | ColumnParallelLinear | RowParallelLinear
@@ -206,8 +206,24 @@ class Attention(_Attention, SelfAttention):  # type: ignore[misc]
         context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
         return layout.from_rectangle(context.transpose(1, 2))
 
+    def places_without(self, heads: Collection[int]) -> list[int]:
+        """Places of the heads of all ranks that remain without some, which are given by their original numbers.
+
+        Raises:
+            UserError: the tensor size does not divide their number.
+        """
+        kept = [place for place, number in enumerate(self.numbers) if number not in heads]
+        local_size(len(kept), self.tp, "the number of heads that remain in a layer")
+        return kept
+
     def prune(self, heads: Collection[int]) -> None:
-        """Remove heads, by their original numbers; those that are gone already do not matter."""
+        """Remove heads, by their original numbers; those that are gone already do not matter.
+
+        The parameters are replaced by smaller ones; under tensor parallelism the remaining heads are redistributed.
+
+        Raises:
+            UserError: the tensor size does not divide the rest.
+        """
         kept = self.places_without(heads)
         count, own = len(kept) // self.tp.size, self.projections
         rows = (torch.tensor(kept)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()

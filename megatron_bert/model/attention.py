@@ -6,8 +6,6 @@ Shapes: T tokens, B sequences, S their length, A heads on this rank, D head dime
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +19,6 @@ from megatron_bert.model.attention_functions import (
 )
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.requests import AttentionOutput, AttentionRequest
-from megatron_bert.model.resharding import selected
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.collectives import copy_to_ranks, gather_from_ranks
 from parallel.dropout import fold_in
@@ -283,34 +280,3 @@ class SelfAttention(AttentionHeads):
             self.all_heads(probabilities, request.probabilities),
             (key, value) if request.keep else None,
         )
-
-    def places_without(self, heads: Collection[int]) -> list[int]:
-        """Places of the heads of all ranks that remain without some, which are given by their original numbers.
-
-        Raises:
-            UserError: the tensor size does not divide their number.
-        """
-        kept = [place for place, number in enumerate(self.numbers) if number not in heads]
-        local_size(len(kept), self.tp, "the number of heads that remain in a layer")
-        return kept
-
-    def prune(self, heads: Collection[int]) -> None:
-        """Remove heads, by their original numbers; those that are gone already do not matter.
-
-        The parameters are replaced by smaller ones; under tensor parallelism the remaining heads are redistributed.
-
-        Raises:
-            UserError: the tensor size does not divide the rest.
-        """
-        kept = self.places_without(heads)
-        count = len(kept) // self.tp.size
-        linear, output = self.query_key_value, self.output
-        rows = (torch.tensor(kept)[:, None] * 3 * self.head_dim + torch.arange(3 * self.head_dim)).flatten()
-        columns = (torch.tensor(kept)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
-        linear.weight = selected(linear.weight, rows, self.tp, dim=0)
-        assert linear.bias is not None
-        linear.bias = selected(linear.bias, rows, self.tp, dim=0)
-        output.weight = selected(output.weight, columns, self.tp, dim=1)
-        linear.out_features, output.in_features = len(rows), len(columns)
-        self.numbers = [self.numbers[place] for place in kept]
-        self.heads, self.first_head = count, self.tp.rank * count
