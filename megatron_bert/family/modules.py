@@ -24,12 +24,11 @@ from megatron_bert.model.attention import SCORES_PER_SEQUENCE, AttentionHeads, D
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
-from megatron_bert.model.heads import MaskedLanguageHead, Pooler, SequenceHead, dropped
+from megatron_bert.model.heads import MaskedLanguageHead, Pooler, SequenceHead
 from megatron_bert.model.layer import TransformerLayer
 from megatron_bert.model.requests import AttentionOutput, AttentionRequest
 from megatron_bert.model.resharding import selected
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.dropout import fold_in
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import TensorParallel
 from parallel.recompute import Recompute
@@ -37,9 +36,6 @@ from parallel.sharding import local_size, local_tensor
 
 Activation = str | Callable[[Tensor], Tensor]
 Linear = nn.Linear | ColumnParallelLinear | RowParallelLinear
-
-#: What dropout keys are folded with before the second layer of a sequence head, so that its mask is another.
-_SECOND = 1
 
 
 def activation(act: Activation) -> Callable[[Tensor], Tensor]:
@@ -466,7 +462,5 @@ class RobertaSequenceHead(SequenceHead):
         self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
         self.out_proj = without_values(nn.Linear, sizes.hidden_size, sizes.num_labels)
 
-    def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
-        """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
-        inner = with_tanh(self.dense, dropped(first_tokens, keys, self.config))
-        return self.out_proj(dropped(inner, None if keys is None else fold_in(keys, _SECOND), self.config))
+    def _inner(self, first_tokens: Tensor) -> Tensor:
+        return with_tanh(self.dense, first_tokens)

@@ -69,8 +69,12 @@ class SequenceHead(nn.Module):
 
     def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
         """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
-        inner = self.dense(dropped(first_tokens, keys, self.config))
+        inner = self._inner(dropped(first_tokens, keys, self.config))
         return self.out_proj(dropped(inner, None if keys is None else fold_in(keys, _SECOND), self.config))
+
+    def _inner(self, first_tokens: Tensor) -> Tensor:
+        """Dense and tanh."""
+        return self.dense(first_tokens)
 
 
 class MaskedLanguageHead(ParallelModule):
