@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from megatron_bert.convert.huggingface_names import fuse
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SCORES_PER_SEQUENCE, AttentionHeads, DistanceTable, SelfAttention, in_parts
 from megatron_bert.model.configuration import EncoderConfig
@@ -115,8 +116,7 @@ class Fused:
         return self._rows([layer.bias for layer in self.layers if layer.bias is not None])
 
     def _rows(self, parts: list[Tensor]) -> Tensor:
-        by_head = [local_tensor(part).unflatten(0, (-1, self.head_dim)) for part in parts]
-        return torch.stack(by_head, dim=1).flatten(0, 2)
+        return fuse([local_tensor(part) for part in parts], self.head_dim)
 
 
 class DistanceEmbedding(DistanceTable, nn.Embedding):  # type: ignore[misc]
