@@ -21,9 +21,10 @@ from transformers import initialization
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from megatron_bert.convert.huggingface_names import MEGATRON_BERT, HuggingFaceNames, Place, separate
+from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
 from megatron_bert.family.kinds import check_device, check_filled, checked_switch, told
-from megatron_bert.family.modules import Embeddings, EncoderLayer, LanguageHead
+from megatron_bert.family.modules import EncoderLayer, LanguageHead
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import fill, replaced, undivided
@@ -35,8 +36,6 @@ from parallel.whole_files import reporting
 
 logger = transformers.logging.get_logger(__name__)
 
-#: File of a quantized model's ranges, which megatron_bert.ibert.family writes and reads.
-RANGES_NAME = "quantization.json"
 #: Arguments of from_pretrained that say where files are.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 #: What DataParallel and torch.compile put before the names of a model's tensors.
@@ -553,6 +552,3 @@ class MegatronBertPreTrainedModel(DocumentedModel):
     base_model_prefix = "bert"
     names = MEGATRON_BERT
     layer_norm_placement = "pre"
-
-
-__all__ = ["RANGES_NAME", "DocumentedModel", "Embeddings", "MegatronBertPreTrainedModel", "file_beside"]

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from megatron_bert.convert.huggingface_names import IBERT
+from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.encoder import EncoderModel
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.pretrained import RANGES_NAME, DocumentedModel, file_beside
+from megatron_bert.family.pretrained import DocumentedModel, file_beside
 from megatron_bert.ibert.family.configuration import IBertConfig
 from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, stored_ranges, their_ranges
 from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
