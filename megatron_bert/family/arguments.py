@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.family.configuration import DocumentedConfig
+from megatron_bert.family.configuration import SWITCHES, DocumentedConfig
 from megatron_bert.family.kinds import check_tensor, check_whole, checked_switch, computing_device
 from megatron_bert.model.configuration import EncoderConfig
 from parallel.errors import UserError
 
-_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 _LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
@@ -51,7 +50,7 @@ class Arguments:
 
 
 _SHARED = {field.name for field in fields(Arguments)}
-_TENSORS = (_SHARED - {"past_key_values", *_SWITCHES}).union(_LABELS)
+_TENSORS = (_SHARED - {"past_key_values", *SWITCHES}).union(_LABELS)
 
 
 def shared_arguments(given: dict[str, Any]) -> Arguments:
@@ -68,7 +67,7 @@ def shared_arguments(given: dict[str, Any]) -> Arguments:
     for name, value in given.items():
         if value is not None and name in _TENSORS:
             check_tensor(name, value, device)
-        elif value is not None and name in _SWITCHES:
+        elif value is not None and name in SWITCHES:
             checked_switch(name, value)
     return Arguments(**{name: value for name, value in given.items() if name in _SHARED})
 

@@ -26,8 +26,8 @@ logger = logging.get_logger(__name__)
 
 #: The three ways to say what the classes of a head are, which follow one another.
 _LABELS = ("id2label", "label2id", "num_labels")
-#: What forward passes return unless the call says otherwise.
-_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
+#: What forward passes return unless the call says otherwise, with arguments of these names.
+SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 #: How near a name must be to that of a field for a warning.
 _NEAR = 0.85
 
@@ -74,7 +74,7 @@ class DocumentedConfig(PreTrainedConfig):
         if held.get("position_embedding_type", "") is None:  # some writers leave it to the default
             held["position_embedding_type"] = "absolute"
         self._name_labels(held.get("id2label"), held.get("label2id"), kwargs.pop("num_labels", None))
-        known = self.encoder_class.__dataclass_fields__.keys() | _SWITCHES
+        known = self.encoder_class.__dataclass_fields__.keys() | SWITCHES
         self._checked(**{name: value for name, value in kwargs.items() if name in known and value is not None})
         for name in kwargs:
             if hasattr(type(self), name):
@@ -86,7 +86,7 @@ class DocumentedConfig(PreTrainedConfig):
         held["_checks"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        checked = name in self.encoder_class.__dataclass_fields__ or name in (*_LABELS, *_SWITCHES, *self._others)
+        checked = name in self.encoder_class.__dataclass_fields__ or name in (*_LABELS, *SWITCHES, *self._others)
         if not checked or "_checks" not in self.__dict__:
             super().__setattr__(name, value)
             return
@@ -133,7 +133,7 @@ class DocumentedConfig(PreTrainedConfig):
         held = self.__dict__
         values = {name: held[name] for name in self.encoder_class.__dataclass_fields__ if name in held}
         held_switches = {**held, "output_attentions": held.get("_output_attentions") or False}
-        for name in _SWITCHES:
+        for name in SWITCHES:
             check_switch(name, others.pop(name, held_switches.get(name, False)))
         dtype = held.get("dtype")
         check_choice("dtype", None if dtype is None else str(dtype).removeprefix("torch."), (None, *NUMBER_FORMATS))
