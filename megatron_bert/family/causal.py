@@ -20,6 +20,7 @@ from megatron_bert.family.encoder import Tensors
 from megatron_bert.family.kept import check_kept, kept_states
 from megatron_bert.family.kinds import told
 from megatron_bert.family.language import MegatronBertLanguageModel
+from megatron_bert.model.configuration_checks import is_number
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
 
@@ -125,7 +126,7 @@ def _checked_items(given: Any) -> float | None:
         return None
     held = isinstance(given, Tensor) and given.numel() == 1 and given.device.type != "meta"
     number = given.item() if held else given
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+    if not is_number(number) or not 0 <= number < math.inf:
         raise UserError(
             f"num_items_in_batch is {told(given)}: give the number of words that are counted in all batches"
         )
