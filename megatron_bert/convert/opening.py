@@ -20,7 +20,7 @@ from megatron_bert.convert.finite import check_finite
 from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
 from megatron_bert.convert.options import ReadOptions
-from megatron_bert.convert.run_models import finished_model
+from megatron_bert.convert.run_models import finished_model, settings_file
 from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, StateTensor
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
@@ -50,7 +50,7 @@ def source_tree(source: Path, stack: ExitStack) -> FileTree:
         folder = finished_model(source)
         return folder_tree(latest_checkpoint(folder / "checkpoints") or folder)
     place = FileRange.whole(source)
-    if source.suffix in (".safetensors", ".bin", ".json") and (source.parent / CONFIG_NAME).is_file():
+    if settings_file(source) is not None:
         return folder_tree(source.parent)
     if is_archive(place):
         return archive_tree(source, stack)

@@ -14,6 +14,16 @@ from parallel.errors import UserError
 RESULTS_FILE = "results.json"
 #: Folder of a fine-tuning run with the model of its best checkpoint.
 MODEL_FOLDER = "model"
+#: Endings of a model's files that are taken with the settings beside them.
+_WITH_SETTINGS = (".safetensors", ".bin", ".json")
+
+
+def settings_file(place: Path) -> Path | None:
+    """The config.json in a model's directory, or beside one of its files; None where there is none."""
+    if not place.is_dir() and place.suffix not in _WITH_SETTINGS:
+        return None
+    path = (place if place.is_dir() else place.parent) / CONFIG_NAME
+    return path if path.is_file() else None
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:

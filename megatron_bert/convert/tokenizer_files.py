@@ -7,13 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.run_models import finished_model
+from megatron_bert.convert.run_models import finished_model, settings_file
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import JSON_NAME, holds_vocabulary
 from megatron_bert.json_file import read_json
-from megatron_bert.model.configuration import CONFIG_NAME as MODEL_CONFIG_NAME
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import reporting, write_json
@@ -110,7 +109,5 @@ def _checked(tokenizer: Tokenizer, run_state: dict[str, Any] | None, source: Pat
 
 def _model_type(folder: Path) -> str:
     """What the config.json of a directory, or beside a file in it, says; empty where there is none."""
-    if not folder.is_dir() and folder.suffix not in (".safetensors", ".bin", ".json"):
-        return ""
-    path = (folder if folder.is_dir() else folder.parent) / MODEL_CONFIG_NAME
-    return str(read_json(FileRange.whole(path)).get("model_type", "")) if path.is_file() else ""
+    path = settings_file(folder)
+    return "" if path is None else str(read_json(FileRange.whole(path)).get("model_type", ""))
