@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.configuration_checks import bounds
 from megatron_bert.section import Section
-from megatron_bert.tables import DECAYS, OPTIMIZERS, one_of
+from megatron_bert.tables import DECAYS, OPTIMIZERS, TRACKERS, one_of
 from parallel.errors import called
 from parallel.mesh import ParallelLayout, Sharding, data_shard_size, fit_data_size
 from parallel.pipeline.actions import Schedule
@@ -361,7 +361,7 @@ class LoggingSettings(Section):
         "stage for viewers, and tables of the time by part of the model, in `profile`. A few steps are enough.",
     )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
-    trackers: list[Literal["wandb", "mlflow"]] = Field(
+    trackers: list[Annotated[str, one_of(TRACKERS)]] = Field(
         default_factory=list,
         description="Further places for metrics: wandb (Weights & Biases; offline with WANDB_MODE=offline) and mlflow "
         "(MLFLOW_TRACKING_URI, or files in the run directory). Their libraries are installed separately.",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of what settings choose from by name: optimizers and the shapes of a decaying learning rate.
+"""Tables of what settings choose from by name: optimizers, the shapes of a decaying learning rate, and trackers.
 
 Settings are checked against a table as it is when they are read, so a program that adds a line before gets one more
 choice. What is slow to load stands here by its place.
@@ -27,6 +27,12 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     "sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+#: logging.trackers, each by the name of its library -> where the
+#: :class:`~megatron_bert.training.trackers.Tracker` is.
+TRACKERS: dict[str, str] = {
+    "wandb": "megatron_bert.training.trackers:WandbTracker",
+    "mlflow": "megatron_bert.training.trackers:MlflowTracker",
 }
 
 

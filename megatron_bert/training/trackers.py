@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiment trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and MLflow. Neither is on by default.
 
-A tracker gets rows of numbers and is closed; what it raises is a warning, never the end of a run. Adding one is a class
-and a line in `TRACKERS`.
+A tracker gets rows of numbers and is closed; what it raises is a warning, never the end of a run. Their table is in
+:mod:`megatron_bert.tables`.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
+from megatron_bert.tables import TRACKERS, found_at
 from parallel.errors import UserError
 from parallel.whole_files import write_text
 
@@ -98,12 +99,6 @@ class MlflowTracker:
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
-TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
-    "wandb": WandbTracker,
-    "mlflow": MlflowTracker,
-}
-
-
 def open_trackers(names: list[str], run_dir: Path, project: str) -> dict[str, Tracker]:
     """The trackers of a run by name.
 
@@ -117,7 +112,7 @@ def open_trackers(names: list[str], run_dir: Path, project: str) -> dict[str, Tr
     opened: dict[str, Tracker] = {}
     for name in dict.fromkeys(names):
         try:
-            opened[name] = TRACKERS[name](run_dir, project, settings)
+            opened[name] = found_at(TRACKERS[name])(run_dir, project, settings)
         except UserError:
             raise
         except Exception as error:  # whatever the library raises: no server, no login, no space

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from megatron_bert.config import LoggingSettings
+from megatron_bert.tables import TRACKERS
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.errors import UserError
@@ -69,7 +70,7 @@ class FakeMlflow(SimpleNamespace):
 
 
 def report(run_dir: Path, *trackers: str, start: int = 0) -> Report:
-    settings = LoggingSettings(trackers=list(trackers), tensorboard=False)  # type: ignore[arg-type]
+    settings = LoggingSettings(trackers=list(trackers), tensorboard=False)
     return Report(run_dir, settings, active=True, start=start, steps=8)
 
 
@@ -123,6 +124,17 @@ def test_mlflow(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fake.params == {"training.steps": "8", "data.train": "['x']"}
     assert ("megatron-bert-run", "train/loss", 2.5, 2) in fake.metrics
     assert (fake.runs, fake.states) == (1, ["FINISHED", "RUNNING", "FINISHED"])
+
+
+def test_a_line_in_the_table_is_enough(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="choose one of wandb, mlflow"):
+        LoggingSettings(trackers=["fake"])
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(TRACKERS, "fake", TRACKERS["wandb"])
+    with report(run_dir, "fake") as made:
+        made.step({"step": 1, **ROW})
+    assert fake.logged[0]["train/loss"] == 2.5
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
