@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from megatron_bert.planning.layouts import Layout, Stage, padded, schedule_of
 from megatron_bert.planning.parameters import Parameter
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.actions import Backward, Schedule
+from parallel.pipeline.actions import Schedule
 from parallel.pipeline.communication import outgoing
-from parallel.pipeline.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ def tensor_messages_of_layer(layout: Layout) -> tuple[Counter[str], Counter[str]
     backward: Counter[str] = Counter()
     if layout.tensor == 1:
         return forward, backward
-    split = SCHEDULES[layout.schedule].backward is Backward.SPLIT
     if layout.sequence:
         forward.update({"all-gather": 2, "reduce-scatter": 2})
-        backward.update({"all-gather": 2 if split else 4, "reduce-scatter": 2})
+        backward.update({"all-gather": 2 if layout.splits_backward else 4, "reduce-scatter": 2})
         # The recomputation ends before the sum behind the last product.
         if layout.recompute == "full":
             backward.update({"all-gather": 2, "reduce-scatter": 1})

@@ -68,6 +68,11 @@ class Layout:
         """Ranks that divide the tokens between matrix products."""
         return self.tensor if self.sequence else 1
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are actions of their own."""
+        return SCHEDULES[self.schedule].backward is Backward.SPLIT
+
     def microbatches(self, workload: Workload) -> int:
         """Of a step on each data rank."""
         return workload.global_batch // (self.micro_batch * self.data)
@@ -232,7 +237,7 @@ def why_not(workload: Workload, layout: Layout) -> str | None:
         return f"data {layout.data} x micro batch {layout.micro_batch} does not divide {workload.global_batch} samples"
     if layout.pipeline * layout.chunks > config.num_hidden_layers:
         return f"{layout.pipeline * layout.chunks} stages are more than the {config.num_hidden_layers} layers"
-    if SCHEDULES[layout.schedule].backward is Backward.SPLIT and compiled:
+    if layout.splits_backward and compiled:
         return f"schedule {layout.schedule} cannot run compiled layers"
     return None
 

@@ -18,7 +18,7 @@ from megatron_bert.config import RunSettings
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.measuring import Part
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.actions import ActionKind, Backward
+from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.communication import incoming, outgoing
 from parallel.pipeline.schedules import SCHEDULES
 
@@ -117,12 +117,8 @@ class LayerTensors:
 def layer_tensors(workload: Workload, layout: Layout) -> LayerTensors:
     """The tensors of one layer."""
     return _layer_tensors(
-        workload, layout.tensor, layout.split_tokens, layout.micro_batch, layout.recompute, _split(layout)
+        workload, layout.tensor, layout.split_tokens, layout.micro_batch, layout.recompute, layout.splits_backward
     )
-
-
-def _split(layout: Layout) -> bool:
-    return SCHEDULES[layout.schedule].backward is Backward.SPLIT
 
 
 @lru_cache(maxsize=65536)
@@ -190,7 +186,7 @@ def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
     rows = (4 * slots + 2 * layout.micro_batch * workload.pairs) * config.hidden_size * number
     if workload.head is not None:
         rows = (2 + 2 * workload.head.pooled) * layout.micro_batch * workload.head.rows * config.hidden_size * number
-    queued = number * slots * (columns + 2 * config.hidden_size) if _split(layout) else 0.0
+    queued = number * slots * (columns + 2 * config.hidden_size) if layout.splits_backward else 0.0
     return HeadTensors(rows, 4.0 * slots * columns, 8.0 * slots * columns, queued)
 
 

@@ -10,7 +10,6 @@ from megatron_bert.planning.communication import Message, tensor_messages_of_lay
 from megatron_bert.planning.devices import Device, Link
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.actions import Backward
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, Timeline, simulate
 
@@ -111,8 +110,7 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
     ahead, behind = tensor_messages_of_layer(layout)
     sent = sum(count * each[kind] for kind, count in ahead.items())
     sent_back = sum(count * each[kind] for kind, count in behind.items())
-    split = SCHEDULES[layout.schedule].backward is Backward.SPLIT
-    if machine.device.asynchronous and not split:
+    if machine.device.asynchronous and not layout.splits_backward:
         # Sums of input gradients run beside the weight gradients of the two column-parallel products.
         summed = each["reduce-scatter" if layout.sequence else "all-reduce"]
         sent_back -= min(summed, weights[0]) + min(summed, weights[2])

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.actions import Backward
-from parallel.pipeline.schedules import SCHEDULES
 
 
 def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
@@ -23,10 +21,9 @@ def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
     forward, backward = products + attention, 2 * products + attention * 5 // 2
     # Nothing needs the last product of a region again, but a split backward pass gets its operands behind it only.
     last = 2 * tokens * wide * hidden
-    repeats_last = SCHEDULES[layout.schedule].backward is Backward.SPLIT
     if layout.recompute == "full":
-        backward += forward - (0 if repeats_last else last)
-    elif layout.recompute == "selective" and repeats_last:
+        backward += forward - (0 if layout.splits_backward else last)
+    elif layout.recompute == "selective" and layout.splits_backward:
         backward += last
     return forward, backward
 
