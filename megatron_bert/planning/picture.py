@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_bert.planning.devices import GIB
@@ -14,7 +13,7 @@ from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.memory import rank_memory
 from megatron_bert.planning.search import Prediction, usable_bytes
 from parallel.pipeline.actions import ActionKind
-from parallel.whole_files import whole_file
+from parallel.whole_files import write_picture
 
 _COLORS = {
     "weights": "#4c72b0",
@@ -55,8 +54,7 @@ def draw_plan(predictions: Sequence[Prediction], path: Path) -> None:
     speed.invert_yaxis()
     speed.set(title="throughput", xlabel="tokens/s")
     speed.tick_params(axis="y", labelsize=7)
-    with whole_file(path, "wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
+    write_picture(path, figure, 100)
 
 
 def _draw_step(axes: object, best: Prediction) -> None:
