@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.indexed import IndexedDataset
+from megatron_bert.data.sample_index import split_documents
 from megatron_bert.planning.checkpoints import CheckpointPlan, SavedTensor, plan_checkpoint
 from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.layouts import Layout, Stage, stages_of
@@ -17,6 +19,8 @@ from parallel.pipeline.schedules import SCHEDULES
 FEW_EPOCHS = 4.0
 #: Memory of a loader process, with its interpreter and libraries, without the files that it maps.
 LOADER_GIB = 0.35
+#: Documents of a corpus so large that rounding their number does not change a split.
+_FINE = 2**40
 
 
 def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
@@ -27,8 +31,7 @@ def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
     ]
     if not isinstance(settings, Settings):
         return lines
-    train, *_ = (float(part) for part in settings.data.split.split(","))
-    used = train / sum(float(part) for part in settings.data.split.split(","))
+    used = split_documents(settings.data.split, _FINE)[0][1] / _FINE
     whole = sum(corpus.weight for corpus in settings.data.train)
     for corpus in settings.data.train:
         if not Path(f"{corpus.prefix}.idx").exists():
@@ -50,7 +53,7 @@ def checkpoint_of(layout: Layout, stages: list[Stage]) -> CheckpointPlan:
     placement = SCHEDULES[layout.schedule].placement
     tensors = [
         SavedTensor(
-            nbytes=4 * _size(parameter.shape),
+            nbytes=4 * math.prod(parameter.shape),
             shards=(layout.tensor if parameter.divided is not None else 1) * layout.shards,
             stage=placement.rank(stage.number, layout.pipeline),
         )
@@ -60,13 +63,6 @@ def checkpoint_of(layout: Layout, stages: list[Stage]) -> CheckpointPlan:
         for _ in range(3)
     ]
     return plan_checkpoint(tensors, layout.world_size, layout.pipeline)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, disk: float) -> list[str]:
