@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from parallel.recompute import Recompute
 
 #: Elements that parameters of flat buffers begin at multiples of; see :mod:`parallel.flat_buffers`.
 ALIGNMENT = 64
+#: What a search tries: hybrid sharding has a size to choose, which depends on the machine.
+RECOMPUTATIONS: tuple[Recompute, ...] = ("none", "selective", "full")
+SHARDINGS: tuple[Sharding, ...] = ("none", "optimizer", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,22 +254,25 @@ def layouts(workload: Workload, ranks: int) -> Iterator[Layout]:
             data = ranks // tensor // pipeline
             share = workload.global_batch // data
             micro = [size for size in _divisors(share, 256) if size & (size - 1) == 0] if share else [1]
-            for schedule, chunks in _schedules(pipeline, config.num_hidden_layers):
-                for sequence in (False, True) if tensor > 1 else (False,):
-                    for recompute in ("none", "selective", "full"):
-                        for sharding in ("none", "optimizer", "full") if data > 1 else ("none",):
-                            for size in micro:
-                                yield Layout(
-                                    tensor=tensor,
-                                    pipeline=pipeline,
-                                    data=data,
-                                    sequence=sequence,
-                                    schedule=schedule,
-                                    chunks=chunks,
-                                    micro_batch=size,
-                                    recompute=recompute,
-                                    sharding=sharding,
-                                )
+            choices = itertools.product(
+                _schedules(pipeline, config.num_hidden_layers),
+                (False, True) if tensor > 1 else (False,),
+                RECOMPUTATIONS,
+                SHARDINGS if data > 1 else SHARDINGS[:1],
+                micro,
+            )
+            for (schedule, chunks), sequence, recompute, sharding, size in choices:
+                yield Layout(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    data=data,
+                    sequence=sequence,
+                    schedule=schedule,
+                    chunks=chunks,
+                    micro_batch=size,
+                    recompute=recompute,
+                    sharding=sharding,
+                )
 
 
 def _schedules(pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
