@@ -11,24 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.harness import provenance
 from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.ending import command
-from megatron_bert.planning.bench import bench, threads_of_rank
+from megatron_bert.planning.bench import bench
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import predict
 from megatron_bert.planning.step_time import Machine
+from megatron_bert.planning.this_machine import run_ranks
 from megatron_bert.planning.workload import workload_of
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.pretrain import pretrain
@@ -75,21 +73,14 @@ def make_corpus(folder: Path) -> list[str]:
     return [f"tokenizer.path={vocabulary}", "tokenizer.lowercase=true", f"data.train={report.prefix}"]
 
 
-def _train(rank: int, ranks: int, port: int, overrides: list[str]) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
-    )
-    torch.set_num_threads(threads_of_rank(ranks))
+def _train(rank: int, overrides: list[str]) -> None:  # noqa: ARG001
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     pretrain(load_settings(CONFIG, overrides))
 
 
 def measured_seconds(overrides: list[str], ranks: int, folder: Path) -> float:
     """Median seconds of a step, the first ones left out."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train, (ranks, port, [*overrides, f"training.run_dir={folder}"]), nprocs=ranks)
+    run_ranks(ranks, _train, [*overrides, f"training.run_dir={folder}"])
     rows = [row["step_seconds"] for row in read_metrics(folder / METRICS_FILE) if "step_seconds" in row]
     return statistics.median(rows[2:])
 

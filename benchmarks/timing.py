@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_bert.planning.this_machine import processor_name
 
 
 def seconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -26,17 +26,6 @@ def processor_seconds(step: Callable[[], Any]) -> float:
     began = time.process_time()
     step()
     return time.process_time() - began
-
-
-def processor_name() -> str:
-    """Name of the CPU, as Linux gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def machine_name(device: torch.device) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.flops import parameter_count, peak_tflops, training_flops
+from megatron_bert.planning.this_machine import memory_bytes
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
 from parallel.cross_entropy import IGNORED
@@ -270,7 +270,7 @@ def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: Wo
     if world.device.type == "cuda":
         room = torch.cuda.get_device_properties(world.device).total_memory
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = memory_bytes()
     return 36 * parameter_count(config) * kinds < room / 2
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from megatron_bert.model.layer import TransformerLayer
 from megatron_bert.model.sequences import SequenceLayout
 from megatron_bert.planning.devices import GIB, Device, Link
 from megatron_bert.planning.step_time import OPERATORS
+from megatron_bert.planning.this_machine import memory_bytes, processor_name, run_ranks
 from parallel.dropout import keyed_dropout
 from parallel.errors import UserError
 from parallel.mesh import SINGLE
@@ -74,29 +73,13 @@ def bench(ranks: int, device: str = "auto") -> tuple[Device, Link]:
     if ranks == 1:
         found = _measure(device)
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = torch.multiprocessing.get_context("spawn")
-        queue: Any = context.SimpleQueue()
-        torch.multiprocessing.spawn(_rank, (ranks, port, device, queue), nprocs=ranks)
+        queue: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        run_ranks(ranks, _rank, device, queue)
         found = queue.get()
     return Device.model_validate(found), Link.model_validate(found["link"])
 
 
-def threads_of_rank(ranks: int) -> int:
-    """Threads of each process of a run: those of OMP_NUM_THREADS; else all that there are, or one for several ranks."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
-    return torch.get_num_threads() if ranks == 1 else 1  # as torchrun does
-
-
-def _rank(rank: int, ranks: int, port: int, device: str, queue: Any) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
-    )
-    torch.set_num_threads(threads_of_rank(ranks))
+def _rank(rank: int, device: str, queue: Any) -> None:
     found = _measure(device)
     if rank == 0:
         queue.put(found)
@@ -116,7 +99,7 @@ def _measure(name: str) -> dict[str, Any]:
         moved = _moving(device, getattr(torch, half))
         link = _link(device)
         return {
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name() or "a processor",
             "source": "measured",
             "note": f"megatron-bert bench --ranks {world.size}, torch {torch.__version__}, "
             f"{torch.get_num_threads()} threads per rank",
@@ -345,13 +328,4 @@ def _link(device: torch.device) -> dict[str, Any]:
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / GIB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
-def _processor() -> str:
-    """The name of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "a processor"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "a processor")
+    return memory_bytes() / GIB
