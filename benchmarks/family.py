@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ import torch
 from torch import Tensor
 
 import megatron_bert
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, ratios
 from benchmarks.peers import transformers
-from benchmarks.timing import processor_seconds, seconds
+from benchmarks.timing import clock
 from megatron_bert import MegatronBertConfig
 from megatron_bert.ending import command
 from parallel.whole_files import write_text
@@ -153,10 +152,10 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             steps = [make_step(model, batch, kind, dtype) for model in models]
             for step in steps * arguments.warmup:
                 step()
-            clock = processor_seconds if arguments.clock == "processor" else partial(seconds, device=device)
+            timed = clock(arguments.clock, device)
             count = _TRAINER_STEPS if kind == "trainer" else 1
-            pairs = [[clock(step) / count for step in steps] for _ in range(arguments.pairs)]
-            ratios = sorted(b / a for a, b in pairs)
+            pairs = [[timed(step) / count for step in steps] for _ in range(arguments.pairs)]
+            ours_took, theirs_took = zip(*pairs, strict=True)
             results.append(
                 {
                     "shape": shape,
@@ -164,10 +163,10 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     "step": kind,
                     "batch": shown,
                     "seconds": {
-                        "megatron_bert": statistics.median(a for a, _ in pairs),
-                        "transformers": statistics.median(b for _, b in pairs),
+                        "megatron_bert": statistics.median(ours_took),
+                        "transformers": statistics.median(theirs_took),
                     },
-                    "ratio": {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]},
+                    "ratio": ratios(theirs_took, ours_took),
                 }
             )
             print(*(results[-1][key] for key in ("shape", "model", "step", "batch", "ratio")), flush=True)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of results says of how it was made."""
+"""What benchmarks have in common: how results were made, ratios of pairs, and the file they end in."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shlex
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -42,3 +43,14 @@ def provenance(
             **{package: version(package) for package in packages},
         },
     }
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Least, median and most of some values."""
+    found = sorted(values)
+    return {"min": found[0], "median": statistics.median(found), "max": found[-1]}
+
+
+def ratios(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """How many times as long as its partner each one takes, least, median and most, of steps that took turns."""
+    return spread(mine / other for mine, other in zip(times, base, strict=True))

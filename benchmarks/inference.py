@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from torch import Tensor
 from benchmarks.harness import provenance
 from benchmarks.inference_memory import memory
 from benchmarks.inference_systems import SHAPES, Models, Run, systems
+from benchmarks.timing import seconds
 from megatron_bert.ending import command
 from parallel.errors import UserError
 from parallel.whole_files import write_text
@@ -136,9 +136,7 @@ def measure(ready: dict[str, Ready], ids: Tensor, rounds: int, budget: float) ->
     left = {}
 
     def timed(name: str) -> float:
-        began = time.perf_counter()
-        ready[name].run(ids)
-        return time.perf_counter() - began
+        return seconds(lambda: ready[name].run(ids), ids.device)
 
     for name in ready:  # which also gets everybody's memory for this size
         first = timed(name)

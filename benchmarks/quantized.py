@@ -14,15 +14,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, ratios
 from benchmarks.peers import transformers
-from benchmarks.timing import processor_seconds, seconds
+from benchmarks.timing import clock
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ending import command
@@ -83,7 +82,7 @@ def make_step(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
 def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each model's step, and its ratio to its float model's."""
     device = torch.device(arguments.device)
-    clock = processor_seconds if arguments.clock == "processor" else partial(seconds, device=device)
+    timed = clock(arguments.clock, device)
     torch.manual_seed(0)
     ids = torch.randint(5, _SIZES["vocab_size"], (arguments.batch, arguments.length))
     batch = {"input_ids": ids.to(device), "labels": torch.randint(0, 2, (arguments.batch,)).to(device)}
@@ -91,21 +90,16 @@ def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(arguments.steps + 1):
         for name, step in steps.items():
-            duration = clock(step)
+            duration = timed(step)
             if round_number:  # the first warms up
                 taken[name].append(duration)
     names = list(taken)
     results = {}
     for base, name in zip(names[::2], names[1::2], strict=True):
-        ratios = sorted(mine / float_step for mine, float_step in zip(taken[name], taken[base], strict=True))
         results[name] = {
             "float_seconds": round(statistics.median(taken[base]), 4),
             "seconds": round(statistics.median(taken[name]), 4),
-            "ratio": {
-                "min": round(ratios[0], 3),
-                "median": round(statistics.median(ratios), 3),
-                "max": round(ratios[-1], 3),
-            },
+            "ratio": {key: round(ratio, 3) for key, ratio in ratios(taken[name], taken[base]).items()},
         }
     return results
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, ratios
 from benchmarks.peers import transformers
 from benchmarks.timing import seconds
 from megatron_bert.ending import command
@@ -135,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.warmup):
         ours(), theirs()
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(arguments.pairs)]
-    ratios = sorted(b / a for a, b in pairs)
+    ours_took, theirs_took = zip(*pairs, strict=True)
     tokens = arguments.batch * arguments.length
     return {
         **provenance("throughput", "transformers", device=device),
@@ -149,10 +149,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "pairs": arguments.pairs,
         "tokens_per_second": {
-            "megatron_bert": tokens / statistics.median(a for a, _ in pairs),
-            "transformers": tokens / statistics.median(b for _, b in pairs),
+            "megatron_bert": tokens / statistics.median(ours_took),
+            "transformers": tokens / statistics.median(theirs_took),
         },
-        "ratio": {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]},
+        "ratio": ratios(theirs_took, ours_took),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def processor_seconds(step: Callable[[], Any]) -> float:
     began = time.process_time()
     step()
     return time.process_time() - began
+
+
+def clock(name: str, device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """The clock of a name: ``wall``, or ``processor``, which leaves waiting out."""
+    return processor_seconds if name == "processor" else partial(seconds, device=device)
 
 
 def machine_name(device: torch.device) -> str:

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, ratios, spread
 from benchmarks.peers import transformers
 from benchmarks.throughput import make_batch
+from benchmarks.timing import seconds
 from megatron_bert.config import Settings
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ending import command
@@ -223,8 +224,8 @@ def opened(kind: str, size: Size, options: argparse.Namespace, world: World) -> 
     return their_step(size, options, batch, compiled=compiled)
 
 
-def measure(name: str, options: argparse.Namespace, world: World, seconds: float) -> dict[str, Any]:
-    """Let the kinds take turns for so many seconds.
+def measure(name: str, options: argparse.Namespace, world: World, budget: float) -> dict[str, Any]:
+    """Let the kinds take turns for so many seconds, their budget.
 
     Step by step where all models fit in memory together; else one model after the other, each for a few steps.
     """
@@ -232,7 +233,7 @@ def measure(name: str, options: argparse.Namespace, world: World, seconds: float
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     peaks: dict[str, int | None] = dict.fromkeys(kinds)
     failures: dict[str, str] = {}
-    deadline = time.perf_counter() + seconds
+    deadline = time.perf_counter() + budget
     with ExitStack() as stack:
         steps: dict[str, Step] = {}
         together = _fit_together(size, options, len(kinds), world)
@@ -243,7 +244,7 @@ def measure(name: str, options: argparse.Namespace, world: World, seconds: float
                 for _ in range(options.warmup):
                     steps[kind]()
                 if not together:
-                    times[kind] = [_timed(steps[kind], world) for _ in range(options.steps)]
+                    times[kind] = [seconds(steps[kind], world.device) for _ in range(options.steps)]
             except (RuntimeError, ImportError) as error:  # out of memory, or a package is missing
                 failures[kind] = (str(error) or type(error).__name__).splitlines()[0]
                 steps.pop(kind, None)
@@ -254,10 +255,10 @@ def measure(name: str, options: argparse.Namespace, world: World, seconds: float
                 stack.close()
         for _ in range(options.steps if together else 0):
             for kind, step in steps.items():
-                times[kind].append(_timed(step, world))
+                times[kind].append(seconds(step, world.device))
             if time.perf_counter() > deadline:
                 break
-    found = {kind: seconds for kind, seconds in times.items() if seconds}
+    found = {kind: measured for kind, measured in times.items() if measured}
     for kind, measured in found.items():
         print(f"{name:6s}{kind:26s}{statistics.median(measured) * 1000:10.1f} ms", flush=True)
     summary = _summary(size, options, found, peaks, world)
@@ -272,14 +273,6 @@ def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: Wo
     else:
         room = memory_bytes()
     return 36 * parameter_count(config) * kinds < room / 2
-
-
-def _timed(step: Step, world: World) -> float:
-    began = time.perf_counter()
-    step()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def _clear(world: World) -> None:
@@ -311,18 +304,13 @@ def _summary(
     for kind, found in times.items():
         middle = medians[kind]
         summary[kind] = {
-            "step_seconds": {"min": min(found), "median": middle, "max": max(found)},
+            "step_seconds": spread(found),
             "tokens_per_second": tokens / middle,
             "mfu": None if peak is None else flops / middle / (peak * 1e12),
             "peak_bytes": peaks[kind],
         }
         if ours is not None and not kind.startswith("ours"):
-            ratios = sorted(b / a for a, b in zip(times[ours], found))
-            summary[kind]["times_as_long_as_ours"] = {
-                "min": ratios[0],
-                "median": statistics.median(ratios),
-                "max": ratios[-1],
-            }
+            summary[kind]["times_as_long_as_ours"] = ratios(found, times[ours])
     return summary
 
 
