@@ -77,11 +77,24 @@ def our_step(
     return step
 
 
+def their_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    """A micro batch as the arguments of transformers' model."""
+    rows, length = batch.layout.batch, batch.layout.length
+    labels = torch.full((rows * length,), IGNORED)
+    labels[batch.slots] = batch.slot_labels
+    given = {
+        "input_ids": batch.tokens.view(rows, length),
+        "token_type_ids": batch.types.view(rows, length),
+        "labels": labels.view(rows, length),
+        "next_sentence_label": batch.pair_labels,
+    }
+    return {name: tensor.to(device) for name, tensor in given.items()}
+
+
 def their_step(
     config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
     """The same step of transformers' model."""
-    rows, length = batch.layout.batch, batch.layout.length
     model = transformers.MegatronBertForPreTraining(
         transformers.MegatronBertConfig(
             vocab_size=config.padded_vocab_size,
@@ -95,14 +108,7 @@ def their_step(
     ).to(device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    labels = torch.full((rows * length,), IGNORED)
-    labels[batch.slots] = batch.slot_labels
-    inputs = {
-        "input_ids": batch.tokens.view(rows, length).to(device),
-        "token_type_ids": batch.types.view(rows, length).to(device),
-        "labels": labels.view(rows, length).to(device),
-        "next_sentence_label": batch.pair_labels.to(device),
-    }
+    inputs = their_inputs(batch, device)
 
     def step() -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -27,17 +27,17 @@ from torch import Tensor
 
 from benchmarks.harness import provenance, ratios, spread
 from benchmarks.peers import transformers
-from benchmarks.throughput import make_batch
+from benchmarks.throughput import make_batch, their_inputs
 from benchmarks.timing import seconds
 from megatron_bert.config import Settings
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.planning.this_machine import memory_bytes
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
-from parallel.cross_entropy import IGNORED
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World, process_group
 from parallel.whole_files import write_json
@@ -126,19 +126,9 @@ def their_model(size: Size, options: argparse.Namespace) -> torch.nn.Module:
     return cast(torch.nn.Module, transformers.MegatronBertForPreTraining(config)).to(options.device)
 
 
-def their_inputs(batch: MicroBatch, device: str) -> dict[str, Tensor]:
-    """A micro batch as the arguments of transformers' model."""
-    rows, length = batch.layout.batch, batch.layout.length
-    labels = torch.full((rows * length,), IGNORED)
-    labels[batch.slots] = batch.slot_labels
-    given = {
-        "input_ids": batch.tokens.view(rows, length),
-        "token_type_ids": batch.types.view(rows, length),
-        "attention_mask": torch.ones(rows, length, dtype=torch.long),
-        "labels": labels.view(rows, length),
-        "next_sentence_label": batch.pair_labels,
-    }
-    return {name: tensor.to(device) for name, tensor in given.items()}
+def with_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with the mask that data loaders give, of no padding."""
+    return inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
 
 
 @contextmanager
@@ -147,7 +137,8 @@ def their_step(size: Size, options: argparse.Namespace, batch: MicroBatch, *, co
     model = their_model(size, options).train()
     run = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-    inputs, device = their_inputs(batch, options.device), torch.device(options.device)
+    device = torch.device(options.device)
+    inputs = with_mask(their_inputs(batch, device))
     dtype = getattr(torch, options.dtype)
 
     def step() -> None:
@@ -165,7 +156,7 @@ def their_step(size: Size, options: argparse.Namespace, batch: MicroBatch, *, co
 @contextmanager
 def trainer_step(size: Size, options: argparse.Namespace, batch: MicroBatch) -> Iterator[Step]:
     """Steps of transformers' Trainer: one call trains for one, by pausing its loop in a generator."""
-    given = {name: tensor.cpu() for name, tensor in their_inputs(batch, "cpu").items()}
+    given = with_mask(their_inputs(batch, torch.device("cpu")))
     rows = [{name: tensor[row] for name, tensor in given.items()} for row in range(size.micro_batch)]
 
     class Endless(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -216,8 +207,6 @@ def opened(kind: str, size: Size, options: argparse.Namespace, world: World) -> 
     compiled = kind.endswith("compiled")
     if kind.startswith("ours"):
         return our_step(size, options, world, compiled=compiled)
-    from megatron_bert.model.configuration import MegatronBertConfig
-
     batch = make_batch(MegatronBertConfig(vocab_size=VOCABULARY), size.micro_batch, size.length)
     if kind == "transformers' Trainer":
         return trainer_step(size, options, batch)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import training
-from benchmarks.throughput import make_batch
-from benchmarks.training import SIZES, Size, main, their_inputs
+from benchmarks.throughput import make_batch, their_inputs
+from benchmarks.training import SIZES, Size, main
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.process_group import World
 
@@ -49,7 +49,7 @@ def test_models_too_large_to_be_held_together_take_turns() -> None:
 
 def test_both_train_on_the_same_words() -> None:
     batch = make_batch(MegatronBertConfig(vocab_size=100), 3, 16)
-    given = their_inputs(batch, "cpu")
+    given = their_inputs(batch, torch.device("cpu"))
     assert given["input_ids"].shape == (3, 16)
     masked = given["labels"].flatten() >= 0
     assert masked.nonzero().flatten().tolist() == sorted(batch.slots.tolist())
