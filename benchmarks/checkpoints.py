@@ -12,7 +12,6 @@ until the checkpoint is there.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -29,6 +28,7 @@ from benchmarks.harness import provenance
 from megatron_bert.ending import command
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.process_group import process_group
+from parallel.whole_files import write_json
 
 #: Name -> layers, hidden size and words.
 SIZES = {"tiny": (2, 64, 1024), "base": (12, 768, 30592), "345m": (24, 1024, 30592)}
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         "results": results,
     }
     if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(options.output, report)
 
 
 if __name__ == "__main__":

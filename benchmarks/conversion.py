@@ -13,7 +13,6 @@ matter to either number.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -35,6 +34,7 @@ from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
 from megatron_bert.model.configuration import MegatronBertConfig
+from parallel.whole_files import write_json
 
 #: Layers, hidden size, heads, vocabulary (the padded one, as it counts as real when no true size is known).
 MODELS = {"345m": (24, 1024, 16, 30592), "3.9b": (48, 2560, 40, 30592)}
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         "results": results,
     }
     if parsed.output is not None:
-        parsed.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(parsed.output, report)
     return 0
 
 

@@ -12,7 +12,6 @@ the processor, since a GPU waits for it and other programs may run beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from parallel.gradients import clip_factor, global_gradient_norm
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.process_group import process_group
 from parallel.sharding import initialize
+from parallel.whole_files import write_json
 
 Step = Callable[[], None]
 
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {"layers": given.layers, "hidden": given.hidden, "micro_batches": given.micro_batches}
         made = provenance("data_parallel", arguments=arguments)
         report = {**made, **settings, "rounds": given.rounds, "found": found}
-        given.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(given.output, report)
     return 0
 
 

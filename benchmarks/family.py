@@ -36,7 +36,7 @@ from benchmarks.peers import transformers
 from benchmarks.timing import clock
 from megatron_bert import MegatronBertConfig
 from megatron_bert.ending import command
-from parallel.whole_files import write_text
+from parallel.whole_files import write_json
 
 #: Name -> class, whether padding is skipped.
 MODELS = {
@@ -185,7 +185,7 @@ def add_run(path: Path, run: dict[str, Any]) -> None:
     """Write a run into a file, beside the others there, in place of one of the same command."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     runs = [other for other in runs if other["command"] != run["command"]]
-    write_text(path, json.dumps({"runs": [*runs, run]}, indent=2) + "\n")
+    write_json(path, {"runs": [*runs, run]})
 
 
 @command("benchmarks.family")

@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.timing import machine_name
+from parallel.whole_files import write_json
 
 
 def provenance(
@@ -54,3 +57,10 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 def ratios(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """How many times as long as its partner each one takes, least, median and most, of steps that took turns."""
     return spread(mine / other for mine, other in zip(times, base, strict=True))
+
+
+def publish(report: Mapping[str, Any], output: Path | None) -> None:
+    """Print a report, and write it as a JSON file if there is one to write."""
+    print(json.dumps(report, indent=2))
+    if output is not None:
+        write_json(output, report)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bert.data.sentence_pairs import build_samples
+from parallel.whole_files import write_json
 
 TOKENS_PER_SENTENCE, SENTENCES_PER_DOCUMENT = 22, 20
 SEQ_LENGTH, SHORT_SEQUENCE_PROBABILITY, SEED = 512, 0.1, 1234
@@ -72,7 +73,7 @@ def main() -> None:
         "settings": {"seq_length": SEQ_LENGTH, "short_sequence_probability": SHORT_SEQUENCE_PROBABILITY, "seed": SEED},
         "results": results,
     }
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(arguments.output, report)
     print(json.dumps(results, indent=2))
 
 

@@ -36,7 +36,7 @@ from benchmarks.inference_systems import SHAPES, Models, Run, systems
 from benchmarks.timing import seconds
 from megatron_bert.ending import command
 from parallel.errors import UserError
-from parallel.whole_files import write_text
+from parallel.whole_files import write_json, write_picture
 
 #: What newer instruction sets are hidden for: the variable that says so to benchmarks/hidden_instructions.c.
 _HIDDEN = "HIDDEN_INSTRUCTIONS"
@@ -180,7 +180,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("times as fast")
         axes.set_title(f"{name}, {report['machine']}", fontsize=9)
         axes.legend(fontsize=7, ncols=3)
-    figure.savefig(path, dpi=110)
+    write_picture(path, figure, 110)
 
 
 def kind_of(name: str) -> str:
@@ -219,7 +219,7 @@ def _rows(arguments: argparse.Namespace, models: Models, report: dict[str, Any])
                     times = row.setdefault("times", {})
                     times.update(measure(ready, models.ids(batch, length), arguments.rounds, arguments.seconds))
                     row["ratios"] = ratios(times)
-                write_text(arguments.output, json.dumps(report, indent=2) + "\n")
+                write_json(arguments.output, report)
                 print(json.dumps({key: row}, indent=2), flush=True)
 
 

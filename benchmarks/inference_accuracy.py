@@ -25,7 +25,7 @@ from benchmarks.peers import transformers
 from megatron_bert.ending import command
 from megatron_bert.ibert import NativeModel
 from parallel.errors import UserError
-from parallel.whole_files import write_text
+from parallel.whole_files import write_json
 
 #: Logits of token ids and masks ``[B, S]``.
 _Run = Callable[[np.ndarray, np.ndarray], Any]
@@ -152,7 +152,7 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if arguments.output:
         report = json.loads(arguments.output.read_text(encoding="utf-8"))
-        write_text(arguments.output, json.dumps(report | {"task": found}, indent=2) + "\n")
+        write_json(arguments.output, report | {"task": found})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
 from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.opening import load_into, open_checkpoint
@@ -197,10 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         **provenance("megatron_core_parity", "megatron-core", arguments=arguments),
         "results": results,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if parsed.output is not None:
-        parsed.output.write_text(text + "\n", encoding="utf-8")
+    publish(report, parsed.output)
     worst = max(r["largest_difference_of_token_losses"] for r in results)
     return 0 if worst < 1e-4 and all(r["its_own_files_read_back_bit_for_bit"] for r in results) else 1
 

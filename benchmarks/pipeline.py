@@ -11,7 +11,6 @@ weight gradient take the given times, divided over its virtual stages.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -38,7 +37,7 @@ from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import simulate
 from parallel.weight_gradients import WeightGradientQueue, active_queue
-from parallel.whole_files import write_text
+from parallel.whole_files import write_json
 
 CPU = torch.device("cpu")
 #: Tokens and width of an activation: a message of 64 KiB.
@@ -242,7 +241,7 @@ def main(given: list[str] | None = None) -> int:
         "zero_bubble_h1_speedup_over_1f1b": round(gain, 4),
     }
     if arguments.output is not None:
-        write_text(arguments.output, json.dumps(report, indent=2) + "\n")
+        write_json(arguments.output, report)
     within = all(abs(row["measured_over_simulated"] - 1) <= 0.15 for row in results)
     return 0 if within and gain > 1 else 1
 

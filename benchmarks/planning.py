@@ -9,7 +9,6 @@ Each world is calibrated (`megatron-bert bench --ranks N`), its steps are predic
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -17,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
 from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
@@ -30,7 +29,6 @@ from megatron_bert.planning.this_machine import run_ranks
 from megatron_bert.planning.workload import workload_of
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from megatron_bert.training.pretrain import pretrain
-from parallel.whole_files import write_text
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert_345m.yaml"
 #: Ranks, and settings of their layouts.
@@ -122,10 +120,7 @@ def main() -> None:
         **provenance("planning"),
         "worlds": [row for ranks in arguments.ranks for row in compare(ranks, arguments.steps)],
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output is not None:
-        write_text(arguments.output, text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import punkt
 from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.tokenizers import load_tokenizer
+from parallel.whole_files import write_json
 
 READ = """
 import re, sys
@@ -282,7 +283,7 @@ def main() -> None:
         },
         "results": result,
     }
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(arguments.output, report)
     print(json.dumps(report[name], indent=2))
 
 

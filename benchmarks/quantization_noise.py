@@ -10,7 +10,6 @@ to be far from linear. ``outliers`` makes two channels of the residual stream so
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
 from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, in_mode, quantize_model
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.sharding import initialize
-from parallel.whole_files import write_text
 
 _OUTLIER_CHANNELS, _OUTLIER = [7, 130], 20.0
 #: Name -> settings.
@@ -108,9 +106,7 @@ def main() -> None:
             chosen = {"W8A8": {}} if length == 512 else SETTINGS
             results = {title: noise(placement, length, outliers, settings) for title, settings in chosen.items()}
             report[f"{placement}-layer-norm, {name}"] = results
-    text = json.dumps(report, indent=2) + "\n"
-    write_text(arguments.output, text)
-    print(text, end="")
+    publish(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ integers in float32; ours computes them.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import provenance, ratios
+from benchmarks.harness import provenance, publish, ratios
 from benchmarks.peers import transformers
 from benchmarks.timing import clock
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ending import command
 from megatron_bert.ibert import QuantizationConfig, calibrate, freeze_ranges, quantize_model
-from parallel.whole_files import write_text
 
 #: Shared by all models.
 _SIZES = {
@@ -126,9 +124,7 @@ def main() -> None:
         "dropout 0": measure(0.0, arguments),
         "dropout 0.1": measure(0.1, arguments),
     }
-    text = json.dumps(report, indent=2) + "\n"
-    write_text(arguments.output, text)
-    print(text, end="")
+    publish(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ run again, so the same command, also with other files, goes on where it was::
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from parallel.process_group import choose_device
-from parallel.whole_files import write_text
+from parallel.whole_files import write_json
 from tools.task_scores import describe, draw, essential_settings, finished_run, summarize
 
 #: Splits that results.json has for other models than the one that is saved.
@@ -104,7 +103,7 @@ def main() -> None:
         },
         "tasks": tasks,
     }
-    write_text(arguments.output, json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     draw(tasks, arguments.output.with_suffix(".png"))
 
 

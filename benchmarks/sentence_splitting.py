@@ -22,6 +22,7 @@ import punkt
 
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.sentences import sentence_splitter
+from parallel.whole_files import write_json
 
 SPLITTERS = ("sentencex", "punkt")
 ROUNDS = 5
@@ -104,7 +105,7 @@ def main() -> None:
         "boundaries": results,
         "preprocess": speed,
     }
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(arguments.output, report)
     print(json.dumps(results | {"preprocess": speed}, indent=2))
 
 

@@ -10,7 +10,6 @@ Their steps alternate, and the ratio is taken pair by pair, so that a machine wh
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance, ratios
+from benchmarks.harness import provenance, publish, ratios
 from benchmarks.peers import transformers
 from benchmarks.timing import seconds
 from megatron_bert.ending import command
@@ -29,7 +28,6 @@ from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
-from parallel.whole_files import write_text
 
 
 def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatch:
@@ -179,11 +177,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="pairs counted")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    result = measure(arguments)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output is not None:
-        write_text(arguments.output, text + "\n")
+    publish(measure(arguments), arguments.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance, ratios, spread
+from benchmarks.harness import provenance, publish, ratios, spread
 from benchmarks.peers import transformers
 from benchmarks.throughput import make_batch, their_inputs
 from benchmarks.timing import seconds
@@ -40,7 +39,6 @@ from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World, process_group
-from parallel.whole_files import write_json
 
 VOCABULARY = 30522
 
@@ -327,9 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
             "attention_dropout": options.attention_dropout,
             "sizes": [measure(name, options, world, options.seconds / len(sizes)) for name in sizes],
         }
-    print(json.dumps(report, indent=2))
-    if options.output is not None:
-        write_json(options.output, report)
+    publish(report, options.output)
 
 
 if __name__ == "__main__":
