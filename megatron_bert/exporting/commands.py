@@ -44,11 +44,7 @@ def _export(arguments: argparse.Namespace) -> None:
     plan = plan_of(model)
     with reporting("written", destination, "give another directory"), whole_directory(destination) as directory:
         for path in sorted(source.iterdir()):
-            if (
-                path.is_file()
-                and path.suffix not in _WEIGHTS
-                and not path.name.endswith((".index.json", "ization.json"))
-            ):
+            if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(_BESIDE_WEIGHTS):
                 shutil.copyfile(path, directory / path.name)
         if arguments.to == "integer":
             write_plan(plan, directory / PLAN_NAME)
