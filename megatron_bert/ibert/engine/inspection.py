@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.plan_file import ARITHMETIC, PLAN_NAME, VERSION, is_plan, read_plan
 
 
@@ -28,7 +27,6 @@ def describe_plan(path: Path) -> str:
     plan = read_plan(path)
     settings, embeddings, size = plan.settings, plan.embeddings, path.stat().st_size
     numbers = sum(tensor.numel() for tensor in _tensors(plan))
-    heads = [name for name in ("pooler", "classifier", "pair", "masked") if getattr(plan.heads, name) is not None]
     rows = [
         ("format", f"integer plan, version {VERSION}, arithmetic {ARITHMETIC}"),
         ("task", plan.task),
@@ -39,7 +37,7 @@ def describe_plan(path: Path) -> str:
         ("feed-forward size", str(len(plan.layers[0].intermediate.bias))),
         ("positions", f"{embeddings.position.shape[0]}, sequences of at most {plan.longest} tokens"),
         ("vocabulary", f"{embeddings.word.shape[0]} words"),
-        ("heads on top", ", ".join(heads) or "none"),
+        ("heads on top", ", ".join(plan.heads.present) or "none"),
         (
             "bits",
             f"weights {settings.get('weight_bits')}, activations {settings.get('activation_bits')}, attention "
@@ -54,6 +52,6 @@ def describe_plan(path: Path) -> str:
 def _tensors(part: Any) -> list[Tensor]:
     if isinstance(part, Tensor):
         return [part]
-    if isinstance(part, Plan) or is_dataclass(part):
+    if is_dataclass(part):
         return [tensor for field in fields(part) for tensor in _tensors(getattr(part, field.name))]
     return [tensor for each in part for tensor in _tensors(each)] if isinstance(part, tuple) else []

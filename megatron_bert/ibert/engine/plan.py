@@ -257,6 +257,11 @@ class Heads:
     pair: Dense | None = None
     masked: MaskedLanguage | None = None
 
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of those that are there."""
+        return tuple(each.name for each in fields(self) if getattr(self, each.name) is not None)
+
 
 class PlanHeads(NamedTuple):
     """Which heads a plan has by what its model answers.

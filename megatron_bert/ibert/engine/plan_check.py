@@ -167,7 +167,7 @@ def _check_layer(layer: Layer, hidden: int, name: str) -> None:
 
 def _check_heads(plan: Plan, hidden: int) -> None:
     heads = plan.heads
-    there = {name for name in ("pooler", "classifier", "pair", "masked") if getattr(heads, name) is not None}
+    there = set(heads.present)
     allowed = plan_heads(plan.task)
     fits = allowed.needed <= there <= allowed.needed | allowed.more
     _require(fits, f"the heads of a {plan.task} model are {sorted(there)}")
