@@ -42,24 +42,26 @@ def constant_answer(task: Task[Any, Any], split: str) -> float:
     training, examples = task.examples("train"), task.examples(split)
     if task.head.kind == "span":
         return 100.0 * max((_first_words(training, words), _first_words(examples, words)) for words in _WORDS)[1]
-    known = [unit.label for unit in task.units(training, train=True)]
+    known = [instance.label for instance in task.instances(training, train=True)]
     labels = np.concatenate(known) if task.head.kind == "token" else np.stack(known)
-    units = task.units(examples, train=False)
+    instances = task.instances(examples, train=False)
     if np.issubdtype(labels.dtype, np.floating):
         # The mean of a number; of labels that may be true together, those that more often are than not.
         mean = np.nanmean(labels, axis=0)
         answer = mean if task.head.problem == "regression" else mean - 0.5
     else:
-        widest = max(len(unit.features) for unit in units) if task.head.kind == "choice" else task.head.outputs
+        widest = (
+            max(len(instance.features) for instance in instances) if task.head.kind == "choice" else task.head.outputs
+        )
         answer = np.arange(widest) == np.bincount(labels[labels != IGNORED]).argmax()
     answer = answer.astype(np.float32)
     logits = []
-    for unit in units:
+    for instance in instances:
         if task.head.kind == "token":
-            logits.append(np.tile(answer, (len(unit.features[0].rows), 1)))
+            logits.append(np.tile(answer, (len(instance.features[0].rows), 1)))
         else:
-            logits.append(answer[: len(unit.features)] if task.head.kind == "choice" else answer)
-    return task.metrics(examples, task.predictions(examples, units, logits))[task.metric]
+            logits.append(answer[: len(instance.features)] if task.head.kind == "choice" else answer)
+    return task.metrics(examples, task.predictions(examples, instances, logits))[task.metric]
 
 
 def _first_words(examples: list[Any], words: int) -> float:

@@ -92,10 +92,10 @@ def memory(models: Models, batch: int, length: int, threads: int, wanted: list[s
         if done.returncode != 0:
             print(f"{name} is left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
-        told = json.loads(done.stdout.splitlines()[-1])
+        report = json.loads(done.stdout.splitlines()[-1])
         found[name] = {
-            "first_answer_seconds": round(told["first"] - began, 2),
-            "resident_megabytes": told["VmRSS"],
-            "peak_megabytes": told["VmHWM"],
+            "first_answer_seconds": round(report["first"] - began, 2),
+            "resident_megabytes": report["VmRSS"],
+            "peak_megabytes": report["VmHWM"],
         }
     return found

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning with transformers' Trainer under the settings of `megatron-bert finetune`.
 
-The same start, the same tokenized units, batch size, learning rates, warm-up, epochs, weight decay, dropout and number
-format; another order of the data and other dropout masks. Needs the packages ``transformers`` and ``accelerate``.
+The same start, tokenized instances, batch size, learning rates, warm-up, epochs, weight decay, dropout and precision;
+another order of the data and other dropout masks. Needs the packages ``transformers`` and ``accelerate``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.registry import build_task
-from megatron_bert.tasks.task import Head, Task, Unit
+from megatron_bert.tasks.task import Head, Instance, Task
 
 
-def collate(units: list[Unit], head: Head, pad_id: int) -> dict[str, Tensor]:
-    """Transformers' arguments for units: rectangles with padding."""
-    choices = max(len(unit.features) for unit in units)
-    length = max(len(feature.tokens) for unit in units for feature in unit.features)
-    shape = (len(units), choices, length)
+def collate(instances: list[Instance], head: Head, pad_id: int) -> dict[str, Tensor]:
+    """Transformers' arguments for instances: rectangles with padding."""
+    choices = max(len(instance.features) for instance in instances)
+    length = max(len(feature.tokens) for instance in instances for feature in instance.features)
+    shape = (len(instances), choices, length)
     ids, types, mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for row, unit in enumerate(units):
-        for choice, feature in enumerate(unit.features):
+    for row, instance in enumerate(instances):
+        for choice, feature in enumerate(instance.features):
             count = len(feature.tokens)
             ids[row, choice, :count], types[row, choice, :count] = feature.tokens, feature.types
             mask[row, choice, :count] = 1
@@ -42,14 +42,14 @@ def collate(units: list[Unit], head: Head, pad_id: int) -> dict[str, Tensor]:
     given = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
     if head.kind == "token":
         tags = np.full(ids.shape, -100)
-        for row, unit in enumerate(units):
-            tags[row, unit.features[0].rows] = unit.label
+        for row, instance in enumerate(instances):
+            tags[row, instance.features[0].rows] = instance.label
         given["labels"] = tags
     elif head.kind == "span":
-        places = np.stack([unit.label for unit in units])
+        places = np.stack([instance.label for instance in instances])
         given |= {"start_positions": places[:, 0], "end_positions": places[:, 1]}
     else:
-        labels = np.stack([unit.label for unit in units])
+        labels = np.stack([instance.label for instance in instances])
         given["labels"] = labels[:, 0] if labels.dtype == np.int64 else labels
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in given.items()}
 
@@ -59,24 +59,26 @@ def score(model: Any, task: Task[Any, Any], split: str, batch: int = 64) -> dict
     """The task's metrics of transformers' model on a split."""
     model.eval()
     examples = task.examples(split)
-    units = task.units(examples, train=False)
+    instances = task.instances(examples, train=False)
     logits: list[np.ndarray] = []
-    for start in range(0, len(units), batch):
-        chosen = units[start : start + batch]
+    for start in range(0, len(instances), batch):
+        chosen = instances[start : start + batch]
         given = collate(chosen, task.head, task.tokenizer.pad_id)
         names = ("input_ids", "token_type_ids", "attention_mask")
         output = model(**{name: given[name].to(model.device) for name in names})
-        for row, unit in enumerate(chosen):
-            rows = unit.features[0].rows
+        for row, instance in enumerate(chosen):
+            rows = instance.features[0].rows
             if task.head.kind == "span":
                 pair = torch.stack((output.start_logits[row], output.end_logits[row]), dim=1)
                 logits.append(pair.cpu().numpy()[rows])
             elif task.head.kind == "token":
                 logits.append(output.logits[row].cpu().numpy()[rows])
             else:
-                found = output.logits[row, : len(unit.features)] if task.head.kind == "choice" else output.logits[row]
+                found = (
+                    output.logits[row, : len(instance.features)] if task.head.kind == "choice" else output.logits[row]
+                )
                 logits.append(found.cpu().numpy())
-    return task.metrics(examples, task.predictions(examples, units, logits))
+    return task.metrics(examples, task.predictions(examples, instances, logits))
 
 
 def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str, dict[str, float]], float]:
@@ -114,13 +116,13 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
             model.train()
             evaluating += time.perf_counter() - began
 
-    units = task.units(task.examples("train"), train=True)
+    instances = task.instances(task.examples("train"), train=True)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.global_batch_size,
         learning_rate=rate.peak,
-        warmup_steps=rate.warmup(math.ceil(training.epochs * len(units) / training.global_batch_size)),
+        warmup_steps=rate.warmup(math.ceil(training.epochs * len(instances) / training.global_batch_size)),
         lr_scheduler_type=rate.schedule,
         weight_decay=settings.optimizer.weight_decay,
         max_grad_norm=settings.optimizer.clip_grad_norm,
@@ -136,7 +138,7 @@ def train(settings: FinetuneSettings, seed: int, folder: Path) -> tuple[dict[str
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
-        train_dataset=units,
+        train_dataset=instances,
         data_collator=lambda chosen: collate(chosen, task.head, tokenizer.pad_id),
         callbacks=[Follow()],
     )

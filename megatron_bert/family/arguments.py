@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.family.checks import check_tensor, check_whole, checked_switch, computing_device
 from megatron_bert.family.configuration import SWITCHES, DocumentedConfig
-from megatron_bert.family.kinds import check_tensor, check_whole, checked_switch, computing_device
 from megatron_bert.model.configuration import EncoderConfig
 from parallel.errors import UserError
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-from megatron_bert.family.kinds import check_tensor, computing_device, widened
+from megatron_bert.family.checks import check_tensor, computing_device, promoted
 from megatron_bert.model.requests import LayerCache
 from parallel.errors import UserError
 
@@ -121,4 +121,4 @@ def _part(part: Any, shape: tuple[int, ...], model: DocumentedModel) -> Tensor:
         raise UserError(
             f"past_key_values holds {list(part.shape)}, expected tensors {expected}: {_REMEDY} over the same batch"
         )
-    return widened("past_key_values", part, model.dtype)
+    return promoted("past_key_values", part, model.dtype)

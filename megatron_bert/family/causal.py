@@ -15,11 +15,11 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from megatron_bert.family.arguments import shared_arguments
+from megatron_bert.family.checks import described
 from megatron_bert.family.configuration import MegatronBertConfig
 from megatron_bert.family.encoder import Tensors
-from megatron_bert.family.kept import check_kept, kept_states
-from megatron_bert.family.kinds import told
 from megatron_bert.family.language import MegatronBertLanguageModel
+from megatron_bert.family.logits_to_keep import check_kept, kept_states
 from megatron_bert.model.configuration_checks import is_number
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
@@ -128,6 +128,6 @@ def _checked_items(given: Any) -> float | None:
     number = given.item() if held else given
     if not is_number(number) or not 0 <= number < math.inf:
         raise UserError(
-            f"num_items_in_batch is {told(given)}: give the number of words that are counted in all batches"
+            f"num_items_in_batch is {described(given)}: give the number of words that are counted in all batches"
         )
     return number

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import (
 )
 
 from megatron_bert.family.arguments import Arguments, check_shape, shared_arguments
+from megatron_bert.family.checks import check_whole
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.kinds import check_whole
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
 from megatron_bert.family.modules import without_values
 from megatron_bert.model.configuration import EncoderConfig
@@ -65,10 +65,10 @@ class Classifier(HeadModel):
         """What the head reads of every sequence, ``[B, H]``."""
         return self.base_model.pooled(encoded)
 
-    def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
+    def scores(self, features: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """The head: ``[N, H]`` to ``[N, C]``."""
         head: nn.Module = self.get_submodule(self.head)
-        return head(dropped(features, keys, self.sizes) if self.drops else features)
+        return head(dropped(features, dropout_keys, self.sizes) if self.drops else features)
 
     def classified(
         self, given: Arguments, *, shown: bool = False, needed: Tensor | None = None
@@ -85,9 +85,9 @@ class Classifier(HeadModel):
     def read(self, encoded: Encoded) -> Tensor:
         """The head on what the encoder gave: logits as of :meth:`classified`."""
         if not self.by_sequence:
-            return self.scores(encoded.hidden, encoded.keys)
-        keys = None if encoded.keys is None else encoded.keys.index_select(0, encoded.first)
-        return self.scores(self.vectors(encoded), keys)
+            return self.scores(encoded.hidden, encoded.dropout_keys)
+        dropout_keys = None if encoded.dropout_keys is None else encoded.dropout_keys.index_select(0, encoded.first)
+        return self.scores(self.vectors(encoded), dropout_keys)
 
     def class_loss(self, name: str, encoded: Encoded, logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
         """Mean cross entropy of logits ``[N, C]`` with labels that were given under a name."""

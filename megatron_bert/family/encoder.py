@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from megatron_bert.family.arguments import Arguments, TokenInputs, checked_head_masks, checked_inputs
 from megatron_bert.family.cache import checked_cache, filled_cache, opened_cache
+from megatron_bert.family.checks import checked_switch, promoted
 from megatron_bert.family.configuration import DocumentedConfig
-from megatron_bert.family.kinds import checked_switch, widened
 from megatron_bert.family.losses import blanked
 from megatron_bert.family.masks import Mask, causal, read_mask
 from megatron_bert.family.modules import Embeddings, LayerStack, PoolerLayer
@@ -43,7 +43,7 @@ class Encoded:
         batch, length: B and S.
         kept: int64 ``[T]``, where each token stands in B * S, the longest sequence first; None when all are there.
         first: int64 ``[B]``, where each sequence starts in ``hidden``.
-        keys: int64 ``[T]`` dropout keys for the head; None without dropout.
+        dropout_keys: int64 ``[T]`` dropout keys for the head; None without dropout.
         hidden_states: as asked for, ``[B, S, H]`` each.
         attentions, cross_attentions, past: as asked for.
     """
@@ -53,7 +53,7 @@ class Encoded:
     length: int
     kept: Tensor | None
     first: Tensor
-    keys: Tensor | None
+    dropout_keys: Tensor | None
     hidden_states: Tensors | None = None
     attentions: Tensors | None = None
     cross_attentions: Tensors | None = None
@@ -152,11 +152,11 @@ class EncoderModel(DocumentedModel):
             past = checked_cache(entries, self, given.shape[0])
         inputs = checked_inputs(given, config, self.sizes, 0 if past is None else past[0][0].shape[2])
         if inputs.embedded is not None:
-            inputs = replace(inputs, embedded=widened("inputs_embeds", inputs.embedded, self.dtype))
+            inputs = replace(inputs, embedded=promoted("inputs_embeds", inputs.embedded, self.dtype))
         total = inputs.past + inputs.length
         mask = read_mask("attention_mask", given.attention_mask, inputs.batch, inputs.length, total)
         request = self._request(given, inputs, mask, past)
-        keys = self._dropout_keys(inputs)
+        dropout_keys = self._dropout_keys(inputs)
         kept = None
         first = torch.arange(inputs.batch, device=inputs.device) * inputs.length
         layout = SequenceLayout.rectangle(inputs.batch, inputs.length, mask.keys)
@@ -165,15 +165,15 @@ class EncoderModel(DocumentedModel):
             lengths, order = mask.keys.sum(1).sort(descending=True, stable=True)
             row, column = mask.keys[order].nonzero(as_tuple=True)
             kept = order[row] * inputs.length + column
-            inputs, keys = _without_padding(inputs, keys, kept)
+            inputs, dropout_keys = _without_padding(inputs, dropout_keys, kept)
             layout = SequenceLayout.packed(lengths, int(lengths[0]))
             assert layout.boundaries is not None
             first = torch.empty_like(order).index_copy_(0, order, layout.boundaries[:-1].long())
-        hidden = self.embeddings(inputs.tokens, inputs.positions, inputs.types, keys, inputs.embedded)
+        hidden = self.embeddings(inputs.tokens, inputs.positions, inputs.types, dropout_keys, inputs.embedded)
         plain = request.attention is None and not request.hidden_states
         if request.hidden_states:
             request = replace(request, shown=partial(_shown, kept, inputs.batch, inputs.length))
-        out = self.encoder(hidden, layout, keys, None if plain else request)
+        out = self.encoder(hidden, layout, dropout_keys, None if plain else request)
         out = EncoderOutput(hidden=out) if plain else out
         batch, length = inputs.batch, inputs.length
         device = out.hidden.device  # of the last layer, where a device map divides the layers
@@ -183,7 +183,9 @@ class EncoderModel(DocumentedModel):
             length=length,
             kept=None if kept is None else kept.to(device),
             first=first.to(device),
-            keys=None if keys is None else fold_in(keys, 1 + self.config.num_hidden_layers).to(device),
+            dropout_keys=None
+            if dropout_keys is None
+            else fold_in(dropout_keys, 1 + self.config.num_hidden_layers).to(device),
             hidden_states=out.hidden_states or None,
             attentions=out.attentions or None,
             cross_attentions=out.cross_attentions or None,
@@ -260,7 +262,7 @@ class EncoderModel(DocumentedModel):
         return EncoderStates(
             hidden=None
             if cached or states is None
-            else widened("encoder_hidden_states", states, self.dtype).flatten(0, 1),
+            else promoted("encoder_hidden_states", states, self.dtype).flatten(0, 1),
             length=length,
             mask=mask.full,
             unattended=mask.unattended,
@@ -294,7 +296,9 @@ class EncoderModel(DocumentedModel):
         return fold_in(fold_in(rows, seed), columns).flatten()
 
 
-def _without_padding(inputs: TokenInputs, keys: Tensor | None, kept: Tensor) -> tuple[TokenInputs, Tensor | None]:
+def _without_padding(
+    inputs: TokenInputs, dropout_keys: Tensor | None, kept: Tensor
+) -> tuple[TokenInputs, Tensor | None]:
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor.index_select(0, kept)  # noqa: E731
     packed = replace(
         inputs,
@@ -303,4 +307,4 @@ def _without_padding(inputs: TokenInputs, keys: Tensor | None, kept: Tensor) -> 
         positions=take(inputs.positions),
         types=take(inputs.types),
     )
-    return packed, None if keys is None else take(keys)
+    return packed, None if dropout_keys is None else take(dropout_keys)

@@ -15,10 +15,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from megatron_bert.family.arguments import Arguments, check_labels, shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
+from megatron_bert.family.checks import checked_switch
 from megatron_bert.family.configuration import MegatronBertConfig
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.kinds import checked_switch
 from megatron_bert.family.losses import blanked, mean_cross_entropy
 from megatron_bert.family.modules import LanguageHead, Predictions, PretrainingHeads, without_values
 from megatron_bert.family.outputs import MegatronBertForPreTrainingOutput

@@ -179,26 +179,32 @@ class Attention(_Attention, SelfAttention):  # type: ignore[misc]
         return Fused([own.query, own.key, own.value], self.head_dim)
 
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: AttentionRequest | None = None,
     ) -> Tensor | AttentionOutput:
         """Attend within sequences; without a request, the projections are not put side by side first."""
         own = self.projections
         if request is not None or (layout.is_packed and not in_parts(hidden)):
-            return super().forward(hidden, layout, keys, request)
+            return super().forward(hidden, layout, dropout_keys, request)
         qkv = tuple(
             linear(hidden).unflatten(-1, (self.heads, self.head_dim)) for linear in (own.query, own.key, own.value)
         )
         parts = layout.parts(SCORES_PER_SEQUENCE // self.heads) if layout.is_packed else [layout]
         sizes = [hidden.shape[0]] if len(parts) == 1 else [sum(part.lengths) for part in parts]
-        all_keys = [None] * len(parts) if keys is None else keys.split(sizes)
+        all_keys = [None] * len(parts) if dropout_keys is None else dropout_keys.split(sizes)
         each = zip(parts, *(part.split(sizes) for part in qkv), all_keys, strict=True)
         contexts = [self._within(*part) for part in each]
         return self.output((contexts[0] if len(contexts) == 1 else torch.cat(contexts)).flatten(-2))
 
-    def _within(self, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
+    def _within(
+        self, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, dropout_keys: Tensor | None
+    ) -> Tensor:
         """Projections ``[T, A, D]`` of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
         query, key, value = (layout.to_rectangle(tokens).transpose(1, 2) for tokens in (query, key, value))
-        rectangle_keys = None if keys is None else layout.to_rectangle(keys)
+        rectangle_keys = None if dropout_keys is None else layout.to_rectangle(dropout_keys)
         context, _ = self.attend(query, key, value, layout.rectangle_mask(), rectangle_keys)
         return layout.from_rectangle(context.transpose(1, 2))
 

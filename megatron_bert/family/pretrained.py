@@ -22,8 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from megatron_bert.convert.huggingface_names import MEGATRON_BERT, HuggingFaceNames, Place, separate
 from megatron_bert.convert.ranges import RANGES_NAME
+from megatron_bert.family.checks import check_device, check_filled, checked_switch, described
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
-from megatron_bert.family.kinds import check_device, check_filled, checked_switch, told
 from megatron_bert.family.modules import EncoderLayer, LanguageHead
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
@@ -90,7 +90,7 @@ class DocumentedModel(transformers.PreTrainedModel):
                 f"{type(self).__name__} takes a {self.config_class.__name__}, but got a {type(config).__name__}"
             )
         if not isinstance(tp, TensorParallel):
-            raise UserError(f"tp is {told(tp)}: give a TensorParallel handle, or leave it out on one device")
+            raise UserError(f"tp is {described(tp)}: give a TensorParallel handle, or leave it out on one device")
         if tp.sequence:
             raise UserError("these classes divide matrices, not tokens: give a handle without sequence parallelism")
         check_device(device)
@@ -288,7 +288,7 @@ class DocumentedModel(transformers.PreTrainedModel):
                 pruned.setdefault(number, set()).update(index(head) for head in heads)
         except (AttributeError, TypeError):
             raise UserError(
-                f"heads_to_prune is {told(heads_to_prune)}: give numbers of heads by number of layer, such as "
+                f"heads_to_prune is {described(heads_to_prune)}: give numbers of heads by number of layer, such as "
                 "{0: [1, 2]}"
             ) from None
         self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
@@ -321,7 +321,7 @@ class DocumentedModel(transformers.PreTrainedModel):
         given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
         for name, value in given.items():
             if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name} is {told(value)}: give 1 or more, or None")
+                raise UserError(f"{name} is {described(value)}: give 1 or more, or None")
         if new_num_tokens is not None:
             multiple = pad_to_multiple_of or 1
             words = -(-new_num_tokens // multiple) * multiple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units of a fine-tuning task to micro batches, without padding."""
+"""Instances of a fine-tuning task to micro batches, without padding."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor
 from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.sequences import SequenceLayout, filling, longest_first
 from megatron_bert.model.task_heads.table import HEADS
-from megatron_bert.tasks.task import Head, Unit
+from megatron_bert.tasks.task import Head, Instance
 
 
-def unit_tokens(unit: Unit) -> int:
-    """Tokens of all sequences of a unit."""
-    return sum(len(feature.tokens) for feature in unit.features)
+def instance_tokens(instance: Instance) -> int:
+    """Tokens of all sequences of an instance."""
+    return sum(len(feature.tokens) for feature in instance.features)
 
 
-def collate_units(
-    units: Sequence[Unit], numbers: Sequence[int], head: Head, *, most_features: int, multiple: int = 1
+def collate_instances(
+    instances: Sequence[Instance], numbers: Sequence[int], head: Head, *, most_features: int, multiple: int = 1
 ) -> TaskBatch:
-    """Put the sequences of units end to end, the longest first.
+    """Put the sequences of instances end to end, the longest first.
 
     Args:
-        units: at least one.
+        instances: at least one.
         numbers: their numbers in the training stream, which dropout masks depend on.
         head: of the task.
-        most_features: most sequences of a unit of the task; their dropout masks differ.
+        most_features: most sequences of an instance of the task; their dropout masks differ.
         multiple: the token axis is filled up to a multiple of this, so that tensor ranks can divide it; to a round size
             in any case. The filling repeats the first tokens, so that ranges of activations see nothing new.
     """
-    features = [feature for unit in units for feature in unit.features]
-    owners = [number for number, unit in enumerate(units) for _ in unit.features]
-    samples = [n * most_features + i for n, unit in zip(numbers, units) for i in range(len(unit.features))]
+    features = [feature for instance in instances for feature in instance.features]
+    owners = [number for number, instance in enumerate(instances) for _ in instance.features]
+    samples = [n * most_features + i for n, instance in zip(numbers, instances) for i in range(len(instance.features))]
     lengths = np.array([len(feature.tokens) for feature in features], dtype=np.int64)
     order, starts = longest_first(lengths)
     fill = filling(int(lengths.sum()), multiple)
     rows = np.concatenate([start + feature.rows for start, feature in zip(starts, features)])
     row_owners = np.concatenate([np.full(len(f.rows), owner) for owner, f in zip(owners, features)])
-    counts = np.bincount(row_owners, minlength=len(units))
+    counts = np.bincount(row_owners, minlength=len(instances))
     places = np.concatenate([np.arange(count) for count in counts])
     return TaskBatch(
         tokens=_joined([features[i].tokens for i in order], fill),
@@ -56,8 +56,8 @@ def collate_units(
         owners=torch.from_numpy(row_owners.astype(np.int64)),
         places=torch.from_numpy(places.astype(np.int64)),
         widest=int(counts.max()),
-        units=len(units),
-        labels=HEADS[head.kind].labels([torch.from_numpy(unit.label) for unit in units]),
+        instances=len(instances),
+        labels=HEADS[head.kind].labels([torch.from_numpy(instance.label) for instance in instances]),
     )
 
 
@@ -66,8 +66,8 @@ def _joined(parts: list[np.ndarray], fill: int) -> Tensor:
     return torch.from_numpy(np.concatenate([values, np.resize(values, fill)]))
 
 
-def stream_units(numbers: range, count: int, seed: int) -> list[int]:
-    """Which of ``count`` units stand at places ``numbers`` of an endless stream that shuffles them every epoch."""
+def stream_instances(numbers: range, count: int, seed: int) -> list[int]:
+    """Which of ``count`` instances stand at places ``numbers`` of an endless stream that shuffles them every epoch."""
     return [int(_epoch_order(count, seed, number // count)[number % count]) for number in numbers]
 
 

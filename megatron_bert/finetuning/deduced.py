@@ -119,7 +119,7 @@ def _scheme(tags: list[str]) -> str:
     return "IO" if prefixes == {"I"} else "BIO"
 
 
-def told(state: CanonicalState, settings: Mapping[str, Any]) -> str:
+def deduction_note(state: CanonicalState, settings: Mapping[str, Any]) -> str:
     """One line on what was found, for the user."""
     labels = settings.get("labels")
     shown = f" of {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}" if labels else ""

@@ -13,6 +13,7 @@ import torch
 from megatron_bert.config_checks import check_layout, check_learning_rate, check_tensor_size
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.run_models import MODEL_FOLDER
+from megatron_bert.finetuning.instances import TaskInstances
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
 from megatron_bert.finetuning.pictures import draw_run
 from megatron_bert.finetuning.results import RESULTS_FILE, finished, settled, write_results
@@ -20,7 +21,6 @@ from megatron_bert.finetuning.saved import save_task, task_config
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.finetuning.start import check_lengths, encoder_config, find_tokenizer
 from megatron_bert.finetuning.summary import SEED, summarize
-from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.training.first_rank import on_first_rank
@@ -191,7 +191,7 @@ class CheckedRuns(NamedTuple):
         objectives: of the variants that are to run.
     """
 
-    data: TaskUnits
+    data: TaskInstances
     done: dict[str, dict[str, Any] | None]
     objectives: dict[str, Finetuning]
 
@@ -224,7 +224,7 @@ def checked_runs(
         encoder = encoder_config(settings, tokenizer, source)
         check_tensor_size(layout.tensor, encoder)
         form = input_format(tokenizer, roberta=encoder.like_roberta)
-        data = TaskUnits(build_task(settings.task, settings.data, tokenizer, form))
+        data = TaskInstances(build_task(settings.task, settings.data, tokenizer, form))
         check_lengths(data.task, encoder)
         done = {name: finished(variant, data.task) for name, variant in variants.items()}
         objectives: dict[str, Finetuning] = {}

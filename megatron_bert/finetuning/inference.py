@@ -20,10 +20,10 @@ from megatron_bert.config_file import apply_override, validated
 from megatron_bert.finetuning.arrivals import arriving
 from megatron_bert.finetuning.results import RESULTS_FILE, as_line, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task
-from megatron_bert.finetuning.scoring import Scored, score_units
+from megatron_bert.finetuning.scoring import Scored, score_instances
 from megatron_bert.tasks.rows import RowError, parse_object
 from megatron_bert.tasks.stream import name_of
-from megatron_bert.tasks.task import Example, Prediction, Task, Unit
+from megatron_bert.tasks.task import Example, Instance, Prediction, Task
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
@@ -69,7 +69,7 @@ class Scorer:
     Args:
         saved: the model.
         world: the processes; all of them hold the whole model.
-        batch_size: most units of a forward pass.
+        batch_size: most instances of a forward pass.
         engine: what computes, and its threads: see :meth:`SavedTask.stage`.
     """
 
@@ -87,17 +87,17 @@ class Scorer:
             device=world.device,
         )
 
-    def score(self, units: Sequence[Unit]) -> Scored:
-        """Logits on rank 0 and the mean loss; every rank calls with the same units."""
+    def score(self, instances: Sequence[Instance]) -> Scored:
+        """Logits on rank 0 and the mean loss; every rank calls with the same instances."""
         task = self.saved.task
-        return score_units(self.model, self.engine, self.mesh, units, task.head, batch_size=self.batch_size)
+        return score_instances(self.model, self.engine, self.mesh, instances, task.head, batch_size=self.batch_size)
 
     def predict(self, examples: list[Any]) -> list[Prediction]:
         """What the model says of each example; every rank calls, rank 0 gets the answer."""
         task = self.saved.task
-        units = task.units(examples, train=False)
-        logits = self.score(units).logits
-        return task.predictions(examples, units, logits) if logits else []
+        instances = task.instances(examples, train=False)
+        logits = self.score(instances).logits
+        return task.predictions(examples, instances, logits) if logits else []
 
 
 def evaluate_files(
@@ -118,7 +118,7 @@ def evaluate_files(
             training where it is not given. Settings of the section ``task``, which change those of the model. And
             ``tokenizer.path=PATH`` for a model without a vocabulary.
         output: directory for results, predictions and files to submit; None prints only.
-        batch_size: most units of a forward pass.
+        batch_size: most instances of a forward pass.
         device: auto, cpu or cuda.
         engine: what computes.
 
@@ -151,9 +151,9 @@ def evaluate_files(
                     f"data.columns.{named} is {given['columns'][named]}, but no row of the {split} file has that: give "
                     f"the column of the labels, or leave data.columns.{named} out where there are none"
                 )
-            units = task.units(examples, train=False)
-            scored = scorer.score(units)
-            leave = partial(_leave_split, task, split, examples, units, scored, output)
+            instances = task.instances(examples, train=False)
+            scored = scorer.score(instances)
+            leave = partial(_leave_split, task, split, examples, instances, scored, output)
             scores[split], written = on_first_rank(leave)
             files += written
         on_first_rank(lambda: _leave_results(saved, scores, files, output))
@@ -161,10 +161,10 @@ def evaluate_files(
 
 
 def _leave_split(
-    task: Task, split: str, examples: list[Any], units: list[Unit], scored: Scored, output: Path | None
+    task: Task, split: str, examples: list[Any], instances: list[Instance], scored: Scored, output: Path | None
 ) -> tuple[dict[str, float], list[str]]:
     """Say, and write, what the model does on a split; its scores and the files."""
-    predictions = task.predictions(examples, units, scored.logits)
+    predictions = task.predictions(examples, instances, scored.logits)
     if scored.loss is not None and not math.isfinite(scored.loss):
         raise UserError(
             f"the loss on the {split} split is {scored.loss}: the model gives no numbers, as its weights are damaged "

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.sampling import BatchShare
-from megatron_bert.finetuning.batches import collate_units, stream_units
-from megatron_bert.finetuning.scoring import score_units
+from megatron_bert.finetuning.batches import collate_instances, stream_instances
+from megatron_bert.finetuning.instances import TaskInstances
+from megatron_bert.finetuning.scoring import score_instances
 from megatron_bert.finetuning.settings import FinetuneSettings
-from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.finetuning.weights import load_encoder, load_finetuned
 from megatron_bert.model.batch import TaskBatch, TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.task_heads.table import HEADS
-from megatron_bert.tasks.task import Prediction, Unit
+from megatron_bert.tasks.task import Instance, Prediction
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.staged_model import StagedModel
@@ -41,14 +41,14 @@ class SplitResult(NamedTuple):
 
     Attributes:
         examples: of the split.
-        units: made of them.
-        logits: of each unit, on rank 0; empty on others.
+        instances: made of them.
+        logits: of each instance, on rank 0; empty on others.
         predictions: of each example, on rank 0; empty on others.
         scores: ``loss`` and the task's metrics, the same on every rank; {} where nothing is labeled.
     """
 
     examples: list[Any]
-    units: list[Unit]
+    instances: list[Instance]
     logits: list[np.ndarray]
     predictions: list[Prediction]
     scores: dict[str, float]
@@ -61,7 +61,7 @@ class Finetuning(Objective[BertForTask]):
         settings: of the run.
         config: of the encoder, with the task's classes.
         data: the task's.
-        seed: of the order of the units.
+        seed: of the order of the instances.
         source: ``model.from``, open while the run starts.
     """
 
@@ -73,21 +73,23 @@ class Finetuning(Objective[BertForTask]):
         self,
         settings: FinetuneSettings,
         config: MegatronBertConfig,
-        data: TaskUnits,
+        data: TaskInstances,
         seed: int,
         source: CanonicalState,
     ) -> None:
         self.source = source
         self.settings, self.config, self.data, self.task = settings, config, data, data.task
         self.head_kind = HEADS[self.task.head.kind]
-        self.order_seed = name_seed(seed, "order of the training units")
+        self.order_seed = name_seed(seed, "order of the training instances")
         training, self.starts_from = settings.training, settings.model.from_
-        self.units: list[Unit] = data.train
-        weights = self.task.class_weights(self.units)
+        self.instances: list[Instance] = data.train
+        weights = self.task.class_weights(self.instances)
         self.class_weights = None if weights is None else torch.from_numpy(weights)
-        self.most_features = max(len(unit.features) for unit in self.units)
-        epoch = math.ceil(len(self.units) / training.global_batch_size)
-        self.total_steps = training.steps or math.ceil(training.epochs * len(self.units) / training.global_batch_size)
+        self.most_features = max(len(instance.features) for instance in self.instances)
+        epoch = math.ceil(len(self.instances) / training.global_batch_size)
+        self.total_steps = training.steps or math.ceil(
+            training.epochs * len(self.instances) / training.global_batch_size
+        )
         self.evaluate_every = epoch if training.evaluate_every is None else training.evaluate_every
         self.evaluates = bool(self.task.valid_splits)
         self.metric = self.task.metric if self.evaluates else None
@@ -125,7 +127,7 @@ class Finetuning(Objective[BertForTask]):
     def describe_data(self, first_step: int) -> list[str]:  # noqa: ARG002
         """How many sequences, what classes weigh, and how many rows were skipped."""
         task, lines = self.task, []
-        lines.append(f"{task.settings.name}: {len(self.units):,} training sequences, {self.total_steps:,} steps")
+        lines.append(f"{task.settings.name}: {len(self.instances):,} training sequences, {self.total_steps:,} steps")
         if self.weight_of_class is not None:
             weights = ", ".join(f"{label} {weight:.4g}" for label, weight in self.weight_of_class.items())
             lines.append(f"class weights: {weights}")
@@ -136,7 +138,7 @@ class Finetuning(Objective[BertForTask]):
     def training_batches(
         self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device
     ) -> Iterator[TokenBatch]:
-        """Units in an order that is new every epoch."""
+        """Instances in an order that is new every epoch."""
         training = self.settings.training
         share = BatchShare(
             global_batch=training.global_batch_size,
@@ -146,9 +148,9 @@ class Finetuning(Objective[BertForTask]):
             first_sample=first_sample,
         )
         for places in map(share.samples, range(steps * share.micro_batches_per_step)):
-            chosen = stream_units(places, len(self.units), self.order_seed)
-            yield collate_units(
-                [self.units[index] for index in chosen],
+            chosen = stream_instances(places, len(self.instances), self.order_seed)
+            yield collate_instances(
+                [self.instances[index] for index in chosen],
                 list(places),
                 self.task.head,
                 most_features=self.most_features,
@@ -156,7 +158,7 @@ class Finetuning(Objective[BertForTask]):
             ).to(device)
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:
-        """Labeled units, or tokens, each as often as its class weighs."""
+        """Labeled instances, or tokens, each as often as its class weighs."""
         found = []
         for batch in cast(list[TaskBatch], batches):
             found.append(self.head_kind.label_weights(batch.labels, self._class_weights(batch)).double().sum())
@@ -197,24 +199,24 @@ class Finetuning(Objective[BertForTask]):
 
     def run_split(self, split: str, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> SplitResult:
         """Predict a split; every rank calls."""
-        examples, units = self.task.examples(split), self.data.of(split)
-        scored = score_units(
+        examples, instances = self.task.examples(split), self.data.of(split)
+        scored = score_instances(
             model,
             engine,
             mesh,
-            units,
+            instances,
             self.task.head,
             batch_size=self.settings.training.evaluate_batch_size,
         )
         predictions: list[Prediction] = []
 
         def measure() -> dict[str, float]:
-            predictions.extend(self.task.predictions(examples, units, scored.logits))
+            predictions.extend(self.task.predictions(examples, instances, scored.logits))
             return self.task.metrics(examples, predictions)
 
         metrics = on_first_rank(measure)
         loss = {} if scored.loss is None else {"loss": scored.loss}
-        return SplitResult(examples, units, scored.logits, predictions, loss | metrics)
+        return SplitResult(examples, instances, scored.logits, predictions, loss | metrics)
 
     def identity(self) -> dict[str, Any]:
         """The vocabulary, the task and the training data."""

@@ -84,7 +84,7 @@ def settled(task: Task, splits: Mapping[str, SplitResult]) -> tuple[Task, dict[s
 
 def _predicted_again(task: Task, found: SplitResult) -> SplitResult:
     """What a task makes of the logits of a split that another predicted."""
-    predictions = task.predictions(found.examples, found.units, found.logits)
+    predictions = task.predictions(found.examples, found.instances, found.logits)
     loss = {name: value for name, value in found.scores.items() if name == "loss"}
     return found._replace(predictions=predictions, scores=loss | task.metrics(found.examples, predictions))
 

@@ -24,7 +24,7 @@ from megatron_bert.convert.ranges import Ranges
 from megatron_bert.convert.run_models import finished_model
 from megatron_bert.convert.state import CanonicalState, StateTensor
 from megatron_bert.convert.tokenizer_files import check_vocabulary, find_vocabulary, save_tokenizer
-from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, told
+from megatron_bert.finetuning.deduced import changed_settings, deduced_settings, deduction_note
 from megatron_bert.finetuning.integer import IntegerTask, integer_task
 from megatron_bert.finetuning.start import check_lengths
 from megatron_bert.finetuning.weights import load_finetuned
@@ -170,7 +170,7 @@ def _settings(state: CanonicalState, given: dict[str, Any]) -> tuple[dict[str, A
     if state.task is None:
         settings = deduced_settings(state, given)
         if launched_rank() == 0:
-            print(told(state, settings), file=sys.stderr)
+            print(deduction_note(state, settings), file=sys.stderr)
         return settings, {}
     try:
         return changed_settings(state, state.task["settings"], dict(state.task["columns"]), given)

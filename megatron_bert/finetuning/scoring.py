@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of a task's units, computed by all ranks of a run."""
+"""Logits of a task's instances, computed by all ranks of a run."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bert.finetuning.batches import collate_units, unit_tokens
+from megatron_bert.finetuning.batches import collate_instances, instance_tokens
 from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.task_heads.kind import HeadKind
 from megatron_bert.model.task_heads.table import HEADS
-from megatron_bert.tasks.task import Head, Unit
+from megatron_bert.tasks.task import Head, Instance
 from megatron_bert.training.staged_model import StagedModel
 from parallel.mesh import DATA_AXES, ParallelMesh
 from parallel.pipeline.engine import PipelineEngine
 
 
 class Scored(NamedTuple):
-    """What a model says of units.
+    """What a model says of instances.
 
     Attributes:
-        logits: on rank 0, for each unit float32, as its kind of head has them; empty on other ranks.
-        loss: mean loss over the labeled units (tokens), the same on every rank; None where nothing is labeled.
+        logits: on rank 0, for each instance float32, as its kind of head has them; empty on other ranks.
+        loss: mean loss over the labeled instances (tokens), the same on every rank; None where nothing is labeled.
     """
 
     logits: list[np.ndarray]
     loss: float | None
 
 
-def score_units(
+def score_instances(
     model: StagedModel,
     engine: PipelineEngine,
     mesh: ParallelMesh,
-    units: Sequence[Unit],
+    instances: Sequence[Instance],
     head: Head,
     *,
     batch_size: int,
 ) -> Scored:
-    """Run the model over units without dropout; every rank calls with the same units.
+    """Run the model over instances without dropout; every rank calls with the same instances.
 
-    Units of similar length go together, the longest first, so that what does not fit in memory shows at once.
+    Instances of similar length go together, the longest first, so that what does not fit in memory shows at once.
 
     Args:
         model: this rank's stages.
         engine: runs a forward-only schedule.
         mesh: where the run is laid out.
-        units: at least one.
+        instances: at least one.
         head: of the task.
-        batch_size: most units of a forward pass.
+        batch_size: most instances of a forward pass.
     """
     kind = HEADS[head.kind]
-    order = sorted(range(len(units)), key=lambda index: -unit_tokens(units[index]))
+    order = sorted(range(len(instances)), key=lambda index: -instance_tokens(instances[index]))
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     data, rank = mesh.layout.data, mesh.data_rank
     # Every data rank runs equally often, as sharded parameters are gathered together: some repeat the last chunk.
@@ -63,8 +63,8 @@ def score_units(
     numbers = range(rank, -(-len(chunks) // per_round) * per_round, data)
     chosen = [chunks[min(number, len(chunks) - 1)] for number in numbers]
     batches = (
-        collate_units(
-            [units[index] for index in chunk],
+        collate_instances(
+            [instances[index] for index in chunk],
             chunk,
             head,
             most_features=1,
@@ -79,22 +79,22 @@ def score_units(
         if numbers[index] < len(chunks):
             counted = kind.counted(batch.labels).sum()
             sums.add_(torch.stack((kind.loss_sum(output, batch, head.problem).double(), counted.double())))
-            mine.extend(zip(chosen[index], _by_unit(output, batch, kind), strict=True))
+            mine.extend(zip(chosen[index], _by_instance(output, batch, kind), strict=True))
 
     model.infer(engine, batches, take)
     mesh.all_reduce(sums, (*DATA_AXES, "pipeline"))
     total, count = sums.tolist()
-    return Scored(_gathered(mine, mesh, len(units)), total / count if count else None)
+    return Scored(_gathered(mine, mesh, len(instances)), total / count if count else None)
 
 
-def _by_unit(logits: Tensor, batch: TaskBatch, kind: HeadKind) -> list[np.ndarray]:
-    counts = torch.bincount(batch.owners, minlength=batch.units).cpu()
+def _by_instance(logits: Tensor, batch: TaskBatch, kind: HeadKind) -> list[np.ndarray]:
+    counts = torch.bincount(batch.owners, minlength=batch.instances).cpu()
     parts = np.split(logits.float().cpu().numpy(), np.cumsum(counts.numpy())[:-1])
-    return [kind.of_unit(part) for part in parts]
+    return [kind.of_instance(part) for part in parts]
 
 
 def _gathered(mine: list[tuple[int, np.ndarray]], mesh: ParallelMesh, count: int) -> list[np.ndarray]:
-    """All units' logits in their order on rank 0, from one tensor rank of each last stage."""
+    """All instances' logits in their order on rank 0, from one tensor rank of each last stage."""
     mine = mine if mesh.coordinate["tensor"] == 0 else []
     parts: list[list[tuple[int, np.ndarray]]] | None = None
     if dist.get_rank() == 0:

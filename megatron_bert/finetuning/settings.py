@@ -50,7 +50,9 @@ class FinetuneTrainingSettings(RunTrainingSettings):
     epochs: float = Field(3.0, gt=0, le=MOST_EPOCHS, description="Passes over the training data.")
     steps: int | None = Field(None, gt=0, description="Optimizer steps, in place of epochs.")
     evaluate_every: int | None = Field(None, ge=0, description="Steps between evaluations; once per epoch when unset.")
-    evaluate_batch_size: int = Field(32, gt=0, description="Units (texts, questions) a forward pass of an evaluation.")
+    evaluate_batch_size: int = Field(
+        32, gt=0, description="Instances (texts, questions) a forward pass of an evaluation."
+    )
     patience: int = Field(
         0, ge=0, description="Evaluations without a better score after which a run ends early; 0 never does."
     )

@@ -68,12 +68,12 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
         tokens: Tensor | None,
         positions: Tensor,
         types: Tensor,
-        keys: Tensor | None,
+        dropout_keys: Tensor | None,
         embedded: Tensor | None = None,
     ) -> Tensor:
         """Arguments and result as of BertEmbeddings; the result is a multiple of the output's scale."""
         if self.mode == "float":
-            return super().forward(tokens, positions, types, keys, embedded).float()
+            return super().forward(tokens, positions, types, dropout_keys, embedded).float()
         parts = [self._words(tokens) if embedded is None else embedded]
         if self.absolute:
             parts.append(self.position_embeddings(own_tokens(positions, self.tp)))
@@ -91,6 +91,6 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
         hidden = self.read(sum(rounded[1:], rounded[0]), summed)
         if self.norm is not None:
             hidden = self.normalize(self.norm, hidden, "sum", "output")
-        if keys is None:
+        if dropout_keys is None:
             return hidden
-        return self.read(keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp)), "output")
+        return self.read(keyed_dropout(hidden, self.dropout, own_tokens(dropout_keys, self.tp)), "output")

@@ -129,28 +129,28 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
 
     # ---------------------------------------------------------------- which way
 
-    def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+    def _forward(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
         if self.mode == "float":
-            return super()._forward(self.floating(hidden), layout, keys).float()
+            return super()._forward(self.floating(hidden), layout, dropout_keys).float()
         output = (self._observed if self.mode == "observe" else self._integer)(
-            hidden, layout, keys, AttentionRequest(mask=layout.rectangle_mask())
+            hidden, layout, dropout_keys, AttentionRequest(mask=layout.rectangle_mask())
         )
         return output.hidden
 
     def _answer(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
         if self.mode == "float":
-            answer = super()._answer(self.floating(hidden), layout, keys, request)
+            answer = super()._answer(self.floating(hidden), layout, dropout_keys, request)
             return answer._replace(hidden=answer.hidden.float())
         if request.head_mask is not None:
             raise UserError("head_mask is given, but integer attention has no masks of heads: prune the heads instead")
-        return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, keys, request)
+        return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, dropout_keys, request)
 
     # ---------------------------------------------------------------- in integers
 
     def _integer(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
         attention = self.attention
         real = _real(layout, self.tp) if self.training else _Real()
@@ -159,7 +159,9 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
         if request.past is not None:
             key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
-        token_keys = None if keys is None else layout.to_rectangle(fold_in(keys, ATTENTION_PROBABILITIES))
+        token_keys = (
+            None if dropout_keys is None else layout.to_rectangle(fold_in(dropout_keys, ATTENTION_PROBABILITIES))
+        )
         context, probabilities = recomputed(
             self._attend, self.recompute, query, key, value, request, token_keys, real.places, at="selective"
         )
@@ -167,13 +169,15 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         self.quantizer("context").used(rows)
         part = self.multiply(rows.flatten(-2), attention.output.weight, "context", divided=self.tp)
         where = ("attention_sum", "middle") if self.post_norm else ("middle", "middle")
-        added = (attention.output, keys, ATTENTION_OUTPUT, where, real.own)
+        added = (attention.output, dropout_keys, ATTENTION_OUTPUT, where, real.own)
         hidden = self._integer_add(self.attention_norm, hidden, part, *added)
         read = self._integer_read(self.mlp_norm, hidden, "middle", "mlp_input", real.own)
         sums = self.multiply(self._entered(read), self.mlp.intermediate.weight, "mlp_input")
         part = recomputed(self._activated, self.recompute, *sums, real.everywhere, at="selective")
         where = ("mlp_sum", "output") if self.post_norm else ("output", "output")
-        hidden = self._integer_add(self.mlp_norm, hidden, part, self.mlp.output, keys, MLP_OUTPUT, where, real.own)
+        hidden = self._integer_add(
+            self.mlp_norm, hidden, part, self.mlp.output, dropout_keys, MLP_OUTPUT, where, real.own
+        )
         return LayerOutput(hidden, probabilities, None, (key, value) if request.keep else None)
 
     def _integer_read(self, norm: LayerNorm, hidden: Tensor, source: str, result: str, real: Tensor | None) -> Tensor:
@@ -218,16 +222,16 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         key: Tensor,
         value: Tensor,
         request: AttentionRequest,
-        keys: Tensor | None,
+        dropout_keys: Tensor | None,
         real: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[B, A, Q, D]`` in integers, and on request the probabilities ``[B, heads, Q, K]``."""
         attention, context = self.attention, self.quantizer("context")
-        dropout = attention.dropout if keys is not None else 0.0
+        dropout = attention.dropout if dropout_keys is not None else 0.0
         head_keys = None
         if dropout > 0.0:
-            assert keys is not None
-            head_keys = fold_in(keys[:, None, :], attention.own_numbers(query.device)[None, :, None])
+            assert dropout_keys is not None
+            head_keys = fold_in(dropout_keys[:, None, :], attention.own_numbers(query.device)[None, :, None])
         scales = AttentionScales(*(self.quantizer(name).scale() for name in ("query", "key", "value")))
         if "softmax" in self.force:
             parts = zip((query, key, value), scales, strict=True)
@@ -269,7 +273,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         hidden: Tensor,
         part: tuple[Tensor, Tensor],
         linear: RowParallelLinear,
-        keys: Tensor | None,
+        dropout_keys: Tensor | None,
         place: int,
         where: tuple[str, str],
         real: Tensor | None,
@@ -279,8 +283,8 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         total, after = where
         target = self.quantizer(total).target(real)
         kept, keep_factor = None, 1.0
-        if keys is not None and self.dropout > 0.0:
-            row_keys = fold_in(own_tokens(keys, self.tp), place)
+        if dropout_keys is not None and self.dropout > 0.0:
+            row_keys = fold_in(own_tokens(dropout_keys, self.tp), place)
             kept, keep_factor = keep_mask(row_keys, hidden.shape[-1], self.dropout), 1.0 / (1.0 - self.dropout)
         bias = linear.bias
         number = factor(scale * (keep_factor / target.unit))
@@ -292,9 +296,9 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
     # ---------------------------------------------------------------- in floating point, observed
 
     def _observed(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
-        if keys is not None:
+        if dropout_keys is not None:
             raise UserError("ranges are observed with dropout switched on: put the model into evaluation mode first")
         if request.past is not None:
             raise UserError("ranges are observed with cached keys and values: give whole sequences to calibrate on")

@@ -112,7 +112,7 @@ class AttentionHeads(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        keys: Tensor | None,
+        dropout_keys: Tensor | None,
         *,
         first: int = 0,
         positions: Tensor | None = None,
@@ -125,7 +125,7 @@ class AttentionHeads(nn.Module):
             query: ``[B, A, Q, D]``.
             key, value: ``[B, A, K, D]``.
             mask: bool ``[B, K]`` or broadcastable to ``[B, A, Q, K]``, true where a key may be attended to.
-            keys: int64 ``[B, Q]`` dropout keys; None without dropout.
+            dropout_keys: int64 ``[B, Q]`` dropout keys; None without dropout.
             first: position of the first query, counted from the first key.
             positions: int32 ``[B, K]``, what dropout calls the keys; by default 0 to K - 1.
             head_mask: of all heads, broadcastable to ``[B, all heads, Q, K]``.
@@ -134,7 +134,7 @@ class AttentionHeads(nn.Module):
         Returns:
             ``[B, A, Q, D]``, and the probabilities ``[B, A, Q, K]`` where they were written out.
         """
-        dropout = self.dropout if keys is not None else 0.0
+        dropout = self.dropout if dropout_keys is not None else 0.0
         keyed = dropout > 0.0 and not on_gpu(query)
         trained_on_cpu = (
             self.training and query.device.type == "cpu" and not on_gpu(query) and query.dtype == torch.bfloat16
@@ -143,7 +143,17 @@ class AttentionHeads(nn.Module):
         if not (keyed or faster or explicit or head_mask is not None or self.distance is not None):
             return fused_attention(query, key, value, mask, dropout), None
         return recomputed(
-            self._write_out, self.recompute, query, key, value, mask, keys, first, positions, head_mask, at="selective"
+            self._write_out,
+            self.recompute,
+            query,
+            key,
+            value,
+            mask,
+            dropout_keys,
+            first,
+            positions,
+            head_mask,
+            at="selective",
         )
 
     def _write_out(
@@ -152,21 +162,21 @@ class AttentionHeads(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        keys: Tensor | None,
+        dropout_keys: Tensor | None,
         first: int,
         positions: Tensor | None,
         head_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         head_keys = None
-        if self.dropout > 0.0 and keys is not None:
-            head_keys = fold_in(keys[:, None, :], self.own_numbers(query.device)[None, :, None])
+        if self.dropout > 0.0 and dropout_keys is not None:
+            head_keys = fold_in(dropout_keys[:, None, :], self.own_numbers(query.device)[None, :, None])
         probabilities = attention_probabilities(
             query,
             key,
             mask,
             bias=None if self.distance is None else self.distance(query, key, first),
             dropout=0.0 if head_keys is None else self.dropout,
-            keys=head_keys,
+            dropout_keys=head_keys,
             positions=positions,
             head_mask=self._own_mask(head_mask),
         )
@@ -215,14 +225,18 @@ class SelfAttention(AttentionHeads):
         self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp, device=device)
 
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: AttentionRequest | None = None,
     ) -> Tensor | AttentionOutput:
         """Attend within sequences.
 
         Args:
             hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
             layout: which tokens belong together.
-            keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
+            dropout_keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
             request: what is asked beyond; its mask takes the place of the layout's, which is a rectangle.
 
         Returns:
@@ -230,35 +244,35 @@ class SelfAttention(AttentionHeads):
         """
         qkv = self.query_key_value(hidden).unflatten(-1, (self.heads, 3, self.head_dim))
         if request is not None:
-            return self._answer(qkv, layout, keys, request)
+            return self._answer(qkv, layout, dropout_keys, request)
         if layout.boundaries is not None and self.distance is None and has_packed_attention(qkv):
-            dropout = self.dropout if keys is not None else 0.0
+            dropout = self.dropout if dropout_keys is not None else 0.0
             query, key, value = qkv.unbind(2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
         elif layout.is_packed and in_parts(qkv):
-            context = self._attend_in_parts(qkv, layout.parts(SCORES_PER_SEQUENCE // self.heads), keys)
+            context = self._attend_in_parts(qkv, layout.parts(SCORES_PER_SEQUENCE // self.heads), dropout_keys)
         else:
-            context = self._attend_within(qkv, layout, keys)
+            context = self._attend_within(qkv, layout, dropout_keys)
         return self.output(context.flatten(-2))
 
-    def _attend_in_parts(self, qkv: Tensor, parts: list[SequenceLayout], keys: Tensor | None) -> Tensor:
+    def _attend_in_parts(self, qkv: Tensor, parts: list[SequenceLayout], dropout_keys: Tensor | None) -> Tensor:
         if len(parts) == 1:
-            return self._attend_within(qkv, parts[0], keys)
+            return self._attend_within(qkv, parts[0], dropout_keys)
         sizes = [sum(part.lengths) for part in parts]
-        all_keys = [None] * len(parts) if keys is None else keys.split(sizes)
+        all_keys = [None] * len(parts) if dropout_keys is None else dropout_keys.split(sizes)
         return torch.cat(list(map(self._attend_within, qkv.split(sizes), parts, all_keys)))
 
-    def _attend_within(self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+    def _attend_within(self, qkv: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
         """``[T, A, 3, D]`` of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
-        rectangle_keys = None if keys is None else layout.to_rectangle(keys)
+        rectangle_keys = None if dropout_keys is None else layout.to_rectangle(dropout_keys)
         context, _ = self.attend(
             query, key, value, layout.rectangle_mask(), rectangle_keys, positions=layout.row_positions
         )
         return layout.from_rectangle(context.transpose(1, 2))
 
     def _answer(
-        self, qkv: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+        self, qkv: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> AttentionOutput:
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
         first = 0
@@ -270,7 +284,7 @@ class SelfAttention(AttentionHeads):
             key,
             value,
             request.mask,
-            None if keys is None else layout.to_rectangle(keys),
+            None if dropout_keys is None else layout.to_rectangle(dropout_keys),
             first=first,
             head_mask=request.head_mask,
             explicit=request.probabilities or request.unattended,

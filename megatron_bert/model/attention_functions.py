@@ -22,7 +22,7 @@ def attention_probabilities(
     *,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    keys: Tensor | None = None,
+    dropout_keys: Tensor | None = None,
     positions: Tensor | None = None,
     head_mask: Tensor | None = None,
 ) -> Tensor:
@@ -34,7 +34,7 @@ def attention_probabilities(
         mask: see above; a query without any key attends evenly to all.
         bias: added to the scaled scores, ``[B, A, Q, K]``.
         dropout: probability of dropping an attention probability.
-        keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
+        dropout_keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
         positions: int32 ``[B, K]``, what dropout calls the keys; by default 0 to K - 1.
         head_mask: what the probabilities are multiplied with at last, broadcastable to ``[B, A, Q, K]``.
 
@@ -48,14 +48,19 @@ def attention_probabilities(
         scores = scores.masked_fill(~_broadcastable(mask), torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if dropout > 0.0:
-        assert keys is not None, "keyed dropout needs keys"
+        assert dropout_keys is not None, "keyed dropout needs keys"
         columns = probabilities.shape[-1] if positions is None else positions[:, None, None, :]
-        probabilities = mask_and_scale(probabilities, keep_mask(keys, columns, dropout), dropout)
+        probabilities = mask_and_scale(probabilities, keep_mask(dropout_keys, columns, dropout), dropout)
     return probabilities if head_mask is None else probabilities * head_mask
 
 
 def explicit_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, keys: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v written out: the reference, and the path with keyed dropout.
 
@@ -64,12 +69,12 @@ def explicit_attention(
         key, value: ``[B, A, K, D]``.
         mask: see above; a query without any key attends evenly to all.
         dropout: probability of dropping an attention probability.
-        keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
+        dropout_keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
 
     Returns:
         ``[B, A, Q, D]``.
     """
-    return torch.matmul(attention_probabilities(query, key, mask, dropout=dropout, keys=keys), value)
+    return torch.matmul(attention_probabilities(query, key, mask, dropout=dropout, dropout_keys=dropout_keys), value)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:

@@ -108,15 +108,15 @@ class MicroBatch(TokenBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskBatch(TokenBatch):
-    """Sequences with what a task asks of them. Units are what a loss term belongs to: a sequence, or some choices.
+    """Sequences with what a task asks of them. Instances are what a loss term belongs to: a sequence, or some choices.
 
     Attributes:
-        rows: int64 ``[R]``, indices on the token axis of the tokens whose logits are asked for, unit by unit.
-        owners: int64 ``[R]``, the unit each row belongs to, 0 to U - 1.
-        places: int64 ``[R]``, its number among the rows of its unit.
-        widest: most rows of a unit.
-        units: number of units, U.
-        labels: int64 or float32, as the kind of head has them: ``[U]``, ``[U, C]`` or ``[R]``.
+        rows: int64 ``[R]``, indices on the token axis of the tokens whose logits are asked for, instance by instance.
+        owners: int64 ``[R]``, the instance each row belongs to, 0 to N - 1.
+        places: int64 ``[R]``, its number among the rows of its instance.
+        widest: most rows of an instance.
+        instances: number of instances, N.
+        labels: int64 or float32, as the kind of head has them: ``[N]``, ``[N, C]`` or ``[R]``.
         taught: ``[R, outputs]``, what a teacher says of the rows; None without one, and before the last stage.
     """
 
@@ -124,11 +124,11 @@ class TaskBatch(TokenBatch):
     owners: Tensor
     places: Tensor
     widest: int
-    units: int
+    instances: int
     labels: Tensor
     taught: Tensor | None = None
 
-    def by_unit(self, values: Tensor) -> Tensor:
-        """Scores of the rows, ``[R]``, as ``[U, widest]`` with -inf where a unit has fewer rows."""
-        table = values.new_full((self.units * self.widest,), -torch.inf)
-        return table.index_copy(0, self.owners * self.widest + self.places, values).view(self.units, self.widest)
+    def by_instance(self, values: Tensor) -> Tensor:
+        """Scores of the rows, ``[R]``, as ``[N, widest]`` with -inf where an instance has fewer rows."""
+        table = values.new_full((self.instances * self.widest,), -torch.inf)
+        return table.index_copy(0, self.owners * self.widest + self.places, values).view(self.instances, self.widest)

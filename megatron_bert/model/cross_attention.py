@@ -35,14 +35,14 @@ class CrossAttention(AttentionHeads):
         self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp, device=device)
 
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> AttentionOutput:
         """Attend to the encoder's states.
 
         Args:
             hidden: ``[T, H]`` of the decoder.
             layout: its sequences, a rectangle.
-            keys: int64 ``[T]`` dropout keys; None without dropout.
+            dropout_keys: int64 ``[T]`` dropout keys; None without dropout.
             request: with what to attend to, and perhaps its cached keys and values (entries 2 and 3 of ``past``).
 
         Returns:
@@ -62,7 +62,7 @@ class CrossAttention(AttentionHeads):
             key,
             value,
             encoder.mask,
-            None if keys is None else layout.to_rectangle(keys),
+            None if dropout_keys is None else layout.to_rectangle(dropout_keys),
             first=0 if request.past is None else request.past[0].shape[2],
             head_mask=request.head_mask,
             explicit=request.probabilities or encoder.unattended,

@@ -93,14 +93,14 @@ class BertEmbeddings(nn.Module):
         tokens: Tensor | None,
         positions: Tensor,
         types: Tensor,
-        keys: Tensor | None,
+        dropout_keys: Tensor | None,
         embedded: Tensor | None = None,
     ) -> Tensor:
         """Embed tokens.
 
         Args:
             tokens, positions, types: int64 ``[T]``, the same on every tensor rank.
-            keys: int64 ``[T]`` dropout keys; None without dropout.
+            dropout_keys: int64 ``[T]`` dropout keys; None without dropout.
             embedded: ``[T, H]``, what stands in place of word embeddings where there are no ``tokens``.
 
         Returns:
@@ -111,7 +111,9 @@ class BertEmbeddings(nn.Module):
             hidden = hidden + self.position_embeddings(own_tokens(positions, self.tp))
         hidden = hidden + self.token_type_embeddings(own_tokens(types, self.tp))
         hidden = hidden if self.norm is None else self.norm(hidden)
-        return hidden if keys is None else keyed_dropout(hidden, self.dropout, own_tokens(keys, self.tp))
+        return (
+            hidden if dropout_keys is None else keyed_dropout(hidden, self.dropout, own_tokens(dropout_keys, self.tp))
+        )
 
     def _words(self, tokens: Tensor | None) -> Tensor:
         assert tokens is not None, "either tokens or their embeddings are given"
@@ -184,14 +186,14 @@ class Encoder(nn.Module):
         return [layer for layer in self.layers.values() if isinstance(layer, TransformerLayer)]
 
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: EncoderRequest | None = None
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: EncoderRequest | None = None
     ) -> Tensor | EncoderOutput:
         """Run the layers.
 
         Args:
             hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
             layout: which tokens belong together.
-            keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
+            dropout_keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
             request: what is asked beyond the last hidden states; the sequences then stand in a rectangle, unless only
                 hidden states are asked for.
 
@@ -199,27 +201,27 @@ class Encoder(nn.Module):
             As ``hidden``; on request with what was asked for.
         """
         if request is not None:
-            return self._answer(hidden, layout, keys, request)
-        for layer, layer_keys in zip(self.layers.values(), self._layer_keys(keys), strict=True):
+            return self._answer(hidden, layout, dropout_keys, request)
+        for layer, layer_keys in zip(self.layers.values(), self._layer_keys(dropout_keys), strict=True):
             hidden = layer(hidden, layout, layer_keys)
         return hidden if self.final_norm is None else self.final_norm(hidden)
 
-    def _layer_keys(self, keys: Tensor | None) -> Sequence[Tensor | None]:
+    def _layer_keys(self, dropout_keys: Tensor | None) -> Sequence[Tensor | None]:
         """Dropout keys of each layer.
 
         They are folded here, as tensors, so that all layers share one compiled graph, and for all layers at once.
         """
-        if keys is None:
+        if dropout_keys is None:
             return [None] * len(self.layers)
-        numbers = torch.arange(self.first_layer, self.first_layer + len(self.layers), device=keys.device)
-        return fold_in(keys, 1 + numbers[:, None]).unbind()
+        numbers = torch.arange(self.first_layer, self.first_layer + len(self.layers), device=dropout_keys.device)
+        return fold_in(dropout_keys, 1 + numbers[:, None]).unbind()
 
     def _answer(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: EncoderRequest
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: EncoderRequest
     ) -> EncoderOutput:
         before: list[Tensor] = []
         outputs = []
-        for (number, layer), layer_keys in zip(self.layers.items(), self._layer_keys(keys), strict=True):
+        for (number, layer), layer_keys in zip(self.layers.items(), self._layer_keys(dropout_keys), strict=True):
             given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)
             before.append(given)
             asked = _of_layer(request, int(number))

@@ -89,15 +89,15 @@ class BertForTask(EncoderStage):
         Returns:
             ``[R, outputs]`` on the last stage, hidden states like ``received`` on others.
         """
-        keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
-        hidden = self.encode(batch, keys, received)
+        dropout_keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
+        hidden = self.encode(batch, dropout_keys, received)
         if not self.part.last:
             return hidden
         features = select_tokens(hidden, batch.rows, self.tp)
         if self.pair_head is not None:
             features = self.pair_head(features)
-        if keys is not None:
+        if dropout_keys is not None:
             # The number after those that the layers fold in, so that its mask is independent of theirs.
-            keys = fold_in(keys.index_select(0, batch.rows), 1 + self.config.num_hidden_layers)
+            dropout_keys = fold_in(dropout_keys.index_select(0, batch.rows), 1 + self.config.num_hidden_layers)
         head = self.get_submodule(self.head_kind.module)
-        return self.head_kind.logits(head, features, keys, self.config)
+        return self.head_kind.logits(head, features, dropout_keys, self.config)

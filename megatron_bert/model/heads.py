@@ -43,12 +43,12 @@ class Pooler(Dense):
         return torch.tanh(super().forward(x))
 
 
-def dropped(features: Tensor, keys: Tensor | None, config: MegatronBertConfig) -> Tensor:
+def dropped(features: Tensor, dropout_keys: Tensor | None, config: MegatronBertConfig) -> Tensor:
     """Dropout before the head of a task: ``[N, H]`` with a key per row; none without keys."""
-    if keys is None:
+    if dropout_keys is None:
         return features
     chance = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return keyed_dropout(features, chance, keys)
+    return keyed_dropout(features, chance, dropout_keys)
 
 
 class SequenceHead(nn.Module):
@@ -67,10 +67,12 @@ class SequenceHead(nn.Module):
         self.dense = Pooler(size, size, init_std=std, device=device)
         self.out_proj = Dense(size, outputs, init_std=std, device=device)
 
-    def forward(self, first_tokens: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, first_tokens: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
-        inner = self._inner(dropped(first_tokens, keys, self.config))
-        return self.out_proj(dropped(inner, None if keys is None else fold_in(keys, _SECOND), self.config))
+        inner = self._inner(dropped(first_tokens, dropout_keys, self.config))
+        return self.out_proj(
+            dropped(inner, None if dropout_keys is None else fold_in(dropout_keys, _SECOND), self.config)
+        )
 
     def _inner(self, first_tokens: Tensor) -> Tensor:
         """Dense and tanh."""

@@ -115,39 +115,43 @@ class TransformerLayer(nn.Module):
         self.mlp = Mlp(config, tp=tp, recompute=recompute, device=device)
 
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest | None = None
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: AttentionRequest | None = None,
     ) -> Tensor | LayerOutput:
         """One layer.
 
         Args:
             hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
             layout: which tokens belong together.
-            keys: int64 ``[T]`` dropout keys of all tokens for this layer; None without dropout.
+            dropout_keys: int64 ``[T]`` dropout keys of all tokens for this layer; None without dropout.
             request: what is asked beyond.
 
         Returns:
             As ``hidden``; on request with what was asked for.
         """
         if request is None:
-            return self._run(hidden, layout, keys)
-        return recomputed(self._answer, self.recompute, hidden, layout, keys, request)
+            return self._run(hidden, layout, dropout_keys)
+        return recomputed(self._answer, self.recompute, hidden, layout, dropout_keys, request)
 
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
         self._run = torch.compile(self._run, fullgraph=True)  # type: ignore[method-assign]
 
-    def _run(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
-        return recomputed(self._forward, self.recompute, hidden, layout, keys)
+    def _run(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
+        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys)
 
-    def _forward(self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None) -> Tensor:
+    def _forward(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
         read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(keys, ATTENTION_PROBABILITIES))
-        hidden = self._add(self.attention_norm, hidden, self._drop(attended, keys, ATTENTION_OUTPUT))
-        return self._mlp(hidden, keys)
+        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES))
+        hidden = self._add(self.attention_norm, hidden, self._drop(attended, dropout_keys, ATTENTION_OUTPUT))
+        return self._mlp(hidden, dropout_keys)
 
-    def _mlp(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+    def _mlp(self, hidden: Tensor, dropout_keys: Tensor | None) -> Tensor:
         part = self.mlp(self._read(self.mlp_norm, hidden))
-        return self._add(self.mlp_norm, hidden, self._drop(part, keys, MLP_OUTPUT))
+        return self._add(self.mlp_norm, hidden, self._drop(part, dropout_keys, MLP_OUTPUT))
 
     def _read(self, norm: LayerNorm, hidden: Tensor) -> Tensor:
         """What a part of the layer reads of the residual stream."""
@@ -158,30 +162,30 @@ class TransformerLayer(nn.Module):
         return norm(hidden + part) if self.post_norm else hidden + part
 
     def _answer(
-        self, hidden: Tensor, layout: SequenceLayout, keys: Tensor | None, request: AttentionRequest
+        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> LayerOutput:
         read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(keys, ATTENTION_PROBABILITIES), request)
-        hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, keys, ATTENTION_OUTPUT))
+        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES), request)
+        hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, dropout_keys, ATTENTION_OUTPUT))
         cache, probabilities = attended.cache, None
         if request.encoder is not None:
-            cross_keys = _fold(keys, CROSS_PROBABILITIES)
+            cross_keys = _fold(dropout_keys, CROSS_PROBABILITIES)
             norm = self.cross_attention_norm
             crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
-            hidden = self._add(norm, hidden, self._drop(crossed.hidden, keys, CROSS_OUTPUT))
+            hidden = self._add(norm, hidden, self._drop(crossed.hidden, dropout_keys, CROSS_OUTPUT))
             probabilities = crossed.probabilities
             cache = None if cache is None else cache + crossed.cache
-        return LayerOutput(self._mlp(hidden, keys), attended.probabilities, probabilities, cache)
+        return LayerOutput(self._mlp(hidden, dropout_keys), attended.probabilities, probabilities, cache)
 
-    def _drop(self, x: Tensor, keys: Tensor | None, place: int) -> Tensor:
-        if keys is None:
+    def _drop(self, x: Tensor, dropout_keys: Tensor | None, place: int) -> Tensor:
+        if dropout_keys is None:
             return x
-        row_keys = fold_in(own_tokens(keys, self.tp), place)
+        row_keys = fold_in(own_tokens(dropout_keys, self.tp), place)
         return keyed_dropout(x, self.dropout, row_keys, keep_nothing=self.recompute == "full")
 
 
-def _fold(keys: Tensor | None, place: int) -> Tensor | None:
-    return None if keys is None else fold_in(keys, place)
+def _fold(dropout_keys: Tensor | None, place: int) -> Tensor | None:
+    return None if dropout_keys is None else fold_in(dropout_keys, place)
 
 
 def own_tokens(per_token: Tensor, tp: TensorParallel) -> Tensor:

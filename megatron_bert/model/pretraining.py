@@ -77,8 +77,8 @@ class BertForPretraining(EncoderStage):
         Returns:
             Logits on the last stage, hidden states like ``received`` on others.
         """
-        keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
-        hidden = self.encode(batch, keys, received)
+        dropout_keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
+        hidden = self.encode(batch, dropout_keys, received)
         if self.masked_head is None or self.embeddings is None:
             return hidden
         rows = select_tokens(hidden, torch.cat((batch.slots, batch.first_tokens)), self.tp)

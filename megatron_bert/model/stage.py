@@ -71,17 +71,19 @@ class EncoderStage(ModelStage):
         """This stage's copy of the word embeddings; None where it has none."""
         return None if self.embeddings is None else self.embeddings.word_embeddings.weight
 
-    def encode(self, batch: TokenBatch, keys: Tensor | None, received: Tensor | None) -> Tensor:
+    def encode(self, batch: TokenBatch, dropout_keys: Tensor | None, received: Tensor | None) -> Tensor:
         """Hidden states after the stage's layers: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
 
         Args:
             batch: what to read; every stage takes the whole of it.
-            keys: int64 ``[T]`` dropout keys of the tokens; None without dropout.
+            dropout_keys: int64 ``[T]`` dropout keys of the tokens; None without dropout.
             received: hidden states from the stage before; None on the first stage.
         """
         if isinstance(self.embeddings, BertEmbeddings):
-            hidden = self.embeddings(batch.tokens, batch.positions + self.config.first_position, batch.types, keys)
+            hidden = self.embeddings(
+                batch.tokens, batch.positions + self.config.first_position, batch.types, dropout_keys
+            )
         else:
             assert received is not None, "a stage that is not the first goes on from hidden states"
             hidden = received
-        return self.encoder(hidden, batch.layout, keys)
+        return self.encoder(hidden, batch.layout, dropout_keys)

@@ -15,7 +15,7 @@ from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.collate import collate, collate_rows
 from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.data.sentence_pairs import Sample
-from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.objective import Finetuning
 from megatron_bert.model.attention import SCORES_PER_SEQUENCE
 from megatron_bert.model.batch import MicroBatch, TokenBatch
@@ -124,12 +124,12 @@ def longest_batch(settings: Settings) -> MicroBatch:
 
 
 def longest_task_batch(objective: Finetuning, layout: ParallelLayout) -> TaskBatch:
-    """A micro batch of units that are all as the one with the longest sequence of the training data."""
+    """A micro batch of instances that are all as the one with the longest sequence of the training data."""
     most = objective.most_features
-    unit = max(objective.units, key=lambda unit: max(len(feature.tokens) for feature in unit.features))
-    longest = max(unit.features, key=lambda feature: len(feature.tokens))
+    instance = max(objective.instances, key=lambda instance: max(len(feature.tokens) for feature in instance.features))
+    longest = max(instance.features, key=lambda feature: len(feature.tokens))
     if most > 1:  # the choices of a question
-        unit = replace(unit, features=(longest,) * most)
+        instance = replace(instance, features=(longest,) * most)
     size = objective.settings.training.micro_batch_size
     multiple = layout.tensor if layout.sequence else 1
-    return collate_units([unit] * size, range(size), objective.task.head, most_features=most, multiple=multiple)
+    return collate_instances([instance] * size, range(size), objective.task.head, most_features=most, multiple=multiple)

@@ -152,7 +152,7 @@ def _checked_task(
     says = [
         f"settings, model, tokenizer and data are good for {ranks} processes; it would start from "
         f"{start or settings.model.from_}",
-        f"{task.settings.name}: {len(objective.units):,} training sequences of up to {batch.layout.length} tokens, "
+        f"{task.settings.name}: {len(objective.instances):,} training sequences of up to {batch.layout.length} tokens, "
         f"{objective.total_steps:,} steps{f' in each of {runs} runs' if runs > 1 else ''}",
     ]
     if task.labels:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from megatron_bert.convert.ranges import VERSION
 from megatron_bert.convert.state import CanonicalState
+from megatron_bert.finetuning.instances import TaskInstances
 from megatron_bert.finetuning.objective import Finetuning, SplitResult
-from megatron_bert.finetuning.units import TaskUnits
 from megatron_bert.ibert import (
     calibrate,
     compare_with_float,
@@ -45,7 +45,7 @@ class QuantizationAware(Finetuning):
         settings: of the run.
         config: of the encoder, with the task's classes.
         data: the task's.
-        seed: of the order of the units.
+        seed: of the order of the instances.
         source: the fine-tuned model, open while the run starts.
     """
 
@@ -59,7 +59,7 @@ class QuantizationAware(Finetuning):
         self,
         settings: QuantizeSettings,
         config: MegatronBertConfig,
-        data: TaskUnits,
+        data: TaskInstances,
         seed: int,
         source: CanonicalState,
     ) -> None:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_bert.data.tokenizers import SpannedTokens
-from megatron_bert.tasks.task import Unit
+from megatron_bert.tasks.task import Instance
 from parallel.errors import UserError
 
 
 @dataclass(frozen=True)
-class WindowUnit(Unit):
+class WindowInstance(Instance):
     """A window of the text of a question.
 
     Attributes:
@@ -99,22 +99,22 @@ def answer_tokens(found: SpannedTokens, begin: int, end: int) -> tuple[int, int]
     return (inside[0], inside[-1]) if inside else None
 
 
-def candidates(unit: WindowUnit, logits: np.ndarray, longest: int, count: int) -> list[Candidate]:
+def candidates(instance: WindowInstance, logits: np.ndarray, longest: int, count: int) -> list[Candidate]:
     """The best answers in a window, best first.
 
     An answer has at most `longest` tokens, begins at a token with its widest context in this window, and begins and
     ends at tokens with characters. All such pairs are compared, unlike in BERT, which pairs the best starts and ends.
 
     Args:
-        unit: the window.
+        instance: the window.
         logits: finite, [n, 2], start and end scores of the sequence's tokens.
         longest: tokens of the longest answer.
         count: how many to return at most.
     """
-    size = len(unit.spans)
-    scores = logits[unit.offset : unit.offset + size]
-    has_text = unit.spans[:, 0] < unit.spans[:, 1]
-    starts = np.where(has_text & unit.widest, scores[:, 0], -np.inf)
+    size = len(instance.spans)
+    scores = logits[instance.offset : instance.offset + size]
+    has_text = instance.spans[:, 0] < instance.spans[:, 1]
+    starts = np.where(has_text & instance.widest, scores[:, 0], -np.inf)
     ends = np.where(has_text, scores[:, 1], -np.inf)
     longest = min(longest, size)
     if not size:
@@ -128,6 +128,6 @@ def candidates(unit: WindowUnit, logits: np.ndarray, longest: int, count: int) -
     first, length = np.divmod(order, longest)
     last = first + length
     return [
-        Candidate(int(unit.spans[i, 0]), int(unit.spans[j, 1]), float(scores[i, 0]), float(scores[j, 1]))
+        Candidate(int(instance.spans[i, 0]), int(instance.spans[j, 1]), float(scores[i, 0]), float(scores[j, 1]))
         for i, j in zip(first, last, strict=True)
     ]

@@ -37,7 +37,7 @@ def given_weights(given: ClassWeights, labels: Sequence[str]) -> np.ndarray | No
 
 
 def balanced_weights(labels: Sequence[np.ndarray], classes: int) -> np.ndarray:
-    """Weights by which each class has the same part in the loss of units with these labels, float32 [classes].
+    """Weights by which each class has the same part in the loss of instances with these labels, float32 [classes].
 
     Of labels that exclude each other n / (k * n_c): n labels, k classes among them, n_c of class c, as scikit-learn
     has it. Where a text may have several, the ratio of texts without a label to those with it, by which the latter

@@ -17,14 +17,14 @@ from megatron_bert.tasks.choice_rows import FEWEST_CHOICES
 from megatron_bert.tasks.encoding import BERT, Feature, InputFormat, feature, pooled_feature
 from megatron_bert.tasks.settings import ColumnSettings, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of, texts_of
-from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
+from megatron_bert.tasks.task import IGNORED, Head, Instance, Prediction, Task
 from parallel.errors import UserError
 
 MAX_QUERY_LENGTH = 128
 BLANK = re.compile("_+")
 
 
-class MultipleChoiceTask(Task[ChoiceExample, Unit]):
+class MultipleChoiceTask(Task[ChoiceExample, Instance]):
     """One score for each choice, softmax over the choices of a question, whose number may differ.
 
     With a passage a sequence is [CLS] question with choice [SEP] passage [SEP], as Megatron does for RACE: the choice
@@ -85,11 +85,11 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
         name = name_of(row, where)
         return ChoiceExample(name, where, "predict", text_of(row, "question", where), tuple(choices), context)
 
-    def units(self, examples: Sequence[ChoiceExample], *, train: bool) -> list[Unit]:
-        """One unit a question."""
+    def instances(self, examples: Sequence[ChoiceExample], *, train: bool) -> list[Instance]:
+        """One instance a question."""
         passages = list(dict.fromkeys(example.context for example in examples if example.context is not None))
         encoded = dict(zip(passages, self.tokenizer.encode_batch(passages), strict=True))
-        units = []
+        instances = []
         for place, example in enumerate(examples):
             assert example.answer is not None or not train, f"{example.where} has no answer to train on"
             if example.context is None:
@@ -97,8 +97,8 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
             else:
                 features = self._with_passage(example, encoded[example.context])
             label = IGNORED if example.answer is None else example.answer
-            units.append(Unit(features, np.array([label], dtype=np.int64), place))
-        return units
+            instances.append(Instance(features, np.array([label], dtype=np.int64), place))
+        return instances
 
     def _without_passage(self, example: ChoiceExample) -> tuple[Feature, ...]:
         question, *choices = self.tokenizer.encode_batch([example.question, *example.choices])
@@ -115,12 +115,12 @@ class MultipleChoiceTask(Task[ChoiceExample, Unit]):
         return tuple(features)
 
     def predictions(
-        self, examples: Sequence[ChoiceExample], units: Sequence[Unit], logits: Sequence[np.ndarray]
+        self, examples: Sequence[ChoiceExample], instances: Sequence[Instance], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """The choice and the probability of each."""
         predictions = []
-        for unit, scores in zip(units, logits, strict=True):
-            example = examples[unit.example]
+        for instance, scores in zip(instances, logits, strict=True):
+            example = examples[instance.example]
             chances = metrics.softmax(scores)
             best = int(chances.argmax())
             predictions.append(

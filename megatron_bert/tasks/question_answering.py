@@ -13,7 +13,7 @@ import numpy as np
 from megatron_bert.data.tokenizers import SpannedTokens, Tokenizer
 from megatron_bert.tasks.answer_windows import (
     Candidate,
-    WindowUnit,
+    WindowInstance,
     answer_tokens,
     candidates,
     check_stride,
@@ -35,7 +35,7 @@ NO_CANDIDATE_ODDS = 1e9
 """`null_odds` of a text in which no answer is possible, such as an empty one."""
 
 
-class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
+class QuestionAnsweringTask(Task[SpanExample, WindowInstance]):
     """Start and end of the answer in a text, which is read in overlapping windows: [CLS] question [SEP] text [SEP].
 
     Rows of a stream have `question` and `context`. Predictions have `answer` (an exact part of the context, or ""),
@@ -90,18 +90,20 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
         question, context = text_of(row, "question", where), text_of(row, "context", where)
         return SpanExample(name_of(row, where), where, "predict", question, context)
 
-    def units(self, examples: Sequence[SpanExample], *, train: bool) -> list[WindowUnit]:
-        """One unit per window; windows without the (first) answer are labeled (0, 0), also for training."""
+    def instances(self, examples: Sequence[SpanExample], *, train: bool) -> list[WindowInstance]:
+        """One instance per window; windows without the (first) answer are labeled (0, 0), also for training."""
         contexts = list(dict.fromkeys(example.context for example in examples))
         encoded = dict(zip(contexts, self.tokenizer.encode_batch_with_spans(contexts), strict=True))
         questions = self.tokenizer.encode_batch([example.question for example in examples])
-        units = []
+        instances = []
         for place, (example, question) in enumerate(zip(examples, questions, strict=True)):
             assert example.labeled or not train, f"{example.where} has no answer to train on"
-            units += self._windows(place, example, question[: self.max_query_length], encoded[example.context])
-        return units
+            instances += self._windows(place, example, question[: self.max_query_length], encoded[example.context])
+        return instances
 
-    def _windows(self, place: int, example: SpanExample, question: list[int], found: SpannedTokens) -> list[WindowUnit]:
+    def _windows(
+        self, place: int, example: SpanExample, question: list[int], found: SpannedTokens
+    ) -> list[WindowInstance]:
         room = self.max_length - self.form.pair_specials - len(question)
         offset = 1 + len(question) + self.form.separators
         answer = None
@@ -110,28 +112,30 @@ class QuestionAnsweringTask(Task[SpanExample, WindowUnit]):
             answer = answer_tokens(found, first.start, first.start + len(first.text))
         spans = np.array(found.spans, dtype=np.int32).reshape(-1, 2)
         places = windows(len(found.ids), room, self.doc_stride)
-        units = []
+        instances = []
         for (begin, end), widest in zip(places, widest_context(places), strict=True):
             label = (0, 0) if example.labeled else (IGNORED, IGNORED)
             if answer is not None and begin <= answer[0] and answer[1] < end:
                 label = (answer[0] - begin + offset, answer[1] - begin + offset)
             sequence = feature(self.tokenizer, self.form, question, found.ids[begin:end])
-            units.append(
-                WindowUnit((sequence,), np.array(label, dtype=np.int64), place, offset, spans[begin:end], widest)
+            instances.append(
+                WindowInstance((sequence,), np.array(label, dtype=np.int64), place, offset, spans[begin:end], widest)
             )
-        return units
+        return instances
 
     def predictions(
-        self, examples: Sequence[SpanExample], units: Sequence[WindowUnit], logits: Sequence[np.ndarray]
+        self, examples: Sequence[SpanExample], instances: Sequence[WindowInstance], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """The answer of each question, from all its windows."""
         found: list[list[Candidate]] = [[] for _ in examples]
         nothing: list[list[Candidate]] = [[] for _ in examples]
-        for unit, given in zip(units, logits, strict=True):
+        for instance, given in zip(instances, logits, strict=True):
             # A model that has diverged still gives some answer.
             scores = np.nan_to_num(given.astype(np.float64), nan=-1e30, posinf=1e30, neginf=-1e30)
-            found[unit.example] += candidates(unit, scores, self.settings.max_answer_length, self.settings.n_best)
-            nothing[unit.example].append(Candidate(0, 0, float(scores[0, 0]), float(scores[0, 1])))
+            found[instance.example] += candidates(
+                instance, scores, self.settings.max_answer_length, self.settings.n_best
+            )
+            nothing[instance.example].append(Candidate(0, 0, float(scores[0, 0]), float(scores[0, 1])))
         return [
             self._prediction(
                 example,

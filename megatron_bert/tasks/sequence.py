@@ -18,7 +18,7 @@ from megatron_bert.tasks.encoding import BERT, InputFormat, pooled_feature
 from megatron_bert.tasks.rows import RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of
-from megatron_bert.tasks.task import IGNORED, Example, Head, Prediction, Task, Unit
+from megatron_bert.tasks.task import IGNORED, Example, Head, Instance, Prediction, Task
 from parallel.errors import UserError
 
 
@@ -42,7 +42,7 @@ class TextExample(Example):
         return bool(self.target)
 
 
-class SequenceTask(Task[TextExample, Unit]):
+class SequenceTask(Task[TextExample, Instance]):
     """Classification or regression on the pooled first token.
 
     Rows of a stream have `text`, and `text_pair` for a pair; `id` where they have a name. Predictions have `label` (or
@@ -92,17 +92,17 @@ class SequenceTask(Task[TextExample, Unit]):
         pair = text_of(row, "text_pair", where) if expected else None
         return TextExample(name_of(row, where), where, "predict", text_of(row, "text", where), pair)
 
-    def units(self, examples: Sequence[TextExample], *, train: bool) -> list[Unit]:
-        """One unit per example."""
+    def instances(self, examples: Sequence[TextExample], *, train: bool) -> list[Instance]:
+        """One instance per example."""
         firsts = self.tokenizer.encode_batch([example.text for example in examples])
         seconds = iter(self.tokenizer.encode_batch([e.text_pair for e in examples if e.text_pair is not None]))
-        units = []
+        instances = []
         for place, (example, first) in enumerate(zip(examples, firsts, strict=True)):
             assert example.target or not train, f"{example.where} has no label to train on"
             second = None if example.text_pair is None else next(seconds)
             feature = pooled_feature(self.tokenizer, self.form, first, second, self.max_length)
-            units.append(Unit((feature,), self._label(example), place))
-        return units
+            instances.append(Instance((feature,), self._label(example), place))
+        return instances
 
     def _label(self, example: TextExample) -> np.ndarray:
         if self.problem == "single_label_classification":
@@ -110,12 +110,12 @@ class SequenceTask(Task[TextExample, Unit]):
         return np.array(example.target or (math.nan,) * self.head.outputs, dtype=np.float32)
 
     def predictions(
-        self, examples: Sequence[TextExample], units: Sequence[Unit], logits: Sequence[np.ndarray]
+        self, examples: Sequence[TextExample], instances: Sequence[Instance], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """Label and probabilities, or the value, of each example."""
         return [
-            {"id": examples[unit.example].id, **self._prediction(scores)}
-            for unit, scores in zip(units, logits, strict=True)
+            {"id": examples[instance.example].id, **self._prediction(scores)}
+            for instance, scores in zip(instances, logits, strict=True)
         ]
 
     def shown(self, example: TextExample) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fine-tuning task is: how rows become sequences and labels, and how logits become predictions and metrics.
 
-This room works on numpy arrays alone. The training side turns a `Unit` into a micro batch, runs the encoder with the
+This room works on numpy arrays alone. Training turns an `Instance` into a micro batch, runs the encoder with the
 `Head` the task asks for and hands the logits back.
 """
 
@@ -36,7 +36,7 @@ Prediction = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Unit:
+class Instance:
     """What one loss term is made of.
 
     Attributes:
@@ -89,10 +89,10 @@ class Example:
 
 
 ExampleT = TypeVar("ExampleT", bound=Example)
-UnitT = TypeVar("UnitT", bound=Unit)
+InstanceT = TypeVar("InstanceT", bound=Instance)
 
 
-class Task(ABC, Generic[ExampleT, UnitT]):
+class Task(ABC, Generic[ExampleT, InstanceT]):
     """A fine-tuning task.
 
     Attributes:
@@ -232,8 +232,8 @@ class Task(ABC, Generic[ExampleT, UnitT]):
         """
 
     @abstractmethod
-    def units(self, examples: Sequence[ExampleT], *, train: bool) -> list[UnitT]:
-        """Tokenize examples; every one gives at least one unit, and units are in the order of examples.
+    def instances(self, examples: Sequence[ExampleT], *, train: bool) -> list[InstanceT]:
+        """Tokenize examples; every one gives at least one instance, and instances are in the order of examples.
 
         Args:
             examples: what to tokenize.
@@ -242,20 +242,20 @@ class Task(ABC, Generic[ExampleT, UnitT]):
 
     @abstractmethod
     def predictions(
-        self, examples: Sequence[ExampleT], units: Sequence[UnitT], logits: Sequence[np.ndarray]
+        self, examples: Sequence[ExampleT], instances: Sequence[InstanceT], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """What the model says of each example.
 
         Args:
-            examples: as given to `units`.
-            units: as returned by `units(examples, train=False)`.
-            logits: float32, for units[i]: sequence [outputs], choice [choices], token [R, outputs], span [R, 2].
+            examples: as given to `instances`.
+            instances: as returned by `instances(examples, train=False)`.
+            logits: float32, for instances[i]: sequence [outputs], choice [choices], token [R, outputs], span [R, 2].
         """
 
-    def class_weights(self, units: Sequence[UnitT]) -> np.ndarray | None:
-        """How much each class counts in the loss of these units, float32 [labels]; None where all count alike."""
+    def class_weights(self, instances: Sequence[InstanceT]) -> np.ndarray | None:
+        """How much each class counts in the loss of these instances, float32 [labels]; None where all count alike."""
         if self.settings.class_weights == "balanced":
-            return balanced_weights([unit.label for unit in units], len(self.labels))
+            return balanced_weights([instance.label for instance in instances], len(self.labels))
         return given_weights(self.settings.class_weights, self.labels)
 
     @abstractmethod

@@ -33,7 +33,7 @@ from megatron_bert.tasks.tag_schemes import (
     scheme_hint,
     scored,
 )
-from megatron_bert.tasks.task import IGNORED, Head, Prediction, Task, Unit
+from megatron_bert.tasks.task import IGNORED, Head, Instance, Prediction, Task
 from megatron_bert.tasks.token_rows import TokenRows
 from megatron_bert.tasks.words import pieces_of_words, split_words, word_windows
 from parallel.errors import UserError
@@ -44,7 +44,7 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class WordsUnit(Unit):
+class WordsInstance(Instance):
     """A window of a sentence.
 
     Attributes:
@@ -54,7 +54,7 @@ class WordsUnit(Unit):
     words: np.ndarray
 
 
-class TokenClassificationTask(Task[WordsExample, WordsUnit]):
+class TokenClassificationTask(Task[WordsExample, WordsInstance]):
     """A tag for every word, from its first piece; sentences that are too long are read in overlapping windows.
 
     Rows of a stream have `text`, which is split into words at white space and punctuation, or the words as `tokens`.
@@ -198,12 +198,12 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
             return WordsExample(name, where, "predict", text, split_words(text))
         return WordsExample(name, where, "predict", *joined(texts_of(row, "tokens", where)))
 
-    def units(self, examples: Sequence[WordsExample], *, train: bool) -> list[WordsUnit]:
-        """One unit per window; every word is in the rows of exactly one of them."""
+    def instances(self, examples: Sequence[WordsExample], *, train: bool) -> list[WordsInstance]:
+        """One instance per window; every word is in the rows of exactly one of them."""
         encoded = self.tokenizer.encode_batch_with_spans([example.text for example in examples])
         number = {tag: place for place, tag in enumerate(self.labels)}
         room = self.max_length - 2
-        units = []
+        instances = []
         for place, (example, found) in enumerate(zip(examples, encoded, strict=True)):
             assert example.tags is not None or not train, f"{example.where} has no tags to train on"
             # A word of endless pieces must leave room for its neighbors.
@@ -217,17 +217,17 @@ class TokenClassificationTask(Task[WordsExample, WordsUnit]):
                 sequence = feature(self.tokenizer, self.form, ids, None, rows=[first[word] for word in window.own])
                 label = [IGNORED if example.tags is None else number[example.tags[word]] for word in window.own]
                 words = np.array(window.own, dtype=np.int64)
-                units.append(WordsUnit((sequence,), np.array(label, dtype=np.int64), place, words))
-        return units
+                instances.append(WordsInstance((sequence,), np.array(label, dtype=np.int64), place, words))
+        return instances
 
     def predictions(
-        self, examples: Sequence[WordsExample], units: Sequence[WordsUnit], logits: Sequence[np.ndarray]
+        self, examples: Sequence[WordsExample], instances: Sequence[WordsInstance], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """Tags and entities of each sentence."""
         chances = [np.zeros((len(example.words), self.head.outputs)) for example in examples]
-        for unit, scores in zip(units, logits, strict=True):
-            if len(unit.words):
-                chances[unit.example][unit.words] = metrics.softmax(scores)
+        for instance, scores in zip(instances, logits, strict=True):
+            if len(instance.words):
+                chances[instance.example][instance.words] = metrics.softmax(scores)
         return [self._prediction(*of_one) for of_one in zip(examples, chances, strict=True)]
 
     def _prediction(self, example: WordsExample, table: np.ndarray) -> Prediction:

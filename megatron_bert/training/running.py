@@ -15,7 +15,7 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
-from megatron_bert.training.placement import placement_notes
+from megatron_bert.training.process_notes import process_notes
 from megatron_bert.training.run import Start, check_device, find_start, set_aside, write_start
 from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import StopRequest, note_stop
@@ -126,7 +126,7 @@ def train(
     run_dir, active = settings.training.run_dir, command.world.is_first
     # Looks for the checkpoint again: who owned the directory until now may have saved since.
     start, trainer = start_trainer(settings, objective, command.mesh, command.world, lock or command.lock)
-    placement = placement_notes(command.mesh.layout, start.checkpoint)
+    placement = process_notes(command.mesh.layout, start.checkpoint)
     objective.prepare(command.mesh, command.world)
     on_first_rank(lambda: write_start(settings, procedure.tokenizer))
     with Report(run_dir, settings.logging, active=active, start=trainer.step, steps=objective.total_steps) as report:

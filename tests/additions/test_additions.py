@@ -25,7 +25,7 @@ from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
-from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files
 from megatron_bert.finetuning.integer import IntegerTask
@@ -46,7 +46,7 @@ from parallel.pipeline.simulate import simulate
 from parallel.pipeline.validate import validate
 from parallel.sharding import initialize
 from tests.megatron_bert.data.support import small_vocabulary
-from tests.megatron_bert.finetuning.support import CONFIG, WORDS, random_units, rows, run_settings
+from tests.megatron_bert.finetuning.support import CONFIG, WORDS, random_instances, rows, run_settings
 from tests.megatron_bert.quantizing.support import quantize_settings
 
 TOY, PACKAGE = Path(__file__).parent / "toy", "additions_of_a_user"
@@ -160,18 +160,18 @@ def test_integer_engines_run_a_kind_of_head(monkeypatch: pytest.MonkeyPatch) -> 
     """Whatever its name: they have what it says of itself."""
     model = BertForTask(CONFIG, "pointer", 1)
     initialize(model, seed=3)
-    units = random_units("span", 5)
-    batch = collate_units(units, range(len(units)), Head("pointer", 1), most_features=1)
+    instances = random_instances("span", 5)
+    batch = collate_instances(instances, range(len(instances)), Head("pointer", 1), most_features=1)
     quantize_model(model.eval(), QuantizationConfig())
     calibrate(model, [batch], model)
     with torch.no_grad():
         expected = model(batch)
         engine = IntegerModel.from_model(model, "reference")
         assert torch.equal(IntegerTask(engine)(batch), expected)
-        tokens = torch.from_numpy(units[0].features[0].tokens).long()
-        answer = engine(tokens[None], token_type_ids=torch.from_numpy(units[0].features[0].types).long()[None])
+        tokens = torch.from_numpy(instances[0].features[0].tokens).long()
+        answer = engine(tokens[None], token_type_ids=torch.from_numpy(instances[0].features[0].types).long()[None])
     assert isinstance(answer, TokenClassifierOutput)
-    assert torch.equal(answer.logits[0, units[0].features[0].rows], expected[batch.owners == 0])
+    assert torch.equal(answer.logits[0, instances[0].features[0].rows], expected[batch.owners == 0])
     monkeypatch.setattr(type(HEADS["pointer"]), "in_engines", False)
     with pytest.raises(UserError, match="the head of a pointer, which integer engines do not have"):
         IntegerModel.from_model(model)

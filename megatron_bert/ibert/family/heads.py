@@ -69,9 +69,9 @@ class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
         """The first token's hidden state, ``[B, H]``."""
         return encoded.hidden.index_select(0, encoded.first)
 
-    def scores(self, features: Tensor, keys: Tensor | None) -> Tensor:
+    def scores(self, features: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """The head: ``[B, H]`` to ``[B, num_labels]``."""
-        return self.classifier(features, keys)
+        return self.classifier(features, dropout_keys)
 
 
 class IBertForMultipleChoice(IBertHeadModel, ChoiceClassifier):

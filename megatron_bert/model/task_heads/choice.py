@@ -11,7 +11,7 @@ from megatron_bert.model.task_heads.kind import HeadKind
 
 
 class ChoiceKind(HeadKind):
-    """Pooler and one score for the first token of each choice. Labels: int64 ``[U]``, the number of the choice."""
+    """Pooler and one score for the first token of each choice. Labels: int64 ``[N]``, the number of the choice."""
 
     name = "choice"
     title = "choices"
@@ -23,9 +23,9 @@ class ChoiceKind(HeadKind):
     grouped = True
 
     def distributions(self, logits: Tensor, batch: TaskBatch) -> list[Tensor]:
-        """Over the choices of a unit."""
-        return [batch.by_unit(logits.squeeze(1))]
+        """Over the choices of an instance."""
+        return [batch.by_instance(logits.squeeze(1))]
 
-    def of_unit(self, logits: np.ndarray) -> np.ndarray:
+    def of_instance(self, logits: np.ndarray) -> np.ndarray:
         """The score of each choice."""
         return logits[:, 0]

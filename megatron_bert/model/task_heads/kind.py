@@ -4,7 +4,7 @@
 Nothing else knows kinds by name: batches, losses, scoring, distillation, files and integer engines ask the table. The
 defaults are those of a dense layer on tokens with a class for each, so that a kind says where it differs.
 
-Shapes: T tokens, R rows (tokens that the head reads), U units (what a loss term belongs to: a sequence, or some
+Shapes: T tokens, R rows (tokens that the head reads), N instances (what a loss term belongs to: a sequence, or some
 choices), H hidden size, C outputs.
 """
 
@@ -38,7 +38,7 @@ class HeadKind:
         by_sequence: whether it reads the first token of every sequence, or every token (that has a row).
         pooled: whether dense and tanh stand between the encoder and the outputs.
         dropout: whether there is dropout before it.
-        grouped: whether a unit has several sequences, as inputs ``[B, choices, S]`` have.
+        grouped: whether an instance has several sequences, as inputs ``[B, choices, S]`` have.
         in_engines: whether integer engines run it, which have one dense layer, and the pooler before it.
     """
 
@@ -84,25 +84,27 @@ class HeadKind:
         """The module of the parameters."""
         return Dense(config.hidden_size, outputs, init_std=config.initializer_range, device=device)
 
-    def logits(self, head: nn.Module, features: Tensor, keys: Tensor | None, config: MegatronBertConfig) -> Tensor:
+    def logits(
+        self, head: nn.Module, features: Tensor, dropout_keys: Tensor | None, config: MegatronBertConfig
+    ) -> Tensor:
         """Run the head.
 
         Args:
             head: of :meth:`build`.
             features: ``[R, H]`` of the encoder, or of the pooler.
-            keys: int64 ``[R]``, of dropout; None without.
+            dropout_keys: int64 ``[R]``, of dropout; None without.
             config: of the encoder.
 
         Returns:
             ``[R, C]``.
         """
-        return head(dropped(features, keys, config) if self.dropout else features)
+        return head(dropped(features, dropout_keys, config) if self.dropout else features)
 
     # ---------------------------------------------------------------- labels and losses
 
-    def labels(self, of_units: Sequence[Tensor]) -> Tensor:
-        """The labels of a batch from those of its units: ``[U, ..]``, single whole numbers ``[U]``."""
-        stacked = torch.stack(list(of_units))
+    def labels(self, of_instances: Sequence[Tensor]) -> Tensor:
+        """The labels of a batch from those of its instances: ``[N, ..]``, single whole numbers ``[N]``."""
+        stacked = torch.stack(list(of_instances))
         single = stacked.shape[1:] == (1,) and not stacked.is_floating_point()
         return stacked.squeeze(1) if single else stacked
 
@@ -184,8 +186,8 @@ class HeadKind:
 
     # ---------------------------------------------------------------- logits
 
-    def of_unit(self, logits: np.ndarray) -> np.ndarray:
-        """What a task gets of the logits of one unit, ``[rows of the unit, C]``."""
+    def of_instance(self, logits: np.ndarray) -> np.ndarray:
+        """What a task gets of the logits of one instance, ``[rows of the instance, C]``."""
         return logits
 
 

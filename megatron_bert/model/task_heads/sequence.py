@@ -17,7 +17,7 @@ from megatron_bert.model.task_heads.kind import HeadKind, divergence
 class SequenceKind(HeadKind):
     """Pooler and a dense layer on the first token; RoBERTa has a head of two layers instead.
 
-    Labels: int64 ``[U]`` of one class each, float32 ``[U, C]`` of 0 and 1 (several labels) or of values (regression).
+    Labels: int64 ``[N]`` of one class each, float32 ``[N, C]`` of 0 and 1 (several labels) or of values (regression).
     """
 
     name = "sequence"
@@ -41,9 +41,15 @@ class SequenceKind(HeadKind):
             return SequenceHead(config, outputs, device=device)
         return super().build(config, outputs, device=device)
 
-    def logits(self, head: nn.Module, features: Tensor, keys: Tensor | None, config: MegatronBertConfig) -> Tensor:
+    def logits(
+        self, head: nn.Module, features: Tensor, dropout_keys: Tensor | None, config: MegatronBertConfig
+    ) -> Tensor:
         """Run the head; RoBERTa's has dropout inside too."""
-        return head(features, keys) if config.like_roberta else super().logits(head, features, keys, config)
+        return (
+            head(features, dropout_keys)
+            if config.like_roberta
+            else super().logits(head, features, dropout_keys, config)
+        )
 
     def loss_sum(
         self, logits: Tensor, batch: TaskBatch, problem: str | None = None, class_weights: Tensor | None = None
@@ -82,6 +88,6 @@ class SequenceKind(HeadKind):
         ]
         return temperature**2 * (divergence(*pairs).mean(dim=1) * counted).sum()
 
-    def of_unit(self, logits: np.ndarray) -> np.ndarray:
+    def of_instance(self, logits: np.ndarray) -> np.ndarray:
         """``[C]`` of the only row."""
         return logits[0]

@@ -10,7 +10,7 @@ from megatron_bert.model.task_heads.kind import HeadKind
 
 
 class SpanKind(HeadKind):
-    """A dense layer on tokens, without dropout. Labels: int64 ``[U, 2]``, numbers among the rows of the unit.
+    """A dense layer on tokens, without dropout. Labels: int64 ``[N, 2]``, numbers among the rows of the instance.
 
     The loss is the mean of the start's and the end's, each over the tokens of the sequence.
     """
@@ -26,4 +26,4 @@ class SpanKind(HeadKind):
 
     def distributions(self, logits: Tensor, batch: TaskBatch) -> list[Tensor]:
         """Over the tokens of a sequence: of the start and of the end."""
-        return [batch.by_unit(column) for column in logits.unbind(1)]
+        return [batch.by_instance(column) for column in logits.unbind(1)]

@@ -19,6 +19,6 @@ class TokenKind(HeadKind):
     class_ending = "ForTokenClassification"
     output_class = "TokenClassifierOutput"
 
-    def labels(self, of_units: Sequence[Tensor]) -> Tensor:
+    def labels(self, of_instances: Sequence[Tensor]) -> Tensor:
         """Those of all rows, end to end."""
-        return torch.cat(list(of_units))
+        return torch.cat(list(of_instances))

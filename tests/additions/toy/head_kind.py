@@ -9,7 +9,7 @@ from megatron_bert.model.task_heads.kind import HeadKind
 
 
 class PointerKind(HeadKind):
-    """A score for every token. Labels: int64 ``[U]``, the number of the right row of a unit."""
+    """A score for every token. Labels: int64 ``[U]``, the number of the right row of an instance."""
 
     name = "pointer"
     title = "a token of a text"
@@ -20,8 +20,8 @@ class PointerKind(HeadKind):
 
     def distributions(self, logits: Tensor, batch: TaskBatch) -> list[Tensor]:
         """Over the tokens of a sequence."""
-        return [batch.by_unit(logits.squeeze(1))]
+        return [batch.by_instance(logits.squeeze(1))]
 
-    def of_unit(self, logits: np.ndarray) -> np.ndarray:
+    def of_instance(self, logits: np.ndarray) -> np.ndarray:
         """The score of each token."""
         return logits[:, 0]

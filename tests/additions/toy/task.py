@@ -13,7 +13,7 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.encoding import BERT, InputFormat, feature
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of
-from megatron_bert.tasks.task import IGNORED, Example, Head, Prediction, Task, Unit
+from megatron_bert.tasks.task import IGNORED, Example, Head, Instance, Prediction, Task
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PointerExample(Example):
         return self.place != IGNORED
 
 
-class PointerTask(Task[PointerExample, Unit]):
+class PointerTask(Task[PointerExample, Instance]):
     """Rows have `text` and `place`."""
 
     def __init__(
@@ -48,21 +48,21 @@ class PointerTask(Task[PointerExample, Unit]):
         """From `text`."""
         return PointerExample(name_of(row, where), where, "predict", text_of(row, "text", where))
 
-    def units(self, examples: Sequence[PointerExample], *, train: bool) -> list[Unit]:
+    def instances(self, examples: Sequence[PointerExample], *, train: bool) -> list[Instance]:
         """A row for each token of a text."""
         del train
         found = []
         for number, tokens in enumerate(self.tokenizer.encode_batch([example.text for example in examples])):
             tokens = tokens[: self.max_length - 2]
             sequence = feature(self.tokenizer, self.form, tokens, None, rows=range(1, 1 + len(tokens)))
-            found.append(Unit((sequence,), np.array([examples[number].place]), number))
+            found.append(Instance((sequence,), np.array([examples[number].place]), number))
         return found
 
     def predictions(
-        self, examples: Sequence[PointerExample], units: Sequence[Unit], logits: Sequence[np.ndarray]
+        self, examples: Sequence[PointerExample], instances: Sequence[Instance], logits: Sequence[np.ndarray]
     ) -> list[Prediction]:
         """The word with the highest score."""
-        del units
+        del instances
         return [{"id": e.id, "place": int(scores.argmax())} for e, scores in zip(examples, logits, strict=True)]
 
     def shown(self, example: PointerExample) -> dict[str, Any]:

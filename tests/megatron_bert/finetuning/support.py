@@ -20,7 +20,7 @@ from megatron_bert.finetuning import inference
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.tasks.encoding import Feature
-from megatron_bert.tasks.task import Head, Unit
+from megatron_bert.tasks.task import Head, Instance
 from megatron_bert.training import running
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.process_group import World
@@ -188,10 +188,10 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMED} for row in found]
 
 
-def random_units(kind: str, count: int, seed: int = 7) -> list[Unit]:
-    """Units for a head of ``HEADS``, some of them without a label."""
+def random_instances(kind: str, count: int, seed: int = 7) -> list[Instance]:
+    """Instances for a head of ``HEADS``, some of them without a label."""
     rng = np.random.default_rng(seed)
-    head, units = HEADS[kind], []
+    head, instances = HEADS[kind], []
     for number in range(count):
         features = []
         for _ in range(int(rng.integers(2, 5)) if head.kind == "choice" else 1):
@@ -199,8 +199,8 @@ def random_units(kind: str, count: int, seed: int = 7) -> list[Unit]:
             tokens = rng.integers(5, 95, size=length)
             rows = {"token": np.arange(1, length - 1), "span": np.arange(length)}.get(head.kind, np.array([0]))
             features.append(Feature(tokens, np.sort(rng.integers(2, size=length)), rows))
-        units.append(Unit(tuple(features), _label(head, features, rng, unlabeled=number == count - 1), number))
-    return units
+        instances.append(Instance(tuple(features), _label(head, features, rng, unlabeled=number == count - 1), number))
+    return instances
 
 
 def _label(head: Head, features: list[Feature], rng: np.random.Generator, unlabeled: bool) -> np.ndarray:

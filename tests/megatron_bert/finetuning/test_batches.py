@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which units stand in which batch."""
+"""Which instances stand in which batch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import numpy as np
 import torch
 
 from megatron_bert.data.sampling import BatchShare
-from megatron_bert.finetuning.batches import collate_units, stream_units
-from tests.megatron_bert.finetuning.support import HEADS, random_units
+from megatron_bert.finetuning.batches import collate_instances, stream_instances
+from tests.megatron_bert.finetuning.support import HEADS, random_instances
 
 
-def test_every_epoch_has_every_unit_once_in_another_order() -> None:
-    epochs = [stream_units(range(start, start + 10), 10, 3) for start in (0, 10, 20)]
+def test_every_epoch_has_every_instance_once_in_another_order() -> None:
+    epochs = [stream_instances(range(start, start + 10), 10, 3) for start in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert stream_units(range(5, 15), 10, 3) == epochs[0][5:] + epochs[1][:5]
-    assert stream_units(range(10), 10, 4) != epochs[0]
+    assert stream_instances(range(5, 15), 10, 3) == epochs[0][5:] + epochs[1][:5]
+    assert stream_instances(range(10), 10, 4) != epochs[0]
 
 
-def test_a_step_has_the_same_units_at_every_layout() -> None:
-    def units_of_steps(data: int, micro: int) -> list[list[int]]:
+def test_a_step_has_the_same_instances_at_every_layout() -> None:
+    def instances_of_steps(data: int, micro: int) -> list[list[int]]:
         per_rank = []
         for rank in range(data):
             of = BatchShare(global_batch=12, micro_batch=micro, data_rank=rank, data_size=data, first_sample=6)
@@ -31,13 +31,13 @@ def test_a_step_has_the_same_units_at_every_layout() -> None:
 
     expected = [list(range(6 + 12 * step, 18 + 12 * step)) for step in range(3)]
     for data, micro in ((1, 12), (1, 4), (2, 6), (2, 3), (3, 2), (4, 1)):
-        assert units_of_steps(data, micro) == expected
+        assert instances_of_steps(data, micro) == expected
 
 
 def test_sequences_stand_end_to_end() -> None:
-    units = random_units("choice", 3)
-    batch = collate_units(units, [5, 6, 7], HEADS["choice"], most_features=4, multiple=8)
-    features = [feature for unit in units for feature in unit.features]
+    instances = random_instances("choice", 3)
+    batch = collate_instances(instances, [5, 6, 7], HEADS["choice"], most_features=4, multiple=8)
+    features = [feature for instance in instances for feature in instance.features]
     lengths = [len(feature.tokens) for feature in features]
     assert batch.lengths == tuple(lengths)
     assert batch.tokens.shape[0] % 8 == 0
@@ -48,6 +48,6 @@ def test_sequences_stand_end_to_end() -> None:
         assert batch.positions[start] == 0
     samples = [batch.samples[start].item() for start in batch.first_tokens.tolist()]
     assert len(set(samples)) == len(features), "dropout masks of choices differ"
-    scores = batch.by_unit(torch.arange(len(features), dtype=torch.float32))
-    assert [int((row > -torch.inf).sum()) for row in scores] == [len(unit.features) for unit in units]
+    scores = batch.by_instance(torch.arange(len(features), dtype=torch.float32))
+    assert [int((row > -torch.inf).sum()) for row in scores] == [len(instance.features) for instance in instances]
     assert scores[scores > -torch.inf].tolist() == list(range(len(features)))

@@ -16,14 +16,14 @@ from torch import Tensor
 import megatron_bert
 from megatron_bert.convert.families import family_of
 from megatron_bert.convert.huggingface_names import fuse
-from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import RobertaConfig, numbered_labels
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.task_heads.table import HEADS as HEAD_KINDS
-from megatron_bert.tasks.task import Unit
+from megatron_bert.tasks.task import Instance
 from tests.megatron_bert.finetuning.roberta_support import ROBERTA_SIZES
-from tests.megatron_bert.finetuning.support import CONFIG, HEADS, random_units
+from tests.megatron_bert.finetuning.support import CONFIG, HEADS, random_instances
 
 THEIRS = {"sequence": "SequenceClassification", "choice": "MultipleChoice", "token": "TokenClassification"}
 
@@ -65,18 +65,18 @@ def roberta(kind: str, folder: Path) -> tuple[BertForTask, Any]:
 FAMILIES = {"megatron": megatron, "roberta": roberta}
 
 
-def units_for(family: str, kind: str) -> list[Unit]:
-    """Six units; RoBERTa has one token type."""
-    units = random_units(kind, 6)
+def instances_for(family: str, kind: str) -> list[Instance]:
+    """Six instances; RoBERTa has one token type."""
+    instances = random_instances(kind, 6)
     if family == "megatron":
-        return units
-    typeless = [tuple(replace(f, types=np.zeros_like(f.types)) for f in unit.features) for unit in units]
-    return [replace(unit, features=features) for unit, features in zip(units, typeless, strict=True)]
+        return instances
+    typeless = [tuple(replace(f, types=np.zeros_like(f.types)) for f in instance.features) for instance in instances]
+    return [replace(instance, features=features) for instance, features in zip(instances, typeless, strict=True)]
 
 
-def padded(units: list[Unit]) -> dict[str, Tensor]:
-    """transformers' arguments for the sequences of units, in a rectangle."""
-    features = [feature for unit in units for feature in unit.features]
+def padded(instances: list[Instance]) -> dict[str, Tensor]:
+    """transformers' arguments for the sequences of instances, in a rectangle."""
+    features = [feature for instance in instances for feature in instance.features]
     longest = max(len(feature.tokens) for feature in features)
     ids, types, mask = np.zeros((3, len(features), longest), dtype=np.int64)
     for row, feature in enumerate(features):
@@ -86,10 +86,10 @@ def padded(units: list[Unit]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def their_loss(kind: str, theirs: Any, unit: Unit) -> tuple[Tensor, Tensor]:
-    """transformers' loss and logits of one unit alone, without padding."""
-    head, given = HEADS[kind], padded([unit])
-    label = torch.from_numpy(unit.label)
+def their_loss(kind: str, theirs: Any, instance: Instance) -> tuple[Tensor, Tensor]:
+    """transformers' loss and logits of one instance alone, without padding."""
+    head, given = HEADS[kind], padded([instance])
+    label = torch.from_numpy(instance.label)
     if head.kind == "choice":
         output = theirs(**{name: value[None] for name, value in given.items()}, labels=label)
         return output.loss, output.logits.reshape(-1, 1)
@@ -98,9 +98,9 @@ def their_loss(kind: str, theirs: Any, unit: Unit) -> tuple[Tensor, Tensor]:
         return output.loss, torch.stack((output.start_logits[0], output.end_logits[0]), dim=1)
     if head.kind == "token":
         tags = torch.full_like(given["input_ids"], -100)
-        tags[0, torch.from_numpy(unit.features[0].rows)] = label
+        tags[0, torch.from_numpy(instance.features[0].rows)] = label
         output = theirs(**given, labels=tags)
-        return output.loss, output.logits[0, torch.from_numpy(unit.features[0].rows)]
+        return output.loss, output.logits[0, torch.from_numpy(instance.features[0].rows)]
     whole = head.problem == "single_label_classification"
     output = theirs(**given, labels=label if whole else label[None])
     return output.loss, output.logits
@@ -110,25 +110,25 @@ def their_loss(kind: str, theirs: Any, unit: Unit) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tmp_path: Path) -> None:
     ours, theirs = FAMILIES[family](kind, tmp_path)
-    units = units_for(family, kind)
-    batch = collate_units(units, range(6), HEADS[kind], most_features=4, multiple=4)
+    instances = instances_for(family, kind)
+    batch = collate_instances(instances, range(6), HEADS[kind], most_features=4, multiple=4)
     logits = ours(batch)
     head = HEADS[kind]
     total = HEAD_KINDS[head.kind].loss_sum(logits, batch, head.problem)
     total.backward()
     expected, their_logits = torch.zeros(()), []
-    for unit in units[:-1]:  # the last has no label
-        loss, scores = their_loss(kind, theirs, unit)
-        # Their loss of a unit is the mean over its tokens for a token head, and over labels for several: ours too, but
+    for instance in instances[:-1]:  # the last has no label
+        loss, scores = their_loss(kind, theirs, instance)
+        # Their loss of an instance is the mean over its tokens for a token head, over labels for several: ours too, but
         # for the token head, whose sum is over tokens.
-        expected = expected + loss * (len(unit.label) if kind == "token" else 1)
+        expected = expected + loss * (len(instance.label) if kind == "token" else 1)
         their_logits.append(scores)
     expected.backward()
     count = sum(len(scores) for scores in their_logits)
     torch.testing.assert_close(logits[:count], torch.cat(their_logits), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     assert HEAD_KINDS[head.kind].counted(batch.labels).sum() == (
-        sum(len(u.label) for u in units[:-1]) if kind == "token" else 5
+        sum(len(u.label) for u in instances[:-1]) if kind == "token" else 5
     )
     names = family_of(ours.config).names
     gradients = {names.inside(name): parameter.grad for name, parameter in theirs.named_parameters()}
@@ -142,8 +142,8 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: str) -> None:
-    head, units = HEADS[kind], units_for(family, kind)
+def test_the_loss_does_not_depend_on_how_instances_are_batched(family: str, kind: str) -> None:
+    head, instances = HEADS[kind], instances_for(family, kind)
     torch.manual_seed(3)
     config = CONFIG if family == "megatron" else RobertaConfig(**ROBERTA_SIZES, vocab_size=95)
     model = BertForTask(config, head.kind, head.outputs)
@@ -152,10 +152,10 @@ def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: st
             parameter.normal_(std=0.1)
 
     def loss(groups: list[list[int]]) -> float:
-        """With dropout, whose masks belong to the unit."""
+        """With dropout, whose masks belong to the instance."""
         total = 0.0
         for group in groups:
-            batch = collate_units([units[i] for i in group], group, head, most_features=4)
+            batch = collate_instances([instances[i] for i in group], group, head, most_features=4)
             total += model.head_kind.loss_sum(model(batch, 11), batch, head.problem).item()
         return total
 
@@ -167,10 +167,10 @@ def test_the_loss_does_not_depend_on_how_units_are_batched(family: str, kind: st
 @pytest.mark.parametrize("kind", ["single", "token", "multi"])
 def test_class_weights_are_those_of_torch(kind: str) -> None:
     """Of sums over parts of a batch, divided by the weights of all of it."""
-    head, units = HEADS[kind], random_units(kind, 6)
+    head, instances = HEADS[kind], random_instances(kind, 6)
     weights = torch.tensor([0.25, 3.0, 0.0, 1.5, 0.1][: head.outputs])
     parts = ([0, 4], [1, 2, 5], [3])
-    batches = [collate_units([units[i] for i in part], part, head, most_features=1) for part in parts]
+    batches = [collate_instances([instances[i] for i in part], part, head, most_features=1) for part in parts]
     torch.manual_seed(1)
     logits = [torch.randn(len(batch.rows), head.outputs) for batch in batches]
     table, pairs = HEAD_KINDS[head.kind], zip(logits, batches, strict=True)
@@ -187,9 +187,9 @@ def test_class_weights_are_those_of_torch(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["single", "token"])
 def test_the_distance_to_a_teacher_is_weighed_as_the_loss(kind: str) -> None:
-    head, units = HEADS[kind], random_units(kind, 6)
+    head, instances = HEADS[kind], random_instances(kind, 6)
     weights = torch.tensor([0.25, 3.0, 0.0, 1.5, 0.1][: head.outputs])
-    batch = collate_units(units, range(6), head, most_features=1)
+    batch = collate_instances(instances, range(6), head, most_features=1)
     torch.manual_seed(1)
     mine, theirs = torch.randn(2, len(batch.rows), head.outputs)
     table = HEAD_KINDS[head.kind]

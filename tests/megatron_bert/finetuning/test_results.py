@@ -63,7 +63,7 @@ class Above:
         assert len(predictions) == len(examples)
         return self if self.threshold == self.best else Above(self.best, self.best)
 
-    def predictions(self, examples: list[bool], units: Any, logits: list[np.ndarray]) -> list[dict[str, Any]]:
+    def predictions(self, examples: list[bool], instances: Any, logits: list[np.ndarray]) -> list[dict[str, Any]]:
         return [{"label": bool(values[0] > self.threshold)} for values in logits]
 
     def metrics(self, examples: list[bool], predictions: list[dict[str, Any]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import megatron_bert
 from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.inspection import inspect
-from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
@@ -29,7 +29,7 @@ from megatron_bert.finetuning.weights import load_encoder, load_finetuned
 from megatron_bert.model.configuration import numbered_labels
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.tasks.encoding import Feature
-from megatron_bert.tasks.task import Unit
+from megatron_bert.tasks.task import Instance
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from tests.megatron_bert.finetuning.roberta_support import make_roberta, make_roberta_run
@@ -167,7 +167,7 @@ def test_the_longest_sequence_has_the_last_position(tmp_path: Path) -> None:
     load_finetuned(model, source)
     tokens = np.random.default_rng(2).integers(5, config.vocab_size, size=32)
     feature = Feature(tokens, np.zeros(32, dtype=np.int8), np.array([0]))
-    batch = collate_units([Unit((feature,), np.array([0]), 0)], [0], HEADS["single"], most_features=1)
+    batch = collate_instances([Instance((feature,), np.array([0]), 0)], [0], HEADS["single"], most_features=1)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)[None]).logits
         torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ from parallel.dropout import fold_in, keep_mask
 B, A, S, D = 3, 2, 9, 8
 LENGTHS = torch.tensor([9, 4, 1])
 MASKS = {"all": None, "padded": torch.arange(S) < LENGTHS[:, None]}
-#: float32 sums of 8 and 9 terms within a few units: some tens of roundings of 1.2e-7.
+#: float32 sums of 8 and 9 terms within a few instances: some tens of roundings of 1.2e-7.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 

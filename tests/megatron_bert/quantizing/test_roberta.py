@@ -15,7 +15,7 @@ import transformers
 import megatron_bert
 from megatron_bert.cli import main
 from megatron_bert.convert.families import ROBERTA
-from megatron_bert.finetuning.batches import collate_units
+from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
 from megatron_bert.finetuning.saved import load_task
@@ -25,10 +25,10 @@ from megatron_bert.ibert.modules import Quantized
 from megatron_bert.model.task_heads.table import HEADS as HEAD_KINDS
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
-from megatron_bert.tasks.task import Unit
+from megatron_bert.tasks.task import Instance
 from tests.megatron_bert.finetuning.roberta_support import make_roberta_run
 from tests.megatron_bert.finetuning.support import HEADS, join_world
-from tests.megatron_bert.finetuning.test_model import roberta, units_for
+from tests.megatron_bert.finetuning.test_model import instances_for, roberta
 from tests.megatron_bert.quantizing.layouts import KEPT, assert_same_steps, quantize_by_steps
 from tests.megatron_bert.quantizing.support import quantize_settings
 from tests.worlds import run_world
@@ -104,8 +104,8 @@ def test_the_saved_model_is_an_ibert(folder: Path, quantized: Path) -> None:
     row = {"text": "w1 w31 w2 w45"}
     answers = io.StringIO()
     predict_stream(quantized, io.StringIO(json.dumps(row) + "\n"), answers, batch_size=2, device="cpu")
-    (unit,) = saved.task.units([saved.task.example_from(row, "")], train=False)
-    ids = torch.from_numpy(unit.features[0].tokens)[None]
+    (instance,) = saved.task.instances([saved.task.example_from(row, "")], train=False)
+    ids = torch.from_numpy(instance.features[0].tokens)[None]
     with torch.no_grad():
         logits = public(ids.long()).logits[0]
     chances = dict(zip("abc", logits.softmax(dim=0).tolist(), strict=True))
@@ -147,8 +147,8 @@ def test_heads_are_quantized_as_in_the_public_classes(kind: str, tmp_path: Path)
     """The same quantizers under the same names, and from the same ranges the same integers."""
     ours, _ = roberta(kind, tmp_path)
     public = getattr(megatron_bert, f"IBert{HEAD_KINDS[HEADS[kind].kind].class_ending}").from_pretrained(tmp_path)
-    units = units_for("roberta", kind)
-    batch = collate_units(units, range(len(units)), HEADS[kind], most_features=4)
+    instances = instances_for("roberta", kind)
+    batch = collate_instances(instances, range(len(instances)), HEADS[kind], most_features=4)
     for model in (ours, public):
         quantize_model(model, QuantizationConfig())
     calibrate(ours, [batch], ours)
@@ -160,15 +160,15 @@ def test_heads_are_quantized_as_in_the_public_classes(kind: str, tmp_path: Path)
         quantizer.range.copy_(ranges[name])
     with torch.no_grad():
         logits = ours(batch)
-        for number, unit in enumerate(units):
+        for number, instance in enumerate(instances):
             mine = logits[batch.owners == number]
-            assert torch.equal(mine, _of_public(public, unit)), number
+            assert torch.equal(mine, _of_public(public, instance)), number
 
 
-def _of_public(public: Any, unit: Unit) -> torch.Tensor:
-    """Logits of a unit's rows, each sequence alone."""
+def _of_public(public: Any, instance: Instance) -> torch.Tensor:
+    """Logits of an instance's rows, each sequence alone."""
     found = []
-    for feature in unit.features:
+    for feature in instance.features:
         ids = torch.from_numpy(feature.tokens)[None]
         output = public(ids[None] if isinstance(public, megatron_bert.IBertForMultipleChoice) else ids)
         if "start_logits" in output:

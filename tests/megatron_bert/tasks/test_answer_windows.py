@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_bert.data.tokenizers import SpannedTokens
-from megatron_bert.tasks.answer_windows import WindowUnit, answer_tokens, candidates, widest_context, windows
+from megatron_bert.tasks.answer_windows import WindowInstance, answer_tokens, candidates, widest_context, windows
 from megatron_bert.tasks.encoding import Feature
 
 
@@ -46,10 +46,10 @@ def test_widest_context(tokens: int, room: int, stride: int) -> None:
         assert holders == [contexts.index(max(contexts))]
 
 
-def unit_of(size: int, offset: int = 3) -> WindowUnit:
+def instance_of(size: int, offset: int = 3) -> WindowInstance:
     spans = np.stack([np.arange(size) * 2, np.arange(size) * 2 + 1], axis=1)
     nothing = Feature(np.zeros(0), np.zeros(0), np.zeros(0))
-    return WindowUnit((nothing,), np.zeros(2), 0, offset, spans, np.ones(size, dtype=bool))
+    return WindowInstance((nothing,), np.zeros(2), 0, offset, spans, np.ones(size, dtype=bool))
 
 
 @pytest.mark.parametrize(
@@ -57,23 +57,25 @@ def unit_of(size: int, offset: int = 3) -> WindowUnit:
 )
 def test_candidates_are_the_best_of_all_pairs(size: int, longest: int, count: int) -> None:
     rng = np.random.default_rng(size * longest)
-    unit = unit_of(size)
-    unit.spans[size // 3] = 0  # a token without characters
-    unit.widest[size // 2] = size == 2
+    instance = instance_of(size)
+    instance.spans[size // 3] = 0  # a token without characters
+    instance.widest[size // 2] = size == 2
     logits = rng.normal(size=(size + 5, 2)).astype(np.float32)
     expected = sorted(
-        (-(float(logits[3 + i, 0]) + float(logits[3 + j, 1])), int(unit.spans[i, 0]), int(unit.spans[j, 1]))
+        (-(float(logits[3 + i, 0]) + float(logits[3 + j, 1])), int(instance.spans[i, 0]), int(instance.spans[j, 1]))
         for i in range(size)
         for j in range(i, min(i + longest, size))
-        if unit.widest[i] and unit.spans[i, 1] > unit.spans[i, 0] and unit.spans[j, 1] > unit.spans[j, 0]
+        if instance.widest[i]
+        and instance.spans[i, 1] > instance.spans[i, 0]
+        and instance.spans[j, 1] > instance.spans[j, 0]
     )[:count]
-    found = candidates(unit, logits, longest, count)
+    found = candidates(instance, logits, longest, count)
     assert [(c.begin, c.end) for c in found] == [(begin, end) for _, begin, end in expected]
     assert [c.score for c in found] == pytest.approx([-score for score, _, _ in expected])
 
 
 def test_an_empty_window_has_no_candidate() -> None:
-    assert candidates(unit_of(0), np.zeros((5, 2)), 30, 20) == []
+    assert candidates(instance_of(0), np.zeros((5, 2)), 30, 20) == []
 
 
 def test_tokens_of_an_answer() -> None:

@@ -46,7 +46,7 @@ def test_settings(case: str, tmp_path: Path) -> None:
     given, expected = GIVEN[case]
     train = json_lines(tmp_path / "train.jsonl", [{"text": "a", "label": label} for label in (1, 0, 1, 1)])
     task = task_of(letter_tokenizer(tmp_path), {"name": "classification", "class_weights": given}, {"train": train})
-    found = task.class_weights(task.units(task.examples("train"), train=True))
+    found = task.class_weights(task.instances(task.examples("train"), train=True))
     assert found is None if expected is None else found == pytest.approx(expected)
 
 

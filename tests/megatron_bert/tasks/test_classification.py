@@ -46,11 +46,11 @@ def test_sequences_equal_transformers(tmp_path: Path, tokenizer: Tokenizer) -> N
     for pair in (False, True):
         columns = {"text_pair": "other"} if pair else {}
         task = task_of(tokenizer, {"name": "classification", "max_length": 20}, {"train": path, "columns": columns})
-        units = task.units(task.examples("train"), train=True)
-        assert [unit.label.tolist() for unit in units] == [[0], [1], [0], [1]]
-        for unit, (a, b) in zip(units, rows, strict=True):
+        instances = task.instances(task.examples("train"), train=True)
+        assert [instance.label.tolist() for instance in instances] == [[0], [1], [0], [1]]
+        for instance, (a, b) in zip(instances, rows, strict=True):
             expected = peer(a, b if pair else None, truncation=True, max_length=20)
-            (feature,) = unit.features
+            (feature,) = instance.features
             assert feature.tokens.tolist() == expected["input_ids"]
             assert feature.types.tolist() == expected["token_type_ids"]
             assert feature.rows.tolist() == [0]
@@ -83,8 +83,8 @@ def test_single_label(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert (task.head.kind, task.head.outputs, task.head.problem) == ("sequence", 3, "single_label_classification")
     assert (task.metric, task.metrics_names) == ("accuracy", ("accuracy", "f1_macro", "matthews"))
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    predictions = task.predictions(examples, units, scores_for([2, 0, 0, 1], 3))
+    instances = task.instances(examples, train=True)
+    predictions = task.predictions(examples, instances, scores_for([2, 0, 0, 1], 3))
     assert [p["label"] for p in predictions] == ["3", "1", "1", "2"]
     assert [p["id"] for p in predictions] == ["r3", "r1", "r3", "r2"]
     top = math.exp(5) / (math.exp(5) + 2)
@@ -114,11 +114,11 @@ def test_multi_label(tmp_path: Path, tokenizer: Tokenizer, layout: str) -> None:
     assert task.labels == tuple(names)
     assert task.head.problem == "multi_label_classification"
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    assert [unit.label.tolist() for unit in units] == [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
-    assert units[0].label.dtype == np.float32
+    instances = task.instances(examples, train=True)
+    assert [instance.label.tolist() for instance in instances] == [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
+    assert instances[0].label.dtype == np.float32
     logits = [np.array(row, dtype=np.float32) for row in ([9, -9, 9], [-9, -9, -9], [-9, 9, -9])]
-    predictions = task.predictions(examples, units, logits)
+    predictions = task.predictions(examples, instances, logits)
     assert [p["labels"] for p in predictions] == [["blue", "red"], [], ["green"]]
     assert task.metrics(examples, predictions)["accuracy"] == pytest.approx(2 / 3)
     assert task.confusion(examples, predictions) is None
@@ -129,9 +129,9 @@ def test_threshold_and_separator_of_labels(tmp_path: Path, tokenizer: Tokenizer)
     settings = {"name": "classification", "multi_label": True, "label_threshold": 0.9}
     task = task_of(tokenizer, settings, {"train": path, "label_separator": "|"})
     assert task.labels == ("a,1", "b")
-    units = task.units(task.examples("train"), train=True)
+    instances = task.instances(task.examples("train"), train=True)
     logits = [np.log(np.array([8.9, 9.1], dtype=np.float32))]  # probabilities 0.899 and 0.901
-    assert task.predictions(task.examples("train"), units, logits)[0]["labels"] == ["b"]
+    assert task.predictions(task.examples("train"), instances, logits)[0]["labels"] == ["b"]
 
 
 def test_regression(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -140,9 +140,9 @@ def test_regression(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, {"name": "regression"}, data)
     assert (task.labels, task.head.outputs, task.head.problem) == ((), 1, "regression")
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    assert [unit.label.tolist() for unit in units] == [[1.5], [pytest.approx(-0.2)]]
-    predictions = task.predictions(examples, units, [np.array([2.0]), np.array([0.0])])
+    instances = task.instances(examples, train=True)
+    assert [instance.label.tolist() for instance in instances] == [[1.5], [pytest.approx(-0.2)]]
+    predictions = task.predictions(examples, instances, [np.array([2.0]), np.array([0.0])])
     assert [p["value"] for p in predictions] == [2.0, 0.0]
     found = task.metrics(examples, predictions)
     assert tuple(found) == task.metrics_names
@@ -283,16 +283,16 @@ def test_test_files_need_no_labels(tmp_path: Path, tokenizer: Tokenizer) -> None
     test = write(tmp_path / "t.tsv", "text\nx\ny\n")
     task = task_of(tokenizer, {"name": "classification"}, {"train": train, "test": test})
     examples = task.examples("test")
-    units = task.units(examples, train=False)
-    assert [unit.label.tolist() for unit in units] == [[IGNORED]] * 2
-    predictions = task.predictions(examples, units, scores_for([0, 1], 2))
+    instances = task.instances(examples, train=False)
+    assert [instance.label.tolist() for instance in instances] == [[IGNORED]] * 2
+    predictions = task.predictions(examples, instances, scores_for([0, 1], 2))
     assert task.metrics(examples, predictions) == {}
     assert task.confusion(examples, predictions) is None
     with pytest.raises(UserError, match=r"no row of .*t\.tsv has a column 'label' .*found: text"):
         task_of(tokenizer, {"name": "classification"}, {"train": train, "valid": test}).examples("valid")
     emptied = write(tmp_path / "t.tsv", "text\tlabel\nx\t\n")
     task = task_of(tokenizer, {"name": "regression"}, {"test": emptied})
-    assert np.isnan(task.units(task.examples("test"), train=False)[0].label).all()
+    assert np.isnan(task.instances(task.examples("test"), train=False)[0].label).all()
 
 
 def test_files_that_cannot_serve(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -353,9 +353,9 @@ def test_restored_tasks_predict_the_same(tmp_path: Path, tokenizer: Tokenizer) -
     assert restored.example_from({"text": "a", "text_pair": "b", "id": None}, "line 2").id == "line 2"
     with pytest.raises(UserError, match='line 3 has no "text_pair"'):
         restored.example_from({"text": "a"}, "line 3")
-    units = restored.units([row], train=False)
-    assert units[0].label.tolist() == [IGNORED]
-    assert restored.predictions([row], units, scores_for([1], 2))[0]["label"] == "yes"
+    instances = restored.instances([row], train=False)
+    assert instances[0].label.tolist() == [IGNORED]
+    assert restored.predictions([row], instances, scores_for([1], 2))[0]["label"] == "yes"
     with pytest.raises(UserError, match="does not describe a task"):
         restore_task({"settings": {"name": "nothing"}}, tokenizer)
 

@@ -92,23 +92,23 @@ def test_roberta_separators_in_windows_of_answers(folder: Path) -> None:
     context = "The capital of France is Paris."
     example = task.example_from({"question": "capital of France?", "context": context}, "line 1")
     found = dict(zip(("ids", "spans"), tokenizer.encode_batch_with_spans([context])[0], strict=True))
-    units = task.units([example], train=False)
-    assert len(units) > 1
+    instances = task.instances([example], train=False)
+    assert len(instances) > 1
     reached = 0
-    for unit in units:
-        (sequence,) = unit.features
+    for instance in instances:
+        (sequence,) = instance.features
         tokens = sequence.tokens.tolist()
         assert len(tokens) <= 16
-        assert tokens[unit.offset - 2 : unit.offset] == [tokenizer.sep_id] * 2
-        window = tokens[unit.offset : -1]
-        begin = found["spans"].index(tuple(unit.spans[0]))
-        assert window == found["ids"][begin : begin + len(unit.spans)]
+        assert tokens[instance.offset - 2 : instance.offset] == [tokenizer.sep_id] * 2
+        window = tokens[instance.offset : -1]
+        begin = found["spans"].index(tuple(instance.spans[0]))
+        assert window == found["ids"][begin : begin + len(instance.spans)]
         reached = max(reached, begin + len(window))
         scores = np.full((len(tokens), 2), -9.0, dtype=np.float32)
-        scores[unit.offset, 0] = scores[unit.offset + 1, 1] = 9.0
-        answer = task.predictions([example], [unit], [scores])[0]
-        if unit.widest[0]:
-            assert answer["start"] == unit.spans[0][0]
+        scores[instance.offset, 0] = scores[instance.offset + 1, 1] = 9.0
+        answer = task.predictions([example], [instance], [scores])[0]
+        if instance.widest[0]:
+            assert answer["start"] == instance.spans[0][0]
     assert reached == len(found["ids"])
 
 

@@ -47,8 +47,8 @@ def test_official_files(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None
     # Quotes and commas are text, not quoting.
     assert {example.text for example in examples} == {'"one" a'}
     assert {example.text_pair for example in examples} == {"b, two" if pair else None}
-    units = task.units(examples, train=True)
-    assert [unit.example for unit in units] == [0, 1]
+    instances = task.instances(examples, train=True)
+    assert [instance.example for instance in instances] == [0, 1]
     assert task.head.outputs == (3 if name == "mnli" else 1 if name == "stsb" else 2)
     for split in task.test_splits:
         tested = task.examples(split)
@@ -71,9 +71,9 @@ def test_submissions(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     files = {}
     for split in task.test_splits:
         examples = task.examples(split)
-        units = task.units(examples, train=False)
+        instances = task.instances(examples, train=False)
         logits = scores_for([1, 0], task.head.outputs) if task.labels else [np.array([7.0]), np.array([1.23456])]
-        predictions = task.predictions(examples, units, logits)
+        predictions = task.predictions(examples, instances, logits)
         for path in task.write_submission(examples, predictions, tmp_path / "out"):
             files[path.name] = path.read_text()
     first, second = (task.labels[1], task.labels[0]) if task.labels else ("5.000", "1.235")
@@ -85,7 +85,7 @@ def test_submissions(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
 def test_labeled_splits_are_no_submission(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, {"name": "rte"}, {"directory": write_glue(tmp_path / "glue")})
     examples = task.examples("valid")
-    predictions = task.predictions(examples, task.units(examples, train=False), scores_for([0, 1], 2))
+    predictions = task.predictions(examples, task.instances(examples, train=False), scores_for([0, 1], 2))
     assert task.write_submission(examples, predictions, tmp_path / "out") == []
 
 
@@ -95,7 +95,7 @@ def test_files_of_mnli_that_are_given_one_by_one(tmp_path: Path, tokenizer: Toke
     path = next(directory.rglob("test_mismatched.tsv"))
     task = task_of(tokenizer, {"name": "mnli"}, {"test": path})
     examples = task.examples("test")
-    predictions = task.predictions(examples, task.units(examples, train=False), scores_for([1, 0], 3))
+    predictions = task.predictions(examples, task.instances(examples, train=False), scores_for([1, 0], 3))
     assert [found.name for found in task.write_submission(examples, predictions, tmp_path / "out")] == ["MNLI-mm.tsv"]
 
 
@@ -108,7 +108,7 @@ def test_a_labeled_file_of_cola_to_test_on(tmp_path: Path, tokenizer: Tokenizer)
 
 
 def predicted(task, examples, classes):
-    return task.predictions(examples, task.units(examples, train=False), scores_for(classes, 2))
+    return task.predictions(examples, task.instances(examples, train=False), scores_for(classes, 2))
 
 
 def test_metrics_follow_glue(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -134,7 +134,7 @@ def test_metrics_follow_glue(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, {"name": "stsb"}, {"train": write(tmp_path / "c.tsv", rows)})
     examples = task.examples("train")
     logits = [np.array([x], dtype=np.float32) for x in said]
-    found = task.metrics(examples, task.predictions(examples, task.units(examples, train=False), logits))
+    found = task.metrics(examples, task.predictions(examples, task.instances(examples, train=False), logits))
     assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(scores, said).statistic)
     assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(scores, said).statistic)
     assert found["pearson_spearman"] == pytest.approx((found["pearson"] + found["spearman"]) / 2)
@@ -195,7 +195,7 @@ def test_submissions_of_several_files(tmp_path: Path, tokenizer: Tokenizer) -> N
     files = [directory / f"test_{part}.tsv" for part in ("mismatched", "matched")]
     task = task_of(tokenizer, {"name": "mnli"}, {"test": files})
     examples = task.examples("test")
-    predictions = task.predictions(examples, task.units(examples, train=False), scores_for([1, 0, 2, 2], 3))
+    predictions = task.predictions(examples, task.instances(examples, train=False), scores_for([1, 0, 2, 2], 3))
     written = task.write_submission(examples, predictions, tmp_path / "out")
     assert {path.name: path.read_text().split()[2:] for path in written} == {
         "MNLI-m.tsv": ["5", "neutral", "6", "neutral"],

@@ -62,12 +62,12 @@ def test_race(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [e.id for e in examples][:3] == ["high1.txt-0", "high1.txt-1", "high2.txt-0"]
     assert [e.part for e in examples] == ["high"] * 6 + ["middle"] * 6
     assert [e.answer for e in examples] == [0, 3] * 6
-    units = task.units(examples[:2], train=True)
-    assert [unit.label.tolist() for unit in units] == [[0], [3]]
-    blank, plain = ([text_of(tokenizer, f.tokens, f.types) for f in unit.features] for unit in units)
+    instances = task.instances(examples[:2], train=True)
+    assert [instance.label.tolist() for instance in instances] == [[0], [3]]
+    blank, plain = ([text_of(tokenizer, f.tokens, f.types) for f in instance.features] for instance in instances)
     assert blank == [(f"the cat {word}.", "the cat sat. 1") for word in ("sat", "ran", "ate", "hid")]
     assert plain == [(f"who sat? {word}", "the cat sat. 1") for word in ("cat", "mat", "dog", "i")]
-    assert all(f.rows.tolist() == [0] for unit in units for f in unit.features)
+    assert all(f.rows.tolist() == [0] for instance in instances for f in instance.features)
     fingerprint = task.data_fingerprints()["train"][0]
     assert (fingerprint["path"], fingerprint["examples"]) == (str(tmp_path / "RACE/train"), None)
 
@@ -85,10 +85,10 @@ def test_race_without_the_whole_directory(tmp_path: Path, tokenizer: Tokenizer) 
 def test_metrics_by_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, NAME, {"directory": race(tmp_path / "RACE")})
     examples = task.examples("test")
-    units = task.units(examples, train=False)
+    instances = task.instances(examples, train=False)
     chosen = [0, 3, 0, 3, 0, 3, 0, 0, 0, 0, 0, 3]
     logits = [np.eye(4, dtype=np.float32)[number] for number in chosen]
-    predictions = task.predictions(examples, units, logits)
+    predictions = task.predictions(examples, instances, logits)
     assert [p["label"] for p in predictions] == chosen
     assert predictions[1]["choice"] == "i"
     assert predictions[1]["probabilities"] == pytest.approx([*[1 / (3 + np.e)] * 3, np.e / (3 + np.e)])
@@ -111,11 +111,11 @@ def test_swag(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (example,) = task.examples("train")
     assert (example.question, example.answer) == ("the cat, sat", 2)
     assert example.choices == ("it ran", "it sat", "it ate", "it hid")
-    (unit,) = task.units([example], train=True)
-    assert text_of(tokenizer, unit.features[1].tokens, unit.features[1].types) == ("the cat, sat", "it sat")
+    (instance,) = task.instances([example], train=True)
+    assert text_of(tokenizer, instance.features[1].tokens, instance.features[1].types) == ("the cat, sat", "it sat")
     (test,) = task.examples("test")
     assert test.answer is None
-    assert task.units([test], train=False)[0].label.tolist() == [IGNORED]
+    assert task.instances([test], train=False)[0].label.tolist() == [IGNORED]
 
 
 def test_arc(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -124,11 +124,11 @@ def test_arc(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, NAME, {"train": path})
     examples = task.examples("train")
     assert [(len(e.choices), e.answer) for e in examples] == [(4, 2), (3, 1), (5, 4), (4, 2)]
-    units = task.units(examples, train=True)
-    assert [len(unit.features) for unit in units] == [4, 3, 5, 4]
-    assert text_of(tokenizer, units[0].features[2].tokens, units[0].features[2].types) == ("who?", "a, b")
-    logits = [np.arange(len(unit.features), dtype=np.float32) for unit in units]
-    predictions = task.predictions(examples, units, logits)
+    instances = task.instances(examples, train=True)
+    assert [len(instance.features) for instance in instances] == [4, 3, 5, 4]
+    assert text_of(tokenizer, instances[0].features[2].tokens, instances[0].features[2].types) == ("who?", "a, b")
+    logits = [np.arange(len(instance.features), dtype=np.float32) for instance in instances]
+    predictions = task.predictions(examples, instances, logits)
     assert [p["label"] for p in predictions] == [3, 2, 4, 3]
     assert task.metrics(examples, predictions) == {"accuracy": 0.25}
     line = {
@@ -154,7 +154,7 @@ def test_json_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [(e.id, e.context, e.answer) for e in examples] == [("x", "the cat sat", 1), ("1", None, 0)]
     streamed = restore_task(task.describe(), tokenizer).example_from(rows[0], "line 1")
     assert (streamed.choices, streamed.context, streamed.answer) == (("cat", "mat"), "the cat sat", None)
-    assert len(task.units([streamed], train=False)[0].features) == 2
+    assert len(task.instances([streamed], train=False)[0].features) == 2
 
 
 HUB = [
@@ -342,9 +342,9 @@ def test_a_long_question_keeps_the_choice(tokenizer: Tokenizer) -> None:
 def test_long_passages_are_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
     row = {"question": "q" * 40 + " _", "choices": ["cat", "mat" * 20], "context": "the cat sat " * 40}
     task = task_of(tokenizer, NAME | {"max_length": 64, "max_query_length": 24})
-    (unit,) = task.units([task.example_from(row, "line 1")], train=False)
+    (instance,) = task.instances([task.example_from(row, "line 1")], train=False)
     # "mat" is one piece at the start of a word, and its letters are pieces later on.
-    for feature, choice in zip(unit.features, ("cat", ("mat" * 20)[:26]), strict=True):
+    for feature, choice in zip(instance.features, ("cat", ("mat" * 20)[:26]), strict=True):
         assert len(feature.tokens) == 64
         question, passage = text_of(tokenizer, feature.tokens, feature.types)
         assert question.endswith(choice)

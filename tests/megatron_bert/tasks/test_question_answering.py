@@ -13,7 +13,7 @@ from transformers import BertTokenizerFast
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.data.train_tokenizer import train_tokenizer
-from megatron_bert.tasks.answer_windows import WindowUnit
+from megatron_bert.tasks.answer_windows import WindowInstance
 from megatron_bert.tasks.registry import restore_task
 from megatron_bert.tasks.squad_files import SpanExample
 from megatron_bert.tasks.task import IGNORED
@@ -64,12 +64,12 @@ def tokenizers(folder: Path) -> dict[str, Tokenizer]:
     return made
 
 
-def sure_logits(units: list[WindowUnit]) -> list[np.ndarray]:
+def sure_logits(instances: list[WindowInstance]) -> list[np.ndarray]:
     """Scores of a model that knows the answer where the window has it, and says "no answer" where not."""
     found = []
-    for unit in units:
-        scores = np.zeros((len(unit.features[0].tokens), 2), dtype=np.float32)
-        scores[unit.label[0], 0] = scores[unit.label[1], 1] = 10.0
+    for instance in instances:
+        scores = np.zeros((len(instance.features[0].tokens), 2), dtype=np.float32)
+        scores[instance.label[0], 0] = scores[instance.label[1], 1] = 10.0
         found.append(scores)
     return found
 
@@ -83,25 +83,25 @@ def test_answers_come_back_exactly(tmp_path: Path, length: int) -> None:
         settings = NAME | {"max_length": length, "doc_stride": 7, "max_query_length": 6}
         task = task_of(tokenizer, settings, {"train": path})
         examples = task.examples("train")
-        units = task.units(examples, train=True)
+        instances = task.instances(examples, train=True)
         if length == 40:
-            assert len(units) > len(examples), kind
+            assert len(instances) > len(examples), kind
         else:
-            assert len(units) == len(examples), kind
+            assert len(instances) == len(examples), kind
         labeled = 0
-        for unit in units:
-            (feature,) = unit.features
+        for instance in instances:
+            (feature,) = instance.features
             assert len(feature.tokens) <= length
             assert feature.rows.tolist() == list(range(len(feature.tokens)))
-            assert len(unit.spans) == len(feature.tokens) - unit.offset - 1
-            assert set(feature.types[unit.offset :].tolist()) == {1}
-            if unit.label.any():
+            assert len(instance.spans) == len(feature.tokens) - instance.offset - 1
+            assert set(feature.types[instance.offset :].tolist()) == {1}
+            if instance.label.any():
                 labeled += 1
-                first, last = unit.label - unit.offset
-                begin, end = unit.spans[first, 0], unit.spans[last, 1]
-                assert CONTEXT[begin:end] == ANSWERS[unit.example], kind
+                first, last = instance.label - instance.offset
+                begin, end = instance.spans[first, 0], instance.spans[last, 1]
+                assert CONTEXT[begin:end] == ANSWERS[instance.example], kind
         assert labeled >= len(ANSWERS)
-        predictions = task.predictions(examples, units, sure_logits(units))
+        predictions = task.predictions(examples, instances, sure_logits(instances))
         for prediction, text in zip(predictions, ANSWERS, strict=True):
             assert prediction["answer"] == text, kind
             assert CONTEXT[prediction["start"] : prediction["end"]] == text
@@ -111,13 +111,13 @@ def test_answers_come_back_exactly(tmp_path: Path, length: int) -> None:
 def test_sequences(tmp_path: Path, tokenizer: Tokenizer) -> None:
     example = SpanExample("x", "w", "predict", "who sat?", "the cat sat")
     task = task_of(tokenizer, NAME | {"max_length": 32})
-    (unit,) = task.units([example], train=False)
-    (feature,) = unit.features
+    (instance,) = task.instances([example], train=False)
+    (feature,) = instance.features
     cls, sep = tokenizer.cls_id, tokenizer.sep_id
     query = tokenizer.encode("who sat?")
     assert feature.tokens.tolist() == [cls, *query, sep, *tokenizer.encode("the cat sat"), sep]
     assert feature.types.tolist() == [0] * (len(query) + 2) + [1] * 4
-    assert unit.label.tolist() == [IGNORED, IGNORED]
+    assert instance.label.tolist() == [IGNORED, IGNORED]
     assert (task.head.kind, task.head.outputs) == ("span", 2)
 
 
@@ -126,7 +126,7 @@ def test_windows_equal_transformers(tmp_path: Path, tokenizer: Tokenizer, length
     peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=True)
     query, context = "who?", "The cat sat on a (big) MAT, 12.5 km; then nothing."
     task = task_of(tokenizer, NAME | {"max_length": length, "doc_stride": stride})
-    units = task.units([task.example_from({"question": query, "context": context}, "line 1")], train=False)
+    instances = task.instances([task.example_from({"question": query, "context": context}, "line 1")], train=False)
     expected = peer(
         query,
         context,
@@ -136,25 +136,25 @@ def test_windows_equal_transformers(tmp_path: Path, tokenizer: Tokenizer, length
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    assert [unit.features[0].tokens.tolist() for unit in units] == expected["input_ids"]
-    assert [unit.features[0].types.tolist() for unit in units] == expected["token_type_ids"]
-    for number, unit in enumerate(units):
+    assert [instance.features[0].tokens.tolist() for instance in instances] == expected["input_ids"]
+    assert [instance.features[0].types.tolist() for instance in instances] == expected["token_type_ids"]
+    for number, instance in enumerate(instances):
         offsets = [
             span for span, part in zip(expected["offset_mapping"][number], expected.sequence_ids(number)) if part
         ]
-        assert unit.spans.tolist() == [list(span) for span in offsets]
+        assert instance.spans.tolist() == [list(span) for span in offsets]
 
 
 def test_candidates_and_probabilities(tmp_path: Path, tokenizer: Tokenizer) -> None:
     context = "the cat sat mat"
     task = task_of(tokenizer, NAME | {"n_best": 3, "max_answer_length": 2})
     examples = [task.example_from({"question": "q", "context": context, "id": 5}, "line 1")]
-    (unit,) = units = task.units(examples, train=False)
-    scores = np.full((len(unit.features[0].tokens), 2), -50.0, dtype=np.float32)
-    scores[unit.offset + np.array([0, 1, 2]), 0] = [3.0, 1.0, 0.0]
-    scores[unit.offset + np.array([0, 1, 3]), 1] = [1.0, 2.0, 9.0]
+    (instance,) = instances = task.instances(examples, train=False)
+    scores = np.full((len(instance.features[0].tokens), 2), -50.0, dtype=np.float32)
+    scores[instance.offset + np.array([0, 1, 2]), 0] = [3.0, 1.0, 0.0]
+    scores[instance.offset + np.array([0, 1, 3]), 1] = [1.0, 2.0, 9.0]
     scores[0] = 30.0  # the scores of no answer count for nothing in version 1.1
-    (prediction,) = task.predictions(examples, units, [scores])
+    (prediction,) = task.predictions(examples, instances, [scores])
     # "the cat sat mat" would score 12, but has four tokens.
     expected = [("sat mat", 9.0), ("the cat", 5.0), ("the", 4.0)]
     assert [entry["text"] for entry in prediction["nbest"]] == [text for text, _ in expected]
@@ -171,12 +171,12 @@ def test_the_answer_with_most_expected_f1(tokenizer: Tokenizer) -> None:
     for no_answer in (False, True):
         task = task_of(tokenizer, NAME | {"n_best": 3, "answer_by": "expected_f1", "no_answer": no_answer})
         examples = [task.example_from({"question": "q", "context": context}, "line 1")]
-        (unit,) = units = task.units(examples, train=False)
-        scores = np.full((len(unit.features[0].tokens), 2), -50.0, dtype=np.float32)
-        scores[unit.offset + np.array([1, 3]), 0] = [0.0, 0.1]
-        scores[unit.offset + np.array([1, 3]), 1] = [0.1, 0.0]
+        (instance,) = instances = task.instances(examples, train=False)
+        scores = np.full((len(instance.features[0].tokens), 2), -50.0, dtype=np.float32)
+        scores[instance.offset + np.array([1, 3]), 0] = [0.0, 0.1]
+        scores[instance.offset + np.array([1, 3]), 1] = [0.1, 0.0]
         scores[0] = -50.0
-        (prediction,) = task.predictions(examples, units, [scores])
+        (prediction,) = task.predictions(examples, instances, [scores])
         found = {entry["text"]: entry for entry in prediction["nbest"] if entry["text"]}
         assert sorted(found) == ["cat", "cat sat mat", "mat"]
         weights = np.exp([0.1, 0.0, 0.1])
@@ -196,13 +196,13 @@ def test_windows_are_joined_by_the_widest_context(tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, NAME | {"max_length": 16, "doc_stride": 4, "max_query_length": 3})
     context = " ".join("abcdefghijklmnop")
     examples = [task.example_from({"question": "q", "context": context}, "line 1")]
-    units = task.units(examples, train=False)
-    assert [len(unit.spans) for unit in units] == [12, 12]
-    logits = [np.zeros((16, 2), dtype=np.float32) for _ in units]
+    instances = task.instances(examples, train=False)
+    assert [len(instance.spans) for instance in instances] == [12, 12]
+    logits = [np.zeros((16, 2), dtype=np.float32) for _ in instances]
     place = 4  # "e", first in the second window, fifth in the first
-    logits[0][units[0].offset + place] = 3.0
-    logits[1][units[1].offset] = 9.0
-    (prediction,) = task.predictions(examples, units, logits)
+    logits[0][instances[0].offset + place] = 3.0
+    logits[1][instances[1].offset] = 9.0
+    (prediction,) = task.predictions(examples, instances, logits)
     assert prediction["answer"] == "e"
     assert prediction["nbest"][0]["start_logit"] == 3.0
 
@@ -210,10 +210,10 @@ def test_windows_are_joined_by_the_widest_context(tokenizer: Tokenizer) -> None:
 def test_same_texts_are_one_candidate(tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, NAME | {"max_answer_length": 1})
     examples = [task.example_from({"question": "q", "context": "the cat the mat the"}, "line 1")]
-    units = task.units(examples, train=False)
-    scores = np.zeros((len(units[0].features[0].tokens), 2), dtype=np.float32)
-    scores[units[0].offset + 2] = 1.0
-    (prediction,) = task.predictions(examples, units, [scores])
+    instances = task.instances(examples, train=False)
+    scores = np.zeros((len(instances[0].features[0].tokens), 2), dtype=np.float32)
+    scores[instances[0].offset + 2] = 1.0
+    (prediction,) = task.predictions(examples, instances, [scores])
     assert sorted(entry["text"] for entry in prediction["nbest"]) == ["cat", "mat", "the"]
     assert (prediction["answer"], prediction["start"]) == ("the", 8)
 
@@ -227,10 +227,10 @@ def version_2(tmp_path: Path, tokenizer: Tokenizer, **settings: Any) -> tuple[An
 
 def test_no_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task, examples = version_2(tmp_path, tokenizer)
-    units = task.units(examples, train=True)
-    assert units[1].label.tolist() == [0, 0]
-    logits = sure_logits(units)
-    yes, no = task.predictions(examples, units, logits)
+    instances = task.instances(examples, train=True)
+    assert instances[1].label.tolist() == [0, 0]
+    logits = sure_logits(instances)
+    yes, no = task.predictions(examples, instances, logits)
     assert (yes["answer"], yes["null_odds"]) == ("the cat", -20.0)
     assert (no["answer"], no["start"], no["end"], no["null_odds"]) == ("", None, None, 20.0)
     assert no["best_answer"]
@@ -240,16 +240,16 @@ def test_no_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     # The model is too shy by 25: it says that no question has an answer, until the threshold is found.
     for scores in logits:
         scores[0] += 25.0 / 2
-    predictions = task.predictions(examples, units, logits)
+    predictions = task.predictions(examples, instances, logits)
     assert [p["answer"] for p in predictions] == ["", ""]
     assert task.metrics(examples, predictions)["best_f1"] == 100.0
     found = task.calibrated(examples, predictions)
     assert found.null_threshold == 5.0
     assert task.metric == "best_f1", "the threshold is found after training, so checkpoints compete with their best one"
-    assert [p["answer"] for p in found.predictions(examples, units, logits)] == ["the cat", ""]
+    assert [p["answer"] for p in found.predictions(examples, instances, logits)] == ["the cat", ""]
     assert task.null_threshold == 0.0
     restored = restore_task(found.describe(), tokenizer)
-    assert [p["answer"] for p in restored.predictions(examples, units, logits)] == ["the cat", ""]
+    assert [p["answer"] for p in restored.predictions(examples, instances, logits)] == ["the cat", ""]
     given, _ = version_2(tmp_path, tokenizer, null_threshold=-1.0)
     assert given.metric == "f1"
     assert given.calibrated(examples, predictions) is given
@@ -259,12 +259,12 @@ def test_windows_agree_on_no_answer(tokenizer: Tokenizer) -> None:
     """The score of no answer is the least of all windows'."""
     task = task_of(tokenizer, NAME | {"no_answer": True, "max_length": 16, "doc_stride": 6, "max_query_length": 3})
     examples = [task.example_from({"question": "q", "context": " ".join("abcdefghijklmnop")}, "line 1")]
-    units = task.units(examples, train=False)
-    logits = [np.zeros((len(unit.features[0].tokens), 2), dtype=np.float32) for unit in units]
+    instances = task.instances(examples, train=False)
+    logits = [np.zeros((len(instance.features[0].tokens), 2), dtype=np.float32) for instance in instances]
     for scores, value in zip(logits, (8.0, -3.0), strict=True):
         scores[0] = value
-    logits[0][units[0].offset] = 1.0
-    (prediction,) = task.predictions(examples, units, logits)
+    logits[0][instances[0].offset] = 1.0
+    (prediction,) = task.predictions(examples, instances, logits)
     assert prediction["null_odds"] == -6.0 - 2.0
     assert prediction["answer"] == "a"
 
@@ -273,16 +273,16 @@ def test_windows_agree_on_no_answer(tokenizer: Tokenizer) -> None:
 def test_texts_without_tokens(tokenizer: Tokenizer, no_answer: bool) -> None:
     task = task_of(tokenizer, NAME | {"no_answer": no_answer})
     examples = [task.example_from({"question": "", "context": text}, "line 1") for text in ("", " \u200b ")]
-    units = task.units(examples, train=False)
-    assert [len(unit.features[0].tokens) for unit in units] == [3, 3]
-    predictions = task.predictions(examples, units, [np.full((3, 2), np.nan, dtype=np.float32)] * 2)
+    instances = task.instances(examples, train=False)
+    assert [len(instance.features[0].tokens) for instance in instances] == [3, 3]
+    predictions = task.predictions(examples, instances, [np.full((3, 2), np.nan, dtype=np.float32)] * 2)
     assert [(p["answer"], p["start"], p["probability"]) for p in predictions] == [("", None, 1.0)] * 2
     assert "NaN" not in json.dumps(predictions)
 
 
 def test_submissions(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task, examples = version_2(tmp_path, tokenizer)
-    predictions = task.predictions(examples, units := task.units(examples, train=False), sure_logits(units))
+    predictions = task.predictions(examples, instances := task.instances(examples, train=False), sure_logits(instances))
     paths = task.write_submission(examples, predictions, tmp_path / "out")
     names = ["train_predictions.json", "train_nbest_predictions.json", "train_null_odds.json"]
     assert [path.name for path in paths] == names
@@ -361,9 +361,9 @@ def test_test_files_need_no_answers(tmp_path: Path, tokenizer: Tokenizer) -> Non
     path = squad(tmp_path / "a.json", (CONTEXT, [unlabeled]))
     task = task_of(tokenizer, NAME, {"test": path})
     examples = task.examples("test")
-    units = task.units(examples, train=False)
-    assert units[0].label.tolist() == [IGNORED, IGNORED]
-    predictions = task.predictions(examples, units, [np.zeros((len(units[0].features[0].tokens), 2))])
+    instances = task.instances(examples, train=False)
+    assert instances[0].label.tolist() == [IGNORED, IGNORED]
+    predictions = task.predictions(examples, instances, [np.zeros((len(instances[0].features[0].tokens), 2))])
     assert task.metrics(examples, predictions) == {}
     with pytest.raises(UserError, match='no "answers"'):
         task_of(tokenizer, NAME, {"valid": path}).examples("valid")

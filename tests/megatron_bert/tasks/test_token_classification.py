@@ -14,7 +14,7 @@ from transformers import BertTokenizerFast
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.registry import restore_task
-from megatron_bert.tasks.task import IGNORED, Task, Unit
+from megatron_bert.tasks.task import IGNORED, Instance, Task
 from parallel.errors import UserError
 
 from .support import letter_tokenizer, task_of, write
@@ -39,8 +39,8 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return letter_tokenizer(tmp_path)
 
 
-def logits_for(task: Task[Any, Any], units: list[Unit]) -> list[np.ndarray]:
-    return [np.eye(task.head.outputs, dtype=np.float32)[unit.label] * 4 for unit in units]
+def logits_for(task: Task[Any, Any], instances: list[Instance]) -> list[np.ndarray]:
+    return [np.eye(task.head.outputs, dtype=np.float32)[instance.label] * 4 for instance in instances]
 
 
 @pytest.mark.parametrize("separator", ["\t", " ", "   \t"])
@@ -75,16 +75,16 @@ def test_rows_are_first_pieces(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.conll", FILE)
     task = task_of(tokenizer, NAME, {"train": path})
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    assert [unit.label.tolist() for unit in units] == [[0, 1, 2], [0, 3, 4, 0], [1]]
-    tokens = units[1].features[0].tokens
+    instances = task.instances(examples, train=True)
+    assert [instance.label.tolist() for instance in instances] == [[0, 1, 2], [0, 3, 4, 0], [1]]
+    tokens = instances[1].features[0].tokens
     pieces = [tokenizer.id_to_token(int(token)) for token in tokens]
-    first = [pieces[row] for row in units[1].features[0].rows]
+    first = [pieces[row] for row in instances[1].features[0].rows]
     assert first == ["[UNK]", "n", "[UNK]", "[UNK]"]  # the joiner is nothing after normalization, and is not left out
     assert pieces[0] == "[CLS]"
     assert pieces[-1] == "[SEP]"
     assert pieces[2:9] == ["n", "##e", "##w", "y", "##o", "##r", "##k"]
-    assert not units[1].features[0].types.any()
+    assert not instances[1].features[0].types.any()
 
 
 def test_alignment_equals_transformers(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -101,11 +101,11 @@ def test_alignment_equals_transformers(tmp_path: Path, tokenizer: Tokenizer) -> 
         "x" * 120,
     ]
     task = task_of(tokenizer, NAME | {"labels": ["O", "B-x", "I-x"]})
-    (unit,) = task.units([task.example_from({"tokens": words}, "line 1")], train=False)
+    (instance,) = task.instances([task.example_from({"tokens": words}, "line 1")], train=False)
     expected = peer(words, is_split_into_words=True)
-    assert unit.features[0].tokens.tolist() == expected["input_ids"]
+    assert instance.features[0].tokens.tolist() == expected["input_ids"]
     of_word = expected.word_ids()
-    assert unit.features[0].rows.tolist() == [of_word.index(number) for number in range(len(words))]
+    assert instance.features[0].rows.tolist() == [of_word.index(number) for number in range(len(words))]
 
 
 @pytest.mark.parametrize("length", [8, 12, 64])
@@ -119,15 +119,15 @@ def test_long_sentences_lose_no_word(tmp_path: Path, tokenizer: Tokenizer, lengt
     path = write(tmp_path / "a.conll", "".join(f"{word} {tag}\n" for word, tag in zip(words, tags, strict=True)))
     task = task_of(tokenizer, NAME | {"max_length": length}, {"train": path})
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    assert len(units) > 3
-    assert all(len(unit.features[0].tokens) <= length for unit in units)
-    assert sorted(word for unit in units for word in unit.words.tolist()) == list(range(60))
-    for unit in units:
-        for row, word in zip(unit.features[0].rows, unit.words, strict=True):
-            piece = tokenizer.id_to_token(int(unit.features[0].tokens[row]))
+    instances = task.instances(examples, train=True)
+    assert len(instances) > 3
+    assert all(len(instance.features[0].tokens) <= length for instance in instances)
+    assert sorted(word for instance in instances for word in instance.words.tolist()) == list(range(60))
+    for instance in instances:
+        for row, word in zip(instance.features[0].rows, instance.words, strict=True):
+            piece = tokenizer.id_to_token(int(instance.features[0].tokens[row]))
             assert piece == ("[UNK]" if word == 21 else words[word][0])
-    (prediction,) = task.predictions(examples, units, logits_for(task, units))
+    (prediction,) = task.predictions(examples, instances, logits_for(task, instances))
     assert prediction["tags"] == tags
     assert task.metrics(examples, [prediction])["f1"] == 1.0
 
@@ -138,13 +138,13 @@ def test_entities_with_characters(tokenizer: Tokenizer) -> None:
     example = task.example_from({"text": text, "id": 3}, "line 1")
     words = [text[begin:end] for begin, end in example.words]
     assert words == ["At", "\u0130zmir", ",", "cafe\u0301", "\U0001f600", "(", "New", "York", ")", "!"]
-    units = task.units([example], train=False)
-    assert units[0].label.tolist() == [IGNORED] * len(words)
+    instances = task.instances([example], train=False)
+    assert instances[0].label.tolist() == [IGNORED] * len(words)
     logits = np.zeros((len(words), 3), dtype=np.float32)
     logits[:, 0] = 1.0
     logits[1, 1] = logits[3, 1] = logits[6, 1] = 3.0
     logits[4, 2] = logits[7, 2] = 5.0
-    (prediction,) = task.predictions([example], units, [logits])
+    (prediction,) = task.predictions([example], instances, [logits])
     found = [(e["type"], e["text"], e["start"], e["end"]) for e in prediction["entities"]]
     assert found == [
         ("x", "\u0130zmir", 3, 8),
@@ -164,7 +164,7 @@ def test_constrained_decoding(tokenizer: Tokenizer) -> None:
     for decoding in ("argmax", "constrained"):
         task = task_of(tokenizer, NAME | {"labels": ["O", "B-x", "I-x"], "decoding": decoding})
         example = task.example_from({"text": "the cat sat"}, "line 1")
-        (found[decoding],) = task.predictions([example], task.units([example], train=False), [scores])
+        (found[decoding],) = task.predictions([example], task.instances([example], train=False), [scores])
     assert (found["argmax"]["tags"], found["argmax"]["entities"]) == (["O", "I-x", "I-x"], [])
     assert found["constrained"]["tags"] == ["O", "B-x", "I-x"]
     assert found["constrained"]["probabilities"] == pytest.approx([0.8, 0.35, 0.8])
@@ -176,9 +176,11 @@ def test_words_given_as_a_list(tokenizer: Tokenizer) -> None:
     example = task.example_from({"tokens": ["can't", "stop"]}, "line 1")
     assert (example.text, example.words) == ("can't stop", ((0, 5), (6, 10)))
     empty = [task.example_from({"text": " "}, "line 2"), task.example_from({"tokens": []}, "line 3")]
-    units = task.units(empty, train=False)
-    assert [(unit.features[0].tokens.tolist(), len(unit.features[0].rows)) for unit in units] == [([2, 3], 0)] * 2
-    predictions = task.predictions(empty, units, [np.zeros((0, 3), dtype=np.float32)] * 2)
+    instances = task.instances(empty, train=False)
+    assert [(instance.features[0].tokens.tolist(), len(instance.features[0].rows)) for instance in instances] == [
+        ([2, 3], 0)
+    ] * 2
+    predictions = task.predictions(empty, instances, [np.zeros((0, 3), dtype=np.float32)] * 2)
     assert [(p["tags"], p["entities"]) for p in predictions] == [([], [])] * 2
     for row in ({"tokens": "a b"}, {"tokens": ["a", 1]}):
         with pytest.raises(UserError, match='line 4 needs a list of texts under "tokens"'):
@@ -197,9 +199,9 @@ def test_scores_equal_seqeval(tmp_path: Path, tokenizer: Tokenizer, scheme: str,
     content = "\n".join("".join(f"x {tag}\n" for tag in tags) for tags in true)
     task = task_of(tokenizer, NAME | {"scheme": scheme}, {"train": write(tmp_path / "a.conll", content)})
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    logits = [scores + rng.normal(scale=2, size=scores.shape) for scores in logits_for(task, units)]
-    predictions = task.predictions(examples, units, logits)
+    instances = task.instances(examples, train=True)
+    logits = [scores + rng.normal(scale=2, size=scores.shape) for scores in logits_for(task, instances)]
+    predictions = task.predictions(examples, instances, logits)
     given = [prediction["tags"] for prediction in predictions]
     assert 0 < sum(a != b for a, b in zip(true, given, strict=True)) < 20
     options = {"mode": "strict", "scheme": kind}
@@ -226,8 +228,8 @@ def test_scores_without_entities(tmp_path: Path, tokenizer: Tokenizer) -> None:
     settings = NAME | {"labels": ["O", "B-x", "I-x"]}
     task = task_of(tokenizer, settings, {"valid": write(tmp_path / "a.conll", "a O\nb O\n")})
     examples = task.examples("valid")
-    units = task.units(examples, train=False)
-    predictions = task.predictions(examples, units, logits_for(task, units))
+    instances = task.instances(examples, train=False)
+    predictions = task.predictions(examples, instances, logits_for(task, instances))
     assert task.metrics(examples, predictions) == {
         "f1": 0.0,
         "precision": 0.0,
@@ -242,8 +244,8 @@ def test_io(tmp_path: Path, tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer, NAME | {"scheme": "IO"}, {"train": path})
     assert task.labels == ("O", "I-x", "I-y")
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    predictions = task.predictions(examples, units, logits_for(task, units))
+    instances = task.instances(examples, train=True)
+    predictions = task.predictions(examples, instances, logits_for(task, instances))
     assert [e["text"] for e in predictions[0]["entities"]] == ["a b", "c"]
     assert task.metrics(examples, predictions)["f1"] == 1.0
 
@@ -253,12 +255,14 @@ def test_tags_that_mark_no_entity(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """An I without B is an entity neither in the predictions nor in the scores."""
     task = task_of(tokenizer, NAME, {"train": write(tmp_path / "a.conll", "a B-x\nb O\n")})
     examples = task.examples("train")
-    predictions = task.predictions(examples, task.units(examples, train=True), [np.eye(3, dtype=np.float32)[[2, 2]]])
+    predictions = task.predictions(
+        examples, task.instances(examples, train=True), [np.eye(3, dtype=np.float32)[[2, 2]]]
+    )
     assert (predictions[0]["tags"], predictions[0]["entities"]) == (["I-x", "I-x"], [])
     assert task.metrics(examples, predictions)["f1"] == 0.0
     task = task_of(tokenizer, NAME | {"labels": ["O", "B-x", "I-x"]}, {"train": write(tmp_path / "b.conll", "a O\n")})
     examples = task.examples("train")
-    predictions = task.predictions(examples, task.units(examples, train=True), [np.eye(3, dtype=np.float32)[[2]]])
+    predictions = task.predictions(examples, task.instances(examples, train=True), [np.eye(3, dtype=np.float32)[[2]]])
     assert task.metrics(examples, predictions)["f1"] == 0.0
 
 
@@ -304,17 +308,17 @@ def test_untagged_test_files_and_submissions(tmp_path: Path, tokenizer: Tokenize
     task = task_of(tokenizer, NAME, {"train": train, "test": test})
     examples = task.examples("test")
     assert [example.tags for example in examples] == [None, None]
-    units = task.units(examples, train=False)
-    logits = [np.eye(5, dtype=np.float32)[[0, 1][: len(unit.words)]] for unit in units]
-    predictions = task.predictions(examples, units, logits)
+    instances = task.instances(examples, train=False)
+    logits = [np.eye(5, dtype=np.float32)[[0, 1][: len(instance.words)]] for instance in instances]
+    predictions = task.predictions(examples, instances, logits)
     assert task.metrics(examples, predictions) == {}
     assert task.confusion(examples, predictions) is None
     (path,) = task.write_submission(examples, predictions, tmp_path / "out")
     assert path.name == "test.conll"
     assert path.read_text() == "The\tO\ncat\tB-animal\n\nmat\tO\n\n"
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    predictions = task.predictions(examples, units, logits_for(task, units))
+    instances = task.instances(examples, train=True)
+    predictions = task.predictions(examples, instances, logits_for(task, instances))
     (path,) = task.write_submission(examples, predictions, tmp_path / "out")
     lines = path.read_text().split("\n")
     assert lines[:5] == ["The\tO\tO", "cat\tB-animal\tB-animal", "sat\tI-animal\tI-animal", "", '"\tO\tO']
@@ -329,9 +333,9 @@ def test_restored(tmp_path: Path, tokenizer: Tokenizer) -> None:
     restored = restore_task(task.describe(), tokenizer)
     assert restored.labels == ("O", "B-x", "I-x", "L-x", "U-x")
     assert restored.metrics_names == task.metrics_names
-    units = restored.units([restored.example_from({"text": "a b"}, "line 1")], train=False)
+    instances = restored.instances([restored.example_from({"text": "a b"}, "line 1")], train=False)
     example = restored.example_from({"text": "a b"}, "line 1")
-    (prediction,) = restored.predictions([example], units, [np.eye(5, dtype=np.float32)[[4, 0]]])
+    (prediction,) = restored.predictions([example], instances, [np.eye(5, dtype=np.float32)[[4, 0]]])
     assert prediction["entities"][0]["text"] == "a"
 
 

@@ -115,12 +115,12 @@ def test_letters_without_a_type(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert task.labels == ("O", "B", "I")
     assert task.metrics_names == ("f1", "precision", "recall", "accuracy")
     examples = task.examples("train")
-    units = task.units(examples, train=True)
-    (prediction,) = task.predictions(examples, units, logits_for(task, units))
+    instances = task.instances(examples, train=True)
+    (prediction,) = task.predictions(examples, instances, logits_for(task, instances))
     assert [(e["type"], e["text"]) for e in prediction["entities"]] == [("", "a b"), ("", "d")]
     assert task.metrics(examples, [prediction])["f1"] == 1.0
     constrained = task_of(tokenizer, NAME | {"labels": ["O", "B", "I"], "decoding": "constrained"}, {"train": path})
-    assert constrained.predictions(examples, units, logits_for(task, units))[0]["tags"] == ["B", "I", "O", "B"]
+    assert constrained.predictions(examples, instances, logits_for(task, instances))[0]["tags"] == ["B", "I", "O", "B"]
 
 
 def test_comments(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ def gather_hosts() -> list[str]:
     return hosts
 
 
-def placement_warnings(layout: ParallelLayout, hosts: list[str]) -> list[str]:
+def host_order_warnings(layout: ParallelLayout, hosts: list[str]) -> list[str]:
     """What is wrong with the order of the ranks, in sentences; nothing for a run on one host.
 
     Tensor groups are neighbors in rank and talk several times per layer; the stages of a pipeline are farthest apart

@@ -6,19 +6,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from parallel.checkpoint import read_state
+from parallel.host_order import gather_hosts, host_order_warnings
 from parallel.mesh import ParallelLayout
-from parallel.placement import gather_hosts, placement_warnings
 from parallel.process_group import launched_world_size
 
 
-def placement_notes(layout: ParallelLayout, resume_from: Path | None) -> list[str]:
+def process_notes(layout: ParallelLayout, resume_from: Path | None) -> list[str]:
     """Sentences for the user; every rank calls.
 
     Args:
         layout: of the run.
         resume_from: the checkpoint it goes on from, if any.
     """
-    notes = placement_warnings(layout, gather_hosts())
+    notes = host_order_warnings(layout, gather_hosts())
     before = read_state(resume_from).get("data_size") if resume_from is not None else None
     if before is not None and before != layout.data:
         way = "fewer" if layout.data < before else "more"

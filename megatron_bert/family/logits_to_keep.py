@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_bert.family.kinds import check_tensor, told
+from megatron_bert.family.checks import check_tensor, described
 from parallel.errors import UserError
 
 
@@ -26,7 +26,7 @@ def check_kept(kept: int | Tensor, batch: int, length: int) -> None:
     if not isinstance(kept, Tensor):
         if not isinstance(kept, int):
             raise UserError(
-                f"logits_to_keep is {told(kept)}: give a number of tokens, 0 for all, or a tensor of places"
+                f"logits_to_keep is {described(kept)}: give a number of tokens, 0 for all, or a tensor of places"
             )
         return
     check_tensor("logits_to_keep", kept)

@@ -6,12 +6,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from megatron_bert.tasks.task import Task, Unit
+from megatron_bert.tasks.task import Instance, Task
 from parallel.errors import UserError
 
 
-class TaskUnits:
-    """Units of the splits of a task, tokenized when they are first asked for.
+class TaskInstances:
+    """Instances of the splits of a task, tokenized when they are first asked for.
 
     Args:
         task: reads and tokenizes the data.
@@ -19,28 +19,28 @@ class TaskUnits:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._splits: dict[str, list[Unit]] = {}
+        self._splits: dict[str, list[Instance]] = {}
 
     @cached_property
-    def train(self) -> list[Unit]:
+    def train(self) -> list[Instance]:
         """To train on.
 
         Raises:
             UserError: there are none.
         """
-        units = self.task.units(self.task.examples("train"), train=True)
-        if not units:
+        instances = self.task.instances(self.task.examples("train"), train=True)
+        if not instances:
             raise UserError("there is nothing to train on: data.train holds no labeled example")
-        return units
+        return instances
 
-    def of(self, split: str) -> list[Unit]:
+    def of(self, split: str) -> list[Instance]:
         """To score a split.
 
         Raises:
             UserError: there are none.
         """
         if split not in self._splits:
-            self._splits[split] = self.task.units(self.task.examples(split), train=False)
+            self._splits[split] = self.task.instances(self.task.examples(split), train=False)
         if not self._splits[split]:
             raise UserError(f"data.{split} holds no example: give one with some, or leave it out")
         return self._splits[split]
@@ -52,5 +52,5 @@ class TaskUnits:
         return {
             "files": [entry["sha256"] for entry in self.task.data_fingerprints().get("train", [])],
             "held_out": [data.valid_fraction, data.test_fraction, data.split_seed],
-            "units": len(self.train),
+            "instances": len(self.train),
         }

@@ -56,7 +56,7 @@ def check_device(device: torch.device | str | int | None) -> None:
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"device is {told(device)}, which torch does not take here ({reason}): give cpu or another"
+            f"device is {described(device)}, which torch does not take here ({reason}): give cpu or another"
         ) from None
 
 
@@ -92,10 +92,10 @@ def checked_switch(name: str, value: Any) -> bool:
     try:
         return _TRUTH[value]
     except (KeyError, TypeError):
-        raise UserError(f"{name} is {told(value)}: give True or False") from None
+        raise UserError(f"{name} is {described(value)}: give True or False") from None
 
 
-def told(value: Any) -> str:
+def described(value: Any) -> str:
     """A wrong value in few words: itself, or its type where it is long."""
     text = repr(value)
     return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"
@@ -111,7 +111,7 @@ def check_whole(name: str, numbers: Tensor) -> None:
         raise UserError(f"{name} is of type {numbers.dtype}: give int64")
 
 
-def widened(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+def promoted(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Floating-point values in the model's type: narrower ones are widened; autocast converts all but float64 itself.
 
     Args:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
+from parallel.host_order import host_order_warnings
 from parallel.mesh import ParallelLayout, fit_data_size
-from parallel.placement import placement_warnings
 from parallel.process_group import process_group, wait_as_spare
 from tests.worlds import run_world
 
@@ -23,18 +23,18 @@ IN_TURN = ["a", "b"] * 4
 class TestPlacement:
     @pytest.mark.parametrize("sizes", [{"tensor": 4, "data": 2}, {"tensor": 2, "pipeline": 2, "data": 2}, {"data": 8}])
     def test_host_by_host(self, sizes: dict[str, int]) -> None:
-        assert placement_warnings(ParallelLayout(**sizes), BY_HOST) == []
-        assert placement_warnings(ParallelLayout(**sizes), ["a"] * 8) == []
+        assert host_order_warnings(ParallelLayout(**sizes), BY_HOST) == []
+        assert host_order_warnings(ParallelLayout(**sizes), ["a"] * 8) == []
 
     def test_in_turn(self) -> None:
-        (text,) = placement_warnings(ParallelLayout(tensor=2, data=4), IN_TURN)
+        (text,) = host_order_warnings(ParallelLayout(tensor=2, data=4), IN_TURN)
         assert text.startswith("4 of 4 tensor groups reach over the network, ranks 0 to 1 over hosts a, b: start them")
-        (text,) = placement_warnings(ParallelLayout(pipeline=2, data=4), IN_TURN)
+        (text,) = host_order_warnings(ParallelLayout(pipeline=2, data=4), IN_TURN)
         assert "not in the order of their hosts" in text
-        assert placement_warnings(ParallelLayout(data=8), IN_TURN) == []  # all ranks talk alike
+        assert host_order_warnings(ParallelLayout(data=8), IN_TURN) == []  # all ranks talk alike
 
     def test_tensor_groups_larger_than_a_host(self) -> None:
-        (text,) = placement_warnings(ParallelLayout(tensor=8), BY_HOST)
+        (text,) = host_order_warnings(ParallelLayout(tensor=8), BY_HOST)
         assert "choose a tensor-parallel size that divides the number of processes on a host" in text
 
 
