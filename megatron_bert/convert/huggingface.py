@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_bert.convert.families import MEGATRON, MODEL_TYPES, ROBERTA, Family, family_of
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.huggingface_names import fuse, separate
+from megatron_bert.convert.huggingface_names import WRAPPERS, fuse, separate
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
@@ -150,14 +151,18 @@ def settings_alone(tree: FileTree) -> CanonicalState:
 
 
 def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
-    """The tensors of a folder under their own names, unread, and the file that says where they are.
+    """The tensors of a folder by name, without what wrappers put before it, and the file that says where they are.
 
     Raises:
         UserError: a file is damaged, missing, or holds something else.
     """
     name = next(name for name in WEIGHTS if name in tree)
+    return {re.sub(WRAPPERS, "", key): tensor for key, tensor in _open_files(tree, name).items()}, name
+
+
+def _open_files(tree: FileTree, name: str) -> dict[str, StateTensor]:
     if not name.endswith(".index.json"):
-        return _open_file(tree, name), name
+        return _open_file(tree, name)
     index = read_json(tree[name]).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise UserError(f"{tree.label}/{name} holds no weight_map of names and files: fetch it again")
@@ -166,7 +171,7 @@ def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
         if "/" in file or "\\" in file or file not in tree:
             raise UserError(f"{tree.label}/{name} names {brief(file)}, which is not beside it: copy all files")
         found |= _open_file(tree, file)
-    return found, name
+    return found
 
 
 def _open_file(tree: FileTree, name: str) -> dict[str, StateTensor]:

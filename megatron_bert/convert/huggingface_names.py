@@ -60,6 +60,8 @@ _PRETRAINING = {
     "pair_head.classifier": "cls.seq_relationship",
 }
 _POST_NORM = {"attention_norm": ("attention.output.LayerNorm",), "mlp_norm": ("output.LayerNorm",)}
+#: What DataParallel and torch.compile put before the names of a model's tensors.
+WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
 _IN_LAYER = re.compile(r"encoder\.layer\.(\d{1,6})(?:\.(.+))?")
 
 

@@ -7,7 +7,9 @@ import re
 from typing import Any
 
 from megatron_bert.convert.files import FileTree
+from megatron_bert.convert.huggingface import WEIGHTS
 from megatron_bert.convert.megatron_shards import weight_files
+from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.strange_files import refuse_strange
@@ -28,6 +30,9 @@ def explained(tree: FileTree, formats: str) -> UserError:
     Raises:
         UserError: a file of the tree is damaged or something else than it should be; with what it is.
     """
+    if CONFIG_NAME in tree:
+        names = ", ".join(WEIGHTS[:-1]) + f" or {WEIGHTS[-1]}"
+        return UserError(f"{tree.label} holds {CONFIG_NAME}, but no {names}: copy all files of the model")
     candidates = weight_files(tree) or [name for name in tree if name.endswith(_WEIGHTS)]
     if len(candidates) == 1:
         return _about_file(tree, candidates[0])

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from megatron_bert.json_file import read_object
 from megatron_bert.model.activations import ACTIVATIONS, GELU_SYNONYMS
 from megatron_bert.model.configuration import EncoderConfig, named_labels
 from megatron_bert.model.configuration_checks import NUMBER_FORMATS, check_choice, check_switch
@@ -171,6 +172,10 @@ class DocumentedConfig(PreTrainedConfig):
         if place.is_dir() and not (place / "config.json").exists() and not kwargs.get("gguf_file"):
             raise OSError(f"{place} holds no config.json: give the directory of a saved model")
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return cls._decode_special_floats(read_object(Path(json_file)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that is set, as JSON holds it; a function by its name."""

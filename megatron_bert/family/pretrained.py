@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from operator import index
@@ -18,12 +16,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from megatron_bert.convert.huggingface_names import MEGATRON_BERT, HuggingFaceNames, Place, separate
+from megatron_bert.convert.huggingface_names import MEGATRON_BERT, WRAPPERS, HuggingFaceNames, Place, separate
 from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.checks import check_device, check_filled, checked_switch, described
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
+from megatron_bert.family.files import file_beside, remove_stale_index, stored_tensors
 from megatron_bert.family.modules import EncoderLayer, LanguageHead
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
@@ -36,12 +34,6 @@ from parallel.whole_files import reporting
 
 logger = transformers.logging.get_logger(__name__)
 
-#: Arguments of from_pretrained that say where files are.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-#: What DataParallel and torch.compile put before the names of a model's tensors.
-WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
-#: What torch's restricted unpickler says it will not load.
-_ASKED = re.compile(r"GLOBAL ([\w.]+)")
 #: Output projections, whose initial values are smaller.
 _OUTPUTS = ("attention.output", "mlp.output", "cross_attention.output")
 
@@ -388,6 +380,13 @@ class DocumentedModel(transformers.PreTrainedModel):
         whole = {name: undivided(tensor) for name, tensor in state.items() if name not in tied}
         return {name: tensor[:words].clone() if self.has_words(name) else tensor for name, tensor in whole.items()}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Leave out buffers of transformers' classes that hold nothing of a model, in its state of any version."""
+        for key in list(state_dict):
+            if key.startswith(prefix) and self.names.is_buffer(key.removeprefix(prefix)):
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``config.json`` and safetensors; arguments as of transformers' method.
 
@@ -414,7 +413,7 @@ class DocumentedModel(transformers.PreTrainedModel):
                     path.unlink()  # of a model that is not whole
                 raise OSError(0, str(error), str(save_directory)) from None
         if self.tp.rank == 0:
-            _remove_stale_index(Path(save_directory))
+            remove_stale_index(Path(save_directory))
             self.save_beside(Path(save_directory))
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -450,7 +449,7 @@ class DocumentedModel(transformers.PreTrainedModel):
             The model in evaluation mode; with ``output_loading_info`` also what did not fit.
 
         Raises:
-            UserError: a value of the configuration that cannot be, or a pickle of more than tensors.
+            UserError: a value of the configuration that cannot be, or a file that is damaged or not of tensors alone.
             OSError: there is no such model.
         """
         tp = kwargs.pop("tp", SINGLE)
@@ -466,13 +465,11 @@ class DocumentedModel(transformers.PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except pickle.UnpicklingError as error:
-            asked = _ASKED.search(str(error))
-            why = "is damaged" if asked is None else f"asks to load {asked[1]}, which tensors do not need"
-            raise UserError(
-                f"{pretrained_model_name_or_path} holds a pickle that {why}: take the model from where it came from "
-                "again, as safetensors if there are such"
-            ) from None
+        except UserError:
+            raise
+        except Exception:
+            stored_tensors(pretrained_model_name_or_path, kwargs)  # says which file is damaged, if one is
+            raise
         cls._check_found(pretrained_model_name_or_path, info)
         if tp.size > 1:
             model = model.divided(tp, device)
@@ -514,28 +511,6 @@ class DocumentedModel(transformers.PreTrainedModel):
                 source,
                 RANGES_NAME,
             )
-
-
-def file_beside(source: Any, name: str, arguments: dict[str, Any]) -> Path | None:
-    """A file of a model that from_pretrained has just read, in a directory or on the hub; None where it has none.
-
-    Args:
-        source: the directory or name.
-        name: of the file.
-        arguments: of from_pretrained, which may say where its files are.
-    """
-    if source is None:
-        return None
-    where = {key: arguments[key] for key in _WHERE if key in arguments}
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
-    return None if found is None else Path(found)
-
-
-def _remove_stale_index(directory: Path) -> None:
-    """Remove the index of an older model in shards, which readers would look into before the one file of this one."""
-    index_file, whole = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
-    if index_file.is_file() and whole.is_file() and not any(directory.glob("model-*-of-*.safetensors")):
-        index_file.unlink()
 
 
 def _padded(values: Tensor, rows: int) -> Tensor:

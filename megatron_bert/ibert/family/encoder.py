@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -17,10 +19,11 @@ from megatron_bert.convert.huggingface_names import IBERT
 from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.encoder import EncoderModel
+from megatron_bert.family.files import file_beside, stored_tensors
 from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.pretrained import DocumentedModel, file_beside
+from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.family.configuration import IBertConfig
-from megatron_bert.ibert.family.quantized import follow_training, read_their_ranges, stored_ranges, their_ranges
+from megatron_bert.ibert.family.quantized import blank_buffer, follow_training, read_their_ranges, their_ranges
 from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
 from megatron_bert.ibert.quantization import quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
@@ -59,8 +62,7 @@ class IBertPreTrainedModel(DocumentedModel):
             follow_training(self)
             return
         self._quantize()
-        if (config := file_beside(source, "config.json", arguments)) is not None:
-            read_their_ranges(self, stored_ranges(config.parent, self.names))
+        read_their_ranges(self, stored_tensors(source, arguments))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the model; its configuration says so if quantize_model has changed it."""
@@ -83,6 +85,29 @@ class IBertPreTrainedModel(DocumentedModel):
     def extra_tensors(self) -> dict[str, Tensor]:
         """The ranges of a quantized model, as transformers' layers have them."""
         return their_ranges(self)
+
+    def transformers_state_dict(self) -> dict[str, Tensor]:
+        """What the class of transformers takes by ``load_state_dict``: its buffers too, which share a little memory.
+
+        The ranges of a quantized model are among them; those that are not known are as its layers begin, and what they
+        compute again in each pass is 0.
+        """
+        with torch.device("meta"):
+            config = transformers.IBertConfig(**self.config.to_dict())
+            theirs = getattr(transformers, type(self).__name__)(config).state_dict()
+        blank = {name: torch.tensor(blank_buffer(name)).expand(tensor.shape) for name, tensor in theirs.items()}
+        state = self.whole_state_dict() | self.extra_tensors()
+        tied = {name: state[kept] for name, kept in self.all_tied_weights_keys.items() if name not in state}
+        return blank | state | tied
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take over the ranges in a state of transformers' class; a quantized model keeps those that it has not."""
+        theirs = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if any(self.names.is_range(key) for key in theirs):
+            read_their_ranges(self, theirs)
+            for name, quantizer in quantizers(self):
+                state_dict.setdefault(f"{prefix}{name}.range", quantizer.range)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class IBertModel(IBertPreTrainedModel, EncoderModel):

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.huggingface import WEIGHTS, open_weights
-from megatron_bert.convert.huggingface_names import HuggingFaceNames
 from megatron_bert.convert.ranges import EMBEDDINGS_SUM, their_buffers, their_place
 from megatron_bert.convert.state import StateTensor
 from megatron_bert.family.pretrained import DocumentedModel
@@ -66,23 +62,26 @@ def canonical_name(model: DocumentedModel, name: str) -> str:
     return name if place is None else f"{place.owner}.ranges.{rest}"
 
 
-def stored_ranges(directory: Path, names: HuggingFaceNames) -> dict[str, StateTensor]:
-    """What transformers' quantized layers have left in the weights of a directory, by names in the bare encoder."""
-    tree = FileTree(str(directory), {path.name: path for path in directory.iterdir() if path.is_file()}, directory)
-    if not any(name in tree for name in WEIGHTS):
-        return {}
-    return {names.inside(key): tensor for key, tensor in open_weights(tree)[0].items() if names.is_range(key)}
+def read_their_ranges(model: DocumentedModel, stored: Mapping[str, Tensor | StateTensor]) -> None:
+    """Take over the ranges of transformers' quantized layers, by their names, where they have seen anything."""
+    found = {model.names.inside(key): value for key, value in stored.items() if model.names.is_range(key)}
 
+    def limit(name: str) -> float:
+        value = found[name]
+        return float(value if isinstance(value, Tensor) else value.load())
 
-def read_their_ranges(model: DocumentedModel, stored: Mapping[str, StateTensor]) -> None:
-    """Take over the ranges of transformers' quantized layers, where they have seen anything."""
     for name, quantizer in quantizers(model):
         place = their_place(canonical_name(model, name)) or EMBEDDINGS_SUM
-        if not place.endswith(EMBEDDINGS_SUM) and f"{place}.x_min" in stored and f"{place}.x_max" in stored:
-            least, most = (float(stored[f"{place}.{end}"].load()) for end in ("x_min", "x_max"))
-            limit = most if quantizer.kind == "gelu" else max(-least, most)
-            if limit > _UNSEEN:
-                quantizer.range.fill_(limit)
+        if not place.endswith(EMBEDDINGS_SUM) and f"{place}.x_min" in found and f"{place}.x_max" in found:
+            least, most = limit(f"{place}.x_min"), limit(f"{place}.x_max")
+            largest = most if quantizer.kind == "gelu" else max(-least, most)
+            if largest > _UNSEEN:
+                quantizer.range.fill_(largest)
+
+
+def blank_buffer(name: str) -> float:
+    """What a buffer of transformers' quantized layers holds before anything was seen."""
+    return {"x_min": -1e-5, "x_max": 1e-5}.get(name.rpartition(".")[2], 0.0)
 
 
 def their_ranges(model: DocumentedModel) -> dict[str, Tensor]:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import megatron_bert
 from megatron_bert import AutoTokenizer, MegatronBertForMaskedLM, MegatronBertModel
+from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
 from parallel.errors import UserError
@@ -104,8 +106,54 @@ def test_files_of_torch_save(tmp_path):
     assert _equal(again, model)
     assert not any(info.values())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
-    with pytest.raises(UserError, match=r"a pickle that (asks to load os\.system|is damaged)"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is not a file of torch.save"):
         type(model).from_pretrained(tmp_path)
+    torch.save({"a": Path("harm")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin holds something else than tensors"):
+        type(model).from_pretrained(tmp_path)
+
+
+def _cut(place, share):
+    content = place.read_bytes()
+    place.write_bytes(content[: int(share * len(content))])
+
+
+_DAMAGE = {
+    "empty": ("model.safetensors", lambda place: place.write_bytes(b""), "is empty"),
+    "cut": ("model.safetensors", lambda place: _cut(place, 0.6), "damaged safetensors file"),
+    "header": ("model.safetensors", lambda place: place.write_bytes(b"\2" * 99), "damaged safetensors file"),
+    "page": ("model.safetensors", lambda place: place.write_bytes(b"<!DOCTYPE html><html>"), "is a web page"),
+    "variant": ("model.fp16.safetensors", lambda place: _cut(place, 0.6), "damaged safetensors file"),
+    "index": ("model.safetensors.index.json", lambda place: _cut(place, 0.5), "is not JSON"),
+    "map": ("model.safetensors.index.json", lambda place: place.write_text("{}"), "holds no weight_map"),
+    "list": ("model.safetensors.index.json", lambda place: place.write_text("[]"), "JSON list instead of an object"),
+    "shard": ("model-00002-of-00003.safetensors", lambda place: _cut(place, 0.6), "damaged safetensors file"),
+    "gone": ("model-00002-of-00003.safetensors", lambda place: place.unlink(), "No such file|names model-00002"),
+    "bin": ("pytorch_model.bin", lambda place: _cut(place, 0.6), "truncated or damaged zip file"),
+    "settings": ("config.json", lambda place: place.write_text("[]"), "holds a JSON list instead of an object"),
+    "half": ("config.json", lambda place: _cut(place, 0.5), "is not JSON|not a valid JSON"),
+    "nothing": ("model.safetensors", lambda place: place.unlink(), "holds config.json, but no model.saf|no file named"),
+}
+
+
+@pytest.mark.parametrize("kind", _DAMAGE)
+def test_damaged_files_are_named(kind, tmp_path):
+    """In one sentence, by every reader: from_pretrained, and the one of all commands."""
+    name, damage, reason = _DAMAGE[kind]
+    model = build("ForMaskedLM")
+    variant = {"variant": "fp16"} if "fp16" in name else {}
+    model.save_pretrained(tmp_path, max_shard_size="50KB" if "index" in name or "-of-" in name else "1GB", **variant)
+    if name.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / name)
+    damage(tmp_path / name)
+    with pytest.raises((UserError, OSError), match=reason) as error:
+        type(model).from_pretrained(tmp_path, **variant)
+    assert "\n" not in str(error.value)
+    assert kind == "nothing" or name in str(error.value)
+    if not variant:
+        with pytest.raises(UserError, match=reason), open_checkpoint(tmp_path) as state:
+            assert state
 
 
 def test_names_that_wrappers_have_changed(tmp_path):
@@ -116,6 +164,9 @@ def test_names_that_wrappers_have_changed(tmp_path):
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
         torch.save({prefix + name: t for name, t in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
         assert_outputs_close(MegatronBertForMaskedLM.from_pretrained(tmp_path)(**batch), model(**batch))
+        with open_checkpoint(tmp_path) as state:  # as the commands read it
+            words = state["embeddings.word_embeddings.weight"].load()
+        assert words.equal(model.get_input_embeddings().weight)
     torch.save({f"mine.{name}": t for name, t in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no embeddings\..*of the encoder are not there.* holds mine\.bert"):
         MegatronBertForMaskedLM.from_pretrained(tmp_path)

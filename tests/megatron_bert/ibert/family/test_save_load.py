@@ -10,6 +10,7 @@ import torch
 
 import megatron_bert
 from megatron_bert import IBertConfig, IBertForMaskedLM, IBertModel, MegatronBertModel
+from megatron_bert.ibert.quantization import quantizers
 from parallel.errors import UserError
 from tests.megatron_bert.family.support import assert_outputs_close
 from tests.megatron_bert.ibert.family.support import CONFIG, HEADS, batch_for, build, config_of
@@ -110,7 +111,7 @@ def test_files_of_torch_save(tmp_path):
     assert _equal(again, model)
     assert not any(info.values())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
-    with pytest.raises(UserError, match=r"a pickle that (asks to load os\.system|is damaged)"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is not a file of torch.save"):
         IBertForMaskedLM.from_pretrained(tmp_path)
 
 
@@ -174,3 +175,31 @@ def test_divided_models_save_and_load(size, tmp_path):
     counts = run_world(size, _divided_round_trip, tmp_path / "one", tmp_path / "many")
     assert counts == [model.num_parameters()] * size
     assert _equal(IBertForMaskedLM.from_pretrained(tmp_path / "many"), model)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+@pytest.mark.parametrize("head", HEADS)
+def test_states_go_both_ways(head, quantized):
+    """load_state_dict(strict=True) of transformers' state and of ours; what its layers have seen is used."""
+    batch, config = batch_for(head), config_of(head, quant_mode=quantized)
+    peers = [getattr(transformers, f"IBert{head}")(transformers.IBertConfig(**config.to_dict())) for _ in range(2)]
+    if quantized:
+        peers[0].train()(**batch)
+    model = getattr(megatron_bert, f"IBert{head}")(config).eval()
+    model.load_state_dict(peers[0].eval().state_dict())
+    peers[1].load_state_dict(model.transformers_state_dict())
+    if not quantized:
+        assert_outputs_close(model(**batch), peers[0](**batch))
+        assert_outputs_close(peers[1].eval()(**batch), peers[0](**batch), **EXACT)
+        return
+    limits = {name: float(quantizer.range) for name, quantizer in quantizers(model)}
+    encoder = model.base_model.encoder.layer[0]
+    theirs = peers[0].base_model.encoder.layer[0].attention.self.key_activation
+    assert float(encoder.ranges["key"].range) == max(-float(theirs.x_min), float(theirs.x_max))
+    assert (
+        float(peers[1].base_model.encoder.layer[0].attention.self.key_activation.x_max)
+        == limits[next(name for name in limits if name.endswith("0.ranges.key"))]
+    )
+    assert float(peers[1].base_model.embeddings.embeddings_act1.x_max) == pytest.approx(1e-5)  # nothing was seen
+    model.load_state_dict(model.state_dict())  # ours, which says of every range what it is
+    assert limits == {name: float(quantizer.range) for name, quantizer in quantizers(model)}
