@@ -66,7 +66,9 @@ def add_corpus_inspection(commands: Any) -> None:
 
 
 def _inspect(of_checkpoint: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> Any:
+    from megatron_bert.data.compression import inner_suffix
     from megatron_bert.data.corpus_report import is_corpus
+    from megatron_bert.data.inputs import SUFFIXES
 
     if is_corpus(str(arguments.source)):
         _inspect_corpus(arguments)
@@ -74,6 +76,10 @@ def _inspect(of_checkpoint: Callable[[argparse.Namespace], Any], arguments: argp
     for name in ("sample", "png", "seq_length", "pair_objective", "tokenizer"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for corpora, and there is no {arguments.source}.idx.")
+    if inner_suffix(str(arguments.source)) in (set(SUFFIXES) - {".tar"}) and arguments.source.is_file():
+        raise UserError(
+            f"{arguments.source} holds text, of which preprocess makes a corpus: give its prefix, or a checkpoint."
+        )
     return of_checkpoint(arguments)
 
 

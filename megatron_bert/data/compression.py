@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
+from parallel.errors import UserError
+
 READ_BYTES = 1 << 17
 
 #: What the libraries raise for files that are damaged or not compressed.
@@ -29,6 +31,16 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 COMPRESSIONS = tuple(_DECOMPRESSORS)
+
+#: First bytes -> the suffix of a file that begins so; of standard input, which has no name.
+_SIGNATURES = {
+    b"\x1f\x8b": ".gz",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\0": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}
 
 
 def inner_suffix(path: str) -> str:
@@ -66,9 +78,18 @@ class PlainFile:
 
 @contextmanager
 def open_plain(path: str) -> Iterator[PlainFile]:
-    """Open a file, or standard input for the path "-", and undo what its suffix says."""
+    """Open a file and undo what its suffix says, or standard input for the path "-" and undo what its first bytes say.
+
+    Raises:
+        UserError: standard input is a table, which is read from its end.
+    """
     if path == STANDARD_INPUT:
-        yield PlainFile(sys.stdin.buffer, path)
+        piped = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer), READ_BYTES)
+        start = piped.peek(8)
+        suffix = next((name for signature, name in _SIGNATURES.items() if start.startswith(signature)), "")
+        if suffix and suffix not in COMPRESSIONS:
+            raise UserError(f"Standard input is a {suffix} table, which no pipe can carry: give the file itself.")
+        yield PlainFile(piped, suffix and f"x{suffix}")
         return
     with Path(path).open("rb") as raw:
         yield PlainFile(raw, path)
@@ -92,7 +113,7 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._plain:
             if not self._compressed:
-                place = self._raw.tell()
+                place = self._raw.tell() if self._raw.seekable() else 0
                 self._compressed = self._raw.read(READ_BYTES)
                 self._blocks.append((self._made, place))
             if not self._compressed:

@@ -51,8 +51,10 @@ def check_splitter(name: str, language: str) -> None:
     """Refuse a splitter that cannot be used for a language.
 
     Raises:
-        UserError: an unknown name, or Punkt for a language it has no model of.
+        UserError: an unknown name, what is not a language's code, or Punkt for a language it has no model of.
     """
+    if not re.fullmatch("[a-z]{2,3}", language):
+        raise UserError(f'Language "{language}" is not an ISO 639 code of two or three letters, such as en.')
     if name not in get_args(SplitterName):
         raise UserError(f'Sentence splitter "{name}" is unknown: choose {" or ".join(get_args(SplitterName))}.')
     if name == "punkt" and language not in PUNKT_MODELS:

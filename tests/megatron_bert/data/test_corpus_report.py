@@ -102,6 +102,7 @@ def test_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["c_text_sentence", "--sample", "2"], "--sample needs a number"),
         (["c_text_sentence", "--verify"], "--verify is for checkpoints"),
         (["nowhere", "--sample", "2"], "--sample is for corpora, and there is no nowhere.idx"),
+        (["corpus.jsonl.gz"], "corpus.jsonl.gz holds text, of which preprocess makes a corpus"),
         (["none", "--tokenizer", "vocab.txt"], "holds no sentence"),
         (["wide", "--tokenizer", "vocab.txt"], "holds token ids from 5 to 600 but the vocabulary has 22"),
         (["c_text_sentence", "--tokenizer", "vocab.txt", "--png", "no/x.png"], r"cannot be written"),
@@ -110,6 +111,7 @@ def test_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes(made: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     write_corpus(made / "none", [])
     write_corpus(made / "wide", [[[5, 600]]])
+    (made / "corpus.jsonl.gz").touch()
     assert main(["inspect", *arguments]) == 2
     assert message in capsys.readouterr().err
 

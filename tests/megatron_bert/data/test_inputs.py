@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,10 +161,31 @@ def test_directories_patterns_and_their_order(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compress", COMPRESS.values(), ids=COMPRESS)
+def test_standard_input(compress: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (json_lines(TEXTS), plain(TEXTS)):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(compress(content))))
         assert list(DocumentReader(["-"])) == TEXTS
+
+
+def test_a_pipe_of_compressed_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, gzip.compress(json_lines(TEXTS[:9])))
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert list(DocumentReader(["-"])) == TEXTS[:9]
+
+
+def test_a_table_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    parquet.write_table(table(list(TEXTS)), content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.getvalue())))
+    with pytest.raises(UserError, match=r"Standard input is a \.parquet table, which no pipe can carry"):
+        list(DocumentReader(["-"]))
+
+
+def test_standard_input_is_read_once() -> None:
     with pytest.raises(UserError, match="Standard input can be read once"):
         InputRows(["-", "-"])
     with pytest.raises(UserError, match="Standard input can be read once"):

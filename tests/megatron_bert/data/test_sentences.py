@@ -74,6 +74,7 @@ def test_every_model_is_there() -> None:
     [
         ("moses", "en", 'Sentence splitter "moses" is unknown: choose sentencex or punkt'),
         ("punkt", "ja", "no model of"),
+        ("sentencex", "english", "not an ISO 639 code"),
     ],
 )
 def test_mistakes_are_explained(name: str, language: str, message: str) -> None:
