@@ -68,14 +68,8 @@ class StagedModel:
             stages: others to run in place of these, with activations of the same shapes.
             began: called with stage and micro batch before every forward pass.
         """
-        forward = forward_of(self.stages if stages is None else stages, batches, at_end, seed=seed)
-
-        def announced(stage: int, received: Tensor | None, index: int) -> Tensor | None:
-            if began is not None:
-                began(stage, index)
-            return forward(stage, received, index)
-
-        engine.run(announced, lambda index: self.activation_shape(batches[index]))
+        forward = forward_of(self.stages if stages is None else stages, batches, at_end, seed=seed, began=began)
+        engine.run(forward, lambda index: self.activation_shape(batches[index]))
 
     @torch.no_grad()
     def infer(

@@ -118,25 +118,17 @@ class Schedule:
 
     def producer(self, action: Action) -> Action | None:
         """The action of a neighboring stage whose output this action takes; none at the ends of the pipeline."""
-        match action.kind:
-            case ActionKind.FORWARD:
-                neighbor = action.stage - 1
-            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-                neighbor = action.stage + 1
-            case ActionKind.BACKWARD_WEIGHT:
-                return None
-        return Action(action.kind, neighbor, action.microbatch) if 0 <= neighbor < self.stages else None
+        return self._neighbor(action, -1)
 
     def consumer(self, action: Action) -> Action | None:
         """The action of a neighboring stage that takes this action's output; none at the ends of the pipeline."""
-        match action.kind:
-            case ActionKind.FORWARD:
-                neighbor = action.stage + 1
-            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-                neighbor = action.stage - 1
-            case ActionKind.BACKWARD_WEIGHT:
-                return None
-        return Action(action.kind, neighbor, action.microbatch) if 0 <= neighbor < self.stages else None
+        return self._neighbor(action, 1)
+
+    def _neighbor(self, action: Action, step: int) -> Action | None:
+        if action.kind is ActionKind.BACKWARD_WEIGHT:
+            return None
+        stage = action.stage + (step if action.kind is ActionKind.FORWARD else -step)
+        return Action(action.kind, stage, action.microbatch) if 0 <= stage < self.stages else None
 
     def peak_activations(self) -> tuple[int, ...]:
         """The most activations that each rank holds at once, counted in microbatches of one stage.

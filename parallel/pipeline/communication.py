@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule
@@ -44,18 +45,26 @@ class Channel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One tensor from one stage to its neighbor on another rank, for one microbatch."""
+    """One tensor from the action that produces it to the one that consumes it on another rank."""
 
-    payload: Payload
-    microbatch: int
-    from_stage: int
-    to_stage: int
+    producer: Action
+    consumer: Action
     channel: Channel
+
+    @property
+    def payload(self) -> Payload:
+        """What it carries."""
+        return Payload.ACTIVATION if self.producer.kind is ActionKind.FORWARD else Payload.GRADIENT
+
+    @property
+    def microbatch(self) -> int:
+        """Whose tensor it is."""
+        return self.producer.microbatch
 
     def __str__(self) -> str:
         return (
-            f"{self.payload} of microbatch {self.microbatch} from stage {self.from_stage} (rank "
-            f"{self.channel.source}) to stage {self.to_stage} (rank {self.channel.destination})"
+            f"{self.payload} of microbatch {self.microbatch} from stage {self.producer.stage} (rank "
+            f"{self.channel.source}) to stage {self.consumer.stage} (rank {self.channel.destination})"
         )
 
 
@@ -73,10 +82,7 @@ def outgoing(schedule: Schedule, action: Action) -> Message | None:
 
 def _message(schedule: Schedule, producer: Action, consumer: Action) -> Message | None:
     channel = Channel(schedule.rank_of(producer.stage), schedule.rank_of(consumer.stage))
-    if channel.source == channel.destination:
-        return None
-    payload = Payload.ACTIVATION if producer.kind is ActionKind.FORWARD else Payload.GRADIENT
-    return Message(payload, producer.microbatch, producer.stage, consumer.stage, channel)
+    return None if channel.source == channel.destination else Message(producer, consumer, channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,76 +129,36 @@ def plan_communication(schedule: Schedule) -> tuple[RankPlan, ...]:
     Raises:
         ScheduleError: the lists deadlock.
     """
-    order = execution_order(schedule)
     places = {action: Place(rank, k) for rank, run in enumerate(schedule.actions) for k, action in enumerate(run)}
-    channels = _channels(schedule)
-    posts = _post_places(schedule, places, channels)
-    finishes = _finish_places(schedule, places, channels, posts, _known_progress(schedule, places, order))
-    post: list[list[list[Message]]] = [[[] for _ in actions] for actions in schedule.actions]
-    finish: list[list[list[Message]]] = [[[] for _ in range(len(actions) + 1)] for actions in schedule.actions]
-    for channel, messages in channels.items():
-        for message in messages:
-            post[channel.destination][posts[message]].append(message)
-            finish[channel.source][finishes[message]].append(message)
+    known = _known_progress(schedule, places)
+    channels: dict[Channel, list[Message]] = {}
+    for run in schedule.actions:
+        for action in run:
+            if (message := outgoing(schedule, action)) is not None:
+                channels.setdefault(message.channel, []).append(message)
+    post: list[list[list[Message]]] = [[[] for _ in run] for run in schedule.actions]
+    finish: list[list[list[Message]]] = [[[] for _ in range(len(run) + 1)] for run in schedule.actions]
+    for (source, destination), messages in channels.items():
+        posts = _post_positions([places[message.consumer].position for message in messages])
+        progress = [known[Place(source, k)][destination] for k in range(len(schedule.actions[source]))]
+        finishes = _finish_positions([places[message.producer].position for message in messages], posts, progress)
+        for message, posted, finished in zip(messages, posts, finishes, strict=True):
+            post[destination][posted].append(message)
+            finish[source][finished].append(message)
     plans = []
-    for rank, actions in enumerate(schedule.actions):
-        steps = tuple(
-            Step(
-                tuple(post[rank][k]),
-                incoming(schedule, action),
-                tuple(finish[rank][k]),
-                action,
-                outgoing(schedule, action),
-            )
-            for k, action in enumerate(actions)
+    for rank, run in enumerate(schedule.actions):
+        steps = (
+            Step(tuple(posts), incoming(schedule, action), tuple(finishes), action, outgoing(schedule, action))
+            for action, posts, finishes in zip(run, post[rank], finish[rank], strict=False)
         )
-        plans.append(RankPlan(steps, tuple(finish[rank][-1])))
+        plans.append(RankPlan(tuple(steps), tuple(finish[rank][-1])))
     return tuple(plans)
 
 
-def _channels(schedule: Schedule) -> dict[Channel, list[Message]]:
-    """Each channel's messages in the order in which the source produces them."""
-    channels: dict[Channel, list[Message]] = {}
-    for actions in schedule.actions:
-        for action in actions:
-            message = outgoing(schedule, action)
-            if message is not None:
-                channels.setdefault(message.channel, []).append(message)
-    return channels
-
-
-def _ends(message: Message, places: dict[Action, Place], schedule: Schedule) -> tuple[int, int]:
-    """Positions of the action that produces a message and of the one that consumes it."""
-    if message.payload is Payload.ACTIVATION:
-        kind = ActionKind.FORWARD
-    else:
-        kind = schedule.backward.kinds[0]
-    produced = places[Action(kind, message.from_stage, message.microbatch)]
-    consumed = places[Action(kind, message.to_stage, message.microbatch)]
-    return produced.position, consumed.position
-
-
-def _post_places(
-    schedule: Schedule, places: dict[Action, Place], channels: dict[Channel, list[Message]]
-) -> dict[Message, int]:
-    """The position at which the destination posts each receive."""
-    posts: dict[Message, int] = {}
-    for messages in channels.values():
-        latest = len(places)
-        for message in reversed(messages):
-            _, consumed = _ends(message, places, schedule)
-            # Receives are posted in the channel's order: none later than those of the messages behind it.
-            latest = min(latest, max(0, consumed - 1))
-            posts[message] = latest
-    return posts
-
-
-def _known_progress(
-    schedule: Schedule, places: dict[Action, Place], order: list[Place]
-) -> dict[Place, tuple[int, ...]]:
+def _known_progress(schedule: Schedule, places: dict[Action, Place]) -> dict[Place, tuple[int, ...]]:
     """For each action, how many actions of every rank have surely ended when it starts (vector clocks)."""
     known: dict[Place, tuple[int, ...]] = {}
-    for place in order:
+    for place in execution_order(schedule):
         rank, position = place
         clock = list(known[Place(rank, position - 1)]) if position else [0] * schedule.ranks
         clock[rank] = position
@@ -205,23 +171,28 @@ def _known_progress(
     return known
 
 
-def _finish_places(
-    schedule: Schedule,
-    places: dict[Action, Place],
-    channels: dict[Channel, list[Message]],
-    posts: dict[Message, int],
-    known: dict[Place, tuple[int, ...]],
-) -> dict[Message, int]:
-    """The position at which the source waits for each send; one past its last action for those at the very end."""
-    finishes: dict[Message, int] = {}
-    for channel, messages in channels.items():
-        end = len(schedule.actions[channel.source])
-        position = 0
-        for message in messages:
-            produced, _ = _ends(message, places, schedule)
-            # Posts are in channel order, so a later message is never known to be posted before an earlier one.
-            position = max(position, produced + 1)
-            while position < end and known[Place(channel.source, position)][channel.destination] < posts[message]:
-                position += 1
-            finishes[message] = position
+def _post_positions(consumed: list[int]) -> list[int]:
+    """Where the destination of a channel posts the receives of messages that it consumes at these positions.
+
+    Receives are posted in the channel's order: none later than those of the messages behind it.
+    """
+    ahead = (max(0, position - 1) for position in reversed(consumed))
+    return list(accumulate(ahead, min))[::-1]
+
+
+def _finish_positions(produced: list[int], posts: list[int], progress: list[int]) -> list[int]:
+    """Where the source of a channel waits for its sends; one past its last action for those at the very end.
+
+    Args:
+        produced: positions of the actions that produce the messages.
+        posts: positions at which the destination posts their receives.
+        progress: for each action of the source, how many of the destination have surely ended when it starts.
+    """
+    finishes, position = [], 0
+    for made, posted in zip(produced, posts, strict=True):
+        # Posts are in channel order, so a later message is never known to be posted before an earlier one.
+        position = max(position, made + 1)
+        while position < len(progress) and progress[position] < posted:
+            position += 1
+        finishes.append(position)
     return finishes

@@ -38,6 +38,7 @@ def forward_of(
     at_end: Callable[[int, Any], Tensor | None],
     *,
     seed: int | None = None,
+    began: Callable[[int, int], None] | None = None,
 ) -> StageForward:
     """The forward pass of stages over the micro batches of a step.
 
@@ -47,9 +48,12 @@ def forward_of(
         at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank; its
             loss, or None where no backward pass follows.
         seed: of dropout masks; None switches dropout off.
+        began: called with stage and micro batch before every forward pass.
     """
 
     def forward(number: int, received: Tensor | None, index: int) -> Tensor | None:
+        if began is not None:
+            began(number, index)
         stage = stages[number]
         output = stage(batches[index], seed, received)
         return at_end(index, output) if stage.part.last else output

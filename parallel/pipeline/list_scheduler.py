@@ -6,7 +6,6 @@ All actions take one slot, so the result depends on the sizes alone and is the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, ActionKind, Placement
@@ -44,66 +43,42 @@ def list_schedule(
             leaves room for the same microbatch's forwards on the rank's later chunks; otherwise early chunks could
             fill the memory and nothing would ever reach the loss.
     """
-    queues = _Queues(ranks, microbatches, chunks, placement, kinds, memory)
+    last = ranks * chunks - 1
+    # Microbatches keep their order within a stage and kind, so counters say it all.
+    done = {kind: [0] * (last + 1) for kind in (_F, _I, _W)}
+    held = [0] * ranks
+
+    def ready(kind: ActionKind, stage: int, rank: int) -> bool:
+        following = done[kind][stage]
+        if following == microbatches:
+            return False
+        if kind is _W:
+            return following < done[_I][stage]
+        if kind is _I:
+            return following < done[_F][stage] and (stage == last or following < done[_I][stage + 1])
+        later_chunks = chunks - 1 - stage // ranks
+        arrived = stage == 0 or following < done[_F][stage - 1]
+        return arrived and (memory is None or held[rank] + 1 + later_chunks <= memory)
+
+    def most_urgent(rank: int) -> Action | None:
+        stages = placement.stages(rank, ranks, chunks)
+        for kind in kinds:
+            # Furthest along is the last chunk for a forward, the first for a backward.
+            for stage in reversed(stages) if kind is _F else stages:
+                if ready(kind, stage, rank):
+                    return Action(kind, stage, done[kind][stage])
+        return None
+
     lists: list[list[Action]] = [[] for _ in range(ranks)]
-    left = ranks * chunks * microbatches * len(kinds)
-    slots = 0
+    left, slots = ranks * chunks * microbatches * len(kinds), 0
     while left:
-        chosen = [(rank, action) for rank in range(ranks) if (action := queues.most_urgent(rank)) is not None]
+        chosen = [(rank, action) for rank in range(ranks) if (action := most_urgent(rank)) is not None]
         assert chosen, "a memory limit of at least one microbatch on every chunk always lets some rank go on"
         # All ranks choose before any finishes: what one produces in this slot, another can use in the next.
         for rank, action in chosen:
-            queues.finish(rank, action)
+            done[action.kind][action.stage] += 1
+            held[rank] += {_F: 1, _I: 0, _W: -1}[action.kind]
             lists[rank].append(action)
         left -= len(chosen)
         slots += 1
-    return ListSchedule(tuple(tuple(actions) for actions in lists), slots)
-
-
-@dataclass
-class _Queues:
-    """What has been done so far. Microbatches keep their order within a stage and kind, so counters say it all."""
-
-    ranks: int
-    microbatches: int
-    chunks: int
-    placement: Placement
-    kinds: tuple[ActionKind, ...]
-    memory: int | None
-    done: dict[ActionKind, list[int]] = field(init=False)
-    held: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        stages = self.ranks * self.chunks
-        self.done = {kind: [0] * stages for kind in (_F, _I, _W)}
-        self.held = [0] * self.ranks
-
-    def most_urgent(self, rank: int) -> Action | None:
-        """The action that a rank takes next, if any is ready."""
-        stages = self.placement.stages(rank, self.ranks, self.chunks)
-        for kind in self.kinds:
-            # Furthest along is the last chunk for a forward, the first for a backward.
-            for stage in reversed(stages) if kind is _F else stages:
-                if self._ready(kind, stage, rank):
-                    return Action(kind, stage, self.done[kind][stage])
-        return None
-
-    def finish(self, rank: int, action: Action) -> None:
-        """Count an action as done."""
-        self.done[action.kind][action.stage] += 1
-        self.held[rank] += {_F: 1, _I: 0, _W: -1}[action.kind]
-
-    def _ready(self, kind: ActionKind, stage: int, rank: int) -> bool:
-        last = self.ranks * self.chunks - 1
-        next_microbatch = self.done[kind][stage]
-        if next_microbatch == self.microbatches:
-            return False
-        if kind is _W:
-            return next_microbatch < self.done[_I][stage]
-        if kind is _I:
-            return next_microbatch < self.done[_F][stage] and (
-                stage == last or next_microbatch < self.done[_I][stage + 1]
-            )
-        arrived = stage == 0 or next_microbatch < self.done[_F][stage - 1]
-        later_chunks = self.chunks - 1 - stage // self.ranks
-        return arrived and (self.memory is None or self.held[rank] + 1 + later_chunks <= self.memory)
+    return ListSchedule(tuple(map(tuple, lists)), slots)

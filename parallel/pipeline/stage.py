@@ -50,14 +50,13 @@ class Stage(Protocol):
 
 
 def split_layers(
-    layers: int, stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0, sizes: Sequence[int] | None = None
+    layers: int, stages: int, *, last_cost: float = 0.0, sizes: Sequence[int] | None = None
 ) -> list[StagePart]:
     """Divide layers over stages so that the most expensive stage is as cheap as can be.
 
     Args:
         layers: number of layers.
         stages: number of stages, at most one per layer.
-        first_cost: cost of what the first stage holds besides layers, in layers.
         last_cost: cost of what the last stage holds besides layers, in layers.
         sizes: layers of each stage, to divide by hand.
 
@@ -70,7 +69,7 @@ def split_layers(
             "every stage needs a layer; use fewer stages"
         )
     if sizes is None:
-        sizes = _balanced_sizes(layers, stages, first_cost, last_cost)
+        sizes = _balanced_sizes(layers, stages, last_cost)
     elif len(sizes) != stages or sum(sizes) != layers or min(sizes) < 1:
         raise ArgumentError(
             f"$sizes {list(sizes)} does not fit: give {stages} numbers of 1 or more, one per stage, "
@@ -83,16 +82,14 @@ def split_layers(
     ]
 
 
-def _balanced_sizes(layers: int, stages: int, first_cost: float, last_cost: float) -> list[int]:
+def _balanced_sizes(layers: int, stages: int, last_cost: float) -> list[int]:
     """Hand out one layer at a time to the stage that is cheapest so far.
 
     Optimal, since all layers cost the same: a stage gets its n-th layer only when every other stage would cost at
     least as much with one more. Ties go to the stage nearest to the middle, away from embedding and head.
     """
     sizes = [1] * stages
-    extra = [0.0] * stages
-    extra[0] += first_cost
-    extra[-1] += last_cost
+    extra = [0.0] * (stages - 1) + [last_cost]
     middle = (stages - 1) / 2
     for _ in range(layers - stages):
         cheapest = min(range(stages), key=lambda stage: (sizes[stage] + extra[stage], abs(stage - middle), stage))

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import product, starmap
+
 from parallel.pipeline.actions import Action, ActionKind, Schedule, activations_in_flight
-from parallel.pipeline.communication import (
-    Channel,
-    Message,
-    RankPlan,
-    incoming,
-    outgoing,
-    plan_communication,
-)
+from parallel.pipeline.communication import Channel, Message, RankPlan, incoming, outgoing, plan_communication
 from parallel.pipeline.dependencies import ScheduleError, execution_order
 
 
@@ -34,7 +30,6 @@ def validate(schedule: Schedule, *, peak: int | None = None) -> None:
         raise ValueError(f"the schedule has {len(schedule.actions)} lists of actions for {schedule.ranks} ranks")
     for rank in range(schedule.ranks):
         _check_actions(schedule, rank)
-        _check_order(schedule, rank)
         if peak is not None:
             _check_peak(schedule, rank, peak)
     execution_order(schedule)
@@ -42,7 +37,7 @@ def validate(schedule: Schedule, *, peak: int | None = None) -> None:
 
 
 def _check_actions(schedule: Schedule, rank: int) -> None:
-    """The rank's list holds exactly the actions of its stages, once each."""
+    """The rank's list holds exactly the actions of its stages, once each, and their kinds in order."""
     kinds = (ActionKind.FORWARD, *schedule.backward.kinds)
     stages = schedule.stages_of(rank)
     seen: dict[Action, int] = {}
@@ -59,25 +54,14 @@ def _check_actions(schedule: Schedule, rank: int) -> None:
         if problem is not None:
             raise ScheduleError(problem, rank, position, action)
         seen[action] = position
-    for kind in kinds:
-        for stage in stages:
-            for microbatch in range(schedule.microbatches):
-                action = Action(kind, stage, microbatch)
-                if action not in seen:
-                    raise ScheduleError("it is missing", rank, None, action)
-
-
-def _check_order(schedule: Schedule, rank: int) -> None:
-    """Of each stage and microbatch the rank's list has the kinds in their order."""
-    kinds = (ActionKind.FORWARD, *schedule.backward.kinds)
-    done: set[Action] = set()
-    for position, action in enumerate(schedule.actions[rank]):
-        index = kinds.index(action.kind)
-        if index:
+    for action in starmap(Action, product(kinds, stages, range(schedule.microbatches))):
+        if action not in seen:
+            raise ScheduleError("it is missing", rank, None, action)
+    for action, position in seen.items():
+        if index := kinds.index(action.kind):
             before = Action(kinds[index - 1], action.stage, action.microbatch)
-            if before not in done:
+            if seen[before] > position:
                 raise ScheduleError(f"it stands before {before}, whose result it needs", rank, position, action)
-        done.add(action)
 
 
 def _check_peak(schedule: Schedule, rank: int, peak: int) -> None:
@@ -137,36 +121,33 @@ def _blocked_on(
 
 def _check_ends(schedule: Schedule, plans: tuple[RankPlan, ...]) -> None:
     """Both ends of every channel agree; every send is finished once; every action has its own messages."""
-    sends: dict[Channel, list[Message]] = {}
-    posts: dict[Channel, list[tuple[Message, int, int, Action]]] = {}
+    sends: dict[Channel, list[Message]] = defaultdict(list)
+    posts: dict[Channel, list[tuple[Message, int]]] = defaultdict(list)
     for rank, plan in enumerate(plans):
         unfinished: set[Message] = set()
         for position, step in enumerate(plan.steps):
             if (step.receive, step.send) != (incoming(schedule, step.action), outgoing(schedule, step.action)):
                 raise ScheduleError("its messages are not those of its neighbors", rank, position, step.action)
             for message in step.post:
-                posts.setdefault(message.channel, []).append((message, rank, position, step.action))
+                posts[message.channel].append((message, position))
             for message in step.finish:
                 if message not in unfinished:
                     problem = f"it finishes the {message}, which is not under way"
                     raise ScheduleError(problem, rank, position, step.action)
                 unfinished.remove(message)
             if step.send is not None:
-                sends.setdefault(step.send.channel, []).append(step.send)
+                sends[step.send.channel].append(step.send)
                 unfinished.add(step.send)
         if unfinished != set(plan.finish):
             message = min(unfinished ^ set(plan.finish), key=str)
             raise ScheduleError(f"the {message} is not finished", rank, len(plan.steps) - 1, plan.steps[-1].action)
-    for channel, messages in sends.items():
-        received = posts.pop(channel, [])
-        for message, (other, rank, position, action) in zip(messages, received, strict=False):
+    for channel in sends | posts:
+        (source, rank), sent, posted = channel, sends[channel], posts[channel]
+        steps = plans[rank].steps
+        for message, (other, position) in zip(sent, posted, strict=False):
             if message != other:
-                problem = f"it posts the {other} where rank {channel.source} sends the {message}"
-                raise ScheduleError(problem, rank, position, action)
-        if len(messages) != len(received):
-            problem = f"rank {channel.source} sends {len(messages)} messages and {len(received)} receives are posted"
-            last = plans[channel.destination].steps[-1]
-            raise ScheduleError(problem, channel.destination, len(plans[channel.destination].steps) - 1, last.action)
-    for received in posts.values():
-        message, rank, position, action = received[0]
-        raise ScheduleError(f"it posts the {message}, which nobody sends", rank, position, action)
+                problem = f"it posts the {other} where rank {source} sends the {message}"
+                raise ScheduleError(problem, rank, position, steps[position].action)
+        if len(sent) != len(posted):
+            problem = f"rank {source} sends {len(sent)} messages and {len(posted)} receives are posted"
+            raise ScheduleError(problem, rank, len(steps) - 1, steps[-1].action)

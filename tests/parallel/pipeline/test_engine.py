@@ -201,7 +201,7 @@ def _forward_only(schedule: Schedule, training: Schedule) -> tuple[dict[int, flo
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_forward_only_on_the_stages_of_a_training_schedule(name, ranks):
     training = build_schedule(name, ranks, 4)
-    schedule = forward_only(ranks, 4, training.chunks, training.process_notes)
+    schedule = forward_only(ranks, 4, training.chunks, training.placement)
     outcomes = run_world(ranks, _forward_only, schedule, training)
     losses, _ = plain_step(schedule)
     assert outcomes[schedule.rank_of(schedule.stages - 1)][0] == pytest.approx(losses, rel=1e4 * EPS64)
