@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_bert.ibert import quantizers
 from megatron_bert.ibert.engine.model import IntegerModel
-from megatron_bert.ibert.engine.plan_file import PLAN_NAME, read_plan
+from megatron_bert.ibert.engine.plan_file import PLAN_NAME
 from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.stage import ModelStage
@@ -61,8 +61,8 @@ def integer_task(
         )
     if model is not None and not path.is_file():
         return IntegerTask(IntegerModel.from_model(model, name, threads))
-    plan = read_plan(path)
-    outputs = 0 if plan.heads.classifier is None else len(plan.heads.classifier.matrix.bias)
-    if plan.task != head.kind or outputs != head.outputs:
+    loaded = IntegerModel.from_pretrained(path, name, threads)
+    classifier = loaded.plan.heads.classifier
+    if loaded.plan.task != head.kind or classifier is None or len(classifier.matrix.bias) != head.outputs:
         raise UserError(f"{path} is the plan of another model: export this one again")
-    return IntegerTask(IntegerModel(plan, name, threads))
+    return IntegerTask(loaded)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_bert.ibert.blocks import blocks
+from megatron_bert.ibert.bounds import HEAD_DIMENSIONS, MOST_KEYS
 from megatron_bert.ibert.epilogues import Target, clamp_into, empty_mask
 from megatron_bert.ibert.fixed_point import carried_short
-from megatron_bert.ibert.products import EXACT, exact_attended, exactly
+from megatron_bert.ibert.products import exact_attended, exactly
 from megatron_bert.ibert.softmax import (
     ARGUMENT_BITS,
-    MOST_KEYS,
     carried_numerators,
     mean_factor,
     row_factor,
@@ -26,9 +26,6 @@ from megatron_bert.ibert.softmax import (
     score_factor,
 )
 from parallel.errors import UserError
-
-#: Most dimensions of a head, with which scores of 8 bits are exact in float32.
-HEAD_DIMENSIONS = (EXACT - 1) // 127**2
 
 
 class AttentionScales(NamedTuple):

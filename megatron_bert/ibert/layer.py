@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
 from megatron_bert.ibert.attention import AttentionScales, integer_attention
+from megatron_bert.ibert.bounds import LARGEST_ROW, MOST_PRODUCTS
 from megatron_bert.ibert.epilogues import activation_requantized, dequantized, quantized, requantized, rescale
 from megatron_bert.ibert.fixed_point import GUARD_BITS, factor
 from megatron_bert.ibert.modules import Quantized
@@ -53,10 +54,6 @@ _POST_STREAM: dict[str, Kind] = {
     "mlp_sum": "stream",
     "output": "stream",
 }
-
-
-#: Limits of exactness: N |x| < 2^28 for layer norm, 12288 products of 255 * 127 in an accumulator.
-LARGEST_ROW, MOST_PRODUCTS = 2**28, 12288
 
 
 def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:

@@ -19,14 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bert.ibert.bounds import EXACT
 from megatron_bert.ibert.fixed_point import largest, quantize
 from parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait
 from parallel.mesh import TensorParallel
 from parallel.sharding import local_tensor
 from parallel.weight_gradients import WeightGradientQueue, accumulate_gradient, active_queue
 
-#: Integers of at most this magnitude are exact in float32.
-EXACT = 2**24
 #: Weights of a row that are all smaller are quantized as if this were the largest, which leaves its bias some bits.
 _LEAST_WEIGHT = 2.0**-14
 

@@ -19,8 +19,6 @@ from megatron_bert.ibert.fixed_point import Factor, bit_length, inverse_power, m
 
 #: Largest numerator, of the key with the largest score.
 LARGEST_NUMERATOR = 255
-#: A row may have this many keys: sums of numerators are below 2^22, and of numerator * value below 2^29.
-MOST_KEYS = 2**14
 #: Fraction bits of the argument of 2^-t, and of 255 times its result.
 ARGUMENT_BITS, _RESULT_BITS = 11, 7
 #: Numerators of arguments from here on are 0.

@@ -9,18 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.ibert.bounds import LOGIT_BITS, TANH_BITS
+from megatron_bert.ibert.bounds import LOGIT_BITS, MOST_KEYS, TANH_BITS
+from megatron_bert.ibert.engine.answer import Answer
 from megatron_bert.ibert.engine.backend import Backend, Executable, HeadName
 from megatron_bert.ibert.engine.backends import backend_by_name
 from megatron_bert.ibert.engine.place import plan_path
 from megatron_bert.ibert.engine.plan import Plan, plan_heads
 from megatron_bert.ibert.engine.plan_file import read_plan, read_shapes, write_plan
-from megatron_bert.ibert.softmax import MOST_KEYS
 from megatron_bert.model.configuration import config_from_dict
 from megatron_bert.model.task_heads.kind import HeadKind
 from megatron_bert.model.task_heads.table import HEADS
@@ -110,7 +110,7 @@ class IntegerModel:
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> Any:
+    ) -> Answer:
         """What the float model's class returns, in float32, without what asks for gradients or inner tensors.
 
         Tokens that the mask leaves out cost nothing; their results are 0.
@@ -208,48 +208,41 @@ class IntegerModel:
         real = (ids != padding).long()
         return real.cumsum(1) * real + padding
 
-    def _answer(self, hidden: Tensor, packed: Packed, kept: Tensor, shape: tuple[int, int]) -> Any:
+    def _answer(self, hidden: Tensor, packed: Packed, kept: Tensor, shape: tuple[int, int]) -> Answer:
         def rectangle(values: Tensor) -> Tensor:
             filled = values.new_zeros((shape[0] * shape[1], *values.shape[1:]))
             return filled.index_copy_(0, kept, values).unflatten(0, shape)
-
-        from transformers import modeling_outputs as outputs  # where it is needed: it takes its time
-
-        from megatron_bert.family.outputs import MegatronBertForPreTrainingOutput
 
         task, heads, first = self.plan.task, self.plan.heads, packed.first
         if task == "encoder":
             pooled = None if heads.pooler is None else self.head("pooler", hidden[first])
             states = rectangle(self.plan.hidden_values(hidden))
-            return outputs.BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+            return Answer(last_hidden_state=states, pooler_output=pooled)
         if task in HEADS:
             by_sequence = HEADS[task].by_sequence
             logits = self.head("classifier", hidden[first] if by_sequence else hidden)
-            return _task_output(HEADS[task], logits if by_sequence else rectangle(logits))
+            return _task_answer(HEADS[task], logits if by_sequence else rectangle(logits))
         if task == "pair":
-            return outputs.NextSentencePredictorOutput(logits=self.head("pair", hidden[first]))
+            return Answer(logits=self.head("pair", hidden[first]))
         words = rectangle(self.head("masked", hidden))
         if task == "masked":
-            return outputs.MaskedLMOutput(logits=words)
+            return Answer(logits=words)
         pair = None if heads.pair is None else self.head("pair", hidden[first])
-        return MegatronBertForPreTrainingOutput(prediction_logits=words, seq_relationship_logits=pair)
+        return Answer(prediction_logits=words, seq_relationship_logits=pair)
 
-    def _groups(self, ids: Tensor, *others: Tensor | None) -> Any:
+    def _groups(self, ids: Tensor, *others: Tensor | None) -> Answer:
         if ids.dim() != 3:
             raise UserError(f"input_ids has the shape {list(ids.shape)}: give choices of sequences, [B, choices, S]")
         flat = [None if each is None else each.flatten(0, 1) for each in (ids, *others)]
         assert flat[0] is not None
         packed, *_ = self._packed(flat[0], *flat[1:])
         logits = self.head("classifier", self.encode(packed)[packed.first])
-        return _task_output(HEADS[self.plan.task], logits.view(ids.shape[:2]))
+        return _task_answer(HEADS[self.plan.task], logits.view(ids.shape[:2]))
 
 
-def _task_output(kind: HeadKind, logits: Tensor) -> Any:
-    """What transformers' class of a kind of head returns."""
-    from transformers import modeling_outputs
-
+def _task_answer(kind: HeadKind, logits: Tensor) -> Answer:
     columns = [logits] if len(kind.results) == 1 else [column.contiguous() for column in logits.unbind(-1)]
-    return getattr(modeling_outputs, kind.output_class)(**dict(zip(kind.results, columns, strict=True)))
+    return Answer(**dict(zip(kind.results, columns, strict=True)))
 
 
 def _backend(name: str, threads: int | None) -> Backend:

@@ -7,8 +7,8 @@ the numbers mean is said in ``specification.md``; tensors are contiguous and on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -334,17 +334,3 @@ class Plan:
     def hidden_values(self, hidden: Tensor) -> Tensor:
         """The real values of the final stream, float32."""
         return hidden.float() * 2.0**-self.hidden_exponent
-
-    def shapes(self) -> Plan:
-        """The same plan with tensors that have a shape and no memory, for who has given the values to a backend."""
-        return _shapes(self)
-
-
-def _shapes(part: Any) -> Any:
-    if isinstance(part, Tensor):
-        return part.to("meta")
-    if isinstance(part, tuple):
-        return tuple(map(_shapes, part))
-    if not is_dataclass(part) or isinstance(part, type):
-        return part
-    return replace(part, **{each.name: _shapes(getattr(part, each.name)) for each in fields(part)})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_bert.ibert.attention import HEAD_DIMENSIONS
+from megatron_bert.ibert.bounds import HEAD_DIMENSIONS, LARGEST_ROW, MOST_PRODUCTS
 from megatron_bert.ibert.engine.plan import (
     Dense,
     Embeddings,
@@ -27,7 +27,6 @@ from megatron_bert.ibert.engine.plan import (
     plan_heads,
 )
 from megatron_bert.ibert.gelu import EXPONENTS
-from megatron_bert.ibert.layer import LARGEST_ROW, MOST_PRODUCTS
 from megatron_bert.model.task_heads.table import HEADS
 
 _SHORT = 2**15 - 1

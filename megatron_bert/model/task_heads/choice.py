@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from torch import Tensor
 
-from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.task_heads.kind import HeadKind
+
+if TYPE_CHECKING:
+    from megatron_bert.model.batch import TaskBatch
 
 
 class ChoiceKind(HeadKind):
@@ -16,7 +20,6 @@ class ChoiceKind(HeadKind):
     name = "choice"
     title = "choices"
     class_ending = "ForMultipleChoice"
-    output_class = "MultipleChoiceModelOutput"
     outputs = 1
     by_sequence = True
     pooled = True

@@ -2,7 +2,8 @@
 """What a kind of head is: its module and names, its labels and losses, and what its logits mean.
 
 Nothing else knows kinds by name: batches, losses, scoring, distillation, files and integer engines ask the table. The
-defaults are those of a dense layer on tokens with a class for each, so that a kind says where it differs.
+defaults are those of a dense layer on tokens with a class for each, so that a kind says where it differs. Modules are
+imported where they are built: an engine that serves asks the table without them.
 
 Shapes: T tokens, R rows (tokens that the head reads), N instances (what a loss term belongs to: a sequence, or some
 choices), H hidden size, C outputs.
@@ -11,17 +12,18 @@ choices), H hidden size, C outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import Dense, dropped
 from parallel.cross_entropy import IGNORED
+
+if TYPE_CHECKING:
+    from megatron_bert.model.batch import TaskBatch
 
 
 class HeadKind:
@@ -31,8 +33,7 @@ class HeadKind:
         name: in the table, in checkpoints and in integer plans.
         title: what it is for, in words.
         class_ending: what the names of transformers' classes with this head end in.
-        output_class: name of what those classes return, in ``transformers.modeling_outputs``.
-        results: names of the logits there; several are the columns of the head's outputs.
+        results: names of the logits in what those classes return; several are the columns of the head's outputs.
         module: name of the head in checkpoints, here and in transformers.
         outputs: width of the head; None for the number of classes, whose names are those of its rows.
         by_sequence: whether it reads the first token of every sequence, or every token (that has a row).
@@ -45,7 +46,6 @@ class HeadKind:
     name: ClassVar[str]
     title: ClassVar[str]
     class_ending: ClassVar[str]
-    output_class: ClassVar[str]
     results: ClassVar[tuple[str, ...]] = ("logits",)
     module: ClassVar[str] = "classifier"
     outputs: ClassVar[int | None] = None
@@ -82,6 +82,8 @@ class HeadKind:
 
     def build(self, config: MegatronBertConfig, outputs: int, *, device: torch.device | str | None = None) -> nn.Module:
         """The module of the parameters."""
+        from megatron_bert.model.heads import Dense
+
         return Dense(config.hidden_size, outputs, init_std=config.initializer_range, device=device)
 
     def logits(
@@ -98,6 +100,8 @@ class HeadKind:
         Returns:
             ``[R, C]``.
         """
+        from megatron_bert.model.heads import dropped
+
         return head(dropped(features, dropout_keys, config) if self.dropout else features)
 
     # ---------------------------------------------------------------- labels and losses

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.heads import SequenceHead
 from megatron_bert.model.task_heads.kind import HeadKind, divergence
+
+if TYPE_CHECKING:
+    from megatron_bert.model.batch import TaskBatch
 
 
 class SequenceKind(HeadKind):
@@ -23,7 +26,6 @@ class SequenceKind(HeadKind):
     name = "sequence"
     title = "sequences"
     class_ending = "ForSequenceClassification"
-    output_class = "SequenceClassifierOutput"
     by_sequence = True
     pooled = True
 
@@ -38,6 +40,8 @@ class SequenceKind(HeadKind):
     def build(self, config: MegatronBertConfig, outputs: int, *, device: torch.device | str | None = None) -> nn.Module:
         """The module."""
         if config.like_roberta:
+            from megatron_bert.model.heads import SequenceHead
+
             return SequenceHead(config, outputs, device=device)
         return super().build(config, outputs, device=device)
 

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.task_heads.kind import HeadKind
+
+if TYPE_CHECKING:
+    from megatron_bert.model.batch import TaskBatch
 
 
 class SpanKind(HeadKind):
@@ -18,7 +22,6 @@ class SpanKind(HeadKind):
     name = "span"
     title = "answers in a text"
     class_ending = "ForQuestionAnswering"
-    output_class = "QuestionAnsweringModelOutput"
     results = ("start_logits", "end_logits")
     module = "qa_outputs"
     outputs = 2

@@ -17,7 +17,6 @@ class TokenKind(HeadKind):
     name = "token"
     title = "tokens"
     class_ending = "ForTokenClassification"
-    output_class = "TokenClassifierOutput"
 
     def labels(self, of_instances: Sequence[Tensor]) -> Tensor:
         """Those of all rows, end to end."""

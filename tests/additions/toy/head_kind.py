@@ -14,7 +14,6 @@ class PointerKind(HeadKind):
     name = "pointer"
     title = "a token of a text"
     class_ending = "ForPointing"
-    output_class = "TokenClassifierOutput"
     module = "pointer"
     outputs = 1
 

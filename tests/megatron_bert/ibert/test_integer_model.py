@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 import megatron_bert
 from megatron_bert.ibert import IntegerModel, QuantizationConfig, calibrate, freeze_ranges, quantize_model
+from megatron_bert.ibert.engine.answer import Answer
 from megatron_bert.ibert.engine.plan_file import read_plan
 from parallel.errors import UserError
 
@@ -81,6 +84,25 @@ def test_a_loaded_model_can_be_saved_again(saved, tmp_path):
     model.save(tmp_path / "again.safetensors")
     again = IntegerModel.from_pretrained(tmp_path / "again.safetensors", "reference")
     assert torch.equal(again(**saved[1]).logits, model(**saved[1]).logits)
+
+
+def test_answers_are_read_as_the_float_classes_outputs_are():
+    answer = Answer(logits=torch.ones(2), pooler_output=None)
+    assert answer.logits is answer["logits"] is answer[0] is answer.to_tuple()[0]
+    assert answer[:1] == (answer.logits,)
+    assert (answer.loss, answer.pooler_output, len(answer)) == (None, None, 1)
+    with pytest.raises(AttributeError, match="the model answers logits, not start_logits"):
+        _ = answer.start_logits
+
+
+def test_a_first_answer_needs_neither_transformers_nor_torchs_compiler(saved):
+    code = (
+        "import sys, torch; from megatron_bert.ibert import IntegerModel\n"
+        f"print(IntegerModel.from_pretrained({str(saved[0])!r})(torch.tensor([[5, 6]])).logits.shape)\n"
+        "print({'transformers', 'torch._dynamo', 'sympy', 'pydantic'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "torch.Size([1, 2])\nset()\n", done.stderr
 
 
 def test_a_plan_holds_no_floating_point_and_is_small(tmp_path):

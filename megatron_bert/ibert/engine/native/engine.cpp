@@ -19,9 +19,9 @@ struct integer_engine {
 
 namespace {
 
-struct integer_engine* loaded(const uint8_t* plan, size_t size, bool of_file, int threads) {
+int checked(int threads) {
   if (threads < 0 || threads > 1024) throw std::runtime_error("threads is " + std::to_string(threads) + ", not 1 to 1024");
-  return new integer_engine{{plan, size, of_file, threads ? threads : 1}};
+  return threads ? threads : 1;
 }
 
 // Runs `work`, and turns what it throws into a sentence.
@@ -44,16 +44,17 @@ extern "C" {
 
 struct integer_engine* integer_engine_load_memory(const void* plan, size_t size, int threads, char* error, size_t error_size) {
   struct integer_engine* out = nullptr;
-  guarded(error, error_size, [&] { out = loaded(static_cast<const uint8_t*>(plan), size, false, threads); });
+  guarded(error, error_size,
+          [&] { out = new integer_engine{{static_cast<const uint8_t*>(plan), size, checked(threads)}}; });
   return out;
 }
 
 struct integer_engine* integer_engine_load(const char* path, int threads, char* error, size_t error_size) {
   struct integer_engine* out = nullptr;
   guarded(error, error_size, [&] {
-    const ibert::File file(path);
+    std::unique_ptr<ibert::File> file(new ibert::File(path));
     try {
-      out = loaded(file.data(), file.size(), true, threads);
+      out = new integer_engine{{std::move(file), checked(threads)}};
     } catch (const std::runtime_error& e) {
       throw std::runtime_error("cannot use " + std::string(path) + ": " + e.what());
     }

@@ -44,60 +44,26 @@ int32_t tangent(int32_t t) {
 
 class Engine {
  public:
-  // `bytes` outlive the constructor only. Those of a file have a digest, which is checked.
-  Engine(const uint8_t* bytes, size_t size, bool of_file, int threads) : target_(chosen_target()), pool_(threads) {
+  // A plan that lives as long as the constructor.
+  Engine(const uint8_t* bytes, size_t size, int threads) : target_(chosen_target()), pool_(threads) {
     PlanReader reader(bytes, size);
-    if (of_file) reader.check_digest();
-    plan_ = reader.read();
-#if defined(HAVE_AVX2_SEVEN)
-    if (target_ == &target_avx2 && seven_bits()) target_ = &target_avx2_seven;
-#endif
-    size_t room = 0;
-    for (const Layer& l : plan_.layers)
-      for (const Matrix* m : {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output})
-        room += rounded_up(target_->packed_bytes(*m), 64);
-    uint8_t* next = weights_.of(room);
-    for (const Layer& l : plan_.layers) {
-      layers_.emplace_back(new PackedLayer);
-      PackedLayer& p = *layers_.back();
-      const Matrix* matrices[4] = {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output};
-      const Rescale* rescales[4] = {&l.query_key_value_rescale, &l.attention_output_rescale, &l.intermediate_rescale,
-                                    &l.output_rescale};
-      for (int i = 0; i < 4; i++) {
-        p.matrices[i] = next;
-        target_->pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point : target_->zero, next);
-        next += rounded_up(target_->packed_bytes(*matrices[i]), 64);
-      }
-      pack(l.attention_norm, p.norms[0]);
-      pack(l.mlp_norm, p.norms[1]);
-      widest_ = std::max(widest_, l.intermediate.rows);
-      attended_ = std::max(attended_, l.query_key_value.rows / 3);
-      dim_ = std::max(dim_, l.query_key_value.rows / 3 / l.heads);
-    }
-    if (plan_.normed) pack(plan_.final_norm, final_norm_);
-    if (plan_.embeddings.normed) pack(plan_.embeddings.norm, embedding_norm_);
-    if (plan_.pooler) pack(plan_.pooler->matrix, &plan_.pooler->rescale, target_->zero, pooler_);
-    if (plan_.classifier) pack(plan_.classifier->matrix, nullptr, target_->zero, classifier_);
-    if (plan_.pair) pack(plan_.pair->matrix, nullptr, target_->zero, pair_);
-    if (plan_.masked) {
-      pack(plan_.masked->dense, &plan_.masked->rescale, target_->zero, masked_dense_);
-      pack(plan_.masked->norm, masked_norm_);
-      pack(plan_.masked->decoder, nullptr, target_->zero, decoder_);
-      keep(plan_.masked->wide.shift, plan_.masked->decoder.rows, decoder_shift_);
-      keep(plan_.masked->wide.multiplier, plan_.masked->decoder.rows, decoder_multiplier_);
-    }
+    make(reader);
     Embeddings& e = plan_.embeddings;
-    keep(e.word, size_t(e.words) * plan_.hidden, word_);
-    keep(e.word_rescale.shift, e.words, word_shift_);
-    keep(e.word_rescale.multiplier, e.words, word_multiplier_);
-    keep(e.position, size_t(e.positions) * plan_.hidden, position_);
-    keep(e.token_type, size_t(e.types) * plan_.hidden, token_type_);
-    for (Dense* d : {plan_.classifier.get(), plan_.pair.get()}) {
-      if (!d) continue;
-      Block* to = d == plan_.pair.get() ? pair_wide_ : classifier_wide_;
-      keep(d->wide.shift, d->matrix.rows, to[0]);
-      keep(d->wide.multiplier, d->matrix.rows, to[1]);
-    }
+    keep(e.word, size_t(e.words) * plan_.hidden);
+    keep(e.position, size_t(e.positions) * plan_.hidden);
+    keep(e.token_type, size_t(e.types) * plan_.hidden);
+    keep(e.word_rescale.shift, e.words);
+    keep(e.word_rescale.multiplier, e.words);
+    if (plan_.classifier) keep(plan_.classifier->wide, plan_.classifier->matrix.rows);
+    if (plan_.pair) keep(plan_.pair->wide, plan_.pair->matrix.rows);
+    if (plan_.masked) keep(plan_.masked->wide, plan_.masked->decoder.rows);
+  }
+  // A plan's file, whose digest is checked; its tables are used where they are.
+  Engine(std::unique_ptr<File> file, int threads) : file_(std::move(file)), target_(chosen_target()), pool_(threads) {
+    PlanReader reader(file_->data(), file_->size());
+    reader.check_digest();
+    forget();
+    make(reader);
   }
 
   const Target& target() const { return *target_; }
@@ -182,25 +148,69 @@ class Engine {
           stream[row * stride + i] = int16_t(clamp(shifted(stream[row * stride + i], m.gelu_read), m.gelu_limit));
       }
       target_->norm8(&pool_, (const PackedNorm*)masked_norm_.data(), plan_.hidden, count, stream, stride, narrow, stride);
-      sums(decoder_, decoder_shift_, decoder_multiplier_, narrow, stride, count, columns, out);
-      return;
+      return sums(decoder_, m.wide, narrow, stride, count, columns, out);
     }
     const bool pair = name == "pair";
-    enter(pair ? plan_.pair->read : plan_.classifier->read);
-    Block* wide = pair ? pair_wide_ : classifier_wide_;
-    sums(pair ? pair_ : classifier_, wide[0], wide[1], narrow, stride, count, columns, out);
+    const Dense& dense = pair ? *plan_.pair : *plan_.classifier;
+    enter(dense.read);
+    sums(pair ? pair_ : classifier_, dense.wide, narrow, stride, count, columns, out);
   }
 
  private:
+  std::unique_ptr<File> file_;
   const Target* target_;
   Threads pool_;
   Plan plan_;
   std::vector<std::unique_ptr<PackedLayer>> layers_;
   Block weights_, final_norm_, embedding_norm_, pooler_, classifier_, pair_, masked_dense_, masked_norm_, decoder_;
-  Block decoder_shift_, decoder_multiplier_, classifier_wide_[2], pair_wide_[2];
-  Block word_, word_shift_, word_multiplier_, position_, token_type_;
+  std::vector<std::unique_ptr<Block>> tables_;
   Block stream_, narrow_, qkv_, wide_, scratch_, head_stream_, head_narrow_;
   int widest_ = 1, attended_ = 1, dim_ = 1;
+
+  void make(PlanReader& reader) {
+    plan_ = reader.read();
+#if defined(HAVE_AVX2_SEVEN)
+    if (target_ == &target_avx2 && seven_bits()) target_ = &target_avx2_seven;
+#endif
+    forget();
+    size_t room = 0;
+    for (const Layer& l : plan_.layers)
+      for (const Matrix* m : {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output})
+        room += rounded_up(target_->packed_bytes(*m), 64);
+    uint8_t* next = weights_.of(room);
+    for (const Layer& l : plan_.layers) {
+      layers_.emplace_back(new PackedLayer);
+      PackedLayer& p = *layers_.back();
+      const Matrix* matrices[4] = {&l.query_key_value, &l.attention_output, &l.intermediate, &l.output};
+      const Rescale* rescales[4] = {&l.query_key_value_rescale, &l.attention_output_rescale, &l.intermediate_rescale,
+                                    &l.output_rescale};
+      for (int i = 0; i < 4; i++) {
+        p.matrices[i] = next;
+        target_->pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point : target_->zero, next);
+        next += rounded_up(target_->packed_bytes(*matrices[i]), 64);
+      }
+      forget();
+      pack(l.attention_norm, p.norms[0]);
+      pack(l.mlp_norm, p.norms[1]);
+      widest_ = std::max(widest_, l.intermediate.rows);
+      attended_ = std::max(attended_, l.query_key_value.rows / 3);
+      dim_ = std::max(dim_, l.query_key_value.rows / 3 / l.heads);
+    }
+    if (plan_.normed) pack(plan_.final_norm, final_norm_);
+    if (plan_.embeddings.normed) pack(plan_.embeddings.norm, embedding_norm_);
+    if (plan_.pooler) pack(plan_.pooler->matrix, &plan_.pooler->rescale, target_->zero, pooler_);
+    if (plan_.classifier) pack(plan_.classifier->matrix, nullptr, target_->zero, classifier_);
+    if (plan_.pair) pack(plan_.pair->matrix, nullptr, target_->zero, pair_);
+    if (plan_.masked) {
+      pack(plan_.masked->dense, &plan_.masked->rescale, target_->zero, masked_dense_);
+      pack(plan_.masked->norm, masked_norm_);
+      pack(plan_.masked->decoder, nullptr, target_->zero, decoder_);
+    }
+    forget();
+  }
+  void forget() const {
+    if (file_) file_->forget();
+  }
 
   bool seven_bits() const {
     auto fits = [](const Matrix& m) {
@@ -219,12 +229,17 @@ class Engine {
     target_->pack(m, rescale, zero, to.of(target_->packed_bytes(m)));
   }
   void pack(const Norm& n, Block& to) { target_->pack_norm(n, plan_.hidden, to.of(target_->packed_norm_bytes(plan_.hidden))); }
-  // Copies a table that outlives the file it came from.
+  // Copies a table.
   template <class T>
-  static void keep(const T*& table, size_t count, Block& to) {
-    uint8_t* copy = to.of(count * sizeof(T) + 64);
+  void keep(const T*& table, size_t count) {
+    tables_.emplace_back(new Block);
+    uint8_t* copy = tables_.back()->of(count * sizeof(T) + 64);
     std::memcpy(copy, table, count * sizeof(T));
     table = reinterpret_cast<const T*>(copy);
+  }
+  void keep(Wide& wide, size_t count) {
+    keep(wide.shift, count);
+    keep(wide.multiplier, count);
   }
 
   void embed(const int32_t* tokens, const int32_t* positions, const int32_t* types, const int32_t* starts,
@@ -250,15 +265,13 @@ class Engine {
       }
   }
 
-  void sums(const Block& matrix, const Block& shift, const Block& multiplier, const void* narrow, size_t stride, int count,
-            int columns, int32_t* out) {
+  void sums(const Block& matrix, const Wide& wide, const void* narrow, size_t stride, int count, int columns,
+            int32_t* out) {
     target_->sums(&pool_, (const Packed*)matrix.data(), narrow, stride, count, out, columns);
-    const auto* e = (const int8_t*)shift.data();
-    const auto* m = (const int32_t*)multiplier.data();
     for (int row = 0; row < count; row++)
       for (int i = 0; i < columns; i++) {
         int32_t& x = out[size_t(row) * columns + i];
-        x = clamp((int64_t(x) * m[i] + (int64_t(1) << (e[i] - 1))) >> e[i], (1 << 24) - 1);
+        x = clamp((int64_t(x) * wide.multiplier[i] + (int64_t(1) << (wide.shift[i] - 1))) >> wide.shift[i], (1 << 24) - 1);
       }
   }
 };

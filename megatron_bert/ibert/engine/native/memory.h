@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Aligned memory, and the contents of files.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -9,14 +11,8 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "model.h"
-
-#if defined(__unix__) || defined(__APPLE__)
-#define HAVE_MAPS
-#include <sys/mman.h>
-#endif
 
 namespace ibert {
 
@@ -50,7 +46,7 @@ class Block {
   size_t size_ = 0;
 };
 
-// The contents of a file: mapped where that is possible, since packing reads every byte just once.
+// The contents of a file, mapped: packing reads every byte once, and what is used later is shared with other processes.
 class File {
  public:
   explicit File(const std::string& path) {
@@ -59,29 +55,23 @@ class File {
     if (end < 0) throw std::runtime_error("cannot open " + path);
     size_ = size_t(end);
     if (size_ == 0) return;
-#if defined(HAVE_MAPS)
     void* map = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fileno(file.get()), 0);
     if (map == MAP_FAILED) throw std::runtime_error("cannot read " + path);
-    data_ = static_cast<const uint8_t*>(map);
-#else
-    copy_.resize(size_);
-    std::rewind(file.get());
-    if (std::fread(copy_.data(), 1, size_, file.get()) != size_) throw std::runtime_error("cannot read " + path);
-    data_ = copy_.data();
-#endif
+    data_ = static_cast<uint8_t*>(map);
   }
-#if defined(HAVE_MAPS)
   ~File() {
-    if (data_) munmap(const_cast<uint8_t*>(data_), size_);
+    if (data_) munmap(data_, size_);
   }
-#endif
   File(const File&) = delete;
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
+  // Whatever has been read so far is not the process's memory any more; it comes back from the file where it is used.
+  void forget() const {
+    if (data_) madvise(data_, size_, MADV_DONTNEED);
+  }
 
  private:
-  const uint8_t* data_ = nullptr;
-  std::vector<uint8_t> copy_;
+  uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
 

@@ -46,6 +46,7 @@ struct MaskedLanguage {
   Wide wide;
 };
 
+// Its tables are in the bytes that it was read from, or in `copies` where those are not aligned.
 struct Plan {
   int hidden, hidden_exponent;
   Embeddings embeddings;
@@ -55,9 +56,10 @@ struct Plan {
   std::unique_ptr<Pooler> pooler;
   std::unique_ptr<Dense> classifier, pair;
   std::unique_ptr<MaskedLanguage> masked;
+  std::vector<std::unique_ptr<uint8_t[]>> copies;
 };
 
-// Reads a plan from memory, into which the plan points.
+// Reads a plan from memory.
 class PlanReader {
  public:
   PlanReader(const uint8_t* bytes, size_t size) {
@@ -99,6 +101,7 @@ class PlanReader {
     if (heads.has("classifier")) out.classifier.reset(dense(heads.at("classifier"), "heads.classifier.", out.hidden));
     if (heads.has("pair")) out.pair.reset(dense(heads.at("pair"), "heads.pair.", out.hidden));
     if (heads.has("masked")) masked(heads.at("masked"), out);
+    out.copies = std::move(copies_);
     return out;
   }
 
