@@ -31,7 +31,6 @@ from torch import Tensor
 from benchmarks.harness import provenance
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.whole_files import write_json
@@ -87,7 +86,7 @@ def generate(model: str, folder: Path) -> Path:
     release = folder / "source"
     release.mkdir()
     options = WriteOptions(checkpoint_version=0.0 if model == "345m" else 3.0)
-    FORMATS["megatron"].write(state, release, options, Progress(0, shown=False))
+    FORMATS["megatron"].write(state, release, options)
     if model != "345m":
         return release
     shard = release / "release/mp_rank_00/model_optim_rng.pt"

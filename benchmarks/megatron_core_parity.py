@@ -33,7 +33,6 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -76,9 +75,7 @@ def write_native(folder: Path) -> Path:
         tensors[name] = StateTensor(tuple(shape), values.dtype, values.clone, name)
     facts = SourceFacts(format="native", variant="random", files=1, stored_rows=CONFIG.vocab_size)
     folder.mkdir()
-    FORMATS["native"].write(
-        CanonicalState(config=CONFIG, facts=facts, tensors=tensors), folder, WriteOptions(), Progress(0, shown=False)
-    )
+    FORMATS["native"].write(CanonicalState(config=CONFIG, facts=facts, tensors=tensors), folder, WriteOptions())
     return folder
 
 

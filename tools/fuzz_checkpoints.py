@@ -78,10 +78,9 @@ _CORPUS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def _write(state: CanonicalState, target: Path, to: str, options: dict[str, Any]) -> Path:
     from megatron_bert.convert.formats import FORMATS
-    from megatron_bert.convert.progress import Progress
 
     target.mkdir(parents=True)
-    FORMATS[to].write(state, target, WriteOptions(**options), Progress(0, shown=False))
+    FORMATS[to].write(state, target, WriteOptions(**options))
     return target
 
 

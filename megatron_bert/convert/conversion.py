@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from megatron_bert.convert.destination import Destination
 from megatron_bert.convert.divisions import check_division
@@ -18,7 +22,6 @@ from megatron_bert.convert.megatron_writer import check_plain
 from megatron_bert.convert.opening import open_checkpoint, with_true_vocabulary
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.plausibility import layout_warning
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.readback import Written
 from megatron_bert.convert.state import DTYPES, CanonicalState
 from megatron_bert.convert.tokenizer_files import save_tokenizer
@@ -134,7 +137,7 @@ def convert(
         checked = verify(state, tokenizer, verify_text) if verify_text and tokenizer is not None else None
         if folder is not None:
             _check_room(target, folder, size)
-            _write(Written(state, str(place)), target, folder, write, size, shown=progress)
+            _write(state, target, folder, write, size, shown=progress)
         return ConversionReport(
             source=describe(opened, str(source)),
             to=to,
@@ -168,15 +171,17 @@ def _check_room(target: Destination, folder: Path, size: int) -> None:
 
 
 def _write(
-    written: Written, target: Destination, folder: Path, write: WriteOptions, size: int, *, shown: bool | None
+    state: CanonicalState, target: Destination, folder: Path, write: WriteOptions, size: int, *, shown: bool | None
 ) -> None:
-    """Write into a folder, read it back, and give it its place."""
-    to = target.to
-    with Progress(size, shown=shown) as progress:
-        FORMATS[to].write(written.state, folder, write, progress)
-    with Progress(size, shown=shown, title="reading back") as progress:
+    """Write into a folder, read it back, and give it its place; with a bar of bytes, on a terminal where None."""
+    hidden = not sys.stderr.isatty() if shown is None else not shown
+    bar = partial(tqdm, total=size, unit="B", unit_scale=True, disable=hidden, leave=False)
+    with bar(desc="converting") as progress:
+        written = Written(state, str(target.path), lambda nbytes: progress.update(nbytes))
+        FORMATS[target.to].write(written.state, folder, write)
+    with bar(desc="reading back") as progress:
         if target.zipped:
-            target.put_in_place(folder, lambda archive: written.check(archive, to, progress))
+            target.put_in_place(folder, lambda archive: written.check(archive, target.to, values=True))
         else:
-            written.check(folder, to, progress)
-            target.put_in_place(folder, lambda place: written.check(place, to))
+            written.check(folder, target.to, values=True)
+            target.put_in_place(folder, lambda place: written.check(place, target.to))

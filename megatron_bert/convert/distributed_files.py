@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError, brief
 from parallel.manifest import Manifest
@@ -87,7 +86,7 @@ def _assemble(tree: FileTree, tensor: BlockedTensor, manifest: Manifest | None) 
 # ---------------------------------------------------------------- writing
 
 
-def write_distributed(target: Path, tensors: Mapping[str, StateTensor], progress: Progress) -> None:
+def write_distributed(target: Path, tensors: Mapping[str, StateTensor]) -> None:
     """Write tensors into a folder as torch.distributed.checkpoint does from a single process."""
     described: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -103,7 +102,6 @@ def write_distributed(target: Path, tensors: Mapping[str, StateTensor], progress
             described[name] = TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype), size, [ChunkStorageMetadata(zeros, size)]
             )
-            progress.update(tensor.nbytes)
     metadata = Metadata(described, planner_data={name: (name,) for name in tensors}, storage_data=places)
     with (target / METADATA).open("wb") as file:
         pickle.dump(metadata, file)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
+from parallel.stored.torch_files import load_torch_file
 
 #: Folders below a checkpoint folder that are searched for its files: iter_0001000/mp_rank_00/ is two.
 _DEPTH = 3
@@ -37,6 +39,7 @@ class FileTree(Mapping[str, FileRange]):
     def __init__(self, label: str, files: dict[str, Path | FileRange], folder: Path | None = None) -> None:
         self.label, self.folder = label, folder
         self._files = {name: place for name, place in files.items() if not is_debris(name)}
+        self._structures: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> FileRange:
         place = self._files[name]
@@ -50,6 +53,16 @@ class FileTree(Mapping[str, FileRange]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
+
+    def structure(self, name: str) -> Any:
+        """What a file of ``torch.save`` holds, tensors unread; however often it is asked for, it is read once.
+
+        Raises:
+            UserError: it is none, or damaged.
+        """
+        if name not in self._structures:
+            self._structures[name] = load_torch_file(self[name])
+        return self._structures[name]
 
 
 def folder_tree(folder: Path) -> FileTree:

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import HuggingFace
-from megatron_bert.convert.megatron_core import MegatronCore
-from megatron_bert.convert.megatron_legacy import MegatronLegacy
+from megatron_bert.convert.megatron import MegatronCore, MegatronLegacy
 from megatron_bert.convert.native import Native
 from megatron_bert.convert.options import ReadOptions, WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.convert.unreadable import explained
 
@@ -32,10 +29,10 @@ class Format(Protocol):
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds a checkpoint of this kind; may raise UserError when it does and is broken."""
 
-    def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
-        """Open it without reading tensors; what must be closed goes on the stack."""
+    def read(self, tree: FileTree, options: ReadOptions) -> CanonicalState:
+        """Open it without reading tensors."""
 
-    def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
+    def write(self, state: CanonicalState, target: Path, options: WriteOptions) -> None:
         """Write a state into an empty folder, one tensor in memory at a time."""
 
 

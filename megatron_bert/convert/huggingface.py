@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from megatron_bert.convert.huggingface_names import WRAPPERS, fuse, separate
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.ranges import RANGES_NAME, parse_ranges, their_buffers
 from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
 from megatron_bert.convert.state import (
@@ -73,9 +71,8 @@ class HuggingFace:
         """Whether the tree holds a config.json and weights under their usual names."""
         return CONFIG_NAME in tree and any(name in tree for name in WEIGHTS)
 
-    def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
+    def read(self, tree: FileTree, options: ReadOptions) -> CanonicalState:
         """Open the weights of any class of a family that is known."""
-        del stack
         settings, label = read_json(tree[CONFIG_NAME]), f"{tree.label}/{CONFIG_NAME}"
         stored, variant = open_weights(tree)
         family, assumed = _family(settings, label, stored)
@@ -109,14 +106,14 @@ class HuggingFace:
             config=config, facts=facts, tensors=tensors, head=head, ranges=ranges, task=task, warnings=warnings
         )
 
-    def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
+    def write(self, state: CanonicalState, target: Path, options: WriteOptions) -> None:
         """Write config.json and safetensors for transformers' classes, and what is known of the task and the ranges."""
         if options.tensor * options.pipeline * options.virtual_stages > 1:
             raise UserError("--tensor, --pipeline and --virtual-stages divide Megatron's files: huggingface has none")
         if options.checkpoint_version is not None:
             raise UserError("--checkpoint-version is Megatron's: leave it out when converting --to huggingface")
         write_json(target / CONFIG_NAME, _their_config(state))
-        _write_weights(state, target, options.max_shard_bytes, progress)
+        _write_weights(state, target, options.max_shard_bytes)
         if state.ranges is not None:
             write_text(target / RANGES_NAME, state.ranges.as_json())
         if state.task is not None:
@@ -406,7 +403,7 @@ def _checked_copy(tensor: StateTensor, original: StateTensor, copy: StateTensor)
     return tensor.mapped(check)
 
 
-def _write_weights(state: CanonicalState, target: Path, limit: int, progress: Progress) -> None:
+def _write_weights(state: CanonicalState, target: Path, limit: int) -> None:
     """One safetensors file, or several with an index."""
     names = family_of(state.config).names
     cut = f"{names.prefix}." if _class_ending(state) == "Model" else ""
@@ -437,7 +434,6 @@ def _write_weights(state: CanonicalState, target: Path, limit: int, progress: Pr
                 parts = separate(state[name].load(), len(keys), state.config.head_dim)
                 for theirs, part_values in zip(keys, parts):
                     writer.write(theirs, part_values)
-                progress.update(state[name].nbytes)
             for key, values in beside.items():
                 writer.write(key, values)
         weight_map |= dict.fromkeys(layout, file)

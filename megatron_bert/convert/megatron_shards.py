@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from megatron_bert.convert.divisions import check_version
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.nemo import NEMO_WEIGHTS, nemo_settings
 from megatron_bert.convert.packaging import refuse_packaging
-from megatron_bert.convert.query_key_value import check_version
+from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError, brief
-from parallel.stored.file_range import FileRange
 from parallel.stored.stored_tensor import StoredTensor
-from parallel.stored.torch_files import is_torch_file, load_torch_file
+from parallel.stored.torch_files import is_torch_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 #: DeepSpeed's, which holds the name of a folder.
@@ -81,23 +83,51 @@ class Shard:
             )
         return value
 
-    def chunks(self) -> list[dict[Any, Any]]:
-        """The model, or its chunks under virtual pipeline stages.
+    @cached_property
+    def chunks(self) -> list[dict[str, StateTensor]]:
+        """The tensors of the model, or of its chunks under virtual pipeline stages.
 
         Raises:
             UserError: there is none.
         """
-        key = None
-        if "model0" in self.content:
-            found: list[Any] = []
-            while f"model{len(found)}" in self.content:
-                found.append(self.content[f"model{len(found)}"])
-        elif (key := next((key for key in _MODEL_KEYS if key in self.content), None)) is not None:
-            found = [self.content[key]]
-        else:  # a bare state dictionary
+        key = next((key for key in ("model0", *_MODEL_KEYS) if key in self.content), None)
+        if key is None:  # a bare state dictionary
             found = [self.content]
+        elif key == "model0":
+            names = (f"model{number}" for number in itertools.count())
+            found = [self.content[name] for name in itertools.takewhile(self.content.__contains__, names)]
+        else:
+            found = [self.content[key]]
         if not all(isinstance(chunk, dict) for chunk in found):
-            raise UserError(f"{self.label} holds no model where it should be (key {key or 'model0'!r}): wrong file?")
+            raise UserError(f"{self.label} holds no model where it should be (key {key!r}): wrong file?")
+        return [self._flat(chunk) for chunk in found]
+
+    def _flat(self, chunk: dict[Any, Any]) -> dict[str, StateTensor]:
+        """The tensors of nested dictionaries under dotted names.
+
+        Raises:
+            UserError: they nest strangely, or hold something that is not a tensor.
+        """
+        found: dict[str, StateTensor] = {}
+        entries = itertools.count()
+
+        def walk(prefix: str, value: Any, depth: int) -> None:
+            if prefix.endswith("_extra_state"):
+                return  # Transformer Engine's, about number formats that are not used here
+            if next(entries) >= _MOST_KEYS or depth > _DEEPEST:
+                raise UserError(f"{self.label} nests its tensors without end: it is damaged or made to mislead")
+            if isinstance(value, StoredTensor):
+                found[prefix] = StateTensor(value.shape, value.dtype, value.load, f"{self.label}: {prefix}")
+            elif isinstance(value, dict):
+                for key, inner in value.items():
+                    if not isinstance(key, str):
+                        raise UserError(f"{self.label} holds a model with a key that is not text: it is damaged")
+                    walk(f"{prefix}.{key}" if prefix else key, inner, depth + 1)
+            else:
+                held = f"{brief(prefix or 'a model')}, a {type(value).__name__}"
+                raise UserError(f"{self.label} holds {held}: expected tensors")
+
+        walk("", chunk, 0)
         return found
 
 
@@ -205,36 +235,33 @@ class Checkpoint:
         """The shard of tensor rank 0 and stage 0, which speaks for the others."""
         return self.shards[0][0]
 
-    def pieces(self) -> Iterator[list[tuple[Shard, dict[Any, Any]]]]:
+    def pieces(self) -> Iterator[list[tuple[Shard, dict[str, StateTensor]]]]:
         """Pieces of the stack from the bottom up, each with one chunk a tensor rank."""
-        chunks = [[shard.chunks() for shard in row] for row in self.shards]
-        count = len(chunks[0][0])
-        for row, opened in zip(self.shards, chunks):
-            for shard, found in zip(row, opened):
-                if len(found) != count:
-                    raise UserError(
-                        f"{shard.label} holds {len(found)} virtual stages, but {self.first.label} holds {count}: "
-                        "the folder mixes two checkpoints"
-                    )
+        count = len(self.first.chunks)
+        for shard in itertools.chain(*self.shards):
+            if len(shard.chunks) != count:
+                raise UserError(
+                    f"{shard.label} holds {len(shard.chunks)} virtual stages, but {self.first.label} holds {count}: "
+                    "the folder mixes two checkpoints"
+                )
         for chunk in range(count):
-            for row, opened in zip(self.shards, chunks):
-                yield [(shard, found[chunk]) for shard, found in zip(row, opened)]
+            for row in self.shards:
+                yield [(shard, shard.chunks[chunk]) for shard in row]
 
 
-def open_shards(tree: FileTree, places: dict[tuple[int, int], str], version: float | None = None) -> Checkpoint:
+def open_shards(tree: FileTree, version: float | None = None) -> Checkpoint:
     """Open the files found by :func:`locate`.
 
     Args:
         tree: with the files.
-        places: (tensor rank, stage) -> name in the tree.
         version: checkpoint version by the user's word, whatever the files declare; None takes theirs.
 
     Raises:
         UserError: one is damaged, or they do not belong together.
     """
+    places, settings = locate(tree), nemo_settings(tree)
     ranks, stages = (1 + max(place[axis] for place in places) for axis in (0, 1))
-    settings = nemo_settings(tree)
-    shards = [[_open(tree[places[tensor, stage]], settings) for tensor in range(ranks)] for stage in range(stages)]
+    shards = [[_open(tree, places[tensor, stage], settings) for tensor in range(ranks)] for stage in range(stages)]
     every = [shard for row in shards for shard in row]
     if version is None:
         version = _agreed("checkpoint_version", every, lambda s: s.version)
@@ -254,20 +281,18 @@ def _is_count(value: Any) -> bool:
 def first_keys(tree: FileTree) -> list[str]:
     """Keys of the tensors in the first shard of a tree; none where there are no shards."""
     places = locate(tree)
-    if (0, 0) not in places:
-        return []
-    shard = _open(tree[places[0, 0]])
-    return list(flat_tensors(shard.label, shard.chunks()[0]))
+    return list(_open(tree, places[0, 0]).chunks[0]) if (0, 0) in places else []
 
 
-def _open(place: FileRange, settings: dict[str, Any] | None = None) -> Shard:
+def _open(tree: FileTree, name: str, settings: dict[str, Any] | None = None) -> Shard:
     """Open a file; ``settings`` are what others say of it, for one that holds a state dictionary only."""
-    content = load_torch_file(place)
+    content = tree.structure(name)
+    label = tree[name].label
     if not isinstance(content, dict):
-        raise UserError(f"{place.label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
+        raise UserError(f"{label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
     if settings is not None:
         content = {"model": content.get("state_dict", content)} | settings
-    return Shard(place.label, content)
+    return Shard(label, content)
 
 
 def _agreed(what: str, shards: list[Shard], read: Any) -> Any:
@@ -299,32 +324,3 @@ def _check_sizes(shard: Shard, ranks: int, stages: int) -> None:
                 f"{shard.label} was saved at {what} size {brief(said)}, but there are files of {found}: "
                 "give the folder that holds all mp_rank_... folders of the checkpoint"
             )
-
-
-def flat_tensors(label: str, chunk: dict[Any, Any]) -> dict[str, StoredTensor]:
-    """The tensors of nested dictionaries under dotted names.
-
-    Raises:
-        UserError: they nest strangely, or hold something that is not a tensor.
-    """
-    found: dict[str, StoredTensor] = {}
-    budget = [_MOST_KEYS]
-
-    def walk(prefix: str, value: Any, depth: int) -> None:
-        if prefix.endswith("_extra_state"):
-            return  # Transformer Engine's, about number formats that are not used here
-        budget[0] -= 1
-        if budget[0] < 0 or depth > _DEEPEST:
-            raise UserError(f"{label} nests its tensors without end: it is damaged or made to mislead")
-        if isinstance(value, StoredTensor):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                if not isinstance(key, str):
-                    raise UserError(f"{label} holds a model with a key that is not text: it is damaged")
-                walk(f"{prefix}.{key}" if prefix else key, inner, depth + 1)
-        else:
-            raise UserError(f"{label} holds {brief(prefix or 'a model')}, a {type(value).__name__}: expected tensors")
-
-    walk("", chunk, 0)
-    return found

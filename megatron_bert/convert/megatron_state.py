@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megatron_bert.convert import divisions
 from megatron_bert.convert.megatron_config import encoder_config
-from megatron_bert.convert.megatron_shards import Checkpoint, flat_tensors
+from megatron_bert.convert.megatron_names import CHOICES, TIED
+from megatron_bert.convert.megatron_shards import Checkpoint, Shard
+from megatron_bert.convert.name_table import NameTable
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import (
     POOLER,
@@ -26,29 +26,12 @@ from megatron_bert.convert.state import (
     StateTensor,
 )
 from parallel.errors import UserError, brief
-from parallel.stored.stored_tensor import StoredTensor
 
-#: What a renaming returns for the output matrix, a copy of the word embeddings.
-TIED = "tied"
-#: Megatron's heads of fine-tuning tasks, alike but for their names.
-CLASSES, CHOICES = "classification_head", "multichoice_head"
-TASK_HEAD = re.compile(rf"(?:{CLASSES}|{CHOICES})\.(weight|bias)")
 _LAYER = re.compile(r"encoder\.layers\.(\d{1,6})\.(.+)")
-
-#: From a source's name (layers numbered from the bottom of the piece) to the canonical one; None if it is unknown.
-Renaming = Callable[[str], str | None]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One rank's part of a tensor."""
-
-    tensor: StoredTensor
-    origin: str
 
 
 def read_state(
-    checkpoint: Checkpoint, rename: Renaming, options: ReadOptions, *, format_name: str, variant: str
+    checkpoint: Checkpoint, names: NameTable, options: ReadOptions, *, format_name: str, variant: str
 ) -> CanonicalState:
     """The canonical state of a checkpoint.
 
@@ -56,7 +39,7 @@ def read_state(
         UserError: parts are missing or do not fit.
     """
     warnings: list[str] = []
-    parts = _collect(checkpoint, rename)
+    parts = _collect(checkpoint, names)
     if WORD_EMBEDDINGS not in parts:
         raise UserError(f"{checkpoint.first.label} holds no word embeddings: it is not a BERT model of Megatron")
     _check_objective(checkpoint, parts)
@@ -72,11 +55,11 @@ def read_state(
             )
     tied = parts.pop(TIED, None)
     tensors = {
-        name: _tensor(name, found, shapes[name], config.num_attention_heads, version, warnings)
+        name: _joined(name, found, shapes[name], config.num_attention_heads, version, warnings)
         for name, found in parts.items()
     }
     if tied is not None:
-        tensors[WORD_EMBEDDINGS] = _checked_tie(tensors[WORD_EMBEDDINGS], parts[WORD_EMBEDDINGS], tied, warnings)
+        tensors[WORD_EMBEDDINGS] = _checked_tie(tensors[WORD_EMBEDDINGS], tied, warnings)
     for name in VOCABULARY_TENSORS & tensors.keys():
         tensors[name] = trimmed(tensors[name], config.vocab_size)
     if TOKEN_TYPES not in tensors:
@@ -88,7 +71,7 @@ def read_state(
         files=checkpoint.tensor * checkpoint.pipeline,
         tensor=checkpoint.tensor,
         pipeline=checkpoint.pipeline,
-        virtual_stages=len(checkpoint.first.chunks()),
+        virtual_stages=len(checkpoint.first.chunks),
         checkpoint_version=version,
         iteration=checkpoint.iteration,
         true_vocab_size=true_size,
@@ -101,7 +84,7 @@ def read_state(
     return CanonicalState(config=config, facts=facts, tensors=tensors, head=head, warnings=warnings)
 
 
-def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[_Part]]) -> None:
+def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[StateTensor]]) -> None:
     """Refuse Megatron's GPT, whose layers are those of its BERT but whose attention sees only the past.
 
     A GPT has neither token types nor a head of its own. Megatron's BERT lost its token types with
@@ -116,27 +99,27 @@ def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[_Part]]) -> N
         )
 
 
-def _collect(checkpoint: Checkpoint, rename: Renaming) -> dict[str, list[_Part]]:
+def _collect(checkpoint: Checkpoint, names: NameTable) -> dict[str, list[StateTensor]]:
     """Canonical name -> parts by tensor rank, layers numbered from the bottom of the whole stack."""
-    parts: dict[str, list[_Part]] = {}
+    parts: dict[str, list[StateTensor]] = {}
     first_layer = 0
     for piece in checkpoint.pieces():
         layers: set[int] = set()
         renamed = []
         for shard, chunk in piece:
-            names: dict[str, _Part] = {}
-            for key, tensor in flat_tensors(shard.label, chunk).items():
-                name = rename(key)
-                if name is None:
+            found: dict[str, StateTensor] = {}
+            for key, tensor in chunk.items():
+                place = names.place(key)
+                if place is None:
                     raise UserError(
                         f"{shard.label} holds {brief(key)}, which no BERT model of Megatron has: wrong file?"
                     )
-                match = _LAYER.fullmatch(name)
-                if match is not None:
+                name = place.owner
+                if (match := _LAYER.fullmatch(name)) is not None:
                     layers.add(int(match[1]))
                     name = f"encoder.layers.{first_layer + int(match[1])}.{match[2]}"
-                names[name] = _Part(tensor, f"{shard.label}: {key}")
-            renamed.append((shard, names))
+                found[name] = tensor
+            renamed.append((shard, found))
         _merge_piece(renamed, parts)
         if layers != set(range(len(layers))):
             raise UserError(
@@ -147,7 +130,7 @@ def _collect(checkpoint: Checkpoint, rename: Renaming) -> dict[str, list[_Part]]
     return parts
 
 
-def _merge_piece(renamed: list[tuple[Any, dict[str, _Part]]], parts: dict[str, list[_Part]]) -> None:
+def _merge_piece(renamed: list[tuple[Shard, dict[str, StateTensor]]], parts: dict[str, list[StateTensor]]) -> None:
     """Add the parts of one piece, held by all tensor ranks alike, to those of the pieces below."""
     first_shard, first = renamed[0]
     for shard, names in renamed[1:]:
@@ -167,64 +150,62 @@ def _merge_piece(renamed: list[tuple[Any, dict[str, _Part]]], parts: dict[str, l
         parts[name] = [names[name] for _, names in renamed]
 
 
-def _joined_shape(name: str, parts: list[_Part]) -> tuple[int, ...]:
-    first = parts[0].tensor
+def _joined_shape(name: str, parts: list[StateTensor]) -> tuple[int, ...]:
+    first = parts[0]
     dim = 0 if name == TIED else divisions.divided_dim(name)
     for part in parts[1:]:
-        if part.tensor.shape != first.shape or part.tensor.dtype != first.dtype:
+        if part.shape != first.shape or part.dtype != first.dtype:
             raise UserError(
-                f"{part.origin} is {list(part.tensor.shape)} {part.tensor.dtype}, but {parts[0].origin} is "
+                f"{part.origin} is {list(part.shape)} {part.dtype}, but {first.origin} is "
                 f"{list(first.shape)} {first.dtype}: the shards are of two checkpoints"
             )
     shape = list(first.shape)
     if dim is not None:
         if dim >= len(shape):
-            raise UserError(f"{parts[0].origin} has shape {shape}, too few dimensions: the file is damaged")
+            raise UserError(f"{first.origin} has shape {shape}, too few dimensions: the file is damaged")
         shape[dim] *= len(parts)
     return tuple(shape)
 
 
-def _tensor(
-    name: str, parts: list[_Part], shape: tuple[int, ...], heads: int, version: float, warnings: list[str]
+def _joined(
+    name: str, parts: list[StateTensor], shape: tuple[int, ...], heads: int, version: float, warnings: list[str]
 ) -> StateTensor:
-    if divisions.divided_dim(name) is not None:
+    def load() -> Tensor:
+        if divisions.divided_dim(name) is not None:
+            return divisions.join(name, [part.load() for part in parts], version, heads)
+        whole = parts[0].load()
+        for part in parts[1:]:
+            _compare(whole, part, parts[0], warnings)
+        return whole
 
-        def load() -> Tensor:
-            return divisions.join(name, [part.tensor.load() for part in parts], version, heads)
-
-    else:
-
-        def load() -> Tensor:
-            whole = parts[0].tensor.load()
-            for part in parts[1:]:
-                _compare(whole, part.tensor.load(), part.origin, parts[0].origin, warnings)
-            return whole
-
-    return StateTensor(shape, parts[0].tensor.dtype, load, parts[0].origin)
+    return replace(parts[0], shape=shape, load=load)
 
 
-def _compare(expected: Tensor, other: Tensor, origin: str, reference: str, warnings: list[str]) -> None:
+def _compare(expected: Tensor, copy: StateTensor, original: StateTensor, warnings: list[str]) -> None:
     """Copies that should be alike: rounding apart is worth a word, more is an error."""
+    other = copy.load()
     if torch.equal(expected, other):
         return
     difference = (expected.double() - other.double()).norm() / expected.double().norm().clamp(min=1e-30)
     if not difference < 1e-2:
         raise UserError(
-            f"{origin} should be a copy of {reference}, but differs by {float(difference):.1%}: the shards are of two "
-            "checkpoints, or the model is of another kind"
+            f"{copy.origin} should be a copy of {original.origin}, but differs by {float(difference):.1%}: the shards "
+            "are of two checkpoints, or the model is of another kind"
         )
-    warnings.append(f"{origin} differs from {reference} by {float(difference):.1e}, though it should be a copy")
+    warnings.append(
+        f"{copy.origin} differs from {original.origin} by {float(difference):.1e}, though it should be a copy"
+    )
 
 
-def _checked_tie(table: StateTensor, parts: list[_Part], tied: list[_Part], warnings: list[str]) -> StateTensor:
+def _checked_tie(table: StateTensor, tied: list[StateTensor], warnings: list[str]) -> StateTensor:
     """The word embeddings, checked when read against the output matrix of the last stage."""
 
     def check(whole: Tensor) -> Tensor:
         for rows, copy in zip(whole.chunk(len(tied)), tied):
-            _compare(rows, copy.tensor.load(), copy.origin, parts[0].origin, warnings)
+            _compare(rows, copy, table, warnings)
         return whole
 
-    shape = (tied[0].tensor.shape[0] * len(tied), *tied[0].tensor.shape[1:])
+    shape = (tied[0].shape[0] * len(tied), *tied[0].shape[1:])
     if shape != table.shape:
         raise UserError(
             f"{tied[0].origin} makes an output matrix of {list(shape)}, but the word embeddings are "

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import argparse
 import re
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_bert.convert import divisions
+from megatron_bert.convert.megatron_names import CHOICES, CLASSES, TIED
 from megatron_bert.convert.megatron_shards import TRACKER
-from megatron_bert.convert.megatron_state import CHOICES, CLASSES
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
 from megatron_bert.convert.torch_writer import TorchFileWriter
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
@@ -26,54 +28,87 @@ from parallel.stored.torch_pickles import Slot
 
 #: Names at the top of a checkpoint of Megatron's.
 MEGATRON_ENTRIES = rf"{re.escape(TRACKER)}|release|iter_\d{{7}}|mp_rank_\d\d+(?:_\d{{3}})?"
-_COPY = " (output copy)"
 #: Kind of head -> Megatron's name for it.
 _TASK_HEADS = {"sequence": CLASSES, "choice": CHOICES}
 
 
-class MegatronNames(ABC):
-    """The names of one generation of Megatron."""
+@dataclass(frozen=True)
+class _Division:
+    """A state in the parts that tensor ranks have: their files hold these.
 
-    @abstractmethod
-    def path(self, name: str) -> tuple[str, ...]:
-        """Keys of the nested dictionaries under ``model``, for a canonical name with a stage-local layer number."""
+    Attributes:
+        state: the whole.
+        size: number of tensor ranks.
+        rows: of the padded vocabulary.
+        version: of the order of query, key and value rows.
+    """
 
-    @abstractmethod
-    def tied_path(self) -> tuple[str, ...]:
-        """The same, for the last stage's copy of the word embeddings."""
+    state: CanonicalState
+    size: int
+    rows: int
+    version: float
+
+    def source(self, name: str) -> StateTensor:
+        """The tensor that has a name in the files, or that is copied under it."""
+        return self.state[WORD_EMBEDDINGS if name == TIED else name]
+
+    def parts(self, name: str, whole: Tensor) -> list[Tensor]:
+        """What each rank has of a tensor."""
+        if name == TIED or name in VOCABULARY_TENSORS:
+            whole = divisions.pad_vocabulary(name, whole, self.rows)
+        name = WORD_EMBEDDINGS if name == TIED else name
+        return divisions.divide(name, whole, self.size, self.version, self.state.config.num_attention_heads)
+
+    def structure(self, chunk: dict[str, str], path_of: Callable[[str], list[str]]) -> dict[str, Any]:
+        """The dictionaries of a chunk, the same for every rank, with a slot for each tensor."""
+        model: dict[str, Any] = {}
+        head = _TASK_HEADS[self.state.head or "sequence"]
+        for name, local in chunk.items():
+            *outer, last = (key.replace(CLASSES, head) for key in path_of(local))
+            place = model
+            for key in outer:
+                place = place.setdefault(key, {})
+            source = self.source(name)
+            part = self.parts(name, torch.empty(source.shape, device="meta"))[0]
+            place[last] = Slot(name, tuple(part.shape), source.dtype)
+        return model
 
 
 def write_megatron(
-    state: CanonicalState, target: Path, options: WriteOptions, names: MegatronNames, version: float, progress: Progress
+    state: CanonicalState, target: Path, options: WriteOptions, path_of: Callable[[str], list[str]], version: float
 ) -> None:
     """Write ``release/mp_rank_*/model_optim_rng.pt`` and the tracker file into a folder.
+
+    Args:
+        state: to write.
+        target: the folder.
+        options: how to divide the model.
+        path_of: the keys of nested dictionaries for a parameter whose layer is numbered from the bottom of its chunk.
+        version: of the order of query, key and value rows.
 
     Raises:
         UserError: the model does not divide so, or is none that Megatron has; see :func:`check_plain`.
     """
-    config, tensor, pipeline = state.config, options.tensor, options.pipeline
-    divisions.check_division(config, tensor, pipeline, options.virtual_stages)
+    layers, tensor, pipeline = state.config.num_hidden_layers, options.tensor, options.pipeline
+    divisions.check_division(state.config, tensor, pipeline, options.virtual_stages)
     check_plain(state)
-    rows = divisions.padded_rows(config.vocab_size, tensor)
-    args = megatron_args(state, options, rows)
-    stages = divisions.stage_layers(config.num_hidden_layers, pipeline, options.virtual_stages)
-    for stage, chunks in enumerate(stages):
-        entries = [
-            _chunk_entries(state, layers, first=stage == 0 and chunk == 0, last=layers.stop == config.num_hidden_layers)
-            for chunk, layers in enumerate(chunks)
-        ]
+    division = _Division(state, tensor, divisions.padded_rows(state.config.vocab_size, tensor), version)
+    common = {"args": megatron_args(state, options, division.rows), "checkpoint_version": version, "iteration": 0}
+    for stage, chunks in enumerate(divisions.stage_layers(layers, pipeline, options.virtual_stages)):
+        entries = [_chunk_entries(state, chunk, first=chunk.start == 0, last=chunk.stop == layers) for chunk in chunks]
         if stage == pipeline - 1 and pipeline > 1:
-            entries[-1][WORD_EMBEDDINGS + _COPY] = WORD_EMBEDDINGS + _COPY
+            entries[-1][TIED] = TIED
+        models = [division.structure(chunk, path_of) for chunk in entries]
+        content = {"model": models[0]} if len(models) == 1 else {f"model{n}": model for n, model in enumerate(models)}
         with ExitStack() as stack:
             writers = []
             for rank in range(tensor):
                 folder = target / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
                 folder.mkdir(parents=True)
-                structure = _structure(state, entries, names, tensor, rows)
-                structure |= {"args": args, "checkpoint_version": version, "iteration": 0}
-                writers.append(stack.enter_context(TorchFileWriter(folder / "model_optim_rng.pt", structure)))
-            for name in (name for chunk in entries for name in chunk):
-                _write_parts(state, name, writers, version, rows, progress)
+                writers.append(stack.enter_context(TorchFileWriter(folder / "model_optim_rng.pt", content | common)))
+            for name in chain(*entries):
+                for writer, part in zip(writers, division.parts(name, division.source(name).load())):
+                    writer.write(name, part)
     (target / TRACKER).write_text("release", encoding="ascii")
 
 
@@ -108,11 +143,6 @@ def check_plain(state: CanonicalState) -> None:
         )
 
 
-def task_head(state: CanonicalState) -> str:
-    """Megatron's name for the head of a task."""
-    return _TASK_HEADS[state.head or "sequence"]
-
-
 def _chunk_entries(state: CanonicalState, layers: range, *, first: bool, last: bool) -> dict[str, str]:
     """Canonical name -> name with a stage-local layer number, of the tensors of one chunk."""
     entries: dict[str, str] = {}
@@ -134,49 +164,6 @@ def _has_token_types(state: CanonicalState) -> bool:
     """Whether the table must be written: what stands for an absent one, as it is read, need not be."""
     table = state[TOKEN_TYPES]
     return state.has_pair_head or table.shape[0] != 2 or bool(table.load().any())
-
-
-def _structure(
-    state: CanonicalState, entries: list[dict[str, str]], names: MegatronNames, tensor: int, rows: int
-) -> dict[str, Any]:
-    """The dictionary of one file, the same for every tensor rank, with a slot for each tensor."""
-    models: list[dict[str, Any]] = []
-    for chunk in entries:
-        model: dict[str, Any] = {}
-        for name, local in chunk.items():
-            *outer, last = names.tied_path() if name.endswith(_COPY) else names.path(local)
-            place = model
-            for key in outer:
-                place = place.setdefault(key, {})
-            source = name.removesuffix(_COPY)
-            place[last] = Slot(name, _part_shape(source, state[source], tensor, rows), state[source].dtype)
-        models.append(model)
-    if len(models) == 1:
-        return {"model": models[0]}
-    return {f"model{number}": model for number, model in enumerate(models)}
-
-
-def _part_shape(name: str, tensor: StateTensor, size: int, rows: int) -> tuple[int, ...]:
-    shape = list(tensor.shape)
-    if name in VOCABULARY_TENSORS:
-        shape[0] = rows
-    dim = divisions.divided_dim(name)
-    if dim is not None:
-        shape[dim] //= size
-    return tuple(shape)
-
-
-def _write_parts(
-    state: CanonicalState, name: str, writers: list[TorchFileWriter], version: float, rows: int, progress: Progress
-) -> None:
-    source = name.removesuffix(_COPY)
-    whole: Tensor = state[source].load()
-    if source in VOCABULARY_TENSORS:
-        whole = divisions.pad_vocabulary(source, whole, rows)
-    parts = divisions.divide(source, whole, len(writers), version, state.config.num_attention_heads)
-    for writer, part in zip(writers, parts):
-        writer.write(name, part)
-    progress.update(state[source].nbytes)
 
 
 def megatron_args(state: CanonicalState, options: WriteOptions, rows: int) -> argparse.Namespace:

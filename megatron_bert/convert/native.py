@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.megatron_config import true_vocab_size
 from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.ranges import VERSION, Ranges, check_version
 from megatron_bert.convert.state import (
     SIZES,
@@ -63,9 +61,8 @@ class Native:
         """Whether the tree holds the two files that make a checkpoint whole."""
         return METADATA in tree and STATE_FILE in tree
 
-    def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
+    def read(self, tree: FileTree, options: ReadOptions) -> CanonicalState:
         """Open a checkpoint of a run at any layout, with its optimizer."""
-        del stack
         manifest = None if tree.folder is None else check_files(tree.folder)
         run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
         stored = read_distributed(tree, manifest)
@@ -101,7 +98,7 @@ class Native:
             run_state=run_state,
         )
 
-    def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
+    def write(self, state: CanonicalState, target: Path, options: WriteOptions) -> None:
         """Write a checkpoint that a run of any layout can start from; with an optimizer, one that it can resume."""
         if options.checkpoint_version is not None:
             raise UserError("--checkpoint-version is Megatron's: leave it out when converting --to native")
@@ -119,7 +116,7 @@ class Native:
         if state.ranges is not None:
             tensors |= {f"{_MODEL}{name}{_RANGE}": _scalar(limit) for name, limit in state.ranges.limits.items()}
             run_state |= {_QUANTIZATION: dict(state.ranges.settings), _ARITHMETIC: VERSION}
-        write_distributed(target, tensors, progress)
+        write_distributed(target, tensors)
         write_text(target / STATE_FILE, json.dumps(run_state, indent=1))
         write_manifest(target)
 

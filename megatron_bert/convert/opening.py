@@ -96,7 +96,7 @@ def open_checkpoint(source: str | Path | CanonicalState, options: ReadOptions = 
     with ExitStack() as stack:
         with reporting("read", source, "check the path"):
             tree = source_tree(Path(source), stack)
-        yield replace(detect_format(tree).read(tree, options, stack), label=tree.label)
+        yield replace(detect_format(tree).read(tree, options), label=tree.label)
 
 
 @dataclass(frozen=True)

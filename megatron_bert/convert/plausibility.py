@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.query_key_value import from_canonical, to_canonical
+from megatron_bert.convert.divisions import from_canonical, to_canonical
 from megatron_bert.convert.state import CanonicalState
 
 #: Layers that are looked at, spread over the stack.

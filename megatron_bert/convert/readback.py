@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_bert.convert.opening import open_checkpoint
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import CanonicalState, StateTensor
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -31,13 +30,14 @@ class Written:
     Args:
         state: to be written.
         label: of the destination, for messages.
+        advance: is told the bytes of each tensor that was dealt with.
 
     Attributes:
         state: the same; reading a tensor adds a warning where it holds values that are not numbers.
     """
 
-    def __init__(self, state: CanonicalState, label: str) -> None:
-        self._label = label
+    def __init__(self, state: CanonicalState, label: str, advance: Callable[[int], object]) -> None:
+        self._label, self._advance = label, advance
         self._sums: dict[str, int] = {}
         self._warnings = state.warnings
         self.state = replace(
@@ -53,25 +53,26 @@ class Written:
                 if not torch.isfinite(values).all():
                     count = int((~torch.isfinite(values)).sum())
                     self._warnings.append(f"{name} ({tensor.origin}) holds {count} infinite or undefined values")
+                self._advance(tensor.nbytes)
             return values
 
         return tensor.mapped(watch)
 
-    def check(self, place: Path, to: str, progress: Progress | None = None) -> None:
+    def check(self, place: Path, to: str, *, values: bool = False) -> None:
         """Open what was written, and compare it.
 
         Args:
             place: of the result, as a user would give it.
             to: name of its format.
-            progress: to read and compare every value; None compares names, shapes and the configuration.
+            values: read and compare every value, not only names, shapes and the configuration.
 
         Raises:
             UserError: what is read is something else.
         """
         with open_checkpoint(place) as found:
             problem = self._difference(found, to)
-            if problem is None and progress is not None:
-                problem = self._other_values(found, progress)
+            if problem is None and values:
+                problem = self._other_values(found)
         if problem is not None:
             raise UserError(
                 f"what was written for {self._label} is not what should be there, {problem}: the disk may be failing, "
@@ -102,14 +103,14 @@ class Written:
                     return f"{name} is read with another shape or number format"
         return None
 
-    def _other_values(self, found: CanonicalState, progress: Progress) -> str | None:
+    def _other_values(self, found: CanonicalState) -> str | None:
         for name, tensor in (*found.items(), *found.optimizer.items()):
             values = tensor.load()
             if name not in self._sums:
                 (self.state if name in self.state else self.state.optimizer)[name].load()
             if _sum(values) != self._sums[name]:
                 return f"{name} is read with other values"
-            progress.update(tensor.nbytes)
+            self._advance(tensor.nbytes)
         return None
 
 

@@ -19,7 +19,6 @@ from megatron_bert.convert.huggingface import TASK_NAME, WEIGHTS, HuggingFace, s
 from megatron_bert.convert.native import HOW_TO_READ
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.ranges import Ranges
 from megatron_bert.convert.run_models import finished_model
 from megatron_bert.convert.state import CanonicalState, StateTensor
@@ -116,7 +115,7 @@ def save_task(
         state = replace(found, config=config, head=task.head.kind, task=described)
         if state.ranges is not None:
             state = replace(state, tensors={name: _rounded(tensor, computed_in) for name, tensor in state.items()})
-        HuggingFace().write(state, directory, WriteOptions(), Progress(0, shown=False))
+        HuggingFace().write(state, directory, WriteOptions())
         if state.ranges is not None and _in_engines(state.ranges, config, task):
             write_plan(plan_of(_model(state, config, task)), directory / PLAN_NAME)
     save_tokenizer(task.tokenizer, directory, config.longest_sequence, roberta=config.like_roberta)

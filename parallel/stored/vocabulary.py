@@ -41,6 +41,10 @@ class StandIn:
     state: Any = None
     items: list[Any] | None = None
 
+    def append(self, item: Any) -> None:
+        """Take one more item."""
+        self.extend([item])
+
     def extend(self, items: list[Any]) -> None:
         """Take more items."""
         if self.items is None:

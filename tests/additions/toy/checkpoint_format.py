@@ -3,7 +3,6 @@
 
 import io
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.options import ReadOptions, WriteOptions
-from megatron_bert.convert.progress import Progress
 from megatron_bert.convert.state import WORD_EMBEDDINGS, CanonicalState, SourceFacts, StateTensor
 from megatron_bert.model.configuration import config_from_dict
 
@@ -26,12 +24,10 @@ class NumpyArchive:
         """Whether both files are there."""
         return "weights.npz" in tree and "encoder.json" in tree
 
-    def read(self, tree: FileTree, options: ReadOptions, stack: ExitStack) -> CanonicalState:
+    def read(self, tree: FileTree, options: ReadOptions) -> CanonicalState:
         """Open the archive."""
         del options
-        archive = stack.enter_context(
-            np.load(io.BytesIO(bytes(tree["weights.npz"].read(0, tree["weights.npz"].length))))
-        )
+        archive = np.load(io.BytesIO(bytes(tree["weights.npz"].read(0, tree["weights.npz"].length))))
         described = json.loads(bytes(tree["encoder.json"].read(0, tree["encoder.json"].length)))
         tensors = {
             name: StateTensor(
@@ -43,9 +39,9 @@ class NumpyArchive:
         config = config_from_dict(described["config"], tree.label)
         return CanonicalState(config=config, facts=facts, tensors=tensors, head=described["head"])
 
-    def write(self, state: CanonicalState, target: Path, options: WriteOptions, progress: Progress) -> None:
+    def write(self, state: CanonicalState, target: Path, options: WriteOptions) -> None:
         """Write both files."""
-        del options, progress
+        del options
         np.savez(target / "weights.npz", **{name: tensor.load().float().numpy() for name, tensor in state.items()})
         described = {"config": state.config.to_dict(), "head": state.head}
         (target / "encoder.json").write_text(json.dumps(described), encoding="utf-8")

@@ -220,14 +220,14 @@ def test_a_result_that_something_else_hides_is_taken_back(
 def test_of_two_conversions_at_once_one_is_refused(
     tmp_path: Path, source: Path, other: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = conversion.Progress.update
+    advance = conversion.tqdm.update
     for name, to in (("result", "native"), ("result.zip", "megatron")):
 
-        def overtaken(self: conversion.Progress, nbytes: int, name: str = name, to: str = to) -> None:
-            monkeypatch.setattr(conversion.Progress, "update", advance)
+        def overtaken(self: conversion.tqdm, nbytes: int, name: str = name, to: str = to) -> None:
+            monkeypatch.setattr(conversion.tqdm, "update", advance)
             convert(source, tmp_path / name, to=to, read=_WORDS)
 
-        monkeypatch.setattr(conversion.Progress, "update", overtaken)
+        monkeypatch.setattr(conversion.tqdm, "update", overtaken)
         with pytest.raises(UserError, match="was made by something else meanwhile"):
             convert(other, tmp_path / name, to=to)
         assert_same_tensors(all_tensors(tmp_path / name), expected)
@@ -240,7 +240,7 @@ def test_files_with_the_names_of_temporary_ones_are_the_users(tmp_path: Path, so
         (tmp_path / name / "mine").touch()
     before = _names(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion.Progress, "update", lambda *_: sys.exit(143))  # what a signal does
+        patch.setattr(conversion.tqdm, "update", lambda *_: sys.exit(143))  # what a signal does
         with pytest.raises(SystemExit):
             convert(source, tmp_path / "result", to="huggingface")
     assert _names(tmp_path) == before

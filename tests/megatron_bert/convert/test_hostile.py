@@ -355,7 +355,7 @@ def test_a_failed_conversion_leaves_nothing_and_can_be_run_again(
         ("native", WriteOptions()),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(conversion.Progress, "update", interrupt)
+            patch.setattr(conversion.tqdm, "update", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 convert(source, tmp_path / "result", to=to, write=write)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

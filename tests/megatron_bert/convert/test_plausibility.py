@@ -87,7 +87,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _save(model: BertForPretraining, target: Path) -> None:
     from megatron_bert.convert.formats import FORMATS
-    from megatron_bert.convert.progress import Progress
     from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor
 
     words = model.config.vocab_size
@@ -100,7 +99,7 @@ def _save(model: BertForPretraining, target: Path) -> None:
         tensors={n: StateTensor(tuple(t.shape), t.dtype, t.clone, n) for n, t in tensors.items()},
     )
     target.mkdir()
-    FORMATS["native"].write(state, target, WriteOptions(), Progress(0, shown=False))
+    FORMATS["native"].write(state, target, WriteOptions())
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
