@@ -149,6 +149,19 @@ class ShardedOptimizer:
         run = self.run_of[parameter]
         return {moment: run.part(parameter, tensor) for moment, tensor in self.rule.moments[run].items()}
 
+    def held_bytes(self) -> dict[str, int]:
+        """What tensors of this rank take: ``weights`` that are computed with, ``gradients``, and ``optimizer`` states.
+
+        Master weights count as states where they are others than those computed with.
+        """
+        alone = sum(run.values.nbytes for run in self.runs if run.buffer is None)
+        moments = sum(tensor.nbytes for kept in self.rule.moments.values() for tensor in kept.values())
+        return {
+            "weights": alone + sum(flat.weights.nbytes for flat in self.buffers),
+            "gradients": alone + sum(flat.gradients.nbytes for flat in self.buffers),
+            "optimizer": moments + sum(flat.masters.nbytes for flat in self.buffers),
+        }
+
     def state(self) -> dict[str, Any]:
         """What is not a tensor per parameter."""
         return {"steps": self.steps}

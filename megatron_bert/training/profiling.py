@@ -53,6 +53,7 @@ class Usage:
         kinds: seconds by kind, of kernels, or of the host's operators where there is no GPU.
         busy_seconds: in which the device had something to do; None without a GPU.
         kernels: how many were queued.
+        memory: bytes by part at the peak of the last step; see :mod:`megatron_bert.training.memory`.
         failure: why the trace could not be written; empty where it is.
     """
 
@@ -64,6 +65,7 @@ class Usage:
     kinds: dict[str, float] = field(default_factory=dict)
     busy_seconds: float | None = None
     kernels: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
     failure: str = ""
 
     @property
@@ -101,11 +103,12 @@ class StepProfiler:
         self._synchronize()
         self._began = time.perf_counter()
 
-    def after(self, step: int, report: Report, *, last: bool = False) -> None:
+    def after(self, step: int, memory: dict[str, int], report: Report, *, last: bool = False) -> None:
         """A step has ended, or the run; every rank calls.
 
         Args:
             step: its number.
+            memory: bytes by part at its peak.
             report: where the result goes.
             last: whether no other step follows.
         """
@@ -119,7 +122,7 @@ class StepProfiler:
         mine: Usage | None = None
         if self.chosen:
             mine = usage(self._profile.events(), dist.get_rank(), len(done), seconds)
-            mine.failure = self._write_trace(done)
+            mine.failure, mine.memory = self._write_trace(done), dict(memory)
             self._profile = None
         everyone: list[Usage | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
@@ -323,4 +326,7 @@ def as_table(one: Usage) -> str:
     of = "device" if one.device else "host"
     lines += ["", f"{'kind':40s}{of + ' ms':>10s}"]
     lines += [f"{kind:40s}{milliseconds(one.kinds[kind])}" for kind in sorted(one.kinds, key=lambda k: -one.kinds[k])]
+    if one.memory:
+        lines += ["", f"{'memory':40s}{'MiB':>10s}"]
+        lines += [f"{part:40s}{size / 2**20:10.1f}" for part, size in one.memory.items()]
     return "\n".join(lines) + "\n"

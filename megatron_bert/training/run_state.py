@@ -19,6 +19,7 @@ from megatron_bert.training.staged_model import StagedModel
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.mesh import ParallelMesh
 from parallel.parts import Part
+from parallel.pipeline.engine import PipelineEngine
 from parallel.process_group import World
 from parallel.step_clock import StepClock
 
@@ -49,6 +50,7 @@ class RunState(Protocol):
     mesh: ParallelMesh
     world: World
     clock: StepClock
+    engine: PipelineEngine
     model: StagedModel
     parameters: dict[str, nn.Parameter]
     copies: dict[str, nn.Parameter]

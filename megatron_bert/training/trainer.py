@@ -20,6 +20,7 @@ from megatron_bert.training.build import build_model
 from megatron_bert.training.divergence import Watch, diagnosed
 from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
+from megatron_bert.training.memory import MemoryMeter
 from megatron_bert.training.meter import Meter
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
@@ -115,6 +116,7 @@ class Trainer:
             timeout_seconds=settings.checkpoint.timeout_seconds,
             keep_every=settings.checkpoint.keep_every,
         )
+        self.memory = MemoryMeter(self)
         self.watch, self.spikes = Watch(self), Spikes(settings.training)
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
@@ -150,16 +152,17 @@ class Trainer:
             self.clock.begin_step()
             with self.clock.on_host():
                 step_batches = [next(batches) for _ in range(self.engine.schedule.microbatches)]
-            sums = self.train_step(step_batches)
+            with self.memory.measuring(self._logs(self.step + 1) or self.step + 1 in profiler.steps):
+                sums = self.train_step(step_batches)
             meter.count(step_batches)
             stop.save_failed = self.checkpoints.failed
             reason = stop.agreed()
-            profiler.after(self.step, report, last=reason is not None or self.step == total)
+            profiler.after(self.step, self.memory.parts, report, last=reason is not None or self.step == total)
             report.advance()
             self.saving.report(report)
             if stop.save_failed:
                 self.saving.settle(report)
-            if self.step % settings.logging.every == 0 or self.step == total:
+            if self._logs(self.step):
                 self._log(sums, meter, report)
                 if settings.logging.trace:
                     self._write_timeline(report)
@@ -314,6 +317,7 @@ class Trainer:
                 "consumed_samples": self.consumed_samples,
                 "skipped_samples": self.skipped_samples or None,
                 **meter.read(),
+                **self.memory.read(),
             }
         )
         for note in meter.ranks.notes:
@@ -330,6 +334,9 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         last = self.step == self.objective.total_steps
         return self.objective.evaluates and (last or self._due(self.objective.evaluate_every))
+
+    def _logs(self, step: int) -> bool:
+        return step % self.settings.logging.every == 0 or step == self.objective.total_steps
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -126,6 +126,8 @@ class PipelineEngine:
         self._last_backward = {action.stage: action for action in schedule.actions[rank] if action.kind is last_kind}
         self.recorded: list[TimedAction] = []
         self.step_began = 0.0
+        #: Called after each action of this rank; None calls nothing.
+        self.after_action: Callable[[Action], None] | None = None
 
     def run(self, forward: StageForward, shape: ActivationShape) -> None:
         """Run one step.
@@ -164,6 +166,8 @@ class PipelineEngine:
         began = self._now()
         with nullcontext() if self.clock is None else self.clock.on_device():
             produced = self._compute(action, taken, state)
+        if self.after_action is not None:
+            self.after_action(action)
         if self.record:
             self.recorded.append(TimedAction(self.rank, action, began, self._now()))
         if produced is None:

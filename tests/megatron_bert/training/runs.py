@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_bert.config import Settings
+from megatron_bert.training.memory import PARTS, PEAK
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.checkpoint import STATE_FILE, read_state
 from parallel.checkpoint_reader import load_tensors
@@ -16,7 +17,7 @@ from parallel.stored.distributed_files import METADATA, read_metadata
 from parallel.stored.file_range import FileRange
 from tests.megatron_bert.training.layouts import Case
 
-#: Depends on how long a step took.
+#: Depends on how long a step took, on the layout, or on what the process has done before.
 TIMED = (
     "tokens_per_second",
     "step_seconds",
@@ -26,6 +27,7 @@ TIMED = (
     "step_seconds_max",
     "slowest_rank",
     "slowest_host",
+    *(f"memory_{part}" for part in (*PARTS, PEAK, "rank")),
 )
 STEPS = 6
 
