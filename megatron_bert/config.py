@@ -279,7 +279,11 @@ class RunTrainingSettings(Section):
         description="Activations computed again in the backward pass: none, selective (the activation of the MLP, "
         "and attention that is not fused), full (everything but layer inputs).",
     )
-    compile: bool = Field(False, description="Compile each layer with torch.compile; pays off on GPUs.")
+    compile: bool | Literal["all"] = Field(
+        False,
+        description="Compile each layer with torch.compile; pays off on GPUs. all compiles embeddings, dropout keys "
+        "and, in pretraining, the masked-language head and losses as well; it has not been run on a GPU yet.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; auto takes CUDA if there is any."
     )

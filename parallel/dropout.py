@@ -12,10 +12,13 @@ xor-shift finalizer (the shape of those of SplitMix and MurmurHash3). Arithmetic
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from parallel.simulated_device import has_numbers
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _COLUMN_KEY = 0x9E3779B9 - (1 << 32)
@@ -48,12 +51,43 @@ def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
 
 def _row_seed(keys: Tensor) -> Tensor:
     folded = fold_in(keys, 0x2545F491)
+    if not torch.compiler.is_compiling() and sys.byteorder == "little":
+        return folded.contiguous().view(torch.int32)[..., ::2]  # as below, without a kernel
     # The low 32 bits as a signed int32, without relying on how an out-of-range cast behaves.
     low = folded & 0xFFFFFFFF
     return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
 
 
-def keep_mask(keys: Tensor, columns: int | Tensor, probability: float, first_column: int = 0) -> Tensor:
+#: Of numbers of columns that were asked for, so many are kept.
+_MOST_HELD = 64
+_held: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def hashed_columns(columns: int, device: torch.device, first_column: int = 0) -> Tensor:
+    """What :func:`keep_mask` makes of column numbers, computed once: int32 ``[columns]``.
+
+    Args:
+        columns: how many.
+        device: of the result.
+        first_column: global index of the first, where columns are divided over ranks.
+    """
+    place = first_column, columns, device
+    if place not in _held:
+        while len(_held) >= _MOST_HELD:
+            _held.pop(next(iter(_held)))
+        with torch.inference_mode(False):
+            _held[place] = _hashed_columns(columns, device, first_column)
+    return _held[place]
+
+
+def _hashed_columns(columns: int, device: torch.device, first_column: int) -> Tensor:
+    numbers = torch.arange(first_column, first_column + columns, device=device, dtype=torch.int32)
+    return _mix32_(numbers ^ _COLUMN_KEY)
+
+
+def keep_mask(
+    keys: Tensor, columns: int | Tensor, probability: float, first_column: int = 0, *, hashed: Tensor | None = None
+) -> Tensor:
     """Which elements are kept.
 
     Args:
@@ -62,16 +96,20 @@ def keep_mask(keys: Tensor, columns: int | Tensor, probability: float, first_col
             ``[..., columns]``.
         probability: that an element is dropped, 0 <= probability < 1; exact to 2^-32.
         first_column: global index of the first column here, where columns are divided over ranks.
+        hashed: :func:`hashed_columns` of them, for compiled code, which would compute it again for every element.
 
     Returns:
         bool ``[..., columns]``.
     """
     # Columns are distinguished by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
-    if isinstance(columns, Tensor):
-        column = columns
-    else:
-        column = torch.arange(first_column, first_column + columns, device=keys.device, dtype=torch.int32)
-    bits = _mix32_(_row_seed(keys)[..., None] ^ _mix32_(column ^ _COLUMN_KEY))
+    if hashed is None:
+        if isinstance(columns, Tensor):
+            hashed = _mix32_(columns ^ _COLUMN_KEY)
+        elif torch.compiler.is_compiling() or not has_numbers(keys):
+            hashed = _hashed_columns(columns, keys.device, first_column)
+        else:
+            hashed = hashed_columns(columns, keys.device, first_column)
+    bits = _mix32_(_row_seed(keys)[..., None] ^ hashed)
     return bits >= round(probability * 2**32) - 2**31
 
 
@@ -101,7 +139,13 @@ def mask_and_scale(x: Tensor, kept: Tensor, probability: float) -> Tensor:
 
 
 def keyed_dropout(
-    x: Tensor, probability: float, keys: Tensor, first_column: int = 0, *, keep_nothing: bool = False
+    x: Tensor,
+    probability: float,
+    keys: Tensor,
+    first_column: int = 0,
+    *,
+    keep_nothing: bool = False,
+    hashed: Tensor | None = None,
 ) -> Tensor:
     """Zero elements with ``probability`` and scale the rest by 1 / (1 - probability).
 
@@ -112,9 +156,10 @@ def keyed_dropout(
         first_column: global index of the first column, where columns are divided over ranks.
         keep_nothing: compute the mask again in the backward pass instead of keeping it, a byte an element. Compiled
             code decides that for itself.
+        hashed: as of :func:`keep_mask`.
     """
     if probability == 0.0:
         return x
     if keep_nothing and not torch.compiler.is_compiling():
         return _RehashedDropout.apply(x, probability, keys, first_column)
-    return mask_and_scale(x, keep_mask(keys, x.shape[-1], probability, first_column), probability)
+    return mask_and_scale(x, keep_mask(keys, x.shape[-1], probability, first_column, hashed=hashed), probability)

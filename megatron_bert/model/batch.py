@@ -47,10 +47,6 @@ class TokenBatch:
         pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
         return replace(self, layout=self.layout.pin_memory(), **pinned)
 
-    def dropout_keys(self, seed: int) -> Tensor:
-        """int64 ``[T]``: a key for each token that depends on (seed, sample, position) alone."""
-        return fold_in(fold_in(self.samples, seed), self.positions)
-
     def predictions(self) -> int:
         """Positions whose words the masked-language head predicts, for counting operations."""
         return 0
@@ -59,6 +55,11 @@ class TokenBatch:
         """The fields that are tensors, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def token_keys(samples: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """A dropout key for each token that depends on (seed, sample, position) alone: int64 ``[T]``, as its arguments."""
+    return fold_in(fold_in(samples, seed), positions)
 
 
 @dataclass(frozen=True, kw_only=True)

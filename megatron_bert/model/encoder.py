@@ -14,7 +14,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm, TransformerLayer, own_tokens
 from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.dropout import fold_in, keyed_dropout
+from parallel.dropout import fold_in, hashed_columns, keyed_dropout
 from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute
@@ -71,6 +71,7 @@ class BertEmbeddings(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.dropout = tp, config.hidden_dropout_prob
+        self._hashed: Tensor | None = None
         self.absolute = config.position_embedding_type == "absolute"
         size, std = config.hidden_size, config.initializer_range
         self.word_embeddings = _word_embeddings(config, tp, device)
@@ -106,14 +107,22 @@ class BertEmbeddings(nn.Module):
         Returns:
             ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
         """
-        hidden = self._words(tokens) if embedded is None else embedded
-        if self.absolute:
-            hidden = hidden + self.position_embeddings(own_tokens(positions, self.tp))
-        hidden = hidden + self.token_type_embeddings(own_tokens(types, self.tp))
+        words = self._words(tokens) if embedded is None else embedded
+        places = self.position_embeddings(own_tokens(positions, self.tp)) if self.absolute else None
+        return self._sum(words, places, self.token_type_embeddings(own_tokens(types, self.tp)), dropout_keys)
+
+    def compile_forward(self) -> None:
+        """Compile the sum and what follows; rows of tables are picked, and their gradients summed, by torch."""
+        table = self.token_type_embeddings.weight
+        self._sum = torch.compile(self._sum, fullgraph=True)  # type: ignore[method-assign]
+        self._hashed = hashed_columns(table.shape[1], table.device)
+
+    def _sum(self, words: Tensor, places: Tensor | None, types: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        hidden = (words if places is None else words + places) + types
         hidden = hidden if self.norm is None else self.norm(hidden)
-        return (
-            hidden if dropout_keys is None else keyed_dropout(hidden, self.dropout, own_tokens(dropout_keys, self.tp))
-        )
+        if dropout_keys is None:
+            return hidden
+        return keyed_dropout(hidden, self.dropout, own_tokens(dropout_keys, self.tp), hashed=self._hashed)
 
     def _words(self, tokens: Tensor | None) -> Tensor:
         assert tokens is not None, "either tokens or their embeddings are given"
@@ -184,6 +193,10 @@ class Encoder(nn.Module):
     def layer_list(self) -> list[TransformerLayer]:
         """The layers of this part of the stack, lowest first."""
         return [layer for layer in self.layers.values() if isinstance(layer, TransformerLayer)]
+
+    def compile_keys(self) -> None:
+        """Compile the folding of dropout keys."""
+        self._layer_keys = torch.compile(self._layer_keys, fullgraph=True)  # type: ignore[method-assign]
 
     def forward(
         self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: EncoderRequest | None = None

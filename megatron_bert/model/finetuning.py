@@ -89,7 +89,7 @@ class BertForTask(EncoderStage):
         Returns:
             ``[R, outputs]`` on the last stage, hidden states like ``received`` on others.
         """
-        dropout_keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
+        dropout_keys = self.dropout_keys(batch, dropout_seed)
         hidden = self.encode(batch, dropout_keys, received)
         if not self.part.last:
             return hidden

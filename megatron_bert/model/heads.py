@@ -109,6 +109,13 @@ class MaskedLanguageHead(ParallelModule):
         Returns:
             ``[K, padded_vocab/t]``.
         """
+        return self._logits(selected, word_embeddings)
+
+    def compile_forward(self) -> None:
+        """Compile the computation, which leaves hooks of data parallelism outside the compiled graph."""
+        self._logits = torch.compile(self._logits, fullgraph=True)  # type: ignore[method-assign]
+
+    def _logits(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
         features = self.norm(ACTIVATIONS[self.hidden_act](self.dense(selected)))
         return column_parallel_linear(features, word_embeddings, self.bias, self.tp, sequence=False)
 

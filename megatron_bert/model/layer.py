@@ -17,7 +17,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.requests import AttentionRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
-from parallel.dropout import fold_in, keyed_dropout
+from parallel.dropout import fold_in, hashed_columns, keyed_dropout
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
@@ -106,6 +106,7 @@ class TransformerLayer(nn.Module):
         self.tp, self.recompute, self.dropout = tp, recompute, config.hidden_dropout_prob
         self.post_norm = config.layer_norm_placement == "post"
         size, eps = config.hidden_size, config.layer_norm_eps
+        self._hashed: Tensor | None = None
         self.attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
         self.attention = SelfAttention(config, tp=tp, recompute=recompute, device=device)
         if config.add_cross_attention:
@@ -139,6 +140,7 @@ class TransformerLayer(nn.Module):
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
         self._run = torch.compile(self._run, fullgraph=True)  # type: ignore[method-assign]
+        self._hashed = hashed_columns(self.mlp_norm.weight.shape[0], self.mlp_norm.weight.device)
 
     def _run(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
         return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys)
@@ -181,7 +183,7 @@ class TransformerLayer(nn.Module):
         if dropout_keys is None:
             return x
         row_keys = fold_in(own_tokens(dropout_keys, self.tp), place)
-        return keyed_dropout(x, self.dropout, row_keys, keep_nothing=self.recompute == "full")
+        return keyed_dropout(x, self.dropout, row_keys, keep_nothing=self.recompute == "full", hashed=self._hashed)
 
 
 def _fold(dropout_keys: Tensor | None, place: int) -> Tensor | None:

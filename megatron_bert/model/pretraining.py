@@ -63,6 +63,12 @@ class BertForPretraining(EncoderStage):
         self.masked_head = MaskedLanguageHead(config, tp=tp, device=device) if last else None
         self.pair_head = SentencePairHead(config, device=device) if last and config.binary_head else None
 
+    def compile_forward(self, *, everything: bool) -> None:
+        """Compile each layer, and with ``everything`` embeddings, dropout keys and the masked-language head."""
+        super().compile_forward(everything=everything)
+        if everything and self.masked_head is not None:
+            self.masked_head.compile_forward()
+
     def forward(
         self, batch: MicroBatch, dropout_seed: int | None = None, received: Tensor | None = None
     ) -> PretrainingLogits | Tensor:
@@ -77,7 +83,7 @@ class BertForPretraining(EncoderStage):
         Returns:
             Logits on the last stage, hidden states like ``received`` on others.
         """
-        dropout_keys = None if dropout_seed is None else batch.dropout_keys(dropout_seed)
+        dropout_keys = self.dropout_keys(batch, dropout_seed)
         hidden = self.encode(batch, dropout_keys, received)
         if self.masked_head is None or self.embeddings is None:
             return hidden
@@ -100,11 +106,17 @@ class LossSums(NamedTuple):
 
 def loss_sums(logits: PretrainingLogits, batch: MicroBatch, vocab_size: int, tp: TensorParallel = SINGLE) -> LossSums:
     """Cross entropies of a micro batch, summed over its masked tokens and over its sentence pairs."""
-    masked = vocab_parallel_cross_entropy(logits.masked, batch.slot_labels, vocab_size, tp).sum()
-    if logits.pair is None:
-        return LossSums(masked, torch.zeros_like(masked))
-    pair = F.cross_entropy(logits.pair.float(), batch.pair_labels, reduction="sum", ignore_index=IGNORED)
-    return LossSums(masked, pair)
+    return LossSums(*cross_entropies(logits.masked, logits.pair, batch.slot_labels, batch.pair_labels, vocab_size, tp))
+
+
+def cross_entropies(
+    masked: Tensor, pair: Tensor | None, slot_labels: Tensor, pair_labels: Tensor, vocab_size: int, tp: TensorParallel
+) -> tuple[Tensor, Tensor]:
+    """The same of tensors, as compiled code takes them."""
+    total = vocab_parallel_cross_entropy(masked, slot_labels, vocab_size, tp).sum()
+    if pair is None:
+        return total, torch.zeros_like(total)
+    return total, F.cross_entropy(pair.float(), pair_labels, reduction="sum", ignore_index=IGNORED)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.model.batch import TokenBatch
+from megatron_bert.model.batch import TokenBatch, token_keys
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder, TiedWordEmbeddings
 from parallel.mesh import SINGLE, TensorParallel
@@ -58,6 +58,7 @@ class EncoderStage(ModelStage):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(config, tp=tp, part=part)
+        self._token_keys = token_keys
         self.embeddings: BertEmbeddings | TiedWordEmbeddings | None = None
         if self.part.first:
             self.embeddings = BertEmbeddings(config, tp=tp, device=device)
@@ -66,10 +67,28 @@ class EncoderStage(ModelStage):
             self.embeddings = TiedWordEmbeddings(config, tp=tp, device=device)
         self.encoder = Encoder(config, tp=tp, layers=self.part.layers, recompute=recompute, device=device)
 
+    def compile_forward(self, *, everything: bool) -> None:
+        """Compile each layer, before data parallelism wraps it.
+
+        Args:
+            everything: the embeddings, the dropout keys and the heads as well.
+        """
+        for layer in self.encoder.layer_list():
+            layer.compile_forward()
+        if everything:
+            self.encoder.compile_keys()
+            self._token_keys = torch.compile(token_keys, fullgraph=True)
+            if isinstance(self.embeddings, BertEmbeddings):
+                self.embeddings.compile_forward()
+
     @property
     def word_embeddings(self) -> nn.Parameter | None:
         """This stage's copy of the word embeddings; None where it has none."""
         return None if self.embeddings is None else self.embeddings.word_embeddings.weight
+
+    def dropout_keys(self, batch: TokenBatch, seed: int | None) -> Tensor | None:
+        """The dropout keys of a batch, int64 ``[T]``; None without a seed."""
+        return None if seed is None else self._token_keys(batch.samples, batch.positions, seed)
 
     def encode(self, batch: TokenBatch, dropout_keys: Tensor | None, received: Tensor | None) -> Tensor:
         """Hidden states after the stage's layers: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.

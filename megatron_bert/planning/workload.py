@@ -140,7 +140,7 @@ def workload_of(
         global_batch=settings.training.global_batch_size,
         steps=steps,
         compute=settings.precision.compute,
-        compiled=settings.training.compile,
+        compiled=bool(settings.training.compile),
         losses=2 if pretraining and config.binary_head else 1,
         fused_attention=settings.training.device != "cpu",
         head=None if pretraining else head or TaskHead(),

@@ -38,13 +38,11 @@ def build_model(
             initialize(stage, settings.training.seed)
             notes |= dict.fromkeys(objective.fill(stage))
         objective.change(stage, fresh=draw)
-        layers = stage.encoder.layer_list()
         if settings.training.compile:
-            for layer in layers:
-                layer.compile_forward()
+            stage.compile_forward(everything=settings.training.compile == "all")
         apply_data_parallel(
             stage,
-            layers,
+            stage.encoder.layer_list(),
             mesh,
             sharding=settings.parallel.sharding,
             compute_dtype=DTYPES[settings.precision.compute],
@@ -52,6 +50,8 @@ def build_model(
             alone=_alone(stage, schedule, objective),
         )
         stages[index] = stage
+    if settings.training.compile == "all":
+        objective.compile_loss()
     held: dict[int, ModelStage] = {**stages}
     if not objective.tied:
         return StagedModel(held, None, tuple(notes))

@@ -89,6 +89,9 @@ class Objective(ABC, Generic[StageT]):
             fresh: whether it is filled.
         """
 
+    def compile_loss(self) -> None:
+        """Compile what :meth:`loss_sums` computes; it stays as it is by default."""
+
     def extra_tensors(self, stage: StageT) -> dict[str, Tensor]:  # noqa: ARG002
         """What checkpoints hold of a stage beside its parameters: global name -> tensor, the same on every rank."""
         return {}

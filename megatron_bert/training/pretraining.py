@@ -19,7 +19,7 @@ from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.model.batch import MicroBatch, TokenBatch
 from megatron_bert.model.flops import head_in_layers
-from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits, loss_sums
+from megatron_bert.model.pretraining import BertForPretraining, PretrainingLogits, cross_entropies
 from megatron_bert.training.data_report import describe_held_out_data, describe_training_data
 from megatron_bert.training.evaluation import evaluate
 from megatron_bert.training.objective import Objective
@@ -51,6 +51,7 @@ class Pretraining(Objective[BertForPretraining]):
         self.starts_from = settings.model.from_
         self.total_steps = settings.training.steps
         self.evaluate_every = settings.training.evaluate_every
+        self._cross_entropies = cross_entropies
         self._corpora: dict[Part, BlendedCorpus] = {}
         self.evaluates = holds_out(settings.data)
         if not self.total_steps and not self.evaluates:
@@ -130,8 +131,15 @@ class Pretraining(Objective[BertForPretraining]):
 
     def loss_sums(self, output: PretrainingLogits, batch: TokenBatch, tp: TensorParallel) -> Tensor:
         """Cross entropies of masked tokens, and of sentence pairs."""
-        sums = loss_sums(output, cast(MicroBatch, batch), self.config.vocab_size, tp)
+        given = cast(MicroBatch, batch)
+        sums = self._cross_entropies(
+            output.masked, output.pair, given.slot_labels, given.pair_labels, self.config.vocab_size, tp
+        )
         return torch.stack(sums[: len(self.loss_names)])
+
+    def compile_loss(self) -> None:
+        """Compile the cross entropies."""
+        self._cross_entropies = torch.compile(cross_entropies, fullgraph=True)
 
     def evaluate(self, model: StagedModel, engine: PipelineEngine, mesh: ParallelMesh) -> dict[str, float]:
         """Loss, perplexity and accuracy on held-out samples, the same every time."""

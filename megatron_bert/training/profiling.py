@@ -162,7 +162,7 @@ def _parts_marked(trainer: RunState) -> Iterator[None]:
     """Mark what modules and the steps around them do for the profiler."""
     with ExitStack() as stack:
         for stage in trainer.model.stages.values():
-            for name, module in _named_parts(stage, compiled=trainer.settings.training.compile):
+            for name, module in _named_parts(stage, compiled=bool(trainer.settings.training.compile)):
                 stack.enter_context(_marked_module(module, name))
         for owner, method, name in (
             (trainer.objective, "loss_sums", "loss"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.batch import token_keys
 from megatron_bert.model.encoder import Encoder
 from parallel.data_parallel import apply_data_parallel
 from parallel.gradients import sum_token_partial_gradients
@@ -61,7 +62,7 @@ def _step(
     total = len(batch.tokens)
     x = torch.randn(total, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
     x = (x.chunk(tp.size)[tp.rank] if tp.sequence else x).to(dtype, copy=True).requires_grad_()
-    out = encoder(x, batch.layout, batch.dropout_keys(5) if dropout else None)
+    out = encoder(x, batch.layout, token_keys(batch.samples, batch.positions, 5) if dropout else None)
     (out * torch.linspace(-1, 1, CONFIG.hidden_size)).square().sum().backward()
     sum_token_partial_gradients(encoder, tp)
     results = {name: whole(parameter.grad) for name, parameter in encoder.named_parameters()}
@@ -149,5 +150,6 @@ def test_undivided_layers_share_one_graph_and_give_the_eager_result(act):
 def test_no_graph_breaks():
     encoder, batch = _encoder(SINGLE), make_batch()
     x = torch.randn(len(batch.tokens), CONFIG.hidden_size)
-    explained = torch._dynamo.explain(encoder.layers["0"]._forward)(x, batch.layout, batch.dropout_keys(5))
+    keys = token_keys(batch.samples, batch.positions, 5)
+    explained = torch._dynamo.explain(encoder.layers["0"]._forward)(x, batch.layout, keys)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)

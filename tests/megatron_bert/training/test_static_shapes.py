@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -16,6 +17,7 @@ from megatron_bert.config_checks import check_settings
 from megatron_bert.data.loader import MicroBatchSource
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.pretraining import Pretraining
+from megatron_bert.training.run_state import StepSums
 from megatron_bert.training.trainer import Trainer
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World
@@ -48,24 +50,74 @@ def test_a_thousand_micro_batches_have_one_shape(folder: Path) -> None:
     assert source.open_rows().samples_before(4000) > 4000, "most rows hold several samples"
 
 
-def _graphs_after_each_step(folder: Path) -> list[int]:
-    """Of training with compiled layers and dropout, and an evaluation after the second step."""
-    wanted = settings(folder, training__compile=True)
+def _trainer(folder: Path, compiled: bool | str, backend: str, **changes: object) -> Trainer:
+    wanted = settings(folder, training__compile=compiled, **changes)
     mesh = ParallelMesh(check_settings(wanted, 1), CPU)
     objective = Pretraining(wanted, load_tokenizer(wanted.tokenizer.path))
-    with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
-        trainer = Trainer(wanted, objective, mesh, World(rank=0, size=1, local_rank=0, device=CPU), None)
-    batches = trainer.objective.training_batches(mesh, 0, 12, CPU)
+    with mock.patch("torch.compile", partial(torch.compile, backend=backend)):
+        return Trainer(wanted, objective, mesh, World(rank=0, size=1, local_rank=0, device=CPU), None)
+
+
+def _trained(trainer: Trainer, steps: int, after: Callable[[StepSums], None]) -> None:
+    batches = trainer.objective.training_batches(trainer.mesh, 0, steps, CPU)
+    for _ in range(steps):
+        after(trainer.train_step([next(batches) for _ in range(trainer.engine.schedule.microbatches)]))
+    trainer.close()
+
+
+def _graphs_after_each_step(folder: Path, compiled: bool | str) -> list[int]:
+    """Of training with compiled code and dropout."""
+    trainer = _trainer(folder, compiled, "eager")
+    torch._dynamo.reset()
     counters.clear()
-    graphs = []
-    for _ in range(12):
-        trainer.train_step([next(batches) for _ in range(trainer.engine.schedule.microbatches)])
+    graphs: list[int] = []
+
+    def count(_: StepSums) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
         assert not counters["graph_break"]
+
+    _trained(trainer, 12, count)
     return graphs
 
 
-def test_nothing_is_compiled_after_the_first_step(folder: Path) -> None:
-    graphs = run_world(1, _graphs_after_each_step, folder)[0]
-    assert graphs[0] > 0
-    assert set(graphs) == {graphs[0]}
+@pytest.mark.parametrize(("compiled", "expected"), [(True, 1), ("all", 6)])
+def test_nothing_is_compiled_after_the_first_step(folder: Path, compiled: bool | str, expected: int) -> None:
+    """All: dropout keys of tokens and of layers, the sum of embeddings, a layer, the head and the losses."""
+    graphs = run_world(1, _graphs_after_each_step, folder, compiled)[0]
+    assert graphs == [expected] * 12
+
+
+def _never(_: torch.Tensor) -> bool:
+    return False
+
+
+def _losses(folder: Path, compiled: bool | str, backend: str, changes: dict[str, object]) -> list[list[float]]:
+    """Losses and the gradient's norm of three steps, with dropout; attention as compiled code has it."""
+    found: list[list[float]] = []
+    with mock.patch("megatron_bert.model.attention.in_parts", _never):
+        trainer = _trainer(folder, compiled, backend, **changes)
+        _trained(trainer, 3, lambda sums: found.append([*sums.losses.tolist(), sums.grad_norm.item()]))
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel__sharding": "full"}], ids=["float32", "sharded"])
+def test_compiled_code_computes_the_same_losses(folder: Path, changes: dict[str, object]) -> None:
+    """To the last bit, as torch differentiates it before a compiler fuses it."""
+    plain, layers, everything = (
+        run_world(1, _losses, folder, compiled, "aot_eager", changes)[0] for compiled in (False, True, "all")
+    )
+    assert plain == layers == everything
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_the_compiler_computes_the_same_losses(folder: Path, compute: str) -> None:
+    """But for rounding: sums of fused loops are in another order, and what is fused is not rounded in between."""
+    plain, everything = (
+        torch.tensor(
+            run_world(1, _losses, folder, compiled, "inductor", {"precision__compute": compute}, timeout=500)[0],
+            dtype=torch.float64,
+        )
+        for compiled in (False, "all")
+    )
+    torch.testing.assert_close(everything, plain, rtol=1e-5 if compute == "float32" else 2**-6, atol=0)
