@@ -2,7 +2,7 @@
 """The cpu backend: C++ with the best instructions that the processor has, chosen when a plan is made ready.
 
 The instruction set is that of the environment variable ``MEGATRON_BERT_CPU_TARGET`` (plain, avx2, avxvnni, avx512 or
-amx) if it is set.
+amx; on ARM plain, neon, neon_dot or neon_i8mm) if it is set.
 """
 
 from __future__ import annotations

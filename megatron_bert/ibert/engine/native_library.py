@@ -26,19 +26,22 @@ BUILT_WITH_WHEEL = SOURCES / "built"
 _STAMP = "sources.sha256"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
+_ARM = "-march=armv8.2-a+dotprod"
 #: Instruction sets by the suffix of their macro, with the compiler's flags; those it does not know are left out.
-_X86 = {
+_X86: dict[str, tuple[str, ...]] = {
     "AVX2": ("-mavx2",),
     "AVX2_SEVEN": ("-mavx2",),
     "AVXVNNI": ("-mavx2", "-mavxvnni"),
     "AVX512": _AVX512,
     "AMX": (*_AVX512, "-mamx-tile", "-mamx-int8"),
 }
+_AARCH64: dict[str, tuple[str, ...]] = {"NEON": (), "NEON_DOT": (_ARM,), "NEON_I8MM": (f"{_ARM}+i8mm",)}
+_OF_MACHINES = {"x86_64": _X86, "AMD64": _X86, "aarch64": _AARCH64, "arm64": _AARCH64}
 
 
-def targets() -> dict[str, tuple[str, ...]]:
-    """Instruction sets for this kind of processor, with the compiler's flags."""
-    return {"PLAIN": (), **(_X86 if platform.machine() in ("x86_64", "AMD64") else {})}
+def targets(machine: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Instruction sets for a kind of processor (this one by default), with the compiler's flags."""
+    return {"PLAIN": (), **_OF_MACHINES.get(machine or platform.machine(), {})}
 
 
 def compiler() -> str:
@@ -61,12 +64,13 @@ def sources_hash() -> str:
     return digest.hexdigest()
 
 
-def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
+def build(folder: Path, extra: tuple[str, ...] = (), machine: str | None = None) -> Path:
     """Compile the library.
 
     Args:
         folder: that exists; gets the library and its objects.
         extra: flags of the compiler, such as those of sanitizers.
+        machine: the kind of processor that the compiler compiles for; this one by default.
 
     Returns:
         The library.
@@ -75,7 +79,7 @@ def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
         UserError: the compiler fails.
     """
     cxx = compiler()
-    wanted = targets()
+    wanted = targets(machine)
 
     def compiled(name: str, source: str, flags: tuple[str, ...]) -> Path:
         path = folder / f"{name}.o"

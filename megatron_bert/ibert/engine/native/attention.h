@@ -5,7 +5,7 @@
 struct AttentionShape {
   int dim, longest;
   int padded_dim, value_panels, key_panels, padded_keys, query_block;
-  size_t keys_at, key_starts_at, values_at, queries_at, scores_at, numerators_at, means_at, bytes;
+  size_t keys_at, key_starts_at, values_at, value_starts_at, queries_at, scores_at, numerators_at, means_at, bytes;
 };
 using QueryPart = AttentionProducts::Activation;
 
@@ -28,6 +28,7 @@ static AttentionShape attention_shape(int dim, int longest) {
   s.keys_at = take(size_t(s.key_panels) * NR * s.padded_dim);
   s.key_starts_at = take(size_t(s.key_panels) * NR * 4);
   s.values_at = take(size_t(s.value_panels) * NR * s.padded_keys);
+  s.value_starts_at = take(size_t(s.value_panels) * NR * 4);
   s.queries_at = take(size_t(s.query_block) * s.padded_dim * sizeof(QueryPart));
   s.scores_at = take(size_t(s.query_block) * s.key_panels * NR * 4);
   s.numerators_at = take(size_t(s.query_block) * s.padded_keys * sizeof(QueryPart) + 64);
@@ -75,13 +76,22 @@ static void pack_keys(const AttentionShape& s, const int8_t* keys, size_t stride
   }
 }
 
-// Values as the weights of a product whose inner dimension are the keys.
+// Values as the weights of a product whose inner dimension are the keys. The start of a column undoes what has been
+// subtracted from numerators.
 static void pack_values(const AttentionShape& s, const int8_t* values, size_t stride, int count, int padded,
                         uint8_t* scratch) {
   auto* packed = (int8_t*)scratch + s.values_at;
   const size_t panel_bytes = size_t(NR) * padded;
   if (count < padded || s.dim % NR) std::memset(packed, 0, panel_bytes * s.value_panels);
   const int dim = s.dim, value_panels = s.value_panels;
+  auto* starts = (int32_t*)(scratch + s.value_starts_at);
+  std::memset(starts, 0, size_t(value_panels) * NR * 4);
+  static_assert(AttentionProducts::LESS == 0 || column(NR / 2) == NR / 2, "columns in natural order");
+  if (AttentionProducts::LESS) {
+    for (int key = 0; key < count; key++)
+      for (int d = 0; d < dim; d++) starts[d] += values[key * stride + d];
+    for (int d = 0; d < dim; d++) starts[d] *= AttentionProducts::LESS;
+  }
   int key = 0;
 #if defined(TARGET_AVX512) || defined(TARGET_AMX) || defined(TARGET_AVXVNNI)
   // Four keys by sixteen columns at a time: bytes of a column together.
@@ -120,6 +130,16 @@ static void pack_values(const AttentionShape& s, const int8_t* values, size_t st
         int8_t* to = packed + panel * panel_bytes + AttentionProducts::place(key, 0);
         _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi64(lo, hi));
         _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi64(lo, hi));
+      }
+    }
+#elif defined(TARGET_NEON) || defined(TARGET_NEON_DOT)
+  // Four keys by eight columns, which is a panel.
+  if (dim % NR == 0)
+    for (; key + 4 <= count; key += 4) {
+      const int8_t* row = values + key * stride;
+      for (int panel = 0; panel < value_panels; panel++, row += NR) {
+        const int8x8x4_t four = {{vld1_s8(row), vld1_s8(row + stride), vld1_s8(row + 2 * stride), vld1_s8(row + 3 * stride)}};
+        vst4_s8(packed + panel * panel_bytes + AttentionProducts::place(key, 0), four);
       }
     }
 #endif
@@ -179,7 +199,7 @@ static inline int32_t numerators(const int32_t* scores, int keys, int padded, in
     if constexpr (sizeof(QueryPart) == 2)
       S::store(out + i, p);
     else
-      S::store8(out + i, p);
+      S::store8(out + i, S::sub16(p, S::set16(AttentionProducts::LESS)));
   };
   int i = 0;
   for (; i + NR <= keys; i += NR) put(i, step(i));
@@ -222,7 +242,7 @@ struct AttentionJob {
     const auto* keys = (const int8_t*)memory + s.keys_at;
     const auto* key_starts = (const int32_t*)(memory + s.key_starts_at);
     const auto* values = (const int8_t*)memory + s.values_at;
-    alignas(64) static const int32_t no_start[NR] = {};
+    const auto* value_starts = (const int32_t*)(memory + s.value_starts_at);
     const V multiplier = S::set16(layer->score_multiplier);
     constexpr int MR = AttentionProducts::MR;
     int32_t totals[64];
@@ -244,7 +264,7 @@ struct AttentionJob {
       for (int panel = 0; panel < s.value_panels; panel++) {
         for (int r = 0; r < rows; r += MR)
           AttentionProducts::tile(own_numerators + r * padded, padded, rows - r < MR ? rows - r : MR,
-                                  values + size_t(panel) * NR * padded, padded, no_start, means + r * NR, NR);
+                                  values + size_t(panel) * NR * padded, padded, value_starts + panel * NR, means + r * NR, NR);
         for (int r = 0; r < rows; r++) {
           const int length = bit_length(totals[r]);
           const uint64_t inverse = (uint64_t(1) << (length + 15)) / uint64_t(totals[r]);

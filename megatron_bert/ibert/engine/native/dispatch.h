@@ -13,6 +13,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -35,6 +36,15 @@ extern const Target target_avx512;
 #endif
 #if defined(HAVE_AMX)
 extern const Target target_amx;
+#endif
+#if defined(HAVE_NEON)
+extern const Target target_neon;
+#endif
+#if defined(HAVE_NEON_DOT)
+extern const Target target_neon_dot;
+#endif
+#if defined(HAVE_NEON_I8MM)
+extern const Target target_neon_i8mm;
 #endif
 
 namespace {
@@ -88,6 +98,30 @@ std::vector<Choice> choices() {
 #endif
   out.push_back({&target_plain, true});
   (void)avx512, (void)amx, (void)vnni;
+  return out;
+}
+#elif defined(__aarch64__)
+// Every such processor has NEON. What else it has Linux says; elsewhere all that this is compiled for have it, or none.
+std::vector<Choice> choices() {
+  bool dot = false, i8mm = false;
+#if defined(__linux__)
+  dot = getauxval(AT_HWCAP) >> 20 & 1;
+  i8mm = getauxval(AT_HWCAP2) >> 13 & 1;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  dot = true;
+#endif
+  std::vector<Choice> out;
+#if defined(HAVE_NEON_I8MM)
+  out.push_back({&target_neon_i8mm, i8mm});
+#endif
+#if defined(HAVE_NEON_DOT)
+  out.push_back({&target_neon_dot, dot});
+#endif
+#if defined(HAVE_NEON)
+  out.push_back({&target_neon, true});
+#endif
+  out.push_back({&target_plain, true});
+  (void)dot, (void)i8mm;
   return out;
 }
 #else

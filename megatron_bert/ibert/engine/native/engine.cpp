@@ -91,6 +91,11 @@ unsigned integer_engine_float_flags(int clear) {
   const unsigned flags = _mm_getcsr() & 63;
   if (clear) _mm_setcsr(_mm_getcsr() & ~63u);
   return flags;
+#elif defined(__aarch64__)
+  uint64_t status;
+  __asm__ volatile("mrs %0, fpsr" : "=r"(status));
+  if (clear) __asm__ volatile("msr fpsr, %0" : : "r"(status & ~uint64_t(0x9f)));
+  return unsigned(status & 0x9f);
 #else
   (void)clear;
   return 0;

@@ -13,12 +13,13 @@
 #include "pool.h"
 
 namespace ibert {
-namespace {
 
 struct PackedLayer {
   uint8_t* matrices[4];
   Block norms[2];
 };
+
+namespace {
 
 // rs and sat16 of one value.
 int32_t shifted(int32_t a, int shift) {
@@ -186,7 +187,7 @@ class Engine {
                                     &l.output_rescale};
       for (int i = 0; i < 4; i++) {
         p.matrices[i] = next;
-        target_->pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point : target_->zero, next);
+        target_->pack(*matrices[i], rescales[i], i == 3 ? l.gelu.zero_point - target_->less : target_->zero, next);
         next += rounded_up(target_->packed_bytes(*matrices[i]), 64);
       }
       forget();

@@ -18,7 +18,7 @@ typedef struct integer_engine integer_engine;
 
 /* The plan of a file, whose digest is checked, for so many threads (0: one). The file's tables are used where they are,
  * shared by all processes: it may be replaced or removed meanwhile, but must not be changed in place. The instruction set
- * is the best there is, or that of the environment variable MEGATRON_BERT_CPU_TARGET (plain, avx2, avxvnni, avx512, amx). */
+ * is the best there is, or that of the environment variable MEGATRON_BERT_CPU_TARGET (plain, avx2, avxvnni, avx512, amx; neon, neon_dot, neon_i8mm). */
 integer_engine *integer_engine_load(const char *path, int threads, char *error, size_t error_size);
 /* The same of a plan in memory, which is not needed afterwards; its digest is not looked at. */
 integer_engine *integer_engine_load_memory(const void *plan, size_t size, int threads, char *error, size_t error_size);
@@ -44,7 +44,7 @@ int integer_engine_encode(integer_engine *engine, const int32_t *tokens, const i
 int integer_engine_head(integer_engine *engine, const char *head, const int16_t *hidden, int rows, int32_t *logits,
                         char *error, size_t error_size);
 
-/* The floating-point status flags of this thread (MXCSR on x86), and clearing them: for tests. */
+/* The floating-point status flags of this thread (MXCSR on x86, FPSR on ARM), and clearing them: for tests. */
 unsigned integer_engine_float_flags(int clear);
 
 #ifdef __cplusplus

@@ -85,12 +85,12 @@ static void layer(Pool* pool, const Layer& l, const Packed* const matrices[4], c
     norm8(pool, norms[1], hidden, rows, b.stream, stride, narrow, stride);
   }
   const GeluConstants gelu_constants(l.gelu.exponent);
-  const int zero_point = l.gelu.zero_point, top = l.gelu.top;
+  const int zero_point = l.gelu.zero_point, top = l.gelu.top, stored_zero = zero_point - Products::LESS;
   const V scale = S::set16(l.gelu.multiplier);
   multiply<false>(pool, matrices[2], narrow, stride, rows, [=](int panel, int row, V v) {
     V y = S::mul(gelu(v, gelu_constants), scale);
     y = S::max16(S::min16(y, S::set16(top - zero_point)), S::set16(-zero_point));
-    store_activation<Activation, 0>(wide + row * wide_stride + panel * NR, S::add16(y, S::set16(zero_point)));
+    store_activation<Activation, 0>(wide + row * wide_stride + panel * NR, S::add16(y, S::set16(stored_zero)));
   });
   add_product(pool, matrices[3], wide, wide_stride, rows, l.output_read, l.output_limit, b.stream, stride);
   if (l.post) norm16(pool, norms[1], hidden, rows, b.stream, stride);

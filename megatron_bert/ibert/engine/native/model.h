@@ -77,7 +77,8 @@ struct Target {
   void (*pack)(const Matrix&, const Rescale*, int zero_of_input, uint8_t* memory);
   size_t (*packed_norm_bytes)(int columns);
   void (*pack_norm)(const Norm&, int columns, uint8_t* memory);
-  int zero;  // of symmetric activations
+  int zero;  // added to symmetric activations
+  int less;  // subtracted from activations without sign
 
   void (*layer)(Pool*, const Layer&, const Packed* const matrices[4], const PackedNorm* const norms[2], const Sizes&,
                 const int32_t* starts, const Buffers&);

@@ -42,6 +42,8 @@ class Threads : public Pool {
   static void pause() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
   }
   void all(void (*part)(void*, int), void* argument) {

@@ -4,12 +4,15 @@
 // A `Products` struct multiplies up to MR rows of activations with a panel of NR = Vectors::W columns of weights. A panel
 // holds its columns in the order in which packing two vectors of 32-bit sums to one of 16-bit results (which works within
 // 128-bit lanes) gives them back in natural order: `column(p)` is the natural column at place p.
+//
+// Products take activations without sign (ZERO has been added to those that have one), or with one (LESS has been
+// subtracted from those without: GELU's results and the numerators of softmax), or in 16 bits as they are.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 static constexpr int NR = Vectors::W;
-static inline int column(int p) {
+static constexpr int column(int p) {
   constexpr int half = NR / 2;
   return (p % half) / 4 * 8 + p / half * 4 + p % 4;
 }
@@ -21,11 +24,9 @@ static constexpr int K_STEP = 64;
 struct Ahead {
   const int8_t* at = nullptr;
   int lines = 0;
-#if !defined(TARGET_PLAIN)
   inline void fetch() {
-    for (int i = 0; i < lines; i++, at += 64) _mm_prefetch((const char*)at, _MM_HINT_T1);
+    for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, 2);
   }
-#endif
 };
 
 // Weights in groups of G successive k: [K / G][NR][G].
@@ -37,7 +38,7 @@ static inline size_t grouped(int k, int p) {
 #if defined(TARGET_PLAIN)
 struct Products {
   using Activation = uint8_t;
-  static constexpr int MR = 4, ZERO = 128;
+  static constexpr int MR = 4, ZERO = 128, LESS = 0;
   static size_t place(int k, int p) { return grouped<4>(k, p); }
   static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
                    size_t ldc, Ahead ahead = {}) {
@@ -55,7 +56,7 @@ struct Products {
 using AttentionProducts = Products;
 #endif
 
-#if !defined(TARGET_PLAIN) && !defined(TARGET_AMX)
+#if !defined(TARGET_PLAIN) && !defined(TARGET_AMX) && !defined(TARGET_NEON_I8MM)
 // The sums of R rows by NR columns. A struct of structs, not an array: compilers keep arrays that loops index in memory.
 template <class F, int R>
 struct RowSums {
@@ -125,7 +126,7 @@ struct RowProducts : F {
 // Both factors widened to 16 bits: exact whatever the 8 bits are.
 struct Wide {
   using Activation = int16_t;
-  static constexpr int G = 2, MR = 6, ZERO = 0;
+  static constexpr int G = 2, MR = 6, ZERO = 0, LESS = 0;
   static V weights(const int8_t* b) { return S::load_s8(b); }
   static V add(V sum, V x, V w) { return S::add32(sum, S::madd(x, w)); }
 };
@@ -138,7 +139,7 @@ using Products = AttentionProducts;
 // Weights of 7 bits: two products of 255 * 63 fit in 16 bits, so nothing saturates.
 struct Seven {
   using Activation = uint8_t;
-  static constexpr int G = 4, MR = 4, ZERO = 128;
+  static constexpr int G = 4, MR = 4, ZERO = 128, LESS = 0;
   static V weights(const int8_t* b) { return S::load(b); }
   static V add(V sum, V x, V w) { return S::add32(sum, S::madd(_mm256_maddubs_epi16(x, w), S::set16(1))); }
 };
@@ -147,7 +148,7 @@ using Products = RowProducts<Seven>;
 #if defined(TARGET_AVXVNNI) || defined(TARGET_AVX512)
 struct Dot {
   using Activation = uint8_t;
-  static constexpr int G = 4, ZERO = 128;
+  static constexpr int G = 4, ZERO = 128, LESS = 0;
   static V weights(const int8_t* b) { return S::load(b); }
 #if defined(TARGET_AVXVNNI)
   static constexpr int MR = 6;
@@ -161,6 +162,94 @@ using Products = RowProducts<Dot>;
 using AttentionProducts = Products;
 #endif
 
+#if defined(TARGET_NEON) || defined(TARGET_NEON_DOT)
+struct Signed {
+  using Activation = int8_t;
+  static constexpr int G = 4, ZERO = 0, LESS = 128;
+  static V weights(const int8_t* b) { return S::load(b); }
+#if defined(TARGET_NEON)
+  static constexpr int MR = 8;
+  // Two products of -128 * 127 fit in 16 bits.
+  static V add(V sum, V x, V w) {
+    const int8x16_t a = vreinterpretq_s8_s16(x), b = vreinterpretq_s8_s16(w);
+    const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+    return S::vector(vpadalq_s16(S::wide(sum), pairs));
+  }
+#else
+  static constexpr int MR = 12;
+  static V add(V sum, V x, V w) {
+    return S::vector(vdotq_s32(S::wide(sum), vreinterpretq_s8_s16(x), vreinterpretq_s8_s16(w)));
+  }
+#endif
+};
+using Products = RowProducts<Signed>;
+using AttentionProducts = Products;
+#endif
+
+#if defined(TARGET_NEON_I8MM)
+// Two rows by two columns at a time, eight of the inner dimension: a row more is read where their number is odd.
+struct Products {
+  using Activation = int8_t;
+  static constexpr int MR = 8, ZERO = 0, LESS = 128;
+  static size_t place(int k, int p) { return grouped<8>(k, p); }
+  static void tile(const int8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
+                   size_t ldc, Ahead ahead = {}) {
+    least<MR / 2>(a, lda, rows, b, depth, start, c, ldc, ahead);
+  }
+
+ private:
+  template <int R, int = 0>
+  struct Pairs {
+    int32x4_t sums0, sums1, sums2, sums3;
+    Pairs<R - 1> others;
+    inline void set(int32x4_t low, int32x4_t high) {
+      sums0 = vcombine_s32(vget_low_s32(low), vget_low_s32(low));
+      sums1 = vcombine_s32(vget_high_s32(low), vget_high_s32(low));
+      sums2 = vcombine_s32(vget_low_s32(high), vget_low_s32(high));
+      sums3 = vcombine_s32(vget_high_s32(high), vget_high_s32(high));
+      others.set(low, high);
+    }
+    inline void add(const int8_t* a, size_t lda, int8x16_t w0, int8x16_t w1, int8x16_t w2, int8x16_t w3) {
+      const int8x16_t x = vcombine_s8(vld1_s8(a), vld1_s8(a + lda));
+      sums0 = vmmlaq_s32(sums0, x, w0);
+      sums1 = vmmlaq_s32(sums1, x, w1);
+      sums2 = vmmlaq_s32(sums2, x, w2);
+      sums3 = vmmlaq_s32(sums3, x, w3);
+      others.add(a + 2 * lda, lda, w0, w1, w2, w3);
+    }
+    inline void store(int32_t* c, size_t ldc, int rows) const {
+      vst1q_s32(c, vcombine_s32(vget_low_s32(sums0), vget_low_s32(sums1)));
+      vst1q_s32(c + 4, vcombine_s32(vget_low_s32(sums2), vget_low_s32(sums3)));
+      if (rows > 1) {
+        vst1q_s32(c + ldc, vcombine_s32(vget_high_s32(sums0), vget_high_s32(sums1)));
+        vst1q_s32(c + ldc + 4, vcombine_s32(vget_high_s32(sums2), vget_high_s32(sums3)));
+      }
+      others.store(c + 2 * ldc, ldc, rows - 2);
+    }
+  };
+  template <int UNUSED>
+  struct Pairs<0, UNUSED> {
+    inline void set(int32x4_t, int32x4_t) {}
+    inline void add(const int8_t*, size_t, int8x16_t, int8x16_t, int8x16_t, int8x16_t) {}
+    inline void store(int32_t*, size_t, int) const {}
+  };
+  template <int R>
+  static void least(const int8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
+                    size_t ldc, Ahead ahead) {
+    if constexpr (R > 1)
+      if (rows <= 2 * (R - 1)) return least<R - 1>(a, lda, rows, b, depth, start, c, ldc, ahead);
+    Pairs<R> pairs;
+    pairs.set(vld1q_s32(start), vld1q_s32(start + 4));
+    for (int k = 0; k < depth; k += 8, a += 8, b += 8 * NR) {
+      if (k % K_STEP == 0) ahead.fetch();
+      pairs.add(a, lda, vld1q_s8(b), vld1q_s8(b + 16), vld1q_s8(b + 32), vld1q_s8(b + 48));
+    }
+    pairs.store(c, ldc, rows);
+  }
+};
+using AttentionProducts = Products;
+#endif
+
 #if defined(TARGET_AMX)
 // Tiles of 16 rows of 64 bytes; 32 rows by 32 columns at a time. Rows up to the next multiple of 16 are read and written.
 //
@@ -168,7 +257,7 @@ using AttentionProducts = Products;
 // meanwhile: without it that work would wait for the tiles, and they for it.
 struct Products {
   using Activation = uint8_t;
-  static constexpr int MR = 32, ZERO = 128;
+  static constexpr int MR = 32, ZERO = 128, LESS = 0;
   static size_t place(int k, int p) {
     return size_t(k / 64) * 2048 + (p / 16) * 1024 + (k % 64) / 4 * 64 + (p % 16) * 4 + k % 4;
   }

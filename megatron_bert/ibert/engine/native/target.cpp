@@ -19,8 +19,16 @@
 #define TARGET avx512
 #elif defined(TARGET_AMX)
 #define TARGET amx
+#elif defined(TARGET_NEON)
+#define TARGET neon
+#elif defined(TARGET_NEON_DOT)
+#define TARGET neon_dot
+#elif defined(TARGET_NEON_I8MM)
+#define TARGET neon_i8mm
 #endif
-#if !defined(TARGET_PLAIN)
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#elif !defined(TARGET_PLAIN)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +36,8 @@ namespace ibert {
 namespace TARGET {
 #if defined(TARGET_PLAIN)
 #include "vectors_plain.h"
+#elif defined(TARGET_NEON) || defined(TARGET_NEON_DOT) || defined(TARGET_NEON_I8MM)
+#include "vectors_neon.h"
 #elif defined(TARGET_AVX512) || defined(TARGET_AMX)
 #include "vectors_avx512.h"
 #else
@@ -67,6 +77,7 @@ const Target TARGET_TABLE(TARGET) = {
     TARGET::packed_norm_bytes,
     TARGET::pack_norm,
     TARGET::Products::ZERO,
+    TARGET::Products::LESS,
     TARGET::layer,
     TARGET::norm16,
     TARGET::read8,
