@@ -16,16 +16,15 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_bert.cli import main
-from tests.worlds import forkserver_context, preload
+from tests.worlds import forkserver_context, preload, prepare_process
 
 preload(
     "matplotlib.backends.backend_agg",
     "megatron_bert.finetuning.inference",
     "megatron_bert.quantizing.quantize",
     "megatron_bert.training.event_file",
+    "sklearn.metrics",
 )
 
 
@@ -99,7 +98,7 @@ def _run(
     environment: dict[str, str] | None = None,
     before: Callable[..., Any] | None = None,
 ) -> None:
-    torch.set_num_threads(1)
+    prepare_process()
     os.environ.update(environment or {})
     if before is not None:
         before()

@@ -47,6 +47,10 @@ def _one_rank_never_returns() -> None:
         dist.recv(torch.zeros(1), src=0)
 
 
+def _groups_and_nothing_else() -> int:
+    return make_mesh(tensor=2, pipeline=2).layout.tensor
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -54,6 +58,11 @@ def _threads() -> int:
 def _handle() -> tuple[int, int, bool]:
     tp = make_tensor_parallel(sequence=True)
     return tp.rank, tp.size, tp.sequence
+
+
+def test_a_rank_that_is_done_at_once_has_been_met_by_all():
+    for _ in range(3):
+        assert run_world(4, _groups_and_nothing_else) == [2] * 4
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

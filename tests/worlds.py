@@ -8,6 +8,7 @@ costs a fraction of a second; the server itself never computes, so the forks are
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,7 @@ CPU = torch.device("cpu")
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PRELOADED = [
+    "tests.no_collector",
     "pytest",
     "torch",
     "torch._dynamo",
@@ -145,8 +147,15 @@ def forkserver_context() -> Any:
     return context
 
 
-def _rank_main(payload: bytes, rank: int, size: int, store: str, timeout: float, parent: Any) -> None:
+def prepare_process() -> None:
+    """Settings of a process that the server has forked, to be called first in it."""
+    gc.freeze()  # looking for garbage among modules takes time, and copies the pages that are shared with the server
+    gc.enable()
     torch.set_num_threads(1)
+
+
+def _rank_main(payload: bytes, rank: int, size: int, store: str, timeout: float, parent: Any) -> None:
+    prepare_process()
     try:
         _join(rank, size, store, timeout)
         function, args = pickle.loads(payload)
@@ -170,6 +179,7 @@ def _join(rank: int, size: int, store: str, timeout: float) -> None:
             world_size=size,
             timeout=timedelta(seconds=timeout),
         )
+        dist.barrier()  # a rank that is done at once must not leave before the others have connected to it
     except (RuntimeError, dist.DistError) as error:
         raise RankError(
             f"the ranks of this test did not find each other, before any of its code ran ({error}): the machine is too "
@@ -187,8 +197,11 @@ def _failure(error: BaseException, text: str) -> bytes:
 
 
 def make_mesh(**layout: Any) -> ParallelMesh:
-    """A mesh on the CPU over the world this is called in; arguments are those of ParallelLayout."""
-    return ParallelMesh(ParallelLayout(**layout), CPU)
+    """A mesh on the CPU over the world this is called in, on all ranks of it; arguments are those of ParallelLayout."""
+    mesh = ParallelMesh(ParallelLayout(**layout), CPU)
+    if dist.is_initialized():
+        dist.barrier()  # as in _join, for the groups of the mesh
+    return mesh
 
 
 def gathered(part: Part, mesh: ParallelMesh) -> torch.Tensor:

@@ -113,11 +113,11 @@ class TaskBatch(TokenBatch):
 
     Attributes:
         rows: int64 ``[R]``, indices on the token axis of the tokens whose logits are asked for, instance by instance.
-        owners: int64 ``[R]``, the instance each row belongs to, 0 to N - 1.
+        owners: int64 ``[R]``, the instance each row belongs to, 0 to U - 1.
         places: int64 ``[R]``, its number among the rows of its instance.
         widest: most rows of an instance.
-        instances: number of instances, N.
-        labels: int64 or float32, as the kind of head has them: ``[N]``, ``[N, C]`` or ``[R]``.
+        instances: number of instances, U.
+        labels: int64 or float32, as the kind of head has them: ``[U]``, ``[U, C]`` or ``[R]``.
         taught: ``[R, outputs]``, what a teacher says of the rows; None without one, and before the last stage.
     """
 
@@ -130,6 +130,6 @@ class TaskBatch(TokenBatch):
     taught: Tensor | None = None
 
     def by_instance(self, values: Tensor) -> Tensor:
-        """Scores of the rows, ``[R]``, as ``[N, widest]`` with -inf where an instance has fewer rows."""
+        """Scores of the rows, ``[R]``, as ``[U, widest]`` with -inf where an instance has fewer rows."""
         table = values.new_full((self.instances * self.widest,), -torch.inf)
         return table.index_copy(0, self.owners * self.widest + self.places, values).view(self.instances, self.widest)

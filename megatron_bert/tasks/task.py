@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fine-tuning task is: how rows become sequences and labels, and how logits become predictions and metrics.
 
-This room works on numpy arrays alone. Training turns an `Instance` into a micro batch, runs the encoder with the
+This room works on numpy arrays alone. The training side turns a `Instance` into a micro batch, runs the encoder with the
 `Head` the task asks for and hands the logits back.
 """
 

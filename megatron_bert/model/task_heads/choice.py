@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ChoiceKind(HeadKind):
-    """Pooler and one score for the first token of each choice. Labels: int64 ``[N]``, the number of the choice."""
+    """Pooler and one score for the first token of each choice. Labels: int64 ``[U]``, the number of the choice."""
 
     name = "choice"
     title = "choices"

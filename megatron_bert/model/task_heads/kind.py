@@ -5,7 +5,7 @@ Nothing else knows kinds by name: batches, losses, scoring, distillation, files 
 defaults are those of a dense layer on tokens with a class for each, so that a kind says where it differs. Modules are
 imported where they are built: an engine that serves asks the table without them.
 
-Shapes: T tokens, R rows (tokens that the head reads), N instances (what a loss term belongs to: a sequence, or some
+Shapes: T tokens, R rows (tokens that the head reads), U instances (what a loss term belongs to: a sequence, or some
 choices), H hidden size, C outputs.
 """
 
@@ -107,7 +107,7 @@ class HeadKind:
     # ---------------------------------------------------------------- labels and losses
 
     def labels(self, of_instances: Sequence[Tensor]) -> Tensor:
-        """The labels of a batch from those of its instances: ``[N, ..]``, single whole numbers ``[N]``."""
+        """The labels of a batch from those of its instances: ``[U, ..]``, single whole numbers ``[U]``."""
         stacked = torch.stack(list(of_instances))
         single = stacked.shape[1:] == (1,) and not stacked.is_floating_point()
         return stacked.squeeze(1) if single else stacked

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class SequenceKind(HeadKind):
     """Pooler and a dense layer on the first token; RoBERTa has a head of two layers instead.
 
-    Labels: int64 ``[N]`` of one class each, float32 ``[N, C]`` of 0 and 1 (several labels) or of values (regression).
+    Labels: int64 ``[U]`` of one class each, float32 ``[U, C]`` of 0 and 1 (several labels) or of values (regression).
     """
 
     name = "sequence"

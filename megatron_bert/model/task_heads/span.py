@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SpanKind(HeadKind):
-    """A dense layer on tokens, without dropout. Labels: int64 ``[N, 2]``, numbers among the rows of the instance.
+    """A dense layer on tokens, without dropout. Labels: int64 ``[U, 2]``, numbers among the rows of the instance.
 
     The loss is the mean of the start's and the end's, each over the tokens of the sequence.
     """

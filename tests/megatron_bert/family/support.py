@@ -19,6 +19,9 @@ from megatron_bert import MegatronBertConfig
 from megatron_bert.model.resharding import undivided
 from parallel.errors import UserError
 from parallel.mesh import SINGLE, TensorParallel
+from tests.worlds import preload
+
+preload("megatron_bert.family.language", "megatron_bert.ibert.family.heads")
 
 #: 91 words in a table of 96; large weights, so that every part of the model matters in its result.
 CONFIG = MegatronBertConfig(

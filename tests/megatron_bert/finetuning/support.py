@@ -28,7 +28,12 @@ from tests.megatron_bert.data.support import small_vocabulary
 from tests.megatron_bert.training.runs import TIMED
 from tests.worlds import CPU, preload
 
-preload("megatron_bert.finetuning.inference", "megatron_bert.quantizing.quantize")
+preload(
+    "megatron_bert.family.language",
+    "megatron_bert.finetuning.inference",
+    "megatron_bert.quantizing.quantize",
+    "sklearn.metrics",
+)
 
 WORDS = [f"w{number}" for number in range(90)]
 CONFIG = EncoderConfig(
@@ -178,6 +183,7 @@ def join_world() -> None:
 
     for module in (running, inference):
         module.process_group = joined  # type: ignore[attr-defined]
+    finetune_module.draw_run = lambda *_: None  # takes longer than training here; this process ends with the run
     for module in (finetune_module, inference):
         module.launched_world_size = dist.get_world_size  # type: ignore[attr-defined]
 
