@@ -16,15 +16,18 @@ check() { # run a checker, show its output only where it complains
         printf 'ok      %s\n' "$*"
     else
         printf 'FAILED  %s\n%s\n' "$*" "$output"
-        failed=1
+        return 1
     fi
 }
 
-check ruff check
-check ruff format --check
-check mypy
+check ruff check || failed=1
+check ruff format --check || failed=1
+check mypy & # beside the tests, unless they are few: pytest's closing line stays the last
+types=$!
+[ $# = 0 ] || wait "$types" || failed=1
 workers=$(($(nproc 2>/dev/null || echo 2) + 1)) # one more than processors: some tests wait most of their time
 workers=$((workers > 4 ? 4 : workers))
 printf 'running pytest with %s workers\n' "$workers"
-.venv/bin/python -m pytest -n "$workers" --dist worksteal "$@" || failed=1 # its closing line stays the last
+.venv/bin/python -m pytest -n "$workers" --dist worksteal "$@" || failed=1
+[ $# != 0 ] || wait "$types" || failed=1
 exit $failed
