@@ -180,12 +180,13 @@ def time_limit(session: Session) -> Any:
 
 
 def preemption(session: Session) -> Any:
-    """Four nodes by srun, which a run of four nodes by torchrun in a higher partition takes away."""
-    layout = ["parallel.pipeline=2", "--nodes", "4", "--gpus-per-node", "1"]
+    """Two nodes by srun, which a run of four nodes by torchrun in a higher partition takes away."""
+    layout = ["parallel.pipeline=2", "--gpus-per-node", "1"]
     site = session.site("preempted", cores=10, HOLD_STEP=str(HOLD_STEP))
-    low = session.submit("preempted", site, *layout, "--style", "srun", "--partition", "low")
-    session.until_held("preempted", 4)
-    high = session.submit("preempting", session.site("preempting", cores=10), *layout, "--partition", "high")
+    low = session.submit("preempted", site, *layout, "--nodes", "2", "--style", "srun", "--partition", "low")
+    session.until_held("preempted", 2)
+    site = session.site("preempting", cores=10)
+    high = session.submit("preempting", site, *layout, "--nodes", "4", "--partition", "high")
     return session.until_ended(high) + session.until_ended(low)
 
 

@@ -11,10 +11,10 @@ from tests.integration import hosts, slurm_cluster
 from tests.integration.cluster_support import need
 from tests.integration.soak import WAYS, soak
 
-KILLS = 2
+KILLS = 1
 PROGRAMS = {"torchrun": (), "node": (), "hosts": hosts.PROGRAMS, "slurm": slurm_cluster.PROGRAMS}
-#: With these, every signal is sent, to either rank, after a checkpoint and during a start.
-SEEDS = {"torchrun": 6, "node": 7, "hosts": 36, "slurm": 32}
+#: With these, every signal is sent once, to either rank; that on a node during a start, the others after a checkpoint.
+SEEDS = {"torchrun": 90, "node": 52, "hosts": 86, "slurm": 195}
 
 
 @pytest.mark.slow
