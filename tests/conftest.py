@@ -7,9 +7,11 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Tests run several processes at once, their own and those they start: threads of one get in the way of the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +40,36 @@ def _seed() -> None:
     import torch  # here, since the process that hands out tests to others needs none of it
 
     torch.manual_seed(0)
+
+
+#: Functions of ``megatron_bert`` that draw what a run has found.
+_DRAWING = (
+    "training.pretrain.draw_curves",
+    "finetuning.finetune.draw_run",
+    "finetuning.results.draw_confusion",
+    "finetuning.summary.draw_runs",
+    "quantizing.quantize.plot",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[dict[str, Any]]:
+    """Drawing takes longer than training a tiny model; yields what draws, by its place."""
+    drawing = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for place in _DRAWING:
+            module, _, name = place.rpartition(".")
+            if module := sys.modules.get(f"megatron_bert.{module}"):
+                drawing[f"megatron_bert.{place}"] = getattr(module, name)
+                patch.setattr(module, name, lambda target, *_, **__: target)
+        yield drawing
+
+
+@pytest.fixture
+def pictures(_no_pictures: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets runs in the process of this test draw."""
+    for place, function in _no_pictures.items():
+        monkeypatch.setattr(place, function)
 
 
 @contextmanager

@@ -133,13 +133,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "pretraining").mkdir()
     make_data(folder / "pretraining")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        pretrain(run_settings(folder / "pretraining", folder / "pretraining/run", training__steps=3))
+    pretrain(run_settings(folder / "pretraining", folder / "pretraining/run", training__steps=3))
     finetune(make_run(folder / "finetuning", training__steps=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.quantizing.quantize.plot", lambda *_: None)
-        quantize(quantize_settings(folder / "finetuning", training__steps=1))
+    quantize(quantize_settings(folder / "finetuning", training__steps=1))
     (folder / "corpus").mkdir()
     tool("fuzz_checkpoints").make_corpus(folder / "corpus")
     return folder

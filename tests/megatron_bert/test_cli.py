@@ -40,9 +40,7 @@ def config(data: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        pretrain(run_settings(data, run, training__steps=3))
+    pretrain(run_settings(data, run, training__steps=3))
     return run
 
 

@@ -38,10 +38,7 @@ def put(model: Path, part: str, value: float, elements: int | None = None) -> st
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder, data, and a run that has fine-tuned it."""
     folder = tmp_path_factory.mktemp("finite")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.finetuning.finetune.draw_run", lambda *_: None)
-        patch.setattr("megatron_bert.finetuning.results.draw_confusion", lambda path, *_: path)
-        finetune(make_run(folder, training__steps=1))
+    finetune(make_run(folder, training__steps=1))
     return folder
 
 
@@ -91,7 +88,6 @@ def test_what_pretraining_starts_from(folder: Path) -> None:
 
 def test_fill_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path)
-    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
     save = Trainer.save
 
     def spoiled(self: Trainer) -> None:

@@ -27,9 +27,7 @@ from tests.megatron_bert.training.runs import run_settings
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     make_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        pretrain(run_settings(folder, folder / "run", checkpoint__every=2))
+    pretrain(run_settings(folder, folder / "run", checkpoint__every=2))
     return folder / "run"
 
 

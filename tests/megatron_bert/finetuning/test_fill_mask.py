@@ -21,9 +21,7 @@ from tests.megatron_bert.training.runs import run_settings
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     make_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        pretrain(run_settings(folder, folder / "run", training__steps=3))
+    pretrain(run_settings(folder, folder / "run", training__steps=3))
     return folder / "run"
 
 

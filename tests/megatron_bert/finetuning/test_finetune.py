@@ -41,6 +41,7 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_learns_and_leaves_a_model_that_transformers_reads(tmp_path: Path) -> None:
     settings = make_run(
         tmp_path,
@@ -122,6 +123,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
     assert_same_checkpoint(tmp_path / "killed" / last, tmp_path / "run" / last)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_seeds_are_reported_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,6 +383,7 @@ class TestSettingsThatDoNotFitTheRun:
         with pytest.raises(UserError, match="was trained with other training data"):
             finetune(run_settings(tmp_path, training__steps=1))
 
+    @pytest.mark.usefixtures("pictures")
     def test_names_with_dollar_signs_are_drawn(self, tmp_path: Path) -> None:
         settings = make_run(tmp_path, training__steps=1)
         for name in ("train", "valid"):

@@ -50,6 +50,7 @@ def run(folder: Path, run_dir: Path, **changes: Any) -> list[dict[str, Any]]:
     return rows(run_dir)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_scores_stand_side_by_side_and_the_model_is_saved(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

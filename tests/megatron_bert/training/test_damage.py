@@ -18,8 +18,6 @@ from tests.megatron_bert.training.faults import Damage, cut, flip, lose, state, 
 from tests.megatron_bert.training.runs import STEPS, assert_same_checkpoint, rows, run_settings
 from tests.worlds import run_world
 
-pytestmark = pytest.mark.usefixtures("_no_curves")
-
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

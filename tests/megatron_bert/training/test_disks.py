@@ -16,8 +16,15 @@ from tests.megatron_bert.training.runs import STEPS, run_settings
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_pretraining(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    name: str,
 ) -> None:
+    if "curves" in name:
+        request.getfixturevalue("pictures")
     fault, says = FAULTS[name]
     break_in_step(monkeypatch, 3, fault)
     monkeypatch.setattr("megatron_bert.training.timeline.gantt_png", lambda *_: None)  # drawing takes long

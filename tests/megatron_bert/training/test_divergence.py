@@ -27,8 +27,6 @@ from tests.megatron_bert.training.layouts import Case, Outcome, make_trainer, tr
 from tests.megatron_bert.training.runs import rows, run_settings
 from tests.worlds import run_world
 
-pytestmark = pytest.mark.usefixtures("_no_curves")
-
 
 def before_step(patch: pytest.MonkeyPatch, step: int, change: Callable[[Trainer], None]) -> None:
     """Do something to a trainer before one step."""

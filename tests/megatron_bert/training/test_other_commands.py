@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,6 @@ COMMANDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 STEPS = 6
 WEIGHT = "classifier.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """Drawing takes longer than training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        for place in ("finetuning.finetune.draw_run", "finetuning.results.draw_confusion", "quantizing.quantize.plot"):
-            patch.setattr(f"megatron_bert.{place}", lambda target, *_: target)
-        yield
 
 
 @pytest.fixture(scope="module")

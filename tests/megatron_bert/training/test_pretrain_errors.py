@@ -30,10 +30,7 @@ def test_no_held_out_documents(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "config.yaml").exists()
 
 
-def test_training_without_held_out_documents(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
+def test_training_without_held_out_documents(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = run_settings(data, tmp_path, data__split="1,0,0", training__evaluate_every=2)
     pretrain(settings)
     assert "note: data.split 1,0,0 leaves nothing to evaluate on" in capsys.readouterr().out
@@ -51,11 +48,8 @@ def test_a_pattern_that_matches_no_parameter(data: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_no_steps_evaluate_alone(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_steps_evaluate_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The scores of a model as it is: those that its training ended with."""
-    monkeypatch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
     pretrain(run_settings(data, tmp_path / "trained", training__evaluate_every=STEPS))
     ended = rows(tmp_path / "trained")[-1]
     model = {"model__from": str(tmp_path / "trained")}

@@ -20,8 +20,6 @@ from tests.integration.slurm_runs import undisturbed
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows, run_settings
 from tests.worlds import run_world
 
-pytestmark = pytest.mark.usefixtures("_no_curves")
-
 
 def test_tables_and_a_trace(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(run_settings(data, tmp_path / "plain"))

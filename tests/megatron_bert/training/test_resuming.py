@@ -21,9 +21,7 @@ from tests.megatron_bert.training.runs import STEPS, rows, run_settings
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        pretrain(run_settings(data, run, model__hidden_act="gelu_new"))
+    pretrain(run_settings(data, run, model__hidden_act="gelu_new"))
     return run
 
 
@@ -92,6 +90,7 @@ def test_another_kind_of_run_is_refused(data: Path, whole: Path, tmp_path: Path)
         pretrain(run_settings(data, run, training__steps=9, model__hidden_act="gelu_new"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_other_changes_are_noted(data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)

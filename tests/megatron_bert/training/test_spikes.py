@@ -21,8 +21,6 @@ from tests.megatron_bert.training.layouts import BATCH, Case, make_trainer
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows, run_settings
 from tests.worlds import run_world
 
-pytestmark = pytest.mark.usefixtures("_no_curves")
-
 
 def bad_samples(patch: pytest.MonkeyPatch, bad: range) -> None:
     """Let the loss be a hundred times as high on some samples."""

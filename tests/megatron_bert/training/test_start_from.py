@@ -19,9 +19,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a run of three steps, too."""
     folder = tmp_path_factory.mktemp("data")
     make_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_bert.training.pretrain.draw_curves", lambda _: None)
-        pretrain(run_settings(folder, folder / "run", training__steps=3))
+    pretrain(run_settings(folder, folder / "run", training__steps=3))
     return folder
 
 
