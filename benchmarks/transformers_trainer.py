@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning with transformers' Trainer under the settings of `megatron-bert finetune`.
 
-The same start, the same tokenized instances, batch size, learning rates, warm-up, epochs, weight decay, dropout and number
-format; another order of the data and other dropout masks. Needs the packages ``transformers`` and ``accelerate``.
+The same start, the same tokenized instances, batch size, learning rates, warm-up, epochs, weight decay, dropout and
+number format; another order of the data and other dropout masks. Needs the packages ``transformers`` and
+``accelerate``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a fine-tuning task is: how rows become sequences and labels, and how logits become predictions and metrics.
 
-This room works on numpy arrays alone. The training side turns a `Instance` into a micro batch, runs the encoder with the
-`Head` the task asks for and hands the logits back.
+This room works on numpy arrays alone. The training side turns an `Instance` into a micro batch, runs the encoder with
+the `Head` the task asks for and hands the logits back.
 """
 
 from __future__ import annotations

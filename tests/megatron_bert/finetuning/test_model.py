@@ -119,8 +119,8 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
     expected, their_logits = torch.zeros(()), []
     for instance in instances[:-1]:  # the last has no label
         loss, scores = their_loss(kind, theirs, instance)
-        # Their loss of an instance is the mean over its tokens for a token head, and over labels for several: ours too, but
-        # for the token head, whose sum is over tokens.
+        # Their loss of an instance is the mean over its tokens for a token head, and over labels for several: ours too,
+        # but for the token head, whose sum is over tokens.
         expected = expected + loss * (len(instance.label) if kind == "token" else 1)
         their_logits.append(scores)
     expected.backward()
