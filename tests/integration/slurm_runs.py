@@ -98,14 +98,14 @@ class Session:
             assert main(list(arguments)) == 0, arguments
         return out.getvalue()
 
-    def site(self, name: str, cores: int = 1, max_restarts: int = 3, **variables: str) -> Path:
+    def site(self, name: str, cores: int = 1, max_restarts: int = 3, stop_seconds: int = 75, **variables: str) -> Path:
         """A site file whose jobs have these environment variables and cores per process."""
         (self.folder / f"hold_{name}").mkdir()
         tree = {
             "python": sys.executable,
             "cpus_per_gpu": cores,
             "network_interface": "lo",
-            "stop_seconds": 75,
+            "stop_seconds": stop_seconds,
             "max_restarts": max_restarts,
             "environment": {
                 "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
@@ -171,9 +171,10 @@ class Session:
 
 def time_limit(session: Session) -> Any:
     """Two nodes by torchrun, in the middle of a step when the time is almost up. The second time there is enough."""
-    site = session.site("time_limit", HOLD_STEP=str(HOLD_STEP))
+    # Told after half a minute, and with time to start and to save on a busy machine.
+    site = session.site("time_limit", stop_seconds=270, HOLD_STEP=str(HOLD_STEP))
     options = ["--nodes", "2", "--gpus-per-node", "1", "--partition", "steady"]
-    number = session.submit("time_limit", site, "parallel.pipeline=2", *options, minutes=2)
+    number = session.submit("time_limit", site, "parallel.pipeline=2", *options, minutes=5)
     session.until(lambda: session.job(number)[0]["Restarts"] == "1", "the requeue of the job whose time is up")
     session.call("scontrol", "update", f"jobid={number}", "timelimit=30")
     return session.until_ended(number)
