@@ -293,6 +293,13 @@ class RunTrainingSettings(Section):
 class TrainingSettings(RunTrainingSettings):
     """Length, batch and place of a pretraining run."""
 
+    cuda_graphs: bool = Field(
+        False,
+        description="Record forward and backward pass of a micro batch as a CUDA graph, and replay it for all of them: "
+        "the host queues one launch in place of thousands. Needs data.packed, and neither pipeline stages, full or "
+        "hybrid sharding nor recomputation. It has not been run on a GPU yet.",
+    )
+
     steps: int = Field(
         ge=0, description="Optimizer steps; with 0 the model is evaluated on held-out data, and no more."
     )

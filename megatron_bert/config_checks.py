@@ -55,6 +55,8 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
             f"training.spike_threshold is {settings.training.spike_threshold}, but checkpoint.every is 0, so there is "
             "no checkpoint to return to: set checkpoint.every, or training.spike_threshold=0"
         )
+    if settings.training.cuda_graphs:
+        _check_graphs(settings, layout)
     settings.divide_layers(encoder.num_hidden_layers, settings.schedule(layout).stages)
     if settings.training.steps:
         check_learning_rate(settings.learning_rate, settings.training.steps)
@@ -93,6 +95,38 @@ def check_layout(settings: RunSettings, world_size: int) -> ParallelLayout:
     if settings.precision.compute == "float16" and training.device == "cpu":
         raise UserError("precision.compute float16 needs a GPU: choose bfloat16 or float32 with training.device=cpu")
     return layout
+
+
+def _check_graphs(settings: Settings, layout: ParallelLayout) -> None:
+    """What stands against CUDA graphs, and what to set.
+
+    Raises:
+        UserError: something does.
+    """
+    training, sharding = settings.training, settings.parallel.sharding
+    reasons = (
+        (training.device == "cpu", "training.device is cpu, and graphs are of GPUs", "training.device=cuda"),
+        (not settings.data.packed, "data.packed is false, so micro batches differ in shape", "data.packed=true"),
+        (
+            layout.pipeline > 1,
+            f"parallel.pipeline is {layout.pipeline}, and stages exchange messages between passes",
+            "parallel.pipeline=1",
+        ),
+        (
+            layout.data > 1 and sharding in ("full", "hybrid"),
+            f"parallel.sharding is {sharding}, which frees gathered weights in every pass",
+            "parallel.sharding=optimizer",
+        ),
+        (
+            training.recompute != "none",
+            f"training.recompute is {training.recompute}, which sets the generator of dropout back from the host",
+            "training.recompute=none",
+        ),
+        (settings.logging.trace, "logging.trace is true, which times passes apart", "logging.trace=false"),
+    )
+    for stands, reason, remedy in reasons:
+        if stands:
+            raise UserError(f"training.cuda_graphs is true, but {reason}: set {remedy}, or training.cuda_graphs=false")
 
 
 def check_tensor_size(tensor: int, encoder: EncoderConfig) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -199,9 +200,9 @@ class ParallelMesh:
         """Place of this rank on the data axis, 0 to data - 1."""
         return self.coordinate["data_replicate"] * self.layout.data_shard + self.coordinate["data_shard"]
 
-    @property
+    @cached_property
     def tensor_parallel(self) -> TensorParallel:
-        """The handle that tensor-parallel layers take."""
+        """The handle that tensor-parallel layers take: always the same, which compiled code asks for."""
         if self.layout.tensor == 1:
             return SINGLE
         return TensorParallel(

@@ -70,6 +70,11 @@ def _pretrain(settings: Settings, source: CanonicalState | None, *, ends_process
             print(f"{checkpoint} has reached {steps}: nothing left to do; raise it to train on")
         return None
     with opened(settings, layout, ends_process=ends_process) as command:
+        if settings.training.cuda_graphs and command.world.device.type != "cuda":
+            raise UserError(
+                "training.cuda_graphs is true, but this machine has no GPU: set training.cuda_graphs=false to train on "
+                "its processors"
+            )
         stopped: Stopped | None = train(command, settings, objective, PretrainProcedure(tokenizer))
     return None if stopped is None else stopped.reason
 

@@ -26,6 +26,7 @@ INCIDENTAL = (
     "training.micro_batch_size",
     "training.recompute",
     "training.compile",
+    "training.cuda_graphs",
     "data.workers",
     "data.cache_dir",
     "quantization.report_steps",

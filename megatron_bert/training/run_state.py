@@ -42,6 +42,7 @@ class RunState(Protocol):
         resumed: the checkpoint that the weights come from; None where the run began with its first step.
         parameters: global name -> parameter of this rank, without the last stage's copy of the word embeddings.
         copies: that copy, on its rank.
+        dropout_seed: of the run's dropout masks.
     """
 
     settings: RunSettings
@@ -61,6 +62,7 @@ class RunState(Protocol):
     consumed_samples: int
     skipped_samples: int
     resumed: Path | None
+    dropout_seed: int
 
     def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:
         """The gradients of a step, complete; neither unscaled nor clipped.

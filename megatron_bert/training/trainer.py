@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert import backends
-from megatron_bert.config import RunSettings
+from megatron_bert.config import RunSettings, Settings
 from megatron_bert.convert.native import CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.flops import parameter_count
 from megatron_bert.training.build import build_model
 from megatron_bert.training.divergence import Watch, diagnosed
 from megatron_bert.training.first_rank import on_first_rank
+from megatron_bert.training.graphs import MicroBatchGraph
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.memory import MemoryMeter
 from megatron_bert.training.meter import Meter
@@ -35,6 +36,7 @@ from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.spikes import Spikes, go_back_after_spike
 from megatron_bert.training.timeline import gather_timeline, write_timeline
+from parallel.captured import on_own_stream
 from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
@@ -85,6 +87,9 @@ class Trainer:
         #: The last step whose weights were evaluated.
         self.evaluated_step = 0
         schedule = settings.schedule(mesh.layout)
+        captures = isinstance(settings, Settings) and settings.training.cuda_graphs
+        if captures:
+            on_own_stream(world.device)
         self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
         check_patterns(self.parameters, settings.optimizer)
@@ -117,6 +122,7 @@ class Trainer:
             keep_every=settings.checkpoint.keep_every,
         )
         self.memory = MemoryMeter(self)
+        self.graph = MicroBatchGraph(self) if captures else None
         self.watch, self.spikes = Watch(self), Spikes(settings.training)
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
@@ -247,7 +253,10 @@ class Trainer:
             losses.add_(sums.detach())
             return (sums / counts).sum() * self.loss_scale.value
 
-        self.model.run(self.engine, batches, loss_of, seed=self.dropout_seed, began=began)
+        if self.graph is not None and began is None:
+            self.graph.run(batches, counts, losses, self.loss_scale.value)
+        else:
+            self.model.run(self.engine, batches, loss_of, seed=self.dropout_seed, began=began)
         return StepSums(losses, counts, self._finish_gradients(losses))
 
     def evaluate(self) -> dict[str, float]:

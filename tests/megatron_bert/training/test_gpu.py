@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from megatron_bert.config import OptimizerSettings
+from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.optimizer import ShardedOptimizer
 from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training.pretraining import Pretraining
+from megatron_bert.training.trainer import Trainer
 from parallel.data_parallel import apply_data_parallel, finish_gradients
 from parallel.gradients import clip_factor, global_gradient_norm
 from parallel.mesh import ParallelLayout, ParallelMesh
@@ -100,3 +103,55 @@ def test_updates_wait_for_nothing(name: str) -> None:
     for key, weight in here.items():
         # Two steps of about 0.01, the gradients of which are off by bfloat16's rounding.
         torch.testing.assert_close(there[key], weight, rtol=0, atol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("compiled", [False, True, "all"])
+def test_replayed_graphs(data: Path, tmp_path: Path, compiled: bool | str, attention_dropout: float) -> None:
+    """Losses to the last bit, dropout on, where a run repeats its own; some gradients add up in any order."""
+    options = {"data__packed": True, "precision__compute": "bfloat16", "training__device": "cuda"}
+    options |= {"model__attention_probs_dropout_prob": attention_dropout, "training__compile": compiled}
+    plain, again = (losses(data, tmp_path / name, **options) for name in ("plain", "again"))
+    replayed = losses(data, tmp_path / "replayed", training__cuda_graphs=True, **options)
+    if torch.equal(plain, again):
+        assert torch.equal(replayed, plain)
+    torch.testing.assert_close(replayed, plain, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{"training__compile": "all"}, {"training__cuda_graphs": True}], ids=str)
+def test_everything_compiled_and_graphs_go_on(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    options = {"training__device": "cuda", "precision__compute": "bfloat16", "data__packed": True, **changes}
+    options |= {"checkpoint__every": 3, "checkpoint__keep": 0}
+    whole = losses(data, tmp_path / "whole", **options)
+    middle = tmp_path / "whole" / "checkpoints" / "step_00000003"
+    rest = losses(data, tmp_path / "rest", checkpoint__resume=str(middle), **options)
+    torch.testing.assert_close(rest, whole[3:], rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"training__compile": "all"}, {"training__cuda_graphs": True}, {"optimizer__name": "lamb"}],
+    ids=["plain", "compiled", "graphs", "lamb"],
+)
+def test_steps_wait_for_nothing(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Once what is compiled and recorded is there."""
+    options = SHAPE | {"data__packed": True, "precision__compute": "bfloat16", "training__device": "cuda"}
+    settings = run_settings(data, tmp_path, **options | changes)
+    with process_group("cuda") as world:
+        mesh = ParallelMesh(settings.layout(1), world.device)
+        objective = Pretraining(settings, load_tokenizer(settings.tokenizer.path))
+        objective.prepare(mesh, world)
+        trainer = Trainer(settings, objective, mesh, world, None)
+        batches = trainer._batches()
+        steps = [[next(batches) for _ in range(trainer.engine.schedule.microbatches)] for _ in range(6)]
+        for number, step in enumerate(steps):
+            torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+            try:
+                with trainer.memory.measuring():
+                    trainer.train_step(step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        parts = trainer.memory.parts
+        assert all(parts[part] > 0 for part in ("weights", "gradients", "optimizer", "peak"))
+        assert sum(size for part, size in parts.items() if part != "peak") == parts["peak"]
+        trainer.close()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps whose micro batches are recorded once and replayed; on processors a tape stands for a CUDA graph."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_bert.config import Settings
+from megatron_bert.config_checks import check_settings
+from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.training.pretrain import pretrain
+from megatron_bert.training.pretraining import Pretraining
+from megatron_bert.training.trainer import Trainer
+from parallel.errors import UserError
+from parallel.mesh import ParallelMesh
+from parallel.process_group import World
+from tests.megatron_bert.training.runs import run_settings
+from tests.parallel.tape import NoWaiting, Tape
+from tests.worlds import CPU, run_world
+
+STEPS = 5
+
+
+def _never(_: torch.Tensor) -> bool:
+    return False
+
+
+def _tape(_: torch.device) -> Tape:
+    return Tape()
+
+
+def _settings(folder: Path, run: Path, graphs: bool, changes: dict[str, Any]) -> Settings:
+    return run_settings(folder, run, **{"data__packed": True, "training__cuda_graphs": graphs} | changes)
+
+
+def _trainer(settings: Settings, rank: int, size: int, resume: Path | None = None) -> Trainer:
+    """As on a GPU, where packed sequences are not attended to run by run."""
+    mesh = ParallelMesh(settings.layout(size), CPU)
+    objective = Pretraining(settings, load_tokenizer(settings.tokenizer.path))
+    objective.prepare(mesh, World(rank=rank, size=size, local_rank=rank, device=CPU))
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        trainer = Trainer(settings, objective, mesh, World(rank=rank, size=size, local_rank=rank, device=CPU), resume)
+    trainer.watch.at_once = False
+    return trainer
+
+
+def _trained(
+    folder: Path, run: Path, graphs: bool, changes: dict[str, Any], resume: Path | None = None, save_at: int = 0
+) -> tuple[list[list[float]], torch.Tensor]:
+    """Losses and gradient norms of a run's steps, and its weights."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tapes: list[Tape] = []
+
+    def tape(_: torch.device) -> Tape:
+        tapes.append(Tape())
+        return tapes[-1]
+
+    found = []
+    with (
+        mock.patch("megatron_bert.model.attention.in_parts", _never),
+        mock.patch("megatron_bert.training.graphs.CudaRecorder", tape),
+    ):
+        trainer = _trainer(_settings(folder, run, graphs, changes), rank, size, resume)
+        steps = STEPS - trainer.step
+        batches = trainer._batches()
+        count = trainer.engine.schedule.microbatches
+        for _ in range(steps):
+            sums = trainer.train_step([next(batches) for _ in range(count)])
+            found.append([*sums.losses.tolist(), sums.grad_norm.item()])
+            if trainer.step == save_at:
+                trainer.checkpoints.prepare()
+                trainer.save()
+                trainer.checkpoints.finish()
+    trainer.watch.check()
+    trainer.optimizer.buffers[0].wait()
+    assert [one.replays for one in tapes] == ([steps * count - 3] if graphs else [])
+    weights = trainer.optimizer.buffers[0].weights.clone()
+    trainer.close()
+    return found, weights
+
+
+def _both(folder: Path, run: Path, changes: dict[str, Any]) -> list[tuple[list[list[float]], torch.Tensor]]:
+    return [_trained(folder, run, graphs, changes) for graphs in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {}),
+        (1, {"precision__compute": "bfloat16", "training__compile": "all"}),
+        (2, {"parallel__data": 2, "parallel__sharding": "optimizer", "precision__compute": "bfloat16"}),
+        (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+    ],
+    ids=["plain", "compiled", "data", "tensor"],
+)
+def test_losses_and_weights_are_those_without(data: Path, tmp_path: Path, size: int, changes: dict[str, Any]) -> None:
+    """To the last bit, dropout on, over two micro batches a step."""
+    for plain, replayed in run_world(size, _both, data, tmp_path, changes, timeout=240):
+        assert plain[0] == replayed[0]
+        assert torch.equal(plain[1], replayed[1])
+
+
+def _resumed(folder: Path, tmp_path: Path) -> None:
+    whole = _trained(folder, tmp_path / "whole", True, {}, save_at=2)
+    (saved,) = (tmp_path / "whole" / "checkpoints").glob("step_*")
+    rest = _trained(folder, tmp_path / "rest", True, {}, resume=saved)
+    assert rest[0] == whole[0][2:]
+    assert torch.equal(rest[1], whole[1])
+
+
+def test_goes_on_from_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    run_world(1, _resumed, data, tmp_path)
+
+
+def _goes_back(folder: Path, tmp_path: Path) -> None:
+    with (
+        mock.patch("megatron_bert.model.attention.in_parts", _never),
+        mock.patch("megatron_bert.training.graphs.CudaRecorder", _tape),
+    ):
+        trainer = _trainer(_settings(folder, tmp_path, True, {}), 0, 1)
+        trainer.checkpoints.prepare()
+        trainer.save()
+        trainer.checkpoints.finish()
+        (saved,) = (tmp_path / "checkpoints").glob("step_*")
+        found = []
+        for _ in range(2):  # the second time, everything is replayed from the first micro batch on
+            batches = trainer._batches()
+            for _ in range(3):
+                sums = trainer.train_step([next(batches), next(batches)])
+                found.append([*sums.losses.tolist(), sums.grad_norm.item()])
+            trainer.watch.check()
+            trainer.resume(saved)
+        assert found[:3] == found[3:]
+        # A step that is computed again to be looked at runs as it is.
+        assert trainer.graph is not None
+        tape = trainer.graph.captured.recorder
+        assert isinstance(tape, Tape)
+        before, seen, batches = tape.replays, [], trainer._batches()
+        sums = trainer.compute_gradients([next(batches), next(batches)], lambda *place: seen.append(place))
+        assert [*sums.losses.tolist(), sums.grad_norm.item()] == found[0]
+        assert (tape.replays, seen) == (before, [(0, 0), (0, 1)])
+        trainer.close()
+
+
+def test_goes_back_to_a_checkpoint_with_the_same_graph(data: Path, tmp_path: Path) -> None:
+    run_world(1, _goes_back, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__packed": False}, "data.packed is false, .*: set data.packed=true, or training.cuda_graphs=false"),
+        ({"training__device": "cpu"}, "training.device is cpu"),
+        ({"training__recompute": "full"}, "training.recompute is full"),
+        ({"logging__trace": True}, "logging.trace"),
+        ({"parallel__pipeline": 2, "model__num_hidden_layers": 2}, "parallel.pipeline is 2"),
+        ({"parallel__data": 2, "parallel__sharding": "full"}, "parallel.sharding is full"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_where_they_cannot_hold(data: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    given = {"data__packed": True, "training__device": "auto", "training__cuda_graphs": True, "parallel__data": None}
+    settings = run_settings(data, tmp_path, **given | changes)
+    with pytest.raises(UserError, match=says):
+        check_settings(settings, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu(data: Path, tmp_path: Path) -> None:
+    settings = run_settings(
+        data, tmp_path / "run", data__packed=True, training__device="auto", training__cuda_graphs=True
+    )
+    with pytest.raises(UserError, match=r"this machine has no GPU: set training\.cuda_graphs=false"):
+        pretrain(settings)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def _waits_for_nothing(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with mock.patch("megatron_bert.model.attention.in_parts", _never):
+        trainer = _trainer(_settings(folder, tmp_path, False, changes), rank, size)
+        # On a GPU it looks at a copy in page-locked memory, a step later.
+        trainer.watch.check = lambda: None  # type: ignore[method-assign]
+        batches = trainer._batches()
+        for _ in range(2):
+            step = [next(batches) for _ in range(trainer.engine.schedule.microbatches)]
+            with NoWaiting():
+                trainer.train_step(step)
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"data__packed": False, "optimizer__name": "lamb", "precision__compute": "bfloat16"}),
+        (1, {"training__compile": "all"}),
+        (2, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__sharding": "optimizer"}),
+        (2, {"parallel__pipeline": 2, "model__num_hidden_layers": 2, "parallel__schedule": "zero-bubble-h1"}),
+        (2, {"parallel__data": 2, "parallel__sharding": "full", "training__recompute": "full"}),
+    ],
+    ids=["lamb", "compiled", "tensor", "pipeline", "full"],
+)
+def test_a_step_waits_for_no_device(data: Path, tmp_path: Path, size: int, changes: dict[str, Any]) -> None:
+    run_world(size, _waits_for_nothing, data, tmp_path, changes, timeout=240)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorder of operators on processors, which stands for a CUDA graph; and a watch over what waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+#: Operators whose results a host waits for, or that depend on numbers: their shapes do, or Python asks for them.
+WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::repeat_interleave.Tensor",
+    "aten::bincount",
+    # A tensor made of Python's numbers is copied from memory that is not page-locked.
+    "aten::lift_fresh",
+)
+
+
+class WaitedError(AssertionError):
+    """An operator waits for the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a host would wait for a GPU."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code stays so."""
+        return True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name
+        full = f"{name}.{function._schema.overload_name}"
+        if name in WAITING or full in WAITING:
+            raise WaitedError(f"{full} waits for the device")
+        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
+            indices = args[1]
+            if any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices):
+                raise WaitedError(f"{full} with a mask waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+class _Recording(NoWaiting):
+    """Notes operators while they run, and what tensors held before they were changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.made: set[int] = set()
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if function._schema.is_mutable:
+            for tensor in given:
+                key = tensor.untyped_storage()._cdata
+                if key not in self.made and key not in self.before:
+                    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                    self.before[key] = whole, whole.clone()
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        fresh = [value for value in tree_iter(out) if isinstance(value, Tensor)]
+        fresh = [value for value in fresh if value.untyped_storage()._cdata not in known]
+        self.made |= {value.untyped_storage()._cdata for value in fresh}
+        if not function.is_view:
+            self.steps.append((function, args, kwargs, fresh))
+        return out
+
+
+class Tape:
+    """Records operators, undoes what they did, and does them again with the same tensors, as a CUDA graph does.
+
+    Python does not run again, so what depended on its values stays as it was; waiting for the device is an error.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.replays = 0
+
+    def record(self, work: Callable[[], Tensor]) -> Tensor:
+        """Record a function without doing its work."""
+        recording = _Recording()
+        with recording:
+            result = work()
+        for whole, values in recording.before.values():
+            whole.copy_(values)
+        self.steps = recording.steps
+        for _, _, _, fresh in self.steps:
+            for tensor in fresh:  # nothing is there before the first replay
+                if tensor.is_floating_point():
+                    tensor.detach().fill_(torch.nan)
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Do the work once more."""
+        self.replays += 1
+        for function, args, kwargs, places in self.steps:
+            out = function(*args, **kwargs)
+            results = [value for value in tree_iter(out) if isinstance(value, Tensor)]
+            if function.namespace == "_c10d_functional":  # it is under way: what waits for it knows the first one
+                results = [torch.ops._c10d_functional.wait_tensor(result) for result in results]
+            if places:
+                assert len(results) == len(places), function
+            for place, result in zip(places, results, strict=False):
+                place.detach().copy_(result)
