@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.sampling import BatchShare
-from megatron_bert.finetuning.batches import collate_instances, stream_instances
+from megatron_bert.finetuning.batches import bounds_of, collate_instances, stream_instances
 from megatron_bert.finetuning.instances import TaskInstances
 from megatron_bert.finetuning.scoring import score_instances
 from megatron_bert.finetuning.settings import FinetuneSettings
@@ -85,6 +85,9 @@ class Finetuning(Objective[BertForTask]):
         self.instances: list[Instance] = data.train
         weights = self.task.class_weights(self.instances)
         self.class_weights = None if weights is None else torch.from_numpy(weights)
+        #: Of micro batches, where compiled code is to see few shapes of them.
+        multiple = settings.parallel.tensor if settings.parallel.sequence else 1
+        self.bounds = bounds_of(self.instances, training.micro_batch_size, multiple) if training.compile else None
         self.most_features = max(len(instance.features) for instance in self.instances)
         epoch = math.ceil(len(self.instances) / training.global_batch_size)
         self.total_steps = training.steps or math.ceil(
@@ -155,6 +158,7 @@ class Finetuning(Objective[BertForTask]):
                 self.task.head,
                 most_features=self.most_features,
                 multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
+                bounds=self.bounds,
             ).to(device)
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:
@@ -207,6 +211,7 @@ class Finetuning(Objective[BertForTask]):
             instances,
             self.task.head,
             batch_size=self.settings.training.evaluate_batch_size,
+            few_shapes=bool(self.settings.training.compile),
         )
         predictions: list[Prediction] = []
 

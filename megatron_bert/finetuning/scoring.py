@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bert.finetuning.batches import collate_instances, instance_tokens
+from megatron_bert.finetuning.batches import bounds_of, collate_instances, instance_tokens
 from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.task_heads.kind import HeadKind
 from megatron_bert.model.task_heads.table import HEADS
@@ -41,6 +41,7 @@ def score_instances(
     head: Head,
     *,
     batch_size: int,
+    few_shapes: bool = False,
 ) -> Scored:
     """Run the model over instances without dropout; every rank calls with the same instances.
 
@@ -53,6 +54,7 @@ def score_instances(
         instances: at least one.
         head: of the task.
         batch_size: most instances of a forward pass.
+        few_shapes: give passes few different shapes, for compiled code.
     """
     kind = HEADS[head.kind]
     order = sorted(range(len(instances)), key=lambda index: -instance_tokens(instances[index]))
@@ -62,13 +64,16 @@ def score_instances(
     per_round = engine.schedule.microbatches * data
     numbers = range(rank, -(-len(chunks) // per_round) * per_round, data)
     chosen = [chunks[min(number, len(chunks) - 1)] for number in numbers]
+    multiple = mesh.layout.tensor if mesh.layout.sequence else 1
+    bounds = bounds_of(instances, batch_size, multiple) if few_shapes else None
     batches = (
         collate_instances(
             [instances[index] for index in chunk],
             chunk,
             head,
             most_features=1,
-            multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
+            multiple=multiple,
+            bounds=bounds,
         ).to(mesh.device)
         for chunk in chosen
     )

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 _ROUND = 64
 
 
-def filling(tokens: int, multiple: int = 1) -> int:
+def filling(tokens: int, multiple: int = 1, *, few: bool = False) -> int:
     """How many tokens to add to packed sequences, so that batches have few different sizes.
 
     Matrix products of sizes that were not seen before cost up to twice the time: oneDNN compiles code for each, and
@@ -33,9 +34,27 @@ def filling(tokens: int, multiple: int = 1) -> int:
     Args:
         tokens: of the sequences.
         multiple: what their number has to be a multiple of in any case, for tensor ranks that divide them.
+        few: at most eight sizes from each power of two to the next, by an eighth more tokens at most, for compiled
+            code.
     """
+    if few:
+        return -tokens % math.lcm(multiple, 2 ** max(0, tokens.bit_length() - 4))
     power = max(0, (tokens // 16).bit_length() - 1)
     return -tokens % math.lcm(multiple, min(_ROUND, 2**power))
+
+
+class Bounds(NamedTuple):
+    """What the micro batches of a run have at most, so that shapes depend on few numbers.
+
+    Attributes:
+        sequences: of a micro batch.
+        longest: tokens of a sequence.
+        multiple: of which their number of tokens is, with filling.
+    """
+
+    sequences: int
+    longest: int
+    multiple: int = 1
 
 
 def longest_first(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,11 +103,14 @@ class SequenceLayout:
         return SequenceLayout(batch=batch, length=length, key_mask=key_mask)
 
     @staticmethod
-    def packed(lengths: Tensor, longest: int, fill: int = 0) -> SequenceLayout:
+    def packed(lengths: Tensor, longest: int, fill: int = 0, bounds: Bounds | None = None) -> SequenceLayout:
         """Sequences of ``lengths`` (int64) end to end, of at most ``longest`` each, then ``fill`` tokens of filling.
 
-        The filling is sequences of their own, like the last one in length.
+        The filling is sequences of their own, like the last one in length. With ``bounds`` shapes depend on the number
+        of tokens and the bounds alone: there are sequences of no tokens at the end.
         """
+        if bounds is not None:
+            return SequenceLayout._bounded(lengths, fill, bounds)
         if fill:
             last = int(lengths[-1])
             lengths = torch.cat(
@@ -106,6 +128,27 @@ class SequenceLayout:
             batch=batch,
             length=longest,
             boundaries=boundaries.to(torch.int32),
+            places=sequence * longest + within,
+            fill=fill,
+        )
+
+    @staticmethod
+    def _bounded(lengths: Tensor, fill: int, bounds: Bounds) -> SequenceLayout:
+        longest = bounds.longest
+        # Filling is less than an eighth of the tokens, times the multiple: so many sequences take it.
+        count = bounds.sequences + bounds.multiple * (bounds.sequences // 8 + 1) + 1
+        filled = [longest] * (fill // longest) + [fill % longest]
+        assert len(lengths) + len(filled) <= count, "micro batches are within their bounds"
+        sizes = lengths.new_zeros(count)
+        sizes[: len(lengths)] = lengths
+        sizes[len(lengths) : len(lengths) + len(filled)] = lengths.new_tensor(filled)
+        ends = sizes.cumsum(0)
+        sequence = torch.repeat_interleave(torch.arange(count, device=lengths.device), sizes)
+        within = torch.arange(sequence.shape[0], device=lengths.device) - (ends - sizes)[sequence]
+        return SequenceLayout(
+            batch=count,
+            length=longest,
+            boundaries=torch.cat((ends.new_zeros(1), ends)).to(torch.int32),
             places=sequence * longest + within,
             fill=fill,
         )

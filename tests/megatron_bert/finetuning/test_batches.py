@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from megatron_bert.data.sampling import BatchShare
-from megatron_bert.finetuning.batches import collate_instances, stream_instances
+from megatron_bert.finetuning.batches import bounds_of, collate_instances, stream_instances
+from megatron_bert.tasks.encoding import Feature
+from megatron_bert.tasks.task import Instance
 from tests.megatron_bert.finetuning.support import HEADS, random_instances
 
 
@@ -51,3 +53,27 @@ def test_sequences_stand_end_to_end() -> None:
     scores = batch.by_instance(torch.arange(len(features), dtype=torch.float32))
     assert [int((row > -torch.inf).sum()) for row in scores] == [len(instance.features) for instance in instances]
     assert scores[scores > -torch.inf].tolist() == list(range(len(features)))
+
+
+def _shapes(instances: list[Instance], size: int, *, few: bool) -> set[tuple[int, ...]]:
+    """Of what the layers of compiled code see of micro batches."""
+    bounds = bounds_of(instances, size) if few else None
+    found = set()
+    for start in range(0, len(instances) - size, size):
+        of = instances[start : start + size]
+        batch = collate_instances(of, range(start, start + size), HEADS["single"], most_features=1, bounds=bounds)
+        assert batch.layout.boundaries is not None
+        found.add((len(batch.tokens), len(batch.layout.boundaries), batch.layout.length, batch.layout.batch))
+    return found
+
+
+def test_compiled_code_sees_few_shapes_of_a_corpus() -> None:
+    """Of 500 micro batches of 32 sentences, of lengths as those of SST-2 or longer."""
+    random = np.random.default_rng(5)
+    lengths = 3 + np.minimum(random.geometric(1 / 24, 16_000), 125)
+    features = [Feature(np.ones(length, dtype=np.int64), np.zeros(length), np.array([0])) for length in lengths]
+    instances = [Instance((feature,), np.array([0]), number) for number, feature in enumerate(features)]
+    many, few = (_shapes(instances, 32, few=few) for few in (False, True))
+    assert len(many) > 300
+    assert len(few) <= 12
+    assert len({shape[1:] for shape in few}) == 1, "they differ in their tokens alone"

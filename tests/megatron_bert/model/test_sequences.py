@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_bert.model.sequences import SequenceLayout, filling
+from megatron_bert.model.sequences import Bounds, SequenceLayout, filling
 
 
 def test_rectangle():
@@ -51,6 +51,31 @@ def test_few_sizes_at_little_cost(multiple):
     for tokens, size in enumerate(sizes, start=1):
         assert 0 <= size - tokens < multiple * min(64, max(1, tokens / 16))
     assert filling(15) == filling(1) == 0
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 8])
+def test_the_fewest_sizes_for_compiled_code(multiple):
+    sizes = [tokens + filling(tokens, multiple, few=True) for tokens in range(1, 4097)]
+    assert all(size % multiple == 0 for size in sizes)
+    assert len(set(sizes[511:])) <= 3 * 8 + 1
+    for tokens, size in enumerate(sizes, start=1):
+        assert 0 <= size - tokens < multiple * max(1, tokens / 8)
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+@pytest.mark.parametrize("lengths", [[7], [5, 1], [9, 9, 9], [9] * 16, [1] * 16])
+def test_shapes_within_bounds_depend_on_tokens_alone(lengths, multiple):
+    bounds = Bounds(sequences=16, longest=9, multiple=multiple)
+    fill = filling(sum(lengths), multiple, few=True)
+    layout = SequenceLayout.packed(torch.tensor(lengths), max(lengths), fill, bounds)
+    least = SequenceLayout.packed(torch.tensor([1]), 1, multiple - 1, bounds)
+    assert (layout.batch, layout.length) == (least.batch, least.length)
+    assert layout.boundaries.shape == least.boundaries.shape
+    assert layout.boundaries[-1] == layout.places.shape[0] == sum(lengths) + fill
+    assert layout.lengths[: len(lengths)] == lengths
+    tokens = torch.arange(1, sum(lengths) + fill + 1)
+    assert torch.equal(layout.from_rectangle(layout.to_rectangle(tokens)), tokens)
+    assert torch.equal(layout.to_rectangle(tokens) > 0, layout.rectangle_mask())
 
 
 @pytest.mark.parametrize(
