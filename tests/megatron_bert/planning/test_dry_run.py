@@ -12,7 +12,11 @@ import yaml
 from megatron_bert.cli import main
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.model.flops import parameter_count
+from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.devices import DEVICES
+from megatron_bert.planning.layouts import stages_of
+from megatron_bert.planning.memory import layout_of
+from megatron_bert.planning.workload import workload_of
 from parallel.flat_buffers import ALIGNMENT
 from tests.megatron_bert.planning.support import CONFIGS, Vocabulary, measured, settings_of
 
@@ -153,3 +157,37 @@ def test_what_data_parallelism_holds_and_sends(ranks: int, sharding: str, comput
     else:
         assert (whole.count, whole.bytes) == (1 + 2, 4 + 4 * elements)
     assert len(sent) == (3 if sharding == "optimizer" else 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (8, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.schedule=zero-bubble-h1"]),
+        (64, ["parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "parallel.sharding=none"]),
+        (512, ["parallel.tensor=8", "parallel.sequence=true", "parallel.pipeline=4", "model.num_attention_heads=8"]),
+    ],
+    ids=["t2p2d2", "t4p2d8", "t8p4d16"],
+)
+def test_every_message_of_mixed_layouts(ranks: int, overrides: list[str]) -> None:
+    """Of the first and the last stage: kinds, numbers and bytes are those of closed forms, so nothing is sent twice."""
+    settings = settings_of("training.global_batch_size=256", *overrides)
+    work = workload_of(settings, settings.model_config_for(Vocabulary.vocab_size, 0), 1, settings.data.seq_length)
+    layout = layout_of(settings, ranks)
+    stages = stages_of(work, layout)
+    per_stage = ranks // layout.pipeline
+    for rank in (1, ranks - 1):  # beyond the first tensor rank and, on the last stage, beyond the first data rank
+        step = measured(settings, rank, ranks)
+        place, in_stage = divmod(rank, per_stage)
+        expected = totals(step_messages(work, layout, stages, place, in_stage // layout.tensor))
+        assert expected == {tuple(what): (seen.count, seen.bytes) for what, seen in step.traffic.items()}
+        groups = {what.group for what in step.traffic}
+        assert {"tensor", "pipeline", "data_shard" if layout.shards > 1 else "data_replicate", "tied"} <= groups
+        # Every element of the flat buffers is in one sum over data ranks, once a step.
+        kind = "reduce-scatter" if layout.shards > 1 else "all-reduce"
+        buckets = [bucket.size for stage in stages if stage.number == place for bucket in stage.buckets]
+        sent = sum(
+            seen.bytes
+            for what, seen in step.traffic.items()
+            if (what.kind, what.size, what.dtype) == (kind, layout.data, "float32") and what.group.startswith("data")
+        )
+        assert sent - 4 * sum(buckets) in (0, 4), "and one number of the norm"
