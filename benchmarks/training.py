@@ -5,7 +5,8 @@ The same model sizes, batch, number format, clipping and fused AdamW; sequences 
 padding to skip. The kinds take turns, and ratios are taken turn by turn: a machine whose speed drifts favors none.
 
     python -m benchmarks.training --size tiny
-    python -m benchmarks.training --size 345m --size 1.3b --size 3.9b --device cuda --dtype bfloat16 --seconds 420
+    python -m benchmarks.training --size 345m --size 1.3b --size 3.9b --device cuda --dtype bfloat16 \
+        --attention-dropout 0.1 --attention-dropout 0 --seconds 420
 """
 
 from __future__ import annotations
@@ -62,13 +63,22 @@ SIZES = {
     "1.3b": Size(24, 2048, 32, 512, 16, 2),
     "3.9b": Size(48, 2560, 40, 512, 8, 2),
 }
-KINDS = ("ours", "ours, compiled", "transformers", "transformers, compiled", "transformers' Trainer")
+#: Our kinds: what is compiled, and whether micro batches are replayed as a CUDA graph.
+OURS: dict[str, tuple[bool | str, bool]] = {
+    "ours": (False, False),
+    "ours, compiled": (True, False),
+    "ours, all compiled": ("all", False),
+    "ours, CUDA graphs": ("all", True),
+}
+THEIRS = ("transformers", "transformers, compiled", "transformers' Trainer")
+KINDS = (*OURS, *THEIRS)
 
 Step = Callable[[], Any]
 
 
-def settings_of(size: Size, options: argparse.Namespace, run_dir: Path, *, compiled: bool) -> Settings:
+def settings_of(size: Size, options: argparse.Namespace, run_dir: Path, kind: str = "ours") -> Settings:
     """Of a pretraining run on one rank."""
+    compiled, graphs = OURS[kind]
     return Settings.model_validate(
         {
             "model": {
@@ -89,6 +99,7 @@ def settings_of(size: Size, options: argparse.Namespace, run_dir: Path, *, compi
                 "global_batch_size": size.micro_batch * size.micro_batches,
                 "micro_batch_size": size.micro_batch,
                 "compile": compiled,
+                "cuda_graphs": graphs,
                 "device": options.device,
             },
         }
@@ -96,10 +107,10 @@ def settings_of(size: Size, options: argparse.Namespace, run_dir: Path, *, compi
 
 
 @contextmanager
-def our_step(size: Size, options: argparse.Namespace, world: World, *, compiled: bool) -> Iterator[Step]:
+def our_step(size: Size, options: argparse.Namespace, world: World, kind: str) -> Iterator[Step]:
     """One step of the trainer: gradients of all micro batches, norm, clipping, optimizer."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_of(size, options, Path(folder), compiled=compiled)
+        settings = settings_of(size, options, Path(folder), kind)
         tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=VOCABULARY, pad_id=0, fingerprint=""))
         mesh = ParallelMesh(settings.layout(1), world.device)
         trainer = Trainer(settings, Pretraining(settings, tokenizer), mesh, world, None)
@@ -202,13 +213,12 @@ def trainer_step(size: Size, options: argparse.Namespace, batch: MicroBatch) -> 
 
 def opened(kind: str, size: Size, options: argparse.Namespace, world: World) -> Any:
     """What measures a kind of step."""
-    compiled = kind.endswith("compiled")
-    if kind.startswith("ours"):
-        return our_step(size, options, world, compiled=compiled)
+    if kind in OURS:
+        return our_step(size, options, world, kind)
     batch = make_batch(MegatronBertConfig(vocab_size=VOCABULARY), size.micro_batch, size.length)
     if kind == "transformers' Trainer":
         return trainer_step(size, options, batch)
-    return their_step(size, options, batch, compiled=compiled)
+    return their_step(size, options, batch, compiled=kind.endswith("compiled"))
 
 
 def measure(name: str, options: argparse.Namespace, world: World, budget: float) -> dict[str, Any]:
@@ -217,6 +227,8 @@ def measure(name: str, options: argparse.Namespace, world: World, budget: float)
     Step by step where all models fit in memory together; else one model after the other, each for a few steps.
     """
     size, kinds = SIZES[name], list(options.kind or KINDS)
+    if world.device.type == "cpu":
+        kinds = [kind for kind in kinds if kind not in OURS or not OURS[kind][1]]
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     peaks: dict[str, int | None] = dict.fromkeys(kinds)
     failures: dict[str, str] = {}
@@ -249,12 +261,13 @@ def measure(name: str, options: argparse.Namespace, world: World, budget: float)
     for kind, measured in found.items():
         print(f"{name:6s}{kind:26s}{statistics.median(measured) * 1000:10.1f} ms", flush=True)
     summary = _summary(size, options, found, peaks, world)
-    return {"size": name, **size._asdict(), "together": together, "failures": failures, "kinds": summary}
+    how = {"together": together, "attention_dropout": options.attention_dropout}
+    return {"size": name, **size._asdict(), **how, "failures": failures, "kinds": summary}
 
 
 def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: World) -> bool:
     """Whether all models fit in half of the memory: 18 bytes per parameter, and as much for activations."""
-    config = settings_of(size, options, Path("unused"), compiled=False).model_config_for(VOCABULARY, 0)
+    config = settings_of(size, options, Path("unused")).model_config_for(VOCABULARY, 0)
     if world.device.type == "cuda":
         room = torch.cuda.get_device_properties(world.device).total_memory
     else:
@@ -277,7 +290,7 @@ def _summary(
     world: World,
 ) -> dict[str, Any]:
     """Tokens per second, MFU and peak memory of each kind, and how many times as fast as each other one ours is."""
-    settings = settings_of(size, options, Path("unused"), compiled=False)
+    settings = settings_of(size, options, Path("unused"))
     config = settings.model_config_for(VOCABULARY, 0)
     sequences = size.micro_batch * size.micro_batches
     tokens = sequences * size.length
@@ -286,7 +299,7 @@ def _summary(
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     peak = peak_tflops(device, options.dtype)
     medians = {kind: statistics.median(found) for kind, found in times.items()}
-    ours = min((kind for kind in medians if kind.startswith("ours")), key=medians.__getitem__, default=None)
+    ours = min((kind for kind in medians if kind in OURS), key=medians.__getitem__, default=None)
     summary: dict[str, Any] = {"parameters": parameter_count(config)}
     for kind, found in times.items():
         middle = medians[kind]
@@ -296,7 +309,7 @@ def _summary(
             "mfu": None if peak is None else flops / middle / (peak * 1e12),
             "peak_bytes": peaks[kind],
         }
-        if ours is not None and not kind.startswith("ours"):
+        if ours is not None and kind not in OURS:
             summary[kind]["times_as_long_as_ours"] = ratios(found, times[ours])
     return summary
 
@@ -310,20 +323,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the hidden states")
-    parser.add_argument("--attention-dropout", type=float, default=0.1, help="of the attention probabilities")
+    parser.add_argument(
+        "--attention-dropout",
+        type=float,
+        action="append",
+        help="of the attention probabilities, repeatable; 0.1 by default",
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps of each kind that are not counted")
     parser.add_argument("--steps", type=int, default=10, help="steps of each kind that are counted")
     parser.add_argument("--seconds", type=float, default=420.0, help="for all sizes, but for what opening takes")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     sizes = options.size or ["small"]
+    dropouts = options.attention_dropout or [0.1]
+    cases = [(name, argparse.Namespace(**vars(options) | {"attention_dropout": p})) for p in dropouts for name in sizes]
     with process_group(options.device) as world:
         report = {
             **provenance("training", "transformers", arguments=arguments, device=world.device),
             "dtype": options.dtype,
             "dropout": options.dropout,
-            "attention_dropout": options.attention_dropout,
-            "sizes": [measure(name, options, world, options.seconds / len(sizes)) for name in sizes],
+            "sizes": [measure(name, case, world, options.seconds / len(cases)) for name, case in cases],
         }
     publish(report, options.output)
 
