@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,6 @@ def with_tensors(batch: TokenBatch, tensors: Mapping[str, Tensor]) -> TokenBatch
         tensors: by the names that :func:`tensors_of` gives, and perhaps more.
     """
     names = tensors_of(batch)
-    layout = {name.removeprefix(_LAYOUT): tensors[name] for name in names if name.startswith(_LAYOUT)}
-    own = {name: tensors[name] for name in names if not name.startswith(_LAYOUT)}
+    layout: dict[str, Any] = {name.removeprefix(_LAYOUT): tensors[name] for name in names if name.startswith(_LAYOUT)}
+    own: dict[str, Any] = {name: tensors[name] for name in names if not name.startswith(_LAYOUT)}
     return replace(batch, layout=replace(batch.layout, **layout), **own)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.dropout import fold_in, keep_mask, keyed_dropout
+from parallel.dropout import fold_in, hashed_columns, keep_mask, keyed_dropout
 
 ROWS, COLUMNS = 512, 768
 DEVIATIONS = 6.0
@@ -85,6 +85,25 @@ def test_no_two_keys_are_alike():
     # Among the 64-bit keys of 2^18 (seed, sample, position, layer) a repeat has probability 2^36 / 2^64.
     keys = torch.stack([_keys(seed, layer=layer) for seed in range(16) for layer in range(32)])
     assert keys.unique().numel() == keys.numel() == 2**18
+
+
+def test_columns_are_hashed_once():
+    held = hashed_columns(COLUMNS, torch.device("cpu"))
+    assert hashed_columns(COLUMNS, torch.device("cpu")) is held
+    kept = keep_mask(_keys(), COLUMNS, 0.5)
+    assert keep_mask(_keys(), COLUMNS, 0.5, hashed=held).equal(kept)
+    numbers = torch.arange(COLUMNS, dtype=torch.int32)
+    assert keep_mask(_keys(), numbers, 0.5).equal(kept)
+    for other in range(200):  # widths come and go
+        hashed_columns(other + 1, torch.device("cpu"), first_column=3)
+    assert keep_mask(_keys(), COLUMNS, 0.5).equal(kept)
+
+
+def test_keys_may_lie_in_any_order_in_memory():
+    keys = _keys(rows=24).view(4, 6)
+    turned = keep_mask(keys.t(), 16, 0.5)
+    assert not keys.t().is_contiguous()
+    assert turned.equal(keep_mask(keys, 16, 0.5).transpose(0, 1))
 
 
 def test_fold_in_is_order_sensitive():

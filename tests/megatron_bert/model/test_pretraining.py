@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.pretraining import correct_counts, loss_sums
 from parallel.cross_entropy import IGNORED
+from parallel.dropout import fold_in
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import (
     CONFIG,
@@ -71,6 +72,14 @@ def test_dropout_follows_the_sample_and_the_seed():
     }
     assert losses[100, None] == losses[200, None]
     assert len(set(losses.values())) == 5
+
+
+def test_keys_of_all_layers_are_those_of_each():
+    model, keys = make_model(), torch.arange(7)
+    layers = model.encoder._layer_keys(keys)
+    assert len(layers) == CONFIG.num_hidden_layers
+    for number, folded in enumerate(layers):
+        assert folded.equal(fold_in(keys, 1 + number))
 
 
 def test_dropout_of_each_kind_changes_the_loss():
