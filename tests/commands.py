@@ -58,9 +58,15 @@ def run_command(*arguments: str, folder: Path, timeout: float = 200.0) -> Ended:
 
 
 def run_ranks(
-    size: int, *arguments: str, folder: Path, before: Callable[..., Any], timeout: float = 200.0, **variables: str
+    size: int,
+    *arguments: str,
+    folder: Path,
+    before: Callable[..., Any] | None = None,
+    timeout: float = 200.0,
+    launched: bool = True,
+    **variables: str,
 ) -> list[Ended]:
-    """Run ``megatron-bert`` as the ranks of one run, all of which are killed when the first fails.
+    """Run ``megatron-bert`` as the ranks of one run.
 
     Args:
         size: number of ranks.
@@ -68,6 +74,7 @@ def run_ranks(
         folder: to run in.
         before: called with nothing in each process before the command, and pickled for that.
         timeout: seconds after which all are killed.
+        launched: whether all are killed when the first fails, as a launcher does.
         **variables: of the environment, beside a launcher's.
     """
     with socket.socket() as probe:
@@ -76,7 +83,7 @@ def run_ranks(
     processes = []
     outputs = [folder / f"output_{rank}" for rank in range(size)]
     for rank, output in enumerate(outputs):
-        output.touch()
+        output.write_text("")
         environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
         process = forkserver_context().Process(
             target=_run, args=(arguments, str(folder), str(output), environment, before)
@@ -85,7 +92,7 @@ def run_ranks(
         processes.append(process)
     while running := [process for process in processes if process.exitcode is None]:
         ended = connection.wait([process.sentinel for process in running], timeout)
-        if not ended or any(process.exitcode for process in processes):
+        if not ended or (launched and any(process.exitcode for process in processes)):
             for process in running:
                 process.kill()
     return [Ended(process.exitcode, output.read_text()) for process, output in zip(processes, outputs, strict=True)]

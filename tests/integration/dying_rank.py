@@ -18,8 +18,6 @@ from megatron_bert.cli import main
 from parallel.pipeline.actions import Action
 from parallel.pipeline.engine import PipelineEngine
 
-FOLDER = Path(os.environ["BREAK_FOLDER"])
-
 
 def break_at_action() -> None:
     """Let the engine of the rank break."""
@@ -31,7 +29,7 @@ def break_at_action() -> None:
         if str(action) == os.environ["BREAK_ACTION"]:
             seen += 1
             if seen == int(os.environ["BREAK_STEP"]):
-                (FOLDER / "moment").write_text(str(time.time()))
+                (Path(os.environ["BREAK_FOLDER"]) / "moment").write_text(str(time.time()))
                 if os.environ["BREAK_HOW"] == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ArithmeticError("this rank breaks here")
@@ -40,8 +38,13 @@ def break_at_action() -> None:
     PipelineEngine._compute = breaking  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    (FOLDER / f"rank_{os.environ['RANK']}").write_text(str(os.getpid()))
+def prepare() -> None:
+    """Do as the environment says."""
+    (Path(os.environ["BREAK_FOLDER"]) / f"rank_{os.environ['RANK']}").write_text(str(os.getpid()))
     if os.environ["RANK"] == os.environ["BREAK_RANK"]:
         break_at_action()
+
+
+if __name__ == "__main__":
+    prepare()
     sys.exit(main())

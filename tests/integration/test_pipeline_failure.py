@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import Ended, run_ranks
+from tests.integration.dying_rank import prepare
 from tests.megatron_bert.training.layouts import Case, make_data
 
 pytestmark = pytest.mark.slow
@@ -38,11 +39,8 @@ def _configuration(folder: Path, case: Case, workers: int) -> Path:
     return path
 
 
-def _environment(folder: Path, rank: int, action: str, how: str) -> dict[str, str]:
+def _variables(folder: Path, rank: int, action: str, how: str) -> dict[str, str]:
     return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
         "BREAK_FOLDER": str(folder),
         "BREAK_RANK": str(rank),
         "BREAK_ACTION": action,
@@ -73,18 +71,20 @@ def _assert_marked(complaint: re.Match[str]) -> None:
     assert [row.count(f">{action}<") for row in rows] == [int(str(n) == pipeline_rank) for n in range(len(rows))]
 
 
-@pytest.mark.parametrize("how", ["kill", "raise"])
-def test_under_torchrun(tmp_path, how):
-    # Rank 3 is the second stage of the second data rank: only rank 1 talks to it in the pipeline, and ranks 0 and 2
-    # meet the failure elsewhere. Loader processes, where there are any, must not keep anyone.
-    case = Case(pipeline=2, data=2, microbatches=4, sharding="full")
-    config = _configuration(tmp_path, case, workers=int(how == "kill"))
+#: Rank 3 is the second stage of the second data rank: only rank 1 talks to it in the pipeline, and ranks 0 and 2 meet
+#: the failure elsewhere.
+PLANE = Case(pipeline=2, data=2, microbatches=4, sharding="full")
+
+
+def test_killed_under_torchrun(tmp_path):
+    config = _configuration(tmp_path, PLANE, workers=1)  # loader processes must not keep anyone
     log = tmp_path / "log"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         done = subprocess.run(
             [*launch, str(COMMAND), "pretrain", str(config)],
-            env=_environment(tmp_path, 3, "1B1", how),
+            env=environment | _variables(tmp_path, 3, "1B1", "kill"),
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=tmp_path,
@@ -98,44 +98,32 @@ def test_under_torchrun(tmp_path, how):
     assert complaints, text
     for complaint in complaints.values():
         _assert_marked(complaint)
-    if how == "raise":
-        broken = complaints[3]
-        assert broken.group(1, 3, 4) == ("1", "1B1", "computing: ArithmeticError: this rank breaks here")
-    else:
-        assert 3 not in complaints
+    assert 3 not in complaints
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _run(folder: Path, case: Case, rank: int, action: str, how: str) -> list[Ended]:
+    """Without a launcher that stops the others."""
+    config = _configuration(folder, case, workers=0)
+    variables = _variables(folder, rank, action, how)
+    ended = run_ranks(
+        case.ranks, "pretrain", str(config), folder=folder, before=prepare, timeout=BOUND, launched=False, **variables
+    )
+    assert _seconds_since_the_break(folder) < BOUND, ended
+    return ended
 
 
-def test_without_a_launcher_that_stops_the_others(tmp_path):
-    config = _configuration(tmp_path, Case(pipeline=3, microbatches=4), workers=0)
-    port = str(_free_port())
-    logs = [tmp_path / f"log_{rank}" for rank in range(3)]
-    processes = []
-    for rank, log in enumerate(logs):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = _environment(tmp_path, 1, "1F2", "kill") | {name: str(value) for name, value in world.items()}
-        with log.open("w") as file:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(COMMAND), "pretrain", str(config)],
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    cwd=tmp_path,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    texts = [log.read_text() for log in logs]
-    assert _seconds_since_the_break(tmp_path) < BOUND, texts
+def test_an_error_without_a_launcher(tmp_path):
+    ended = _run(tmp_path, PLANE, 3, "1B1", "raise")
+    assert all(one.code > 0 for one in ended), ended
+    complaints = _complaints("".join(one.text for one in ended))
+    for complaint in complaints.values():
+        _assert_marked(complaint)
+    assert complaints[3].group(1, 3, 4) == ("1", "1B1", "computing: ArithmeticError: this rank breaks here")
+
+
+def test_killed_without_a_launcher(tmp_path):
+    ended = _run(tmp_path, Case(pipeline=3, microbatches=4), 1, "1F2", "kill")
+    codes, texts = zip(*ended)
     assert codes[1] == -9
     assert codes[0] > 0, texts[0]
     assert codes[2] > 0, texts[2]
