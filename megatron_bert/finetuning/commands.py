@@ -62,10 +62,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument(
         "--backend",
-        choices=("torch", "integer", "reference", "cpu"),
+        choices=("torch", "integer", "reference", "cpu", "cuda"),
         default="torch",
         help="integer: run a quantized model by the fastest integer engine here, or by the one that is named, with the "
-        "same answers (default torch)",
+        "same answers; cuda, for GPUs, must be named, because it has not run on one yet (default torch)",
     )
     command.add_argument("--threads", type=int, metavar="N", help="of an integer engine (default: its choice)")
 

@@ -58,8 +58,16 @@ class Engine(NamedTuple):
         """
         if self.backend == "torch":
             return asked
+        if self.backend == "cuda":
+            if asked == "cpu":
+                raise UserError("--backend cuda computes on a GPU: leave --device cpu out")
+            # Without a GPU there is Triton's interpreter, or the backend says what is missing.
+            return "cuda" if torch.cuda.is_available() else "cpu"
         if asked == "cuda":
-            raise UserError(f"--backend {self.backend} computes on the CPU: leave --device cuda out")
+            other = ""
+            if self.backend == "integer":
+                other = ", or name the engine of GPUs, which has not run on one yet, by --backend cuda"
+            raise UserError(f"--backend {self.backend} computes on the CPU: leave --device cuda out{other}")
         return "cpu"
 
 

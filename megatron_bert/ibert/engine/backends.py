@@ -16,10 +16,16 @@ def _cpu() -> Backend:
     return CpuBackend()
 
 
+def _cuda() -> Backend:
+    from megatron_bert.ibert.engine.cuda import CudaBackend
+
+    return CudaBackend()
+
+
 #: Backends by name, each made when it is asked for, which fails with a UserError where it cannot run.
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": ReferenceBackend}
-#: In which order ``auto`` tries.
-_PREFERRED = ("cpu", "reference")
+BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": ReferenceBackend, "cuda": _cuda}
+#: In which order ``auto`` tries. One that is not among them has not run on its hardware yet, and must be named.
+PREFERRED = ("cpu", "reference")
 
 
 def backend_by_name(name: str, warn: Callable[[str], None] | None = None) -> Backend:
@@ -37,7 +43,7 @@ def backend_by_name(name: str, warn: Callable[[str], None] | None = None) -> Bac
             raise UserError(f"backend is {name!r}: choose one of auto, {', '.join(BACKENDS)}")
         return BACKENDS[name]()
     reasons = []
-    for each in (each for each in _PREFERRED if each in BACKENDS):
+    for each in (each for each in PREFERRED if each in BACKENDS):
         try:
             found = BACKENDS[each]()
         except UserError as error:

@@ -51,7 +51,8 @@ class IntegerModel:
 
     Args:
         plan: of the model.
-        backend: ``auto`` (the fastest that runs here), ``reference``, ``cpu``.
+        backend: ``auto`` (the fastest that runs here), ``reference``, ``cpu``, ``cuda``, whose results
+            are on the GPU.
         threads: to use; None leaves it to the backend.
 
     Attributes:
@@ -211,7 +212,7 @@ class IntegerModel:
     def _answer(self, hidden: Tensor, packed: Packed, kept: Tensor, shape: tuple[int, int]) -> Answer:
         def rectangle(values: Tensor) -> Tensor:
             filled = values.new_zeros((shape[0] * shape[1], *values.shape[1:]))
-            return filled.index_copy_(0, kept, values).unflatten(0, shape)
+            return filled.index_copy_(0, kept.to(values.device), values).unflatten(0, shape)
 
         task, heads, first = self.plan.task, self.plan.heads, packed.first
         if task == "encoder":
