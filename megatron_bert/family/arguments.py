@@ -162,18 +162,24 @@ def _batch_shape(
 def _types(given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     if given is None:
         return torch.zeros((batch, length), dtype=torch.int64, device=device)
-    check_shape("token_type_ids", given, (batch, length))
-    _check_ids("token_type_ids", given, "[batch, tokens]", 2)
-    return given
+    return _of_tokens("token_type_ids", given, batch, length)
 
 
 def _positions(given: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
     if given is None:
         return torch.arange(past, past + length, device=device)[None]
-    _check_ids("position_ids", given, "[batch, tokens]", 2)
-    if given.shape[1] != length or given.shape[0] not in (1, batch):
-        raise UserError(f"position_ids has shape {list(given.shape)}, expected [{batch}, {length}] or [1, {length}]")
-    return given
+    return _of_tokens("position_ids", given, batch, length)
+
+
+def _of_tokens(name: str, given: Tensor, batch: int, length: int) -> Tensor:
+    """Numbers of tokens, ``[B, S]`` or what broadcasts to it, as ``[B, S]``."""
+    check_whole(name, given)
+    try:
+        return given.expand(batch, length)
+    except RuntimeError:
+        raise UserError(
+            f"{name} has shape {list(given.shape)}, expected [{batch}, {length}] or [1, {length}]"
+        ) from None
 
 
 def _positions_after_padding(

@@ -1,74 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of tokens that were decoded before, in transformers' caches and as the layers take them."""
+"""Keys and values of tokens that came before, in transformers' caches and as the layers ask for them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from megatron_bert.family.checks import check_tensor, computing_device, promoted
-from megatron_bert.model.requests import LayerCache
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_bert.family.pretrained import DocumentedModel
 
+Pair = tuple[Tensor, Tensor]
 _REMEDY = "give what an earlier forward pass returned"
 
 
-def opened_cache(past: Any) -> tuple[Cache | None, tuple[LayerCache, ...]]:
+@dataclass(frozen=True)
+class CachedLayer:
+    """One layer of a cache, as the layers of the model use it: a LayerMemory."""
+
+    cache: Cache
+    number: int
+
+    def grown(self, key: Tensor, value: Tensor) -> Pair:
+        """Add keys and values of self-attention."""
+        return _of_tokens(self.cache).update(key, value, self.number)
+
+    def of_encoder(self, project: Callable[[], Pair]) -> Pair:
+        """Keys and values of cross-attention, which only a cache with a part for them keeps."""
+        if not isinstance(self.cache, EncoderDecoderCache):
+            return project()
+        crossed = self.cache.cross_attention_cache
+        if self.cache.is_updated.get(self.number):
+            return crossed.layers[self.number].keys, crossed.layers[self.number].values
+        self.cache.is_updated[self.number] = True
+        return crossed.update(*project(), self.number)
+
+
+def _of_tokens(cache: Cache) -> Cache:
+    """The part of self-attention."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def new_cache(model: DocumentedModel) -> Cache:
+    """An empty cache, as transformers' class begins one."""
+    return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+
+
+def encoder_length(cache: Cache | None) -> int | None:
+    """Number of an encoder's tokens whose keys and values are in a cache; None where there are none."""
+    if not isinstance(cache, EncoderDecoderCache) or not any(cache.is_updated.values()):
+        return None
+    return int(cache.cross_attention_cache.layers[0].keys.shape[2])
+
+
+def opened_cache(past: Any, model: DocumentedModel, batch: int) -> Cache | None:
     """What a caller gives as ``past_key_values``: a cache, or tuples of tensors as transformers 4 had them.
 
-    Returns:
-        The cache that is to be filled, if there is one, and its keys and values per layer; none where it is empty.
+    Args:
+        past: as it is given.
+        model: that is to go on from it.
+        batch: B.
 
     Raises:
-        UserError: it is something else, or a cache that does not grow.
+        UserError: it is something else, not of this model and batch, or keeps only the last tokens.
     """
     if past is None:
-        return None, ()
+        return None
     if isinstance(past, Cache):
-        own = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-        if wrong := [layer for layer in own.layers if not isinstance(layer, DynamicLayer) or layer.is_sliding]:
-            raise UserError(
-                f"past_key_values has layers of {type(wrong[0]).__name__}, which do not grow: give a DynamicCache, or "
-                "leave cache_implementation out"
-            )
-        entries: tuple[Any, ...] = tuple((layer.keys, layer.values) for layer in own.layers if layer.get_seq_length())
-        if isinstance(past, EncoderDecoderCache) and any(past.is_updated.values()):
-            crossed = past.cross_attention_cache.layers
-            entries = tuple((*entry, other.keys, other.values) for entry, other in zip(entries, crossed, strict=True))
-        return past, entries
+        _check_cache(past, model, batch)
+        return past
     try:
         entries = tuple(tuple(entry) for entry in past)
     except TypeError:
         raise UserError(f"past_key_values is a {type(past).__name__}: {_REMEDY}") from None
-    return None, entries
+    if not entries:
+        return None
+    checked = _checked(entries, model, batch)
+    crossed = DynamicCache([entry[2:] for entry in checked if len(entry) == 4])
+    return EncoderDecoderCache(DynamicCache([entry[:2] for entry in checked]), crossed)
 
 
-def checked_cache(entries: tuple[LayerCache, ...], model: DocumentedModel, batch: int) -> tuple[LayerCache, ...]:
-    """Keys and values that fit a model; None for none.
+def _check_cache(past: Cache, model: DocumentedModel, batch: int) -> None:
+    own = _of_tokens(past)
+    if sliding := [layer for layer in own.layers if layer.is_sliding]:
+        raise UserError(
+            f"past_key_values has layers of {type(sliding[0]).__name__}, which keep the last tokens alone, but these "
+            "models attend to all: give a DynamicCache or StaticCache"
+        )
+    crossed = past.cross_attention_cache.layers if encoder_length(past) is not None else []
+    held = [layer for layer in own.layers if isinstance(layer, (DynamicLayer, StaticLayer)) and layer.is_initialized]
+    entries: list[tuple[Any, ...]] = [(layer.keys, layer.values) for layer in held if layer.keys.numel()]
+    if crossed and len(crossed) == len(entries):
+        entries = [(*entry, layer.keys, layer.values) for entry, layer in zip(entries, crossed, strict=True)]
+    if entries:
+        _checked(tuple(entries), model, batch)
 
-    Args:
-        entries: as they are given, not empty.
-        model: that is to go on from them.
-        batch: B.
 
-    Raises:
-        UserError: they are not of this model and batch.
-    """
-    if not getattr(model.config, "is_decoder", False):
-        raise UserError("past_key_values is given, but only decoders go on from a cache: set is_decoder=True")
+def _checked(entries: tuple[tuple[Any, ...], ...], model: DocumentedModel, batch: int) -> list[tuple[Tensor, ...]]:
+    """Keys and values that fit a model, those of an encoder behind them."""
     layers, counts = model.layer_list(), {len(entry) for entry in entries}
     if len(entries) != len(layers) or counts not in ({2}, {4}):
         raise UserError(
             f"past_key_values has {len(entries)} entries of {sorted(counts)} tensors, expected {len(layers)} of 2 "
             f"(key, value), or 4 with those of the encoder: {_REMEDY}"
         )
-    if counts == {4} and not model.config.add_cross_attention:
+    if counts == {4} and not getattr(model.config, "add_cross_attention", False):
         raise UserError(
             "past_key_values holds keys and values of an encoder, but the model has no cross-attention: set "
             "add_cross_attention"
@@ -83,30 +126,7 @@ def checked_cache(entries: tuple[LayerCache, ...], model: DocumentedModel, batch
             for _ in ("key", "value")
         ]
         checked.append(tuple(_part(part, shape, model) for part, shape in zip(entry, shapes, strict=True)))
-    return tuple(checked)
-
-
-def filled_cache(cache: Cache | None, entries: tuple[LayerCache, ...]) -> Cache:
-    """A cache, a new one where there is none, with the keys and values that the layers have now."""
-    if cache is None:
-        own, crossed = DynamicCache(), DynamicCache()
-        cache = EncoderDecoderCache(own, crossed) if len(entries[0]) == 4 else own
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    _put(own, [entry[:2] for entry in entries])
-    if isinstance(cache, EncoderDecoderCache) and len(entries[0]) == 4:
-        _put(cache.cross_attention_cache, [entry[2:] for entry in entries])
-        cache.is_updated = dict.fromkeys(range(len(entries)), True)
-    return cache
-
-
-def _put(cache: Cache, entries: list[LayerCache]) -> None:
-    for number, (key, value) in enumerate(entries):
-        while len(cache.layers) <= number:
-            cache.layers.append(DynamicLayer())
-        layer = cache.layers[number]
-        if not layer.is_initialized:
-            layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value
+    return checked
 
 
 def _tokens(key: Any) -> int:

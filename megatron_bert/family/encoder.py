@@ -19,14 +19,14 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from megatron_bert.family.arguments import Arguments, TokenInputs, checked_head_masks, checked_inputs
-from megatron_bert.family.cache import checked_cache, filled_cache, opened_cache
+from megatron_bert.family.cache import CachedLayer, encoder_length, new_cache, opened_cache
 from megatron_bert.family.checks import checked_switch, promoted
 from megatron_bert.family.configuration import DocumentedConfig
 from megatron_bert.family.losses import blanked
-from megatron_bert.family.masks import Mask, causal, read_mask
+from megatron_bert.family.masks import Mask, causal, read_mask, with_room
 from megatron_bert.family.modules import Embeddings, LayerStack, PoolerLayer
 from megatron_bert.family.pretrained import DocumentedModel
-from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates, LayerCache
+from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in
 from parallel.errors import UserError
@@ -146,16 +146,21 @@ class EncoderModel(DocumentedModel):
             needed: bool ``[B, S]``, tokens that must not be skipped (they have labels).
         """
         config = self.config
-        cache, entries = opened_cache(given.past_key_values)
-        past = None
-        if given.shape is not None and entries:
-            past = checked_cache(entries, self, given.shape[0])
-        inputs = checked_inputs(given, config, self.sizes, 0 if past is None else past[0][0].shape[2])
+        cache = None if given.shape is None else opened_cache(given.past_key_values, self, given.shape[0])
+        keeps = self._keeps_cache(given)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        inputs = checked_inputs(given, config, self.sizes, past)
         if inputs.embedded is not None:
             inputs = replace(inputs, embedded=promoted("inputs_embeds", inputs.embedded, self.dtype))
-        total = inputs.past + inputs.length
-        mask = read_mask("attention_mask", given.attention_mask, inputs.batch, inputs.length, total)
-        request = self._request(given, inputs, mask, past)
+        if cache is None and keeps:
+            cache = new_cache(self)
+        total = past + inputs.length
+        room = total if cache is None else cache.get_mask_sizes(inputs.length, 0)[0]
+        given = replace(given, attention_mask=with_room(given.attention_mask, inputs.batch, total, room, inputs.device))
+        mask = read_mask(
+            "attention_mask", given.attention_mask, (inputs.batch, config.num_attention_heads, inputs.length, room)
+        )
+        request = self._request(given, inputs, mask, room, cache)
         dropout_keys = self._dropout_keys(inputs)
         kept = None
         first = torch.arange(inputs.batch, device=inputs.device) * inputs.length
@@ -189,55 +194,53 @@ class EncoderModel(DocumentedModel):
             hidden_states=out.hidden_states or None,
             attentions=out.attentions or None,
             cross_attentions=out.cross_attentions or None,
-            past=filled_cache(cache, out.past) if out.past else None,
+            past=cache,
         )
 
     def _request(
-        self, given: Arguments, inputs: TokenInputs, mask: Mask, past: tuple[LayerCache, ...] | None
+        self, given: Arguments, inputs: TokenInputs, mask: Mask, room: int, cache: Cache | None
     ) -> EncoderRequest:
         """What the layers are asked; plain attention needs no request of its own."""
         config = self.config
         probabilities = self.wants(given.output_attentions, "output_attentions")
         hidden_states = self.wants(given.output_hidden_states, "output_hidden_states")
-        keep = self._keeps_cache(given)
-        encoder = self._encoder_states(given, inputs, past)
+        encoder = self._encoder_states(given, inputs, cache)
         head_masks = None
         if given.head_mask is not None:
-            attended = {inputs.past + inputs.length} | ({encoder.length} if encoder is not None else set())
+            attended = {room} | ({encoder.length} if encoder is not None else set())
             head_masks = checked_head_masks(given.head_mask, config, self.dtype, inputs.batch, inputs.length, attended)
         pairs = given.attention_mask is not None and given.attention_mask.dim() > 2
         decoder = getattr(config, "is_decoder", False)
         written = config._attn_implementation == "eager"
-        plain = not (probabilities or head_masks or decoder or mask.unattended or pairs or written)
-        if plain:
+        if not (probabilities or head_masks or decoder or cache or mask.unattended or pairs or written):
             return EncoderRequest(hidden_states=hidden_states)
         if decoder:
-            mask = causal(mask, given.attention_mask, inputs.length, inputs.past + inputs.length, inputs.device)
+            mask = causal(mask, given.attention_mask, inputs.past, inputs.length, room, inputs.device)
         attention = AttentionRequest(
             mask=mask.full,
             unattended=mask.unattended or written,
             probabilities=probabilities,
-            keep=keep,
+            first=inputs.past,
             encoder=encoder,
         )
-        return EncoderRequest(hidden_states=hidden_states, attention=attention, head_masks=head_masks, past=past)
+        memory = None if cache is None else partial(CachedLayer, cache)
+        return EncoderRequest(hidden_states=hidden_states, attention=attention, head_masks=head_masks, memory=memory)
 
     def _keeps_cache(self, given: Arguments) -> bool:
+        recomputes = self.is_activation_checkpointing and self.training and torch.is_grad_enabled()
+        for name in ("use_cache", "past_key_values"):
+            if recomputes and getattr(given, name):
+                raise UserError(f"{name} does not go with gradient checkpointing in training: leave one of them out")
         if not getattr(self.config, "is_decoder", False):
             if given.use_cache:
                 raise UserError("use_cache is given, but only decoders keep keys and values: set is_decoder=True")
             return False
-        recomputes = self.is_activation_checkpointing and self.training and torch.is_grad_enabled()
-        if recomputes and given.use_cache:
-            raise UserError("use_cache does not go with gradient checkpointing in training: leave one of them out")
         return self.wants(given.use_cache, "use_cache") and not recomputes
 
-    def _encoder_states(
-        self, given: Arguments, inputs: TokenInputs, past: tuple[LayerCache, ...] | None
-    ) -> EncoderStates | None:
+    def _encoder_states(self, given: Arguments, inputs: TokenInputs, cache: Cache | None) -> EncoderStates | None:
         states = given.encoder_hidden_states
-        cached = past is not None and len(past[0]) == 4
-        if states is None and not cached:
+        length = encoder_length(cache)
+        if states is None and length is None:
             if given.encoder_attention_mask is not None:
                 raise UserError("encoder_attention_mask is given without encoder_hidden_states, which it is a mask of")
             return None
@@ -252,21 +255,19 @@ class EncoderModel(DocumentedModel):
             )
         if states is not None and states.shape[1] == 0:
             raise UserError("encoder_hidden_states has no tokens: give at least one to attend to")
-        length = past[0][2].shape[2] if cached and past is not None else states.shape[1]  # type: ignore[union-attr]
+        if states is not None and length is None:
+            hidden, length = promoted("encoder_hidden_states", states, self.dtype).flatten(0, 1), states.shape[1]
+        else:
+            hidden = None
+        assert length is not None
         if self.config.position_embedding_type != "absolute" and length > self.config.max_position_embeddings:
             raise UserError(
                 f"encoder_hidden_states has {length} tokens, but there are relative positions for "
                 f"{self.config.max_position_embeddings}: shorten it"
             )
-        mask = read_mask("encoder_attention_mask", given.encoder_attention_mask, inputs.batch, inputs.length, length)
-        return EncoderStates(
-            hidden=None
-            if cached or states is None
-            else promoted("encoder_hidden_states", states, self.dtype).flatten(0, 1),
-            length=length,
-            mask=mask.full,
-            unattended=mask.unattended,
-        )
+        shape = (inputs.batch, self.config.num_attention_heads, inputs.length, length)
+        mask = read_mask("encoder_attention_mask", given.encoder_attention_mask, shape)
+        return EncoderStates(hidden=hidden, length=length, mask=mask.full, unattended=mask.unattended)
 
     def _skips(self, mask: Mask, shown: bool, needed: Tensor | None) -> bool:
         """Whether padding is skipped."""

@@ -20,7 +20,7 @@ class Mask:
 
     Attributes:
         keys: bool ``[B, K]``, where the mask is the same for all queries; None otherwise, or when all keys count.
-        full: bool, broadcastable to ``[B, 1, Q, K]``; None when all keys count.
+        full: broadcastable to ``[B, heads, Q, K]``: bool, or what is added to scores; None when all keys count.
         unattended: some query may attend to none.
         starts: ``keys`` counts the first token of every sequence.
     """
@@ -31,30 +31,46 @@ class Mask:
     starts: bool = True
 
 
-def read_mask(name: str, mask: Tensor | None, batch: int, queries: int, keys: int) -> Mask:
-    """A mask of keys ``[B, K]`` or of pairs ``[B, Q, K]`` or ``[B, 1, Q, K]``.
+def with_room(mask: Tensor | None, batch: int, keys: int, room: int, device: torch.device) -> Tensor | None:
+    """A mask of ``keys`` for a cache of fixed size that has ``room`` for more, which do not count yet."""
+    if room == keys:
+        return mask
+    if mask is None:
+        mask = torch.ones((batch, keys), dtype=torch.bool, device=device)
+    return torch.nn.functional.pad(mask, (0, room - keys)) if mask.dim() == 2 and mask.shape[1] == keys else mask
 
-    1 or true is where a key may be attended to. With an axis for heads it may also be of floating point: what
-    transformers adds to scores, 0 or a large negative number.
+
+def read_mask(name: str, mask: Tensor | None, shape: tuple[int, int, int, int]) -> Mask:
+    """A mask of keys ``[B, K]``, of pairs ``[B, Q, K]``, or what broadcasts to ``[B, heads, Q, K]``.
+
+    1 or true is where a key may be attended to. With an axis for heads it may also be of floating point, and is added
+    to the scores, as transformers has it. B may be 1 for all sequences.
+
+    Args:
+        name: of the argument.
+        mask: as it is given.
+        shape: B, heads, Q and K.
 
     Raises:
         UserError: another shape, or other values.
     """
     if mask is None:
         return Mask()
-    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    pairs = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
-    pairs = pairs and mask.shape[2] in (1, queries) and mask.shape[3] == keys
-    if not pairs and shape not in ((batch, keys), (batch, queries, keys)):
+    batch, heads, queries, keys = shape
+    wanted = {2: (batch, keys), 3: (batch, queries, keys), 4: shape}.get(mask.dim(), ())
+    fits = (own in (1, size) for own, size in zip(mask.shape, wanted, strict=False))
+    if not wanted or mask.shape[-1] != keys or not all(fits):
         raise UserError(
-            f"{name} has shape {list(shape) if isinstance(shape, tuple) else shape}, expected [{batch}, {keys}] "
-            f"(which tokens count) or [{batch}, {queries}, {keys}] (which token each may see)"
+            f"{name} has shape {list(mask.shape)}, expected [{batch}, {keys}] (which tokens count), "
+            f"[{batch}, {queries}, {keys}] (which token each may see) or, for heads of their own, "
+            f"[{batch}, {heads}, {queries}, {keys}]"
         )
-    if pairs:
-        return _of_pairs(name, mask)
+    if mask.dim() == 4 and mask.is_floating_point():
+        return _of_scores(name, mask)
     allowed = mask.bool()
     by_key = mask.dim() == 2
-    full = allowed[:, None, None, :] if by_key else allowed[:, None]
+    allowed = allowed.expand(batch, keys) if by_key else allowed
+    full = {2: allowed[:, None, None], 3: allowed[:, None], 4: allowed}[mask.dim()]
     if torch.compiler.is_compiling():  # which values it holds is not known
         return Mask(keys=allowed if by_key else None, full=full)
     facts = [allowed.all(), allowed.any(-1).all(), allowed[:, 0].all()]
@@ -70,37 +86,39 @@ def read_mask(name: str, mask: Tensor | None, batch: int, queries: int, keys: in
     return Mask(keys=allowed, full=full, unattended=not attended, starts=starts)
 
 
-def _of_pairs(name: str, mask: Tensor) -> Mask:
-    added = mask.is_floating_point()
-    allowed = mask > _HIDDEN if added else mask.bool()
-    if torch.compiler.is_compiling():
-        return Mask(full=allowed)
-    known = (mask == 0) | ((mask <= _HIDDEN) if added else (mask == 1))
-    everything, attended, zero_one = torch.stack([allowed.all(), allowed.any(-1).all(), known.all()]).tolist()
-    if not zero_one:
-        expected = "0 and large negative numbers" if added else "0 and 1"
-        raise UserError(f"{name} holds values other than {expected}: say of every pair whether it may be attended to")
+def _of_scores(name: str, mask: Tensor) -> Mask:
+    """What is added to scores: a mask of what may be attended to where it only hides, which is exact and faster."""
+    if torch.compiler.is_compiling() or mask.requires_grad:
+        return Mask(full=mask)
+    allowed = mask > _HIDDEN
+    facts = [allowed.all(), allowed.any(-1).all(), ((mask == 0) | ~allowed).all(), (mask < torch.inf).all()]
+    everything, attended, only_hides, numbers = torch.stack(facts).tolist()
+    if not numbers:
+        raise UserError(f"{name} holds values that are not numbers: give what is to be added to scores")
+    if not only_hides:
+        return Mask(full=mask)
     return Mask() if everything else Mask(full=allowed, unattended=not attended)
 
 
-def causal(mask: Mask, given: Tensor | None, queries: int, keys: int, device: torch.device) -> Mask:
+def causal(mask: Mask, given: Tensor | None, past: int, queries: int, keys: int, device: torch.device) -> Mask:
     """The mask of a decoder: of the keys that count, those up to each query.
 
     Args:
         mask: as read; one of pairs says all there is to say, and is left as it is.
         given: what it was read from.
-        queries: Q, the last of the keys.
+        past: P, tokens before the queries.
+        queries: Q.
         keys: K.
         device: of the result.
     """
     if given is not None and given.dim() > 2:
         return mask
-    if queries == 1:
+    if past + queries == keys and queries == 1:
         return mask
     position = torch.arange(keys, device=device)
-    past = position <= position[keys - queries :, None]
+    seen = position <= position[past : past + queries, None]
     if mask.keys is None:
-        return Mask(full=past[None, None])
-    full = past & mask.keys[:, None, None, :]
+        return Mask(full=seen[None, None])
+    full = seen & mask.keys[:, None, None, :]
     unattended = not torch.compiler.is_compiling() and not bool(full.any(-1).all())
     return Mask(keys=mask.keys, full=full, unattended=unattended, starts=mask.starts)

@@ -142,6 +142,11 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             return answer._replace(hidden=answer.hidden.float())
         if request.head_mask is not None:
             raise UserError("head_mask is given, but integer attention has no masks of heads: prune the heads instead")
+        if request.mask is not None and request.mask.is_floating_point():
+            raise UserError(
+                "attention_mask holds values other than 0 and large negative numbers, which integer attention does not "
+                "add to its scores: say of every pair whether it may be attended to"
+            )
         return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, dropout_keys, request)
 
     # ---------------------------------------------------------------- in integers
@@ -154,8 +159,8 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         read = self._integer_read(self.attention_norm, hidden, "input", "attention_input", real.own)
         qkv = self._query_key_value(self._entered(read), real.everywhere)
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
-        if request.past is not None:
-            key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
+        if request.memory is not None:
+            key, value = request.memory.grown(key, value)
         token_keys = (
             None if dropout_keys is None else layout.to_rectangle(fold_in(dropout_keys, ATTENTION_PROBABILITIES))
         )
@@ -175,7 +180,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         hidden = self._integer_add(
             self.mlp_norm, hidden, part, self.mlp.output, dropout_keys, MLP_OUTPUT, where, real.own
         )
-        return LayerOutput(hidden, probabilities, None, (key, value) if request.keep else None)
+        return LayerOutput(hidden, probabilities, None)
 
     def _integer_read(self, norm: LayerNorm, hidden: Tensor, source: str, result: str, real: Tensor | None) -> Tensor:
         """What a part of the layer reads of the stream, as the integers its first matrix product takes."""
@@ -224,6 +229,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[B, A, Q, D]`` in integers, and on request the probabilities ``[B, heads, Q, K]``."""
         attention, context = self.attention, self.quantizer("context")
+        mask = attention.of_own_heads(request.mask)
         dropout = attention.dropout if dropout_keys is not None else 0.0
         head_keys = None
         if dropout > 0.0:
@@ -233,7 +239,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         if "softmax" in self.force:
             parts = zip((query, key, value), scales, strict=True)
             wide = [dequantized(part, query.new_tensor(scale, dtype=torch.float64)) for part, scale in parts]
-            mixed = explicit_attention(wide[0], wide[1], wide[2], request.mask, dropout, head_keys)
+            mixed = explicit_attention(wide[0], wide[1], wide[2], mask, dropout, head_keys)
             return quantized(mixed.contiguous(), context.target(None if real is None else real[:, None])), None
         kept = None if head_keys is None else keep_mask(head_keys, key.shape[2], dropout)
         # Sequences times heads, as integer attention has them.
@@ -242,7 +248,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
             query,
             key,
             value,
-            request.mask,
+            mask,
             scales,
             context.target(of_heads),
             kept=kept,
@@ -297,7 +303,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
     ) -> LayerOutput:
         if dropout_keys is not None:
             raise UserError("ranges are observed with dropout switched on: put the model into evaluation mode first")
-        if request.past is not None:
+        if request.first:
             raise UserError("ranges are observed with cached keys and values: give whole sequences to calibrate on")
         hidden = self.floating(hidden)
         everywhere = layout.real_tokens()
@@ -310,6 +316,8 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         for name, one in zip(("query", "key", "value"), qkv.unbind(2), strict=True):
             self.observe(name, one, everywhere)
         query, key, value = (one.transpose(1, 2) for one in layout.to_rectangle(qkv).unbind(3))
+        if request.memory is not None:
+            key, value = request.memory.grown(key, value)
         context, probabilities = attention.attend(
             query, key, value, request.mask, None, explicit=request.probabilities or request.unattended
         )
@@ -323,7 +331,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         where = ("mlp_sum", "output") if self.post_norm else ("output", "output")
         hidden = self._observed_add(self.mlp_norm, hidden, part, real, where)
         shown = attention.all_heads(probabilities, request.probabilities)
-        return LayerOutput(hidden.float(), shown, None, (key, value) if request.keep else None)
+        return LayerOutput(hidden.float(), shown, None)
 
     def _observed_add(
         self, norm: LayerNorm, hidden: Tensor, part: Tensor, real: Tensor | None, where: tuple[str, str]

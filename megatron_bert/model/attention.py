@@ -124,7 +124,8 @@ class AttentionHeads(nn.Module):
         Args:
             query: ``[B, A, Q, D]``.
             key, value: ``[B, A, K, D]``.
-            mask: bool ``[B, K]`` or broadcastable to ``[B, A, Q, K]``, true where a key may be attended to.
+            mask: bool ``[B, K]`` or broadcastable to ``[B, all heads, Q, K]``, true where a key may be attended to; or
+                what is added to the scores.
             dropout_keys: int64 ``[B, Q]`` dropout keys; None without dropout.
             first: position of the first query, counted from the first key.
             positions: int32 ``[B, K]``, what dropout calls the keys; by default 0 to K - 1.
@@ -136,6 +137,7 @@ class AttentionHeads(nn.Module):
         """
         dropout = self.dropout if dropout_keys is not None else 0.0
         keyed = dropout > 0.0 and not on_gpu(query)
+        mask = self.of_own_heads(mask)
         trained_on_cpu = (
             self.training and query.device.type == "cpu" and not on_gpu(query) and query.dtype == torch.bfloat16
         )
@@ -178,14 +180,15 @@ class AttentionHeads(nn.Module):
             dropout=0.0 if head_keys is None else self.dropout,
             dropout_keys=head_keys,
             positions=positions,
-            head_mask=self._own_mask(head_mask),
+            head_mask=self.of_own_heads(head_mask),
         )
         return torch.matmul(probabilities, value), probabilities
 
-    def _own_mask(self, head_mask: Tensor | None) -> Tensor | None:
-        if head_mask is None or head_mask.shape[1] == 1:
-            return head_mask
-        return copy_to_ranks(head_mask, self.tp).index_select(1, self.own_numbers(head_mask.device))
+    def of_own_heads(self, mask: Tensor | None) -> Tensor | None:
+        """The part of this rank in ``[B, all heads or 1, Q, K]``; what has no heads stays."""
+        if mask is None or mask.dim() < 4 or mask.shape[1] in (1, self.heads):
+            return mask
+        return copy_to_ranks(mask, self.tp).index_select(1, self.own_numbers(mask.device))
 
     def all_heads(self, probabilities: Tensor | None, wanted: bool) -> Tensor | None:
         """Probabilities of every rank's heads, ``[B, heads, Q, K]``."""
@@ -275,22 +278,19 @@ class SelfAttention(AttentionHeads):
         self, qkv: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> AttentionOutput:
         query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
-        first = 0
-        if request.past is not None:
-            first = request.past[0].shape[2]
-            key, value = torch.cat((request.past[0], key), dim=2), torch.cat((request.past[1], value), dim=2)
+        if request.memory is not None:
+            key, value = request.memory.grown(key, value)
         context, probabilities = self.attend(
             query,
             key,
             value,
             request.mask,
             None if dropout_keys is None else layout.to_rectangle(dropout_keys),
-            first=first,
+            first=request.first,
             head_mask=request.head_mask,
             explicit=request.probabilities or request.unattended,
         )
         return AttentionOutput(
             self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
             self.all_heads(probabilities, request.probabilities),
-            (key, value) if request.keep else None,
         )

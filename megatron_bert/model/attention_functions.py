@@ -2,7 +2,7 @@
 """Attention as functions of query, key and value: written out, and by torch's fused kernels.
 
 Shapes: B sequences, A heads, Q queries, K keys, D head dimension. A mask is bool ``[B, K]``, or broadcasts to
-``[B, A, Q, K]``; it is true where a key may be attended to.
+``[B, A, Q, K]``; it is true where a key may be attended to. One of floating point is added to the scores instead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def attention_probabilities(
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
     if bias is not None:
         scores = scores + bias
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        scores = scores + _added(mask, scores.dtype)
+    elif mask is not None:
         scores = scores.masked_fill(~_broadcastable(mask), torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if dropout > 0.0:
@@ -90,7 +92,9 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         context: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
         return context
     mask = None if mask is None else _broadcastable(mask)
-    if mask is not None and torch.compiler.is_compiling():
+    if mask is not None and mask.is_floating_point():
+        mask = _added(mask, query.dtype)
+    elif mask is not None and torch.compiler.is_compiling():
         # Whether some query has no key is not known there; what is added to its scores makes them all alike.
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(query.dtype).min
@@ -158,6 +162,11 @@ def relative_scores(query: Tensor, key: Tensor, distances: Tensor, first: int, b
         by_key = torch.matmul(key, rows).gather(-1, column.t().expand(*key.shape[:3], queries))
         scores = scores + by_key.transpose(-1, -2)
     return scores * query.shape[-1] ** -0.5
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores of a type, which stay finite: a query that may attend to nothing attends to all."""
+    return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
 def _broadcastable(mask: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class CrossAttention(AttentionHeads):
             hidden: ``[T, H]`` of the decoder.
             layout: its sequences, a rectangle.
             dropout_keys: int64 ``[T]`` dropout keys; None without dropout.
-            request: with what to attend to, and perhaps its cached keys and values (entries 2 and 3 of ``past``).
+            request: with what to attend to, and perhaps a memory of its keys and values.
 
         Returns:
             ``[T, H]``, with what was asked for.
@@ -51,24 +51,25 @@ class CrossAttention(AttentionHeads):
         encoder = request.encoder
         assert encoder is not None, "cross-attention needs something to attend to"
         query = layout.to_rectangle(self.query(hidden).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
-        if request.past is not None and len(request.past) > 2:
-            key, value = request.past[2:]
-        else:
+
+        def project() -> tuple[Tensor, Tensor]:
             assert encoder.hidden is not None
             both = self.key_value(encoder.hidden).unflatten(-1, (self.heads, 2, self.head_dim))
-            key, value = (t.transpose(1, 2) for t in both.unflatten(0, (layout.batch, encoder.length)).unbind(3))
+            key, value = both.unflatten(0, (layout.batch, encoder.length)).unbind(3)
+            return key.transpose(1, 2), value.transpose(1, 2)
+
+        key, value = project() if request.memory is None else request.memory.of_encoder(project)
         context, probabilities = self.attend(
             query,
             key,
             value,
             encoder.mask,
             None if dropout_keys is None else layout.to_rectangle(dropout_keys),
-            first=0 if request.past is None else request.past[0].shape[2],
+            first=request.first,
             head_mask=request.head_mask,
             explicit=request.probabilities or encoder.unattended,
         )
         return AttentionOutput(
             self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
             self.all_heads(probabilities, request.probabilities),
-            (key, value) if request.keep else None,
         )

@@ -251,7 +251,6 @@ class Encoder(nn.Module):
             hidden_states=(*before, given) if request.hidden_states else (),
             attentions=tuple(out.attentions for out in outputs if out.attentions is not None),
             cross_attentions=tuple(out.cross_attentions for out in outputs if out.cross_attentions is not None),
-            past=tuple(out.cache for out in outputs if out.cache is not None),
         )
 
 
@@ -262,4 +261,4 @@ def _of_layer(request: EncoderRequest, number: int) -> AttentionRequest | None:
         return None
     if request.head_masks is not None:
         asked = replace(asked, head_mask=request.head_masks[number])
-    return asked if request.past is None else replace(asked, past=request.past[number])
+    return asked if request.memory is None else replace(asked, memory=request.memory(number))

@@ -169,15 +169,14 @@ class TransformerLayer(nn.Module):
         read = self._read(self.attention_norm, hidden)
         attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES), request)
         hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, dropout_keys, ATTENTION_OUTPUT))
-        cache, probabilities = attended.cache, None
+        probabilities = None
         if request.encoder is not None:
             cross_keys = _fold(dropout_keys, CROSS_PROBABILITIES)
             norm = self.cross_attention_norm
             crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
             hidden = self._add(norm, hidden, self._drop(crossed.hidden, dropout_keys, CROSS_OUTPUT))
             probabilities = crossed.probabilities
-            cache = None if cache is None else cache + crossed.cache
-        return LayerOutput(self._mlp(hidden, dropout_keys), attended.probabilities, probabilities, cache)
+        return LayerOutput(self._mlp(hidden, dropout_keys), attended.probabilities, probabilities)
 
     def _drop(self, x: Tensor, dropout_keys: Tensor | None, place: int) -> Tensor:
         if dropout_keys is None:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-#: Keys and values of one layer, ``[B, heads on this rank, K, D]`` each; with cross-attention also those of the encoder.
-LayerCache = tuple[Tensor, ...]
+
+class LayerMemory(Protocol):
+    """What one layer of a decoder keeps for later passes: keys and values, ``[B, heads on this rank, K, D]`` each."""
+
+    def grown(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of these tokens; the result are those of all that are attended to."""
+
+    def of_encoder(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Those of the encoder's states, which are projected the first time alone."""
 
 
 class _Movable:
@@ -39,7 +46,7 @@ class EncoderStates(_Movable):
     Attributes:
         hidden: ``[B * E, H]`` final hidden states of the encoder; None where keys and values are cached.
         length: E.
-        mask: bool, broadcastable to ``[B, 1, Q, E]``, true where a state may be attended to; None when all may.
+        mask: as of AttentionRequest, with E in place of K.
         unattended: some query may attend to none.
     """
 
@@ -54,12 +61,13 @@ class AttentionRequest(_Movable):
     """What one layer is asked. Sequences stand in a rectangle of B times Q tokens.
 
     Attributes:
-        mask: bool, broadcastable to ``[B, 1, Q, K]``, true where a key may be attended to; None when all may.
+        mask: broadcastable to ``[B, all heads, Q, K]``: bool, true where a key may be attended to; or what is added to
+            the scores; None when all may.
         unattended: some query may attend to none, which the fused kernels do not take.
         probabilities: give the attention probabilities.
         head_mask: what they are multiplied with, broadcastable to ``[B, all heads, Q, K]``.
-        past: keys and values of earlier tokens.
-        keep: give keys and values, for later tokens.
+        memory: keeps keys and values, those of earlier tokens included.
+        first: position of the first query.
         encoder: what to attend to besides; decoders only.
     """
 
@@ -67,8 +75,8 @@ class AttentionRequest(_Movable):
     unattended: bool = False
     probabilities: bool = False
     head_mask: Tensor | None = None
-    past: LayerCache | None = None
-    keep: bool = False
+    memory: LayerMemory | None = None
+    first: int = 0
     encoder: EncoderStates | None = None
 
 
@@ -78,12 +86,10 @@ class AttentionOutput(NamedTuple):
     Attributes:
         hidden: ``[T, H]``.
         probabilities: ``[B, heads, Q, K]`` of all ranks' heads, if asked for.
-        cache: keys and values, if asked for.
     """
 
     hidden: Tensor
     probabilities: Tensor | None
-    cache: LayerCache | None
 
 
 class LayerOutput(NamedTuple):
@@ -92,13 +98,11 @@ class LayerOutput(NamedTuple):
     Attributes:
         hidden: ``[T, H]``.
         attentions, cross_attentions: ``[B, heads, Q, K or E]``, if asked for.
-        cache: keys and values, if asked for.
     """
 
     hidden: Tensor
     attentions: Tensor | None
     cross_attentions: Tensor | None
-    cache: LayerCache | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +115,14 @@ class EncoderRequest:
             computed from it: gradients then reach what is given.
         attention: what every layer is asked; None when their attention is plain.
         head_masks: one for each layer, in place of that of ``attention``.
-        past: one for each layer, in place of that of ``attention``.
+        memory: that of each layer by its number, in place of that of ``attention``.
     """
 
     hidden_states: bool = False
     shown: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     attention: AttentionRequest | None = None
     head_masks: tuple[Tensor, ...] | None = None
-    past: tuple[LayerCache, ...] | None = None
+    memory: Callable[[int], LayerMemory] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +133,9 @@ class EncoderOutput:
         hidden: ``[T, H]``, after the final norm where there is one.
         hidden_states: before the first layer, after each layer but the last, and ``hidden``.
         attentions, cross_attentions: ``[B, heads, Q, K or E]``.
-        past: keys and values.
     """
 
     hidden: Tensor
     hidden_states: tuple[Tensor, ...] = ()
     attentions: tuple[Tensor, ...] = ()
     cross_attentions: tuple[Tensor, ...] = ()
-    past: tuple[LayerCache, ...] = ()

@@ -225,12 +225,9 @@ def arguments_for(head: str) -> dict[str, Tensor]:
 
 def as_tuples(cache: Any) -> tuple[tuple[Tensor, ...], ...]:
     """A cache as transformers 4 had it: key and value per layer, then those of the encoder."""
-    own = getattr(cache, "self_attention_cache", cache)
-    crossed = cache.cross_attention_cache.layers if own is not cache else [None] * len(own.layers)
-    return tuple(
-        (one.keys, one.values, *(() if other is None else (other.keys, other.values)))
-        for one, other in zip(own.layers, crossed, strict=True)
-    )
+    parts = [cache.self_attention_cache] + [cache.cross_attention_cache] * any(cache.is_updated.values())
+    layers = zip(*(part.layers for part in parts), strict=True)
+    return tuple(tuple(tensor for part in layer for tensor in (part.keys, part.values)) for layer in layers)
 
 
 def flatten(output: Any) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from megatron_bert import MegatronBertForCausalLM
 from parallel.errors import UserError
@@ -57,11 +58,8 @@ def test_caches_hold_what_transformers_keeps(decoder, tmp_path):
     peer = peer_of(decoder, tmp_path)
     batch = batch_for("ForCausalLM", ragged=False)
     ours, theirs = decoder(**batch, use_cache=True), peer(**batch, use_cache=True)
-    for mine, layer in zip(
-        ours.past_key_values.layers, theirs.past_key_values.self_attention_cache.layers, strict=True
-    ):
-        torch.testing.assert_close(mine.keys, layer.keys, **CLOSE)
-        torch.testing.assert_close(mine.values, layer.values, **CLOSE)
+    for mine, layer in zip(as_tuples(ours.past_key_values), as_tuples(theirs.past_key_values), strict=True):
+        torch.testing.assert_close(mine, layer, **CLOSE)
     more = torch.tensor([[3, 4], [5, 6], [7, 8]])
     theirs = peer(input_ids=more, past_key_values=theirs.past_key_values)
     torch.testing.assert_close(decoder(more, past_key_values=ours.past_key_values).logits, theirs.logits, **CLOSE)
@@ -136,8 +134,46 @@ def test_a_cache_grows_and_can_be_reordered(decoder):
     assert (past.get_seq_length(), kept.get_seq_length()) == (LENGTH + 1, LENGTH)
     kept.reorder_cache(order)
     torch.testing.assert_close(decoder(ids[order][:, :1], past_key_values=kept).logits, out.logits[order], **CLOSE)
-    with pytest.raises(UserError, match="layers of StaticLayer, which do not grow: give a DynamicCache"):
-        decoder(ids, past_key_values=transformers.StaticCache(config=decoder.config, max_cache_len=20))
+
+
+def test_caches_of_a_fixed_size(decoder, tmp_path):
+    """Room for tokens to come counts for nothing, with and without a mask; in forward passes and in ``generate``."""
+    peer, ids = peer_of(decoder, tmp_path), batch_for("ForCausalLM", ragged=False)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    for given in ({}, {"attention_mask": mask}):
+        expected = decoder(ids, **given).logits
+        for model in (decoder, peer):
+            past, parts = transformers.StaticCache(config=model.config, max_cache_len=15), []
+            for start, end in ((0, 4), (4, 5), (5, LENGTH)):
+                masked = {name: whole[:, :end] for name, whole in given.items()}
+                out = model(ids[:, start:end], past_key_values=past, **masked)
+                assert out.past_key_values is past
+                parts.append(out.logits)
+            counted = given.get("attention_mask", torch.ones_like(ids)).bool()
+            torch.testing.assert_close(torch.cat(parts, dim=1)[counted], expected[counted], **CLOSE)
+    for options in ({"num_beams": 3}, {"num_beams": 1}):
+        plain = decoder.generate(ids[:, :5], max_new_tokens=6, **options)
+        for model in (decoder, peer):
+            fixed = model.generate(ids[:, :5], max_new_tokens=6, cache_implementation="static", **options)
+            assert fixed.equal(plain)
+    sliding = transformers.StaticCache(config=decoder.config, max_cache_len=20)
+    sliding.layers = [StaticSlidingWindowLayer(max_cache_len=20, sliding_window=4) for _ in sliding.layers]
+    with pytest.raises(UserError, match="layers of StaticSlidingWindowLayer, which keep the last tokens alone"):
+        decoder(ids, past_key_values=sliding)
+
+
+def test_tokens_before_those_of_an_encoder(tmp_path):
+    """As prefix tuning puts them there: keys and values that come from elsewhere, and a mask that counts them."""
+    model = build("ForTokenClassification")
+    peer = peer_of(model, tmp_path)
+    batch = batch_for("ForTokenClassification", length=6)
+    prefix = [tuple(torch.randn(2, BATCH, 4, 5, 8)) for _ in range(CONFIG.num_hidden_layers)]
+    batch["attention_mask"] = torch.cat((torch.ones(BATCH, 5, dtype=torch.int64), batch["attention_mask"]), dim=1)
+    states = peer.bert(**batch, past_key_values=transformers.DynamicCache(prefix)).last_hidden_state
+    torch.testing.assert_close(
+        model.bert(**batch, past_key_values=transformers.DynamicCache(prefix)).last_hidden_state, states, **CLOSE
+    )
 
 
 def test_logits_to_keep(decoder):

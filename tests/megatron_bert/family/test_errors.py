@@ -50,7 +50,10 @@ INPUTS = {
         "attention_mask holds values other than 0 and 1",
     ),
     "head-mask": ({"input_ids": IDS, "head_mask": torch.ones(3)}, "head_mask has shape [3], expected [4] or [3, 4]"),
-    "cache": ({"input_ids": IDS, "past_key_values": ((EMBEDS, EMBEDS),)}, "only decoders go on from a cache"),
+    "cache": (
+        {"input_ids": IDS, "past_key_values": ((EMBEDS, EMBEDS),)},
+        "past_key_values has 1 entries of [2]",
+    ),
     "use-cache": ({"input_ids": IDS, "use_cache": True}, "only decoders keep keys and values"),
     "encoder": ({"input_ids": IDS, "encoder_hidden_states": EMBEDS}, "the model has no cross-attention"),
     "encoder-mask": ({"input_ids": IDS, "encoder_attention_mask": IDS}, "given without encoder_hidden_states"),
