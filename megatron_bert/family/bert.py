@@ -42,14 +42,14 @@ class MegatronBertModel(MegatronBertPreTrainedModel, EncoderModel):
         Args:
             input_ids: int64 ``[B, S]``; this or ``inputs_embeds``.
             attention_mask: 1 for tokens that count: ``[B, P + S]``; or for pairs that may attend: ``[B, S, P + S]``, or
-                ``[B, 1, S, P + S]``, there also as what is added to scores.
-            token_type_ids: int64 ``[B, S]``; 0 by default.
+                ``[B, heads, S, P + S]``, there of floating point as what is added to scores. B, heads and S may be 1.
+            token_type_ids: int64 ``[B, S]`` or ``[1, S]``; 0 by default.
             position_ids: int64 ``[B, S]`` or ``[1, S]``; P, P + 1, .. by default.
             head_mask: ``[heads]`` or ``[layers, heads]``; what the probabilities of a head are multiplied with.
             inputs_embeds: ``[B, S, H]``, in place of word embeddings.
             encoder_hidden_states: ``[B, E, H]``, what cross-attention looks at.
-            encoder_attention_mask: as ``attention_mask``, ``[B, E]`` or ``[B, S, E]``.
-            past_key_values: what an earlier pass of a decoder returned.
+            encoder_attention_mask: as ``attention_mask``, with E in place of P + S.
+            past_key_values: what an earlier pass of a decoder returned, or what stands before an encoder's tokens.
             use_cache: return keys and values; by default what ``config`` says, for decoders.
             output_attentions, output_hidden_states, return_dict: by default what ``config`` says.
 

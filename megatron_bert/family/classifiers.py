@@ -23,9 +23,8 @@ from megatron_bert.family.checks import check_whole
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
-from megatron_bert.family.modules import without_values
+from megatron_bert.family.modules import before_heads, drop, without_values
 from megatron_bert.model.configuration import EncoderConfig
-from megatron_bert.model.heads import dropped
 from megatron_bert.model.task_heads.choice import ChoiceKind
 from megatron_bert.model.task_heads.span import SpanKind
 from megatron_bert.model.task_heads.token import TokenKind
@@ -46,6 +45,8 @@ class Classifier(HeadModel):
     def build(self, **parts: Any) -> None:
         """Make the modules."""
         super().build(**parts)
+        if self.drops:
+            self.dropout = before_heads(self.sizes)
         self.add_module(self.head, self.head_module())
 
     @property
@@ -68,7 +69,11 @@ class Classifier(HeadModel):
     def scores(self, features: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """The head: ``[N, H]`` to ``[N, C]``."""
         head: nn.Module = self.get_submodule(self.head)
-        return head(dropped(features, dropout_keys, self.sizes) if self.drops else features)
+        return head(drop(features, self.dropout, dropout_keys) if self.drops else features)
+
+    def head_dropout(self) -> nn.Module | None:
+        """The dropout module before the head, or in it."""
+        return getattr(self if self.drops else self.get_submodule(self.head), "dropout", None)
 
     def classified(
         self, given: Arguments, *, shown: bool = False, needed: Tensor | None = None
@@ -79,7 +84,7 @@ class Classifier(HeadModel):
             given: by the caller.
             shown, needed: as in EncoderModel.encode.
         """
-        encoded = self.base_model.encode(given, shown=shown, needed=needed)
+        encoded = self.base_model.encode(given, shown=shown, needed=needed, dropout=self.head_dropout())
         return encoded, self.read(encoded)
 
     def read(self, encoded: Encoded) -> Tensor:

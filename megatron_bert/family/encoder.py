@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -24,7 +24,7 @@ from megatron_bert.family.checks import checked_switch, promoted
 from megatron_bert.family.configuration import DocumentedConfig
 from megatron_bert.family.losses import blanked
 from megatron_bert.family.masks import Mask, causal, read_mask, with_room
-from megatron_bert.family.modules import Embeddings, LayerStack, PoolerLayer
+from megatron_bert.family.modules import Embeddings, LayerStack, PoolerLayer, dropout_prob
 from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
@@ -137,13 +137,16 @@ class EncoderModel(DocumentedModel):
         assert self.pooler is not None, "a class with a pooled head has a pooler"
         return self.pooler(encoded.hidden.index_select(0, encoded.first))
 
-    def encode(self, given: Arguments, *, shown: bool = True, needed: Tensor | None = None) -> Encoded:
+    def encode(
+        self, given: Arguments, *, shown: bool = True, needed: Tensor | None = None, dropout: nn.Module | None = None
+    ) -> Encoded:
         """Check the arguments and run the encoder.
 
         Args:
             given: by the caller.
             shown: whether the caller returns something of padding that may be used.
             needed: bool ``[B, S]``, tokens that must not be skipped (they have labels).
+            dropout: the dropout module of a head.
         """
         config = self.config
         cache = None if given.shape is None else opened_cache(given.past_key_values, self, given.shape[0])
@@ -161,11 +164,12 @@ class EncoderModel(DocumentedModel):
             "attention_mask", given.attention_mask, (inputs.batch, config.num_attention_heads, inputs.length, room)
         )
         request = self._request(given, inputs, mask, room, cache)
-        dropout_keys = self._dropout_keys(inputs)
+        dropout_keys = self._dropout_keys(inputs, dropout)
         kept = None
         first = torch.arange(inputs.batch, device=inputs.device) * inputs.length
         layout = SequenceLayout.rectangle(inputs.batch, inputs.length, mask.keys)
-        if request.attention is None and self._skips(mask, shown or request.hidden_states, needed):
+        drops = dropout_keys is not None
+        if request.attention is None and self._skips(mask, shown or request.hidden_states, needed, drops):
             assert mask.keys is not None
             lengths, order = mask.keys.sum(1).sort(descending=True, stable=True)
             row, column = mask.keys[order].nonzero(as_tuple=True)
@@ -269,7 +273,7 @@ class EncoderModel(DocumentedModel):
         mask = read_mask("encoder_attention_mask", given.encoder_attention_mask, shape)
         return EncoderStates(hidden=hidden, length=length, mask=mask.full, unattended=mask.unattended)
 
-    def _skips(self, mask: Mask, shown: bool, needed: Tensor | None) -> bool:
+    def _skips(self, mask: Mask, shown: bool, needed: Tensor | None, drops: bool) -> bool:
         """Whether padding is skipped."""
         if torch.compiler.is_compiling():  # how many tokens count is not known
             return False
@@ -280,14 +284,13 @@ class EncoderModel(DocumentedModel):
         if needed is not None and bool((needed & ~mask.keys).any()):
             return False
         # Attention probabilities are dropped by the place of the key in its sequence, which must stay what it is.
-        keyed = self.training and self.config.attention_probs_dropout_prob > 0.0 and not mask.keys.is_cuda
-        return not (keyed and bool((mask.keys[:, 1:] & ~mask.keys[:, :-1]).any()))
+        drops = drops and not mask.keys.is_cuda and any(layer.attention.dropout_prob for layer in self.layer_list())
+        return not (drops and bool((mask.keys[:, 1:] & ~mask.keys[:, :-1]).any()))
 
-    def _dropout_keys(self, inputs: TokenInputs) -> Tensor | None:
+    def _dropout_keys(self, inputs: TokenInputs, dropout: nn.Module | None) -> Tensor | None:
         """int64 ``[B * S]``: a key for each token, from a fresh seed and its place in the batch alone."""
-        config = self.config
-        chances = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout)
-        if not self.training or not any(chances):
+        of_head = 0.0 if dropout is None else dropout_prob(dropout)
+        if not (of_head or self.embeddings.dropout_prob or any(layer.drops() for layer in self.layer_list())):
             return None
         seed = torch.randint(1 << 62, (1,), device=inputs.device)
         if self.tp.size > 1:

@@ -39,7 +39,7 @@ class LanguageModel(HeadModel):
         """This rank's part of the logits of hidden states ``[N, H]``."""
         head = self.language_head()
         assert head is not None, "a language model has a language-model head"
-        return head(hidden, head.decoder.weight)
+        return head(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[N, H]`` to logits ``[N, V]`` on every rank."""

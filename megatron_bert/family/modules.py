@@ -26,10 +26,12 @@ from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.heads import MaskedLanguageHead, Pooler, SequenceHead
-from megatron_bert.model.layer import TransformerLayer
+from megatron_bert.model.layer import ATTENTION_OUTPUT, MLP_OUTPUT, TransformerLayer
 from megatron_bert.model.requests import AttentionOutput, AttentionRequest
 from megatron_bert.model.resharding import selected
 from megatron_bert.model.sequences import SequenceLayout
+from parallel.dropout import keyed_dropout
+from parallel.errors import UserError
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import TensorParallel
 from parallel.recompute import Recompute
@@ -65,14 +67,40 @@ def row_linear(inputs: int, outputs: int, tp: TensorParallel) -> Linear:
     return RowParallelLinear(inputs, outputs, init_std=0.0, tp=tp)
 
 
-class Holder(nn.Module):
-    """A level of names: its ``dense`` layer, and perhaps the norm that follows the sum."""
+def dropout_prob(dropout: nn.Module) -> float:
+    """The probability of a dropout module, which is all that it holds here; 0 in evaluation.
 
-    def __init__(self, dense: Linear, norm: nn.LayerNorm | None = None) -> None:
+    Raises:
+        UserError: somebody has put another kind of module there, or 1 as its probability.
+    """
+    if not dropout.training or isinstance(dropout, nn.Identity):
+        return 0.0
+    if type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0:
+        raise UserError(f"a dropout module is {dropout}: give nn.Dropout of less than 1, or nn.Identity")
+    return dropout.p
+
+
+def drop(features: Tensor, dropout: nn.Module, dropout_keys: Tensor | None) -> Tensor:
+    """Dropout before a head, ``[N, H]`` with a key per row; none without keys."""
+    return features if dropout_keys is None else keyed_dropout(features, dropout_prob(dropout), dropout_keys)
+
+
+def before_heads(sizes: EncoderConfig) -> nn.Dropout:
+    """The dropout module before the head of a task."""
+    prob = sizes.classifier_dropout
+    return nn.Dropout(sizes.hidden_dropout_prob if prob is None else prob)
+
+
+class Holder(nn.Module):
+    """A level of names: its ``dense`` layer, and perhaps the norm that follows the sum, and dropout before that."""
+
+    def __init__(self, dense: Linear, norm: nn.LayerNorm | None = None, dropout: float | None = None) -> None:
         super().__init__()
         self.dense = dense
         if norm is not None:
             self.LayerNorm = norm
+        if dropout is not None:
+            self.dropout = nn.Dropout(dropout)
 
     @property
     def in_features(self) -> int:
@@ -136,6 +164,7 @@ class Projections(nn.Module):
         self.query = column_linear(sizes.hidden_size, sizes.hidden_size, tp)
         self.key = column_linear(sizes.hidden_size, sizes.hidden_size, tp)
         self.value = column_linear(sizes.hidden_size, sizes.hidden_size, tp)
+        self.dropout = nn.Dropout(sizes.attention_probs_dropout_prob)
         if sizes.position_embedding_type != "absolute":
             self.distance_embedding = DistanceEmbedding(sizes, tp)
 
@@ -151,7 +180,12 @@ class _Attention(AttentionHeads):
             self.ln = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
         self.add_module("self", Projections(sizes, tp))
         norm = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps) if post else None
-        self.output = Holder(row_linear(sizes.hidden_size, sizes.hidden_size, tp), norm)
+        self.output = Holder(row_linear(sizes.hidden_size, sizes.hidden_size, tp), norm, sizes.hidden_dropout_prob)
+
+    @property
+    def dropout_prob(self) -> float:  # type: ignore[override]
+        """Of attention probabilities."""
+        return dropout_prob(self.projections.dropout)
 
     @property
     def projections(self) -> Projections:
@@ -273,7 +307,7 @@ class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
 
     def __init__(self, sizes: EncoderConfig, act: Activation, tp: TensorParallel) -> None:
         nn.Module.__init__(self)
-        self.tp, self.recompute, self.dropout, self.hidden_act = tp, "none", sizes.hidden_dropout_prob, act
+        self.tp, self.recompute, self.hidden_act = tp, "none", act
         self.post_norm = sizes.layer_norm_placement == "post"
         size, wide = sizes.hidden_size, sizes.intermediate_size
         self.attention = Attention(sizes, tp)
@@ -283,7 +317,20 @@ class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
             self.ln = nn.LayerNorm(size, sizes.layer_norm_eps)
         norm = nn.LayerNorm(size, sizes.layer_norm_eps) if self.post_norm else None
         self.intermediate = Holder(column_linear(size, wide, tp))
-        self.output = Holder(row_linear(wide, size, tp), norm)
+        self.output = Holder(row_linear(wide, size, tp), norm, sizes.hidden_dropout_prob)
+
+    def drops(self) -> bool:
+        """Whether there is dropout anywhere in the layer."""
+        attentions = [self.attention, *([self.crossattention] if "crossattention" in self._modules else [])]
+        return bool(self.dropout_at(MLP_OUTPUT)) or any(
+            each.dropout_prob or dropout_prob(each.output.dropout) for each in attentions
+        )
+
+    def dropout_at(self, place: int) -> float:
+        """Probability of dropout at a place of the layer."""
+        if place == MLP_OUTPUT:
+            return dropout_prob(self.output.dropout)
+        return dropout_prob((self.attention if place == ATTENTION_OUTPUT else self.crossattention).output.dropout)
 
     @property
     def attention_norm(self) -> nn.LayerNorm:  # type: ignore[override]
@@ -337,7 +384,7 @@ class Embeddings(BertEmbeddings):
 
     def __init__(self, sizes: EncoderConfig, tp: TensorParallel) -> None:
         nn.Module.__init__(self)
-        self.tp, self.dropout = tp, sizes.hidden_dropout_prob
+        self.tp, self.dropout = tp, nn.Dropout(sizes.hidden_dropout_prob)
         self.absolute = sizes.position_embedding_type == "absolute"
         size = sizes.hidden_size
         #: Id whose embedding gets no gradient from where it is looked up; None where the table itself knows which.
@@ -354,6 +401,11 @@ class Embeddings(BertEmbeddings):
         self.token_type_embeddings = without_values(nn.Embedding, sizes.type_vocab_size, size)
         if sizes.layer_norm_placement == "post":
             self.LayerNorm = nn.LayerNorm(size, sizes.layer_norm_eps)
+
+    @property
+    def dropout_prob(self) -> float:  # type: ignore[override]
+        """Of the embeddings."""
+        return dropout_prob(self.dropout)
 
     @property
     def norm(self) -> nn.LayerNorm | None:  # type: ignore[override]
@@ -464,9 +516,11 @@ class RobertaSequenceHead(SequenceHead):
 
     def __init__(self, sizes: EncoderConfig) -> None:
         nn.Module.__init__(self)
-        self.config = sizes
-        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
+        self.dense, self.dropout = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size), before_heads(sizes)
         self.out_proj = without_values(nn.Linear, sizes.hidden_size, sizes.num_labels)
+
+    def _drop(self, features: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        return drop(features, self.dropout, dropout_keys)
 
     def _inner(self, first_tokens: Tensor) -> Tensor:
         return with_tanh(self.dense, first_tokens)

@@ -23,11 +23,11 @@ class QuantizedDocumentedEmbeddings(QuantizedEmbeddings, Embeddings):
     """Quantized embeddings."""
 
 
-class QuantizedPredictions(QuantizedMaskedLanguageHead, Predictions):  # type: ignore[misc]
+class QuantizedPredictions(QuantizedMaskedLanguageHead, Predictions):
     """The quantized masked-language head of MegatronBERT."""
 
 
-class QuantizedRobertaLanguageHead(QuantizedMaskedLanguageHead, RobertaLanguageHead):  # type: ignore[misc]
+class QuantizedRobertaLanguageHead(QuantizedMaskedLanguageHead, RobertaLanguageHead):
     """The quantized masked-language head of I-BERT."""
 
 

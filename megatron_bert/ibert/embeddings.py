@@ -93,4 +93,4 @@ class QuantizedEmbeddings(Quantized, BertEmbeddings):
             hidden = self.normalize(self.norm, hidden, "sum", "output")
         if dropout_keys is None:
             return hidden
-        return self.read(keyed_dropout(hidden, self.dropout, own_tokens(dropout_keys, self.tp)), "output")
+        return self.read(keyed_dropout(hidden, self.dropout_prob, own_tokens(dropout_keys, self.tp)), "output")

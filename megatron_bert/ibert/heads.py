@@ -77,8 +77,10 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
         """Begin as a quantized module."""
         self.adopt(settings, {"input": "signed", "gelu": "stream", "features": "signed"}, settings.dequantized())
 
-    def forward(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
-        """As MaskedLanguageHead; multiples of 2^-12."""
+    def forward(self, selected: Tensor, word_embeddings: Tensor | None = None) -> Tensor:
+        """As MaskedLanguageHead; multiples of 2^-12. Heads of public classes have the output matrix themselves."""
+        if word_embeddings is None:
+            word_embeddings = self.get_parameter("decoder.weight")
         if self.mode == "float":
             return MaskedLanguageHead.forward(self, self.floating(selected), word_embeddings).float()
         if self.mode == "observe":

@@ -230,7 +230,7 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         """Context ``[B, A, Q, D]`` in integers, and on request the probabilities ``[B, heads, Q, K]``."""
         attention, context = self.attention, self.quantizer("context")
         mask = attention.of_own_heads(request.mask)
-        dropout = attention.dropout if dropout_keys is not None else 0.0
+        dropout = attention.dropout_prob if dropout_keys is not None else 0.0
         head_keys = None
         if dropout > 0.0:
             assert dropout_keys is not None
@@ -286,9 +286,9 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         total, after = where
         target = self.quantizer(total).target(real)
         kept, keep_factor = None, 1.0
-        if dropout_keys is not None and self.dropout > 0.0:
+        if dropout_keys is not None and (dropout := self.dropout_at(place)) > 0.0:
             row_keys = fold_in(own_tokens(dropout_keys, self.tp), place)
-            kept, keep_factor = keep_mask(row_keys, hidden.shape[-1], self.dropout), 1.0 / (1.0 - self.dropout)
+            kept, keep_factor = keep_mask(row_keys, hidden.shape[-1], dropout), 1.0 / (1.0 - dropout)
         bias = linear.bias
         number = factor(scale * (keep_factor / target.unit))
         prepared = rescale(number, None if bias is None else bias.detach(), scale)

@@ -85,6 +85,7 @@ class AttentionHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.count_heads(config, tp, recompute)
+        self.dropout_prob = config.attention_probs_dropout_prob
         self.distance: DistanceTable | None = None
         if config.position_embedding_type != "absolute":
             self.distance = DistanceTable(config, tp=tp, device=device)
@@ -97,7 +98,6 @@ class AttentionHeads(nn.Module):
         #: The heads of all ranks, by their numbers before any was removed.
         self.numbers = list(range(config.num_attention_heads))
         self.head_dim = config.head_dim
-        self.dropout = config.attention_probs_dropout_prob
 
     def own_numbers(self, device: torch.device) -> Tensor:
         """int64 ``[A]``, numbers of this rank's heads."""
@@ -135,7 +135,7 @@ class AttentionHeads(nn.Module):
         Returns:
             ``[B, A, Q, D]``, and the probabilities ``[B, A, Q, K]`` where they were written out.
         """
-        dropout = self.dropout if dropout_keys is not None else 0.0
+        dropout = self.dropout_prob if dropout_keys is not None else 0.0
         keyed = dropout > 0.0 and not on_gpu(query)
         mask = self.of_own_heads(mask)
         trained_on_cpu = (
@@ -170,14 +170,14 @@ class AttentionHeads(nn.Module):
         head_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         head_keys = None
-        if self.dropout > 0.0 and dropout_keys is not None:
+        if self.dropout_prob > 0.0 and dropout_keys is not None:
             head_keys = fold_in(dropout_keys[:, None, :], self.own_numbers(query.device)[None, :, None])
         probabilities = attention_probabilities(
             query,
             key,
             mask,
             bias=None if self.distance is None else self.distance(query, key, first),
-            dropout=0.0 if head_keys is None else self.dropout,
+            dropout=0.0 if head_keys is None else self.dropout_prob,
             dropout_keys=head_keys,
             positions=positions,
             head_mask=self.of_own_heads(head_mask),
@@ -249,7 +249,7 @@ class SelfAttention(AttentionHeads):
         if request is not None:
             return self._answer(qkv, layout, dropout_keys, request)
         if layout.boundaries is not None and self.distance is None and has_packed_attention(qkv):
-            dropout = self.dropout if dropout_keys is not None else 0.0
+            dropout = self.dropout_prob if dropout_keys is not None else 0.0
             query, key, value = qkv.unbind(2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
         elif layout.is_packed and in_parts(qkv):

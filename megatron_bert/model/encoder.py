@@ -62,6 +62,9 @@ class BertEmbeddings(nn.Module):
         device: of the parameters.
     """
 
+    #: What dropout hashes of the columns, of compiled modules.
+    _hashed: Tensor | None = None
+
     def __init__(
         self,
         config: MegatronBertConfig,
@@ -70,8 +73,7 @@ class BertEmbeddings(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.tp, self.dropout = tp, config.hidden_dropout_prob
-        self._hashed: Tensor | None = None
+        self.tp, self.dropout_prob = tp, config.hidden_dropout_prob
         self.absolute = config.position_embedding_type == "absolute"
         size, std = config.hidden_size, config.initializer_range
         self.word_embeddings = _word_embeddings(config, tp, device)
@@ -122,7 +124,7 @@ class BertEmbeddings(nn.Module):
         hidden = hidden if self.norm is None else self.norm(hidden)
         if dropout_keys is None:
             return hidden
-        return keyed_dropout(hidden, self.dropout, own_tokens(dropout_keys, self.tp), hashed=self._hashed)
+        return keyed_dropout(hidden, self.dropout_prob, own_tokens(dropout_keys, self.tp), hashed=self._hashed)
 
     def _words(self, tokens: Tensor | None) -> Tensor:
         assert tokens is not None, "either tokens or their embeddings are given"

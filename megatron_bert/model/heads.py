@@ -69,10 +69,11 @@ class SequenceHead(nn.Module):
 
     def forward(self, first_tokens: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
-        inner = self._inner(dropped(first_tokens, dropout_keys, self.config))
-        return self.out_proj(
-            dropped(inner, None if dropout_keys is None else fold_in(dropout_keys, _SECOND), self.config)
-        )
+        inner = self._inner(self._drop(first_tokens, dropout_keys))
+        return self.out_proj(self._drop(inner, None if dropout_keys is None else fold_in(dropout_keys, _SECOND)))
+
+    def _drop(self, features: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        return dropped(features, dropout_keys, self.config)
 
     def _inner(self, first_tokens: Tensor) -> Tensor:
         """Dense and tanh."""

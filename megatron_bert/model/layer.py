@@ -94,6 +94,9 @@ class TransformerLayer(nn.Module):
         device: of the parameters.
     """
 
+    #: What dropout hashes of the columns, of compiled modules.
+    _hashed: Tensor | None = None
+
     def __init__(
         self,
         config: MegatronBertConfig,
@@ -103,10 +106,9 @@ class TransformerLayer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.tp, self.recompute, self.dropout = tp, recompute, config.hidden_dropout_prob
+        self.tp, self.recompute, self.dropout_prob = tp, recompute, config.hidden_dropout_prob
         self.post_norm = config.layer_norm_placement == "post"
         size, eps = config.hidden_size, config.layer_norm_eps
-        self._hashed: Tensor | None = None
         self.attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
         self.attention = SelfAttention(config, tp=tp, recompute=recompute, device=device)
         if config.add_cross_attention:
@@ -178,11 +180,17 @@ class TransformerLayer(nn.Module):
             probabilities = crossed.probabilities
         return LayerOutput(self._mlp(hidden, dropout_keys), attended.probabilities, probabilities)
 
+    def dropout_at(self, place: int) -> float:
+        """Probability of dropout at a place of the layer."""
+        del place
+        return self.dropout_prob
+
     def _drop(self, x: Tensor, dropout_keys: Tensor | None, place: int) -> Tensor:
         if dropout_keys is None:
             return x
         row_keys = fold_in(own_tokens(dropout_keys, self.tp), place)
-        return keyed_dropout(x, self.dropout, row_keys, keep_nothing=self.recompute == "full", hashed=self._hashed)
+        keep_nothing = self.recompute == "full"
+        return keyed_dropout(x, self.dropout_at(place), row_keys, keep_nothing=keep_nothing, hashed=self._hashed)
 
 
 def _fold(dropout_keys: Tensor | None, place: int) -> Tensor | None:

@@ -43,6 +43,11 @@ class IBertPreTrainedModel(DocumentedModel):
         *(rf"\.{name}$" for name in sorted(IBERT.buffers)),
     ]
 
+    @property
+    def quant_mode(self) -> bool:
+        """Whether the model computes in integers."""
+        return any(True for _ in quantizers(self))
+
     def post_init(self) -> None:
         """Draw initial weights, and quantize them with quant_mode; otherwise a checkpoint comes first."""
         super().post_init()
@@ -130,8 +135,8 @@ class IBertModel(IBertPreTrainedModel, EncoderModel):
         Args:
             input_ids: int64 ``[B, S]``; this or ``inputs_embeds``.
             attention_mask: 1 for tokens that count: ``[B, S]``; or for pairs that may attend: ``[B, S, S]``, or
-                ``[B, 1, S, S]``, there also as what is added to scores.
-            token_type_ids: int64 ``[B, S]``; 0 by default.
+                ``[B, heads, S, S]``, there of floating point also as what is added to scores. B, heads and S may be 1.
+            token_type_ids: int64 ``[B, S]`` or ``[1, S]``; 0 by default.
             position_ids: int64 ``[B, S]`` or ``[1, S]``. By default padding (by its id) has the position
                 ``pad_token_id``, and other tokens are counted from the next; embeddings are all counted.
             head_mask: ``[heads]`` or ``[layers, heads]``; what the probabilities of a head are multiplied with.

@@ -59,7 +59,7 @@ class IBertForMaskedLM(IBertHeadModel, MaskedLanguageModel):
 class IBertForSequenceClassification(IBertHeadModel, SequenceClassifier):
     """A class, several labels, or values for each sequence: logits ``[B, num_labels]`` from its first token."""
 
-    pooled = False
+    pooled, drops = False, False
 
     def head_module(self) -> RobertaSequenceHead:
         """Two layers, in place of a pooler."""

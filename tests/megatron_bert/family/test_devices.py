@@ -51,14 +51,19 @@ def test_parts_on_two_devices(make, head, asked):
 
 
 @EACH_CLASS
-def test_parts_on_the_disk(make, head, tmp_path):
-    """Layers and, where they are not tied, embeddings; they come back for each use, and are saved."""
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+def test_parts_on_the_disk(make, head, whole, tmp_path):
+    """Layers and, where they are not tied, embeddings, or everything; they come back for each use, and are saved."""
     model, batch = make.build(head), make.batch_for(head)
     expected = model(**batch)[0]
     model.save_pretrained(tmp_path / "model")
     tied = model.get_output_embeddings() is not None
     places = dict.fromkeys(_parts(model), "disk")
-    places |= {name: "cpu" for name in places if name.endswith("layer.1") or (tied and "layer" not in name)}
+    places = (
+        {"": "disk"}
+        if whole
+        else places | {name: "cpu" for name in places if name.endswith("layer.1") or (tied and "layer" not in name)}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is slow, and what takes memory
         loaded = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")

@@ -128,9 +128,8 @@ def test_pruning_equals_a_head_mask_of_zeros():
     assert [part.shape[1] for part in ours.attentions] == [3, 4, 2]
     # Dropout of what remains is that of the whole model.
     for each in (model, pruned):
-        each.config.attention_probs_dropout_prob = 0.3
         for layer in each.layer_list():
-            layer.attention.dropout = 0.3
+            layer.attention.projections.dropout.p = 0.3
         each.train()
     torch.manual_seed(1)
     expected = model(**batch, head_mask=mask).logits
