@@ -43,6 +43,9 @@ class DocumentedConfig(PreTrainedConfig):
     #: The plain configuration that the encoder is built from.
     encoder_class: ClassVar[type[EncoderConfig]] = EncoderConfig
 
+    #: Whether ``hidden_act`` may be what transformers alone has, and any function.
+    takes_every_activation: ClassVar[bool] = True
+
     #: Checked fields that the encoder has not.
     _others: ClassVar[tuple[str, ...]] = ("dtype",)
 
@@ -140,8 +143,12 @@ class DocumentedConfig(PreTrainedConfig):
         check_choice("dtype", None if dtype is None else str(dtype).removeprefix("torch."), (None, *NUMBER_FORMATS))
         act = values["hidden_act"]
         act = GELU_SYNONYMS.get(act, act) if isinstance(act, str) else act
-        other = callable(act) or (isinstance(act, str) and act not in ACTIVATIONS and act in ACT2FN)
-        plain = self.encoder_class(**values | others | {"hidden_act": "gelu" if other else act})
+        if self.takes_every_activation:
+            names = sorted(ACTIVATIONS.keys() | ACT2FN.keys())
+            if not callable(act) and act not in names:
+                raise ArgumentError(f"$hidden_act is {act!r}: give a function, or choose one of {', '.join(names)}")
+            act = act if act in ACTIVATIONS else "gelu"
+        plain = self.encoder_class(**values | others | {"hidden_act": act})
         held["pruned_heads"] = plain.pruned_heads
         return plain
 

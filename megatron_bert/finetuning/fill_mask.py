@@ -93,13 +93,15 @@ class FillMask:
         tokens = torch.tensor(ids)
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
         batch = MicroBatch.of_one(tokens, masks)
-        logits = self.model(batch).masked[:, : self.tokenizer.vocab_size]
-        logits[:, list(self.tokenizer.special_ids)] = -torch.inf
-        best = logits.float().softmax(dim=1).topk(min(top, self.tokenizer.vocab_size), dim=1)
+        # Of all words, as transformers' pipeline has them, though special tokens are not guessed.
+        chances = self.model(batch).masked[:, : self.model.config.vocab_size].float().softmax(dim=1)
+        chances = chances[:, : self.tokenizer.vocab_size]
+        chances[:, list(self.tokenizer.special_ids)] = -1.0
+        best = chances.topk(min(top, chances.shape[1] - len(self.tokenizer.special_ids)), dim=1)
         return [
             self._guess(ids, int(mask), int(token), float(probability))
-            for mask, row, chances in zip(masks, best.indices, best.values, strict=True)
-            for token, probability in zip(row, chances, strict=True)
+            for mask, row, values in zip(masks, best.indices, best.values, strict=True)
+            for token, probability in zip(row, values, strict=True)
         ]
 
     def _guess(self, ids: list[int], place: int, token: int, probability: float) -> Guess:

@@ -184,15 +184,18 @@ class RobertaConfig(EncoderConfig):
     scaled_output_init: bool = False
     layer_norm_placement: str = "post"
 
+    def __post_init__(self) -> None:
+        for name, (value, why) in _OF_IBERT.items():
+            if getattr(self, name) != value:
+                raise ArgumentError(f"${name} is {getattr(self, name)!r}, but {why}: leave it at {value!r}")
+        super().__post_init__()
+
     def check(self) -> None:
-        """Check what the integer functions and the positions ask for.
+        """Check what the positions ask for.
 
         Raises:
             UserError: for the first that is wrong, with what it may be.
         """
-        for name, (value, why) in _OF_IBERT.items():
-            if getattr(self, name) != value:
-                raise ArgumentError(f"${name} is {getattr(self, name)!r}, but {why}: leave it at {value!r}")
         if self.pad_token_id is None:
             raise ArgumentError("$pad_token_id is None, but positions are counted after it: give the id of padding")
         if self.longest_sequence < 1:

@@ -29,6 +29,7 @@ class IBertConfig(DocumentedConfig):
 
     model_type = "ibert"
     encoder_class: ClassVar[type[EncoderConfig]] = RobertaConfig
+    takes_every_activation: ClassVar[bool] = False
     _others: ClassVar[tuple[str, ...]] = ("dtype", "quant_mode", "force_dequant")
 
     vocab_size: int = 30522

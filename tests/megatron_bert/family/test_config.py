@@ -113,7 +113,7 @@ def test_names_of_classes_agree():
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0: give a probability"),
         ({"classifier_dropout": -0.1}, "classifier_dropout is -0.1"),
         ({"layer_norm_eps": "tiny"}, "layer_norm_eps is 'tiny'"),
-        ({"hidden_act": "relu66"}, "hidden_act is 'relu66': choose one of gelu"),
+        ({"hidden_act": "relu66"}, "hidden_act is 'relu66': give a function, or choose one of gelu, gelu_10, gelu_acc"),
         ({"position_embedding_type": "rotary"}, "choose one of absolute, relative_key, relative_key_query"),
         ({"problem_type": "ranking"}, "choose one of regression, single_label_classification"),
         ({"torch_dtype": "int8"}, "choose one of float32"),

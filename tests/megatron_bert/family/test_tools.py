@@ -141,13 +141,17 @@ def test_adapters(family, targets, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(model, settings)
-    loss = adapted(**batch).loss
+    loss = adapted.train()(**batch).loss
     loss.backward()
+    torch.optim.SGD((each for each in adapted.parameters() if each.requires_grad), lr=0.1).step()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert any("query.lora_A" in name for name in trained)
     assert ("intermediate.dense.lora_A" in "".join(trained)) == (targets == "all-linear")
     adapted.eval()
     expected = adapted(**batch).logits
+    assert adapted(**batch).loss < loss
+    with adapted.disable_adapter():
+        assert not adapted(**batch).logits.allclose(expected, atol=1e-2)
     adapted.save_pretrained(tmp_path)
     fresh = make.build(head)
     assert all(tensor.equal(before[name]) for name, tensor in fresh.state_dict().items())

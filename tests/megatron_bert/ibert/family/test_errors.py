@@ -41,6 +41,12 @@ INPUTS = {
 }
 
 
+@pytest.mark.parametrize("act", ["gelo", "mish", "relu", torch.tanh], ids=str)
+def test_one_activation_is_there(act):
+    with pytest.raises(UserError, match=r"hidden_act is .*: leave it at 'gelu'"):
+        IBertConfig(hidden_act=act)
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name):
     value, message = FIELDS[name]
