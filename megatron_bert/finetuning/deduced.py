@@ -16,7 +16,8 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.settings import meaningful, meaningful_data, task_name
 from megatron_bert.tasks.table import GLUE_NAMES, TASKS, has_setting
-from parallel.errors import UserError
+from megatron_bert.tasks.tag_schemes import looks_like_tag
+from parallel.errors import UserError, brief
 
 #: Schemes of tags by prefixes that only they have.
 _SCHEMES = (("BILOU", {"L", "U"}), ("IOBES", {"E", "S"}))
@@ -49,7 +50,9 @@ def deduced_settings(state: CanonicalState, given: Mapping[str, Any]) -> dict[st
     if name == "classification":
         found["multi_label"] = problem == "multi_label_classification"
     if name == "token_classification":
-        found["scheme"] = _scheme(_labels(config))
+        if "labels" not in given:
+            _check_tags(state.label, _labels(config))
+        found["scheme"] = _scheme(given.get("labels") or _labels(config))
     if name in TASKS and has_setting(name, "settings", "labels") and not regression:
         found["labels"] = _labels(config)
     return found | {key: value for key, value in given.items() if key != "name"}
@@ -57,6 +60,14 @@ def deduced_settings(state: CanonicalState, given: Mapping[str, Any]) -> dict[st
 
 def _labels(config: MegatronBertConfig) -> list[str]:
     return [label for _, label in sorted((config.id2label or {}).items())]
+
+
+def _check_tags(label: str, names: list[str]) -> None:
+    if strange := [name for name in names if not looks_like_tag(name)]:
+        raise UserError(
+            f"{label} has a class {brief(repr(strange[0]), 40)}, which is not the tag of an entity: say which tags its "
+            f"{len(names)} classes are, in their order, such as task.labels=[O,B-PER,I-PER]"
+        )
 
 
 def class_of(state: CanonicalState) -> str:

@@ -152,7 +152,7 @@ def test_settings_of_the_task_may_be_changed(tmp_path: Path) -> None:
         ("single", {}, {"max_length": 64}, r"max_length is 64, but the model takes at most 3[24]"),
         ("single", {}, {"maximum": 64}, "the settings of the task.*maximum"),
         ("regression", {"num_labels": 2, "problem_type": "regression"}, {}, "predicts 2 numbers for each text"),
-        ("token", {"id2label": {0: "NOUN", 1: "VERB"}}, {}, r"task\.labels: .*NOUN"),
+        ("token", {"id2label": {0: "NOUN", 1: "VERB"}}, {}, "has a class 'NOUN', .* which tags its 2 classes are"),
     ],
 )
 def test_what_does_not_fit(
@@ -160,6 +160,16 @@ def test_what_does_not_fit(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         load_task(make_model(tmp_path, "Bert", kind, **changes), task=task)
+
+
+def test_classes_without_names_are_the_tags_that_are_given(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "Bert", "token", id2label={number: f"LABEL_{number}" for number in range(5)})
+    with pytest.raises(UserError, match=r"'LABEL_0', .*, such as task\.labels=\[O,B-PER,I-PER\]"):
+        load_task(folder)
+    tags = ["O", "B-PER", "L-PER", "I-PER", "U-PER"]
+    task = load_task(folder, task={"labels": tags}).task
+    assert task.labels == tuple(tags)
+    assert task.settings.scheme == "BILOU"
 
 
 def test_settings_that_mean_nothing_here(tmp_path: Path) -> None:
