@@ -38,7 +38,9 @@ class TokenBatch:
     step_samples: int | None = None
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on ``device``."""
+        """The same batch on ``device``; to a GPU by way of page-locked memory, so that the host does not wait."""
+        if device.type == "cuda" and self.tokens.device.type == "cpu" and not self.tokens.is_pinned():
+            return self.pin_memory().to(device)
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
         return replace(self, layout=self.layout.to(device), **moved)
 

@@ -31,6 +31,9 @@ class Allocator(Protocol):
     def peak(self) -> int:
         """The most that was held since :meth:`restart`."""
 
+    def reserved(self) -> int:
+        """Held at all, by tensors, by graphs, and for what comes."""
+
     def restart(self) -> None:
         """Forget the peak."""
 
@@ -53,6 +56,10 @@ class GpuAllocator:
         """The most that was held since :meth:`restart`."""
         return torch.cuda.max_memory_allocated(self.device)
 
+    def reserved(self) -> int:
+        """Held at all, by tensors, by graphs, and for what comes."""
+        return torch.cuda.memory_reserved(self.device)
+
     def restart(self) -> None:
         """Forget the peak."""
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -70,8 +77,11 @@ class MemoryMeter:
     Weights, gradients and optimizer states are what their tensors take. With an allocator that counts, activations and
     logits are what there is more than before the step when a forward pass ends, where that is most: ``logits`` are what
     heads and losses hold of it, rows of hidden states included; and the peak is that of the step. FSDP's gathered
-    weights are activations there. Without such an allocator, on processors, the peak is that of the whole process so
-    far, and all that is neither weights, gradients nor optimizer states counts as buffers: libraries and data, too.
+    weights are activations there. Where micro batches are replayed as a graph, no forward pass ends for the host: the
+    peak is then all that the allocator has reserved, and activations and logits count as buffers.
+
+    Without such an allocator, on processors, the peak is that of the whole process so far, and all that is neither
+    weights, gradients nor optimizer states counts as buffers: libraries and data, too.
 
     Args:
         trainer: whose steps they are.
@@ -106,7 +116,10 @@ class MemoryMeter:
         points = _Points(self.trainer, self.allocator)
         with points.followed():
             yield
-        self._take(states, points.parts(), self.allocator.peak())
+        if points.forward:
+            self._take(states, points.parts(), self.allocator.peak())
+        else:
+            self._take(states, {}, self.allocator.reserved())
 
     def _take(self, states: dict[str, int], found: dict[str, int], peak: int) -> None:
         parts = states | found
@@ -140,7 +153,7 @@ class _Points:
         self.held: dict[int, int] = {}
         #: Whether gradients have a place between steps, or come with the first backward pass and are no activations.
         self.gradients_stay = bool(trainer.optimizer.buffers)
-        self.backward = False
+        self.forward = self.backward = False
 
     @contextmanager
     def followed(self) -> Iterator[None]:
@@ -165,6 +178,7 @@ class _Points:
             if last and action.kind is self.trainer.engine.schedule.backward.kinds[0]:
                 self.held.pop(action.microbatch)
             return
+        self.forward = True
         now = self.allocator.allocated()
         if last:
             self.held[action.microbatch] = now - self.before_heads

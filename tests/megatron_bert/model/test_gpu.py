@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_bert.model.attention_functions import explicit_attention, has_packed_attention, packed_attention
+from tests.megatron_bert.model.support import make_batch
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (24, 1, 17, 40)
@@ -74,3 +75,15 @@ def test_dropout() -> None:
 def test_other_sizes_are_left_to_the_other_kernels(dim: int) -> None:
     assert not has_packed_attention(torch.empty(3, 1, 3, dim, device="cuda", dtype=torch.bfloat16))
     assert not has_packed_attention(torch.empty(3, 1, 3, 64, device="cuda"))
+
+
+def test_batches_move_without_waiting() -> None:
+    batch = make_batch(packed=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = batch.to(torch.device("cuda", 0))
+        again = moved.to(torch.device("cuda", 0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(moved.tokens.cpu(), batch.tokens)
+    assert torch.equal(again.layout.boundaries.cpu(), batch.layout.boundaries)
