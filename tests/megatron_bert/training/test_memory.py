@@ -27,8 +27,6 @@ from tests.megatron_bert.planning.support import Vocabulary, settings_of
 from tests.megatron_bert.training.runs import run_settings
 from tests.worlds import run_world
 
-pytestmark = pytest.mark.usefixtures("_no_curves")
-
 
 class CountingAllocator:
     """Stands for that of a GPU: counts the tensors of simulated steps."""
