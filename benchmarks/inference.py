@@ -88,7 +88,7 @@ def _file_size(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if path.suffix == ".xml" else 0)
 
 
-def _closeness(answer: Any, expected: Tensor) -> float:
+def closeness(answer: Any, expected: Tensor) -> float:
     """Signal to noise of an answer in decibels, against that of torch in float32."""
     got = torch.as_tensor(answer).double()
     noise = (got - expected).square().sum().clamp(min=1e-30)
@@ -117,7 +117,7 @@ def prepare(arguments: argparse.Namespace, models: Models, threads: int) -> dict
             continue
         facts = {"file_megabytes": round(_file_size(file()) / 1e6, 1)}
         if not name.startswith("transformers"):
-            facts["signal_to_noise_db"] = _closeness(answer, expected)
+            facts["signal_to_noise_db"] = closeness(answer, expected)
         ready[name] = Ready(run, facts)
     gc.collect()
     return ready

@@ -7,6 +7,7 @@ its own, where those marked ``runs`` give the bits of the reference. With a GPU 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -27,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
+from benchmarks import inference_gpu
 from megatron_bert.finetuning.inference import Engine
 from megatron_bert.ibert import IntegerModel
 from megatron_bert.ibert import gelu as integer_gelu
@@ -120,6 +122,34 @@ def test_a_model_answers_as_with_the_reference(tmp_path):
     logits, real = mine(**given).logits.cpu(), given["attention_mask"].bool()
     assert torch.equal(logits[real], expected.logits[real])
     assert not logits[~real].any()
+
+
+@runs
+def test_the_benchmark_measures_it(monkeypatch, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    arguments = [
+        "--shape",
+        "tiny",
+        "--rows",
+        "1x4",
+        "--rounds",
+        "1",
+        "--seconds",
+        "60",
+        "--systems",
+        "integer",
+        "torch bf16",
+    ]
+    places = ["--models", str(tmp_path / "models"), "--output", str(report)]
+    monkeypatch.setattr(sys, "argv", ["inference_gpu", *arguments, *places])
+    inference_gpu.main()
+    row = json.loads(report.read_text())["rows"]["tiny B1 S4"]
+    assert set(row["times"]) == {"integer W8A8 cuda", "torch bf16"}
+    assert row["times"]["integer W8A8 cuda"]["signal_to_noise_db"] > 20
+    assert list(row["ratios"]["integer W8A8 cuda"]) == ["bf16"]
+    monkeypatch.setattr(sys, "argv", ["inference_gpu", "--rows", "0x4"])
+    assert inference_gpu.main() == 2
+    assert "--rows has '0x4': give sequences x tokens of each" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -244,6 +274,17 @@ def test_few_recordings_are_kept():
 def test_blocks_of_queries_have_one_sequence():
     blocks = cuda_model.query_blocks(torch.tensor([0, 1, 1, 130, 194])).tolist()
     assert blocks == [[0, 0, 1], [1, 1, 130], [65, 1, 130], [129, 1, 130], [130, 130, 194]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="sizes for a GPU")
+@pytest.mark.parametrize("post", [False, True])
+def test_real_sizes_and_recordings_on_a_gpu(post):
+    plan = random_plan(hidden=1024, intermediate=4096, heads=16, positions=512, post=post)
+    reference, executable = ReferenceBackend().prepare(plan), backend_by_name("cuda").prepare(plan)
+    for seed, lengths in enumerate([[512, 1, 300, 77, 512, 211], [128], [100, 28], [127, 1], [5]]):
+        inputs = sequences(lengths, seed)
+        assert torch.equal(executable.encode(*inputs).cpu(), reference.encode(*inputs))
 
 
 # ---------------------------------------------------------------- refusals
