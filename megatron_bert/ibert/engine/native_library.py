@@ -88,7 +88,7 @@ def build(folder: Path, extra: tuple[str, ...] = (), machine: str | None = None)
 
     def target(name: str) -> Path | None:
         try:
-            return compiled(name, "target.cpp", (f"-DTARGET_{name}", *wanted[name]))
+            return compiled(name, "target.cpp", (f"-DTARGET_{name}", f"-DTARGET={name.lower()}", *wanted[name]))
         except UserError:
             if name == "PLAIN":
                 raise
@@ -97,7 +97,8 @@ def build(folder: Path, extra: tuple[str, ...] = (), machine: str | None = None)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = dict(zip(wanted, pool.map(target, wanted)))
     known = {name: path for name, path in objects.items() if path is not None}
-    engine = compiled("engine", "engine.cpp", ("-pthread", *(f"-DHAVE_{name}" for name in known)))
+    best_first = "".join(f"X({name.lower()})" for name in reversed(known))
+    engine = compiled("engine", "engine.cpp", ("-pthread", f"-DTARGETS={best_first}"))
     library = folder / LIBRARY
     _run([cxx, "-shared", "-pthread", *extra, str(engine), *map(str, known.values()), "-o", str(library)])
     return library

@@ -170,9 +170,7 @@ class Engine {
 
   void make(PlanReader& reader) {
     plan_ = reader.read();
-#if defined(HAVE_AVX2_SEVEN)
-    if (target_ == &target_avx2 && seven_bits()) target_ = &target_avx2_seven;
-#endif
+    if (target_->seven_bits && seven_bits()) target_ = target_->seven_bits;
     forget();
     size_t room = 0;
     for (const Layer& l : plan_.layers)

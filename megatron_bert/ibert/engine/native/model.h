@@ -70,7 +70,7 @@ struct Buffers {
 struct Target {
   const char* name;
   size_t activation_bytes;
-  bool seven_bits_only;
+  const Target* seven_bits;  // what runs instead where all weights have 7 bits, or null
   size_t (*scratch_bytes)(int head_dimension, int longest);  // a thread's, for attention
   // Sizes of packed matrices, norms; and packing. zero_of_input is what has been added to the input's integers.
   size_t (*packed_bytes)(const Matrix&);

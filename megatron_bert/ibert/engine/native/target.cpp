@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One instruction set: compiled once for each, with TARGET_.. defined and the compiler's flags for it.
+// One instruction set: compiled once for each, with TARGET (its name) and TARGET_.. (the same in capitals) defined, and the
+// compiler's flags for it.
 //
 // No standard containers or algorithms here: a template of theirs compiled for a newer processor could become the copy
 // that other targets use.
@@ -7,25 +8,6 @@
 
 #include "model.h"
 
-#if defined(TARGET_PLAIN)
-#define TARGET plain
-#elif defined(TARGET_AVX2)
-#define TARGET avx2
-#elif defined(TARGET_AVX2_SEVEN)
-#define TARGET avx2_seven
-#elif defined(TARGET_AVXVNNI)
-#define TARGET avxvnni
-#elif defined(TARGET_AVX512)
-#define TARGET avx512
-#elif defined(TARGET_AMX)
-#define TARGET amx
-#elif defined(TARGET_NEON)
-#define TARGET neon
-#elif defined(TARGET_NEON_DOT)
-#define TARGET neon_dot
-#elif defined(TARGET_NEON_I8MM)
-#define TARGET neon_i8mm
-#endif
 #if defined(__ARM_NEON)
 #include <arm_neon.h>
 #elif !defined(TARGET_PLAIN)
@@ -33,6 +15,9 @@
 #endif
 
 namespace ibert {
+namespace avx2_seven {
+extern const Target table;
+}
 namespace TARGET {
 #if defined(TARGET_PLAIN)
 #include "vectors_plain.h"
@@ -55,36 +40,34 @@ using S = Vectors;
 #include "attention.h"
 
 #include "layers.h"
-}  // namespace TARGET
 
-#define TARGET_TABLE_(name) target_##name
-#define TARGET_TABLE(name) TARGET_TABLE_(name)
-#define TARGET_NAME_(name) #name
-#define TARGET_NAME(name) TARGET_NAME_(name)
+#define QUOTED_(name) #name
+#define QUOTED(name) QUOTED_(name)
 
-extern const Target TARGET_TABLE(TARGET);
-const Target TARGET_TABLE(TARGET) = {
-    TARGET_NAME(TARGET),
-    sizeof(TARGET::Activation),
-#if defined(TARGET_AVX2_SEVEN)
-    true,
+extern const Target table;
+const Target table = {
+    QUOTED(TARGET),
+    sizeof(Activation),
+#if defined(TARGET_AVX2)
+    &avx2_seven::table,
 #else
-    false,
+    nullptr,
 #endif
-    TARGET::scratch_bytes,
-    TARGET::packed_bytes,
-    TARGET::pack,
-    TARGET::packed_norm_bytes,
-    TARGET::pack_norm,
-    TARGET::Products::ZERO,
-    TARGET::Products::LESS,
-    TARGET::layer,
-    TARGET::norm16,
-    TARGET::read8,
-    TARGET::norm8,
-    TARGET::sums,
-    TARGET::rescaled,
-    TARGET::gelu16,
-    TARGET::embed_row,
+    scratch_bytes,
+    packed_bytes,
+    pack,
+    packed_norm_bytes,
+    pack_norm,
+    Products::ZERO,
+    Products::LESS,
+    layer,
+    norm16,
+    read8,
+    norm8,
+    sums,
+    rescaled,
+    gelu16,
+    embed_row,
 };
+}  // namespace TARGET
 }  // namespace ibert
