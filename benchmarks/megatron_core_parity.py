@@ -84,7 +84,8 @@ def our_losses(source: Path) -> tuple[Tensor, Tensor]:
     """Loss of every token ``[B, S]`` and pair logits ``[B, 2]`` of this project's model."""
     tokens, types, mask, labels = inputs()
     model = BertForPretraining(CONFIG)
-    load_into(model, source)
+    with open_checkpoint(source) as state:
+        load_into(model, state)
     logits = model(
         MicroBatch(
             tokens=tokens.flatten(),

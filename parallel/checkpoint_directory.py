@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.checkpoint import whole_checkpoints
-from parallel.whole_files import sync_directory
+from parallel.whole_files import sync_to_disk
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CheckpointDirectory:
         if os.path.lexists(final):
             self._remove(final)
         partial.rename(final)
-        sync_directory(self.root)
+        sync_to_disk(self.root)
         if not self.keep:
             return
         # The one just written stays, even beside later ones that a run resumed from an earlier step has left behind.

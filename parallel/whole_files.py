@@ -41,9 +41,9 @@ def reporting(action: str, path: Path | str, remedy: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be {action} ({reason_of(error)}{where}): {remedy}") from error
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames and removals in a directory survive a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Make the bytes of a file, or the renames and removals in a directory, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -80,7 +80,7 @@ def whole_file(path: Path, mode: str = "w", *, sync: bool = False) -> Iterator[I
             temporary.unlink(missing_ok=True)
         raise
     if sync:
-        sync_directory(path.parent)
+        sync_to_disk(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

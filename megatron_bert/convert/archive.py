@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import os
 import shutil
 import stat
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -20,8 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.tar_members import tar_members
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.stored.strange_files import is_tar
 from parallel.stored.torch_files import is_torch_file
@@ -36,6 +37,9 @@ _ALWAYS_ALLOWED = 64 << 20
 _DEEPEST = 2
 #: Endings of files that are a part of a checkpoint themselves.
 _PARTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp")
+_MOST_MEMBERS = 100_000
+#: Longest extended header (a long name, a size above 8 GiB).
+_LONGEST_EXTENSION = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -125,7 +129,7 @@ def _tree(place: FileRange, scratch: _Scratch) -> FileTree:
             raise UserError(f"{place.label} is one file that gzip compressed: unpack it first")
     if is_tar(place):
         files: dict[str, Path | FileRange] = {}
-        for name, member in tar_members(place):
+        for name, member in _tar_members(place):
             _add(files, place.label, name, member)
         return FileTree(place.label, files)
     return _zip_tree(place, scratch)
@@ -202,3 +206,49 @@ def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, lab
         shutil.copyfileobj(source, sink, 1 << 20)
     if target.stat().st_size != member.file_size:
         raise UserError(f"{label} unpacks to less than its size: fetch the archive again")
+
+
+# ---------------------------------------------------------------- tar files
+
+
+class _Headers(io.BufferedReader):
+    """The archive, of which only headers are read as members are passed over."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST_EXTENSION:
+            raise tarfile.ReadError(f"a header of {size or 0:,} bytes")
+        return super().read(size)
+
+
+def _tar_members(place: FileRange) -> Iterator[tuple[str, FileRange]]:
+    """Name and bytes of every regular file of a tar archive, in order.
+
+    Raises:
+        UserError: the archive is truncated or damaged, or holds a link or another thing that no checkpoint needs.
+    """
+    try:
+        with (
+            _Headers(place.open().detach()) as file,
+            tarfile.open(fileobj=file, mode="r:") as archive,
+        ):
+            for count, member in enumerate(archive, 1):
+                if count > _MOST_MEMBERS:
+                    raise UserError(f"{place.label} holds more than {_MOST_MEMBERS} members: no checkpoint does")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise UserError(
+                        f"{place.label} holds {brief(member.name, 200)!r}, a link or a special file, which no "
+                        "checkpoint needs: do not trust it"
+                    )
+                if member.size < 0 or member.offset_data + member.size > place.length:
+                    raise tarfile.ReadError("a member ends behind its end")
+                label = f"{place.label}/{brief(member.name, 200)}"
+                yield member.name, place.part(member.offset_data, member.size, label)
+            file.seek(archive.offset)
+            if len(end := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+                raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{place.label} is a truncated or damaged tar file ({brief(error)}): fetch it again") from None

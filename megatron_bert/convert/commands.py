@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_bert.arguments import given_path
+from megatron_bert.convert.options import ReadOptions, WriteOptions, add_options, given_options
 from parallel.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_bert.convert.options import ReadOptions
-
-# Written out, so that the command line starts without importing torch; a test compares them with the tables.
+# Written out, so that the command line starts without importing torch; a test compares them with the table.
 FORMAT_NAMES = ("native", "huggingface", "megatron-core", "megatron")
-DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
 
 def add_convert_commands(commands: Any) -> None:
@@ -47,44 +44,13 @@ def add_convert_commands(commands: Any) -> None:
 
 def add_read_options(parser: argparse.ArgumentParser) -> None:
     """Options for what a source does not say."""
-    group = parser.add_argument_group("what the source does not say")
-    group.add_argument("--gelu", choices=("erf", "tanh"), help="kind of GELU the weights were trained with")
-    group.add_argument("--layer-norm-eps", type=float, metavar="E", help="epsilon of the layer norms, usually 1e-5")
-    group.add_argument("--true-vocab-size", type=int, metavar="N", help="words; rows after them are padding")
-    group.add_argument("--num-attention-heads", type=int, metavar="N", help="heads per layer")
-    group.add_argument(
-        "--source-checkpoint-version",
-        type=float,
-        metavar="V",
-        help="order of query, key and value rows in the source: 0, 1.0, 2.0 or 3.0",
-    )
+    add_options(parser.add_argument_group("what the source does not say"), ReadOptions)
 
 
 def add_write_options(parser: argparse.ArgumentParser) -> None:
     """Options for how to write."""
     group = parser.add_argument_group("how to write")
-    group.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size, Megatron's formats")
-    group.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size, the same")
-    group.add_argument("--virtual-stages", type=int, default=1, metavar="V", help="chunks of each pipeline stage")
-    group.add_argument(
-        "--checkpoint-version",
-        type=float,
-        metavar="V",
-        help="order of query, key and value rows to write for --to megatron (default: 3.0)",
-    )
-    group.add_argument(
-        "--norms",
-        choices=("local", "fused"),
-        default="local",
-        help="megatron-core: norms as modules of their own, or in the linear layers as with Transformer Engine",
-    )
-    group.add_argument("--dtype", choices=DTYPE_NAMES, help="number format of the weights (default: as stored)")
-    group.add_argument(
-        "--tokenizer",
-        type=given_path,
-        metavar="PATH",
-        help="vocabulary: its size is the true one, and it is put beside the weights",
-    )
+    add_options(group, WriteOptions)
     group.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that is there; other files stay"
     )
@@ -102,15 +68,7 @@ def add_write_options(parser: argparse.ArgumentParser) -> None:
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """The options of :func:`add_read_options`."""
-    from megatron_bert.convert.options import ReadOptions
-
-    return ReadOptions(
-        gelu=arguments.gelu,
-        layer_norm_eps=arguments.layer_norm_eps,
-        true_vocab_size=arguments.true_vocab_size,
-        num_attention_heads=arguments.num_attention_heads,
-        checkpoint_version=arguments.source_checkpoint_version,
-    )
+    return given_options(arguments, ReadOptions)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -125,22 +83,13 @@ def convert_as_told(arguments: argparse.Namespace, destination: Path, *, to: str
         UserError: see :func:`megatron_bert.convert.conversion.convert`.
     """
     from megatron_bert.convert.conversion import convert
-    from megatron_bert.convert.options import WriteOptions
 
     report = convert(
         arguments.source,
         destination,
         to=to,
         read=read_options(arguments),
-        write=WriteOptions(
-            tensor=arguments.tensor,
-            pipeline=arguments.pipeline,
-            virtual_stages=arguments.virtual_stages,
-            checkpoint_version=arguments.checkpoint_version,
-            norms=arguments.norms,
-            dtype=arguments.dtype,
-            tokenizer=arguments.tokenizer,
-        ),
+        write=given_options(arguments, WriteOptions),
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite,
         beside=beside,

@@ -23,7 +23,7 @@ from megatron_bert.convert.megatron_shards import shard_groups
 from megatron_bert.convert.run_checkpoints import run_of
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
-from parallel.whole_files import reason_of, reporting, sync_directory
+from parallel.whole_files import reason_of, reporting, sync_to_disk
 
 _REMEDY = "nothing was changed there; make room or choose another destination"
 #: Folders that each hold a whole checkpoint of Megatron's.
@@ -180,7 +180,7 @@ class Destination:
         scratch = self.place / name if self._inside else self.place.with_name(f".{self.place.name[:200]}{name}")
         self._scratch = scratch
         try:
-            with reporting("written", self.path, _REMEDY), _system_errors_of_torch():
+            with reporting("written", self.path, _REMEDY):
                 (scratch / "new").mkdir(parents=True)
                 yield scratch / "new"
         finally:
@@ -216,7 +216,7 @@ class Destination:
             archive = self._scratch / "new.zip"
             _pack(folder, archive)
             check(archive)
-            _sync(archive)
+            sync_to_disk(archive)
             self._check_meanwhile(folder)
             archive.replace(self.place)
             return
@@ -236,7 +236,7 @@ class Destination:
             moves.append((folder, self.place))
         for path in folder.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync_to_disk(path)
         try:
             for start, end in moves:
                 start.rename(end)
@@ -245,7 +245,7 @@ class Destination:
             self._move_back(moves, error)
             raise
         with suppress(OSError):  # of a directory that may be written to but not be listed
-            sync_directory(self.place.parent)
+            sync_to_disk(self.place.parent)
 
     def _check_meanwhile(self, folder: Path) -> None:
         """Refuse to replace what another process put there since the first check."""
@@ -265,26 +265,6 @@ class Destination:
                 f"{self.path} was only half replaced ({brief(error)}), and bringing back what was there failed too "
                 f"({reason_of(second)}): it lies in {kept}"
             ) from error
-
-
-@contextmanager
-def _system_errors_of_torch() -> Iterator[None]:
-    """Raise what the file system refused where torch reports it as an error of its own."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
-
-
-def _sync(path: Path) -> None:
-    """Return when a file's bytes are on the disk: what it replaces may be deleted next."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _pack(folder: Path, archive: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of transformers' classes of a family, in files and in modules, and separate projections from a fused matrix.
+"""The families of encoders, Megatron's BERT, BERT, and RoBERTa with I-BERT: names of transformers' classes and modules.
 
 | here                                | transformers'                                                            |
 |-------------------------------------|--------------------------------------------------------------------------|
@@ -13,30 +13,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_bert.convert.name_table import Names, NameTable, Place
 from megatron_bert.convert.state import QUERY_KEY_VALUE
+from megatron_bert.model.configuration import BertConfig, MegatronBertConfig, RobertaConfig
 from megatron_bert.model.task_heads.table import head_layers
 
-
-class Place(NamedTuple):
-    """Where the parameters of one of their modules are here.
-
-    Attributes:
-        owner: the module.
-        part, parts: which of how many projections of a fused matrix they are.
-    """
-
-    owner: str
-    part: int = 0
-    parts: int = 1
-
-
+#: What DataParallel and torch.compile put before the names of a model's tensors.
+WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
 #: Module here -> theirs, behind the name of the encoder; several for a fused matrix.
 _ENCODER = {
     "embeddings": "embeddings",
@@ -44,13 +32,13 @@ _ENCODER = {
     "embeddings.position_embeddings": "embeddings.position_embeddings",
     "embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
     "pair_head.pooler": "pooler.dense",
+    "encoder.layers.{}": "encoder.layer.{}",
 }
-_LAYER = {
-    "": ("",),
+_LAYER: dict[str, Names] = {
     QUERY_KEY_VALUE: ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention.output": ("attention.output.dense",),
-    "mlp.intermediate": ("intermediate.dense",),
-    "mlp.output": ("output.dense",),
+    "attention.output": "attention.output.dense",
+    "mlp.intermediate": "intermediate.dense",
+    "mlp.output": "output.dense",
 }
 _PRETRAINING = {
     "masked_head.dense": "cls.predictions.transform.dense",
@@ -59,21 +47,19 @@ _PRETRAINING = {
     "output_embeddings": "cls.predictions.decoder",
     "pair_head.classifier": "cls.seq_relationship",
 }
-_POST_NORM = {"attention_norm": ("attention.output.LayerNorm",), "mlp_norm": ("output.LayerNorm",)}
-#: What DataParallel and torch.compile put before the names of a model's tensors.
-WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
-_IN_LAYER = re.compile(r"encoder\.layer\.(\d{1,6})(?:\.(.+))?")
+_POST_NORM = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
 
 
-class HuggingFaceNames:
-    """The names of one family of classes.
+class HuggingFaceNames(NameTable):
+    """One family of classes: their names, and what else differs between families in files.
 
     Args:
         prefix: the encoder's name in classes with a head.
+        config: class of the configuration, which knows the layers of the heads of tasks.
+        classes: what the names of transformers' classes begin with.
         encoder: module here -> theirs, behind the prefix, beyond what all families have.
         layer: the same inside a layer.
         heads: the same, without a prefix; heads of tasks have their names here.
-        like_roberta: which layers those have.
         aliases: names of the encoder in other families whose weights are the same.
         buffers: last parts of the names of buffers that quantized layers have.
     """
@@ -81,68 +67,41 @@ class HuggingFaceNames:
     def __init__(
         self,
         prefix: str,
+        config: type[MegatronBertConfig],
+        classes: str,
         *,
         encoder: Mapping[str, str],
-        layer: Mapping[str, tuple[str, ...]],
+        layer: Mapping[str, Names],
         heads: Mapping[str, str],
-        like_roberta: bool = False,
         aliases: tuple[str, ...] = (),
         buffers: frozenset[str] = frozenset(),
     ) -> None:
-        self.prefix, self.aliases, self.buffers = prefix, aliases, buffers
-        self._encoder, self._layer, self._heads = _ENCODER | dict(encoder), _LAYER | dict(layer), dict(heads)
-        self._like_roberta = like_roberta
-        self._ours = {theirs: Place(ours) for ours, theirs in (self._encoder | self._heads).items()}
-        self._in_layer = {
-            theirs: Place(ours, part, len(several))
-            for ours, several in self._layer.items()
-            for part, theirs in enumerate(several)
-        }
-        decoder = self._heads["output_embeddings"]
-        #: Copies of other tensors under names of their own: key -> canonical name.
-        self.copies = {f"{decoder}.weight": "embeddings.word_embeddings.weight", f"{decoder}.bias": "masked_head.bias"}
+        self.prefix, self.config, self.classes, self.aliases, self.buffers = prefix, config, classes, aliases, buffers
+        behind = {ours: f"{prefix}.{theirs}" for ours, theirs in (_ENCODER | dict(encoder)).items()}
+        super().__init__(behind | dict(heads), f"{prefix}.encoder.layer", _LAYER | dict(layer), self.inside)
+
+    def _of_task(self, name: str) -> bool:
+        """Whether a parameter is of the head of a task; they are asked for each time, as programs add kinds of them."""
+        return name.rpartition(".")[0] in head_layers(like_roberta=self.config.like_roberta)
 
     def theirs(self, name: str) -> tuple[str, ...]:
-        """Their name, in classes with a head, for a canonical one: several for a fused matrix.
+        """Their name of a parameter, in classes with a head; see :meth:`NameTable.theirs`."""
+        return (name,) if self._of_task(name) else super().theirs(name)
 
-        Raises:
-            KeyError: no class of the family has it.
-        """
-        owner, _, kind = name.rpartition(".")
-        if owner in self._heads:
-            return (f"{self._heads[owner]}.{kind}",)
-        if owner in self._encoder:
-            return (f"{self.prefix}.{self._encoder[owner]}.{kind}",)
-        if owner in head_layers(like_roberta=self._like_roberta):
-            return (name,)
-        if not owner.startswith("encoder.layers."):
-            raise KeyError(owner)
-        _, _, number, part = owner.split(".", 3)
-        return tuple(f"{self.prefix}.encoder.layer.{number}.{theirs}.{kind}" for theirs in self._layer[part])
+    def ours(self, key: str) -> Place | None:
+        """Where a parameter of any class of the family is here; None if it is unknown."""
+        inside = self.inside(key)
+        return Place(inside) if self._of_task(inside) else super().ours(inside)
+
+    def place(self, module: str) -> Place | None:
+        """Where the parameters of a module of any class of the family are here; None if it is unknown."""
+        place = self.ours(f"{module}.weight")
+        return None if place is None else place._replace(owner=place.owner.removesuffix(".weight"))
 
     def inside(self, key: str) -> str:
         """A key as the class without a head has it; those of heads stay."""
         first, _, rest = key.partition(".")
         return rest if first in (self.prefix, *self.aliases) else key
-
-    def place(self, module: str) -> Place | None:
-        """Where the parameters of a module of any class of the family are here; None if it is unknown."""
-        module = self.inside(module)
-        if module in head_layers(like_roberta=self._like_roberta):
-            return Place(module)
-        if (layer := _IN_LAYER.fullmatch(module)) is None:
-            return self._ours.get(module)
-        place = self._in_layer.get(layer[2] or "")
-        return None if place is None else place._replace(owner=f"encoder.layers.{layer[1]}.{place.owner}".rstrip("."))
-
-    def ours(self, key: str) -> str | None:
-        """The canonical name for a key of any class of the family; None if it is unknown.
-
-        Query, key and value all give the name of the fused matrix.
-        """
-        owner, _, kind = key.rpartition(".")
-        place = self.place(owner) if kind in ("weight", "bias") else None
-        return None if place is None else f"{place.owner}.{kind}"
 
     def is_buffer(self, key: str) -> bool:
         """Whether a key is of numbers that every model of a class has, or of a quantized layer."""
@@ -156,26 +115,35 @@ class HuggingFaceNames:
 
 MEGATRON_BERT = HuggingFaceNames(
     "bert",
+    MegatronBertConfig,
+    "MegatronBert",
     encoder={"encoder.final_norm": "encoder.ln"},
     layer={
-        "attention_norm": ("attention.ln",),
-        "mlp_norm": ("ln",),
+        "attention_norm": "attention.ln",
+        "mlp_norm": "ln",
         # Of decoders and relative positions, which only the documented classes have.
-        "attention.distance": ("attention.self.distance_embedding",),
-        "cross_attention_norm": ("crossattention.ln",),
-        "cross_attention.query": ("crossattention.self.query",),
+        "attention.distance": "attention.self.distance_embedding",
+        "cross_attention_norm": "crossattention.ln",
+        "cross_attention.query": "crossattention.self.query",
         "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
-        "cross_attention.output": ("crossattention.output.dense",),
-        "cross_attention.distance": ("crossattention.self.distance_embedding",),
+        "cross_attention.output": "crossattention.output.dense",
+        "cross_attention.distance": "crossattention.self.distance_embedding",
     },
     heads=_PRETRAINING,
 )
 BERT = HuggingFaceNames(
-    "bert", encoder={"embeddings.norm": "embeddings.LayerNorm"}, layer=_POST_NORM, heads=_PRETRAINING
+    "bert",
+    BertConfig,
+    "Bert",
+    encoder={"embeddings.norm": "embeddings.LayerNorm"},
+    layer=_POST_NORM,
+    heads=_PRETRAINING,
 )
 #: RoBERTa's are the same, with ``roberta.`` in front.
 IBERT = HuggingFaceNames(
     "ibert",
+    RobertaConfig,
+    "IBert",
     encoder={"embeddings.norm": "embeddings.LayerNorm"},
     layer=_POST_NORM,
     heads={
@@ -184,7 +152,6 @@ IBERT = HuggingFaceNames(
         "masked_head": "lm_head",
         "output_embeddings": "lm_head.decoder",
     },
-    like_roberta=True,
     aliases=("roberta",),
     buffers=frozenset(
         {
@@ -193,6 +160,21 @@ IBERT = HuggingFaceNames(
         }
     ),
 )
+
+
+#: model_type in a config.json -> family.
+MODEL_TYPES = {
+    name: family
+    for family in (MEGATRON_BERT, IBERT, BERT)
+    for name in (family.config.model_type, *sorted(family.config.also_reads))
+}
+#: Those of what is trained for tasks.
+TRAINED_TYPES = [name for name, family in MODEL_TYPES.items() if family is not BERT]
+
+
+def family_of(config: MegatronBertConfig) -> HuggingFaceNames:
+    """The family of an encoder."""
+    return MODEL_TYPES[config.model_type]
 
 
 def separate(tensor: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:

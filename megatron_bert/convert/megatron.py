@@ -31,7 +31,7 @@ class MegatronLegacy:
 
     def detect(self, tree: FileTree) -> bool:
         """Whether the tree holds shards with the names of Megatron's classic model code."""
-        places = (names.LEGACY.place(key) for key in first_keys(tree))
+        places = (names.LEGACY.ours(key) for key in first_keys(tree))
         return any(place is not None and not of_head(place.owner) for place in places)
 
     def read(self, tree: FileTree, options: ReadOptions) -> CanonicalState:

@@ -19,11 +19,11 @@ from megatron_bert.convert.state import (
     POOLER,
     TOKEN_TYPES,
     VOCABULARY_BIAS,
-    VOCABULARY_TENSORS,
     WORD_EMBEDDINGS,
     CanonicalState,
     SourceFacts,
     StateTensor,
+    without_padding,
 )
 from parallel.errors import UserError, brief
 
@@ -60,10 +60,11 @@ def read_state(
     }
     if tied is not None:
         tensors[WORD_EMBEDDINGS] = _checked_tie(tensors[WORD_EMBEDDINGS], tied, warnings)
-    for name in VOCABULARY_TENSORS & tensors.keys():
-        tensors[name] = trimmed(tensors[name], config.vocab_size)
+    tensors = without_padding(tensors, config)
     if TOKEN_TYPES not in tensors:
-        tensors[TOKEN_TYPES] = absent_token_types(config.type_vocab_size, tensors[WORD_EMBEDDINGS])
+        dtype = tensors[WORD_EMBEDDINGS].dtype
+        zeros = torch.zeros(config.type_vocab_size, config.hidden_size, dtype=dtype)
+        tensors[TOKEN_TYPES] = StateTensor.held(zeros, "(no token types)")
         assumptions.append("there are no token-type embeddings: zeros stand for them")
     facts = SourceFacts(
         format=format_name,
@@ -109,7 +110,7 @@ def _collect(checkpoint: Checkpoint, names: NameTable) -> dict[str, list[StateTe
         for shard, chunk in piece:
             found: dict[str, StateTensor] = {}
             for key, tensor in chunk.items():
-                place = names.place(key)
+                place = names.ours(key)
                 if place is None:
                     raise UserError(
                         f"{shard.label} holds {brief(key)}, which no BERT model of Megatron has: wrong file?"
@@ -212,16 +213,3 @@ def _checked_tie(table: StateTensor, tied: list[StateTensor], warnings: list[str
             f"{list(table.shape)}: a model whose output matrix is not tied cannot be converted"
         )
     return table.mapped(check)
-
-
-def trimmed(tensor: StateTensor, words: int) -> StateTensor:
-    """A vocabulary tensor without padding."""
-    if tensor.shape[0] == words:
-        return tensor
-    return tensor.mapped(lambda rows: rows[:words].clone(), shape=(words, *tensor.shape[1:]))
-
-
-def absent_token_types(types: int, like: StateTensor) -> StateTensor:
-    """Zero token-type embeddings, for models that were trained without: they add nothing."""
-    shape = (types, like.shape[1])
-    return StateTensor(shape, like.dtype, lambda: torch.zeros(shape, dtype=like.dtype), "(no token types)")

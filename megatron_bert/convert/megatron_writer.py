@@ -19,11 +19,18 @@ from megatron_bert.convert import divisions
 from megatron_bert.convert.megatron_names import CHOICES, CLASSES, TIED
 from megatron_bert.convert.megatron_shards import TRACKER
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.state import TOKEN_TYPES, VOCABULARY_TENSORS, WORD_EMBEDDINGS, CanonicalState, StateTensor
-from megatron_bert.convert.torch_writer import TorchFileWriter
+from megatron_bert.convert.state import (
+    TOKEN_TYPES,
+    VOCABULARY_TENSORS,
+    WORD_EMBEDDINGS,
+    CanonicalState,
+    StateTensor,
+    bytes_of,
+)
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
+from parallel.stored.torch_archive import TorchFileWriter
 from parallel.stored.torch_pickles import Slot
 
 #: Names at the top of a checkpoint of Megatron's.
@@ -108,7 +115,7 @@ def write_megatron(
                 writers.append(stack.enter_context(TorchFileWriter(folder / "model_optim_rng.pt", content | common)))
             for name in chain(*entries):
                 for writer, part in zip(writers, division.parts(name, division.source(name).load())):
-                    writer.write(name, part)
+                    writer.write(name, bytes_of(part))
     (target / TRACKER).write_text("release", encoding="ascii")
 
 

@@ -69,7 +69,7 @@ class NameTable:
         template, number = _numbered(name)
         return tuple(theirs.replace("{}", number) for theirs in self._theirs[template])
 
-    def place(self, key: str) -> Place | None:
+    def ours(self, key: str) -> Place | None:
         """Where a parameter of theirs is here; None if it is unknown."""
         template, number = _numbered(self._spelled(key))
         place = self._places.get(template)

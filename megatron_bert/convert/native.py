@@ -2,24 +2,28 @@
 """This project's own checkpoints: torch.distributed.checkpoint files and state.json, as training runs write them.
 
 Tensors are named ``model.<name>`` and ``optimizer.<moment>.<name>``, and those with a row for each word are padded with
-zeros. They fit every layout, so there is nothing to divide.
+zeros. They fit every layout, so there is nothing to divide. Torch's own reader loads ``.metadata`` with an unrestricted
+pickle, and its writer keeps every tensor of a file in memory until the file is finished; both matter here, so tensors
+go one by one the way of training checkpoints.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_bert.convert.distributed_files import read_distributed, write_distributed
 from megatron_bert.convert.divisions import pad_vocabulary
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.megatron_config import true_vocab_size
-from megatron_bert.convert.megatron_state import trimmed
 from megatron_bert.convert.options import GELU_NAMES, ReadOptions, WriteOptions
 from megatron_bert.convert.ranges import VERSION, Ranges, check_version
 from megatron_bert.convert.state import (
@@ -29,15 +33,20 @@ from megatron_bert.convert.state import (
     CanonicalState,
     SourceFacts,
     StateTensor,
+    bytes_of,
     classes_of,
+    without_padding,
 )
 from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import MegatronBertConfig, RobertaConfig, config_from_dict, numbered_labels
 from megatron_bert.model.task_heads.table import HEADS, head_of_parameters
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files
-from parallel.errors import UserError
-from parallel.manifest import MANIFEST_FILE, write_manifest
-from parallel.stored.distributed_files import METADATA
+from parallel.checkpoint_plan import global_plans, local_plan
+from parallel.errors import UserError, brief
+from parallel.file_process import write_pieces
+from parallel.manifest import MANIFEST_FILE, FileSums, Manifest, write_manifest
+from parallel.stored.distributed_files import LARGE, METADATA, BlockedTensor, files_of, read_block, read_metadata
+from parallel.stored.pickles import PLAIN
 from parallel.whole_files import write_text
 
 _MODEL, _OPTIMIZER, _RANGE = "model.", "optimizer.", ".range"
@@ -65,7 +74,7 @@ class Native:
         """Open a checkpoint of a run at any layout, with its optimizer."""
         manifest = None if tree.folder is None else check_files(tree.folder)
         run_state, label = read_json(tree[STATE_FILE]), f"{tree.label}/{STATE_FILE}"
-        stored = read_distributed(tree, manifest)
+        stored = _read_tensors(tree, manifest)
         model = {name.removeprefix(_MODEL): t for name, t in stored.items() if name.startswith(_MODEL)}
         limits = {name: model.pop(name) for name in [name for name in model if name.endswith(_RANGE)]}
         if WORD_EMBEDDINGS not in model or len(model[WORD_EMBEDDINGS].shape) != 2:
@@ -90,11 +99,11 @@ class Native:
                 stored_rows=rows,
                 assumptions=tuple(assumptions),
             ),
-            tensors=_without_padding(model, config),
+            tensors=without_padding(model, config),
             head=head if head in HEADS else head_of_parameters(model, like_roberta=config.like_roberta),
             ranges=_ranges(run_state, label, limits) if limits else None,
             task=_task(run_state),
-            optimizer=_without_padding(optimizer, config),
+            optimizer=without_padding(optimizer, config),
             run_state=run_state,
         )
 
@@ -114,15 +123,12 @@ class Native:
         if state.task is not None and "settings" not in run_state:
             run_state[_TASK] = state.task
         if state.ranges is not None:
-            tensors |= {f"{_MODEL}{name}{_RANGE}": _scalar(limit) for name, limit in state.ranges.limits.items()}
+            limits = state.ranges.limits.items()
+            tensors |= {f"{_MODEL}{name}{_RANGE}": StateTensor.held(torch.tensor(n), "(a range)") for name, n in limits}
             run_state |= {_QUANTIZATION: dict(state.ranges.settings), _ARITHMETIC: VERSION}
-        write_distributed(target, tensors)
+        sums = _write_tensors(target, tensors)
         write_text(target / STATE_FILE, json.dumps(run_state, indent=1))
-        write_manifest(target)
-
-
-def _scalar(value: float) -> StateTensor:
-    return StateTensor((), torch.float32, lambda: torch.tensor(value), "(a range)")
+        write_manifest(target, sums)
 
 
 def _ranges(run_state: dict[str, Any], label: str, limits: dict[str, StateTensor]) -> Ranges:
@@ -189,14 +195,67 @@ def _overridden(config: MegatronBertConfig, options: ReadOptions) -> MegatronBer
     return config
 
 
-def _without_padding(tensors: dict[str, StateTensor], config: MegatronBertConfig) -> dict[str, StateTensor]:
-    return {
-        name: trimmed(tensor, config.vocab_size) if name.endswith(tuple(VOCABULARY_TENSORS)) else tensor
-        for name, tensor in tensors.items()
-    }
-
-
 def _with_padding(name: str, tensor: StateTensor, rows: int) -> StateTensor:
     if name not in VOCABULARY_TENSORS or tensor.shape[0] == rows:
         return tensor
     return tensor.mapped(lambda values: pad_vocabulary(name, values, rows, bias=0.0), shape=(rows, *tensor.shape[1:]))
+
+
+# ---------------------------------------------------------------- files of torch.distributed.checkpoint
+
+
+def _read_tensors(tree: FileTree, manifest: Manifest | None) -> dict[str, StateTensor]:
+    """The tensors of a directory, unread; they are compared with the checksums of a manifest as they are read.
+
+    Raises:
+        UserError: the metadata is damaged, asks to load something else than data, or speaks of files or blocks that are
+            not there.
+    """
+    metadata = replace(tree[METADATA], label=f"{tree.label}/{METADATA}")
+    tensors = read_metadata(metadata, PLAIN if tree.folder is None else LARGE)
+    for tensor in tensors.values():
+        for block in tensor.blocks:
+            if block.file not in tree:
+                raise UserError(
+                    f"{tree.label} lacks {brief(block.file)}, which holds {brief(tensor.name)}: copy all files of the "
+                    "checkpoint"
+                )
+    lengths = {file: tree[file].length for file in files_of(tensors.values())}
+    for tensor in tensors.values():
+        for block in tensor.blocks:
+            if not 0 <= block.start <= lengths[block.file] - block.length:
+                tree[block.file].part(block.start, block.length)  # says how it is damaged
+    return {
+        name: StateTensor(
+            tensor.shape, tensor.dtype, partial(_assemble, tree, tensor, manifest), f"{tree.label}: {brief(name)}"
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def _assemble(tree: FileTree, tensor: BlockedTensor, manifest: Manifest | None) -> Tensor:
+    whole: Tensor | None = None
+    for block in tensor.blocks:
+        if manifest is not None:
+            manifest.check_range(block.file, block.start, block.length)
+        place = tree[block.file].part(block.start, block.length)
+        values = read_block(place, tensor, block, (0,) * len(block.sizes), block.sizes)
+        if block.sizes == tensor.shape:
+            return values
+        if whole is None:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        whole[tuple(slice(o, o + s) for o, s in zip(block.offsets, block.sizes))] = values
+    return torch.empty(tensor.shape, dtype=tensor.dtype) if whole is None else whole
+
+
+def _write_tensors(target: Path, tensors: Mapping[str, StateTensor]) -> dict[str, FileSums]:
+    """Write tensors into a folder as a run of one process does; returns what its files of tensors hold, by name."""
+    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    (plan,) = global_plans([local_plan(empty)])
+    assert plan.file is not None
+    assert plan.metadata is not None
+    values = (bytes_of(tensors[name].load()) for name, _ in plan.blocks)
+    descriptor = os.open(target / plan.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    sums = write_pieces(descriptor, zip(plan.pieces, values))
+    (target / METADATA).write_bytes(plan.metadata)
+    return {plan.file: sums}

@@ -6,8 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,11 @@ from torch.distributed.tensor import DTensor
 from megatron_bert.convert.archive import archive_tree, is_archive
 from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
 from megatron_bert.convert.files import FileTree, file_tree, folder_tree
-from megatron_bert.convert.finite import check_finite
 from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
 from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.run_models import finished_model, settings_file
-from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, StateTensor
+from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, StateTensor, not_finite
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
@@ -99,62 +99,47 @@ def open_checkpoint(source: str | Path | CanonicalState, options: ReadOptions = 
         yield replace(detect_format(tree).read(tree, options), label=tree.label)
 
 
-@dataclass(frozen=True)
-class LoadReport:
+class LoadReport(NamedTuple):
     """What loading into a model did.
 
     Attributes:
-        config: of the encoder in the checkpoint.
         missing: parameters of the model that the checkpoint does not hold; they keep their values.
         unexpected: tensors of the checkpoint that the model, or this part of it, does not have.
         warnings: found on the way.
     """
 
-    config: MegatronBertConfig
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
 @torch.no_grad()
-def load_into(
-    model: nn.Module,
-    source: str | Path | CanonicalState,
-    options: ReadOptions = _PLAIN,
-    *,
-    vocab_size: int | None = None,
-    prefix: str = "",
-) -> LoadReport:
-    """Fill the parameters of a model, or of a part of one, from a checkpoint of any format.
+def load_into(model: nn.Module, state: CanonicalState, *, vocab_size: int | None = None) -> LoadReport:
+    """Fill the parameters of a model, or of a part of one, from an open checkpoint.
 
     Each rank of a distributed run reads the tensors it has a part of, one at a time, and keeps its part. Where a run is
     simulated and parameters have no numbers, names and shapes are compared and nothing is read.
 
     Args:
         model: its parameters carry the canonical names, and may be DTensors over any mesh.
-        source: a path, or a state that is already open.
-        options: what the source does not say.
+        state: of the checkpoint.
         vocab_size: number of words of the model; ``model.config.vocab_size`` when None.
-        prefix: what the model's parameter names have in front, ending in a dot.
 
     Raises:
-        UserError: the checkpoint cannot be read, or a tensor does not fit the parameter of its name, or holds values
-            that are not finite.
+        UserError: a tensor cannot be read, does not fit the parameter of its name, or holds values that are not finite.
     """
-    with open_checkpoint(source, options) as state:
-        check_placement(state, getattr(model, "config", state.config))
-        parameters = {name.removeprefix(prefix): p for name, p in model.named_parameters() if name.startswith(prefix)}
-        words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-        if VOCABULARY_TENSORS & parameters.keys():
-            check_words(state.config.vocab_size, words)
-        for name in [name for name in parameters if name in state]:
-            _fill(name, parameters[name], state[name], words)
-        return LoadReport(
-            config=state.config,
-            missing=tuple(name for name in parameters if name not in state),
-            unexpected=tuple(name for name in state if name not in parameters),
-            warnings=tuple(state.warnings),
-        )
+    check_placement(state, getattr(model, "config", state.config))
+    parameters = dict(model.named_parameters())
+    words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if VOCABULARY_TENSORS & parameters.keys():
+        check_words(state.config.vocab_size, words)
+    for name in [name for name in parameters if name in state]:
+        _fill(name, parameters[name], state[name], words)
+    return LoadReport(
+        missing=tuple(name for name in parameters if name not in state),
+        unexpected=tuple(name for name in state if name not in parameters),
+        warnings=tuple(state.warnings),
+    )
 
 
 def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -> None:
@@ -171,7 +156,12 @@ def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -
     values = tensor.load()
     if name in VOCABULARY_TENSORS:
         values = pad_vocabulary(name, values[:words], rows, bias=0.0)
-    check_finite(values, tensor.origin)
+    # A model with NaN in it answers, and every answer is wrong.
+    if count := not_finite(values):
+        raise UserError(
+            f"{tensor.origin} holds {count:,} of {values.numel():,} values that are NaN or infinite: its training "
+            "diverged, or the file is damaged; give an earlier checkpoint, or another copy"
+        )
     copy_whole(parameter, values)
 
 

@@ -1,37 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can say about a source, and about what to write."""
+"""What a user can say about a source, and about what to write: in a program, or on the command line.
+
+Nothing slow is imported: the command line starts with these.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from megatron_bert.convert.state import DTYPES
+from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 
 Gelu = Literal["erf", "tanh"]
 #: hidden_act by kind of GELU.
 GELU_NAMES = {"erf": "gelu", "tanh": "gelu_new"}
+#: Number formats to write; a test compares them with those that are read.
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+_ORDER = "order of query, key and value rows"
+_NORMS = "megatron-core: norms as modules of their own, or in the linear layers as with Transformer Engine"
+_VOCABULARY = "vocabulary: its size is the true one, and it is put beside the weights"
+
+_Options = TypeVar("_Options", "ReadOptions", "WriteOptions")
+
+
+def _argument(text: str, kind: Any = None, metavar: str | None = None, **more: Any) -> dict[str, Any]:
+    """What makes a field an argument of the command line too; under another name as ``flag``."""
+    return {"help": text, **({"type": kind, "metavar": metavar} if kind else {}), **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What the source does not say, or says wrongly; None takes the source's word or the usual value.
+    """What the source does not say, or says wrongly; None takes the source's word or the usual value."""
 
-    Attributes:
-        gelu: kind of GELU the weights were trained with.
-        layer_norm_eps: epsilon of the layer norms.
-        true_vocab_size: number of words; rows of the embedding table after them are padding.
-        num_attention_heads: heads per layer.
-        checkpoint_version: Megatron's version of the order of query, key and value rows.
-    """
-
-    gelu: Gelu | None = None
-    layer_norm_eps: float | None = None
-    true_vocab_size: int | None = None
-    num_attention_heads: int | None = None
-    checkpoint_version: float | None = None
+    gelu: Gelu | None = field(
+        default=None, metadata=_argument("kind of GELU the weights were trained with", choices=tuple(GELU_NAMES))
+    )
+    layer_norm_eps: float | None = field(
+        default=None, metadata=_argument("epsilon of the layer norms, usually 1e-5", float, "E")
+    )
+    true_vocab_size: int | None = field(
+        default=None, metadata=_argument("words; rows after them are padding", int, "N")
+    )
+    num_attention_heads: int | None = field(default=None, metadata=_argument("heads per layer", int, "N"))
+    checkpoint_version: float | None = field(
+        default=None,
+        metadata=_argument(f"{_ORDER} in the source: 0, 1.0, 2.0 or 3.0", float, "V", flag="source_checkpoint_version"),
+    )
 
     def __post_init__(self) -> None:
         if self.gelu is not None and self.gelu not in GELU_NAMES:
@@ -49,26 +66,43 @@ class WriteOptions:
     """How to write; formats refuse what they cannot do.
 
     Attributes:
-        tensor, pipeline, virtual_stages: how Megatron's files are divided.
-        checkpoint_version: order of query, key and value rows, Megatron's legacy format only; None is 3.0.
-        norms: where megatron-core keeps the layer norms: in modules of their own (``local``) or inside the linear
-            layers behind them (``fused``, as with Transformer Engine).
-        dtype: number format of the weights; None keeps what is stored.
-        tokenizer: vocabulary to put beside the weights, where the format has a place for it.
         max_shard_bytes: Hugging Face only: size above which the weights are divided over several files.
     """
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_stages: int = 1
-    checkpoint_version: float | None = None
-    norms: Literal["local", "fused"] = "local"
-    dtype: str | None = None
-    tokenizer: Path | None = None
+    tensor: int = field(default=1, metadata=_argument("tensor-parallel size, Megatron's formats", int, "N"))
+    pipeline: int = field(default=1, metadata=_argument("pipeline-parallel size, the same", int, "N"))
+    virtual_stages: int = field(default=1, metadata=_argument("chunks of each pipeline stage", int, "V"))
+    checkpoint_version: float | None = field(
+        default=None, metadata=_argument(f"{_ORDER} to write for --to megatron (default: 3.0)", float, "V")
+    )
+    norms: Literal["local", "fused"] = field(default="local", metadata=_argument(_NORMS, choices=("local", "fused")))
+    dtype: str | None = field(
+        default=None, metadata=_argument("number format of the weights (default: as stored)", choices=DTYPE_NAMES)
+    )
+    tokenizer: Path | None = field(default=None, metadata=_argument(_VOCABULARY, given_path, "PATH"))
     max_shard_bytes: int = 5_000_000_000
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError(f"--dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            raise UserError(f"--dtype is {self.dtype!r}: choose one of {', '.join(DTYPE_NAMES)}")
         if self.norms not in ("local", "fused"):
             raise UserError(f"--norms is {self.norms!r}: choose local or fused")
+
+
+def add_options(group: Any, kind: type[ReadOptions | WriteOptions]) -> None:
+    """Add the arguments of a kind of options to a parser, or a group of one."""
+    for entry in fields(kind):
+        if entry.metadata:
+            argument = dict(entry.metadata)
+            flag = argument.pop("flag", entry.name).replace("_", "-")
+            group.add_argument(f"--{flag}", default=entry.default, **argument)
+
+
+def given_options(arguments: argparse.Namespace, kind: type[_Options]) -> _Options:
+    """What was given by the arguments of :func:`add_options`.
+
+    Raises:
+        UserError: one has a value that cannot be.
+    """
+    flags = {entry.name: entry.metadata.get("flag", entry.name) for entry in fields(kind) if entry.metadata}
+    return kind(**{name: getattr(arguments, flag) for name, flag in flags.items()})

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_bert.convert.opening import open_checkpoint
-from megatron_bert.convert.state import CanonicalState, StateTensor
+from megatron_bert.convert.state import CanonicalState, StateTensor, bytes_of, not_finite
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.errors import UserError
@@ -49,9 +48,8 @@ class Written:
     def _watched(self, name: str, tensor: StateTensor) -> StateTensor:
         def watch(values: Tensor) -> Tensor:
             if name not in self._sums:
-                self._sums[name] = _sum(values)
-                if not torch.isfinite(values).all():
-                    count = int((~torch.isfinite(values)).sum())
+                self._sums[name] = zlib.crc32(bytes_of(values))
+                if count := not_finite(values):
                     self._warnings.append(f"{name} ({tensor.origin}) holds {count} infinite or undefined values")
                 self._advance(tensor.nbytes)
             return values
@@ -108,7 +106,7 @@ class Written:
             values = tensor.load()
             if name not in self._sums:
                 (self.state if name in self.state else self.state.optimizer)[name].load()
-            if _sum(values) != self._sums[name]:
+            if zlib.crc32(bytes_of(values)) != self._sums[name]:
                 return f"{name} is read with other values"
             self._advance(tensor.nbytes)
         return None
@@ -118,8 +116,3 @@ def _plain(config: MegatronBertConfig) -> dict[str, object]:
     """The fields that every format stores; names of one activation count as the same."""
     act = config.hidden_act
     return {name: getattr(config, name) for name in _STORED} | {"hidden_act": GELU_APPROXIMATIONS.get(act, act)}
-
-
-def _sum(values: Tensor) -> int:
-    """CRC-32 of the bytes of a tensor."""
-    return zlib.crc32(values.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bert.convert.state import StateTensor
+from megatron_bert.convert.state import StateTensor, bytes_of
 from megatron_bert.json_file import parse_object
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
@@ -116,5 +116,4 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor."""
         assert name == self._waiting.pop(0), f"{name} comes out of order"
-        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-        self._file.write(flat.numpy().data)
+        self._file.write(bytes_of(tensor))

@@ -9,6 +9,7 @@ is in memory: each tensor is read when it is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,13 +62,15 @@ class StateTensor:
     load: Callable[[], Tensor]
     origin: str
 
+    @staticmethod
+    def held(values: Tensor, origin: str) -> StateTensor:
+        """A tensor that is in memory."""
+        return StateTensor(tuple(values.shape), values.dtype, values.clone, origin)
+
     @property
     def count(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +193,30 @@ class CanonicalState(Mapping[str, StateTensor]):
             UserError: (when read) a finite value does not fit.
         """
         return replace(self, tensors={name: _converted(name, t, dtype) for name, t in self.tensors.items()})
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The memory of a tensor, in its order of elements."""
+    return values.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def not_finite(values: Tensor) -> int:
+    """Number of values that are NaN or infinite."""
+    finite = torch.isfinite(values)
+    return 0 if finite.all() else int((~finite).sum())
+
+
+def without_padding(tensors: Mapping[str, StateTensor], config: MegatronBertConfig) -> dict[str, StateTensor]:
+    """Tensors, or states of an optimizer, without the rows of no word."""
+
+    def trimmed(tensor: StateTensor) -> StateTensor:
+        words = config.vocab_size
+        if not tensor.shape or tensor.shape[0] == words:
+            return tensor
+        return tensor.mapped(lambda rows: rows[:words].clone(), shape=(words, *tensor.shape[1:]))
+
+    padded = tuple(VOCABULARY_TENSORS)
+    return {name: trimmed(tensor) if name.endswith(padded) else tensor for name, tensor in tensors.items()}
 
 
 def _converted(name: str, tensor: StateTensor, dtype: torch.dtype) -> StateTensor:

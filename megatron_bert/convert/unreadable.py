@@ -13,7 +13,6 @@ from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.strange_files import refuse_strange
-from parallel.stored.torch_files import load_torch_file
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "base_optimizer_state", "shard_fp32_from_float16_groups")
 _HUGGING_FACE_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.\d+\..*|cls\.predictions\..*")
@@ -51,7 +50,7 @@ def _about_file(tree: FileTree, name: str) -> UserError:
     if name.endswith(".safetensors"):
         refuse_strange(place)
         return UserError(f"{place.label} has no config.json beside it, which says what model it is: put it there")
-    content = load_torch_file(place)
+    content = tree.structure(name)
     if not isinstance(content, dict):
         return UserError(f"{place.label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
     keys = _tensor_keys(content)

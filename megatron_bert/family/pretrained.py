@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization
 
-from megatron_bert.convert.huggingface_names import MEGATRON_BERT, WRAPPERS, HuggingFaceNames, Place, separate
+from megatron_bert.convert.huggingface_names import MEGATRON_BERT, WRAPPERS, HuggingFaceNames, separate
+from megatron_bert.convert.name_table import Place
 from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.checks import check_device, check_filled, checked_switch, described
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.convert.families import family_of
+from megatron_bert.convert.huggingface_names import family_of
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME as TOKENIZER_SETTINGS
 from megatron_bert.data.tokenizer_settings import read_settings

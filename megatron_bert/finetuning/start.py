@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_bert.convert.families import TRAINED_TYPES
+from megatron_bert.convert.huggingface_names import TRAINED_TYPES
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.convert.tokenizer_files import check_vocabulary, find_vocabulary

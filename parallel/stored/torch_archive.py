@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes around a tensor's values in a file of ``torch.save``, known before the values are.
+"""Files of ``torch.save``, written without having all tensors: zip archives without compression.
 
-Such a file is a zip archive without compression. All of it but the checksum of the values follows from shape and type,
-so a writer that has no torch can put it together, and the size of a checkpoint's files is known in advance.
+All of a file of one tensor but the checksum of the values follows from shape and type, so a writer that has no torch
+can put it together, and the size of a checkpoint's files is known in advance. A file of many tensors is written one
+tensor at a time, where ``torch.save`` takes them all at once.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,17 +50,61 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -
     return Piece(start, nbytes, bytes(head), tail, at + 14, len(entries) - len(entry) + 16)
 
 
+class TorchFileWriter:
+    """A file of torch.save, open for its tensors in a ``with`` block.
+
+    Args:
+        path: of the file to write.
+        structure: what torch.load will return, with a :class:`Slot` for every tensor.
+    """
+
+    def __init__(self, path: Path, structure: Any) -> None:
+        self._pickled, self._keys = pickle_structure(structure)
+        self._missing = set(self._keys)
+        self._entries: list[bytes] = []
+        self._file = path.open("xb")
+
+    def __enter__(self) -> TorchFileWriter:
+        for name, content in (("data.pkl", self._pickled), ("version", b"3\n"), ("byteorder", b"little")):
+            self._member(name, content)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            with suppress(OSError):
+                self._file.close()
+            return
+        assert not self._missing, f"no values were given for {sorted(self._missing)[:3]}"
+        with self._file:
+            entries = b"".join(self._entries)
+            self._file.write(entries + _end(len(self._entries), len(entries), self._file.tell()))
+
+    def write(self, name: str, values: memoryview) -> None:
+        """Give the values of a slot; every slot gets its own once."""
+        self._missing.remove(name)
+        self._member(f"data/{self._keys[name]}", values)
+
+    def _member(self, name: str, content: bytes | memoryview) -> None:
+        at = self._file.tell()
+        local, entry = _records(f"archive/{name}".encode(), at, len(content), zlib.crc32(content))
+        self._entries.append(entry)
+        self._file.write(local)
+        self._file.write(content)
+
+
 def _records(name: bytes, start: int, size: int, crc: int) -> tuple[bytes, bytes]:
     """A member's header, behind which its content starts at a multiple of 64 bytes, and its entry in the directory."""
-    long = size >= _LONG
-    large = struct.pack("<HHQQ", 1, 16, size, size) if long else b""
-    shown, version = (_LONG, 45) if long else (size, 20)
-    padding = -(start + 30 + len(name) + len(large) + 4) % _ALIGNMENT
-    extra = large + b"\x46\x42" + padding.to_bytes(2, "little") + b"Z" * padding
+    sizes = struct.pack("<QQ", size, size) if size >= _LONG else b""
+    place = struct.pack("<Q", start) if start >= _LONG else b""
+    shown, version = (_LONG, 45) if sizes else (size, 20)
+    here, listed = (struct.pack("<HH", 1, len(large)) + large if large else b"" for large in (sizes, sizes + place))
+    padding = -(start + 30 + len(name) + len(here) + 4) % _ALIGNMENT
+    extra = here + b"\x46\x42" + padding.to_bytes(2, "little") + b"Z" * padding
     common = (0, 0, 0, _DATE, crc, shown, shown, len(name))
     local = struct.pack("<IHHHHHIIIHH", 0x04034B50, version, *common, len(extra)) + name + extra
-    entry = struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, version, version, *common, len(large), 0, 0, 0, 0, start)
-    return local, entry + name + large
+    ends = (len(listed), 0, 0, 0, 0, min(start, _LONG))
+    entry = struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, version, version, *common, *ends)
+    return local, entry + name + listed
 
 
 def _end(count: int, size: int, start: int) -> bytes:

@@ -17,6 +17,7 @@ import torch
 
 from megatron_bert.convert import commands
 from megatron_bert.convert.formats import FORMATS
+from megatron_bert.convert.options import DTYPE_NAMES
 from megatron_bert.convert.state import DTYPES
 from parallel.errors import UserError
 from tests.megatron_bert.convert.generator import Sizes, draw, write_checkpoint, write_zip
@@ -139,4 +140,4 @@ def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[st
 
 def test_names_that_are_written_out_are_those_of_the_tables() -> None:
     assert list(FORMATS) == list(commands.FORMAT_NAMES)
-    assert list(DTYPES) == list(commands.DTYPE_NAMES)
+    assert list(DTYPES) == list(DTYPE_NAMES)

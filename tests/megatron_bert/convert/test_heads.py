@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_bert.cli import main
 from megatron_bert.convert.conversion import convert
-from megatron_bert.convert.families import ROBERTA
+from megatron_bert.convert.huggingface_names import IBERT
 from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import WriteOptions
@@ -40,7 +40,7 @@ def outputs(folder: Path, kind: str) -> list[Tensor]:
     """What transformers' class computes of a directory, all of whose weights it must find."""
     auto = getattr(transformers, f"AutoModelFor{MODELS[kind][0]}")
     model, report = auto.from_pretrained(folder, output_loading_info=True)
-    assert all(ROBERTA.names.is_range(key) for key in report["missing_keys"])
+    assert all(IBERT.is_range(key) for key in report["missing_keys"])
     assert not report["unexpected_keys"]
     ids = torch.tensor([[2, 7, 9, 11, 3]])
     found = model.eval()(input_ids=ids[None] if kind == "choice" else ids)

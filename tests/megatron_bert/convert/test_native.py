@@ -48,7 +48,8 @@ def _trained_on_this_rank(source: Path, root: Path, layout: dict[str, Any], shar
     model = BertForPretraining(config, tp=mesh.tensor_parallel)
     if sharding == "full":  # what is not divided over data ranks is loaded before it is wrapped, as a run does
         apply_data_parallel(model, model.encoder.layer_list(), mesh, sharding=sharding, compute_dtype=torch.float32)
-    report = load_into(model, source, _WORDS)
+    with open_checkpoint(source, _WORDS) as state:
+        report = load_into(model, state)
     assert report.missing == report.unexpected == ()
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in parameters.items()}
@@ -116,12 +117,14 @@ def test_written_checkpoints_are_read_by_torch(tmp_path: Path) -> None:
 def test_a_part_of_a_model_takes_its_part(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
     model = BertForPretraining(config_from(source, _WORDS))
-    report = load_into(model.encoder, source, _WORDS, vocab_size=SIZES.words)
+    with open_checkpoint(source, _WORDS) as state:
+        report = load_into(model.encoder, state, vocab_size=SIZES.words)
     assert report.missing == ("layers.0.attention_norm.weight", *report.missing[1:])
     names = {f"encoder.{name}" for name, _ in model.encoder.named_parameters()}
     holder = torch.nn.Module()
     holder.add_module("encoder", model.encoder)
-    report = load_into(holder, source, _WORDS, vocab_size=SIZES.words)
+    with open_checkpoint(source, _WORDS) as state:
+        report = load_into(holder, state, vocab_size=SIZES.words)
     assert report.missing == ()
     assert not names & set(report.unexpected)
     assert "embeddings.word_embeddings.weight" in report.unexpected
@@ -130,11 +133,17 @@ def test_a_part_of_a_model_takes_its_part(tmp_path: Path) -> None:
 def test_another_vocabulary_or_size_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "megatron", draw(SIZES), SIZES)
     config = config_from(source, _WORDS)
-    with pytest.raises(UserError, match="has 128 words, but the tokenizer has 300"):
-        load_into(BertForPretraining(config), source, vocab_size=300)
+    with (
+        open_checkpoint(source) as state,
+        pytest.raises(UserError, match="has 128 words, but the tokenizer has 300"),
+    ):
+        load_into(BertForPretraining(config), state, vocab_size=300)
     config = config_from(write_checkpoint(tmp_path / "other", draw(Sizes(ffn=64)), Sizes(ffn=64)), _WORDS)
-    with pytest.raises(UserError, match=r"dense_h_to_4h.weight has shape \[32, 16\]"):
-        load_into(BertForPretraining(config), source, _WORDS)
+    with (
+        open_checkpoint(source, _WORDS) as state,
+        pytest.raises(UserError, match=r"dense_h_to_4h.weight has shape \[32, 16\]"),
+    ):
+        load_into(BertForPretraining(config), state)
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:

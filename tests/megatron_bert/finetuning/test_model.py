@@ -14,8 +14,7 @@ import transformers
 from torch import Tensor
 
 import megatron_bert
-from megatron_bert.convert.families import family_of
-from megatron_bert.convert.huggingface_names import fuse
+from megatron_bert.convert.huggingface_names import family_of, fuse
 from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.weights import load_finetuned
 from megatron_bert.model.configuration import RobertaConfig, numbered_labels
@@ -130,7 +129,7 @@ def test_loss_logits_and_gradients_equal_transformers(family: str, kind: str, tm
     assert HEAD_KINDS[head.kind].counted(batch.labels).sum() == (
         sum(len(u.label) for u in instances[:-1]) if kind == "token" else 5
     )
-    names = family_of(ours.config).names
+    names = family_of(ours.config)
     gradients = {names.inside(name): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         found = [gradients[names.inside(key)] for key in names.theirs(name)]

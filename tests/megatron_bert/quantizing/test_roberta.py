@@ -14,7 +14,7 @@ import transformers
 
 import megatron_bert
 from megatron_bert.cli import main
-from megatron_bert.convert.families import ROBERTA
+from megatron_bert.convert.huggingface_names import IBERT
 from megatron_bert.finetuning.batches import collate_instances
 from megatron_bert.finetuning.inference import evaluate_files, predict_stream
 from megatron_bert.finetuning.results import read_results
@@ -113,7 +113,7 @@ def test_the_saved_model_is_an_ibert(folder: Path, quantized: Path) -> None:
 
     arguments = {"output_loading_info": True, "quant_mode": False}
     theirs, info = transformers.IBertForSequenceClassification.from_pretrained(model, **arguments)
-    assert all(ROBERTA.names.is_range(name) for name in info["missing_keys"])
+    assert all(IBERT.is_range(name) for name in info["missing_keys"])
     with torch.no_grad():
         expected = theirs.eval()(ids.long()).logits[0]
     floating = megatron_bert.IBertForSequenceClassification.from_pretrained(model, quant_mode=False)
