@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.harness import provenance
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
+from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, pretraining_tensors
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.whole_files import write_json
 
@@ -63,9 +63,6 @@ def random_state(model: str) -> CanonicalState:
         intermediate_size=4 * hidden,
         layer_norm_eps=1e-5,
     )
-    shapes = encoder_tensors(config)
-    for part in head_tensors(config):
-        shapes |= {name: shape for name, shape in part.items() if name.startswith(("masked_head", "pair_head"))}
     block = (torch.randn(1 << 20) * 0.02).half()
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -74,7 +71,7 @@ def random_state(model: str) -> CanonicalState:
 
     tensors = {
         name: StateTensor(shape, torch.float16, lambda shape=shape: draw(shape), name)  # type: ignore[misc]
-        for name, shape in shapes.items()
+        for name, shape in pretraining_tensors(config).items()
     }
     facts = SourceFacts(format="random", variant=model, files=1, stored_rows=words)
     return CanonicalState(config=config, facts=facts, tensors=tensors)

@@ -33,7 +33,7 @@ from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
+from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, pretraining_tensors
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
@@ -66,13 +66,10 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def write_native(folder: Path) -> Path:
     """A native checkpoint with random weights."""
     generator = torch.Generator().manual_seed(1)
-    shapes = encoder_tensors(CONFIG)
-    for part in head_tensors(CONFIG):
-        shapes |= {name: shape for name, shape in part.items() if name.startswith(("masked_head", "pair_head"))}
     tensors = {}
-    for name, shape in shapes.items():
+    for name, shape in pretraining_tensors(CONFIG).items():
         values = torch.randn(shape, generator=generator) * 0.15 + ("norm.weight" in name)
-        tensors[name] = StateTensor(tuple(shape), values.dtype, values.clone, name)
+        tensors[name] = StateTensor.held(values, name)
     facts = SourceFacts(format="native", variant="random", files=1, stored_rows=CONFIG.vocab_size)
     folder.mkdir()
     FORMATS["native"].write(CanonicalState(config=CONFIG, facts=facts, tensors=tensors), folder, WriteOptions())

@@ -31,7 +31,7 @@ import torch
 from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import WriteOptions
-from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, encoder_tensors, head_tensors
+from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, pretraining_tensors
 from megatron_bert.ending import command
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.errors import UserError
@@ -54,14 +54,10 @@ def make_corpus(folder: Path) -> list[Path]:
         max_position_embeddings=6,
         layer_norm_eps=1e-5,
     )
-    shapes = encoder_tensors(config)
-    for part in head_tensors(config):  # those that every format has
-        shapes |= {name: shape for name, shape in part.items() if name.startswith(("masked_head", "pair_head"))}
-    values = {name: torch.randn(shape) for name, shape in shapes.items()}
     state = CanonicalState(
         config=config,
         facts=SourceFacts(format="native", variant="made", files=0, stored_rows=config.vocab_size),
-        tensors={n: StateTensor(tuple(t.shape), t.dtype, t.clone, n) for n, t in values.items()},
+        tensors={n: StateTensor.held(torch.randn(shape), n) for n, shape in pretraining_tensors(config).items()},
     )
     return [_write(state, folder / name, to, options) for name, to, options in _CORPUS] + _rewritten(folder)
 

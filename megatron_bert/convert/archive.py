@@ -10,15 +10,14 @@ from __future__ import annotations
 import errno
 import gzip
 import io
-import os
 import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from megatron_bert.convert.files import FileTree
@@ -74,52 +73,49 @@ def archive_tree(path: Path, stack: ExitStack) -> FileTree:
 
 
 class _Scratch:
-    """A temporary folder for what must be unpacked, and how much that may be.
+    """Room for what must be unpacked, and how much that may be.
+
+    What is unpacked lies in files without names, so nothing stays behind where the process is killed.
 
     Args:
         place: the outermost archive, by whose weight the amount is judged.
-        stack: removes the folder.
+        stack: removes what was unpacked.
     """
 
     def __init__(self, place: FileRange, stack: ExitStack) -> None:
-        self._place, self._stack = place, stack
-        self._folder: Path | None = None
-        self._count = self._claimed = 0
-        self.most = max(_ALWAYS_ALLOWED, _MOST_EXPANSION * place.length)
+        self._place, self._stack, self._claimed = place, stack, 0
 
     def claim(self, size: int) -> None:
         """Refuse the archive if it unpacks to so much more that no checkpoint would."""
         self._claimed += size
-        if self._claimed > self.most:
+        if self._claimed > max(_ALWAYS_ALLOWED, _MOST_EXPANSION * self._place.length):
             raise UserError(
                 f"{self._place.label} weighs {self._place.length:,} bytes and would unpack to {self._claimed:,}: "
                 "no checkpoint does that, do not trust it"
             )
 
-    def file(self, size: int) -> Path:
-        """The path of a new file, for ``size`` bytes."""
-        if self._folder is None:
-            with reporting("unpacked", self._place.label, "set TMPDIR to another place"):
-                self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-bert-")))
-        free = shutil.disk_usage(self._folder).free
+    def unpack(self, chunks: Iterable[bytes], size: int, label: str) -> FileRange:
+        """What comes in chunks, in a file; ``size`` is what it is expected to take."""
+        with reporting("unpacked", self._place.label, "set TMPDIR to another place"):
+            sink = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack closes it)
+            free = shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
             raise UserError(
-                f"{self._place.label} unpacks to {size:,} bytes but {self._folder.parent} has {free:,} free: "
+                f"{self._place.label} unpacks to {size:,} bytes but {tempfile.gettempdir()} has {free:,} free: "
                 "set TMPDIR to a larger place"
             )
-        self._count += 1
-        return self._folder / str(self._count)
-
-    def unpacked(self, path: Path, label: str) -> FileRange:
-        """The bytes of a file of :meth:`file`, whose name goes at once: they last as long as the tree, not longer.
-
-        So nothing stays behind where the process is killed, however long it has the tree.
-        """
-        with reporting("unpacked", label, "set TMPDIR to another place"):
-            descriptor = os.open(path, os.O_RDONLY)
-            self._stack.callback(os.close, descriptor)
-            path.unlink()
-            return FileRange(path, 0, os.fstat(descriptor).st_size, label, descriptor)
+        try:
+            for chunk in chunks:
+                sink.write(chunk)
+            sink.flush()
+        except UserError:
+            raise
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+            said, remedy = str(error), "fetch the archive again"
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                said, remedy = reason_of(error), "set TMPDIR to a larger place"
+            raise UserError(f"{label} cannot be unpacked ({said}): {remedy}") from None
+        return FileRange(Path(label), 0, sink.tell(), label, sink.fileno())
 
 
 def _tree(place: FileRange, scratch: _Scratch) -> FileTree:
@@ -148,12 +144,13 @@ def _add(files: dict[str, Path | FileRange], label: str, name: str, member: File
 
 
 def _decompressed(place: FileRange, scratch: _Scratch) -> FileRange:
-    target = scratch.file(place.length)
-    with _unpacking(place.label), place.open() as file, gzip.open(file) as source, target.open("wb") as sink:
-        while chunk := source.read(1 << 20):
-            scratch.claim(len(chunk))
-            sink.write(chunk)
-    return scratch.unpacked(target, place.label)
+    def chunks() -> Iterator[bytes]:
+        with place.open() as file, gzip.open(file) as source:
+            while chunk := source.read(1 << 20):
+                scratch.claim(len(chunk))
+                yield chunk
+
+    return scratch.unpack(chunks(), place.length, place.label)
 
 
 def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
@@ -166,12 +163,19 @@ def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
         for member in members:
             label = f"{place.label}/{member.filename}"
             if member.compress_type == zipfile.ZIP_STORED:
-                _add(files, place.label, member.filename, stored_range(place, member, label))
-                continue
-            target = scratch.file(member.file_size)
-            _unpack(archive, member, target, label)
-            _add(files, place.label, member.filename, scratch.unpacked(target, label))
+                held = stored_range(place, member, label)
+            else:
+                held = scratch.unpack(_chunks(archive, member), member.file_size, label)
+                if held.length != member.file_size:
+                    raise UserError(f"{label} unpacks to less than its size: fetch the archive again")
+            _add(files, place.label, member.filename, held)
     return FileTree(place.label, files)
+
+
+def _chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The content of a member, no more than it declares; its checksum is compared at the end."""
+    with archive.open(member) as source:
+        yield from iter(lambda: source.read(1 << 20), b"")
 
 
 def _check_member(label: str, member: zipfile.ZipInfo) -> None:
@@ -185,27 +189,6 @@ def _check_member(label: str, member: zipfile.ZipInfo) -> None:
         raise UserError(f"{label} holds {member.filename!r} encrypted: decrypt the archive first")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{label} holds {member.filename!r} in an unusual compression: pack it again with plain zip")
-
-
-@contextmanager
-def _unpacking(label: str) -> Iterator[None]:
-    """Say what went wrong while a file was unpacked: with the archive, or with the place for it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{label} cannot be unpacked ({reason_of(error)}): set TMPDIR to a larger place") from None
-        raise UserError(f"{label} cannot be unpacked ({error}): fetch the archive again") from None
-
-
-def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, label: str) -> None:
-    with _unpacking(label), archive.open(member) as source, target.open("wb") as sink:
-        # Reads no more than the size that the member declares, and checks its checksum at the end.
-        shutil.copyfileobj(source, sink, 1 << 20)
-    if target.stat().st_size != member.file_size:
-        raise UserError(f"{label} unpacks to less than its size: fetch the archive again")
 
 
 # ---------------------------------------------------------------- tar files

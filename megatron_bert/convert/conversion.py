@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from megatron_bert.convert.destination import Destination
 from megatron_bert.convert.divisions import check_division
 from megatron_bert.convert.formats import FORMATS
-from megatron_bert.convert.inspection import describe
+from megatron_bert.convert.inspection import inspection_of
 from megatron_bert.convert.megatron_writer import check_plain
-from megatron_bert.convert.opening import open_checkpoint, with_true_vocabulary
+from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.plausibility import layout_warning
 from megatron_bert.convert.readback import Written
@@ -114,8 +114,8 @@ def convert(
     tokenizer = None if write.tokenizer is None else load_tokenizer(write.tokenizer)
     if verify_text and tokenizer is None:
         raise UserError("--verify needs the vocabulary of the model: give it with --tokenizer")
-    if tokenizer is not None:
-        read = with_true_vocabulary(read, tokenizer.vocab_size)
+    if tokenizer is not None and read.true_vocab_size is None:
+        read = replace(read, true_vocab_size=tokenizer.vocab_size)
     with ExitStack() as stack:
         # Made before the work, as the surest way to see that it can be.
         folder = None if dry_run else stack.enter_context(target.writing())
@@ -139,7 +139,7 @@ def convert(
             _check_room(target, folder, size)
             _write(state, target, folder, write, size, shown=progress)
         return ConversionReport(
-            source=describe(opened, str(source)),
+            source=str(replace(inspection_of(opened, str(source)), suspicious=())),
             to=to,
             destination=None if dry_run else place,
             parameters=state.parameters,

@@ -1,15 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of encoders, Megatron's BERT, BERT, and RoBERTa with I-BERT: names of transformers' classes and modules.
-
-| here                                | transformers'                                                            |
-|-------------------------------------|--------------------------------------------------------------------------|
-| embeddings.., encoder.layers..      | the same, and encoder.layer.., behind the name of the encoder            |
-| embeddings.norm, encoder.final_norm | embeddings.LayerNorm, encoder.ln                                         |
-| attention_norm, mlp_norm            | attention.ln, ln; post-norm attention.output.LayerNorm, output.LayerNorm |
-| pair_head.pooler, .classifier       | pooler.dense, cls.seq_relationship                                       |
-| masked_head                         | cls.predictions; RoBERTa's lm_head                                       |
-| classifier, qa_outputs              | the same                                                                 |
-"""
+"""The families of encoders: Megatron's BERT, BERT, and RoBERTa with I-BERT, by the names of transformers' classes."""
 
 from __future__ import annotations
 

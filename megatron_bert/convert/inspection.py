@@ -47,12 +47,6 @@ def inspect(source: str | Path, options: ReadOptions | None = None) -> Inspectio
         return inspection_of(state, str(source))
 
 
-def describe(state: CanonicalState, source: str) -> str:
-    """The table of facts, without the notes."""
-    table = inspection_of(state, source)
-    return str(Inspection(table.source, table.rows, ()))
-
-
 def inspection_of(state: CanonicalState, source: str) -> Inspection:
     """Facts about an open checkpoint."""
     facts, config = state.facts, state.config

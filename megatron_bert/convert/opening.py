@@ -213,8 +213,3 @@ def copy_whole(parameter: Tensor, values: Tensor) -> None:
     (chunk,) = parameter.__create_chunk_list__()
     block = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
     local.copy_(values[block])
-
-
-def with_true_vocabulary(options: ReadOptions, words: int) -> ReadOptions:
-    """The same options, with the number of words where the user gave none."""
-    return options if options.true_vocab_size is not None else replace(options, true_vocab_size=words)

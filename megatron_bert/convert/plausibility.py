@@ -13,7 +13,6 @@ or roles are paired, and the correlation is gone. Untrained weights correlate in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,60 +33,38 @@ _RATIO = 2.0
 ORDERS = (0.0, 1.0, 3.0)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A way in which the rows could be meant.
-
-    Attributes:
-        taken: checkpoint version whose order was taken for them.
-        meant: version whose order they would be in.
-        score: correlation of the Gram matrices, in standard deviations of unrelated ones.
-    """
-
-    taken: float
-    meant: float
-    score: float
-
-
+@torch.no_grad()
 def layout_warning(state: CanonicalState) -> str | None:
     """What to tell the user when the weights look as if their rows were read in a wrong order; None if they do not."""
-    readings = score_readings(state)
-    own = max((r for r in readings if r.taken == r.meant), key=lambda r: r.score)
-    best = max(readings, key=lambda r: r.score)
-    if best.score < _CLEAR or best.score < _RATIO * own.score:
-        return None
-    if state.facts.checkpoint_version is None:
-        return (
-            "the query, key and value weights look shuffled: they fit together only when rows taken in the order of "
-            f"checkpoint version {best.taken:g} are read as version {best.meant:g}; the checkpoint was probably made "
-            "by a converter that mistook the version: convert from the original again"
-        )
-    return (
-        f"the query, key and value rows look as if they were in the order of checkpoint version {best.meant:g}, not of "
-        f"{best.taken:g} (evidence {best.score:.0f} against {own.score:.0f} standard deviations): compare the result "
-        f"with --source-checkpoint-version {best.meant:g}"
-    )
-
-
-@torch.no_grad()
-def score_readings(state: CanonicalState) -> list[Reading]:
-    """How well the weights fit together under each reading of their rows."""
-    version = state.facts.checkpoint_version
+    version, config = state.facts.checkpoint_version, state.config
     # Without a version it is not known what an earlier converter took the rows for, so all mistakes are possible.
     taken = [3.0 if version == 2.0 else version] if version is not None else list(ORDERS)
-    pairs = [(t, m) for t in taken for m in ORDERS]
-    heads, ranks = state.config.num_attention_heads, state.facts.tensor
-    count = state.config.num_hidden_layers
-    sums = {pair: _Correlation() for pair in pairs}
+    found: dict[tuple[float, float], list[Tensor]] = {(t, m): [] for t in taken for m in ORDERS}
+    count, heads = config.num_hidden_layers, config.num_attention_heads
     for layer in sorted({round(i * (count - 1) / max(1, _LAYERS - 1)) for i in range(_LAYERS)}):
         prefix = f"encoder.layers.{layer}.attention"
         fused = state[f"{prefix}.query_key_value.weight"].load().float()
         output = state[f"{prefix}.output.weight"].load().float()
-        if not (torch.isfinite(fused).all() and torch.isfinite(output).all()):
-            continue
-        for take, mean in pairs:
-            sums[take, mean].add(reread(fused, take, mean, heads, ranks), output, heads)
-    return [Reading(take, mean, found.score()) for (take, mean), found in sums.items()]
+        if torch.isfinite(fused).all() and torch.isfinite(output).all():
+            for (take, mean), terms in found.items():
+                terms += _correlations(reread(fused, take, mean, heads, state.facts.tensor), output, heads)
+    # In standard deviations of what unrelated weights give.
+    scores = {pair: float(sum(terms)) / math.sqrt(max(1, len(terms))) for pair, terms in found.items()}
+    own = max(score for (take, mean), score in scores.items() if take == mean)
+    (take, mean), best = max(scores.items(), key=lambda entry: entry[1])
+    if best < _CLEAR or best < _RATIO * own:
+        return None
+    if version is None:
+        return (
+            "the query, key and value weights look shuffled: they fit together only when rows taken in the order of "
+            f"checkpoint version {take:g} are read as version {mean:g}; the checkpoint was probably made by a "
+            "converter that mistook the version: convert from the original again"
+        )
+    return (
+        f"the query, key and value rows look as if they were in the order of checkpoint version {mean:g}, not of "
+        f"{take:g} (evidence {best:.0f} against {own:.0f} standard deviations): compare the result with "
+        f"--source-checkpoint-version {mean:g}"
+    )
 
 
 def reread(fused: Tensor, taken: float, meant: float, heads: int, ranks: int) -> Tensor:
@@ -106,26 +83,20 @@ def reread(fused: Tensor, taken: float, meant: float, heads: int, ranks: int) ->
     return torch.cat([to_canonical(from_canonical(part, taken, share), meant, share) for part in fused.chunk(ranks)])
 
 
-class _Correlation:
-    """Correlation of off-diagonal Gram elements, over heads and layers: queries with keys, and values with outputs."""
+def _correlations(fused: Tensor, output: Tensor, heads: int) -> list[Tensor]:
+    """Correlation of off-diagonal Gram elements, of queries with keys and of values with outputs, for each head.
 
-    def __init__(self) -> None:
-        self._total, self._terms = 0.0, 0
-
-    def add(self, fused: Tensor, output: Tensor, heads: int) -> None:
-        """Add a layer: canonical rows ``[3H, H]`` and the output projection ``[H, H]``."""
-        query, key, value = fused.unflatten(0, (heads, 3, -1)).unbind(1)  # [A, D, H]
-        out = output.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [A, D, H]
-        for first, second in ((query, key), (value, out)):
-            left, right = _off_diagonal(first[:_HEADS]), _off_diagonal(second[:_HEADS])
-            # One head at a time is normalized, so that no large head speaks for all.
-            correlation = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-30)
-            self._total += float(correlation.sum()) * math.sqrt(left.shape[1])
-            self._terms += left.shape[0]
-
-    def score(self) -> float:
-        """In standard deviations of what unrelated weights give."""
-        return self._total / math.sqrt(self._terms) if self._terms else 0.0
+    In standard deviations, from canonical rows ``[3H, H]`` and the output projection ``[H, H]``.
+    """
+    query, key, value = fused.unflatten(0, (heads, 3, -1)).unbind(1)  # [A, D, H]
+    out = output.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [A, D, H]
+    found: list[Tensor] = []
+    for first, second in ((query, key), (value, out)):
+        left, right = _off_diagonal(first[:_HEADS]), _off_diagonal(second[:_HEADS])
+        # One head at a time is normalized, so that no large head speaks for all.
+        correlation = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-30)
+        found += correlation * math.sqrt(left.shape[1])
+    return found
 
 
 def _off_diagonal(rows: Tensor) -> Tensor:

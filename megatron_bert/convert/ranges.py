@@ -2,17 +2,8 @@
 """The ranges of a quantized model, as files hold them.
 
 Its weights stay those of the float model. ``quantization.json`` beside them holds how they were quantized and the range
-of every quantizer, by its name in a training checkpoint; transformers' I-BERT has some of them as buffers.
-
-| here                              | transformers' IBert                                        |
-|-----------------------------------|------------------------------------------------------------|
-| embeddings: sum, output           | embeddings_act1, output_activation                         |
-| layer: query, key, value, context | attention.self.{query,key,value,output}_activation         |
-| attention_sum, middle             | attention.output.{ln_input_act,output_activation}          |
-| mlp_input                         | pre_intermediate_act                                       |
-| gelu                              | intermediate.output_activation                             |
-| mlp_sum, output                   | output.{ln_input_act,output_activation}                    |
-| attention_input                   | the output_activation of what is below                     |
+of every quantizer, by its name in a training checkpoint; transformers' I-BERT has some of them as buffers, of which
+``attention_input`` is the output of what lies below.
 """
 
 from __future__ import annotations

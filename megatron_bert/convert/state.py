@@ -232,7 +232,7 @@ def _converted(name: str, tensor: StateTensor, dtype: torch.dtype) -> StateTenso
     return replace(tensor.mapped(convert), dtype=dtype)
 
 
-def _pretraining_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
+def pretraining_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a pretraining model has, by the model itself."""
     try:
         model = BertForPretraining(replace(config, num_hidden_layers=1, binary_head=True), device="meta")
@@ -245,24 +245,6 @@ def _pretraining_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...
         names = [name] if part == name else [f"encoder.layers.{i}.{part}" for i in range(config.num_hidden_layers)]
         found |= dict.fromkeys(names, (rows, *parameter.shape[1:]))
     return found
-
-
-def head_tensors(config: MegatronBertConfig, head: str | None = None) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of the parts on top, each of which is there as a whole or not at all."""
-    shapes = _pretraining_tensors(config)
-    parts = [{name: shape for name, shape in shapes.items() if name.startswith(part)} for part in _PRETRAINING_HEADS]
-    # Of kinds with the same names, the one that is named gives the shapes, or else the last, with a row for each class.
-    for kind in [*([HEADS[head]] if head else []), *reversed(HEADS.values())]:
-        found = kind.tensors(config, kind.width(config))
-        if not any(found.keys() & part.keys() for part in parts):
-            parts.append(found)
-    return parts
-
-
-def encoder_tensors(config: MegatronBertConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of embeddings and encoder, whose norms are before or behind what they norm."""
-    shapes = _pretraining_tensors(config)
-    return {name: shape for name, shape in shapes.items() if not name.startswith(_PRETRAINING_HEADS)}
 
 
 def classes_of(tensors: Mapping[str, StateTensor]) -> int | None:
@@ -280,19 +262,25 @@ def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor]
             f"the source says it has {config.num_hidden_layers} layers, but holds only {len(tensors)} tensors: "
             "a part of it is missing"
         )
-    expected = encoder_tensors(config)
-    for part in head_tensors(config, head):
+    shapes = pretraining_tensors(config)
+    expected = {name: shape for name, shape in shapes.items() if not name.startswith(_PRETRAINING_HEADS)}
+    # Each of the parts on top is there as a whole or not at all.
+    parts = [{name: shape for name, shape in shapes.items() if name.startswith(part)} for part in _PRETRAINING_HEADS]
+    # Of kinds with the same names, the one that is named gives the shapes, or else the last, with a row for each class.
+    for kind in [*([HEADS[head]] if head else []), *reversed(HEADS.values())]:
+        found = kind.tensors(config, kind.width(config))
+        if not any(found.keys() & part.keys() for part in parts):
+            parts.append(found)
+    for part in parts:
         if part.keys() & tensors.keys():
             expected |= part
-    where = next(iter(tensors.values())).origin if tensors else "the source"
-    missing = [name for name in expected if name not in tensors]
-    if missing:
+    if missing := [name for name in expected if name not in tensors]:
         raise UserError(
-            f"{len(missing)} tensors are missing, the first is {missing[0]} (others come from {where}): "
-            "a part of the checkpoint is not there, or it is of another kind of model"
+            f"{len(missing)} tensors are missing, the first is {missing[0]} (others come from "
+            f"{next(iter(tensors.values())).origin}): a part of the checkpoint is not there, or it is of another kind "
+            "of model"
         )
-    extra = [name for name in tensors if name not in expected]
-    if extra:
+    if extra := [name for name in tensors if name not in expected]:
         raise UserError(
             f"{tensors[extra[0]].origin} does not belong to an encoder of {config.num_hidden_layers} layers: "
             "the source mixes two models, or is of another kind"

@@ -161,8 +161,8 @@ class TestRuns:
             for path in (tmp_path / "megatron").rglob("*"):
                 file.write(path, path.relative_to(tmp_path / "megatron"))
         unpacked: list[str] = []
-        unpack = archive._unpack
-        monkeypatch.setattr(archive, "_unpack", lambda *a: (unpacked.append(a[1].filename), unpack(*a)))
+        chunks = archive._chunks
+        monkeypatch.setattr(archive, "_chunks", lambda *a: (unpacked.append(a[1].filename), chunks(*a))[1])
         settings = run_settings(
             folder,
             model={"from": tmp_path / "model.zip"},

@@ -96,7 +96,7 @@ def _save(model: BertForPretraining, target: Path) -> None:
     state = CanonicalState(
         config=model.config,
         facts=SourceFacts(format="native", variant="", files=1, stored_rows=words),
-        tensors={n: StateTensor(tuple(t.shape), t.dtype, t.clone, n) for n, t in tensors.items()},
+        tensors={n: StateTensor.held(t, n) for n, t in tensors.items()},
     )
     target.mkdir()
     FORMATS["native"].write(state, target, WriteOptions())
