@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from megatron_bert.convert.archive import archive_tree, is_archive
 from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
@@ -25,6 +24,7 @@ from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, Stat
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
+from parallel.parts import Part
 from parallel.simulated_device import has_numbers
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import reporting
@@ -162,7 +162,8 @@ def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -
             f"{tensor.origin} holds {count:,} of {values.numel():,} values that are NaN or infinite: its training "
             "diverged, or the file is damaged; give an earlier checkpoint, or another copy"
         )
-    copy_whole(parameter, values)
+    for (offsets, sizes), block in Part.of(parameter).blocks():  # what this rank has
+        block.copy_(values[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))])
 
 
 def check_placement(source: CanonicalState, config: MegatronBertConfig) -> None:
@@ -194,22 +195,3 @@ def check_words(there: int, words: int) -> None:
             f"the checkpoint has {there} words, but the tokenizer has {words}: use the vocabulary that the model was "
             "trained with"
         )
-
-
-def copy_whole(parameter: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this rank's part of it into one that is divided.
-
-    Args:
-        parameter: plain, or a DTensor over any mesh and placements.
-        values: of the global shape, in any floating-point format.
-    """
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(values)
-        return
-    local = parameter.to_local()
-    if local.numel() == 0:
-        return
-    # Where this rank's block lies, by the method that torch.distributed.checkpoint asks as well.
-    (chunk,) = parameter.__create_chunk_list__()
-    block = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
-    local.copy_(values[block])
