@@ -143,7 +143,7 @@ def test_adapters(family, targets, tmp_path):
     adapted = peft.get_peft_model(model, settings)
     loss = adapted.train()(**batch).loss
     loss.backward()
-    torch.optim.SGD((each for each in adapted.parameters() if each.requires_grad), lr=0.1).step()
+    torch.optim.SGD((each for each in adapted.parameters() if each.requires_grad), lr=1e-3).step()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert any("query.lora_A" in name for name in trained)
     assert ("intermediate.dense.lora_A" in "".join(trained)) == (targets == "all-linear")
