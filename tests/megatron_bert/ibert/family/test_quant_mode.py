@@ -218,11 +218,29 @@ def test_tensor_ranks_give_identical_bits(size):
                 )
 
 
+def test_masks_of_heads_in_integers():
+    """One for all heads is that of each, whether it says 0 or is added; one of a head changes its result alone."""
+    model, ids = _quantized("IBert", "ForMaskedLM"), _batch("IBert", "ForMaskedLM")["input_ids"]
+    length = ids.shape[1]
+    seen = (torch.arange(length) < 5)[None, None, None]
+    expected = model(ids, attention_mask=seen, output_attentions=True)
+    of_heads = seen.expand(1, 4, length, length)
+    assert model(ids, attention_mask=of_heads).logits.equal(expected.logits)
+    added = torch.zeros(of_heads.shape).masked_fill(~of_heads, torch.finfo(torch.float32).min)
+    assert model(ids, attention_mask=added).logits.equal(expected.logits)
+    first = torch.cat((of_heads[:, :1], torch.ones_like(of_heads[:, 1:])), dim=1)
+    found = model(ids, attention_mask=first, output_attentions=True).attentions[0]
+    assert found[:, 0].equal(expected.attentions[0][:, 0])
+    assert found[:, 1:, :, 5:].ne(0).any()
+
+
 def test_what_integers_do_not_cover():
     model = _quantized("IBert", "ForMaskedLM")
     batch = _batch("IBert", "ForMaskedLM")
     with pytest.raises(UserError, match="head_mask is given"):
         model(**batch, head_mask=torch.ones(4))
+    with pytest.raises(UserError, match=r"attention_mask holds .* which integer attention does not add to its scores"):
+        model(batch["input_ids"], attention_mask=torch.rand(1, 1, 1, batch["input_ids"].shape[1]))
     with pytest.raises(UserError, match="quantized already"):
         quantize_model(_build("IBert", "Model", quant_mode=True), QuantizationConfig())
     with pytest.raises(UserError, match="relative position"):
