@@ -466,7 +466,7 @@ class DocumentedModel(transformers.PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except UserError:
+        except (UserError, OSError):  # which say what is wrong
             raise
         except Exception:
             stored_tensors(pretrained_model_name_or_path, kwargs)  # says which file is damaged, if one is
