@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 
 from megatron_bert.config_file import load_settings
-from tests.commands import Ended, run_command
+from tests.commands import Ended, run_command, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -123,13 +124,18 @@ def test_readme_has_commands() -> None:
 
 
 def run_line(command: str, folder: Path, environment: dict[str, str]) -> Ended:
-    """Run a line of bash; `megatron-bert` alone on it in a process that need not load torch first."""
+    """Run a line of bash; `megatron-bert` alone on it, also by torchrun, in processes that have loaded torch."""
     bash = ["bash", "-euo", "pipefail", "-c"]
-    if command.startswith("megatron-bert ") and ">" not in command:
-        split = subprocess.run(
-            [*bash, command.replace("megatron-bert", "printf '%s\\0'", 1)], cwd=folder, capture_output=True, check=True
-        )
-        return run_command(*split.stdout.decode().split("\0")[:-1], folder=folder)
+    program, _, rest = command.partition(" ")
+    if (program == "megatron-bert" or (program == "torchrun" and " -m megatron_bert " in rest)) and ">" not in command:
+        split = subprocess.run([*bash, f"printf '%s\\0' {rest}"], cwd=folder, capture_output=True, check=True)
+        words = split.stdout.decode().split("\0")[:-1]
+        if program == "megatron-bert":
+            return run_command(*words, folder=folder)
+        given = torchrun.parse_args(words)
+        assert given.standalone
+        ended = run_ranks(int(given.nproc_per_node), *given.training_script_args, folder=folder)
+        return Ended(max(abs(rank.code) for rank in ended), "".join(rank.text for rank in ended))
     done = subprocess.run([*bash, command], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     return Ended(done.returncode, done.stdout + done.stderr)
 
