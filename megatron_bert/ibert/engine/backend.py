@@ -28,7 +28,7 @@ class Executable(Protocol):
             starts: int32 ``[B + 1]``, where each sequence begins, and T.
 
         Returns:
-            int16 ``[T, H]``, the final stream.
+            int16 ``[T, H]``, the final stream, on the backend's device.
         """
         ...
 

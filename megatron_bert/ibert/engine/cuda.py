@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.ibert.engine.backend import HeadName
-from megatron_bert.ibert.engine.cuda_graphs import MOST_REPLAYED, Replay, record
+from megatron_bert.ibert.engine.cuda_graphs import MOST_REPLAYED, Replay, recorder
 from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.plan_file import read_plan
 from parallel.errors import UserError
@@ -93,7 +93,7 @@ class CudaExecutable:
         sizes = (len(tables.word), len(tables.position), len(tables.token_type))
         self._tables = dict(zip(("token", "position", "type"), sizes, strict=True))
         self._longest = plan.longest
-        self._replay = Replay(self._model.encode, device, record) if device.type == "cuda" else None
+        self._replay = Replay(self._model.encode, device, recorder()) if device.type == "cuda" else None
 
     def encode(self, tokens: Tensor, positions: Tensor, types: Tensor, starts: Tensor) -> Tensor:
         """See :class:`~megatron_bert.ibert.engine.backend.Executable`.

@@ -14,24 +14,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-#: Tokens of a batch up to which launches cost more than what they start, and are recorded.
-MOST_REPLAYED = 512
+#: Tokens of a batch up to which launches are recorded: about where kernels are expected to outlast them.
+MOST_REPLAYED = 2048
 #: Recordings that are kept, one for each size of a batch.
-_MOST_RECORDINGS = 16
+_MOST_RECORDINGS = 64
 
-
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record launches as a CUDA graph: what launches them again, and where their result then is."""
-    run()  # compiles the kernels, which a recording cannot
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph.replay, out
-
-
+#: From launches to what launches them again, and where their result then is.
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 #: Ids and blocks that it reads, what starts it, and its result.
 _Recording = tuple[Tensor, Tensor, Callable[[], None], Tensor]
+
+
+def recorder() -> Recorder:
+    """Recorder of CUDA graphs, which share their memory: one runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        run()  # compiles the kernels, which a recording cannot
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = run()
+        return graph.replay, out
+
+    return record
 
 
 class Replay:
@@ -43,16 +49,11 @@ class Replay:
     Args:
         encode: ids ``[3, T]`` and blocks ``[n, 3]`` on the device to ``[T, H]``.
         device: of both.
-        recording: see :func:`record`.
+        record: see :func:`recorder`.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[Tensor, Tensor], Tensor],
-        device: torch.device,
-        recording: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]],
-    ) -> None:
-        self._encode, self._device, self._record = encode, device, recording
+    def __init__(self, encode: Callable[[Tensor, Tensor], Tensor], device: torch.device, record: Recorder) -> None:
+        self._encode, self._device, self._record = encode, device, record
         self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
         self._lock = threading.Lock()  # a recording's memory is one batch's at a time
 
@@ -77,6 +78,6 @@ class Replay:
 
 
 def _next_size(count: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24 .. that is not smaller."""
-    power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if count <= power * 3 // 4 else power
+    """The least of 1 .. 8, 10, 12, 14, 16, 20, 24 .. that is not smaller: at most a quarter is filled up."""
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step

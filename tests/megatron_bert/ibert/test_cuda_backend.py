@@ -249,7 +249,7 @@ def test_replayed_batches_have_the_bits_of_others():
 
     replay = cuda_graphs.Replay(model.encode, device, recorder)
     results = []
-    for seed, lengths in enumerate([[6, 5], [2, 8]]):
+    for seed, lengths in enumerate([[4, 8], [6, 5]]):
         inputs = sequences(lengths, seed)
         ids, blocks = torch.stack(inputs[:3]), cuda_model.query_blocks(inputs[3])
         results.append((replay(ids, blocks).cpu(), reference.encode(*inputs)))
@@ -257,7 +257,7 @@ def test_replayed_batches_have_the_bits_of_others():
     assert all(torch.equal(found, expected) for found, expected in results)
 
 
-def test_few_recordings_are_kept():
+def test_few_recordings_are_kept(monkeypatch):
     made = []
 
     def recorder(run):
@@ -265,10 +265,14 @@ def test_few_recordings_are_kept():
         return (lambda: None), run()
 
     replay = cuda_graphs.Replay(lambda ids, blocks: ids.t(), torch.device("cpu"), recorder)
-    for tokens in [*range(1, 300), 1, 299]:
-        assert len(replay(torch.ones(3, tokens).int(), torch.zeros(1, 3).int())) == tokens
-    assert len(replay._recordings) == 16
-    assert len(made) == 18  # sizes from 1 to 384, of which 1 is made again
+    for tokens in (1, 2):
+        for blocks in range(1, 40):
+            assert len(replay(torch.ones(3, tokens).int(), torch.zeros(blocks, 3).int())) == tokens
+        assert len(made) == 17 * tokens  # 1 to 8, then in steps of 2, 4 and 8 to 40
+    monkeypatch.setattr(cuda_graphs, "_MOST_RECORDINGS", 20)
+    for tokens in (3, 1):
+        replay(torch.ones(3, tokens).int(), torch.zeros(1, 3).int())
+    assert len(made) == 36  # the oldest was given up
 
 
 def test_blocks_of_queries_have_one_sequence():
