@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,15 @@ def named_checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted((int(match.group(1)), path) for match, path in named if match is not None))
 
 
+@contextmanager
+def _as_checkpoint(path: Path) -> Iterator[None]:
+    """Report a damaged file as damage of the checkpoint that it is in."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(path, error.fault) from None
+
+
 def check_files(path: Path) -> Manifest | None:
     """Look for files that are missing, or of another size, and read what describes the tensors.
 
@@ -50,7 +61,7 @@ def check_files(path: Path) -> Manifest | None:
     Raises:
         DamagedCheckpointError: anything is not as it was written.
     """
-    try:
+    with _as_checkpoint(path):
         for name in (STATE_FILE, METADATA):
             if not (path / name).is_file():
                 raise DamagedFileError(f"{name} is missing")
@@ -58,8 +69,6 @@ def check_files(path: Path) -> Manifest | None:
         if manifest is not None:
             manifest.check_files()
             manifest.check_range(METADATA)
-    except DamagedFileError as error:
-        raise DamagedCheckpointError(path, error.fault) from None
     read_state(path)
     return manifest
 
@@ -78,12 +87,10 @@ def check_checkpoint(path: Path, *, everything: bool = False) -> Manifest | None
         DamagedCheckpointError: anything is not as it was written.
     """
     manifest = check_files(path)
-    try:
+    with _as_checkpoint(path):
         if manifest is not None and everything:
             manifest.check_everything()
         read_metadata(FileRange.whole(path / METADATA), LARGE)
-    except DamagedFileError as error:
-        raise DamagedCheckpointError(path, error.fault) from None
     return manifest
 
 
@@ -107,9 +114,10 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: the directory is not a checkpoint.
     """
     try:
-        manifest = Manifest.read(path)
-        if manifest is not None:
-            manifest.check_range(STATE_FILE)
+        with _as_checkpoint(path):
+            manifest = Manifest.read(path)
+            if manifest is not None:
+                manifest.check_range(STATE_FILE)
         with (path / STATE_FILE).open(encoding="utf-8") as file:
             text = file.read(_LONGEST_STATE)
             if file.read(1):
@@ -119,8 +127,8 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
     except OSError:
         raise UserError(f"{path} is not a checkpoint: it holds no {STATE_FILE}; give a step_... directory") from None
-    except DamagedFileError as error:
-        raise DamagedCheckpointError(path, error.fault) from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(path, f"{STATE_FILE} is damaged: {brief(error)}") from None
     if manifest is None and state.get(HAS_MANIFEST):

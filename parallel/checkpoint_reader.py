@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parallel.errors import DamagedCheckpointError, DamagedFileError, UserError
 from parallel.manifest import Manifest
+from parallel.object_collectives import gather_objects
 from parallel.parts import Part, Region
 from parallel.stored.distributed_files import LARGE, METADATA, Block, BlockedTensor, read_block, read_metadata
 from parallel.stored.file_range import FileRange
@@ -44,10 +45,7 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor | Part], group: dist.P
     fault = failure.fault if isinstance(failure, DamagedFileError) else None
     known = failure is None or isinstance(failure, UserError)
     mine = (fault, str(failure or "") if known else f"loading {path} failed: {type(failure).__name__}: {failure}")
-    found = [mine]
-    if group is not None:
-        found *= dist.get_world_size(group)
-        dist.all_gather_object(found, mine, group=group)
+    found = [mine] if group is None else gather_objects(mine, group)
     if failure is not None and not known:
         raise failure
     faults, reasons = ("; ".join(dict.fromkeys(filter(None, texts))) for texts in zip(*found, strict=True))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from parallel.checkpoint import STATE_FILE
 from parallel.checkpoint_directory import CheckpointDirectory, discard
 from parallel.checkpoint_plan import WritePlan
 from parallel.manifest import FileSums, write_manifest
+from parallel.object_collectives import gather_objects
 from parallel.stored.distributed_files import METADATA
-from parallel.whole_files import reason_of
+from parallel.whole_files import reason_of, write_bytes, write_text
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class SavedCheckpoint:
     bytes: int
 
 
+@dataclass(eq=False, kw_only=True)
 class Save:
     """A checkpoint that is being written, in a thread.
 
-    Args:
+    Attributes:
         directory: it goes to.
         group: of the threads of all ranks that write.
         limit: seconds that it may take.
@@ -53,31 +54,27 @@ class Save:
         state: content of the file beside the tensors.
         plan: of this rank's part.
         began: when, by the performance counter.
+        writing: whether this rank is at its own part: all else is waiting for others.
+        stall: seconds for which the caller stood still; None for all of them.
     """
 
-    def __init__(
-        self,
-        directory: CheckpointDirectory,
-        group: dist.ProcessGroup,
-        limit: float,
-        protected: frozenset[int],
-        saved: list[SavedCheckpoint],
-        *,
-        step: int,
-        state: str,
-        plan: WritePlan,
-        began: float,
-    ) -> None:
-        self.directory, self.group, self.protected, self.saved = directory, group, protected, saved
-        self.step, self.state, self.plan, self.began = step, state, plan, began
+    directory: CheckpointDirectory
+    group: dist.ProcessGroup
+    limit: float
+    protected: frozenset[int]
+    saved: list[SavedCheckpoint]
+    step: int
+    state: str
+    plan: WritePlan
+    began: float
+    writing: bool = False
+    stall: float | None = None
+
+    def __post_init__(self) -> None:
         self.is_first = dist.get_rank() == 0
-        self.final = directory.root / f"step_{step:08d}"
+        self.final = self.directory.root / f"step_{self.step:08d}"
         self.partial = self.final.with_name(self.final.name + ".partial")
-        self.deadline = time.monotonic() + limit
-        #: Whether this rank is at its own part: all else is waiting for others.
-        self.writing = False
-        #: Seconds for which the caller stood still; None for all of them.
-        self.stall: float | None = None
+        self.deadline = time.monotonic() + self.limit
         self._copied = threading.Event()
         self._copy_end: torch.cuda.Event | None = None
         self._done: Future[None] = Future()
@@ -171,8 +168,7 @@ class Save:
         except OSError as error:
             mine = reason_of(error), None
         self.writing = False
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, mine, group=self.group)
+        found = gather_objects(mine, self.group)
         if reasons := list(dict.fromkeys(reason for reason, _ in found if reason is not None)):
             raise OSError("; ".join(reasons))
         return [one for _, one in found]
@@ -180,7 +176,7 @@ class Save:
     def _begin(self) -> None:
         discard(self.partial)
         self.partial.mkdir(parents=True)  # the directory of checkpoints may have been removed
-        _write_synced(self.partial / STATE_FILE, self.state.encode())
+        write_text(self.partial / STATE_FILE, self.state, sync=True)
 
     def _end(self, sums: dict[str, FileSums]) -> int | None:
         assert self.plan.metadata is not None
@@ -188,14 +184,7 @@ class Save:
             self._committing = not self._given_up
         if not self._committing:
             return None
-        _write_synced(self.partial / METADATA, self.plan.metadata)
+        write_bytes(self.partial / METADATA, self.plan.metadata, sync=True)
         size = write_manifest(self.partial, sums)
         self.directory.commit(self.partial, self.final, self.protected)
         return size
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

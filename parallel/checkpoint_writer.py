@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from parallel.errors import ArgumentError
 from parallel.file_process import FileProcess, write_pieces
 from parallel.hosts import host_name
 from parallel.manifest import MANIFEST_FILE, FileSums
+from parallel.object_collectives import gather_objects, on_first_rank
 from parallel.parts import Part, Sizes
 from parallel.process_group import new_group
 from parallel.whole_files import reason_of
@@ -88,7 +88,14 @@ class CheckpointWriter:
         Raises:
             NotWrittenError: the directory cannot be made.
         """
-        self._on_first(self.root, self.directory.prepare)
+
+        def prepare() -> None:
+            try:
+                self.directory.prepare()
+            except OSError as error:
+                raise _not_written(self.root, reason_of(error), what="the directory of checkpoints") from None
+
+        on_first_rank(prepare)
 
     def save(
         self, step: int, tensors: dict[str, Tensor | Part], state: dict[str, Any], *, frozen: bool = False
@@ -113,11 +120,11 @@ class CheckpointWriter:
         plan = self._plan_for(tensors)
         device = Part.of(next(iter(tensors.values()))).values.device
         self._pending = save = Save(
-            self.directory,
-            self.group,
-            self.limit,
-            self.protected,
-            self._saved,
+            directory=self.directory,
+            group=self.group,
+            limit=self.limit,
+            protected=self.protected,
+            saved=self._saved,
             step=step,
             state=text,
             plan=plan,
@@ -174,8 +181,7 @@ class CheckpointWriter:
         reason, stuck = save.outcome()
         if stuck and save.writing:
             reason = f"rank {dist.get_rank()} on {host_name()} has not written its part"
-        outcomes: list[tuple[str | None, bool]] = [(None, False)] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (reason, stuck))  # in the group of the run: the other one may be in use still
+        outcomes = gather_objects((reason, stuck))  # in the group of the run: the other one may be in use still
         reasons = list(dict.fromkeys(reason for reason, _ in outcomes if reason))
         if any(stuck for _, stuck in outcomes):
             # Threads that wait, for the file system or for each other, keep the group and the memory that they have.
@@ -226,20 +232,6 @@ class CheckpointWriter:
         if self._process is not None:
             self._process.kill()
         self._process = self._staging = None
-
-    # ---------------------------------------------------------------- the directory
-
-    def _on_first(self, final: Path, work: Callable[[], None]) -> None:
-        """Let rank 0 work, and raise on every rank what the file system refuses it."""
-        answer: list[str | None] = [None]
-        if self.is_first:
-            try:
-                work()
-            except OSError as error:
-                answer = [reason_of(error)]
-        dist.broadcast_object_list(answer)
-        if answer[0] is not None:
-            raise _not_written(final, answer[0], what="the directory of checkpoints")
 
 
 def _not_written(

@@ -21,6 +21,7 @@ They are built on functional collectives, so torch.compile traces them into one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from parallel.presence import waits_for_others
 from parallel.step_clock import waiting
 
 _functional = torch.ops._c10d_functional
+_Work = Callable[..., Tensor]
 
 
 def start_all_reduce(tensor: Tensor, group_name: str) -> Tensor:
@@ -57,94 +59,67 @@ def wait(tensor: Tensor) -> Tensor:
         return _functional.wait_tensor(tensor)
 
 
-def _own_slice(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
+class _Pair(torch.autograd.Function):
+    """A collective whose backward pass is its conjugate: functions of a tensor and of the same place in a group."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, there: _Work, back: _Work, *place: Any) -> Tensor:
+        ctx.back, ctx.place = back, place
+        return there(tensor, *place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(gradient, *ctx.place), None, None, *(None for _ in ctx.place)
+
+
+def _same(tensor: Tensor, group_name: str) -> Tensor:  # noqa: ARG001
+    return tensor.view_as(tensor)
+
+
+def _sum(tensor: Tensor, group_name: str) -> Tensor:
+    return wait(start_all_reduce(tensor, group_name))
+
+
+def _slice(tensor: Tensor, dim: int, rank: int, size: int, group_name: str) -> Tensor:  # noqa: ARG001
     length = tensor.shape[dim] // size
     return tensor.narrow(dim, rank * length, length).contiguous()
 
 
-def _all_gather_dim(tensor: Tensor, dim: int, size: int, group_name: str) -> Tensor:
-    if dim == 0:
-        return wait(start_all_gather(tensor, size, group_name))
-    gathered = wait(start_all_gather(tensor.movedim(dim, 0), size, group_name))
+def _concatenate(tensor: Tensor, dim: int, rank: int, size: int, group_name: str) -> Tensor:  # noqa: ARG001
+    gathered = _all_tokens(tensor.movedim(dim, 0), size, group_name)
     return gathered.movedim(0, dim).contiguous()
 
 
-class _CopyToRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return wait(start_all_reduce(gradient, ctx.group_name)), None
+def _all_tokens(tensor: Tensor, size: int, group_name: str) -> Tensor:
+    return wait(start_all_gather(tensor, size, group_name))
 
 
-class _ReduceFromRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
-        return wait(start_all_reduce(tensor, group_name))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _GatherFromRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dim: int, rank: int, size: int, group_name: str) -> Tensor:
-        ctx.place = (dim, rank, size)
-        return _all_gather_dim(tensor, dim, size, group_name)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _own_slice(gradient, *ctx.place), None, None, None, None
-
-
-class _AllGatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, size: int, group_name: str) -> Tensor:
-        ctx.place = (size, group_name)
-        return wait(start_all_gather(tensor, size, group_name))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return wait(start_reduce_scatter(gradient, *ctx.place)), None, None
-
-
-class _ReduceScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, size: int, group_name: str) -> Tensor:
-        ctx.place = (size, group_name)
-        return wait(start_reduce_scatter(tensor, size, group_name))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return wait(start_all_gather(gradient, *ctx.place)), None, None
+def _own_tokens(tensor: Tensor, size: int, group_name: str) -> Tensor:
+    return wait(start_reduce_scatter(tensor, size, group_name))
 
 
 def copy_to_ranks(tensor: Tensor, tp: TensorParallel) -> Tensor:
     """Enter a tensor-parallel region: every rank uses the same tensor, gradients are summed."""
-    return tensor if tp.size == 1 else _CopyToRanks.apply(tensor, tp.group_name)
+    return tensor if tp.size == 1 else _Pair.apply(tensor, _same, _sum, tp.group_name)
 
 
 def reduce_from_ranks(tensor: Tensor, tp: TensorParallel) -> Tensor:
     """Leave a tensor-parallel region: sum the ranks' partial results; each rank gets the whole gradient."""
-    return tensor if tp.size == 1 else _ReduceFromRanks.apply(tensor, tp.group_name)
+    return tensor if tp.size == 1 else _Pair.apply(tensor, _sum, _same, tp.group_name)
 
 
 def gather_from_ranks(tensor: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
     """Concatenate the ranks' slices along ``dim`` for computation that every rank repeats."""
     if tp.size == 1:
         return tensor
-    return _GatherFromRanks.apply(tensor, dim % tensor.dim(), tp.rank, tp.size, tp.group_name)
+    return _Pair.apply(tensor, _concatenate, _slice, dim % tensor.dim(), tp.rank, tp.size, tp.group_name)
 
 
 def all_gather_tokens(tensor: Tensor, tp: TensorParallel) -> Tensor:
     """``[T/t, ..]`` of each rank to ``[T, ..]`` on all, for computation that is divided among the ranks."""
-    return tensor if tp.size == 1 else _AllGatherTokens.apply(tensor, tp.size, tp.group_name)
+    return tensor if tp.size == 1 else _Pair.apply(tensor, _all_tokens, _own_tokens, tp.size, tp.group_name)
 
 
 def reduce_scatter_tokens(tensor: Tensor, tp: TensorParallel) -> Tensor:
     """Sum partial ``[T, ..]`` over the ranks and keep this rank's ``[T/t, ..]``."""
-    return tensor if tp.size == 1 else _ReduceScatterTokens.apply(tensor, tp.size, tp.group_name)
+    return tensor if tp.size == 1 else _Pair.apply(tensor, _own_tokens, _all_tokens, tp.size, tp.group_name)

@@ -2,7 +2,7 @@
 """The error for mistakes a user can fix, names of arguments in its messages, and values of unknown origin."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 #: A quoted value, or the name of an argument in the text of an error; not a dollar in the middle of a path.
@@ -84,6 +84,13 @@ class DamagedCheckpointError(UserError):
 
     def __str__(self) -> str:
         return f"checkpoint {self.path} cannot be read ({self.fault}): use another one"
+
+
+def first_of(items: Iterable[object], most: int = 3) -> str:
+    """The first of several, and how many more there are: ``a, b, c and 2 more``."""
+    listed = list(map(str, items))
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def brief(value: object, length: int = 100) -> str:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parallel.mesh import ParallelMesh, TensorParallel
-from parallel.sharding import ParallelModule
+from parallel.sharding import ParallelModule, local_tensor
 
 #: Elements whose squares are added up before their sums are.
 _ROW = 4096
@@ -19,7 +18,7 @@ _ROW = 4096
 
 def raw_local(tensor: Tensor) -> Tensor:
     """This rank's storage of a parameter or gradient, outside autograd."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return local_tensor(tensor).detach()
 
 
 def set_own_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

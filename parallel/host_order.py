@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import torch.distributed as dist
-
 from parallel.hosts import host_name
 from parallel.mesh import ParallelLayout
+from parallel.object_collectives import gather_objects
 
 
 def gather_hosts() -> list[str]:
     """The host of every rank of the world; every rank calls."""
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, host_name())
-    return hosts
+    return gather_objects(host_name())
 
 
 def host_order_warnings(layout: ParallelLayout, hosts: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ tokens. Weights keep torch's ``[out, in]`` order; names and shapes in checkpoint
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from parallel.collectives import (
     all_gather_tokens,
     copy_to_ranks,
-    gather_from_ranks,
     reduce_from_ranks,
     reduce_scatter_tokens,
     start_all_gather,
@@ -101,21 +100,10 @@ def column_parallel_linear(
     return _ColumnLinear.apply(x, local_weight, local_bias, sequence, tp.size, tp.group_name)
 
 
-class ColumnParallelLinear(ParallelModule):
-    """A linear layer whose output features are divided over the tensor ranks.
+class _ParallelLinear(ParallelModule):
+    """A matrix that the tensor ranks divide by its rows or columns, and a bias, divided as the rows are."""
 
-    Args:
-        in_features: K.
-        out_features: N, which the tensor size must divide.
-        bias: whether to add a bias (divided like the output).
-        init_std: standard deviation of the initial weights; biases start at 0.
-        gather_output: return all N features on every rank.
-        tp: the tensor-parallel handle.
-        device, dtype: of the parameters.
-
-    Raises:
-        UserError: the tensor size does not divide ``out_features``.
-    """
+    _dim: ClassVar[int]
 
     def __init__(
         self,
@@ -124,25 +112,23 @@ class ColumnParallelLinear(ParallelModule):
         bias: bool = True,
         *,
         init_std: float,
-        gather_output: bool = False,
         tp: TensorParallel = SINGLE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.gather_output, self.tp = in_features, out_features, gather_output, tp
-        local_size(out_features, tp, "the number of output features")
-        self.weight = sharded_parameter((out_features, in_features), tp, dim=0, device=device, dtype=dtype)
+        self.in_features, self.out_features, self.tp = in_features, out_features, tp
+        shape = (out_features, in_features)
+        local_size(shape[self._dim], tp, f"the number of {('output', 'input')[self._dim]} features")
+        self.weight = sharded_parameter(shape, tp, dim=self._dim, device=device, dtype=dtype)
         self.initializers["weight"] = Normal(init_std)
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = sharded_parameter((out_features,), tp, dim=0, device=device, dtype=dtype)
+            divides = tp if self._dim == 0 else SINGLE
+            self.bias = sharded_parameter((out_features,), divides, dim=0, device=device, dtype=dtype)
             self.initializers["bias"] = Constant(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, K]`` (or ``[T/t, K]`` under sequence parallelism) to ``[T, N/t]``, or ``[T, N]`` when gathering."""
-        out = column_parallel_linear(x, self.weight, self.bias, self.tp, self.tp.sequence)
-        return gather_from_ranks(out, self.tp) if self.gather_output else out
+            if tp.sequence and self._dim == 1:
+                self.token_partial = ("bias",)
 
     def extra_repr(self) -> str:
         """Global sizes, and the share of this rank."""
@@ -152,7 +138,29 @@ class ColumnParallelLinear(ParallelModule):
         )
 
 
-class RowParallelLinear(ParallelModule):
+class ColumnParallelLinear(_ParallelLinear):
+    """A linear layer whose output features are divided over the tensor ranks.
+
+    Args:
+        in_features: K.
+        out_features: N, which the tensor size must divide.
+        bias: whether to add a bias (divided like the output).
+        init_std: standard deviation of the initial weights; biases start at 0.
+        tp: the tensor-parallel handle.
+        device, dtype: of the parameters.
+
+    Raises:
+        UserError: the tensor size does not divide ``out_features``.
+    """
+
+    _dim = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, K]`` (or ``[T/t, K]`` under sequence parallelism) to ``[T, N/t]``."""
+        return column_parallel_linear(x, self.weight, self.bias, self.tp, self.tp.sequence)
+
+
+class RowParallelLinear(_ParallelLinear):
     """A linear layer whose input features are divided over the tensor ranks.
 
     The bias is whole on every rank and added once, after the sum; under sequence parallelism each rank adds it to its
@@ -170,28 +178,7 @@ class RowParallelLinear(ParallelModule):
         UserError: the tensor size does not divide ``in_features``.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        init_std: float,
-        tp: TensorParallel = SINGLE,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.tp = in_features, out_features, tp
-        local_size(in_features, tp, "the number of input features")
-        self.weight = sharded_parameter((out_features, in_features), tp, dim=1, device=device, dtype=dtype)
-        self.initializers["weight"] = Normal(init_std)
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-            self.initializers["bias"] = Constant(0.0)
-            if tp.sequence:
-                self.token_partial = ("bias",)
+    _dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, K/t]`` to ``[T, N]``, or to ``[T/t, N]`` under sequence parallelism."""
@@ -210,18 +197,13 @@ class RowParallelLinear(ParallelModule):
         """Sum the ranks' shares and add the bias."""
         if self.tp.size == 1:
             return product
-        if self.tp.sequence:
-            out = reduce_scatter_tokens(product, self.tp)
-        else:
-            out = reduce_from_ranks(product, self.tp)
+        out = _leave_region(product, self.tp)
         return out if self.bias is None else out + self.bias
 
-    def extra_repr(self) -> str:
-        """Global sizes, and the share of this rank."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"tensor_rank={self.tp.rank}/{self.tp.size}"
-        )
+
+def _leave_region(partial: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum partial results over the ranks: whole on each, or under sequence parallelism each rank's own tokens."""
+    return reduce_scatter_tokens(partial, tp) if tp.sequence else reduce_from_ranks(partial, tp)
 
 
 class _AddedRows(torch.autograd.Function):
@@ -282,12 +264,8 @@ class VocabParallelEmbedding(ParallelModule):
     ) -> None:
         super().__init__()
         assert padded_vocab_size >= vocab_size, "a padded vocabulary is at least as large as the vocabulary"
-        self.vocab_size, self.padded_vocab_size, self.embedding_dim, self.tp = (
-            vocab_size,
-            padded_vocab_size,
-            embedding_dim,
-            tp,
-        )
+        self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
+        self.embedding_dim, self.tp = embedding_dim, tp
         rows = local_size(padded_vocab_size, tp, "the padded vocabulary")
         self.first_row = tp.rank * rows
         self.weight = sharded_parameter((padded_vocab_size, embedding_dim), tp, dim=0, device=device, dtype=dtype)
@@ -302,10 +280,7 @@ class VocabParallelEmbedding(ParallelModule):
         local_ids = ids - self.first_row
         elsewhere = (local_ids < 0) | (local_ids >= weight.shape[0])
         rows = self._rows(weight, local_ids.masked_fill(elsewhere, 0))
-        partial = rows.masked_fill(elsewhere[..., None], 0.0)
-        if self.tp.sequence:
-            return reduce_scatter_tokens(partial, self.tp)
-        return reduce_from_ranks(partial, self.tp)
+        return _leave_region(rows.masked_fill(elsewhere[..., None], 0.0), self.tp)
 
     def _rows(self, weight: Tensor, ids: Tensor) -> Tensor:
         # Where weight gradients wait in a queue, autograd sees that of the embedding alone. On GPUs, additions in place

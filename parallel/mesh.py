@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.errors import ArgumentError, UserError
-from parallel.process_group import new_group
+from parallel.process_group import own_group
 
 #: Mesh axes from slowest to fastest varying rank: tensor groups are neighbors, as in Megatron-LM's rank order.
 AXES = ("pipeline", "data_replicate", "data_shard", "tensor")
@@ -155,17 +155,6 @@ class TensorParallel:
 SINGLE = TensorParallel()
 
 
-def _own_line(ranks: torch.Tensor, dim: int) -> dist.ProcessGroup:
-    """The group of this rank's line along a dimension of the mesh; every rank makes the groups of all lines."""
-    mine: dist.ProcessGroup | None = None
-    for line in ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist():
-        group = new_group(line)
-        if dist.get_rank() in line:
-            mine = group
-    assert mine is not None, "every rank stands on a line of every dimension"
-    return mine
-
-
 class ParallelMesh:
     """A layout laid over the processes of a run.
 
@@ -183,7 +172,8 @@ class ParallelMesh:
         shape = (layout.pipeline, layout.data_replicate, layout.data_shard, layout.tensor)
         ranks = torch.arange(layout.world_size).view(shape)
         # Groups of our own rather than those a mesh makes, which would ignore the run's timeout.
-        groups = [_own_line(ranks, dim) for dim in range(len(AXES))]
+        lines = (ranks.movedim(dim, -1).reshape(-1, size).tolist() for dim, size in enumerate(shape))
+        groups = [group for group in map(own_group, lines) if group is not None]  # a line of every dimension
         self.device_mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=AXES)
         self.coordinate: dict[str, int] = {axis: self.device_mesh.get_local_rank(axis) for axis in AXES}
         self.size: dict[str, int] = {axis: self.device_mesh.size(i) for i, axis in enumerate(AXES)}

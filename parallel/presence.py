@@ -17,12 +17,11 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from parallel.errors import NamesArgumentsError, UserError, brief
-from parallel.hosts import host_name
+from parallel.hosts import host_name, process_runs
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -199,15 +198,15 @@ class Presence:
 
     def _read(self, key: str) -> dict[int, dict[str, Any]]:
         names = {rank: f"{key}/{rank}" for rank in range(self.size)}
-        return {rank: json.loads(self._questions.get(name)) for rank, name in names.items() if self._has(name)}
-
-    def _has(self, name: str) -> bool:
-        return bool(self._questions.check([name]))
+        store = self._questions
+        return {rank: json.loads(store.get(name)) for rank, name in names.items() if store.check([name])}
 
     def _judge(
         self, ends: dict[int, dict[str, Any]], answers: dict[int, dict[str, Any]], signs: dict[int, dict[str, Any]]
     ) -> tuple[list[int], str]:
         """Ranks that are missing, and a sentence."""
+        where = {rank: f"{one['host']} (process {one['pid']})" for rank, one in signs.items()}
+        waited = any(end["late"] for end in ends.values())
         failed = [rank for rank, end in ends.items() if not end["others"]]
         silent = [rank for rank in range(self.size) if rank not in ends and rank not in answers]
         gone = [rank for rank in silent if rank in signs and _gone(signs[rank])]
@@ -215,7 +214,7 @@ class Presence:
         # A thread that waits for a GPU, which waits for others, looks busy as well, but is as far as any.
         behind = min((signs[rank]["count"] for rank in busy), default=0)
         busy = [rank for rank in busy if signs[rank]["count"] == behind]
-        late = [rank for rank, end in ends.items() if not end["late"]] if any(e["late"] for e in ends.values()) else []
+        late = [rank for rank, end in ends.items() if waited and not end["late"]]
         for ranks, says in (
             (failed, lambda rank: f"failed ({ends[rank]['words']})"),
             (gone, lambda rank: f"has died, and gave its last sign {_ago(signs[rank])}"),
@@ -224,9 +223,8 @@ class Presence:
             (late, lambda rank: f"came too late, and gave its last sign {_ago(signs[rank])}"),
         ):
             if ranks:
-                described = [f"rank {rank} on {_host(signs, rank)} {says(rank)}" for rank in ranks[:3] if rank in signs]
+                described = [f"rank {rank} on {where[rank]} {says(rank)}" for rank in ranks[:3] if rank in signs]
                 more = [f"{len(ranks) - 3} more do the same"] if len(ranks) > 3 else []
-                waited = any(end["late"] for end in ends.values())
                 return ranks, "; ".join([*described, *more]) + _remedy(ranks, self.timeout if waited else None)
         return [], ""
 
@@ -237,21 +235,9 @@ def _remedy(ranks: list[int], waited: float | None) -> str:
     return f"{after}: see {whose} and host; the same command goes on from the newest checkpoint"
 
 
-def _host(signs: dict[int, dict[str, Any]], rank: int) -> str:
-    return f"{signs[rank]['host']} (process {signs[rank]['pid']})"
-
-
 def _gone(one: dict[str, Any]) -> bool:
     """Whether the process that gave a sign is on this host and has ended, if only as a zombie."""
-    if one["host"] != host_name() or not os.path.isdir("/proc/self"):
-        return False
-    try:
-        # The state follows the name of the program, which is in parentheses and may hold any.
-        return Path(f"/proc/{one['pid']}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    return one["host"] == host_name() and not process_runs(one["pid"])
 
 
 def _ago(one: dict[str, Any]) -> str:

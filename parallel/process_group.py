@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,6 +106,16 @@ def new_group(
     if timeout_seconds is not None:
         timeout = timedelta(seconds=timeout_seconds)
     return dist.new_group(None if ranks is None else list(ranks), timeout=timeout, backend=backend)
+
+
+def own_group(lines: Iterable[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Make a group of each of several lines of ranks; this rank's own, if it is in one. Every rank of the run calls."""
+    mine: dist.ProcessGroup | None = None
+    for line in lines:
+        group = new_group(line)
+        if dist.get_rank() in line:
+            mine = group
+    return mine
 
 
 def wait_as_spare() -> None:

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 from parallel.hosts import host_name
 from parallel.mesh import AXES, ParallelMesh
+from parallel.object_collectives import gather_objects
 from parallel.parts import Part
 
 #: Elements hashed at a time: 32 MiB of temporary values.
@@ -34,7 +35,6 @@ _CHUNK_FACTOR = 0x85EBCA77
 #: largest such difference, relative to the largest value.
 _ROUNDING = 1e-3
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SHOWN = 3
 
 #: What the ranks that hold one value have in common: coordinates on the axes over which it is not copied.
 Place = tuple[tuple[str, int], ...]
@@ -128,7 +128,7 @@ def compare_replicas(
         for place in places:
             mine[place][copy.name].add(value)  # two values where this rank holds two copies that differ
             by_name[place, copy.name] = copy
-    suspects = _differing(_gather({place: _digests(found) for place, found in mine.items()}))
+    suspects = _differing(gather_objects({place: _digests(found) for place, found in mine.items()}))
     if not suspects:
         return
     # From here on every rank knows that something differs, and takes part in finding out what.
@@ -136,14 +136,14 @@ def compare_replicas(
         (place, name): tuple(sorted(found)) for place in suspects & mine.keys() for name, found in mine[place].items()
     }
     evidence = {}
-    for key in sorted(_differing(_gather(named)) & by_name.keys()):
+    for key in sorted(_differing(gather_objects(named)) & by_name.keys()):
         copy = by_name[key]
         if "tensor" not in dict(key[0]) and _rounded(copy.values, mesh):
             continue
         before = None if saved is None else saved(copy.name)
         moved = None if before is None else (copy.values - before).abs().max().nan_to_num(torch.inf).item()
         evidence[key] = (named[key], moved, host_name())
-    found = _gather(evidence)
+    found = gather_objects(evidence)
     if any(found):
         raise UserError(_sentence(found))
 
@@ -153,12 +153,6 @@ def _digests(found: dict[str, set[int]]) -> tuple[bytes, ...]:
     first = sorted((name, min(values)) for name, values in found.items())
     last = sorted((name, max(values)) for name, values in found.items())
     return tuple({hashlib.blake2b(repr(values).encode(), digest_size=16).digest() for values in (first, last)})
-
-
-def _gather(mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _differing(everyone: list[dict[Any, Any]]) -> set[Any]:
@@ -224,14 +218,9 @@ def _odd(ranks: dict[int, Evidence]) -> list[int]:
     return far if len({ranks[rank][0] for rank in far}) == 1 else []
 
 
-def _ranks(ranks: Iterable[int], hosts: dict[int, str]) -> str:
-    listed = list(ranks)
-    shown = ", ".join(f"{rank} ({hosts[rank]})" for rank in listed[:_SHOWN])
-    more = f" and {len(listed) - _SHOWN} more" if listed[_SHOWN:] else ""
-    return f"rank{'s' if len(listed) > 1 else ''} {shown}{more}"
-
-
 def _names(names: list[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - _SHOWN} more" if distinct[_SHOWN:] else ""
-    return ", ".join(distinct[:_SHOWN]) + more
+    return first_of(dict.fromkeys(names))
+
+
+def _ranks(ranks: tuple[int, ...], hosts: dict[int, str]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_of(f'{rank} ({hosts[rank]})' for rank in ranks)}"

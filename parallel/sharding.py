@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.errors import ArgumentError
 from parallel.mesh import TensorParallel
+from parallel.parts import Part
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,32 @@ def sharded_parameter(
     assert tp.mesh is not None
     return nn.Parameter(
         DTensor.from_local(
-            local, tp.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=_contiguous_stride(shape)
+            local,
+            tp.mesh,
+            [Shard(dim)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
         )
     )
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, differentiable; layers take it once per use."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def copy_whole(parameter: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this rank's part of it into one that is divided.
+
+    Args:
+        parameter: plain, or a DTensor over any mesh and placements.
+        values: of the global shape, in any floating-point format.
+    """
+    if local_tensor(parameter).numel():
+        for (offsets, sizes), block in Part.of(parameter).blocks():
+            block.copy_(values[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))])
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, ParallelModule, str, nn.Parameter]]:
@@ -140,21 +154,10 @@ def initialize(module: nn.Module, seed: int, *, prefix: str = "") -> None:
         initializer = owner.initializers.get(key)
         if initializer is None:
             raise TypeError(f"{prefix}{name} has no initializer")
-        target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if isinstance(initializer, Constant):
-            target.fill_(initializer.value)
+            local_tensor(parameter).fill_(initializer.value)
             continue
-        full = _draw(parameter.shape, initializer, name_seed(seed, prefix + name))
-        if isinstance(parameter, DTensor):
-            placement = parameter.placements[0]
-            assert isinstance(placement, Shard)
-            rank = parameter.device_mesh.get_local_rank()
-            full = full.chunk(parameter.device_mesh.size(), placement.dim)[rank]
-        target.copy_(full)
-
-
-def _draw(shape: torch.Size, initializer: Normal, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    full = torch.zeros(shape)
-    full[: initializer.rows].normal_(0.0, initializer.std, generator=generator)
-    return full
+        generator = torch.Generator().manual_seed(name_seed(seed, prefix + name))
+        full = torch.zeros(parameter.shape)
+        full[: initializer.rows].normal_(0.0, initializer.std, generator=generator)
+        copy_whole(parameter, full)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
+
+from parallel.sharding import local_tensor
 
 _gpu = False
 
@@ -40,5 +41,5 @@ def on_gpu(tensor: Tensor) -> bool:
 
 def has_numbers(tensor: Tensor) -> bool:
     """Whether a tensor has values, and not a shape alone."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor)
     return not (local.is_meta or isinstance(local.detach(), FakeTensor))

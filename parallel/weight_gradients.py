@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.sharding import local_tensor
+
 
 class WeightGradientQueue:
     """Weight gradients of one stage and microbatch that are still to be computed."""
@@ -65,8 +67,7 @@ def active_queue() -> WeightGradientQueue | None:
 def accumulate_gradient(parameter: Tensor, local_gradient: Tensor) -> None:
     """Add this rank's part of a gradient to ``parameter.grad``, as autograd would have."""
     if parameter.grad is not None:
-        held = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        held.add_(local_gradient)
+        local_tensor(parameter.grad).add_(local_gradient)
     elif isinstance(parameter, DTensor):
         parameter.grad = DTensor.from_local(
             local_gradient,

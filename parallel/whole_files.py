@@ -83,15 +83,15 @@ def whole_file(path: Path, mode: str = "w", *, sync: bool = False) -> Iterator[I
         sync_to_disk(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, sync: bool = False) -> None:
     """Write a text file that is whole or not there."""
-    with whole_file(path) as file:
+    with whole_file(path, sync=sync) as file:
         file.write(text)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, sync: bool = False) -> None:
     """Write a file of bytes that is whole or not there."""
-    with whole_file(path, "wb") as file:
+    with whole_file(path, "wb", sync=sync) as file:
         file.write(content)
 
 

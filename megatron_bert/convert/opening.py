@@ -24,7 +24,7 @@ from megatron_bert.convert.state import VOCABULARY_TENSORS, CanonicalState, Stat
 from megatron_bert.model.configuration import CONFIG_NAME, MegatronBertConfig
 from parallel.checkpoint import latest_checkpoint
 from parallel.errors import UserError, brief
-from parallel.parts import Part
+from parallel.sharding import copy_whole
 from parallel.simulated_device import has_numbers
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import reporting
@@ -162,8 +162,7 @@ def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -
             f"{tensor.origin} holds {count:,} of {values.numel():,} values that are NaN or infinite: its training "
             "diverged, or the file is damaged; give an earlier checkpoint, or another copy"
         )
-    for (offsets, sizes), block in Part.of(parameter).blocks():  # what this rank has
-        block.copy_(values[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))])
+    copy_whole(parameter, values)
 
 
 def check_placement(source: CanonicalState, config: MegatronBertConfig) -> None:

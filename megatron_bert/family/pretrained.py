@@ -26,11 +26,11 @@ from megatron_bert.family.files import file_beside, remove_stale_index, stored_t
 from megatron_bert.family.modules import EncoderLayer, LanguageHead
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
-from megatron_bert.model.resharding import fill, replaced, undivided
+from megatron_bert.model.resharding import replaced, undivided
 from parallel.errors import ArgumentError, UserError, brief
 from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
-from parallel.sharding import local_tensor, name_seed
+from parallel.sharding import copy_whole, local_tensor, name_seed
 from parallel.whole_files import reporting
 
 logger = transformers.logging.get_logger(__name__)
@@ -251,7 +251,7 @@ class DocumentedModel(transformers.PreTrainedModel):
             shape = (rows * place.parts, *parameter.shape[1:])
             whole = torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)
             self._drawn = held = (name, separate(whole, place.parts, self.sizes.head_dim))
-        fill(parameter, _padded(held[1][place.part], parameter.shape[0]), self.tp)
+        copy_whole(parameter, _padded(held[1][place.part], parameter.shape[0]))
 
     def _fresh_seed(self) -> int:
         """A number from torch's generator, the same on every tensor rank."""
@@ -498,7 +498,7 @@ class DocumentedModel(transformers.PreTrainedModel):
         for name, parameter in model.named_parameters():
             values = whole[name].to(parameter.device)
             parameter.data = parameter.data.to(values.dtype)
-            fill(parameter, _padded(values, parameter.shape[0]), tp)
+            copy_whole(parameter, _padded(values, parameter.shape[0]))
         return model
 
     def finish_loading(self, source: Any, arguments: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from megatron_bert.finetuning.start import check_lengths, encoder_config, find_t
 from megatron_bert.finetuning.summary import SEED, summarize
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
-from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.run import Start, find_start, write_start
@@ -33,6 +32,7 @@ from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import DamagedCheckpointError, UserError
 from parallel.mesh import ParallelLayout
+from parallel.object_collectives import on_first_rank
 from parallel.process_group import launched_rank, launched_world_size
 from parallel.whole_files import whole_directory
 

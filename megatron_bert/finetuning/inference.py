@@ -24,10 +24,10 @@ from megatron_bert.finetuning.scoring import Scored, score_instances
 from megatron_bert.tasks.rows import RowError, parse_object
 from megatron_bert.tasks.stream import name_of
 from megatron_bert.tasks.task import Example, Instance, Prediction, Task
-from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout, ParallelMesh
+from parallel.object_collectives import on_first_rank
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.schedules import forward_only
 from parallel.process_group import World, launched_world_size, process_group

@@ -23,11 +23,11 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.task import Instance, Prediction
-from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh, TensorParallel
+from parallel.object_collectives import on_first_rank
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stage import StagePart

@@ -3,27 +3,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import TensorParallel
-from parallel.sharding import sharded_parameter
+from parallel.sharding import copy_whole, sharded_parameter
 
 
 def undivided(tensor: Tensor) -> Tensor:
     """The global tensor, detached; every tensor rank must call."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-@torch.no_grad()
-def fill(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> None:
-    """Copy the global ``values`` into a parameter, of which this rank may hold a part."""
-    if isinstance(parameter, DTensor):
-        values = values.chunk(tp.size, parameter.placements[0].dim)[tp.rank]  # type: ignore[attr-defined]
-        parameter.to_local().copy_(values)
-    else:
-        parameter.copy_(values)
 
 
 def replaced(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> nn.Parameter:
@@ -36,7 +25,7 @@ def replaced(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> nn.
         device=parameter.device,
         dtype=parameter.dtype,
     )
-    fill(fresh, values, tp)
+    copy_whole(fresh, values)
     fresh.requires_grad_(parameter.requires_grad)
     return fresh
 

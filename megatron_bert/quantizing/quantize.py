@@ -16,7 +16,7 @@ from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.json_file import read_object
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
 from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
-from megatron_bert.training.first_rank import on_first_rank
+from parallel.object_collectives import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.precision import DTYPES
 from megatron_bert.training.run import Start

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.config import OptimizerSettings
@@ -16,6 +15,7 @@ from megatron_bert.training.update_rules import Kind, UpdateRule
 from parallel.data_parallel import flat_buffers
 from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
+from parallel.object_collectives import gather_objects
 from parallel.parts import Part
 from parallel.runs import Run, lone_run
 
@@ -50,8 +50,7 @@ def check_patterns(names: Iterable[str], settings: OptimizerSettings) -> None:
     if not patterns:
         return
     mine = list(names)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [any(fnmatchcase(name, pattern) for name in mine) for pattern in patterns])
+    found = gather_objects([any(fnmatchcase(name, pattern) for name in mine) for pattern in patterns])
     for pattern, *matched in zip(patterns, *found, strict=True):
         if not any(matched):
             raise UserError(

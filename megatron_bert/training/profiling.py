@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_bert.model.stage import EncoderStage, ModelStage
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.run_state import RunState
+from parallel.object_collectives import gather_objects
 from parallel.whole_files import reason_of, write_json, write_text
 
 #: Folder of a run directory.
@@ -124,9 +125,7 @@ class StepProfiler:
             mine = usage(self._profile.events(), dist.get_rank(), len(done), seconds)
             mine.failure, mine.memory = self._write_trace(done), dict(memory)
             self._profile = None
-        everyone: list[Usage | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        found = [one for one in everyone if one is not None]
+        found = [one for one in gather_objects(mine) if one is not None]
         report.attempt(FOLDER, "there is no table of the profile", lambda: self._write_tables(found, done))
         report.say(f"profile of steps {done.start} to {done[-1]}: {_in_short(found)}; see {self._folder}")
 

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_bert.training.first_rank import on_first_rank
 from parallel.errors import UserError
-from parallel.hosts import host_name
+from parallel.hosts import host_name, process_runs, process_start
+from parallel.object_collectives import on_first_rank
 from parallel.whole_files import reporting
 
 LOCK_FILE = "run.lock"
@@ -64,7 +64,7 @@ class Owner:
             host=host_name(),
             pid=os.getpid(),
             machine=_machine(),
-            started=_start_of(os.getpid()),
+            started=process_start(os.getpid()),
             launcher=os.getppid() if launched else None,
             launch=_launch(),
             job=_numbered("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
@@ -100,7 +100,7 @@ class Owner:
             if before is not None and now is not None and before[0] == now[0] and before[1] < now[1]:
                 return False
         if self.machine is not None and self.machine == mine.machine:
-            return _runs(self.pid, self.started)
+            return process_runs(self.pid, self.started)
         return None
 
 
@@ -124,35 +124,6 @@ def _machine() -> str | None:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def _stat_of(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; the name before it may hold spaces and parentheses."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-
-
-def _start_of(pid: int) -> int | None:
-    try:
-        return int(_stat_of(pid)[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _runs(pid: int, started: int | None) -> bool:
-    """Whether the process that started then still runs; a zombie does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # of another user
-    try:
-        fields = _stat_of(pid)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return fields[0] not in "ZX" and started in (None, int(fields[19]))
 
 
 class RunLock:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from megatron_bert.config import RunSettings
 from megatron_bert.data.tokenizers import Tokenizer
-from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.process_notes import process_notes
@@ -24,6 +23,7 @@ from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step
 from parallel.errors import DamagedCheckpointError, UserError, called
 from parallel.mesh import ParallelLayout, ParallelMesh
+from parallel.object_collectives import on_first_rank
 from parallel.process_group import World, launched_rank, process_group, wait_as_spare
 
 

@@ -9,7 +9,7 @@ from statistics import median, median_low
 import torch
 import torch.distributed as dist
 
-from parallel.hosts import host_name
+from parallel.host_order import gather_hosts
 from parallel.mesh import ParallelMesh
 from parallel.step_clock import StepClock
 
@@ -60,10 +60,8 @@ class RankTimes:
     def __init__(self, mesh: ParallelMesh, clock: StepClock) -> None:
         self.clock, self.size = clock, mesh.layout.world_size
         self.notes: list[str] = []
-        hosts = [""] * self.size
-        dist.all_gather_object(hosts, host_name())
-        self.hosts = hosts
-        self.slow = SlowRanks(mesh.device_mesh.mesh.flatten(1).tolist(), hosts)
+        self.hosts = gather_hosts()
+        self.slow = SlowRanks(mesh.device_mesh.mesh.flatten(1).tolist(), self.hosts)
 
     def read(self) -> dict[str, float | str]:
         """Seconds of work a step, of the ranks: the least, the median, the most, and whose that is; {} for one rank."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.config import RunTrainingSettings, TrainingSettings
-from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.run_state import RunState
 from megatron_bert.training.saving import Saving
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
+from parallel.object_collectives import on_first_rank
 
 #: Median absolute deviations times this are standard deviations, for a normal distribution.
 _DEVIATIONS = 1.4826

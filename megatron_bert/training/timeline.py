@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from parallel.mesh import ParallelMesh
+from parallel.object_collectives import gather_objects
 from parallel.pipeline.chart import chrome_trace, gantt_png
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.simulate import Costs, TimedAction, Timeline, simulate
@@ -23,12 +23,10 @@ def gather_timeline(engine: PipelineEngine, mesh: ParallelMesh) -> Timeline:
         [(event.start, event.end) for event in engine.recorded], dtype=torch.float64, device=mesh.device
     )
     mine = mine.reshape(-1, 2) - engine.step_began
-    everyone: list[torch.Tensor | None] = [None] * engine.schedule.ranks
-    dist.all_gather_object(everyone, mine.cpu(), group=mesh.device_mesh.get_group("pipeline"))
+    everyone = gather_objects(mine.cpu(), mesh.device_mesh.get_group("pipeline"))
     events = [
         TimedAction(rank, action, start, end)
         for rank, (actions, times) in enumerate(zip(engine.schedule.actions, everyone, strict=True))
-        if times is not None
         for action, (start, end) in zip(actions, times.tolist(), strict=True)
     ]
     return Timeline(engine.schedule.ranks, tuple(events))

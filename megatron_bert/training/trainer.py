@@ -18,7 +18,6 @@ from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.flops import parameter_count
 from megatron_bert.training.build import build_model
 from megatron_bert.training.divergence import Watch, diagnosed
-from megatron_bert.training.first_rank import on_first_rank
 from megatron_bert.training.graphs import MicroBatchGraph
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.memory import MemoryMeter
@@ -43,6 +42,7 @@ from parallel.checkpoint_writer import CheckpointWriter
 from parallel.data_parallel import finish_gradients
 from parallel.gradients import clip_factor, global_gradient_norm, sum_token_partial_gradients
 from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.object_collectives import on_first_rank
 from parallel.parts import Part
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import PipelineEngine

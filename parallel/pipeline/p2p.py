@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.mesh import ParallelMesh
 from parallel.pipeline.communication import Channel
-from parallel.process_group import new_group
+from parallel.process_group import own_group
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,10 @@ class PipelineTransport:
         """The transport of this rank's line; None for a pipeline of one. Every rank of the run must call."""
         if mesh.layout.pipeline == 1:
             return None
-        mine: PipelineTransport | None = None
-        for line in mesh.pipelines:
-            up, down = new_group(line), new_group(line)
-            if dist.get_rank() in line:
-                mine = PipelineTransport(tuple(line), up, down)
-        return mine
+        up, down = own_group(mesh.pipelines), own_group(mesh.pipelines)
+        assert up is not None, "every rank is in a pipeline"
+        assert down is not None
+        return PipelineTransport(tuple(dist.get_process_group_ranks(up)), up, down)
 
     def close(self) -> None:
         """Destroy the process groups; every rank calls."""

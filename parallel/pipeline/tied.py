@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from parallel.gradients import own_gradient
 from parallel.mesh import ParallelMesh
-from parallel.process_group import new_group
+from parallel.process_group import own_group
 
 
 class TiedParameter:
@@ -40,13 +40,8 @@ class TiedParameter:
     ) -> None:
         self.first, self.last = first, last
         self.group: dist.ProcessGroup | None = None
-        if first_rank == last_rank:
-            return
-        for line in mesh.pipelines:
-            pair = [line[first_rank], line[last_rank]]
-            group = new_group(pair)
-            if dist.get_rank() in pair:
-                self.group = group
+        if first_rank != last_rank:
+            self.group = own_group([line[first_rank], line[last_rank]] for line in mesh.pipelines)
 
     def copies(self) -> list[nn.Parameter]:
         """Those of this rank; none where the model has a single one."""

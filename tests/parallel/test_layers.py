@@ -48,20 +48,19 @@ def _own_input(x: Tensor, tp: TensorParallel) -> Tensor:
     return (own_share(x, tp) if tp.sequence else x.clone()).requires_grad_()
 
 
-def _column(sequence: bool, with_bias: bool, gather_output: bool) -> None:
+def _column(sequence: bool, with_bias: bool) -> None:
     tp = make_tensor_parallel(sequence=sequence)
     x, weight, gradient = uniform(T, K, seed=1), uniform(N, K, seed=2), uniform(T, N, seed=3)
     bias = uniform(N, seed=4) if with_bias else None
     expected, gradients = _reference(x, weight, bias, gradient)
-    layer = ColumnParallelLinear(K, N, with_bias, init_std=1.0, gather_output=gather_output, tp=tp, dtype=torch.float64)
+    layer = ColumnParallelLinear(K, N, with_bias, init_std=1.0, tp=tp, dtype=torch.float64)
     _fill(layer.weight, weight, tp, 0)
     if bias is not None:
         _fill(layer.bias, bias, tp, 0)
     own = _own_input(x, tp)
     output = layer(own)
-    shown = (lambda whole: whole) if gather_output else (lambda whole: own_share(whole, tp, 1))
-    assert_sums_equal(output.detach(), shown(expected), TERMS)
-    output.backward(shown(gradient))
+    assert_sums_equal(output.detach(), own_share(expected, tp, 1), TERMS)
+    output.backward(own_share(gradient, tp, 1))
     input_gradient = gradients["input"]
     assert_sums_equal(own.grad, own_share(input_gradient, tp) if tp.sequence else input_gradient, TERMS)
     assert_sums_equal(local_tensor(layer.weight.grad), own_share(gradients["weight"], tp), TERMS)
@@ -69,12 +68,11 @@ def _column(sequence: bool, with_bias: bool, gather_output: bool) -> None:
         assert_sums_equal(local_tensor(layer.bias.grad), own_share(gradients["bias"], tp), TERMS)
 
 
-@pytest.mark.parametrize("gather_output", [False, True], ids=["divided", "gathered"])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["nobias", "bias"])
 @SEQUENCE
 @SIZES
-def test_column_parallel_linear(size, sequence, with_bias, gather_output):
-    run_world(size, _column, sequence, with_bias, gather_output)
+def test_column_parallel_linear(size, sequence, with_bias):
+    run_world(size, _column, sequence, with_bias)
 
 
 def _row(sequence: bool, with_bias: bool) -> None:

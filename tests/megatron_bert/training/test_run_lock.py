@@ -69,14 +69,14 @@ def test_acquired_renewed_and_released(tmp_path: Path) -> None:
 
 class TestOnTheSameMachine:
     def test_a_living_process_is_named(self, tmp_path: Path, child: int) -> None:
-        owner = left_by(tmp_path, pid=child, started=run_lock._start_of(child), host="node7")
+        owner = left_by(tmp_path, pid=child, started=run_lock.process_start(child), host="node7")
         in_the_past(tmp_path)  # its lock need not be renewed
         with pytest.raises(UserError, match=rf"{tmp_path}, where process {child} on node7 is training: wait for it"):
             take(tmp_path)
         assert Owner.from_json((tmp_path / LOCK_FILE).read_text(encoding="utf-8")) == owner
 
     def test_a_killed_process_leaves_a_lock_that_counts_no_more(self, tmp_path: Path, child: int) -> None:
-        left_by(tmp_path, pid=child, started=run_lock._start_of(child))
+        left_by(tmp_path, pid=child, started=run_lock.process_start(child))
         os.kill(child, signal.SIGKILL)  # and not waited for: a zombie
         take(tmp_path).release()
 
@@ -88,7 +88,7 @@ class TestOnTheSameMachine:
         self, tmp_path: Path, child: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("RANK", "0")
-        left_by(tmp_path, pid=child, started=run_lock._start_of(child))
+        left_by(tmp_path, pid=child, started=run_lock.process_start(child))
         timer = threading.Timer(0.3, os.kill, (child, signal.SIGKILL))
         timer.start()
         take(tmp_path, patience=20.0).release()

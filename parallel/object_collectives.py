@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that rank 0 does for all."""
+"""Python objects between ranks: work that rank 0 does for all, and what each of them gives."""
 
 from __future__ import annotations
 
@@ -42,3 +42,10 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each rank of a group, of the run for None, gives, in the order of ranks; every rank of it calls."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
