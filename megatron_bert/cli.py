@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_bert import __version__
 from megatron_bert.arguments import given_path
@@ -22,33 +21,12 @@ from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.commands import add_bench_command, add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
 from megatron_bert.shipped import choose_shipped, copy_shipped, purpose, shipped_configs, shipped_scripts
+from megatron_bert.tables import RUNS, found_at
 
 
-def _pretrain(arguments: argparse.Namespace) -> int:
-    from megatron_bert.config_file import load_settings
-    from megatron_bert.training.pretrain import pretrain
-
-    return _run(arguments, load_settings, pretrain)
-
-
-def _finetune(arguments: argparse.Namespace) -> int:
-    from megatron_bert.config_file import load_sections
-    from megatron_bert.finetuning.finetune import finetune
-    from megatron_bert.finetuning.settings import FinetuneSettings
-
-    return _run(arguments, partial(load_sections, kind=FinetuneSettings), finetune)
-
-
-def _quantize(arguments: argparse.Namespace) -> int:
-    from megatron_bert.config_file import load_sections
-    from megatron_bert.quantizing.quantize import quantize
-    from megatron_bert.quantizing.settings import QuantizeSettings
-
-    return _run(arguments, partial(load_sections, kind=QuantizeSettings), quantize)
-
-
-def _run(arguments: argparse.Namespace, load: Callable[..., Any], command: Callable[..., str | None]) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     """Read the settings of a run, run or check it, and say by the exit code how it ended."""
+    from megatron_bert.config_file import load_sections
     from megatron_bert.training.signals import exit_code
 
     if check_dry_run(arguments):
@@ -56,9 +34,10 @@ def _run(arguments: argparse.Namespace, load: Callable[..., Any], command: Calla
 
         run_dry_run(arguments)
         return 0
+    kind = RUNS[arguments.command]
     with launched_process():
-        settings = load(arguments.config, arguments.overrides)
-        return exit_code(command(settings, ends_process=arguments.own_process))
+        settings = load_sections(arguments.config, arguments.overrides, found_at(kind.settings))
+        return exit_code(found_at(kind.run)(settings, ends_process=arguments.own_process))
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
@@ -87,18 +66,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _config_schema(arguments: argparse.Namespace) -> None:
-    from pydantic import BaseModel
-
-    from megatron_bert.config import Settings
-    from megatron_bert.finetuning.settings import FinetuneSettings
-    from megatron_bert.quantizing.settings import QuantizeSettings
-
-    kinds: dict[str, type[BaseModel]] = {
-        "pretrain": Settings,
-        "finetune": FinetuneSettings,
-        "quantize": QuantizeSettings,
-    }
-    print(json.dumps(kinds[arguments.of].model_json_schema(), indent=2))
+    print(json.dumps(found_at(RUNS[arguments.of].settings).model_json_schema(), indent=2))
 
 
 def _shipped(known: Callable[[], dict[str, Path]], arguments: argparse.Namespace) -> None:
@@ -132,15 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
         shipped.add_argument("--output", type=given_path, metavar="DIR", help="copy them there")
         shipped.set_defaults(func=partial(_shipped, known))
 
-    for name, help_text, function in (
-        ("pretrain", "pretrain an encoder (alone, or under torchrun)", _pretrain),
-        ("finetune", "train an encoder for a task (alone, or under torchrun)", _finetune),
-        ("quantize", "make a fine-tuned encoder compute in integers, and train it so", _quantize),
+    for name, help_text in (
+        ("pretrain", "pretrain an encoder (alone, or under torchrun)"),
+        ("finetune", "train an encoder for a task (alone, or under torchrun)"),
+        ("quantize", "make a fine-tuned encoder compute in integers, and train it so"),
     ):
         run = commands.add_parser(name, help=help_text)
         run.add_argument("config", type=given_path, metavar="CONFIG", help="a settings file, or a name of `configs`")
         run.add_argument("overrides", nargs="*", metavar="section.key=value")
-        run.set_defaults(func=function)
+        run.set_defaults(func=_train)
         add_dry_run(run)
 
     fill = commands.add_parser("fill-mask", help="guess the masked words of a sentence")
@@ -164,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_launch_commands(commands)
 
     schema = commands.add_parser("config-schema", help="print the JSON schema of the settings, for editors")
-    schema.add_argument("of", nargs="?", choices=("pretrain", "finetune", "quantize"), default="pretrain")
+    schema.add_argument("of", nargs="?", choices=list(RUNS), default="pretrain")
     schema.set_defaults(func=_config_schema)
     return parser
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.configuration_checks import bounds
@@ -102,29 +102,25 @@ class WeightedPrefix(Section):
     weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other corpora.")
 
 
-def _shorter_corpora(schema: dict[str, Any]) -> None:
-    """A settings file may also name corpora by their prefixes alone; see `config_file`."""
-    if "anyOf" not in schema:
-        schema["anyOf"] = [{key: schema.pop(key) for key in ("type", "items", "minItems")}]
-    options = schema["anyOf"]
-    corpora = options[0]
-    corpora["items"] = {"anyOf": [corpora["items"], {"type": "string"}]}
-    schema["anyOf"] = [{"type": "string"}, *options]
+def _as_list(value: Any) -> Any:
+    """One corpus, or a list of them; each may be named by its prefix alone."""
+    items = value if isinstance(value, list) else [value]
+    return [{"prefix": item} if isinstance(item, str) else item for item in items]
+
+
+Corpora = Annotated[
+    list[WeightedPrefix],
+    Field(min_length=1),
+    BeforeValidator(_as_list, json_schema_input_type=str | Annotated[list[WeightedPrefix | str], Field(min_length=1)]),
+]
 
 
 class DataSettings(Section):
     """Corpora and how samples are made of them."""
 
-    train: list[WeightedPrefix] = Field(
-        min_length=1,
-        description="Corpora: one prefix, or a list of prefixes or of {prefix, weight}.",
-        json_schema_extra=_shorter_corpora,
-    )
-    valid: list[WeightedPrefix] | None = Field(
-        None,
-        min_length=1,
-        description="Held-out corpora; by default a part of the training corpora set by `split`.",
-        json_schema_extra=_shorter_corpora,
+    train: Corpora = Field(description="Corpora: one prefix, or a list of prefixes or of {prefix, weight}.")
+    valid: Corpora | None = Field(
+        None, description="Held-out corpora; by default a part of the training corpora set by `split`."
     )
     split: str = Field(
         "969,30,1",

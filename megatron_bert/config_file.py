@@ -68,19 +68,15 @@ class _LoaderAsWritten(_Loader):
 
 
 def load_settings(path: Path, overrides: list[str]) -> Settings:
-    """The settings of a pretraining run; see :func:`read_tree`.
-
-    Raises:
-        UserError: as there, a key is unknown (with the nearest known one), or a value does not fit.
-    """
-    return settings_from(read_tree(path, overrides), source=str(path))
+    """The settings of a pretraining run; see :func:`load_sections`."""
+    return load_sections(path, overrides, Settings)
 
 
 def load_sections(path: Path, overrides: list[str], kind: type[Kind], *, as_written: bool = False) -> Kind:
-    """The settings of another kind, from a file and overrides.
+    """Settings of a kind, from a file and overrides; see :func:`read_tree`.
 
     Raises:
-        UserError: as for a pretraining run.
+        UserError: as there, a key is unknown (with the nearest known one), or a value does not fit.
     """
     return validated(read_tree(path, overrides, as_written=as_written), kind, source=str(path))
 
@@ -139,17 +135,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
 
 
-def settings_from(tree: dict[str, Any], source: str) -> Settings:
-    """Settings from nested dictionaries; ``source`` names them in errors."""
-    tree = dict(tree)
-    if isinstance(tree.get("data"), dict):
-        tree["data"] = dict(tree["data"])
-        for name in ("train", "valid"):
-            if name in tree["data"]:
-                tree["data"][name] = _corpora(tree["data"][name])
-    return validated(tree, Settings, source)
-
-
 def validated(tree: dict[str, Any], kind: type[Kind], source: str) -> Kind:
     """A settings model from nested dictionaries.
 
@@ -160,11 +145,3 @@ def validated(tree: dict[str, Any], kind: type[Kind], source: str) -> Kind:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {explained(error, kind)}") from None
-
-
-def _corpora(value: Any) -> Any:
-    """One prefix, or a list of prefixes or of {prefix, weight}, as a list of the latter."""
-    if value is None:
-        return None
-    items = value if isinstance(value, list) else [value]
-    return [{"prefix": item} if isinstance(item, str) else item for item in items]

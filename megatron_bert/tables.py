@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of what settings choose from by name: optimizers, the shapes of a decaying learning rate, and trackers.
+"""Tables of commands that train, and of what settings choose from: optimizers, learning rates' decays, trackers.
 
 Settings are checked against a table as it is when they are read, so a program that adds a line before gets one more
 choice. What is slow to load stands here by its place.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -33,6 +33,40 @@ DECAYS: dict[str, Callable[[float], float]] = {
 TRACKERS: dict[str, str] = {
     "wandb": "megatron_bert.training.trackers:WandbTracker",
     "mlflow": "megatron_bert.training.trackers:MlflowTracker",
+}
+
+
+class RunKind(NamedTuple):
+    """A command that trains, by the places of its parts.
+
+    Attributes:
+        settings: class of its settings.
+        check: takes them and the number of processes, and gives the layout.
+        run: takes them, and gives why the run stopped before its last step.
+    """
+
+    settings: str
+    check: str
+    run: str
+
+
+#: Commands that train, by their names.
+RUNS = {
+    "pretrain": RunKind(
+        "megatron_bert.config:Settings",
+        "megatron_bert.config_checks:check_settings",
+        "megatron_bert.training.pretrain:pretrain",
+    ),
+    "finetune": RunKind(
+        "megatron_bert.finetuning.settings:FinetuneSettings",
+        "megatron_bert.config_checks:check_layout",
+        "megatron_bert.finetuning.finetune:finetune",
+    ),
+    "quantize": RunKind(
+        "megatron_bert.quantizing.settings:QuantizeSettings",
+        "megatron_bert.quantizing.settings:check_quantize",
+        "megatron_bert.quantizing.quantize:quantize",
+    ),
 }
 
 

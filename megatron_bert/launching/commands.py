@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_bert.arguments import given_path
 from megatron_bert.launching.launched import launched_process
+from megatron_bert.tables import RUNS
 
 _SUBMIT = """\
 Check that the settings fit the nodes, write a batch script, and submit it to Slurm. The job saves before its time limit
@@ -30,7 +31,7 @@ def _add_submit(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--command",
         dest="subcommand",
-        choices=("pretrain", "finetune", "quantize", "preprocess"),
+        choices=[*RUNS, "preprocess"],
         default="pretrain",
         help="what to run on the nodes (default: pretrain)",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bert.data.commands import add_preprocess_options
@@ -12,13 +13,15 @@ from megatron_bert.data.inputs import InputRows, Part
 from megatron_bert.data.merging import part_prefix
 from megatron_bert.data.preprocess import checked_splitter, corpus_prefix
 from megatron_bert.data.tokenizers import load_tokenizer
-from megatron_bert.launching.job import TASK, check_dependency, seconds_of
+from megatron_bert.launching.job import TASK, check_words
 from megatron_bert.launching.script import (
     bash_array,
+    batch_script,
     container_words,
     job_name,
     name_pattern,
-    option_line,
+    of_site,
+    option_lines,
     quoted,
     surroundings,
 )
@@ -78,14 +81,10 @@ def _check(arguments: argparse.Namespace, words: list[str]) -> argparse.Namespac
             raise UserError(f"--{name} is {given}: give 1 or more.")
     if arguments.parts > MOST_PARTS:
         raise UserError(f"--parts is {arguments.parts}: give at most {MOST_PARTS:,}, whose names one command takes.")
+    check_words((*words, arguments.name or ""), arguments.time, arguments.dependency)
     for text in (*words, arguments.name or ""):
-        if not text.isprintable():
-            raise UserError(f"{text!r} holds a line break or another control character: a batch script cannot hold it.")
         if TASK in text:
             raise UserError(f"{text!r} holds {TASK}, which stands for the number of a job: name it otherwise.")
-    seconds_of(arguments.time)
-    if arguments.dependency is not None:
-        check_dependency(arguments.dependency)
     parser = _Parser(prog="preprocess", add_help=False)
     add_preprocess_options(parser)
     options = parser.parse_args(words)
@@ -102,37 +101,32 @@ def _logs(prefix: str) -> str:
     return f"{prefix}.logs"
 
 
-def _options(arguments: argparse.Namespace, site: SiteSettings, prefix: str, **own: str | None) -> list[str]:
-    named = {
+def _script(
+    arguments: argparse.Namespace,
+    site: SiteSettings,
+    prefix: str,
+    own: Mapping[str, str | None],
+    comment: str,
+    command: list[str],
+) -> str:
+    options = {
         "job-name": arguments.name or job_name(prefix),
         "nodes": "1",
         "ntasks": "1",
-        "partition": arguments.partition or site.partition,
-        "account": arguments.account or site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
+        **of_site(site, arguments.partition, arguments.account),
         "time": arguments.time,
         **own,
+        "requeue": "",
+        "open-mode": "append",
     }
-    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    return [option_line(option) for option in [*options, "--requeue", "--open-mode=append"]] + site.options
-
-
-def _script(options: list[str], site: SiteSettings, comment: str, command: list[str]) -> str:
     container, srun_options = container_words(site.container)
-    sections = [
-        f"#!/usr/bin/env bash\n# {comment}",
-        "\n".join(f"#SBATCH {option}" for option in options),
-        "\n".join([*surroundings(site), "set -euo pipefail"]),
-        "\n".join(
-            [
-                bash_array("CONTAINER", [*container, site.python]),
-                bash_array("SRUN_OPTIONS", [*site.srun_options, *srun_options]),
-                *command,
-            ]
-        ),
+    words = [
+        bash_array("CONTAINER", [*container, site.python]),
+        bash_array("SRUN_OPTIONS", [*site.srun_options, *srun_options]),
+        *command,
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    before = [*surroundings(site), "set -euo pipefail"]
+    return batch_script(comment, option_lines(options) + site.options, before, words)
 
 
 #: A step of the job. Slurm hands the cores of a job to its steps only where it is asked to.
@@ -144,30 +138,23 @@ _RUN = (
 
 def _parts_script(arguments: argparse.Namespace, site: SiteSettings, words: list[str], prefix: str) -> str:
     whole_nodes = arguments.cpus_per_part is None
-    options = _options(
-        arguments,
-        site,
-        prefix,
-        **{
-            "array": f"1-{arguments.parts}",
-            "cpus-per-task": None if whole_nodes else str(arguments.cpus_per_part),
-            "dependency": arguments.dependency,
-            "output": f"{name_pattern(_logs(prefix), False)}/slurm-%A_%a.out",
-        },
-    )
-    if whole_nodes:
-        options += ["--exclusive"] if site.memory is None else ["--exclusive", option_line(f"--mem={site.memory}")]
-    comment = f"preprocess in {arguments.parts} parts: " + " ".join(shlex.quote(word) for word in words)
+    own = {
+        "array": f"1-{arguments.parts}",
+        "cpus-per-task": None if whole_nodes else str(arguments.cpus_per_part),
+        "exclusive": "" if whole_nodes else None,
+        "mem": site.memory if whole_nodes else None,
+        "dependency": arguments.dependency,
+        "output": f"{name_pattern(_logs(prefix), False)}/slurm-%A_%a.out",
+    }
+    comment = f"preprocess in {arguments.parts} parts: {shlex.join(words)}"
     part = f'--part "$SLURM_ARRAY_TASK_ID/{arguments.parts}"'
-    return _script(
-        options, site, comment, [bash_array("OPTIONS", words), f'{_RUN} preprocess "${{OPTIONS[@]}}" {part}']
-    )
+    command = [bash_array("OPTIONS", words), f'{_RUN} preprocess "${{OPTIONS[@]}}" {part}']
+    return _script(arguments, site, prefix, own, comment, command)
 
 
 def _merge_script(arguments: argparse.Namespace, site: SiteSettings, prefix: str, parts: str) -> str:
     output = f"{name_pattern(_logs(prefix), False)}/slurm-%j.out"
     own = {"cpus-per-task": "1", "dependency": f"afterok:{parts}", "output": output}
-    options = _options(arguments, site, prefix, **own)
     names = [part_prefix(prefix, Part(number, arguments.parts)) for number in range(1, arguments.parts + 1)]
-    command = f'{_RUN} merge "${{PARTS[@]}}" --output {quoted(prefix)}'
-    return _script(options, site, f"merge of {prefix}", [bash_array("PARTS", names), command])
+    command = [bash_array("PARTS", names), f'{_RUN} merge "${{PARTS[@]}}" --output {quoted(prefix)}']
+    return _script(arguments, site, prefix, own, f"merge of {prefix}", command)

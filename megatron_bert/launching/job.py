@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_bert.config import RunSettings, Settings
-from megatron_bert.config_checks import check_layout, check_settings
-from megatron_bert.config_file import load_sections, load_settings
+from megatron_bert.config import RunSettings
+from megatron_bert.config_file import load_sections
+from megatron_bert.tables import RUNS, found_at
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout
 
@@ -30,14 +31,14 @@ _CONDITION = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """What the user asks for.
+    """What the user asks for; fields are named as the arguments of the command line.
 
     Attributes:
-        command: subcommand to run on the nodes.
+        subcommand: to run on the nodes.
         config: its settings file.
         overrides: ``section.key=value`` settings.
         nodes: number of nodes.
-        min_nodes: fewest nodes to start with; equal to nodes for a job of one size.
+        min_nodes: fewest nodes to start with; None for a job of one size.
         gpus_per_node: processes per node, each with a GPU.
         time: time limit, as sbatch takes it.
         style: one torchrun a node that starts its processes, or one task of srun per process.
@@ -47,19 +48,19 @@ class JobRequest:
         array: task numbers as sbatch takes them, such as ``0-9%1``.
     """
 
-    command: str
+    subcommand: str
     config: Path
     overrides: list[str]
     nodes: int
-    min_nodes: int
+    min_nodes: int | None
     gpus_per_node: int
     time: str
-    style: Style = "torchrun"
-    name: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    dependency: str | None = None
-    array: str | None = None
+    style: Style
+    name: str | None
+    partition: str | None
+    account: str | None
+    dependency: str | None
+    array: str | None
 
     @property
     def is_chain(self) -> bool:
@@ -88,31 +89,35 @@ class CheckedJob:
     notes: list[str]
 
 
-Check = Callable[[Path, list[str], int], tuple[RunSettings, ParallelLayout]]
+def _checked(command: str, config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
+    """Settings of a command that trains, and their layout, checked for a number of processes."""
+    settings = load_sections(config, overrides, found_at(RUNS[command].settings))
+    return settings, found_at(RUNS[command].check)(settings, world_size)
 
 
-def _check_pretrain(config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
-    settings: Settings = load_settings(config, overrides)
-    return settings, check_settings(settings, world_size)
+def check_words(texts: Iterable[str], time: str, dependency: str | None) -> int:
+    """Check what any batch script holds.
 
+    Args:
+        texts: words of the user.
+        time: limit, as sbatch takes it.
+        dependency: on other jobs.
 
-def _check_finetune(config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
-    from megatron_bert.finetuning.settings import FinetuneSettings
+    Returns:
+        Seconds of the limit.
 
-    settings = load_sections(config, overrides, FinetuneSettings)
-    return settings, check_layout(settings, world_size)
-
-
-def _check_quantize(config: Path, overrides: list[str], world_size: int) -> tuple[RunSettings, ParallelLayout]:
-    from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
-
-    settings = load_sections(config, overrides, QuantizeSettings)
-    check_quantize(settings)
-    return settings, check_layout(settings, world_size)
-
-
-#: Subcommand -> reads its settings and checks them for a number of processes.
-COMMANDS: dict[str, Check] = {"pretrain": _check_pretrain, "finetune": _check_finetune, "quantize": _check_quantize}
+    Raises:
+        UserError: a script cannot hold a word, or sbatch would not take the rest.
+    """
+    for text in texts:
+        if not text.isprintable():
+            raise UserError(
+                f"{text!r} holds a line break or another control character, which a batch script cannot hold"
+            )
+    limit = seconds_of(time)
+    if dependency is not None:
+        check_dependency(dependency)
+    return limit
 
 
 def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:
@@ -128,31 +133,24 @@ def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:
     for name, value in (("nodes", request.nodes), ("gpus-per-node", request.gpus_per_node)):
         if value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more")
-    if not 1 <= request.min_nodes <= request.nodes:
-        raise UserError(f"--min-nodes is {request.min_nodes}: give 1 to --nodes ({request.nodes})")
-    for text in (str(request.config), *request.overrides, request.name or ""):
-        if not text.isprintable():
-            raise UserError(
-                f"{text!r} holds a line break or another control character, which a batch script cannot hold"
-            )
-    limit = seconds_of(request.time)
-    if request.dependency is not None:
-        check_dependency(request.dependency)
+    fewest = request.nodes if request.min_nodes is None else request.min_nodes
+    if not 1 <= fewest <= request.nodes:
+        raise UserError(f"--min-nodes is {fewest}: give 1 to --nodes ({request.nodes})")
+    words = (str(request.config), *request.overrides, request.name or "")
+    limit = check_words(words, request.time, request.dependency)
     if limit <= stop_seconds:
         raise UserError(
             f"--time {request.time} is {limit} seconds, but the run is to save and stop {stop_seconds} seconds before "
             "it is over: give more time, or lower stop_seconds in the site's file"
         )
     overrides = [text for text in request.overrides if not text.startswith(_RUN_DIR)]
-    if request.min_nodes < request.nodes:
+    if fewest < request.nodes:
         overrides.append("parallel.elastic=true")
-    check = COMMANDS[request.command]
+    directories = [text for text in request.overrides if text.startswith(_RUN_DIR)]
     # With every task its own number there is nothing to read: the first stands for all.
-    sample = [text.replace(TASK, "0") for text in request.overrides if text.startswith(_RUN_DIR)]
-    sample += [text.replace(TASK, "0") for text in overrides]
-    settings, layout = check(request.config, sample, request.nodes * request.gpus_per_node)
-    named = [text.removeprefix(_RUN_DIR) for text in request.overrides if text.startswith(_RUN_DIR)]
-    run_dir = named[-1] if named else str(settings.training.run_dir)
+    sample = [text.replace(TASK, "0") for text in (*directories, *overrides)]
+    settings, layout = _checked(request.subcommand, request.config, sample, request.nodes * request.gpus_per_node)
+    run_dir = directories[-1].removeprefix(_RUN_DIR) if directories else str(settings.training.run_dir)
     if request.array is not None:
         check_array(request.array)
         if not request.is_chain and TASK not in run_dir:
@@ -167,26 +165,26 @@ def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:
         request=request,
         run_dir=run_dir,
         overrides=overrides,
-        node_counts=_node_counts(request, sample, check),
+        node_counts=_node_counts(request, fewest, sample),
         layout=layout,
         notes=_notes(request, layout),
     )
 
 
-def _node_counts(request: JobRequest, sample: list[str], check: Check) -> list[int]:
+def _node_counts(request: JobRequest, fewest: int, sample: list[str]) -> list[int]:
     """Numbers of nodes whose every process has a place."""
     counts = [request.nodes]
-    for nodes in range(request.nodes - 1, request.min_nodes - 1, -1):
+    for nodes in range(request.nodes - 1, fewest - 1, -1):
         world_size = nodes * request.gpus_per_node
         try:
-            layout = check(request.config, sample, world_size)[1]
+            layout = _checked(request.subcommand, request.config, sample, world_size)[1]
         except UserError:
             continue
         if layout.world_size == world_size:
             counts.append(nodes)
-    if request.min_nodes < request.nodes == counts[-1]:
+    if fewest < request.nodes == counts[-1]:
         raise UserError(
-            f"no number of nodes from {request.min_nodes} to {request.nodes - 1} fits the settings, whose data axis "
+            f"no number of nodes from {fewest} to {request.nodes - 1} fits the settings, whose data axis "
             f"must divide training.global_batch_size / micro_batch_size: lower --min-nodes, or leave it out"
         )
     return counts
@@ -213,17 +211,12 @@ def seconds_of(time: str) -> int:
     match = _CLOCK.fullmatch(time)
     if match is None:
         raise UserError(f"--time is {time!r}: give minutes, HH:MM:SS, or days as D-HH:MM:SS")
-    days, first, second, third = (None if part is None else int(part) for part in match.groups())
-    sixtieths = [part for part in (second, third) if part is not None]
-    if any(part > 59 for part in sixtieths) or (days is not None and (first or 0) > 23):
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if max(second, third) > 59 or (match[1] is not None and first > 23):
         raise UserError(f"--time is {time!r}: minutes and seconds go to 59, and hours beside days to 23")
-    if days is not None:
-        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
-    if second is None:
-        return (first or 0) * 60
-    if third is None:
-        return (first or 0) * 60 + second
-    return ((first or 0) * 60 + second) * 60 + third
+    in_hours = match[1] is not None or match[4] is not None  # minutes come first otherwise
+    hours, minutes, seconds = (first, second, third) if in_hours else (0, first, second)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def check_array(array: str) -> list[int]:
@@ -242,10 +235,8 @@ def check_array(array: str) -> list[int]:
         if int(last or first) < int(first):
             raise UserError(f"--array is {array!r}: {part.split(':')[0]} ends before it begins; give {last}-{first}")
         numbers += range(int(first), int(last or first) + 1, int(step or 1))
-    repeated = (
-        next((number for number in numbers if numbers.count(number) > 1), None) if len(numbers) < 10_000 else None
-    )
-    if repeated is not None:
+    repeated, count = Counter(numbers).most_common(1)[0]
+    if count > 1:
         raise UserError(f"--array is {array!r}: task {repeated} is in it twice; name each once")
     return numbers
 

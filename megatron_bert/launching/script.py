@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from importlib import resources
 
 from megatron_bert.launching.job import TASK, CheckedJob
@@ -22,14 +23,14 @@ def render(job: CheckedJob, site: SiteSettings, command_line: str) -> str:
         site: where.
         command_line: what the script is made by, for its first comment.
     """
-    sections = [
-        f"#!/usr/bin/env bash\n# {command_line}",
-        "\n".join(f"#SBATCH {option}" for option in sbatch_options(job, site)),
-        "\n".join(_values(job, site)),
-        "\n".join(surroundings(site)),
-        "# ---- from here on the same for every job ----\n" + job_body().rstrip("\n"),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    body = "# ---- from here on the same for every job ----\n" + job_body().rstrip("\n")
+    return batch_script(command_line, sbatch_options(job, site), _values(job, site), surroundings(site), [body])
+
+
+def batch_script(comment: str, options: list[str], *sections: list[str]) -> str:
+    """A batch script: a comment, lines of options, and sections of lines, of which empty ones are left out."""
+    parts = [[f"#!/usr/bin/env bash\n# {comment}"], [f"#SBATCH {option}" for option in options], *sections]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
 def job_body() -> str:
@@ -45,47 +46,51 @@ def log_directory(job: CheckedJob) -> str:
 
 def sbatch_options(job: CheckedJob, site: SiteSettings) -> list[str]:
     """Options of sbatch, one each."""
-    request = job.request
-    counts = job.node_counts
+    request, counts = job.request, job.node_counts
     tasks = 1 if request.style == "torchrun" else request.gpus_per_node
-    number = "%A_%a" if request.array else "%j"
-    options = [
-        f"--job-name={request.name or job_name(job.run_dir)}",
-        f"--nodes={counts[-1]}-{counts[0]}" if len(counts) > 1 else f"--nodes={counts[0]}",
-        f"--ntasks-per-node={tasks}",
-    ]
-    kind = f"{site.gpu_type}:" if site.gpu_type else ""
-    if site.gpu_request == "gpus-per-node":
-        options.append(f"--gpus-per-node={kind}{request.gpus_per_node}")
-    elif site.gpu_request == "gres":
-        options.append(f"--gres=gpu:{kind}{request.gpus_per_node}")
-    if site.cpus_per_gpu is None:
-        options.append("--exclusive")
-    else:
-        options.append(f"--cpus-per-task={site.cpus_per_gpu * request.gpus_per_node // tasks}")
-    named = {
+    cores = None if site.cpus_per_gpu is None else str(site.cpus_per_gpu * request.gpus_per_node // tasks)
+    gpus = f"{site.gpu_type}:{request.gpus_per_node}" if site.gpu_type else str(request.gpus_per_node)
+    logs = name_pattern(log_directory(job), request.array is not None)
+    options = {
+        "job-name": request.name or job_name(job.run_dir),
+        "nodes": f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0]),
+        "ntasks-per-node": str(tasks),
+        "gpus-per-node": gpus if site.gpu_request == "gpus-per-node" else None,
+        "gres": f"gpu:{gpus}" if site.gpu_request == "gres" else None,
+        "exclusive": "" if cores is None else None,
+        "cpus-per-task": cores,
         "mem": site.memory,
-        "partition": request.partition or site.partition,
-        "account": request.account or site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
+        **of_site(site, request.partition, request.account),
         "dependency": request.dependency,
         "array": request.array,
+        "time": request.time,
+        "signal": f"B:USR1@{site.stop_seconds}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": f"{logs}/slurm-{'%A_%a' if request.array else '%j'}.out",
     }
-    options += [f"--{name}={value}" for name, value in named.items() if value is not None]
-    options += [
-        f"--time={request.time}",
-        f"--signal=B:USR1@{site.stop_seconds}",
-        "--requeue",
-        "--open-mode=append",
-        f"--output={name_pattern(log_directory(job), request.array is not None)}/slurm-{number}.out",
+    return option_lines(options) + site.options
+
+
+def of_site(site: SiteSettings, partition: str | None, account: str | None) -> dict[str, str | None]:
+    """Options of sbatch that a site decides, unless it is asked for other ones."""
+    return {
+        "partition": partition or site.partition,
+        "account": account or site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+    }
+
+
+def option_lines(options: Mapping[str, str | None]) -> list[str]:
+    """Options as sbatch reads them from a script, a line each; without those that are None.
+
+    A line is one word, in quotes where white space or a comment would end it.
+    """
+    words = [f"--{name}={value}" if value else f"--{name}" for name, value in options.items() if value is not None]
+    return [
+        word if re.fullmatch(r"[^\s\"'\\#]+", word) else '"' + re.sub(r'([\\"])', r"\\\1", word) + '"' for word in words
     ]
-    return [option_line(option) for option in options] + site.options
-
-
-def option_line(option: str) -> str:
-    """An option as sbatch reads it from a script: one word, in quotes where white space or a comment would end it."""
-    return option if re.fullmatch(r"[^\s\"'\\#]+", option) else '"' + re.sub(r'([\\"])', r"\\\1", option) + '"'
 
 
 def name_pattern(path: str, array: bool) -> str:
@@ -103,7 +108,7 @@ def _values(job: CheckedJob, site: SiteSettings) -> list[str]:
     container, srun_options = container_words(site.container)
     after = "0 # the next task of the array goes on" if request.is_chain else "1"
     return [
-        f"COMMAND={request.command}",
+        f"COMMAND={request.subcommand}",
         f"CONFIG={quoted(str(request.config))}",
         f"RUN_DIR={quoted(job.run_dir)}",
         bash_array("OVERRIDES", job.overrides),

@@ -9,12 +9,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_bert.launching.job import TASK, CheckedJob, JobRequest, check_array, check_job
 from megatron_bert.launching.script import log_directory, render
 from megatron_bert.launching.site import load_site
 from parallel.errors import UserError
+
+#: What need not be said.
+_DEFAULTS = {"subcommand": "pretrain", "style": "torchrun"}
 
 
 def run_submit(arguments: argparse.Namespace) -> None:
@@ -30,22 +34,9 @@ def run_submit(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --command preprocess, not {arguments.subcommand}")
     arguments.style = arguments.style or "torchrun"
+    arguments.config = Path(arguments.config)
     site = load_site(arguments.site)
-    request = JobRequest(
-        command=arguments.subcommand,
-        config=Path(arguments.config),
-        overrides=arguments.overrides,
-        nodes=arguments.nodes,
-        min_nodes=arguments.min_nodes if arguments.min_nodes is not None else arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
-        time=arguments.time,
-        style=arguments.style,
-        name=arguments.name,
-        partition=arguments.partition,
-        account=arguments.account,
-        dependency=arguments.dependency,
-        array=arguments.array,
-    )
+    request = JobRequest(**{field.name: getattr(arguments, field.name) for field in fields(JobRequest)})
     job = check_job(request, site.stop_seconds)
     for note in job.notes:
         print(note, file=sys.stderr)
@@ -64,22 +55,10 @@ def run_submit(arguments: argparse.Namespace) -> None:
 def command_line(arguments: argparse.Namespace) -> str:
     """The command that makes the same script."""
     words = ["megatron-bert", "submit", str(arguments.config), *arguments.overrides]
-    values = {
-        "nodes": arguments.nodes,
-        "min-nodes": arguments.min_nodes,
-        "gpus-per-node": arguments.gpus_per_node,
-        "time": arguments.time,
-        "command": arguments.subcommand if arguments.subcommand != "pretrain" else None,
-        "style": arguments.style if arguments.style != "torchrun" else None,
-        "name": arguments.name,
-        "partition": arguments.partition,
-        "account": arguments.account,
-        "dependency": arguments.dependency,
-        "array": arguments.array,
-        "site": arguments.site,
-    }
-    for name, value in values.items():
-        words += [f"--{name}", str(value)] if value is not None else []
+    for name in (*(field.name for field in fields(JobRequest)), "site"):
+        value = getattr(arguments, name)
+        if name not in ("config", "overrides") and value not in (None, _DEFAULTS.get(name)):
+            words += [f"--{'command' if name == 'subcommand' else name.replace('_', '-')}", str(value)]
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -107,7 +86,7 @@ def dry_run(job: CheckedJob) -> list[str]:
     from megatron_bert.planning.dry_run_command import measure
 
     overrides = [text.replace(TASK, "0") for text in (*job.overrides, f"training.run_dir={job.run_dir}")]
-    return measure(job.request.command, job.request.config, overrides, job.layout.world_size)
+    return measure(job.request.subcommand, job.request.config, overrides, job.layout.world_size)
 
 
 def submit(job: CheckedJob, script: str) -> str:
@@ -152,7 +131,7 @@ def _how_to_watch(job: CheckedJob, number: str) -> list[str]:
     layout = job.layout
     nodes = f"{job.node_counts[-1]} to {request.nodes}" if len(job.node_counts) > 1 else f"{request.nodes}"
     return [
-        f"job {number}: {request.command} on {nodes} x {request.gpus_per_node} by {request.style}, tensor "
+        f"job {number}: {request.subcommand} on {nodes} x {request.gpus_per_node} by {request.style}, tensor "
         f"{layout.tensor}, pipeline {layout.pipeline}, data {layout.data}",
         f"  state:            squeue --job {number}",
         f"  output of rank 0: tail -F {output}",

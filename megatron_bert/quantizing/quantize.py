@@ -16,12 +16,13 @@ from megatron_bert.ibert import QuantizerReport, as_table, plot
 from megatron_bert.json_file import read_object
 from megatron_bert.quantizing.objective import QuantizationAware, evaluating, freeze
 from megatron_bert.quantizing.settings import QuantizeSettings, check_quantize
-from parallel.object_collectives import on_first_rank
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.precision import DTYPES
 from megatron_bert.training.run import Start
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
+from parallel.object_collectives import on_first_rank
+from parallel.process_group import launched_world_size
 from parallel.whole_files import write_json, write_text
 
 #: Scores of the float model and of the calibrated one, in a run directory from before its first step.
@@ -42,7 +43,7 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
     Raises:
         UserError: settings, files or world size do not fit.
     """
-    check_quantize(settings)
+    check_quantize(settings, launched_world_size())
     return run_all(settings, quantize_variants(settings), QuantizeProcedure(), ends_process=ends_process)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_bert.config import LARGEST_SCALE, LearningRateSettings
+from megatron_bert.config_checks import check_layout
 from megatron_bert.finetuning.settings import (
     MOST_EPOCHS,
     FinetuneModelSettings,
@@ -17,6 +18,7 @@ from megatron_bert.finetuning.settings import (
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.section import Section
 from parallel.errors import UserError
+from parallel.mesh import ParallelLayout
 
 
 class QuantizeModelSettings(FinetuneModelSettings):
@@ -83,13 +85,17 @@ class QuantizeSettings(FinetuneSettings):
     training: QuantizeTrainingSettings
 
 
-def check_quantize(settings: QuantizeSettings) -> None:
+def check_quantize(settings: QuantizeSettings, world_size: int) -> ParallelLayout:
     """The checks of a quantization run that involve more than one field, or that fine-tuning does not have.
 
+    Returns:
+        The layout, now known to fit.
+
     Raises:
-        UserError: a setting is none that quantized layers can be trained with.
+        UserError: a setting is none that quantized layers can be trained with, or as :func:`check_layout`.
     """
     if settings.training.compile:
         raise UserError("quantized layers are not compiled: set training.compile=false")
     if settings.precision.compute == "float16":
         raise UserError("quantization trains in float32 or bfloat16: set precision.compute to one of them")
+    return check_layout(settings, world_size)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_bert.cli import main
 from megatron_bert.config import ModelSettings, Settings
 from megatron_bert.config_checks import check_settings
-from megatron_bert.config_file import settings_from, validated
+from megatron_bert.config_file import validated
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.section import Section
 from parallel.errors import UserError
@@ -34,7 +34,7 @@ def make(**changes: Any) -> Settings:
     for name, value in changes.items():
         section, key = name.split("__")
         tree.setdefault(section, {})[key] = value
-    return settings_from(tree, source="test")
+    return validated(tree, Settings, source="test")
 
 
 def test_settings_that_fit() -> None:
@@ -213,7 +213,7 @@ def test_dump_can_be_read_again() -> None:
     tree = yaml.safe_load(settings.dump())
     assert tree["model"]["from"] == "somewhere/checkpoint"
     assert "from_" not in tree["model"]
-    again = settings_from(tree, source="dump")
+    again = validated(tree, Settings, source="dump")
     assert again == settings
     assert again.model.from_ == Path("somewhere/checkpoint")
 

@@ -14,8 +14,9 @@ from typing import ClassVar
 import pytest
 
 from megatron_bert.cli import main
-from megatron_bert.launching.job import COMMANDS, check_array, seconds_of
+from megatron_bert.launching.job import check_array, seconds_of
 from megatron_bert.launching.slurm_environment import meeting_port
+from megatron_bert.tables import RUNS
 from parallel.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -193,7 +194,7 @@ class TestCommands:
     }
 
     def test_all_are_known(self) -> None:
-        assert list(COMMANDS) == ["pretrain", *self.SETTINGS]
+        assert list(RUNS) == ["pretrain", *self.SETTINGS]
 
     @pytest.mark.parametrize("command", SETTINGS)
     def test_script(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
