@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bert.training.curves import plot_rows
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics, rows_with
 from parallel.whole_files import write_picture
 
@@ -36,20 +37,16 @@ def draw_run(run_dir: Path, metric: str | None) -> Path | None:
     held_out = rows_with(rows, "valid_loss", *([] if metric is None else [f"valid_{metric}"]))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(
-        [row["step"] for row in train], [row["loss"] for row in train], color=_BLUE, linewidth=1, label="training"
-    )
-    steps = [row["step"] for row in held_out]
+    plot_rows(left, train, "loss", color=_BLUE, label="training")
     if held_out:
-        losses = [row["valid_loss"] for row in held_out]
-        left.plot(steps, losses, "o-", color=_ORANGE, markersize=4, label="held out")
+        plot_rows(left, held_out, "valid_loss", "o-", color=_ORANGE, markersize=4, label="held out")
     left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     if held_out and metric is not None:
         values = [row[f"valid_{metric}"] for row in held_out]
-        right.plot(steps, values, "o-", color=_GREEN, markersize=4)
+        plot_rows(right, held_out, f"valid_{metric}", "o-", color=_GREEN, markersize=4)
         best = int(np.argmax(values))
-        right.plot(steps[best], values[best], "o", color=_GREEN, markersize=10, fillstyle="none")
+        right.plot(held_out[best]["step"], values[best], "o", color=_GREEN, markersize=10, fillstyle="none")
         right.set(xlabel="step", ylabel=metric, title=f"Held-out {metric}: best {values[best]:.4f}")
     else:
         right.set_axis_off()

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics, rows_with
 from parallel.whole_files import write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path | None:
@@ -29,39 +33,27 @@ def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path 
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = [row["step"] for row in train]
-    left.plot(
-        steps, [row["mlm_loss"] for row in train], color="#4c78a8", linewidth=1.0, label="masked tokens, training"
-    )
+    plot_rows(left, train, "mlm_loss", color="#4c78a8", label="masked tokens, training")
     if valid:
-        held_out = [row["valid_mlm_loss"] for row in valid]
-        left.plot(
-            [row["step"] for row in valid],
-            held_out,
-            "o-",
-            color="#f58518",
-            markersize=4,
-            label="masked tokens, held out",
-        )
+        plot_rows(left, valid, "valid_mlm_loss", "o-", color="#f58518", markersize=4, label="masked tokens, held out")
     pairs = rows_with(train, "sop_loss")  # the objective may have changed on the way
     if pairs:
-        left.plot(
-            [row["step"] for row in pairs],
-            [row["sop_loss"] for row in pairs],
-            color="#54a24b",
-            linewidth=1.0,
-            label="sentence pairs",
-        )
+        plot_rows(left, pairs, "sop_loss", color="#54a24b", label="sentence pairs")
         left.axhline(math.log(2), color="#54a24b", linewidth=0.8, linestyle=":")
     if unigram_entropy is not None:
         left.axhline(unigram_entropy, color="0.4", linewidth=1.0, linestyle="--", label="entropy of word frequencies")
     left.set(xlabel="step", ylabel="loss (nats)", title="Loss", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
-    right.plot(steps, [row["grad_norm"] for row in train], color="#b279a2", linewidth=1.0, label="gradient norm")
+    plot_rows(right, train, "grad_norm", color="#b279a2", label="gradient norm")
     right.set(xlabel="step", ylabel="gradient norm", title="Gradient norm and learning rate", yscale="log")
     twin = right.twinx()
-    twin.plot(steps, [row["learning_rate"] for row in train], color="0.5", linewidth=1.0, linestyle="--")
+    plot_rows(twin, train, "learning_rate", "--", color="0.5")
     twin.set(ylabel="learning rate (dashed)", ylim=(0, None))
     target = run_dir / "curves.png"
     write_picture(target, figure, 130)
     return target
+
+
+def plot_rows(axes: Axes, rows: list[dict[str, Any]], name: str, style: str = "-", **more: Any) -> None:
+    """A metric of rows over their steps."""
+    axes.plot([row["step"] for row in rows], [row[name] for row in rows], style, **{"linewidth": 1.0, **more})

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.training.run_state import RunState
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 from parallel.hosts import host_name
 from parallel.mesh import DATA_AXES
+from parallel.object_collectives import gather_objects
 from parallel.parts import Part
 from parallel.whole_files import reason_of, whole_file
 
@@ -28,7 +28,6 @@ BATCHES_FOLDER = "diverged"
 #: A weight is taken for damaged, such as by a flipped bit of its exponent, if it is one of a few that are above both:
 #: so many times the median magnitude of their tensor, and this magnitude. Training that diverges moves many.
 _OUTLIER_RATIO, _OUTLIER = 1e4, 1e3
-_SHOWN = 3
 _LOWER_RATE = "go on from an earlier checkpoint with a lower learning_rate.peak or a longer warm-up"
 
 
@@ -180,11 +179,16 @@ class _Tracer:
 class _Finding:
     """What a rank knows of a step that was not finite."""
 
+    rank: int
     host: str
     data_rank: int
-    damaged: list[tuple[str, int]]
+    damaged: dict[str, int]
     outliers: list[tuple[str, float, float]]
     origin: _Origin | None
+
+    @property
+    def place(self) -> str:
+        return f"rank {self.rank} ({self.host})"
 
 
 def diagnosed(trainer: RunState, step: int, batches: list[TokenBatch]) -> Exception:
@@ -205,24 +209,38 @@ def diagnosed(trainer: RunState, step: int, batches: list[TokenBatch]) -> Except
     trainer.step = now
     trainer.optimizer.zero_grad()
     loss = trainer.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline")) / sums.counts
-    mine = _Finding(host_name(), trainer.mesh.data_rank, damaged, outliers, tracer.first)
-    everyone: list[Any] = [None] * trainer.world.size
-    dist.all_gather_object(everyone, mine)
-    found = {rank: finding for rank, finding in enumerate(everyone) if finding is not None}
-    origins = {rank: finding.origin for rank, finding in found.items() if finding.origin is not None}
-    first = min(origins, key=lambda rank: (origins[rank].order, rank), default=None)
-    kept = _kept(trainer, step, batches, None if first is None else found[first].data_rank)
-    values = f"the loss is {loss.sum().item():.4g} and the gradient norm {sums.grad_norm.item():.4g}"
-    scale, suspected = trainer.loss_scale, _suspected(trainer)
+    norm, scale = sums.grad_norm.item(), trainer.loss_scale
+    values = f"the loss is {loss.sum().item():.4g} and the gradient norm {norm:.4g}"
     if scale.dynamic:
         values = f"{values}, as in the {scale.skipped_steps} float16 steps up to it, all skipped"
+    mine = _Finding(trainer.world.rank, host_name(), trainer.mesh.data_rank, damaged, outliers, tracer.first)
+    found = gather_objects(mine)
+    traced = ((one.origin.order, one.rank) for one in found if one.origin is not None)
+    first = next((found[rank] for _, rank in sorted(traced)), None)
+    kept = _kept(trainer, step, batches, None if first is None else first.data_rank)
+    damage = _damage(step, values, found, _suspected(trainer))
     if scale.dynamic and scale.value > 1.0:
-        cause = _damage(step, values, found, suspected) or (
+        cause = damage or (
             f"every float16 step up to step {step} was skipped, since gradients overflow at a loss scale of "
             f"{scale.value:.3g}, so nothing was trained: lower precision.initial_loss_scale, or train more steps"
         )
         return UserError(cause + kept)
-    return _error(step, values, found, first, bool(sums.grad_norm.isfinite()), scale.dynamic, suspected, kept)
+    # Weights that are only large do not make a step that is finite when it is computed again.
+    if damage and (not math.isfinite(norm) or any(one.damaged for one in found)):
+        return UserError(damage + kept)
+    if math.isfinite(norm):
+        return NotReproducedError(
+            f"step {step} was not finite, but computed again it is ({values}): a device or a connection gives wrong "
+            f"results at times; `megatron-bert doctor` examines the machines{kept}"
+        )
+    cause = "every value is finite, but the squares of the gradients are too large to add up"
+    if first is not None and (origin := first.origin) is not None:
+        cause = (
+            f"the first values that are not finite are in {origin.what} on {first.place}, stage {abs(origin.order[1])},"
+            f" micro batch {origin.microbatch}, samples {first_of(origin.samples)}"
+        )
+    remedy = f"set precision.compute=bfloat16, or {_LOWER_RATE}" if scale.dynamic else _LOWER_RATE
+    return UserError(f"training diverged: at step {step} {values}; {cause}: {remedy}{kept}")
 
 
 def _suspected(trainer: RunState) -> str:
@@ -237,74 +255,34 @@ def _suspected(trainer: RunState) -> str:
     return f"memory is damaged: start the same command again, {again}"
 
 
-def _damage(step: int, values: str, found: dict[int, _Finding], suspected: str) -> str:
+def _damage(step: int, values: str, found: list[_Finding], suspected: str) -> str:
     """The cause in a sentence, if it is a weight that was damaged; empty otherwise."""
-    where = {rank: f"rank {rank} ({finding.host})" for rank, finding in found.items()}
     broken = [
-        f"{count} of the values of {name} on {where[rank]} are NaN or infinite"
-        for rank, finding in found.items()
-        for name, count in finding.damaged
+        f"{count} of the values of {name} on {one.place} are NaN or infinite"
+        for one in found
+        for name, count in one.damaged.items()
     ]
     if broken:
-        return f"step {step} is not finite because values were damaged before it: {_some(broken)}; {suspected}"
+        return f"step {step} is not finite because values were damaged before it: {first_of(broken)}; {suspected}"
     huge = [
-        f"{name} on {where[rank]} holds {largest:.3g}, {ratio:.1g} times its median magnitude"
-        for rank, finding in found.items()
-        for name, largest, ratio in finding.outliers
+        f"{name} on {one.place} holds {largest:.3g}, {ratio:.1g} times its median magnitude"
+        for one in found
+        for name, largest, ratio in one.outliers
     ]
     if huge:
-        return f"at step {step} {values} because of weights out of all proportion: {_some(huge)}; {suspected}"
+        return f"at step {step} {values} because of weights out of all proportion: {first_of(huge)}; {suspected}"
     return ""
 
 
-def _error(
-    step: int,
-    values: str,
-    found: dict[int, _Finding],
-    first: int | None,
-    finite: bool,
-    scaled: bool,
-    suspected: str,
-    kept: str,
-) -> Exception:
-    """The cause in a sentence."""
-    where = {rank: f"rank {rank} ({finding.host})" for rank, finding in found.items()}
-    damage = _damage(step, values, found, suspected)
-    # Weights that are only large do not make a step that is finite when it is computed again.
-    if damage and (not finite or any(finding.damaged for finding in found.values())):
-        return UserError(damage + kept)
-    if finite:
-        return NotReproducedError(
-            f"step {step} was not finite, but computed again it is ({values}): a device or a connection gives wrong "
-            f"results at times; `megatron-bert doctor` examines the machines{kept}"
-        )
-    origin = ""
-    if first is not None:
-        came = found[first].origin
-        assert came is not None
-        origin = (
-            f"the first values that are not finite are in {came.what} on {where[first]}, stage {abs(came.order[1])}, "
-            f"micro batch {came.microbatch}, samples {_some(came.samples)}"
-        )
-    cause = origin or "every value is finite, but the squares of the gradients are too large to add up"
-    remedy = f"set precision.compute=bfloat16, or {_LOWER_RATE}" if scaled else _LOWER_RATE
-    return UserError(f"training diverged: at step {step} {values}; {cause}: {remedy}{kept}")
-
-
-def _some(items: Sequence[Any]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(map(str, items[:_SHOWN])) + more
-
-
-def _damaged(trainer: RunState) -> list[tuple[str, int]]:
-    """Weights and optimizer states of this rank that are not finite: name, and how many values."""
+def _damaged(trainer: RunState) -> dict[str, int]:
+    """Weights and optimizer states of this rank that are not finite: name -> how many values."""
     found = {}
     for parameters in (trainer.parameters, trainer.copies):
         for name, tensor in trainer.tensors(parameters).items():
             count = int((~Part.of(tensor).values.isfinite()).sum())
             if count:
                 found[name] = count
-    return list(found.items())
+    return found
 
 
 def _outliers(trainer: RunState) -> list[tuple[str, float, float]]:
@@ -332,10 +310,8 @@ def _kept(trainer: RunState, step: int, batches: list[TokenBatch], data_rank: in
             write_batches(folder / f"step_{step:08d}_data_{mesh.data_rank:04d}.npz", step, batches)
         except OSError as error:
             failure = reason_of(error)
-    failures: list[str] = [""] * trainer.world.size
-    dist.all_gather_object(failures, failure)
-    if any(failures):
-        return f"; the batch could not be kept in {folder} ({next(filter(None, failures))})"
+    if failed := next(filter(None, gather_objects(failure)), None):
+        return f"; the batch could not be kept in {folder} ({failed})"
     ranks = "*" if data_rank is None else f"{data_rank:04d}"
     return f"; the batch is kept in {folder / f'step_{step:08d}_data_{ranks}.npz'}"
 

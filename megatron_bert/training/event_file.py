@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron_bert.training.appended_file import AppendedFile
 from parallel.hosts import host_name
 
 _NUMBERS = itertools.count()
@@ -23,7 +23,7 @@ _NUMBERS = itertools.count()
 class EventFile:
     """Scalars for TensorBoard, each row in the file as soon as it is added.
 
-    A row that the disk takes only in part is taken back; when the file was removed, a new one goes on.
+    When the file was removed, a new one goes on.
 
     Args:
         directory: of the files; made when there is something to write.
@@ -32,12 +32,14 @@ class EventFile:
 
     def __init__(self, directory: Path, first_step: int) -> None:
         self.directory = directory
-        self._path = directory
-        self._file: BinaryIO | None = None
-        self._size = 0
-        self._start = Event(
-            step=first_step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)
-        ).SerializeToString()
+        self._file: AppendedFile | None = None
+        self.begin(first_step)
+
+    def begin(self, first_step: int) -> None:
+        """Go on in a new file, which makes TensorBoard forget this step and later ones."""
+        self.close()
+        start = SessionLog(status=SessionLog.START)
+        self._start = Event(step=first_step, wall_time=time.time(), session_log=start).SerializeToString()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step, by tag.
@@ -47,41 +49,33 @@ class EventFile:
         """
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))
-        if self._file is None or not self._path.exists():
+        if self._file is None or not self._file.in_place:
             self._open()
-        self._write(event.SerializeToString())
+        assert self._file is not None
+        self._file.add(_records(event.SerializeToString()))
 
     def _open(self) -> None:
         self.close()
-        self.directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{host_name()}.{os.getpid()}.{next(_NUMBERS):04d}"
-        self._path = self.directory / name
-        self._file, self._size = self._path.open("xb", buffering=0), 0
+        file = AppendedFile(self.directory / name)
+        version = Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
         try:
-            self._write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString(), self._start)
+            file.add(_records(version, self._start))
         except OSError:
-            self.close()
-            self._path.unlink(missing_ok=True)
+            file.close()
+            file.path.unlink(missing_ok=True)
             raise
-        self._start = b""  # what this run has written by then must stay
-
-    def _write(self, *events: bytes) -> None:
-        assert self._file is not None
-        records = BytesIO()
-        for event in filter(None, events):
-            RecordWriter(records).write(event)
-        rest = records.getvalue()
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            self._file.truncate(self._size)
-            self._file.seek(self._size)
-            raise
-        self._size = self._file.tell()
+        self._file, self._start = file, b""  # what this run has written by then must stay
 
     def close(self) -> None:
         """Close the file; another call of :meth:`add` opens a new one."""
         if self._file is not None:
             self._file.close()
         self._file = None
+
+
+def _records(*events: bytes) -> bytes:
+    content = BytesIO()
+    for event in filter(None, events):
+        RecordWriter(content).write(event)
+    return content.getvalue()

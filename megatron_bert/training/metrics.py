@@ -113,11 +113,8 @@ class Report:
             return
         self.attempt(METRICS_FILE, "it keeps the steps that are made again", lambda: self.file.forget_after(step))
         if self.board is not None:
-            from megatron_bert.training.event_file import EventFile
-
             with suppress(OSError):
-                self.board.close()
-            self.board = EventFile(self.board.directory, step + 1)
+                self.board.begin(step + 1)
         self._write({"step": step, **row}, prefix="train")
         self.start, self.done = min(self.start, step), step
         self.bar.n = step

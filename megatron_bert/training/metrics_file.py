@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import deque
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from megatron_bert.training.appended_file import AppendedFile
 from parallel.whole_files import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -87,16 +87,13 @@ class MetricsFile:
         if path.exists() and kept != path.read_bytes().decode("utf-8", errors="replace"):
             write_text(path, kept)
         self._waiting: deque[bytes] = deque()
-        #: Bytes of the first of them that are in the file.
-        self._written = 0
-        self._file: BinaryIO | None = None
-        self._open()
+        self._file = AppendedFile(path)
 
     def add(self, row: dict[str, Any]) -> None:
         """A row, to be written with the next :meth:`flush`."""
         self._waiting.append(_line(row).encode())
         if len(self._waiting) > MOST_WAITING:
-            del self._waiting[1]  # the first may be in the file in part
+            self._waiting.popleft()
             self.lost += 1
 
     def flush(self) -> bool:
@@ -105,17 +102,12 @@ class MetricsFile:
         Raises:
             OSError: the file system refuses, and the rows wait on.
         """
-        began = not self._in_place()
+        began = not self._file.in_place
         if began:
-            self.close()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
-        assert self._file is not None
+            self._reopen()
         while self._waiting:
-            self._written += self._file.write(self._waiting[0][self._written :])  # a full disk may take a part of it
-            if self._written == len(self._waiting[0]):
-                self._waiting.popleft()
-                self._written = 0
+            self._file.add(self._waiting[0])
+            self._waiting.popleft()
         return began
 
     def forget_after(self, step: int) -> None:
@@ -127,29 +119,18 @@ class MetricsFile:
         self.flush()
         rows = read_rows(self.path).rows
         write_text(self.path, "".join(_line(row) for row in rows if row["step"] <= step))
-        self.close()
-        self._open()
+        self._reopen()
+
+    def _reopen(self) -> None:
+        file = AppendedFile(self.path)
+        self._file.close()
+        self._file = file
 
     def close(self) -> None:
         """Close the file; rows that wait still are lost."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        self._file.close()
 
     @property
     def waiting(self) -> int:
         """Rows that could not be written yet."""
         return len(self._waiting)
-
-    def _open(self) -> None:
-        # Unbuffered, so that what the disk refuses is known, and waits for the next try.
-        self._file, self._written = self.path.open("ab", buffering=0), 0
-
-    def _in_place(self) -> bool:
-        """Whether the open file is what has its name."""
-        if self._file is None:
-            return False
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False

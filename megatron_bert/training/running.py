@@ -14,17 +14,17 @@ from megatron_bert.config import RunSettings
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
-from megatron_bert.training.process_notes import process_notes
 from megatron_bert.training.run import Start, check_device, find_start, set_aside, write_start
 from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import StopRequest, note_stop
 from megatron_bert.training.trackers import check_trackers
 from megatron_bert.training.trainer import Trainer
-from parallel.checkpoint import checkpoint_step
+from parallel.checkpoint import checkpoint_step, read_state
 from parallel.errors import DamagedCheckpointError, UserError, called
+from parallel.host_order import gather_hosts, host_order_warnings
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.object_collectives import on_first_rank
-from parallel.process_group import World, launched_rank, process_group, wait_as_spare
+from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
 
 
 class Stopped(NamedTuple):
@@ -126,7 +126,7 @@ def train(
     run_dir, active = settings.training.run_dir, command.world.is_first
     # Looks for the checkpoint again: who owned the directory until now may have saved since.
     start, trainer = start_trainer(settings, objective, command.mesh, command.world, lock or command.lock)
-    placement = process_notes(command.mesh.layout, start.checkpoint)
+    placement = _process_notes(command.mesh.layout, start.checkpoint)
     objective.prepare(command.mesh, command.world)
     on_first_rank(lambda: write_start(settings, procedure.tokenizer))
     with Report(run_dir, settings.logging, active=active, start=trainer.step, steps=objective.total_steps) as report:
@@ -151,6 +151,26 @@ def train(
     if active and reason is not None:
         note_stop(command.run_dir, reason, trainer.step)
     return found
+
+
+def _process_notes(layout: ParallelLayout, resume_from: Path | None) -> list[str]:
+    """What to say of the processes: where they sit, and whether there are fewer than before; every rank calls.
+
+    Args:
+        layout: of the run.
+        resume_from: the checkpoint it goes on from, if any.
+    """
+    notes = host_order_warnings(layout, gather_hosts())
+    before = read_state(resume_from).get("data_size") if resume_from is not None else None
+    if before is not None and before != layout.data:
+        way = "fewer" if layout.data < before else "more"
+        notes.append(
+            f"elastic: {way} processes than before, data-parallel size {before} -> {layout.data}; the batch is the same"
+        )
+    spares = launched_world_size() - layout.world_size
+    if spares > 0:
+        notes.append(f"elastic: {spares} of {launched_world_size()} processes have no place in the layout and wait")
+    return notes
 
 
 def start_trainer(

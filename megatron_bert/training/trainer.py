@@ -354,12 +354,17 @@ class Trainer:
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor | Part]:
         """Everything sharded, by global name: ``model.<name>`` and ``optimizer.<moment>.<name>``."""
-        tensors: dict[str, Tensor | Part] = {}
+        return {**self._parts(parameters), **self.extra_tensors()}
+
+    def _parts(self, parameters: dict[str, nn.Parameter], *, moments: bool = True) -> dict[str, Part]:
+        """Weights and optimizer states of parameters."""
+        parts: dict[str, Part] = {}
         for name, parameter in parameters.items():
-            tensors[f"model.{name}"] = self.optimizer.weights(parameter)
-            for moment, tensor in self.optimizer.moments(parameter).items():
-                tensors[f"optimizer.{moment}.{name}"] = tensor
-        return tensors | self.extra_tensors()
+            parts[f"model.{name}"] = self.optimizer.weights(parameter)
+            if moments:
+                states = self.optimizer.moments(parameter)
+                parts |= {f"optimizer.{moment}.{name}": part for moment, part in states.items()}
+        return parts
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """What the objective adds to them."""
@@ -405,25 +410,12 @@ class Trainer:
 
     def load_weights(self, path: Path) -> None:
         """Take the weights of another checkpoint of the run, to evaluate them."""
-        self.checkpoints.copied()
-        everything = {**self.copies, **self.parameters}
-        tensors = {f"model.{name}": self.optimizer.weights(parameter) for name, parameter in everything.items()}
-        load_tensors(path, {**tensors, **self.extra_tensors()}, self.checkpoints.group)
-        for name, copy in self.copies.items():
-            if name in self.parameters:
-                self.optimizer.weights(copy).values.copy_(self.optimizer.weights(self.parameters[name]).values)
-        self.optimizer.publish()
+        self._load(path, moments=False)
 
     def resume(self, path: Path) -> None:
         """Take everything from a checkpoint of the run; every rank calls."""
-        self.checkpoints.copied()
         state = read_state(path)
-        # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
-        load_tensors(path, self.tensors({**self.copies, **self.parameters}), self.checkpoints.group)
-        for name, copy in self.copies.items():
-            if name in self.parameters:
-                self._copy_state(self.parameters[name], copy)
-        self.optimizer.publish()
+        self._load(path, moments=True)
         self.resumed = path
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         self.skipped_samples = state.get("skipped_samples", 0)
@@ -437,10 +429,14 @@ class Trainer:
                 self.selection.load_state(state["selection"])
             self.checkpoints.protected = self.selection.protected
 
-    def _copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
-        self.optimizer.weights(target).values.copy_(self.optimizer.weights(source).values)
-        for moment, part in self.optimizer.moments(source).items():
-            self.optimizer.moments(target)[moment].values.copy_(part.values)
+    def _load(self, path: Path, *, moments: bool) -> None:
+        self.checkpoints.copied()
+        own, copies = (self._parts(found, moments=moments) for found in (self.parameters, self.copies))
+        # On a stage of its own, the second copy of the tied embeddings is loaded by their name as well.
+        load_tensors(path, {**copies, **own, **self.extra_tensors()}, self.checkpoints.group)
+        for name in copies.keys() & own.keys():
+            copies[name].values.copy_(own[name].values)
+        self.optimizer.publish()
 
     def close(self) -> None:
         """Destroy the process groups of the run, before another one begins; every rank calls."""
