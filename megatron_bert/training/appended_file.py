@@ -41,7 +41,7 @@ class AppendedFile:
         """Whether it is what has its name still."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def close(self) -> None:

@@ -7,10 +7,8 @@ import argparse
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_bert.launching.doctor.findings import Finding, failed, ok
-from megatron_bert.launching.doctor.machine import Machine, compare, this_machine
+from megatron_bert.launching.doctor.machine import compare, this_machine
 from megatron_bert.launching.doctor.network import (
     all_reduce_bandwidth,
     clock_offsets,
@@ -19,7 +17,8 @@ from megatron_bert.launching.doctor.network import (
     pair_bandwidths,
 )
 from megatron_bert.launching.doctor.storage import check_storage
-from parallel.errors import called
+from parallel.errors import called, first_of
+from parallel.object_collectives import gather_objects
 from parallel.process_group import World, process_group
 
 #: A rank that does not come within this many seconds ends the examination.
@@ -54,12 +53,12 @@ def examine(world: World, directory: Path, megabytes: int) -> list[Finding]:
         directory: where runs are to write.
         megabytes: size of the tensors that are sent.
     """
-    machines: list[Machine | None] = [None] * world.size
-    dist.all_gather_object(machines, this_machine(world.device))
-    known = [machine for machine in machines if machine is not None]
+    known = gather_objects(this_machine(world.device))
     hosts = list(dict.fromkeys(machine.host for machine in known))
     leaders = [next(rank for rank, machine in enumerate(known) if machine.host == host) for host in hosts]
-    findings = [ok("processes", f"{world.size} on {len(hosts)} host{'s' if len(hosts) > 1 else ''}: {_short(hosts)}")]
+    findings = [
+        ok("processes", f"{world.size} on {len(hosts)} host{'s' if len(hosts) > 1 else ''}: {first_of(hosts, 8)}")
+    ]
     findings += compare(known)
     if world.size > 1:
         backend = "NCCL" if world.device.type == "cuda" else "gloo"
@@ -71,7 +70,3 @@ def examine(world: World, directory: Path, megabytes: int) -> list[Finding]:
         findings += judge_clocks(hosts, clock_offsets(leaders))
     findings += check_storage(directory)
     return findings
-
-
-def _short(hosts: list[str]) -> str:
-    return ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")

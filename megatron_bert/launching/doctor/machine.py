@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_bert.launching.doctor.findings import Finding, failed, ok, warning
+from parallel.errors import first_of
 from parallel.hosts import host_name
 
 #: Files that a process may have open, at least: sockets to every rank, and memory-mapped corpora.
@@ -91,23 +92,18 @@ def compare(machines: list[Machine]) -> list[Finding]:
         if len(groups) == 1:
             findings.append(ok("version", f"{name} {next(iter(groups))}"))
         else:
-            differ = "; ".join(f"{value} on {_names(hosts)}" for value, hosts in groups.items())
+            differ = "; ".join(f"{value} on {first_of(hosts, 6)}" for value, hosts in groups.items())
             grade = warning if name in ("interpreter", "driver") else failed
             findings.append(grade("version", f"{name} differs: {differ}; use one environment on all hosts"))
     findings += _gpus(machines)
     few = {machine.host: machine.open_files for machine in machines if machine.open_files < _LEAST_FILES}
     if few:
-        text = f"open files are limited to {min(few.values())} on {_names(list(few))}: ulimit -n {_LEAST_FILES} or more"
+        text = f"open files are limited to {min(few.values())} on {first_of(few, 6)}: ulimit -n {_LEAST_FILES} or more"
         findings.append(warning("limits", text))
     small = {m.host: m.shared_memory or 0 for m in machines if (m.shared_memory or 0) < _LEAST_SHARED_MEMORY}
     if small:
-        findings.append(
-            warning(
-                "limits",
-                f"/dev/shm has {min(small.values()) / 2**20:,.0f} MiB on {_names(list(small))}: loader processes may "
-                "fail; give containers more (--shm-size), or set data.workers=0",
-            )
-        )
+        text = f"/dev/shm has {min(small.values()) / 2**20:,.0f} MiB on {first_of(small, 6)}: loader processes may fail"
+        findings.append(warning("limits", f"{text}; give containers more (--shm-size), or set data.workers=0"))
     return findings
 
 
@@ -115,25 +111,17 @@ def _gpus(machines: list[Machine]) -> list[Finding]:
     groups = _groups(machines, lambda machine: ", ".join(sorted(machine.gpus)) or "none")
     findings = []
     if len(groups) > 1:
-        differ = "; ".join(f"{value} on {_names(hosts)}" for value, hosts in groups.items())
+        differ = "; ".join(f"{value} on {first_of(hosts, 6)}" for value, hosts in groups.items())
         findings.append(failed("GPUs", f"hosts differ: {differ}; a run goes at the pace of the slowest"))
     else:
         gpus = machines[0].gpus
         counted = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
         findings.append(ok("GPUs", f"{counted} on each host" if gpus else "none: runs compute on the CPU"))
-    busy = {
-        rank: machine.gpu_memory
-        for rank, machine in enumerate(machines)
-        if machine.gpu_memory is not None and machine.gpu_memory[0] < (1 - _BUSY) * machine.gpu_memory[1]
-    }
-    for rank, (free, total) in busy.items():
-        findings.append(
-            warning(
-                "GPUs",
-                f"rank {rank} on {machines[rank].host} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: another "
-                "process holds the rest; see nvidia-smi there",
-            )
-        )
+    for rank, machine in enumerate(machines):
+        free, total = machine.gpu_memory or (1, 1)
+        if free < (1 - _BUSY) * total:
+            holds = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free: another process holds the rest"
+            findings.append(warning("GPUs", f"rank {rank} on {machine.host} has {holds}; see nvidia-smi there"))
     return findings
 
 
@@ -144,7 +132,3 @@ def _groups(machines: list[Machine], key: Callable[[Machine], str]) -> dict[str,
         if machine.host not in groups[key(machine)]:
             groups[key(machine)].append(machine.host)
     return dict(groups)
-
-
-def _names(hosts: list[str]) -> str:
-    return ", ".join(hosts[:6]) + (f" and {len(hosts) - 6} more" if len(hosts) > 6 else "")

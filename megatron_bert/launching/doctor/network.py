@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.launching.doctor.findings import Finding, ok, warning
+from parallel.errors import first_of
 
 #: A link is slow below this share of the median.
 _SLOW = 0.6
@@ -129,9 +130,8 @@ def judge_links(hosts: list[str], speeds: dict[tuple[int, int], float]) -> list[
             )
         ]
     worst = sorted(slow.items(), key=lambda item: item[1])
-    named = ", ".join(f"{hosts[a]} <-> {hosts[b]} {speed:.2f} GB/s" for (a, b), speed in worst[:5])
-    more = f" and {len(worst) - 5} more" if len(worst) > 5 else ""
-    return [warning("links", f"slow: {named}{more} ({measured}); look at cables, switches and the interface in use")]
+    named = first_of((f"{hosts[a]} <-> {hosts[b]} {speed:.2f} GB/s" for (a, b), speed in worst), 5)
+    return [warning("links", f"slow: {named} ({measured}); look at cables, switches and the interface in use")]
 
 
 def clock_offsets(leaders: list[int]) -> list[float]:

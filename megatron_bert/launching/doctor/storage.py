@@ -7,12 +7,14 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_bert.launching.doctor.findings import Finding, failed, ok, warning
 from parallel.hosts import host_name
+from parallel.object_collectives import gather_objects, on_first_rank
 
 #: How long a file may take to be seen by another host, in seconds.
 _PATIENCE = 10.0
@@ -27,21 +29,15 @@ def check_storage(directory: Path) -> list[Finding]:
     Args:
         directory: made if it is not there, and left as it was but for that.
     """
-    rank = dist.get_rank()
-    named: list[str] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(named, src=0)
-    place = directory / f".doctor-{named[0]}"
-    problem = _prepare(place) if rank == 0 else None
-    problems: list[str | None] = [problem]
-    dist.broadcast_object_list(problems, src=0)
-    if problems[0] is not None:
-        return [failed("files", problems[0])]
+    place = directory / f".doctor-{on_first_rank(lambda: uuid.uuid4().hex)}"
+    problem = on_first_rank(lambda: _prepare(place))
+    if problem is not None:
+        return [failed("files", problem)]
     try:
-        return [*_shared(place), *_semantics(place), *_room(directory, place)]
+        return [*_shared(place), *_semantics(place), *on_first_rank(lambda: _room(directory, place))]
     finally:
         dist.barrier()
-        if rank == 0:
-            shutil.rmtree(place, ignore_errors=True)
+        on_first_rank(lambda: shutil.rmtree(place, ignore_errors=True))
 
 
 def _prepare(place: Path) -> str | None:
@@ -63,58 +59,50 @@ def _seen(path: Path) -> float | None:
     return time.monotonic() - began
 
 
-def _everyone(value: object) -> list[object]:
-    values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _hosts_of(flags: list[object]) -> str:
-    """Hosts of the ranks whose flag is set."""
-    return ", ".join(dict.fromkeys(str(flag) for flag in flags if flag))
+def _hosts_where(found: bool) -> str:
+    """Hosts of the ranks that have found something, as text; every rank calls."""
+    return ", ".join(dict.fromkeys(filter(None, gather_objects(host_name() if found else None))))
 
 
 def _shared(place: Path) -> list[Finding]:
     """Whether a file of the first rank is seen by all."""
     delay = _seen(place / "first")
-    blind = _everyone(host_name() if delay is None else None)
-    slowest = max(_everyone(delay or 0.0), key=lambda value: float(str(value)))
-    if any(blind):
+    blind, hosts = _hosts_where(delay is None), _hosts_where(True)
+    slowest = max(gather_objects(delay or 0.0))
+    if blind:
         return [
             failed(
                 "files",
-                f"{place.parent} is not shared: {_hosts_of(blind)} do not see what another host writes there; choose a "
+                f"{place.parent} is not shared: {blind} do not see what another host writes there; choose a "
                 "directory on a shared file system with --dir, and put runs and data there",
             )
         ]
-    if len(set(_everyone(host_name()))) == 1:
+    if "," not in hosts:
         return [ok("files", f"{place.parent} can be written")]
-    return [ok("files", f"{place.parent} is shared; a new file is seen after {float(str(slowest)):.2f} s")]
+    return [ok("files", f"{place.parent} is shared; a new file is seen after {slowest:.2f} s")]
 
 
 def _semantics(place: Path) -> list[Finding]:
     """A renamed directory is whole for all, and only one of many creates a file."""
-    rank = dist.get_rank()
-    if not (place / "first").exists():
-        _everyone(None)
-        _everyone(None)
-        return []
-    if rank == 0:
+    whole = winner = False
+    visible = (place / "first").exists()
+    if dist.get_rank() == 0:
         partial = place / "step.partial"
         partial.mkdir()
         (partial / "state").write_text("whole")
         partial.rename(place / "step")
-    whole = _seen(place / "step") is not None and _seen(place / "step" / "state") is not None
-    broken = _everyone(None if whole and (place / "step" / "state").read_text() == "whole" else host_name())
-    try:
-        os.close(os.open(place / "lock", os.O_CREAT | os.O_EXCL))
-        winner = True
-    except FileExistsError:
-        winner = False
-    winners = sum(bool(value) for value in _everyone(winner))
+    if visible:
+        there = _seen(place / "step") is not None and _seen(place / "step" / "state") is not None
+        whole = there and (place / "step" / "state").read_text() == "whole"
+    broken = _hosts_where(visible and not whole)
+    if visible:
+        with suppress(FileExistsError):
+            os.close(os.open(place / "lock", os.O_CREAT | os.O_EXCL))
+            winner = True
+    winners = sum(gather_objects(winner))
     findings = []
-    if any(broken):
-        text = f"a renamed directory is not seen whole by {_hosts_of(broken)}: checkpoints there are not safe"
+    if broken:
+        text = f"a renamed directory is not seen whole by {broken}: checkpoints there are not safe"
         findings.append(failed("files", text))
     if winners != 1:
         text = f"{winners} processes each created the same file alone: the file system's locks do not work"
@@ -123,26 +111,21 @@ def _semantics(place: Path) -> list[Finding]:
 
 
 def _room(directory: Path, place: Path) -> list[Finding]:
-    """Free space, and how fast one rank writes and syncs."""
-    found: list[Finding | None] = [None, None]
-    if dist.get_rank() == 0:
-        block = os.urandom(2**20)
-        began = time.monotonic()
-        try:
-            with (place / "block").open("wb") as file:
-                for _ in range(_WRITE_MEGABYTES):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            speed = _WRITE_MEGABYTES / 1024 / max(1e-9, time.monotonic() - began)
-            found[0] = ok("files", f"one process writes and syncs {speed:.2f} GiB/s")
-        except OSError as error:
-            found[0] = failed("files", f"{_WRITE_MEGABYTES} MiB cannot be written ({error.strerror})")
-        free = shutil.disk_usage(directory).free
-        grade = warning if free < _LITTLE_SPACE else ok
-        more = (
-            "" if free >= _LITTLE_SPACE else "; a checkpoint takes 12 bytes per parameter, and checkpoint.keep are kept"
-        )
-        found[1] = grade("space", f"{free / 10**9:,.0f} GB free in {directory}{more}")
-    dist.broadcast_object_list(found, src=0)
-    return [finding for finding in found if finding is not None]
+    """Free space, and how fast one process writes and syncs."""
+    block, began = os.urandom(2**20), time.monotonic()
+    try:
+        with (place / "block").open("wb") as file:
+            for _ in range(_WRITE_MEGABYTES):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        speed = _WRITE_MEGABYTES / 1024 / max(1e-9, time.monotonic() - began)
+        written = ok("files", f"one process writes and syncs {speed:.2f} GiB/s")
+    except OSError as error:
+        written = failed("files", f"{_WRITE_MEGABYTES} MiB cannot be written ({error.strerror})")
+    free = shutil.disk_usage(directory).free
+    text = f"{free / 10**9:,.0f} GB free in {directory}"
+    if free >= _LITTLE_SPACE:
+        return [written, ok("space", text)]
+    needed = "a checkpoint takes 12 bytes per parameter, and checkpoint.keep are kept"
+    return [written, warning("space", f"{text}; {needed}")]
