@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import provenance
 from benchmarks.timing import processor_seconds
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums

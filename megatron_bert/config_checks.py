@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from megatron_bert.config import LearningRateSettings, RunSettings, Settings
+from megatron_bert.config import RunSettings, Settings
+from megatron_bert.config_sections import LearningRateSettings
 from megatron_bert.model.configuration import EncoderConfig, MegatronBertConfig
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout

@@ -60,11 +60,7 @@ _REMEDIES = {
 
 
 class Terminated(SystemExit):
-    """A signal asks the process to end.
-
-    Args:
-        number: of the signal.
-    """
+    """A signal, whose number it has, asks the process to end."""
 
     def __init__(self, number: int) -> None:
         self.number = number

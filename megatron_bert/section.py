@@ -64,12 +64,7 @@ def _takes_bool(annotation: Any) -> bool:
 
 
 def explained(error: ValidationError, kind: type[BaseModel]) -> ArgumentError:
-    """The first of the mistakes that pydantic has found, in a sentence that names the field.
-
-    Args:
-        error: of settings.
-        kind: of the settings.
-    """
+    """The first of the mistakes that pydantic has found in settings, in a sentence that names the field."""
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"])
     named = f"${location}" if location[:1].isalpha() else location

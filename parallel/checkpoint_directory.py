@@ -33,13 +33,7 @@ class CheckpointDirectory:
             discard(leftover)
 
     def commit(self, partial: Path, final: Path, protected: frozenset[int]) -> None:
-        """Give a checkpoint its name, and delete the oldest of those that are not kept.
-
-        Args:
-            partial: where it was written.
-            final: its name.
-            protected: steps whose checkpoints stay.
-        """
+        """Give a checkpoint its name, and delete the oldest that are neither kept nor of ``protected`` steps."""
         if os.path.lexists(final):
             self._remove(final)
         partial.rename(final)

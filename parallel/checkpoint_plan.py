@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.file_process import Piece
-from parallel.parts import Part, Region, Sizes
+from parallel.parts import Part, Sizes
 from parallel.stored.torch_archive import tensor_archive
 
 #: Values are staged at multiples of this, for every type of element.
@@ -61,31 +61,26 @@ def local_plan(tensors: Mapping[str, Tensor | Part]) -> SavePlan:
     items = []
     for name, tensor in tensors.items():
         part = Part.of(tensor)
-        items += [_item(name, part, region) for region in part.regions]
+        for region in part.regions:
+            chunk = ChunkStorageMetadata(*map(torch.Size, region))
+            data = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size(part.shape))
+            items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
     return SavePlan(items, planner_data={name: (name,) for name in tensors})
 
 
-def _item(name: str, part: Part, region: Region) -> WriteItem:
-    chunk = ChunkStorageMetadata(*map(torch.Size, region))
-    data = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size(part.shape))
-    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-
 def global_plans(local: list[SavePlan]) -> list[WritePlan]:
-    """What each rank writes.
-
-    Args:
-        local: what each rank has.
-    """
+    """What each rank writes, of what each has."""
     plans, metadata = DefaultSavePlanner().create_global_plan(local)
     found = [_write_plan(rank, plan) for rank, plan in enumerate(plans)]
     metadata.version = CURRENT_DCP_VERSION
-    metadata.storage_data = {
-        index: info for plan, write in zip(plans, found, strict=True) for index, info in _places(plan, write)
-    }
-    first = found[0]
-    found[0] = WritePlan(first.file, first.blocks, first.pieces, pickle.dumps(metadata))
-    return found
+    metadata.storage_data = {}
+    for plan, write in zip(plans, found, strict=True):
+        offset = 0
+        for item, piece in zip(plan.items, write.pieces, strict=True):
+            assert write.file is not None
+            metadata.storage_data[item.index] = _StorageInfo(write.file, offset, piece.length)
+            offset += piece.length
+    return [replace(found[0], metadata=pickle.dumps(metadata)), *found[1:]]
 
 
 def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:
@@ -111,29 +106,16 @@ def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:
 
 
 def _write_plan(rank: int, plan: SavePlan) -> WritePlan:
+    blocks: list[tuple[str, Sizes]] = []
     pieces: list[Piece] = []
     start = 0
     for item in plan.items:
         data = item.tensor_data
         assert data is not None, f"{item.index.fqn} is not a tensor"
+        blocks.append((item.index.fqn, tuple(data.chunk.offsets)))
         pieces.append(tensor_archive(tuple(data.chunk.sizes), data.properties.dtype, start))
         start = _aligned(start + pieces[-1].nbytes)
-    file = f"__{rank}_0.distcp" if pieces else None
-    return WritePlan(file, tuple(_block(item) for item in plan.items), tuple(pieces), None)
-
-
-def _block(item: WriteItem) -> tuple[str, Sizes]:
-    assert item.tensor_data is not None
-    return item.index.fqn, tuple(item.tensor_data.chunk.offsets)
-
-
-def _places(plan: SavePlan, write: WritePlan) -> list[tuple[Any, _StorageInfo]]:
-    places, offset = [], 0
-    for item, piece in zip(plan.items, write.pieces, strict=True):
-        assert write.file is not None
-        places.append((item.index, _StorageInfo(write.file, offset, piece.length)))
-        offset += piece.length
-    return places
+    return WritePlan(f"__{rank}_0.distcp" if pieces else None, tuple(blocks), tuple(pieces), None)
 
 
 def _aligned(size: int) -> int:

@@ -218,18 +218,15 @@ class Manifest:
         try:
             with path.open("rb", buffering=0) as file:
                 for number in wanted:
-                    self._check_block(path, number, _read_block(file, number), expected.sums)
+                    data, at = _read_block(file, number), number * BLOCK_BYTES
+                    if number >= len(expected.sums) or zlib.crc32(data) != expected.sums[number]:
+                        raise DamagedFileError(
+                            f"{path} has changed since it was written (checksum of bytes {at:,} to {at + len(data):,})",
+                            _REMEDY,
+                        )
         except OSError as error:
             raise DamagedFileError(f"{path} cannot be read ({reason_of(error)})", _REMEDY) from None
         checked.update(wanted)
-
-    def _check_block(self, path: Path, number: int, data: memoryview, sums: tuple[int, ...]) -> None:
-        if number >= len(sums) or zlib.crc32(data) != sums[number]:
-            at = number * BLOCK_BYTES
-            raise DamagedFileError(
-                f"{path} has changed since it was written (checksum of bytes {at:,} to {at + len(data):,})",
-                _REMEDY,
-            )
 
     def check_everything(self) -> None:
         """Read every file and compare it.

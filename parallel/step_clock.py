@@ -49,9 +49,6 @@ class StepClock:
 
     Work on the CPU counts without what :func:`counting_waits` sees of waiting. On a GPU the work of the last step is
     timed in its stream, collectives of tensor parallelism included, which the ranks of a group share.
-
-    Args:
-        device: that computes.
     """
 
     def __init__(self, device: torch.device) -> None:

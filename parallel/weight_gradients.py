@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,13 +82,6 @@ def accumulate_gradient(parameter: Tensor, local_gradient: Tensor) -> None:
         parameter.grad = local_gradient
 
 
-class _Owner:
-    """A parameter hidden from autograd, which would otherwise track it as an input."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-
-
 class _DeferredLinear(torch.autograd.Function):
     """``y = x W^T`` whose weight gradient goes to a queue.
 
@@ -95,21 +89,19 @@ class _DeferredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, owner: _Owner, queue: WeightGradientQueue) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, accumulate: Callable[[Tensor], None], queue: WeightGradientQueue
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.owner, ctx.queue = owner, queue
+        ctx.accumulate, ctx.queue = accumulate, queue
         return torch.nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
         x = x.detach()  # the numbers alone, not the graph that led to them
-        parameter = ctx.owner.parameter
-
-        def compute() -> None:
-            accumulate_gradient(parameter, gradient.flatten(0, -2).t() @ x.flatten(0, -2))
-
-        ctx.queue.push(compute)
+        accumulate = ctx.accumulate
+        ctx.queue.push(lambda: accumulate(gradient.flatten(0, -2).t() @ x.flatten(0, -2)))
         return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None
 
 
@@ -122,4 +114,5 @@ def deferred_linear(x: Tensor, weight: Tensor, local_weight: Tensor, queue: Weig
         local_weight: this rank's part of it, ``[N, K]``.
         queue: where the weight gradient goes.
     """
-    return _DeferredLinear.apply(x, local_weight.detach(), _Owner(weight), queue)
+    # In a function, the parameter is hidden from autograd, which would otherwise track it as an input.
+    return _DeferredLinear.apply(x, local_weight.detach(), partial(accumulate_gradient, weight), queue)

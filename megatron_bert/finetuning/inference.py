@@ -15,8 +15,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from megatron_bert.config import TokenizerSettings
 from megatron_bert.config_file import apply_override, validated
+from megatron_bert.config_sections import TokenizerSettings
 from megatron_bert.finetuning.arrivals import arriving
 from megatron_bert.finetuning.results import RESULTS_FILE, as_line, write_split
 from megatron_bert.finetuning.saved import SavedTask, load_task

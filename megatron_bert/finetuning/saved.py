@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_bert.config import TokenizerSettings
 from megatron_bert.config_file import validated
+from megatron_bert.config_sections import TokenizerSettings
 from megatron_bert.convert.files import folder_tree
 from megatron_bert.convert.huggingface import TASK_NAME, WEIGHTS, HuggingFace, settings_alone
 from megatron_bert.convert.native import HOW_TO_READ

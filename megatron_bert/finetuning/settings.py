@@ -8,7 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_bert.config import CheckpointSettings, RunSettings, RunTrainingSettings, TokenizerSettings, of_encoder
+from megatron_bert.config import RunSettings, of_encoder
+from megatron_bert.config_sections import CheckpointSettings, RunTrainingSettings, TokenizerSettings
 from megatron_bert.section import Section
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_bert.config import LARGEST_SCALE, LearningRateSettings
 from megatron_bert.config_checks import check_layout
+from megatron_bert.config_sections import LARGEST_SCALE, LearningRateSettings
 from megatron_bert.finetuning.settings import (
     MOST_EPOCHS,
     FinetuneModelSettings,

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from megatron_bert.config import RunSettings
-from megatron_bert.model.stage import EncoderStage, ModelStage
+from megatron_bert.model.stage import EncoderStage
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.precision import DTYPES
 from megatron_bert.training.staged_model import StagedModel
@@ -38,6 +36,7 @@ def build_model(
             initialize(stage, settings.training.seed)
             notes |= dict.fromkeys(objective.fill(stage))
         objective.change(stage, fresh=draw)
+        words = stage.word_embeddings
         if settings.training.compile:
             stage.compile_forward(everything=settings.training.compile == "all")
         apply_data_parallel(
@@ -47,26 +46,19 @@ def build_model(
             sharding=settings.parallel.sharding,
             compute_dtype=DTYPES[settings.precision.compute],
             cast_inputs=not objective.float32_activations,
-            alone=_alone(stage, schedule, objective),
+            alone=[words] if objective.tied and schedule.stages > 1 and words is not None else [],
         )
         stages[index] = stage
     if settings.training.compile == "all":
         objective.compile_loss()
-    held: dict[int, ModelStage] = {**stages}
-    if not objective.tied:
-        return StagedModel(held, None, tuple(notes))
-    first, last = stages.get(0), stages.get(schedule.stages - 1)
-    tied = TiedParameter(
-        mesh,
-        first_rank=schedule.rank_of(0),
-        last_rank=schedule.rank_of(schedule.stages - 1),
-        first=None if first is None else first.word_embeddings,
-        last=None if last is None else last.word_embeddings,
-    )
-    return StagedModel(held, tied, tuple(notes))
-
-
-def _alone(stage: EncoderStage, schedule: Schedule, objective: Objective) -> list[nn.Parameter]:
-    """The parameters of a stage that another stage has as well."""
-    words = stage.word_embeddings
-    return [words] if objective.tied and schedule.stages > 1 and words is not None else []
+    tied: TiedParameter | None = None
+    if objective.tied:
+        first, last = stages.get(0), stages.get(schedule.stages - 1)
+        tied = TiedParameter(
+            mesh,
+            first_rank=schedule.rank_of(0),
+            last_rank=schedule.rank_of(schedule.stages - 1),
+            first=None if first is None else first.word_embeddings,
+            last=None if last is None else last.word_embeddings,
+        )
+    return StagedModel({**stages}, tied, tuple(notes))

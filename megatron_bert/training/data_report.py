@@ -13,13 +13,7 @@ MANY_EPOCHS = 40
 
 
 def describe_training_data(settings: Settings, corpus: BlendedCorpus, first_step: int) -> list[str]:
-    """A line for each training corpus: its size, what is left out and why, the epochs to come; then notes.
-
-    Args:
-        settings: of the run.
-        corpus: the training stream.
-        first_step: steps done already.
-    """
+    """A line for each training corpus: its size, what is left out and why, the epochs to come; then notes."""
     steps, rows = settings.training.steps, _rows(settings, corpus)
     batch = settings.training.global_batch_size * (rows.samples_per_row() if rows else 1)
     lines, notes = [], []

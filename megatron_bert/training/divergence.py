@@ -40,9 +40,6 @@ class Watch:
 
     From the first step that is not finite on, no update reaches the weights: the optimizer leaves them out on the
     device. On a GPU the host learns of it a step later, so that it never waits for the device to finish what it does.
-
-    Args:
-        trainer: whose steps they are.
     """
 
     def __init__(self, trainer: RunState) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_bert.config import LearningRateSettings
+from megatron_bert.config_sections import LearningRateSettings
 from megatron_bert.tables import DECAYS
 
 

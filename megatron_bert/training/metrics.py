@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from megatron_bert.config import LoggingSettings
+from megatron_bert.config_sections import LoggingSettings
 from megatron_bert.training.heartbeat import Heartbeat
 from megatron_bert.training.metrics_file import METRICS_FILE, MetricsFile
 from megatron_bert.training.trackers import open_trackers

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.tables import OPTIMIZERS, found_at
 from megatron_bert.training.update_rules import Kind, UpdateRule
 from parallel.data_parallel import flat_buffers
@@ -38,10 +38,6 @@ def weight_decay_of(name: str, parameter: Tensor, settings: OptimizerSettings) -
 
 def check_patterns(names: Iterable[str], settings: OptimizerSettings) -> None:
     """Refuse patterns that match no parameter; every rank calls.
-
-    Args:
-        names: of this rank's parameters.
-        settings: with the patterns.
 
     Raises:
         UserError: a pattern matches none of any rank.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_bert.config import PrecisionSettings
+from megatron_bert.config_sections import PrecisionSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

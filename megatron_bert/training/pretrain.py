@@ -80,11 +80,7 @@ def _pretrain(settings: Settings, source: CanonicalState | None, *, ends_process
 
 
 class PretrainProcedure(Procedure):
-    """Pretraining leaves its checkpoints, and the vocabulary that its model is used with.
-
-    Args:
-        tokenizer: of the run.
-    """
+    """Pretraining leaves its checkpoints, and the vocabulary that its model is used with."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

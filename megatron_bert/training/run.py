@@ -13,7 +13,7 @@ from megatron_bert.config import RunSettings
 from megatron_bert.data.tokenizers import RUN_FOLDER, Tokenizer
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.resuming import check_resume
-from megatron_bert.training.signals import note_start
+from megatron_bert.training.signals import STOPPED_FILE
 from parallel.checkpoint import STATE_FILE, check_checkpoint, checkpoint_step, named_checkpoints, read_state
 from parallel.errors import DamagedCheckpointError, UserError, brief
 from parallel.process_group import World
@@ -72,7 +72,7 @@ def write_start(settings: RunSettings, tokenizer: Tokenizer | None = None) -> No
             with whole_directory(run_dir / RUN_FOLDER) as folder:
                 tokenizer.save(folder)
         write_text(run_dir / "config.yaml", settings.dump())
-        note_start(run_dir)
+        (run_dir / STOPPED_FILE).unlink(missing_ok=True)
 
 
 def find_start(settings: RunSettings, objective: Objective) -> Start:

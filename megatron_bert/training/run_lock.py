@@ -246,8 +246,11 @@ class _Watch:
         Raises:
             UserError: the owner is alive, or it takes too long to tell.
         """
-        owner, renewed = _read(self.path), _renewed(self.path)
-        if owner is None or renewed is None:
+        try:
+            owner, renewed = _read(self.path), self.path.stat().st_mtime
+        except FileNotFoundError:
+            owner = None
+        if owner is None:
             return  # released just now
         if owner != self.owner:
             self.owner, self.renewed, self.began = owner, renewed, time.monotonic()
@@ -292,17 +295,9 @@ class _Watch:
 
 
 def _read(path: Path) -> Owner | None:
-    """The owner; None where there is no lock. Opening a file asks a network file system for what is new."""
+    """The owner; None where there is no lock. Opening a file asks a network file system for what is new of it."""
     try:
         return Owner.from_json(path.read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        return None
-
-
-def _renewed(path: Path) -> float | None:
-    try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
 

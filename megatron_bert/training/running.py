@@ -16,7 +16,7 @@ from megatron_bert.training.metrics import Report
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.run import Start, check_device, find_start, set_aside, write_start
 from megatron_bert.training.run_lock import RunLock, owning
-from megatron_bert.training.signals import StopRequest, note_stop
+from megatron_bert.training.signals import STOPPED_FILE, StopRequest
 from megatron_bert.training.trackers import check_trackers
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step, read_state
@@ -25,6 +25,7 @@ from parallel.host_order import gather_hosts, host_order_warnings
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.object_collectives import on_first_rank
 from parallel.process_group import World, launched_rank, launched_world_size, process_group, wait_as_spare
+from parallel.whole_files import write_json
 
 
 class Stopped(NamedTuple):
@@ -149,7 +150,8 @@ def train(
             found = Stopped(reason, trainer.step)
     trainer.close()
     if active and reason is not None:
-        note_stop(command.run_dir, reason, trainer.step)
+        # For what started the run.
+        write_json(command.run_dir / STOPPED_FILE, {"reason": reason, "step": trainer.step})
     return found
 
 
@@ -179,13 +181,6 @@ def start_trainer(
     """Build the trainer from the newest checkpoint that is whole; every rank calls.
 
     Damage that shows only when the tensors are read leads to the checkpoint before. Damaged ones get another name.
-
-    Args:
-        settings: of the run.
-        objective: what it trains.
-        mesh: where it is laid out.
-        world: its processes.
-        lock: of its directory.
 
     Raises:
         UserError: as :func:`find_start`; or a checkpoint that is named, not found, is damaged.

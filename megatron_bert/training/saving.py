@@ -19,10 +19,6 @@ class Saving:
 
     A save that fails is reported after the step in which a rank learns of it, and the next one is made when it is due.
     A score that belongs to a checkpoint which is not there does not count: the best checkpoint is the one before it.
-
-    Args:
-        checkpoints: where they are written.
-        selection: of the best.
     """
 
     def __init__(self, checkpoints: CheckpointWriter, selection: Selection) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from megatron_bert.ending import SIGNALS, leave_terminal
 from megatron_bert.training.run_lock import RunLock
 from parallel.errors import UserError
-from parallel.whole_files import write_json
 
 _TIME_LIMIT = -1
 #: Exit code of a process alone whose run saved and stopped before its last step: the same command goes on from there.
@@ -99,16 +97,6 @@ class StopRequest:
         if asked[0] > 0:
             return signal.Signals(int(asked[0])).name
         return "training.max_minutes" if asked[1] > 0 else None
-
-
-def note_start(run_dir: Path) -> None:
-    """The run goes on: what it said when it stopped is no longer so. Rank 0 calls."""
-    (run_dir / STOPPED_FILE).unlink(missing_ok=True)
-
-
-def note_stop(run_dir: Path, reason: str, step: int) -> None:
-    """Leave word for what started the run that it has stopped before its last step. Rank 0 calls, after the save."""
-    write_json(run_dir / STOPPED_FILE, {"reason": reason, "step": step})
 
 
 def exit_code(reason: str | None) -> int:

@@ -49,10 +49,6 @@ class SlowRanks:
 class RankTimes:
     """Gathers the readings of all ranks; every rank constructs and calls it at the same points.
 
-    Args:
-        mesh: where the run is laid out.
-        clock: of this rank.
-
     Attributes:
         notes: what is to be said after the last reading.
     """

@@ -8,7 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.config import RunTrainingSettings, TrainingSettings
+from megatron_bert.config import TrainingSettings
+from megatron_bert.config_sections import RunTrainingSettings
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.run_state import RunState
 from megatron_bert.training.saving import Saving

@@ -117,14 +117,5 @@ class StagedModel:
         copy = None if self.tied is None else self.tied.last
         return {TIED_NAME: copy} if copy is not None and self._is_copy(copy) else {}
 
-    def copied(self) -> list[nn.Parameter]:
-        """The parameters of this rank that two stages hold."""
-        return [] if self.tied is None else self.tied.copies()
-
-    def sum_tied_gradients(self) -> None:
-        """Give both copies of the word embeddings the sum of their gradients."""
-        if self.tied is not None:
-            self.tied.sum_gradients()
-
     def _is_copy(self, parameter: nn.Parameter) -> bool:
         return self.tied is not None and parameter is self.tied.last and parameter is not self.tied.first

@@ -99,7 +99,7 @@ class Trainer:
             mesh,
             self._rate_factor,
             stages=self.model.stages.values(),
-            tied=self.model.copied(),
+            tied=() if self.model.tied is None else self.model.tied.copies(),
         )
         self.transport = PipelineTransport.create(mesh)
         self.clock = StepClock(world.device)
@@ -288,7 +288,8 @@ class Trainer:
         """Complete the gradients; returns their norm, unscaled, and not finite if a loss is not."""
         for stage in self.model.stages.values():
             finish_gradients(stage)
-        self.model.sum_tied_gradients()
+        if self.model.tied is not None:
+            self.model.tied.sum_gradients()
         for stage in self.model.stages.values():
             sum_token_partial_gradients(stage, self.mesh.tensor_parallel)
         gradients = self.optimizer.gradients(self.mesh, without=self.copies.values())

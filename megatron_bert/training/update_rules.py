@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert import backends
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from parallel.gradients import sums_of_squares
 from parallel.mesh import ParallelMesh
 from parallel.runs import Run

@@ -120,10 +120,6 @@ def gantt_png(charts: Sequence[tuple[str, Timeline]], path: Path) -> None:
 
     An action is colored by its kind, lighter on later chunks, and carries its microbatch's number where that fits. The
     bubble is added to each title.
-
-    Args:
-        charts: titles and timelines.
-        path: the PNG file.
     """
     # Imported here: drawing is the only use of matplotlib, and training must not wait for its import.
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_bert import backends
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.training.optimizer import ShardedOptimizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

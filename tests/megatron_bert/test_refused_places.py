@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_bert.cli import main
-from megatron_bert.config import LoggingSettings
+from megatron_bert.config_sections import LoggingSettings
 from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics

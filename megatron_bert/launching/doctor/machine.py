@@ -50,11 +50,7 @@ class Machine:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """What this rank sees.
-
-    Args:
-        device: where it would compute.
-    """
+    """What this rank, which would compute on the device, sees."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "interpreter": sys.executable}
     try:
         versions["megatron-bert"] = version("megatron-bert")
@@ -81,11 +77,7 @@ def this_machine(device: torch.device) -> Machine:
 
 
 def compare(machines: list[Machine]) -> list[Finding]:
-    """What is the same everywhere, what is not, and what is too little.
-
-    Args:
-        machines: by rank.
-    """
+    """What is the same on the machines of all ranks, what is not, and what is too little."""
     findings = []
     for name in machines[0].versions:
         groups = _groups(machines, lambda machine, name=name: machine.versions.get(name, "none"))  # type: ignore[misc]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.training.divergence import NotReproducedError
 from megatron_bert.training.metrics import METRICS_FILE
 from megatron_bert.training.optimizer import ShardedOptimizer

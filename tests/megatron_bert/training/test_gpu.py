@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.training.optimizer import ShardedOptimizer
 from megatron_bert.training.pretrain import pretrain

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config import LearningRateSettings
+from megatron_bert.config_sections import LearningRateSettings
 from megatron_bert.training.learning_rate import learning_rate_at
 
 PEAK, LOW = 1.0, 0.2

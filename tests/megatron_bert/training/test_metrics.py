@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_bert.config import LoggingSettings
+from megatron_bert.config_sections import LoggingSettings
 from megatron_bert.training import heartbeat
 from megatron_bert.training.heartbeat import HEARTBEAT_FILE
 from megatron_bert.training.metrics import Report

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_bert.config import OptimizerSettings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.training.optimizer import ShardedOptimizer, check_patterns, decays, weight_decay_of

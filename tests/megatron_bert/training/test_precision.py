@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_bert.config import PrecisionSettings
+from megatron_bert.config_sections import PrecisionSettings
 from megatron_bert.training.precision import LossScale
 
 

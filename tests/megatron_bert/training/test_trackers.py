@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_bert.config import LoggingSettings
+from megatron_bert.config_sections import LoggingSettings
 from megatron_bert.tables import TRACKERS
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
