@@ -60,14 +60,6 @@ def sum_token_partial_gradients(model: nn.Module, tp: TensorParallel) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    if tensors[0].is_cuda:
-        return list(torch._foreach_norm(tensors))
-    # On the CPU torch adds up millions of squares in a few float32 accumulators and loses the fourth digit; norms of
-    # rows first keep six at twice the (small) time.
-    return [torch.linalg.vector_norm(_norms_of_rows(tensor)) for tensor in tensors]
-
-
 def _norms_of_rows(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
@@ -77,7 +69,13 @@ def _norms_of_rows(tensor: Tensor) -> Tensor:
 
 def sums_of_squares(tensors: list[Tensor]) -> Tensor:
     """Of each tensor, float32 ``[tensors]``; none of them is empty."""
-    return torch.stack(_norms(tensors)).float().square()
+    if tensors[0].is_cuda:
+        norms = list(torch._foreach_norm(tensors))
+    else:
+        # On the CPU torch adds up millions of squares in a few float32 accumulators and loses the fourth digit; norms
+        # of rows first keep six at twice the (small) time.
+        norms = [torch.linalg.vector_norm(_norms_of_rows(tensor)) for tensor in tensors]
+    return torch.stack(norms).float().square()
 
 
 @torch.no_grad()

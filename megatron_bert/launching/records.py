@@ -24,6 +24,8 @@ from parallel.presence import comes_from_others, root_cause
 _SAME_START = 300.0
 #: How a launcher that has lost a rank ends the others.
 _ENDED = Terminated.__name__
+#: Lines shown of what a rank wrote last.
+_WORDS = 5
 #: Keys of an event of each kind that readers rely on.
 _KEYS: dict[str, dict[str, Any]] = {
     "started": {"size": int},
@@ -189,7 +191,7 @@ def _event(line: str) -> dict[str, Any] | None:
         return None
 
 
-def words_of(folder: Path, end: RankEnd, most: int = 5) -> list[str]:
+def words_of(folder: Path, end: RankEnd) -> list[str]:
     """The last lines that a rank wrote; of a crash of native code, what it was and where Python was."""
     try:
         with rank_file(folder, end.rank, "log").open("rb") as file:
@@ -200,4 +202,4 @@ def words_of(folder: Path, end: RankEnd, most: int = 5) -> list[str]:
     crash = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
     shown = lines[crash[-1] :] if crash else lines
     shown = [line[:200] for line in shown if line.strip()]
-    return shown[:most] if crash else shown[-most:]
+    return shown[:_WORDS] if crash else shown[-_WORDS:]

@@ -8,15 +8,16 @@ file system. Neither needs locks of the file system, which network file systems 
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from parallel.errors import UserError
 from parallel.hosts import host_name, process_runs, process_start
@@ -74,12 +75,8 @@ class Owner:
     def from_json(cls, text: str) -> Owner:
         """What a lock file says; an owner without a token where it is damaged, or being written."""
         try:
-            values = json.loads(text)
-            for name in ("launch", "job"):
-                if values[name] is not None:
-                    values[name] = (str(values[name][0]), int(values[name][1]))
-            return cls(**values | {"pid": int(values["pid"])})
-        except (ValueError, TypeError, KeyError, IndexError):
+            return _OWNER.validate_json(text)
+        except ValueError:
             return cls()
 
     def __str__(self) -> str:
@@ -102,6 +99,9 @@ class Owner:
         if self.machine is not None and self.machine == mine.machine:
             return process_runs(self.pid, self.started)
         return None
+
+
+_OWNER = TypeAdapter(Owner)
 
 
 def _numbered(name: str, count: str) -> tuple[str, int] | None:
@@ -202,7 +202,7 @@ class RunLock:
             return False
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(mine)) + "\n")
+                file.write(f"{_OWNER.dump_json(mine).decode()}\n")
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:

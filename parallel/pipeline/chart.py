@@ -33,19 +33,19 @@ _COLORS = {
 def text_grid(
     timeline: Timeline,
     *,
-    tick: float | None = None,
     width: int | None = None,
     failed: tuple[int, Action] | None = None,
 ) -> str:
-    """One row a rank and one column a tick; an action is written where it starts and drawn out while it lasts.
+    """One row a rank; an action is written where it starts and drawn out while it lasts.
+
+    A column is the time of the shortest action that takes any.
 
     Args:
         timeline: what to draw.
-        tick: time of one column; None for the shortest action that takes any time.
         width: characters in a line; longer grids are continued below. None for no limit.
         failed: rank and action to mark with ``>`` and ``<``.
     """
-    columns = _columns(timeline, tick)
+    columns = _columns(timeline)
     cell = max((len(str(event.action)) for event in timeline.events), default=1) + 2
     label = len(f"rank {timeline.ranks - 1}")
     length = max((end for row in columns for _, _, end in row), default=0)
@@ -64,10 +64,9 @@ def text_grid(
     return "\n\n".join(bands)
 
 
-def _columns(timeline: Timeline, tick: float | None) -> list[list[tuple[Action, int, int]]]:
+def _columns(timeline: Timeline) -> list[list[tuple[Action, int, int]]]:
     """Each rank's actions with their first column and the one past their last."""
-    durations = [event.end - event.start for event in timeline.events if event.end > event.start]
-    tick = tick or min(durations, default=1.0)
+    tick = min((event.end - event.start for event in timeline.events if event.end > event.start), default=1.0)
     columns: list[list[tuple[Action, int, int]]] = [[] for _ in range(timeline.ranks)]
     for event in timeline.events:
         row = columns[event.rank]

@@ -10,8 +10,8 @@ from parallel.pipeline.actions import Backward
 from parallel.pipeline.communication import Payload, incoming, outgoing, plan_communication
 from parallel.pipeline.dependencies import ScheduleError
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
-from parallel.pipeline.validate import validate_plan
 from tests.parallel.pipeline.grid import action_of, every_schedule, receive_buffers, send_buffers
+from tests.parallel.pipeline.plans import validate_plan
 
 
 def messages(plans):
@@ -63,6 +63,7 @@ def check_buffers(schedule, plans):
 def test_plans_of_every_schedule():
     for schedule in every_schedule():
         plans = plan_communication(schedule)
+        validate_plan(schedule, plans)
         check_counts(schedule, plans)
         check_buffers(schedule, plans)
 

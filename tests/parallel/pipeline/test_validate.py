@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 
 from parallel.pipeline.actions import Backward
+from parallel.pipeline.communication import plan_communication
 from parallel.pipeline.dependencies import ScheduleError, execution_order
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 from parallel.pipeline.validate import validate
 from tests.parallel.pipeline.grid import action_of, every_schedule
+from tests.parallel.pipeline.plans import validate_plan
 
 
 def with_actions(schedule, rank, actions):
@@ -149,5 +151,6 @@ def test_any_two_swapped_actions_are_refused_or_still_compute_the_step():
                 faults.append(str(error))
             else:
                 assert len(execution_order(corrupted)) == sum(map(len, schedule.actions))
+                validate_plan(corrupted, plan_communication(corrupted))
     assert len(faults) > 100
     assert all("deadlock" in fault or "stands before" in fault for fault in faults)
