@@ -24,12 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from parallel.gradients import set_own_gradient
 from parallel.mesh import ParallelMesh
-from parallel.parts import PLANE, Region, Sizes, flat_regions
+from parallel.parts import PLANE, Part, Region, Sizes, flat_regions
 from parallel.runs import Member, Run
+from parallel.sharding import local_tensor
 
 #: Parameters begin, and buckets are divided, at multiples of so many elements: 128 bytes in two-byte formats, which
 #: every kernel's loads and every collective are content with.
@@ -157,7 +158,7 @@ class FlatBuffers:
             # Of one kind together: the optimizer takes neighbors of one kind as one tensor.
             for parameter in sorted(bucket, key=lambda p: (not isinstance(p, DTensor), p.dim() < 2)):
                 places[-1].append((parameter, end))
-                end += _up(_local(parameter).numel(), ALIGNMENT)
+                end += _up(local_tensor(parameter).numel(), ALIGNMENT)
             end = bounds[-1] + _up(end - bounds[-1], ALIGNMENT * (self.ranks if self.divided else 1))
             bounds.append(end)
         self.weights = torch.zeros(end, dtype=compute_dtype, device=device)
@@ -188,11 +189,12 @@ class FlatBuffers:
         fresh: dict[nn.Parameter, nn.Parameter] = {}
         for bucket, inside in zip(self.buckets, places, strict=True):
             for parameter, start in inside:
-                local = _local(parameter)
+                part = Part.of(parameter)
+                local, ((offsets, _),) = part.values, part.regions
                 view = slice(start, start + local.numel())
                 self.weights[view].copy_(local.reshape(-1))
                 fresh[parameter] = nn.Parameter(self.weights[view].view(local.shape), parameter.requires_grad)
-                slot = _Slot(fresh[parameter], tuple(parameter.shape), *_tensor_offsets(parameter), start)
+                slot = _Slot(fresh[parameter], part.shape, offsets, isinstance(parameter, DTensor), start)
                 bucket.slots.append(slot)
                 if self.masters.numel():
                     low, high = self._own_part(bucket, slot)
@@ -383,21 +385,6 @@ def _replace(model: nn.Module, replacements: dict[nn.Parameter, nn.Parameter]) -
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(module, name, replacements[parameter])
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-
-
-def _tensor_offsets(parameter: nn.Parameter) -> tuple[Sizes, bool]:
-    """Where this tensor rank's part of a parameter begins, and whether it is a part."""
-    offsets = [0] * parameter.dim()
-    if not isinstance(parameter, DTensor):
-        return tuple(offsets), False
-    (placement,) = parameter.placements
-    assert isinstance(placement, Shard)
-    offsets[placement.dim] = parameter.device_mesh.get_local_rank() * _local(parameter).shape[placement.dim]
-    return tuple(offsets), True
 
 
 def _up(size: int, multiple: int) -> int:
