@@ -77,7 +77,6 @@ def check_checkpoint(path: Path, *, everything: bool = False) -> Manifest | None
     """Look for what is not as it was written.
 
     Args:
-        path: of the checkpoint.
         everything: read all tensors too, not only what describes them.
 
     Returns:

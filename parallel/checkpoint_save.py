@@ -88,7 +88,6 @@ class Save:
 
         Args:
             write: this rank's file.
-            device: of the tensors.
             copy: what is done first, and waited for by :meth:`wait_for_copy`.
         """
         before = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None

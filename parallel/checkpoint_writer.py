@@ -105,7 +105,6 @@ class CheckpointWriter:
         An earlier save still being written is finished first. Returns the directory the checkpoint will have.
 
         Args:
-            step: of the checkpoint.
             tensors: what this rank holds.
             state: for the file beside the tensors.
             frozen: the caller leaves the tensors as they are until it has called :meth:`copied`, such as for the

@@ -64,7 +64,6 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int
             no part in the softmax and get zero gradient, so the loss does not depend on the padding.
         labels: ``[K]`` global ids, the same on every rank; -100 is ignored (loss and gradient 0).
         vocab_size: V, number of real columns over all ranks.
-        tp: the tensor-parallel handle.
 
     Returns:
         ``[K]`` losses in float32, the same on every rank.
@@ -85,7 +84,6 @@ def vocab_parallel_argmax(logits: Tensor, vocab_size: int, tp: TensorParallel) -
     Args:
         logits: ``[K, padded_vocab/t]``, this rank's columns.
         vocab_size: V, number of real columns over all ranks.
-        tp: the tensor-parallel handle.
     """
     columns = logits.shape[1]
     real = max(0, min(columns, vocab_size - tp.rank * columns))

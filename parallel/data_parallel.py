@@ -34,7 +34,6 @@ def apply_data_parallel(
         model: the whole model, or the part of it on this pipeline stage.
         units: the sub-modules whose parameters are gathered together (the layers), in the order they run; several small
             ones at a time where weights stay whole.
-        mesh: where the run is laid out.
         sharding: ``full`` and ``hybrid`` gather each unit's parameters again in every pass; ``optimizer`` divides only
             gradients and optimizer states, and gathers updated weights once per step; ``none`` divides nothing.
         compute_dtype: float32, bfloat16 or float16.

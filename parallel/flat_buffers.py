@@ -103,7 +103,6 @@ class FlatBuffers:
         model: the whole model, or the part of it on this pipeline stage.
         groups: modules inside of it whose parameters are communicated together, in the order they run; the rest of the
             model comes before them.
-        mesh: where the run is laid out.
         compute_dtype: float32, bfloat16 or float16.
         alone: parameters that get a bucket each, so that another stage with a copy divides it in the same way.
     """

@@ -22,7 +22,6 @@ def host_order_warnings(layout: ParallelLayout, hosts: list[str]) -> list[str]:
     and talk least. That is right when every host has consecutive ranks, as many as tensor groups fill.
 
     Args:
-        layout: of the run.
         hosts: by rank.
     """
     if len(set(hosts)) == 1:

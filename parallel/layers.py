@@ -85,7 +85,6 @@ def column_parallel_linear(
         x: ``[T, K]`` the same on every rank, or with ``sequence`` this rank's ``[T/t, K]``.
         weight: ``[N, K]``, of which this rank holds ``[N/t, K]``.
         bias: ``[N]``, divided alike, or None.
-        tp: the tensor-parallel handle.
         sequence: whether x is divided by token.
     """
     local_weight = local_tensor(weight)
@@ -146,8 +145,6 @@ class ColumnParallelLinear(_ParallelLinear):
         out_features: N, which the tensor size must divide.
         bias: whether to add a bias (divided like the output).
         init_std: standard deviation of the initial weights; biases start at 0.
-        tp: the tensor-parallel handle.
-        device, dtype: of the parameters.
 
     Raises:
         UserError: the tensor size does not divide ``out_features``.
@@ -171,8 +168,6 @@ class RowParallelLinear(_ParallelLinear):
         out_features: N.
         bias: whether to add a bias.
         init_std: standard deviation of the initial weights; the bias starts at 0.
-        tp: the tensor-parallel handle.
-        device, dtype: of the parameters.
 
     Raises:
         UserError: the tensor size does not divide ``in_features``.
@@ -240,7 +235,6 @@ class VocabParallelEmbedding(ParallelModule):
         padded_vocab_size: rows in the table, which the tensor size must divide.
         embedding_dim: N.
         init_std: standard deviation of the initial rows.
-        tp: the tensor-parallel handle.
         device, dtype: of the table.
 
     Attributes:
@@ -308,7 +302,6 @@ def select_tokens(hidden: Tensor, index: Tensor, tp: TensorParallel) -> Tensor:
     Args:
         hidden: ``[T, H]``, or ``[T/t, H]`` under sequence parallelism.
         index: ``[S]`` positions on the global token axis.
-        tp: the tensor-parallel handle.
 
     Returns:
         ``[S, H]``, replicated.

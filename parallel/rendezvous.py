@@ -38,7 +38,6 @@ def private_part(store: dist.Store, rank: int, size: int, timeout: timedelta) ->
 
     Args:
         store: shared with ranks of earlier starts.
-        rank: of this process.
         size: how many ranks meet.
         timeout: how long to wait for them.
 

@@ -113,7 +113,6 @@ def compare_replicas(
 
     Args:
         copies: what this rank holds.
-        mesh: where the run is laid out.
         saved: this rank's part of a value as it was saved last, or None; asked where two ranks differ and no third says
             which of them is right.
 

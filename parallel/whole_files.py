@@ -58,7 +58,6 @@ def whole_file(path: Path, mode: str = "w", *, sync: bool = False) -> Iterator[I
     a name of its own for each writer.
 
     Args:
-        path: of the file.
         mode: ``w`` for text in UTF-8, ``wb`` for bytes.
         sync: return only when the bytes and the name are on the disk.
 

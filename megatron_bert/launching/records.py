@@ -40,12 +40,7 @@ def rank_file(folder: Path, rank: int, ending: str) -> Path:
 
 
 class Record:
-    """The record of this process.
-
-    Args:
-        folder: of the records.
-        rank: of this process.
-    """
+    """The record of this process."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path, self.rank = rank_file(folder, rank, "jsonl"), rank

@@ -21,10 +21,8 @@ def build_model(
     """Build this rank's stages, each directly at its own size.
 
     Args:
-        settings: of the run.
         objective: what the run trains.
         schedule: which places the stages.
-        mesh: where the run is laid out.
         draw: give the parameters the values they start from; a checkpoint about to be loaded needs none.
     """
     notes: dict[str, None] = {}  # in order, each once

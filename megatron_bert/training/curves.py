@@ -18,7 +18,6 @@ def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path 
     """Draw ``curves.png`` from a run's metrics: losses on the left, learning rate and gradient norm on the right.
 
     Args:
-        run_dir: directory of the run.
         unigram_entropy: nats a token, drawn as a line that a model of word frequencies alone cannot pass.
 
     Returns:

@@ -25,7 +25,6 @@ def evaluate(
         model: this rank's stages.
         engine: runs a forward-only schedule.
         batches: as many as some runs of the schedule take.
-        mesh: where the run is laid out.
 
     Returns:
         ``mlm_loss`` (nats per masked token), ``perplexity`` (its exponential), ``mlm_accuracy`` (share of masked tokens

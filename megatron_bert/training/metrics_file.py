@@ -69,7 +69,6 @@ class MetricsFile:
     """The file of a run that begins or goes on; the rows that will come again are dropped from it.
 
     Args:
-        path: of the file.
         start: steps done before.
 
     Attributes:

@@ -101,7 +101,6 @@ class ShardedOptimizer:
         """Gradients of this rank that stand for their copies on other ranks.
 
         Args:
-            mesh: where the run is laid out.
             without: parameters, none or all of a run, that are copies of others.
         """
         copies = set(without)

@@ -42,7 +42,6 @@ def pretrain(settings: Settings, *, ends_process: bool = False) -> str | None:
     """Train as the settings say, resuming where an earlier run of the same directory stopped.
 
     Args:
-        settings: of the run.
         ends_process: whether the process ends after this; see :class:`StopRequest`.
 
     Returns:

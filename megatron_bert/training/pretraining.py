@@ -37,8 +37,6 @@ class Pretraining(Objective[BertForPretraining]):
     """Masked language modelling with sentence order (or next sentence) prediction.
 
     Args:
-        settings: of the run.
-        tokenizer: of the run.
         source: ``model.from``, open while the run starts; None where it is not set.
     """
 

@@ -54,11 +54,8 @@ def check_resume(
     """Refuse to go on as another model or another kind of run.
 
     Args:
-        settings: of the run.
-        config: of its encoder.
         fixed: beginnings of the names of settings that this kind of run cannot change on the way.
         state: what the checkpoint says beside its tensors.
-        path: of the checkpoint.
 
     Returns:
         A sentence for each other setting that is not as it was.

@@ -113,8 +113,6 @@ def train(
 
     Args:
         command: whose run it is.
-        settings: of the run.
-        objective: what it trains.
         procedure: what it does around training.
         lock: of its directory, where that is below the command's.
 
@@ -159,7 +157,6 @@ def _process_notes(layout: ParallelLayout, resume_from: Path | None) -> list[str
     """What to say of the processes: where they sit, and whether there are fewer than before; every rank calls.
 
     Args:
-        layout: of the run.
         resume_from: the checkpoint it goes on from, if any.
     """
     notes = host_order_warnings(layout, gather_hosts())

@@ -40,7 +40,6 @@ class Saving:
         """Write the checkpoint of a step.
 
         Args:
-            step: of the checkpoint.
             write: calls the writer's ``save``.
             report: where a warning goes.
             last: whether no other save follows: wait for it, and take no failure.

@@ -79,7 +79,6 @@ def go_back_after_spike(trainer: RunState, spikes: Spikes, loss: float, saving: 
         spikes: what it looks for them with.
         loss: of its step.
         saving: of its checkpoints.
-        report: of the run.
 
     Returns:
         Whether there was a spike, and a checkpoint before it.

@@ -57,16 +57,10 @@ class StagedModel:
         stages: Mapping[int, ModelStage] | None = None,
         began: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Run the stages over the micro batches of one step.
+        """Run the stages over the micro batches of one step; see :func:`~parallel.pipeline.engine.forward_of`.
 
         Args:
-            engine: runs a schedule.
-            batches: one for each micro batch of it.
-            at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank;
-                its loss, or None where no backward pass follows.
-            seed: of dropout masks; None switches dropout off.
             stages: others to run in place of these, with activations of the same shapes.
-            began: called with stage and micro batch before every forward pass.
         """
         forward = forward_of(self.stages if stages is None else stages, batches, at_end, seed=seed, began=began)
         engine.run(forward, lambda index: self.activation_shape(batches[index]))

@@ -68,7 +68,6 @@ class MlflowTracker:
     Args:
         run_dir: directory of the run, whose name is the run's.
         project: name of the experiment.
-        settings: of the run.
     """
 
     def __init__(self, run_dir: Path, project: str, settings: Mapping[str, Any]) -> None:

@@ -55,13 +55,11 @@ from parallel.step_clock import StepClock
 
 
 class Trainer:
-    """Everything a run keeps between steps.
+    """Everything a run keeps between steps; see :class:`~megatron_bert.training.run_state.RunState`.
 
     Args:
         settings: of the run, checked.
         objective: what it trains: the model, its data and its loss.
-        mesh: where the run is laid out.
-        world: the processes of the run.
         resume_from: checkpoint of this run to go on from, or None.
         lock: of the run directory, which must be this run's still when it writes a checkpoint.
     """
@@ -80,9 +78,7 @@ class Trainer:
         self.config = objective.config
         self.dropout_seed = name_seed(settings.training.seed, "dropout")
         self.step, self.consumed_samples = 0, 0
-        #: The checkpoint that the weights come from; None where the run began with its first step.
         self.resumed: Path | None = None
-        #: Of the training stream, those that were left out after spikes.
         self.skipped_samples = 0
         #: The last step whose weights were evaluated.
         self.evaluated_step = 0
@@ -234,12 +230,7 @@ class Trainer:
         return sums
 
     def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:
-        """The gradients of a step, complete; neither unscaled nor clipped, which the optimizer does as it reads them.
-
-        Args:
-            batches: this data rank's micro batches.
-            began: called with stage and micro batch before every forward pass.
-        """
+        """The gradients of a step, complete; the optimizer unscales and clips them as it reads them."""
         training = self.settings.training
         batches = self.objective.before_step(self.model, batches)
         counts = self._global_counts(batches)

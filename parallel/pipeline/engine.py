@@ -96,11 +96,9 @@ class PipelineEngine:
 
     Args:
         schedule: the schedule of the whole pipeline.
-        rank: this pipeline rank.
         stages: this rank's stages by global index, as modules (for their data-parallel gradient reduction).
         transport: to the other pipeline ranks; None for a pipeline of one.
         dtype: of activations and their gradients.
-        device: of activations.
         record: take the time of every action; all ranks then start each step together, and on CUDA the device is
             waited for around each action, which costs overlap.
         clock: takes the time of the computation; None to take none.
@@ -131,10 +129,6 @@ class PipelineEngine:
 
     def run(self, forward: StageForward, shape: ActivationShape) -> None:
         """Run one step.
-
-        Args:
-            forward: the stages' forward pass.
-            shape: of received activations, for each microbatch.
 
         Raises:
             PipelineError: an action of this rank failed, or a message did not come.

@@ -34,8 +34,6 @@ def list_schedule(
     pipeline, then the earliest microbatch.
 
     Args:
-        ranks: pipeline ranks.
-        microbatches: microbatches of one step.
         chunks: stages on each rank.
         placement: which rank holds which stage.
         kinds: the kinds to schedule, most urgent first.

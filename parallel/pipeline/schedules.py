@@ -213,8 +213,6 @@ def build_schedule(name: str, ranks: int, microbatches: int, chunks: int | None 
 
     Args:
         name: the schedule.
-        ranks: pipeline ranks.
-        microbatches: microbatches of one step.
         chunks: stages on each rank; None for the schedule's smallest.
 
     Raises:

@@ -112,7 +112,6 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """When every action runs if each rank starts the next of its list as soon as it is free and the input is there.
 
     Args:
-        schedule: the schedule.
         costs: times of the actions; None for one unit for each of forward, input gradient and weight gradient.
 
     Raises:

@@ -22,7 +22,6 @@ class TiedParameter:
     Every rank of the run must construct it at the same point.
 
     Args:
-        mesh: where the run is laid out.
         first_rank: pipeline rank of the first stage.
         last_rank: pipeline rank of the last stage.
         first: the first stage's parameter, on its rank.

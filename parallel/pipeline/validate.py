@@ -17,7 +17,6 @@ def validate(schedule: Schedule, *, peak: int | None = None) -> None:
     - the ranks never wait in a circle, which includes that every action's input is produced.
 
     Args:
-        schedule: the schedule.
         peak: the most stage-microbatches of activations that a rank may hold; None for no limit.
 
     Raises:

@@ -49,7 +49,6 @@ def examine(world: World, directory: Path, megabytes: int) -> list[Finding]:
     """Every check, the same result on every rank; every rank calls.
 
     Args:
-        world: the ranks.
         directory: where runs are to write.
         megabytes: size of the tensors that are sent.
     """

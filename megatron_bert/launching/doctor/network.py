@@ -65,7 +65,6 @@ def pair_bandwidths(leaders: list[int], device: torch.device, megabytes: int) ->
 
     Args:
         leaders: a rank of each host.
-        device: of the tensors.
         megabytes: sent each way.
     """
     rank = dist.get_rank()
