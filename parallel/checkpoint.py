@@ -9,6 +9,7 @@ always whole. Tensors are stored by global name and shape, so any layout can loa
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,14 +96,12 @@ def check_checkpoint(path: Path, *, everything: bool = False) -> Manifest | None
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
     """Step -> directory of every whole checkpoint in ``root``, the newest last; {} where there is no ``root``."""
-    if not root.is_dir():
-        return {}
-    return dict(sorted((step, path) for path in root.iterdir() if (step := checkpoint_step(path)) is not None))
+    return {step: path for step, path in named_checkpoints(root).items() if checkpoint_step(path) is not None}
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest whole checkpoint in ``root``, or None."""
-    return next(reversed(whole_checkpoints(root).values()), None)
+def latest_checkpoint(root: Path, last: float = math.inf) -> Path | None:
+    """The newest whole checkpoint in ``root`` of a step up to the last that counts, or None."""
+    return next((path for step, path in reversed(whole_checkpoints(root).items()) if step <= last), None)
 
 
 def read_state(path: Path) -> dict[str, Any]:

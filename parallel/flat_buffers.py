@@ -126,8 +126,8 @@ class FlatBuffers:
         self._allocate(model, self._bucket_parameters(model, groups, alone), compute_dtype)
         if compute_dtype != torch.float32:
             # torch.compile does not take parameters whose gradients have another format, wherever they are used.
-            model.register_forward_pre_hook(lambda *_: self._hide_gradients())
-            model.register_forward_hook(lambda *_: self._show_gradients(), always_call=True)
+            model.register_forward_pre_hook(lambda *_: self._show_gradients(False))
+            model.register_forward_hook(lambda *_: self._show_gradients(True), always_call=True)
         if self.ranks > 1:
             self._watch(model, groups)
 
@@ -264,15 +264,10 @@ class FlatBuffers:
         shared = {"data_shard"} if self.divided else set()
         return PLANE - shared - ({"tensor"} if divided else set())
 
-    def _hide_gradients(self) -> None:
+    def _show_gradients(self, shown: bool) -> None:
         for bucket in self.buckets:
             for slot in bucket.slots:
-                slot.parameter.grad = None
-
-    def _show_gradients(self) -> None:
-        for bucket in self.buckets:
-            for slot in bucket.slots:
-                slot.parameter.grad = slot.gradient
+                slot.parameter.grad = slot.gradient if shown else None
 
     # ---------------------------------------------------------------- a step
 

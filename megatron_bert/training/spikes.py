@@ -13,7 +13,7 @@ from megatron_bert.config_sections import RunTrainingSettings
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.run_state import RunState
 from megatron_bert.training.saving import Saving
-from parallel.checkpoint import whole_checkpoints
+from parallel.checkpoint import latest_checkpoint, whole_checkpoints
 from parallel.errors import UserError
 from parallel.object_collectives import on_first_rank
 
@@ -92,7 +92,7 @@ def go_back_after_spike(trainer: RunState, spikes: Spikes, loss: float, saving: 
     spike = f"the loss rose to {loss:.4g} at step {step}, above {spikes.limit():.4g} for {spikes.above} step(s)"
     saving.settle(report)
     root, last = trainer.checkpoints.root, step - spikes.above
-    path = on_first_rank(lambda: next((path for saved, path in _newest_first(root) if saved <= last), None))
+    path = on_first_rank(lambda: latest_checkpoint(root, last))
     if path is None:
         report.say(f"warning: {spike}, and there is no checkpoint to return to: training goes on")
         spikes.forget()
@@ -113,12 +113,8 @@ def go_back_after_spike(trainer: RunState, spikes: Spikes, loss: float, saving: 
     return True
 
 
-def _newest_first(root: Path) -> list[tuple[int, Path]]:
-    return list(reversed(whole_checkpoints(root).items()))
-
-
 def _set_aside(root: Path, step: int) -> None:
     """Give checkpoints after a step another name: a run that was stopped in a spike has saved them."""
-    for saved, path in _newest_first(root):
+    for saved, path in whole_checkpoints(root).items():
         if saved > step:
             path.rename(path.with_name(f"{path.name}.spike"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from parallel.errors import UserError
 from parallel.pipeline.actions import Action, ActionKind, Backward, Placement, Schedule
@@ -88,7 +88,9 @@ def _one_forward_one_backward(name: str, ranks: int, microbatches: int, chunks: 
         # forwards, so that later chunks wait for nobody; with one chunk that would only hold more activations.
         hops = (1 if chunks == 1 else 2) * (ranks - 1 - rank)
         warm_up = min(len(forwards), (chunks - 1) * len(rounds[0]) + hops)
-        actions.append(_alternate(forwards, backwards, warm_up))
+        # The warm-up's forwards, then forward and backward in turn, then the backwards that are left.
+        pairs = zip_longest(forwards[warm_up:], backwards)
+        actions.append((*forwards[:warm_up], *(action for pair in pairs for action in pair if action is not None)))
     return Schedule(name, ranks, chunks, microbatches, Placement.LOOP, Backward.FULL, tuple(actions))
 
 
@@ -98,15 +100,6 @@ def rounds_of(ranks: int, microbatches: int) -> list[range]:
     size, larger = divmod(microbatches, count)
     starts = [index * size + min(index, larger) for index in range(count + 1)]
     return [range(start, end) for start, end in pairwise(starts)]
-
-
-def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> tuple[Action, ...]:
-    """The warm-up's forwards, then forward and backward in turn, then the backwards that are left."""
-    actions = forwards[:warm_up]
-    for index, backward in enumerate(backwards):
-        actions += forwards[warm_up + index : warm_up + index + 1]
-        actions.append(backward)
-    return tuple(actions)
 
 
 @dataclass(frozen=True)
