@@ -139,8 +139,9 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
     """
     refuse_packaging(tree)
     groups = shard_groups(tree)
-    if not groups:
-        return _lone_file(tree)
+    if not groups:  # a bare file, or the one checkpoint file of a folder or archive
+        candidates = weight_files(tree)
+        return {(0, 0): candidates[0]} if len(candidates) == 1 and is_torch_file(tree[candidates[0]]) else {}
     folder = next(iter(groups)) if len(groups) == 1 else _tracked(tree, groups)
     shards = groups[folder]
     ranks, stages = (1 + max(place[axis] for place in shards) for axis in (0, 1))
@@ -178,12 +179,6 @@ def weight_files(tree: FileTree) -> list[str]:
     names = [name for name in tree if name.endswith(_TORCH_ENDINGS) and not _BESIDE.fullmatch(name)]
     known = [name for name in names if name.rpartition("/")[2] in _LONE]
     return known if len(known) == 1 else names or (list(tree) if len(tree) == 1 else [])
-
-
-def _lone_file(tree: FileTree) -> dict[tuple[int, int], str]:
-    """A bare file, or the one checkpoint file of a folder or archive."""
-    candidates = weight_files(tree)
-    return {(0, 0): candidates[0]} if len(candidates) == 1 and is_torch_file(tree[candidates[0]]) else {}
 
 
 def _tracked(tree: FileTree, groups: Mapping[str, Any]) -> str:
@@ -271,11 +266,8 @@ def open_shards(tree: FileTree, version: float | None = None) -> Checkpoint:
     _check_sizes(every[0], ranks, stages)
     if version is not None:
         version = check_version(version, every[0].label)
-    return Checkpoint(tree.label, shards, version, iteration if _is_count(iteration) else None)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value < 1 << 62
+    counted = isinstance(iteration, int) and 0 <= iteration < 1 << 62
+    return Checkpoint(tree.label, shards, version, iteration if counted else None)
 
 
 def first_keys(tree: FileTree) -> list[str]:

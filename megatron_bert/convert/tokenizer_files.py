@@ -66,7 +66,8 @@ def find_vocabulary(
     folder = finished_model(source)
     settings = (run_state or {}).get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    kind = _model_type(folder)
+    config = settings_file(folder)
+    kind = "" if config is None else str(read_json(FileRange.whole(config)).get("model_type", ""))
     beside = folder if folder.is_dir() and holds_vocabulary(folder) else tokenizer_of_run(folder)
     place, named, start = given or beside, settings.get("tokenizer"), settings.get("model")
     if place is None and isinstance(named, dict):
@@ -105,9 +106,3 @@ def _checked(tokenizer: Tokenizer, run_state: dict[str, Any] | None, source: Pat
             "there"
         )
     return tokenizer
-
-
-def _model_type(folder: Path) -> str:
-    """What the config.json of a directory, or beside a file in it, says; empty where there is none."""
-    path = settings_file(folder)
-    return "" if path is None else str(read_json(FileRange.whole(path)).get("model_type", ""))

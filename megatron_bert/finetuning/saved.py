@@ -109,7 +109,9 @@ def save_task(
         computed_in: number format in which a quantized model saw its parameters, which are rounded to it, so that what
             is saved has the integers that were trained and scored.
     """
-    described = task.describe() | {"columns": _how_to_read(task.data)}
+    # What a file to evaluate on shares with the training file.
+    how = task.data.model_dump(mode="json", include=set(HOW_TO_READ), exclude_defaults=True)
+    described = task.describe() | {"columns": how}
     directory.mkdir(parents=True, exist_ok=True)
     with open_checkpoint(checkpoint) as found:
         state = replace(found, config=config, head=task.head.kind, task=described)
@@ -140,11 +142,6 @@ def _in_engines(ranges: Ranges, config: MegatronBertConfig, task: Task) -> bool:
         return False
     by_layer = ranges.settings.get("layer_force_dequant", {})
     return all(kind == "none" for kind in (ranges.settings.get("force_dequant", "none"), *by_layer.values()))
-
-
-def _how_to_read(data: TaskDataSettings) -> dict[str, Any]:
-    """The data settings that a file to evaluate on shares with the training file."""
-    return data.model_dump(mode="json", include=set(HOW_TO_READ), exclude_defaults=True)
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-_STORAGE_CLASSES = {
+#: Class of the storage, in a pickle, of the elements of each type.
+STORAGE_CLASSES = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -72,4 +73,4 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
             return None
-        return ("storage", _STORAGE_CLASSES[value.slot.dtype], value.key, "cpu", math.prod(value.slot.shape))
+        return ("storage", STORAGE_CLASSES[value.slot.dtype], value.key, "cpu", math.prod(value.slot.shape))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from parallel.stored.stored_tensor import StorageRecord, StoredTensor
+from parallel.stored.torch_pickles import STORAGE_CLASSES
 from parallel.stored.vocabulary import Global, RefusedError, StandIn, Vocabulary
 
 #: Classes that old training scripts left in their checkpoints (loss scalers, enumerations, recipes). They become inert
@@ -57,28 +58,13 @@ _INERT = (
     "numpy._core.multiarray._reconstruct",
 )
 
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
-
-
 #: ``torch.float32`` and the like.
 DTYPE_VALUES = {
     str(dtype): dtype for dtype in (getattr(torch, name) for name in dir(torch)) if isinstance(dtype, torch.dtype)
 }
 _VALUES = DTYPE_VALUES | {
     f"{module}.{name}": dtype
-    for name, dtype in _STORAGES.items()
+    for name, dtype in (("UntypedStorage", torch.uint8), *((kind.__name__, d) for d, kind in STORAGE_CLASSES.items()))
     for module in ("torch", "torch.cuda", "torch.storage")
 }
 
