@@ -132,11 +132,4 @@ def longest_task_batch(objective: Finetuning, layout: ParallelLayout) -> TaskBat
         instance = replace(instance, features=(longest,) * most)
     size = objective.settings.training.micro_batch_size
     multiple = layout.tensor if layout.sequence else 1
-    return collate_instances(
-        [instance] * size,
-        range(size),
-        objective.task.head,
-        most_features=most,
-        multiple=multiple,
-        bounds=objective.bounds,
-    )
+    return collate_instances([instance] * size, range(size), objective.task.head, most_features=most, multiple=multiple)

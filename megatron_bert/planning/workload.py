@@ -80,7 +80,7 @@ class Workload:
             multiple: of ranks that divide the tokens.
         """
         tokens = micro_batch * self.sample_tokens
-        return tokens if self.head is None else tokens + filling(tokens, multiple, few=self.compiled)
+        return tokens if self.head is None else tokens + filling(tokens, multiple)
 
     @property
     def number_bytes(self) -> int:

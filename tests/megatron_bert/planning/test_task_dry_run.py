@@ -55,7 +55,7 @@ def config_file(folder: Path, name: str, write: Callable[..., Path], **changes: 
 #: Task, what writes its data, a rank, ranks, and settings.
 PIPELINE = ["parallel.pipeline=2"]
 CASES: list[tuple[str, Callable[..., Path], int, int, list[str]]] = [
-    ("classification", write_classes, 0, 1, []),
+    ("classification", write_classes, 0, 1, ["training.compile=true"]),
     ("classification", write_classes, 1, 2, ["parallel.sharding=full"]),
     ("multiple_choice", write_questions, 3, 4, ["parallel.tensor=2", "parallel.sequence=true"]),
     (

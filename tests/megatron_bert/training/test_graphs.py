@@ -115,7 +115,7 @@ def _resumed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_goes_on_from_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    run_world(1, _resumed, data, tmp_path)
+    run_world(1, _resumed, data, tmp_path, timeout=240)
 
 
 def _goes_back(folder: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def _goes_back(folder: Path, tmp_path: Path) -> None:
 
 
 def test_goes_back_to_a_checkpoint_with_the_same_graph(data: Path, tmp_path: Path) -> None:
-    run_world(1, _goes_back, data, tmp_path)
+    run_world(1, _goes_back, data, tmp_path, timeout=240)
 
 
 @pytest.mark.parametrize(
