@@ -37,7 +37,7 @@ SCORES_PER_SEQUENCE = 1 << 15
 #: Keys up to which a processor trains faster in bfloat16 with attention written out: the backward pass of torch's fused
 #: kernel takes 2 to 5 times as long up to 128 keys, and 1.5 times for 256 (torch 2.13, AMX). For more the gain is small
 #: and the memory large.
-_WRITTEN_OUT_KEYS = 256
+WRITTEN_OUT_KEYS = 256
 
 
 class DistanceTable(ParallelModule):
@@ -141,7 +141,7 @@ class AttentionHeads(nn.Module):
         trained_on_cpu = (
             self.training and query.device.type == "cpu" and not on_gpu(query) and query.dtype == torch.bfloat16
         )
-        faster = trained_on_cpu and key.shape[2] <= _WRITTEN_OUT_KEYS
+        faster = trained_on_cpu and key.shape[2] <= WRITTEN_OUT_KEYS
         if not (keyed or faster or explicit or head_mask is not None or self.distance is not None):
             return fused_attention(query, key, value, mask, dropout), None
         return recomputed(

@@ -88,17 +88,19 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         mask: see above; every query has at least one key.
         dropout: probability of dropping an attention probability.
     """
-    if is_simulated_gpu() and mask is None:  # torch would choose as for a CPU
-        context: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
-        return context
     mask = None if mask is None else _broadcastable(mask)
     if mask is not None and mask.is_floating_point():
         mask = _added(mask, query.dtype)
-    elif mask is not None and torch.compiler.is_compiling():
+    elif mask is not None and (torch.compiler.is_compiling() or is_simulated_gpu()):
         # Whether some query has no key is not known there; what is added to its scores makes them all alike.
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(query.dtype).min
         )
+    if is_simulated_gpu():  # torch would choose as for a CPU
+        if mask is None and query.dtype != torch.float32:
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
+        bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout)[0]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 

@@ -149,6 +149,11 @@ class Stage:
         return sum(parameter.local(self.tensor) for parameter in self.parameters.layers[0])
 
     @cached_property
+    def layer_size(self) -> int:
+        """The same with what FSDP2 fills them up with."""
+        return sum(padded(parameter, self.tensor, self.shards) for parameter in self.parameters.layers[0])
+
+    @cached_property
     def flat_size(self) -> int:
         """Elements of the flat buffers."""
         return sum(bucket.size for bucket in self.buckets)

@@ -85,6 +85,13 @@ _COLLECTIVES: dict[str, tuple[str, Literal["input", "output"]]] = {
     "_c10d_functional::all_gather_into_tensor": ("all-gather", "output"),
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", "input"),
 }
+#: Operators of processors that torch does not count -> those of GPUs that do the same.
+_SAME_WORK = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 _SILENT = {"_c10d_functional::wait_tensor", "c10d::barrier"}
 
 
@@ -223,7 +230,9 @@ class StepMeter(TorchDispatchMode):
             longest = args[5] if packet is torch.ops.aten._flash_attention_forward else args[8]
             tokens, heads, size = query.shape
             self.measured.flops += int(self._attention[packet] * tokens * longest * heads * size)
-        elif packet in flop_registry:
+            return
+        packet = _SAME_WORK.get(packet, packet)
+        if packet in flop_registry:
             self.measured.flops += flop_registry[packet](*args, **kwargs, out_val=out)
 
     def _count_message(self, name: str, args: tuple[Any, ...], out: Any) -> None:

@@ -135,7 +135,7 @@ def _layer_tensors(
     # Weight gradients that wait for later take the gathered input with them.
     read = number * hidden * tokens if split else stream
     attention = number * 4 * hidden / tensor * tokens + 4 * heads * tokens
-    attention += _written_out(workload, tokens, heads, recompute)
+    attention += _scores(workload, tensor, tokens, recompute == "selective")
     mlp = number * wide * tokens * (2 if recompute == "none" else 1)
     kept = 2 * (stream + statistics + read + mask) + attention + mlp
     # A split backward pass makes no gradients of weights, but keeps the activation, whose product is through, for them.
@@ -153,13 +153,15 @@ def _layer_tensors(
     return LayerTensors(stream, kept, 0.0, transient, queued)
 
 
-def _written_out(workload: Workload, tokens: int, heads: float, recompute: str) -> float:
-    """Scores, where attention is not fused: on a processor in float32 with dropout."""
-    if workload.fused_attention or recompute == "selective":
+def _scores(workload: Workload, tensor: int, tokens: float, selective: bool) -> float:
+    """Where attention is not fused: softmax in float32 and what dropout leaves of it, and where samples share rows."""
+    number, dropout = workload.number_bytes, workload.config.attention_probs_dropout_prob > 0
+    if workload.fused_attention and workload.rows and number == 4:
+        # No kernel takes packed sequences in float32: rows are put in order, and given a mask.
+        return number * tokens * (4 * workload.config.hidden_size / tensor + workload.length)
+    if selective or not workload.writes_scores:
         return 0.0
-    scores = heads * workload.length * tokens
-    dropout = workload.config.attention_probs_dropout_prob > 0
-    return scores * (2 * workload.number_bytes + (1 + workload.number_bytes if dropout else 0))
+    return workload.config.num_attention_heads / tensor * workload.length * tokens * (4 + number + dropout)
 
 
 class HeadTensors(NamedTuple):
@@ -207,19 +209,18 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
     few = min(microbatches, MOST_IN_FLIGHT * layout.pipeline) if layout.schedule != "gpipe" else microbatches
     kind = SCHEDULES[layout.schedule]
     mine = [stages[number] for number in kind.placement.stages(rank, layout.pipeline, layout.chunks)]
-    parts = _states(workload, layout, mine, microbatches)
     moments = _moments(layout.schedule, layout.pipeline, few, layout.chunks, rank)
-    parts |= _in_flight(workload, layout, mine, moments)
+    parts = _states(workload, layout, mine) | _in_flight(workload, layout, mine, moments)
     building = 4.0 * sum(stage.count for stage in mine)
     if layout.flat:
         building += parts["weights"] + (0.0 if workload.number_bytes == 4 else parts["weights"] * 2 / layout.shards)
     return RankMemory(parts, building)
 
 
-def _states(workload: Workload, layout: Layout, stages: list[Stage], microbatches: int) -> dict[Part, float]:
-    number = workload.number_bytes
+def _states(workload: Workload, layout: Layout, stages: list[Stage]) -> dict[Part, float]:
+    """What is there all through a step."""
     if layout.flat:
-        each = FLAT_STATES[number]
+        each = FLAT_STATES[workload.number_bytes]
         count = sum(stage.flat_size for stage in stages)
         return {
             "weights": each.weights * count,
@@ -227,19 +228,43 @@ def _states(workload: Workload, layout: Layout, stages: list[Stage], microbatche
             "optimizer": each.optimizer * count / layout.shards,
             "buffers": 0.0,
         }
-    # FSDP2: everything divided and float32, and gathered for as long as it is used: the root, and two layers.
     share = sum(stage.share for stage in stages)
-    whole = sum(stage.count for stage in stages)
-    root = sum(stage.root_count for stage in stages)
-    layer = max(min(2, len(stage.part.layers)) * stage.layer_count for stage in stages)
-    # Those of several micro batches add up undivided; of a single one, none is there yet when activations are most.
-    gradients = 4.0 * whole if microbatches > 1 else 0.0
-    return {
-        "weights": 4.0 * share,
-        "gradients": gradients,
-        "optimizer": 8.0 * share,
-        "buffers": number * (root + layer),
-    }
+    return {"weights": 4.0 * share, "optimizer": 8.0 * share}
+
+
+def _divided(workload: Workload, layout: Layout, stages: list[Stage], moment: Moment, done: int) -> dict[Part, float]:
+    """Of weights that data ranks divide: those that are gathered, and gradients.
+
+    Gathered are the root, a layer and the next one. Gradients are of a layer in the format of the computation; those of
+    several micro batches add up whole in float32, until they are summed over the data ranks a layer at a time, each as
+    long as it takes to the next one.
+
+    Args:
+        workload: what is computed.
+        layout: how.
+        stages: of the rank.
+        moment: of the step.
+        done: layers that are through with the last backward pass of the moment's stage.
+    """
+    number, wide = workload.number_bytes, workload.config.intermediate_size // layout.tensor
+    (stage,) = (stage for stage in stages if stage.number == moment.stage)
+    left = len(stage.part.layers) - done
+    buffers = number * (sum(stage.root_count for stage in stages) + min(2, left) * stage.layer_size)
+    ended = dict(moment.ended)
+    gradients = 4.0 * sum((one.share if ended[one.number] else one.count) for one in stages if one.number in ended)
+    if not moment.forward:
+        of_heads = number * stage.root_count if stage.part.last or not left else 0.0
+        product = number * wide * workload.config.hidden_size
+        # All gradients of a layer are there when most of what it kept has gone.
+        tokens = number * workload.tokens(layout.micro_batch, layout.split_tokens)
+        gone = tokens * (3 * wide + (1 - 4 / layout.tensor) * workload.config.hidden_size)
+        own = max(product, number * stage.layer_size - product - gone) if left and not layout.splits_backward else 0.0
+        gradients += of_heads + own
+    if done:
+        gradients += 4.0 * stage.layer_size * (1 + done / stage.shards)
+        gradients -= 4.0 * done * stage.layer_count if stage.number in ended else 0.0
+        gradients += 0.0 if left else 4.0 * stage.root_count
+    return {"buffers": buffers, "gradients": gradients}
 
 
 def _in_flight(
@@ -268,16 +293,25 @@ def _in_flight(
             transient = layer.repeated + layer.transient + grown_by[moment.stage]
             if moment.stage == last:  # what the heads kept is gone when the layers' turn comes
                 transient = max(head.transient, head.queued + transient - own_logits - head.kept - final_norm)
-        messages = moment.messages * layer.input
         held = sum(count * held_by[stage] for stage, count in moment.held)
         candidate: dict[Part, float] = {
             "activations": held + sum(count * queued_by[stage] for stage, count in moment.queued),
             "logits": head.logits * dict(moment.held).get(last, 0),
-            "temporaries": max(transient, 0.0) + messages,
+            "temporaries": max(transient, 0.0) + moment.messages * layer.input,
         }
-        total = math.fsum(candidate.values())
-        if total > best[0]:
-            best = total, candidate
+        if layout.flat:
+            best = max(best, (math.fsum(candidate.values()), candidate), key=lambda entry: entry[0])
+            continue
+        layers = len(next(stage for stage in stages if stage.number == moment.stage).part.layers)
+        for done in {0, 1, layers - 2, layers - 1, layers} if moment.last else {0}:
+            if 0 <= done <= layers:
+                later = candidate | _divided(workload, layout, stages, moment, done)
+                later["activations"] -= done * layer.kept
+                if done:
+                    later["logits"] -= own_logits
+                    later["activations"] -= (head.kept + final_norm) * (moment.stage == last)
+                    later["temporaries"] = layer.repeated + layer.transient if done < layers else 0.0
+                best = max(best, (math.fsum(later.values()), later), key=lambda entry: entry[0])
     return best[1]
 
 
@@ -287,15 +321,19 @@ class Moment(NamedTuple):
     Attributes:
         stage: of the action.
         forward: or else backward.
+        last: whether data ranks sum gradients in it that they divide.
         held: micro batches in flight of each stage.
         queued: micro batches of each stage whose weight gradients are still to come.
+        ended: stages of which backward passes are through, and whether all are.
         messages: one that the next action is to receive, and the last one's that may not have been taken yet.
     """
 
     stage: int
     forward: bool
+    last: bool
     held: tuple[tuple[int, int], ...]
     queued: tuple[tuple[int, int], ...]
+    ended: tuple[tuple[int, bool], ...]
     messages: int
 
 
@@ -304,21 +342,29 @@ def _moments(name: str, ranks: int, microbatches: int, chunks: int, rank: int) -
     """The different moments of a rank in a step."""
     held: Counter[int] = Counter()
     queued: Counter[int] = Counter()
+    ended: Counter[int] = Counter()
     found: dict[Moment, None] = {}
     schedule = schedule_of(name, ranks, microbatches, chunks)
     actions = schedule.actions[rank]
     for before, action, after in zip((None, *actions), actions, (*actions[1:], None), strict=False):
-        if action.kind is ActionKind.BACKWARD_WEIGHT:
-            queued[action.stage] -= 1
+        stage, kind = action.stage, action.kind
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            queued[stage] -= 1
+            ended[stage] += 1
             continue
-        forward = action.kind is ActionKind.FORWARD
-        held[action.stage] += forward
-        messages = (before is not None and outgoing(schedule, before) is not None) + (
-            after is not None and incoming(schedule, after) is not None
+        held[stage] += kind is ActionKind.FORWARD
+        moment = Moment(
+            stage=stage,
+            forward=kind is ActionKind.FORWARD,
+            last=kind is ActionKind.BACKWARD and ended[stage] == microbatches - 1,
+            held=tuple(sorted(held.items())),
+            queued=tuple(sorted(queued.items())),
+            ended=tuple((number, count == microbatches) for number, count in sorted(ended.items()) if count),
+            messages=(before is not None and outgoing(schedule, before) is not None)
+            + (after is not None and incoming(schedule, after) is not None),
         )
-        found[Moment(action.stage, forward, tuple(sorted(held.items())), tuple(sorted(queued.items())), messages)] = (
-            None
-        )
-        held[action.stage] -= not forward
-        queued[action.stage] += action.kind is ActionKind.BACKWARD_INPUT
+        found[moment] = None
+        held[stage] -= kind is not ActionKind.FORWARD
+        queued[stage] += kind is ActionKind.BACKWARD_INPUT
+        ended[stage] += kind is ActionKind.BACKWARD
     return tuple(found)

@@ -10,15 +10,16 @@ from megatron_bert.planning.workload import Workload
 def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
     """Of a layer and micro batch on one rank, forward and backward.
 
-    A backward pass has twice the products of the forward pass. That of fused attention computes the scores again: five
-    products for the two of the forward pass.
+    A backward pass has twice the products of the forward pass. That of fused attention, or with selective recomputation
+    of one that is written out, computes the scores again: five products for the two of the forward pass.
     """
     config, tensor = workload.config, layout.tensor
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     hidden, wide = config.hidden_size, config.intermediate_size // tensor
     products = 2 * tokens * (4 * hidden * (hidden // tensor) + 2 * hidden * wide)
     attention = 4 * tokens * workload.length * (hidden // tensor)
-    forward, backward = products + attention, 2 * products + attention * 5 // 2
+    again = not workload.writes_scores or layout.recompute == "selective"
+    forward, backward = products + attention, 2 * products + attention * (5 if again else 4) // 2
     # Nothing needs the last product of a region again, but a split backward pass gets its operands behind it only.
     last = 2 * tokens * wide * hidden
     if layout.recompute == "full":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.packing import LEAST_SAMPLES
+from megatron_bert.model.attention import WRITTEN_OUT_KEYS
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import head_in_layers, training_flops
 from megatron_bert.model.sequences import filling
@@ -48,7 +49,8 @@ class Workload:
         compute: format of matrix products.
         compiled: whether layers are compiled.
         losses: what the loss has of terms.
-        fused_attention: whether attention never holds its scores, as on GPUs.
+        fused_attention: whether there are kernels for attention that hold no scores, dropout or not, as on GPUs.
+        rows: whether several samples share a row.
         head: of a fine-tuning task; None where it pretrains.
         pairs: of sentences that the pair head reads of a sample, or of a row, whose places for samples are fixed.
         predictions: masked tokens of a sample, by which a run balances stages; as many as slots by default.
@@ -63,6 +65,7 @@ class Workload:
     compiled: bool
     losses: int
     fused_attention: bool = True
+    rows: bool = False
     head: TaskHead | None = None
     pairs: int = 1
     predictions: int | None = None
@@ -86,6 +89,14 @@ class Workload:
     def number_bytes(self) -> int:
         """Of a number in the format of matrix products."""
         return BYTES[self.compute]
+
+    @property
+    def writes_scores(self) -> bool:
+        """Whether attention holds its scores."""
+        if self.fused_attention:
+            return False
+        few = self.number_bytes == 2 and self.length <= WRITTEN_OUT_KEYS
+        return few or self.config.attention_probs_dropout_prob > 0
 
     @property
     def pretraining(self) -> bool:
@@ -143,6 +154,7 @@ def workload_of(
         compiled=bool(settings.training.compile),
         losses=2 if pretraining and config.binary_head else 1,
         fused_attention=settings.training.device != "cpu",
+        rows=isinstance(settings, Settings) and settings.data.packed,
         head=None if pretraining else head or TaskHead(),
         pairs=pairs,
         predictions=settings.max_predictions if isinstance(settings, Settings) else None,

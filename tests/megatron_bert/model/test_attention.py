@@ -133,7 +133,7 @@ def test_bfloat16_is_trained_written_out_on_a_processor(monkeypatch, fused):
         torch.nn.init.normal_(parameter, std=0.2)
     module.to(torch.bfloat16).train()
     if fused:
-        monkeypatch.setattr(attention, "_WRITTEN_OUT_KEYS", 0)
+        monkeypatch.setattr(attention, "WRITTEN_OUT_KEYS", 0)
     layout = SequenceLayout.packed(LENGTHS, S)
     hidden = torch.randn(int(LENGTHS.sum()), A * D).to(torch.bfloat16).requires_grad_()
     gradient = torch.randn(int(LENGTHS.sum()), A * D).to(torch.bfloat16)

@@ -114,6 +114,15 @@ CASES = [
     (3, 4, ["parallel.sharding=none", "parallel.tensor=2", "parallel.sequence=true"]),
     (3, 4, ["parallel.pipeline=4", "parallel.schedule=zero-bubble-h1", "training.recompute=full"]),
     (1, 2, ["parallel.pipeline=2", "parallel.schedule=zero-bubble-v", "training.recompute=selective"]),
+    (0, 1, ["precision.compute=float32"]),  # rows without a kernel of their own
+    (1, 2, ["precision.compute=float32", "parallel.tensor=2", "training.recompute=full"]),
+    (0, 1, ["training.device=cpu"]),
+    (1, 2, ["training.device=cpu", "precision.compute=float32", "parallel.tensor=2", "training.recompute=selective"]),
+    (0, 1, ["training.device=cpu", "precision.compute=float32", "model.attention_probs_dropout_prob=0.0"]),
+    (1, 2, ["parallel.sharding=full", "data.seq_length=32", "training.micro_batch_size=2"]),
+    (2, 4, ["parallel.sharding=full", "data.seq_length=32", "training.micro_batch_size=16"]),
+    (2, 4, ["parallel.sharding=full", "data.seq_length=32", "training.micro_batch_size=16", "training.recompute=full"]),
+    (1, 8, ["parallel.sharding=hybrid", "parallel.shard_size=2", "data.seq_length=32"]),
 ]
 
 
