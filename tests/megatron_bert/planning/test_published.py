@@ -69,6 +69,25 @@ def _megatron_run(
     return Run(f"Megatron-LM, {name}, {ranks} A100", sizes, 2048, 2048, 0.1, "a100", layout, published, words=51200)
 
 
+def _core_run(name: str, sizes: tuple[int, int, int], tensor: int, pipeline: int, teraflops: float) -> Run:
+    """A GPT of Megatron-Core's table, whose operations count half of the scores; data ranks are as of its largest."""
+    hidden, layers, _ = sizes
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=48,
+        sequence=tensor > 1,
+        schedule="interleaved-1f1b" if pipeline > 1 else "1f1b",
+        chunks=2 if pipeline > 1 else 1,
+        micro_batch=1,
+        sharding="optimizer",
+    )
+    of_token = 72 * layers * hidden**2 * (1 + 4096 / (12 * hidden)) + 6 * hidden * 131072
+    published = teraflops * 1e12 * layout.world_size / of_token
+    ranks = layout.world_size
+    return Run(f"Megatron-Core, {name}, {ranks} H100", sizes, 4096, 4096, 0.0, "h100", layout, published, words=131072)
+
+
 def _config(sizes: tuple[int, int, int], words: int, length: int, dropout: float) -> MegatronBertConfig:
     hidden, layers, heads = sizes
     return MegatronBertConfig(
@@ -121,9 +140,28 @@ RUNS = [
             ("39.1B", (8192, 48, 64), 8, 2, 512, 138),
         )
     ),
+    *(
+        _core_run(*run)
+        for run in (
+            ("1.7B", (2048, 24, 16), 1, 1, 409),
+            ("7.1B", (4096, 30, 32), 2, 1, 466),
+            ("16B", (6144, 32, 48), 4, 1, 489),
+            ("32B", (8192, 37, 64), 8, 1, 460),
+            ("70B", (8192, 84, 64), 8, 2, 420),
+            ("177B", (12288, 96, 96), 8, 6, 433),
+            ("314B", (16384, 96, 128), 8, 8, 474),
+            ("462B", (18432, 112, 144), 8, 16, 460),
+        )
+    ),
     Run("DeepSpeed, BERT-large, V100, s=128", LARGE, 128, 20, 0.1, "v100", _data(1, 64), 272 * 128, "float16"),
     Run("DeepSpeed, BERT-large, V100, s=512", LARGE, 512, 77, 0.1, "v100", _data(1, 16), 52 * 512, "float16"),
 ]
+
+
+def _global_batch(run: Run) -> int:
+    if run.words == 51200:
+        return BATCHES[run.layout.world_size]
+    return run.layout.data * run.layout.micro_batch * (64 if run.words == 131072 else 4)
 
 
 def predicted(run: Run) -> float:
@@ -133,7 +171,7 @@ def predicted(run: Run) -> float:
         config=_config(run.sizes, run.words, run.length, run.dropout),
         length=run.length,
         slots=run.slots,
-        global_batch=BATCHES[layout.world_size] if run.words == 51200 else layout.data * layout.micro_batch * 4,
+        global_batch=_global_batch(run),
         steps=1,
         compute=run.compute,
         compiled=True,
