@@ -97,10 +97,14 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
             ~mask, torch.finfo(query.dtype).min
         )
     if is_simulated_gpu():  # torch would choose as for a CPU
+        context: Tensor
         if mask is None and query.dtype != torch.float32:
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
-        bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout)[0]
+            context = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)[0]
+        else:
+            bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+            efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+            context = efficient(query, key, value, bias, True, dropout)[0]
+        return context
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
