@@ -16,7 +16,6 @@ from megatron_bert.ibert.engine.backend import HeadName
 from megatron_bert.ibert.engine.native_engine import NativeEngine, native
 from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.plan_file import plan_bytes
-from parallel.errors import UserError
 
 
 class CpuBackend:
@@ -67,20 +66,9 @@ class CpuExecutable:
 
     def encode(self, tokens: Tensor, positions: Tensor, types: Tensor, starts: Tensor) -> Tensor:
         """See :class:`~megatron_bert.ibert.engine.backend.Executable`."""
-        inputs = [t.to(torch.int32).contiguous() for t in (tokens, positions, types, starts)]
-        if {len(t) for t in inputs[:3]} != {int(starts[-1])}:
-            raise UserError(f"sequences end at token {int(starts[-1])}, but {len(tokens)} tokens are given")
-        hidden = torch.empty(len(tokens), self._engine.hidden_size, dtype=torch.int16)
-        ids, places, kinds, ends = (t.data_ptr() for t in inputs)
-        self._engine.encode(ids, places, kinds, ends, len(starts) - 1, hidden.data_ptr())
-        return hidden
+        return torch.from_numpy(self._engine.encode(*(each.numpy() for each in (tokens, positions, types, starts))))
 
     def head(self, name: HeadName, rows: Tensor) -> Tensor:
         """See :class:`~megatron_bert.ibert.engine.backend.Executable`."""
-        given = rows.to(torch.int16).contiguous()
-        columns = self._engine.hidden_size
-        if given.dim() != 2 or given.shape[1] != columns:
-            raise UserError(f"rows have the shape {list(rows.shape)}, but the plan's have {columns} columns")
-        out = torch.empty(len(rows), self._engine.outputs(name), dtype=torch.int32)
-        self._engine.head(name, given.data_ptr(), len(rows), out.data_ptr())
+        out = torch.from_numpy(self._engine.head(name, rows.numpy()))
         return out.to(torch.int16) if name == "pooler" else out

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ engine behind Python: its C interface by ctypes. Nothing here imports torch."""
+"""The C++ engine behind Python: its C interface by ctypes, for arrays. Nothing here imports torch.
+
+Shapes: B sequences, T tokens end to end, H hidden size, R rows.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_bert.ibert.engine.native_library import library
 from parallel.errors import UserError
 
 _ERROR_SIZE = 1024
+Integers = NDArray[np.integer[Any]]
 
 
 @cache
@@ -94,13 +101,49 @@ class NativeEngine:
         """Width of a head; 0 where the plan has none of that name."""
         return self._native.integer_engine_outputs(self._engine, head.encode())
 
-    def encode(self, tokens: int, positions: int | None, types: int | None, starts: int, count: int, out: int) -> None:
-        """Run the encoder; arguments are addresses, and the number of sequences: see ``integer_engine.h``."""
-        self._call("encode", tokens, positions, types, starts, count, out)
+    def encode(
+        self, tokens: Integers, positions: Integers | None, types: Integers | None, starts: Integers
+    ) -> NDArray[np.int16]:
+        """Run the encoder on sequences that stand end to end.
 
-    def head(self, name: str, rows: int, count: int, out: int) -> None:
-        """Run a head on rows; ``rows`` and ``out`` are addresses: see ``integer_engine.h``."""
-        self._call("head", name.encode(), rows, count, out)
+        Args:
+            tokens, positions, types: ``[T]``; without positions those of each sequence from its first, without types 0.
+            starts: ``[B + 1]``, where each sequence begins, and T.
+
+        Returns:
+            The final stream ``[T, H]``.
+
+        Raises:
+            UserError: something is out of range.
+        """
+        given = [None if each is None else np.ascontiguousarray(each, np.int32) for each in (tokens, positions, types)]
+        ends = np.ascontiguousarray(starts, np.int32)
+        if {len(each) for each in given if each is not None} != {int(ends[-1])}:
+            raise UserError(f"sequences end at token {int(ends[-1])}, but {len(tokens)} tokens are given")
+        out = np.empty((len(tokens), self.hidden_size), np.int16)
+        addresses = [None if each is None else each.ctypes.data for each in (*given, ends)]
+        self._call("encode", *addresses, len(ends) - 1, out.ctypes.data)
+        return out
+
+    def head(self, name: str, rows: Integers) -> NDArray[np.int32]:
+        """Run a head.
+
+        Args:
+            name: of it.
+            rows: ``[R, H]`` of the final stream, or of the pooler's results.
+
+        Returns:
+            ``[R, outputs]``.
+
+        Raises:
+            UserError: the plan has no such head, or rows of another size.
+        """
+        given = np.ascontiguousarray(rows, np.int16)
+        if given.ndim != 2 or given.shape[1] != self.hidden_size:
+            raise UserError(f"rows have the shape {[*given.shape]}, but the plan's have {self.hidden_size} columns")
+        out = np.empty((len(given), self.outputs(name)), np.int32)
+        self._call("head", name.encode(), given.ctypes.data, len(given), out.ctypes.data)
+        return out
 
     def _call(self, function: str, *arguments: Any) -> None:
         error = ctypes.create_string_buffer(_ERROR_SIZE)

@@ -90,10 +90,10 @@ class NativeModel:
         pooled = head == "pooler" or (head != "masked" and self.engine.outputs("pooler") > 0)
         if not pooled:
             return np.split(self._head(head, stream.rows), stream.starts[1:-1])
-        first = np.ascontiguousarray(stream.rows[stream.starts[:-1]])
+        first = stream.rows[stream.starts[:-1]]
         if head == "pooler":
             return self._head(head, first, TANH_BITS)
-        return self._head(head, self._integers("pooler", first).astype(np.int16))
+        return self._head(head, self.engine.head("pooler", first).astype(np.int16))
 
     def _encode(self, sequences: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None) -> _Stream:
         lengths = [len(sequence) for sequence in sequences]
@@ -104,24 +104,10 @@ class NativeModel:
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         tokens = _flat(sequences, "token ids")
         kinds = None if types is None else _flat(types, "types")
-        out = np.empty((len(tokens), self.engine.hidden_size), np.int16)
-        self.engine.encode(
-            tokens.ctypes.data,
-            None,
-            None if kinds is None else kinds.ctypes.data,
-            starts.ctypes.data,
-            len(lengths),
-            out.ctypes.data,
-        )
-        return _Stream(out, starts)
-
-    def _integers(self, head: str, rows: NDArray[np.int16]) -> NDArray[np.int32]:
-        out = np.empty((len(rows), self.engine.outputs(head)), np.int32)
-        self.engine.head(head, rows.ctypes.data, len(rows), out.ctypes.data)
-        return out
+        return _Stream(self.engine.encode(tokens, None, kinds, starts), starts)
 
     def _head(self, head: str, rows: NDArray[np.int16], bits: int = LOGIT_BITS) -> Floats:
-        return self._integers(head, rows).astype(np.float32) * np.float32(2.0**-bits)
+        return self.engine.head(head, rows).astype(np.float32) * np.float32(2.0**-bits)
 
 
 def _flat(sequences: Sequence[Sequence[int]], what: str) -> NDArray[np.int32]:
@@ -134,4 +120,4 @@ def _flat(sequences: Sequence[Sequence[int]], what: str) -> NDArray[np.int32]:
     if not np.issubdtype(flat.dtype, np.integer):
         raise UserError(f"{what} are {flat.dtype}: give integers")
     limits = np.iinfo(np.int32)
-    return np.ascontiguousarray(flat.clip(limits.min, limits.max).astype(np.int32))
+    return flat.clip(limits.min, limits.max).astype(np.int32)
