@@ -64,7 +64,7 @@ RUNS = {
     ),
     "quantize": RunKind(
         "megatron_bert.quantizing.settings:QuantizeSettings",
-        "megatron_bert.quantizing.settings:check_quantize",
+        "megatron_bert.quantizing.settings:check_quantize_layout",
         "megatron_bert.quantizing.quantize:quantize",
     ),
 }

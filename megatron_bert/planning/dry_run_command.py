@@ -102,7 +102,7 @@ def checked_run(command: str, config: Path, overrides: list[str], ranks: int) ->
     procedure: FinetuneProcedure
     if command == "quantize":
         settings = load_sections(config, overrides, QuantizeSettings)
-        check_quantize(settings, ranks)
+        check_quantize(settings)
         variants, procedure = quantize_variants(settings), QuantizeProcedure()
     else:
         settings = load_sections(config, overrides, FinetuneSettings)

@@ -22,7 +22,6 @@ from megatron_bert.training.run import Start
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
 from parallel.object_collectives import on_first_rank
-from parallel.process_group import launched_world_size
 from parallel.whole_files import write_json, write_text
 
 #: Scores of the float model and of the calibrated one, in a run directory from before its first step.
@@ -43,7 +42,7 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
     Raises:
         UserError: settings, files or world size do not fit.
     """
-    check_quantize(settings, launched_world_size())
+    check_quantize(settings)
     return run_all(settings, quantize_variants(settings), QuantizeProcedure(), ends_process=ends_process)
 
 

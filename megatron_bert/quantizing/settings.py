@@ -85,17 +85,19 @@ class QuantizeSettings(FinetuneSettings):
     training: QuantizeTrainingSettings
 
 
-def check_quantize(settings: QuantizeSettings, world_size: int) -> ParallelLayout:
+def check_quantize(settings: QuantizeSettings) -> None:
     """The checks of a quantization run that involve more than one field, or that fine-tuning does not have.
 
-    Returns:
-        The layout, now known to fit.
-
     Raises:
-        UserError: a setting is none that quantized layers can be trained with, or as :func:`check_layout`.
+        UserError: a setting is none that quantized layers can be trained with.
     """
     if settings.training.compile:
         raise UserError("quantized layers are not compiled: set training.compile=false")
     if settings.precision.compute == "float16":
         raise UserError("quantization trains in float32 or bfloat16: set precision.compute to one of them")
+
+
+def check_quantize_layout(settings: QuantizeSettings, world_size: int) -> ParallelLayout:
+    """These checks and those of the layout on a number of processes, which it returns."""
+    check_quantize(settings)
     return check_layout(settings, world_size)
