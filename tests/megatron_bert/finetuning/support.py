@@ -19,6 +19,7 @@ from megatron_bert.finetuning import finetune as finetune_module
 from megatron_bert.finetuning import inference
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import EncoderConfig
+from megatron_bert.quantizing import quantize as quantize_module
 from megatron_bert.tasks.encoding import Feature
 from megatron_bert.tasks.task import Head, Instance
 from megatron_bert.training import running
@@ -184,7 +185,7 @@ def join_world() -> None:
     for module in (running, inference):
         module.process_group = joined  # type: ignore[attr-defined]
     finetune_module.draw_run = lambda *_: None  # takes longer than training here; this process ends with the run
-    for module in (finetune_module, inference):
+    for module in (finetune_module, inference, quantize_module):
         module.launched_world_size = dist.get_world_size  # type: ignore[attr-defined]
 
 

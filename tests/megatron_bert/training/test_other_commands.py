@@ -224,7 +224,7 @@ def test_a_rank_that_stands_still(command: str, folder: Path, tmp_path: Path) ->
     ended = run_ranks(
         2, command, str(config), folder=tmp_path, before=partial(stand_still, Trainer, "_finish_gradients", 1, 3)
     )
-    assert ended[0].code == 1
+    assert ended[0].code == 1, ended
     assert re.search(r"LostRankError: rank 1 on \S+ \(process \d+\) does not answer", ended[0].text)
 
 
