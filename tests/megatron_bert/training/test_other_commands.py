@@ -249,7 +249,7 @@ def test_a_second_process_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run_lock, "GRACE_SECONDS", 0.0)
-    left_by(run, pid=child, started=run_lock._start_of(child))
+    left_by(run, pid=child, started=run_lock.process_start(child))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(UserError, match=rf"is {run}, where process {child} .* is training: wait for it or stop it"):
         COMMANDS[command][1](settings(command, folder, run))
