@@ -249,7 +249,7 @@ def _cut_query(source: Path) -> None:
             r"is a bert: fine-tuning starts from megatron-bert, ibert, roberta, xlm-roberta",
         ),
         (_config(vocab_size=90), {}, r"says vocab_size 90, but there are \d+ rows of word embeddings"),
-        (_without_weights, {}, "is not a checkpoint of a kind that is known"),
+        (_without_weights, {}, r"holds config\.json, but no model\.safetensors"),
         (None, {"model__keep_head": True}, r"holds no classifier\.dense\.weight: it was not fine-tuned with this kind"),
     ],
 )
