@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_bert.ibert import QuantizationConfig, named_ranges
+from megatron_bert.ibert.engine import reference
 from megatron_bert.ibert.engine.compile import Parts, compile_plan
 from megatron_bert.ibert.engine.plan import Plan
 from megatron_bert.ibert.engine.reference import ReferenceBackend
@@ -42,6 +43,14 @@ def test_the_reference_gives_the_bits_of_the_simulation(placement, narrow, setti
     found = ReferenceBackend().prepare(plan).encode(tokens.int(), positions.int(), torch.zeros(66).int(), starts)
     assert found.dtype == torch.int16
     assert torch.equal(plan.hidden_values(found), expected)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "rows"), [(1, 1, 3), (5, 1, 2), (1, 2, 1), (3, 7, 1), (2, 64, 5)])
+def test_products_of_any_size_are_exact(tokens, columns, rows):
+    x, weight = (torch.randint(-127, 128, (n, columns)) for n in (tokens, rows))
+    found = reference.product(x.to(torch.int8), weight.to(torch.int8))
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), (x[:, None] * weight).sum(2))
 
 
 def test_what_no_engine_runs_is_refused():
