@@ -46,21 +46,17 @@ RESULTS = {
 }
 
 
-class Tile(NamedTuple):
-    """How a matrix product is divided: the block of a program, its warps, and loads that are on their way at once."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
+def _tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> dict[str, int]:
+    """How a product is divided: the block of a program, its warps, and the loads that are on their way at once."""
+    block = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth}
+    return block | {"num_warps": warps, "num_stages": stages}
 
 
 #: Tiles by the rows they are for, at most; the last for all others. They have not been timed on a GPU yet.
-_TILES = {16: Tile(16, 64, 128, 4, 4), 1024: Tile(64, 64, 128, 4, 4), 2**31: Tile(128, 128, 128, 8, 3)}
+_TILES = {16: _tile(16, 64, 128, 4, 4), 1024: _tile(64, 64, 128, 4, 4), 2**31: _tile(128, 128, 128, 8, 3)}
 
 
-def tile_for(rows: int, step: str) -> Tile:
+def tile_for(rows: int, step: str) -> dict[str, int]:
     """The tile of a product with so many rows, and the step after it: the registers hold few quotients of tanh."""
     return next(tile for most, tile in _TILES.items() if rows <= most or step == "tanh")
 
@@ -96,22 +92,9 @@ class Linear(NamedTuple):
         rows, (columns, depth) = len(x), self.weight.shape
         out = torch.empty(rows, columns, dtype=RESULTS[self.step], device=x.device) if out is None else out
         tile = tile_for(rows, self.step)
-        grid = (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))
-        kernels.linear[grid](
-            x,
-            *self[:5],
-            out,
-            rows,
-            columns,
-            depth,
-            STEP=self.step,
-            EVEN=depth % tile.depth == 0,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            BLOCK_DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        grid = (triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(columns, tile["BLOCK_COLUMNS"]))
+        even = depth % tile["BLOCK_DEPTH"] == 0
+        kernels.linear[grid](x, *self[:5], out, rows, columns, depth, STEP=self.step, EVEN=even, **tile)
         return out
 
 
@@ -160,21 +143,9 @@ class Attend(NamedTuple):
         chunk = min(max(block_size(dim), 32), _LARGEST_CHUNK)
         chunks = triton.cdiv(dim, chunk)
         out = torch.empty(tokens, hidden, dtype=torch.int8, device=qkv.device)
-        kernels.attend[(len(blocks), self.heads, chunks)](
-            qkv,
-            blocks,
-            self.numbers,
-            out,
-            hidden,
-            DIM=dim,
-            BLOCK_DIM=chunk,
-            CHUNKS=chunks,
-            EVEN=dim == chunk * chunks,
-            BLOCK_QUERIES=BLOCK_QUERIES,
-            BLOCK_KEYS=BLOCK_KEYS,
-            num_warps=4,
-            num_stages=2,
-        )
+        sizes = {"DIM": dim, "BLOCK_DIM": chunk, "CHUNKS": chunks, "EVEN": dim == chunk * chunks}
+        sizes |= {"BLOCK_QUERIES": BLOCK_QUERIES, "BLOCK_KEYS": BLOCK_KEYS, "num_warps": 4, "num_stages": 2}
+        kernels.attend[(len(blocks), self.heads, chunks)](qkv, blocks, self.numbers, out, hidden, **sizes)
         return out
 
 
