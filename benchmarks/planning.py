@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predicted step times beside measured ones, of small runs on this machine's processor.
 
-Each world is calibrated (`megatron-bert bench --ranks N`), its steps are predicted, and then trained.
+A world is calibrated (`megatron-bert bench --ranks N`), its steps are predicted, and then trained, several times in
+turns; the error is the median of theirs.
 
     python -m benchmarks.planning --output benchmarks/planning_cpu.json
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.ending import command
 from megatron_bert.planning.bench import bench
+from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import predict
 from megatron_bert.planning.step_time import Machine
@@ -43,6 +47,7 @@ SIZES = [
     "model.num_attention_heads=4",
     "model.max_position_embeddings=128",
     "data.seq_length=128",
+    "data.packed=false",
     "data.workers=0",
     "data.split=1,0,0",
     "data.pair_objective=none",
@@ -58,12 +63,12 @@ SIZES = [
 ]
 
 
-def make_corpus(folder: Path) -> list[str]:
+def make_corpus(folder: Path, words: int = 2000) -> list[str]:
     """Overrides that name a corpus of made-up documents, long enough to fill samples."""
-    words = [f"w{number}" for number in range(2000)]
+    names = [f"w{number}" for number in range(words)]
     vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]), encoding="utf-8")
-    sentences = [" ".join(words[(i * k) % len(words)] for k in range(1, 13)) + " ." for i in range(1, 1000)]
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *names]), encoding="utf-8")
+    sentences = [" ".join(names[(i * k) % words] for k in range(1, 13)) + " ." for i in range(1, 1000)]
     text = folder / "text.txt"
     documents = ["\n".join(sentences[(7 * d + s) % len(sentences)] for s in range(60)) for d in range(40)]
     text.write_text("\n\n".join(documents), encoding="utf-8")
@@ -83,26 +88,50 @@ def measured_seconds(overrides: list[str], ranks: int, folder: Path) -> float:
     return statistics.median(rows[2:])
 
 
-def compare(ranks: int, steps: int) -> list[dict[str, Any]]:
-    """Predictions and measurements of the layouts of a number of ranks."""
-    machine = Machine(*bench(ranks, "cpu"))
-    rows = []
+def compare(ranks: int, chosen: list[str], steps: int, rounds: int) -> dict[str, Any]:
+    """Predictions and measurements of a layout, one after the other in turns: a machine is not always equally fast."""
+    predicted, measured = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = make_corpus(folder)
-        for number, chosen in enumerate(WORLDS[ranks]):
-            overrides = [*SIZES, *corpus, *chosen, f"training.steps={steps}", "learning_rate.warmup_steps=1"]
-            settings: Settings = load_settings(CONFIG, overrides)
-            work = workload_of(settings, settings.model_config_for(2006, 0), steps, settings.data.seq_length)
-            predicted = predict(work, layout_of(settings, ranks), machine).time.seconds
-            measured = measured_seconds(overrides, ranks, folder / str(number))
+        overrides = [*SIZES, *make_corpus(folder), *chosen, f"training.steps={steps}", "learning_rate.warmup_steps=1"]
+        settings: Settings = load_settings(CONFIG, overrides)
+        work = workload_of(settings, settings.model_config_for(2006, 0), steps, settings.data.seq_length)
+        for number in range(rounds):
+            machine = Machine(*bench(ranks, "cpu"))
+            predicted.append(predict(work, layout_of(settings, ranks), machine).time.seconds)
+            measured.append(measured_seconds(overrides, ranks, folder / str(number)))
+    errors = [ours / seen - 1 for ours, seen in zip(predicted, measured, strict=True)]
+    return {
+        "ranks": ranks,
+        "settings": chosen,
+        "predicted_seconds": statistics.median(predicted),
+        "measured_seconds": statistics.median(measured),
+        "error": statistics.median(errors),
+        "errors": errors,
+    }
+
+
+def of_3_9b(gpus: int) -> list[dict[str, Any]]:
+    """Seconds and memory of the commands that plan the largest model and dry-run it, which start no other process."""
+    config = str(CONFIG.parent / "bert_3.9b.yaml")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        corpus = make_corpus(Path(name), words=30516)
+        for given in (["plan", config], ["pretrain", config, *corpus, f"training.run_dir={name}/run", "--dry-run"]):
+            arguments = ["-m", "megatron_bert", *given, "--gpus", str(gpus), "--gpu", "h100"]
+            began = time.perf_counter()
+            process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise RuntimeError(f"megatron_bert {given[0]} ended with {process.returncode}")
             rows.append(
                 {
-                    "ranks": ranks,
-                    "settings": chosen,
-                    "predicted_seconds": predicted,
-                    "measured_seconds": measured,
-                    "error": predicted / measured - 1,
+                    "command": given[0] if given[-1] == config else f"{given[0]} {given[-1]}",
+                    "gpus": gpus,
+                    "seconds": time.perf_counter() - began,
+                    "processor_seconds": used.ru_utime + used.ru_stime,
+                    "peak_gib": used.ru_maxrss * 1024 / GIB,
                 }
             )
     return rows
@@ -112,13 +141,20 @@ def compare(ranks: int, steps: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Predict, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(WORLDS), choices=list(WORLDS))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--ranks", type=int, nargs="*", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="predictions and runs of each layout, in turns")
+    parser.add_argument("--gpus", type=int, nargs="*", default=[512], help="devices to plan 3.9B for")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     result = {
         **provenance("planning"),
-        "worlds": [row for ranks in arguments.ranks for row in compare(ranks, arguments.steps)],
+        "worlds": [
+            compare(ranks, chosen, arguments.steps, arguments.rounds)
+            for ranks in arguments.ranks
+            for chosen in WORLDS[ranks]
+        ],
+        "of_3.9b": [row for gpus in arguments.gpus for row in of_3_9b(gpus)],
     }
     publish(result, arguments.output)
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from megatron_bert.arguments import check_output
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -32,6 +33,7 @@ from megatron_bert.planning.step_time import OPERATORS
 from megatron_bert.planning.this_machine import memory_bytes, processor_name, run_ranks
 from parallel.dropout import keyed_dropout
 from parallel.errors import UserError
+from parallel.gradients import sums_of_squares
 from parallel.mesh import SINGLE
 from parallel.process_group import process_group
 from parallel.sharding import initialize
@@ -54,8 +56,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.ranks < 1:
         raise UserError(f"--ranks is {arguments.ranks}: give 1 or more")
     output: Path | None = arguments.output
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--output {output} cannot be written: name a file in a folder that exists")
+    check_output("--output", output)
     device, link = bench(arguments.ranks, arguments.device)
     text = yaml.safe_dump({"device": device.model_dump(), "link": link.model_dump()}, sort_keys=False)
     print(text, end="")
@@ -119,31 +120,34 @@ def _measure(name: str) -> dict[str, Any]:
         }
 
 
-#: Seconds for which something is measured, and how often at least and at most; messages as often on every rank.
-_LEAST_SECONDS, _LEAST_TIMES, _MOST_TIMES, _MESSAGES = 0.15, 3, 200, 10
+#: Seconds for which something is measured, and how often at least and at most.
+_LEAST_SECONDS, _LEAST_TIMES, _MOST_TIMES = 0.15, 3, 200
+#: Messages of each size, and products before each of them.
+_MESSAGES, _PRODUCTS = 60, 3
 
 
-def _seconds(work: Callable[[], object], device: torch.device, times: int | None = None) -> float:
-    """Mean seconds of some work, which all ranks do at once: those that share a core are interrupted now and then.
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of some work that all ranks do at once, at their mean rate: those that share a core may not do so evenly.
 
     Args:
         work: what is timed.
         device: that does it.
-        times: how often; None for as long as it takes to know.
     """
     work()
     _settle(device)
     dist.barrier()
     found: list[float] = []
     began = time.perf_counter()
-    while times is not None or len(found) < _LEAST_TIMES or time.perf_counter() - began < _LEAST_SECONDS:
+    while len(found) < _LEAST_TIMES or time.perf_counter() - began < _LEAST_SECONDS:
         start = time.perf_counter()
         work()
         _settle(device)
         found.append(time.perf_counter() - start)
-        if len(found) == (times or _MOST_TIMES):
+        if len(found) == _MOST_TIMES:
             break
-    return statistics.fmean(found)
+    rate = torch.tensor(1 / statistics.fmean(found), device=device)
+    dist.all_reduce(rate)
+    return dist.get_world_size() / rate.item()
 
 
 def _settle(device: torch.device) -> None:
@@ -257,12 +261,14 @@ def _moving(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _optimizer(device: torch.device) -> float:
-    """GB/s of the fused update."""
+    """GB/s of the norm, the fused update, and forgetting the gradients, of what `step_time` counts of them."""
     count = 2**22 if device.type == "cpu" else 2**26
     parameter = nn.Parameter(torch.zeros(count, device=device))
     parameter.grad = torch.ones_like(parameter)
     adam = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
-    return 36 * count / _seconds(lambda: (adam.step(), torch.linalg.vector_norm(parameter.grad)), device) / 1e9
+    gradient = parameter.grad
+    work = lambda: (sums_of_squares([gradient]), adam.step(), gradient.zero_())  # noqa: E731
+    return 36 * count / _seconds(work, device) / 1e9
 
 
 def _launch(device: torch.device) -> float:
@@ -295,21 +301,29 @@ def _link(device: torch.device) -> dict[str, Any]:
     ranks = dist.get_world_size()
     if ranks == 1:
         return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}
-    size = 2**20 if device.type == "cpu" else 2**26
+    size = 2**18 if device.type == "cpu" else 2**26
     small, large = (torch.ones(count, device=device) for count in (16, size))
     matrix = torch.randn(512, 512, device=device)
-    times = _MESSAGES if device.type == "cuda" else 3 * _MESSAGES
+
+    def each(group: dist.ProcessGroup | None = None, sent: Tensor = small) -> float:
+        """Seconds of as much computation as a layer has before a message, and of a sum of a group behind it."""
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(_MESSAGES):
+            for _ in range(_PRODUCTS):
+                matrix @ matrix
+            if group is not None:
+                dist.all_reduce(sent, group=group)
+        _settle(device)
+        dist.barrier()
+        return (time.perf_counter() - start) / _MESSAGES
 
     def message(group: dist.ProcessGroup, sent: Tensor) -> float:
-        """Seconds of a sum of a group behind a product, without the product."""
+        """Seconds by which a message makes it longer: while a rank waits, others that share its core compute."""
+        dist.all_reduce(sent, group=group)  # connects the ranks
+        before, with_message, after = each(), each(group, sent), each()
+        return max(with_message - (before + after) / 2, 1e-7)
 
-        def work() -> None:
-            matrix @ matrix
-            dist.all_reduce(sent, group=group)
-
-        return max(_seconds(work, device, times) - alone, 1e-7)
-
-    alone = _seconds(lambda: matrix @ matrix, device, times)
     latencies: dict[int, float] = {}
     rate = 0.0
     for many in (n for n in range(2, ranks + 1) if ranks % n == 0):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megatron_bert.arguments import check_output
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
 from megatron_bert.planning.layouts import Layout, why_not
@@ -29,8 +30,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         if not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}: give a number above 0")
     for name, path in (("--write", arguments.write), ("--png", arguments.png)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{name} {path} cannot be written: name a file in a folder that exists")
+        check_output(name, path)
     if arguments.write is not None and arguments.write.exists():
         raise UserError(f"--write {arguments.write} is there already: name a new file, or remove that one")
     machine = Machine(load_device(arguments.gpu), load_network(arguments.network))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from megatron_bert.arguments import given_path
+from megatron_bert.arguments import check_output, given_path
 from parallel.errors import UserError
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.chart import chrome_trace, gantt_png, text_grid
@@ -67,9 +67,8 @@ def run_schedule(arguments: argparse.Namespace) -> None:
     names = list(SCHEDULES) if arguments.schedule == "all" else arguments.schedule.split(",")
     if arguments.trace is not None and len(names) > 1:
         raise UserError(f"--trace writes one schedule and {len(names)} were named: name one.")
-    for path in (arguments.png, arguments.trace):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{path} cannot be written: name a file in a folder that exists.")
+    check_output("--png", arguments.png)
+    check_output("--trace", arguments.trace)
     forward, backward_input, backward_weight = _parse_costs(arguments.costs)
     results = []
     for name in names:

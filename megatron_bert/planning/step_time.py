@@ -15,6 +15,8 @@ from parallel.pipeline.simulate import Costs, Timeline, simulate
 
 #: That the host starts for a layer: forward, backward to its input, and for the gradients of its weights.
 OPERATORS, COMPILED_OPERATORS = (55, 55, 12), (30, 30, 12)
+#: What sharded parameters and functional collectives add on tensor ranks where layers are not compiled, in as many.
+TENSOR_OPERATORS = (50, 85)
 
 
 class Times(NamedTuple):
@@ -117,6 +119,8 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
         if layout.sequence:
             sent_back -= min(2 * each["all-gather"], backward / 2)
     ahead_operators, back_operators, weight_operators = COMPILED_OPERATORS if workload.compiled else OPERATORS
+    if tensor > 1 and not workload.compiled:
+        ahead_operators, back_operators = ahead_operators + TENSOR_OPERATORS[0], back_operators + TENSOR_OPERATORS[1]
     ahead_seconds = machine.with_host(forward + scores + machine.moving(moved), ahead_operators) + sent
     back_seconds = machine.with_host(backward + 2.5 * scores + machine.moving(moved_back), back_operators) + sent_back
     if layout.recompute == "full":

@@ -6,13 +6,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_bert.cli import main
 from megatron_bert.planning import bench
-from megatron_bert.planning.devices import load_device, load_network
+from megatron_bert.planning.devices import Link, load_device, load_network
 from megatron_bert.planning.plan_command import run_plan
 from tests.megatron_bert.planning.support import CONFIGS
 from tests.megatron_bert.planning.test_search import arguments
+from tests.worlds import run_world
 
 
 def test_a_measured_machine_is_planned_for(
@@ -32,6 +34,17 @@ def test_a_measured_machine_is_planned_for(
     given = ["precision.compute=float32", "training.device=cpu", "--gpus", "1", "--gpu", str(written)]
     run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given))
     assert "measured by megatron-bert bench --ranks 1" in capsys.readouterr().out
+
+
+def _measured_link() -> dict[str, object]:
+    bench._MESSAGES = 2
+    return bench._link(torch.device("cpu"))
+
+
+def test_messages_of_every_number_of_ranks_are_measured() -> None:
+    for link in run_world(4, _measured_link):
+        assert set(link["latency_by_ranks"]) == {2, 4}
+        assert Link.model_validate(link).latency(2) > 0
 
 
 @pytest.mark.parametrize(

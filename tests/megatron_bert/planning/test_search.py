@@ -129,6 +129,7 @@ def test_fine_tuning_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixtur
         (("--gpus", "1", "--gpu", "l40s"), "no layout fits on 1 x L40S"),
         (("--gpus", "97"), "no layout is possible on 97"),
         (("--gpus", "8", "--write", "nowhere/x.yaml"), "--write nowhere/x.yaml cannot be written"),
+        (("--gpus", "8", "--png", "/dev/null"), "--png /dev/null cannot be written"),  # a device is not replaced
         (("--gpus", "8", "--network", "nowhere"), "--network is 'nowhere'"),
         (("--gpus", "8", "--write", str(CONFIGS / "bert_3.9b.yaml")), "is there already: name a new file"),
     ],
