@@ -117,7 +117,8 @@ def of_3_9b(gpus: int) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         corpus = make_corpus(Path(name), words=30516)
-        for given in (["plan", config], ["pretrain", config, *corpus, f"training.run_dir={name}/run", "--dry-run"]):
+        own = ["training.micro_batch_size=4", f"training.run_dir={name}/run"]  # 256 data ranks of 1,024 rows
+        for given in (["plan", config], ["pretrain", config, *corpus, *own, "--dry-run"]):
             arguments = ["-m", "megatron_bert", *given, "--gpus", str(gpus), "--gpu", "h100"]
             began = time.perf_counter()
             process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
