@@ -176,7 +176,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 places = [column + 0.28 * (place - 1) for column in there]
                 axes.bar(places, heights, 0.28, label=f"fastest {kind}", color=f"C{place}")
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(rows)), [key.replace(" ", "\n", 1) for key in rows], fontsize=6)
+        axes.set_xticks(range(len(rows)), [key.replace(" ", "\n") for key in rows], fontsize=6)
         axes.set_ylabel("times as fast")
         axes.set_title(f"{name}, {report['machine']}", fontsize=9)
         axes.legend(fontsize=7, ncols=3)
