@@ -137,6 +137,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, in which overrides may also stand behind options, where argparse takes none."""
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "overrides") or any(each.startswith("-") or "=" not in each for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 2 for mistakes a user can fix, 75 for a run that stopped before its last step.
 
@@ -146,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line; None takes those of the process, which then ends with the command.
     """
     with Ending("megatron-bert") as ending:
-        parsed = build_parser().parse_args(arguments)
+        parsed = _parsed(build_parser(), arguments)
         parsed.own_process = arguments is None
         ending.name = f"megatron-bert {parsed.command}"
         ending.code = parsed.func(parsed) or 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert import cli
 from megatron_bert.cli import main
 from megatron_bert.data.sidecar import write_sidecar
 from megatron_bert.data.tokenizers import load_tokenizer
@@ -264,3 +265,16 @@ def test_a_model_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.
     ):
         assert main([part.format(tmp_path / name) for part in command.split()]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_overrides_stand_behind_options_too(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(cli, "_train", lambda arguments: given.append(arguments.overrides))
+    assert main(["pretrain", str(config), "a.b=1", "--dry-run", "c.d=2"]) == 0
+    assert given == [["a.b=1", "c.d=2"]]
+    for wrong in (["pretrain", str(config), "--dry-run", "c.d"], ["pretrain", str(config), "--none=1"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err

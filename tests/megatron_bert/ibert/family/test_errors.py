@@ -41,7 +41,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("act", ["gelo", "mish", "relu", torch.tanh], ids=str)
+@pytest.mark.parametrize("act", ["gelo", "mish", "relu", torch.tanh], ids=["gelo", "mish", "relu", "function"])
 def test_one_activation_is_there(act):
     with pytest.raises(UserError, match=r"hidden_act is .*: leave it at 'gelu'"):
         IBertConfig(hidden_act=act)
