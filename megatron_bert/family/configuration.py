@@ -145,7 +145,7 @@ class DocumentedConfig(PreTrainedConfig):
         act = GELU_SYNONYMS.get(act, act) if isinstance(act, str) else act
         if self.takes_every_activation:
             names = sorted(ACTIVATIONS.keys() | ACT2FN.keys())
-            if not callable(act) and act not in names:
+            if not callable(act) and not (isinstance(act, str) and act in names):
                 raise ArgumentError(f"$hidden_act is {act!r}: give a function, or choose one of {', '.join(names)}")
             act = act if act in ACTIVATIONS else "gelu"
         plain = self.encoder_class(**values | others | {"hidden_act": act})
