@@ -153,6 +153,12 @@ class DocumentedConfig(PreTrainedConfig):
         return plain
 
     @classmethod
+    def of(cls, config: Any) -> Any:
+        """A configuration of this class in place of transformers' own of the same type of model; all else as it is."""
+        theirs = isinstance(config, PreTrainedConfig) and not isinstance(config, cls)
+        return cls.from_dict(config.to_dict()) if theirs and config.model_type == cls.model_type else config
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A configuration from the contents of a config.json; a number of classes replaces the names of others.
 

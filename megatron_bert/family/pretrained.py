@@ -78,6 +78,7 @@ class DocumentedModel(transformers.PreTrainedModel):
         device: torch.device | str | None = None,
         pooled: bool | None = None,
     ) -> None:
+        config = self.config_class.of(config)
         if not isinstance(config, self.config_class):
             raise UserError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, but got a {type(config).__name__}"
@@ -102,12 +103,12 @@ class DocumentedModel(transformers.PreTrainedModel):
         self._drawn: tuple[str, tuple[Tensor, ...]] | None = None
         with nullcontext() if device is None else torch.device(device):
             self.build(**({} if pooled is None else {"pooled": pooled}))
-            self._prune_as_configured()
-            self.post_init()
+            if type(self).build is not DocumentedModel.build:
+                self._prune_as_configured()
+                self.post_init()
 
     def build(self, **parts: Any) -> None:
-        """Make the modules, on torch's default device."""
-        raise NotImplementedError
+        """Make the modules, on torch's default device; a user's class makes them after this constructor."""
 
     # ---------------------------------------------------------------- parts
 
@@ -456,6 +457,8 @@ class DocumentedModel(transformers.PreTrainedModel):
         tp = kwargs.pop("tp", SINGLE)
         device = kwargs.pop("device", None)
         check_device(device)
+        if "config" in kwargs:
+            kwargs["config"] = cls.config_class.of(kwargs["config"])
         if device is not None:
             kwargs["device_map"] = {"": device} if tp.size == 1 else None
         if kwargs.get("key_mapping") is None:

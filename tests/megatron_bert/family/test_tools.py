@@ -252,3 +252,45 @@ assert type(transformers.AutoModel.from_config(megatron_bert.IBertConfig(**{{
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("family", [megatron, ibert], ids=["megatron-bert", "i-bert"])
+def test_a_class_derived_from_the_base(family, tmp_path):
+    model_class = type(family.build("Model"))
+    base = next(kind for kind in model_class.__mro__ if kind.__name__.endswith("BertPreTrainedModel"))
+
+    class Own(base):
+        def __init__(self, config):
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, model_class(config))
+            self.extra = torch.nn.Linear(config.hidden_size, 3)
+            self.post_init()
+
+        def forward(self, input_ids):
+            return self.extra(self.base_model(input_ids).last_hidden_state)
+
+    own = Own(family.config_of("Model")).eval()
+    ids = batch_for("Model")["input_ids"]
+    own.save_pretrained(tmp_path)
+    again, found = Own.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    assert again(ids).equal(own(ids))
+    assert own.extra.weight.std() < 2 * own.config.initializer_range
+    assert model_class.from_pretrained(tmp_path)(ids).last_hidden_state.equal(own.base_model(ids).last_hidden_state)
+
+
+def test_configurations_of_transformers_are_taken(tmp_path):
+    config = transformers.MegatronBertConfig(**config_of("Model").to_diff_dict() | {"num_labels": 5}, mine="kept")
+    model = megatron_bert.MegatronBertForSequenceClassification(config)
+    assert (type(model.config), model.config.num_labels, model.config.mine) == (
+        megatron_bert.MegatronBertConfig,
+        5,
+        "kept",
+    )
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs) is transformers.MegatronBertConfig
+    again = type(model).from_pretrained(tmp_path, config=theirs)
+    assert type(again.config) is megatron_bert.MegatronBertConfig
+    ids = batch_for("Model")["input_ids"]
+    assert again(ids).logits.equal(model.eval()(ids).logits)
