@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from megatron_bert import MegatronBertConfig
 from megatron_bert.convert.conversion import convert
@@ -102,3 +103,13 @@ def test_values_that_cannot_be(model: Path, tmp_path: Path, changes: dict[str, A
 def test_several_ends_are_kept(model: Path, tmp_path: Path) -> None:
     with open_checkpoint(_with(model, tmp_path, {"eos_token_id": [2, 3]})) as state:
         assert state.config.eos_token_id == [2, 3]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_buffers_of_a_floating_point_i_bert_mean_nothing(tmp_path: Path, quantized: bool) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.IBertConfig(**sizes, vocab_size=60, max_position_embeddings=20, quant_mode=quantized)
+    transformers.IBertForMaskedLM(config).save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as state:
+        notes = [note for note in state.warnings if "quantize the model again" in note]
+    assert len(notes) == quantized
