@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.recording import is_recorded
+
 
 def _import(module: str) -> Any | None:
     try:
@@ -46,7 +48,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Compiled code takes torch's, which the compiler fuses with what stands around it.
     """
-    fused = apex_layer_norm() if x.is_cuda and not torch.compiler.is_compiling() else None
+    fused = apex_layer_norm() if x.is_cuda and not is_recorded() else None
     if fused is not None:
         return fused(x, weight, bias, weight.shape, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)

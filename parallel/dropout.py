@@ -13,11 +13,12 @@ xor-shift finalizer (the shape of those of SplitMix and MurmurHash3). Arithmetic
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from parallel.recording import is_recorded
 from parallel.simulated_device import has_numbers
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
@@ -51,7 +52,7 @@ def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
 
 def _row_seed(keys: Tensor) -> Tensor:
     folded = fold_in(keys, 0x2545F491)
-    if not torch.compiler.is_compiling() and sys.byteorder == "little":
+    if not is_recorded() and sys.byteorder == "little":
         return folded.contiguous().view(torch.int32)[..., ::2]  # as below, without a kernel
     # The low 32 bits as a signed int32, without relying on how an out-of-range cast behaves.
     low = folded & 0xFFFFFFFF
@@ -103,12 +104,11 @@ def keep_mask(
     """
     # Columns are distinguished by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
     if hashed is None:
-        if isinstance(columns, Tensor):
+        if isinstance(columns, Tensor) and columns.dim():  # traced sizes are tensors of no dimension
             hashed = _mix32_(columns ^ _COLUMN_KEY)
-        elif torch.compiler.is_compiling() or not has_numbers(keys):
-            hashed = _hashed_columns(columns, keys.device, first_column)
         else:
-            hashed = hashed_columns(columns, keys.device, first_column)
+            held = not is_recorded() and has_numbers(keys)
+            hashed = (hashed_columns if held else _hashed_columns)(cast("int", columns), keys.device, first_column)
     bits = _mix32_(_row_seed(keys)[..., None] ^ hashed)
     return bits >= round(probability * 2**32) - 2**31
 
@@ -160,6 +160,6 @@ def keyed_dropout(
     """
     if probability == 0.0:
         return x
-    if keep_nothing and not torch.compiler.is_compiling():
+    if keep_nothing and not is_recorded():
         return _RehashedDropout.apply(x, probability, keys, first_column)
     return mask_and_scale(x, keep_mask(keys, x.shape[-1], probability, first_column, hashed=hashed), probability)

@@ -16,6 +16,7 @@ from megatron_bert.family.checks import check_tensor, check_whole, checked_switc
 from megatron_bert.family.configuration import SWITCHES, DocumentedConfig
 from megatron_bert.model.configuration import EncoderConfig
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 _LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
@@ -195,7 +196,7 @@ def _positions_after_padding(
         return torch.arange(first, first + length, device=device)[None]
     real = tokens != sizes.pad_token_id
     counts = real.cumsum(dim=1)
-    if length > places:
+    if length > places and not values_unknown():
         _check_length(int(counts[:, -1].max()), places)
     return counts * real + padding_position
 
@@ -230,7 +231,7 @@ def check_ranges(limits: list[tuple[str, Tensor, int, str]]) -> None:
     Raises:
         UserError: one lies outside.
     """
-    if not limits or torch.compiler.is_compiling():
+    if not limits or values_unknown():
         return
     bounds = torch.stack([bound for _, ids, _, _ in limits for bound in ids.aminmax()]).tolist()
     for (name, _, rows, setting), least, most in zip(limits, bounds[::2], bounds[1::2], strict=True):

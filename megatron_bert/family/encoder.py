@@ -30,6 +30,7 @@ from megatron_bert.model.requests import AttentionRequest, EncoderOutput, Encode
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 Tensors = tuple[Tensor, ...]
 
@@ -275,7 +276,7 @@ class EncoderModel(DocumentedModel):
 
     def _skips(self, mask: Mask, shown: bool, needed: Tensor | None, drops: bool) -> bool:
         """Whether padding is skipped."""
-        if torch.compiler.is_compiling():  # how many tokens count is not known
+        if values_unknown():  # how many tokens count is not known
             return False
         if mask.keys is None or self.skip_padding is False or not (self.embeddings.absolute and mask.starts):
             return False

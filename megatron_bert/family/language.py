@@ -25,6 +25,7 @@ from megatron_bert.family.outputs import MegatronBertForPreTrainingOutput
 from parallel.collectives import gather_from_ranks
 from parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 #: How many tokens' logits are computed at once where they are written part by part.
 _CPU_ROWS, _ACCELERATOR_ROWS = 128, 1 << 13
@@ -79,7 +80,7 @@ class LanguageModel(HeadModel):
         Raises:
             UserError: ``items`` is 0, but there are labeled tokens.
         """
-        if torch.compiler.is_compiling():  # how many tokens have labels is not known
+        if values_unknown():  # how many tokens have labels is not known
             local = self.hidden_logits(hidden)
             losses = vocab_parallel_cross_entropy(local, labels.long(), self.config.vocab_size, self.tp)
             return losses.sum() / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)

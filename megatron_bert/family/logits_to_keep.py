@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_bert.family.checks import check_tensor, described
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 
 def check_kept(kept: int | Tensor, batch: int, length: int) -> None:
@@ -44,7 +45,7 @@ def check_kept(kept: int | Tensor, batch: int, length: int) -> None:
         )
     if len(shape) > 2 or (len(shape) == 2 and shape[0] != batch):
         raise UserError(f"logits_to_keep has shape {shape}, expected [places] or [{batch}, places]")
-    if not torch.compiler.is_compiling() and kept.numel():
+    if not values_unknown() and kept.numel():
         least, most = torch.stack(kept.aminmax()).tolist()
         if least < -length or most >= length:
             raise UserError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_bert.family.arguments import check_labels
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 
 def blanked(hidden: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def mean_cross_entropy(
     labels = labels.reshape(-1)
     check_labels(name, labels, (logits.shape[0],), logits.shape[1], ignored)
     counted = labels != ignored
-    if not torch.compiler.is_compiling() and not bool(counted.any()):
+    if not values_unknown() and not bool(counted.any()):
         return blank().float().sum() * 0.0 + 0.0  # which is never -0.0
     targets = labels.to(logits.device, torch.int64)
     total = F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 #: What is added to a score at least, for a key not to be attended to.
 _HIDDEN = -1e3
@@ -71,7 +72,7 @@ def read_mask(name: str, mask: Tensor | None, shape: tuple[int, int, int, int]) 
     by_key = mask.dim() == 2
     allowed = allowed.expand(batch, keys) if by_key else allowed
     full = {2: allowed[:, None, None], 3: allowed[:, None], 4: allowed}[mask.dim()]
-    if torch.compiler.is_compiling():  # which values it holds is not known
+    if values_unknown():  # which values it holds is not known
         return Mask(keys=allowed if by_key else None, full=full)
     facts = [allowed.all(), allowed.any(-1).all(), allowed[:, 0].all()]
     if mask.dtype != torch.bool:
@@ -88,7 +89,7 @@ def read_mask(name: str, mask: Tensor | None, shape: tuple[int, int, int, int]) 
 
 def _of_scores(name: str, mask: Tensor) -> Mask:
     """What is added to scores: a mask of what may be attended to where it only hides, which is exact and faster."""
-    if torch.compiler.is_compiling() or mask.requires_grad:
+    if values_unknown() or mask.requires_grad:
         return Mask(full=mask)
     allowed = mask > _HIDDEN
     facts = [allowed.all(), allowed.any(-1).all(), ((mask == 0) | ~allowed).all(), (mask < torch.inf).all()]
@@ -120,5 +121,5 @@ def causal(mask: Mask, given: Tensor | None, past: int, queries: int, keys: int,
     if mask.keys is None:
         return Mask(full=seen[None, None])
     full = seen & mask.keys[:, None, None, :]
-    unattended = not torch.compiler.is_compiling() and not bool(full.any(-1).all())
+    unattended = not values_unknown() and not bool(full.any(-1).all())
     return Mask(keys=mask.keys, full=full, unattended=unattended, starts=mask.starts)

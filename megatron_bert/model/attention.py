@@ -25,6 +25,7 @@ from parallel.dropout import fold_in
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
+from parallel.recording import is_recorded
 from parallel.sharding import Normal, ParallelModule, local_size
 from parallel.simulated_device import on_gpu
 
@@ -59,7 +60,7 @@ class DistanceTable(ParallelModule):
 
 def in_parts(tokens: Tensor) -> bool:
     """Whether packed sequences are attended to run by run, each in a rectangle of its own."""
-    return tokens.device.type == "cpu" and not on_gpu(tokens) and not torch.compiler.is_compiling()
+    return tokens.device.type == "cpu" and not on_gpu(tokens) and not is_recorded()
 
 
 class AttentionHeads(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.dropout import keep_mask, mask_and_scale
+from parallel.recording import is_recorded
 from parallel.simulated_device import is_simulated_gpu, on_gpu
 
 
@@ -91,7 +92,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     mask = None if mask is None else _broadcastable(mask)
     if mask is not None and mask.is_floating_point():
         mask = _added(mask, query.dtype)
-    elif mask is not None and (torch.compiler.is_compiling() or is_simulated_gpu()):
+    elif mask is not None and (is_recorded() or is_simulated_gpu()):
         # Whether some query has no key is not known there; what is added to its scores makes them all alike.
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(query.dtype).min

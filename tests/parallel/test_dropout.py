@@ -178,3 +178,10 @@ def test_compiled_masks_are_the_eager_ones():
     eager.backward(gradient)
     out.backward(gradient)
     torch.testing.assert_close(compiled_x.grad, eager_x.grad, rtol=0, atol=0)
+
+
+def test_traced_code_drops_the_same_elements():
+    traced = torch.jit.trace(lambda x, keys: keyed_dropout(x, 0.3, keys), (torch.ones(4, 8), _keys(rows=4)))
+    for rows, columns in ((4, 8), (6, 12)):
+        x, keys = torch.ones(rows, columns), _keys(2, rows)
+        assert traced(x, keys).equal(keyed_dropout(x, 0.3, keys))

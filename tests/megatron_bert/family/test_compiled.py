@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_bert
 from tests.megatron_bert.family import support as megatron
@@ -46,6 +47,58 @@ def test_exported_classes_take_any_batch_and_length(make, head):
     for given in (inputs, {name: tensor[:2, ..., :5] for name, tensor in inputs.items()}):
         expected, found = model(**given), program.module()(**given)
         torch.testing.assert_close(found[0], expected[0], **CLOSE)
+
+
+def _padded(batch, length):
+    """Words, and a mask under which each sequence is shorter than the one before."""
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(3, 90, (batch, length), generator=generator)
+    return ids, (torch.arange(length) < length - 2 * torch.arange(batch)[:, None]).long()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("whole", [True, False], ids=["all-ones", "padded"])
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        (megatron, "ForSequenceClassification"),
+        (megatron, "ForMaskedLM"),
+        (megatron, "ForCausalLM"),
+        (ibert, "ForSequenceClassification"),
+    ],
+    ids=["MegatronBertForSequenceClassification", "ForMaskedLM", "ForCausalLM", "IBertForSequenceClassification"],
+)
+def test_traced_classes_take_any_mask_batch_and_length(make, head, whole):
+    """No choice by what the mask of the example holds is in the trace; padding may be skipped outside of it."""
+    model = make.build(head, skip_padding=True)
+    model.config.use_cache, model.config.return_dict = False, False
+    ids, mask = _padded(2, 9)
+    traced = torch.jit.trace(model, (ids, torch.ones_like(mask) if whole else mask), strict=False, check_trace=False)
+    model.skip_padding = False
+    for shape in ((2, 9), (4, 9), (3, 7), (2, 12), (1, 1)):
+        given = _padded(*shape)
+        torch.testing.assert_close(traced(*given)[0], model(*given)[0], **CLOSE)
+    ids, mask = _padded(3, 8)
+    assert not traced(ids, mask)[0].allclose(traced(ids, torch.ones_like(mask))[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_onnx_by_tracing_keeps_the_mask(tmp_path):
+    import onnxruntime
+
+    model = build("ForSequenceClassification")
+    model.config.return_dict = False
+    ids, mask = _padded(2, 9)
+    path, names = tmp_path / "model.onnx", ["input_ids", "attention_mask"]
+    axes = {name: {0: "batch", 1: "length"} for name in names}
+    options = {"dynamo": False, "input_names": names, "dynamic_axes": axes}
+    torch.onnx.export(model, (ids, torch.ones_like(mask)), path, **options)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((2, 9), (3, 7)):
+        given = _padded(*shape)
+        (found, *_) = session.run(None, dict(zip(names, map(np.asarray, given), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(found), model(*given)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -97,6 +150,14 @@ def test_copies_are_equal_and_independent(family):
         with torch.no_grad():
             other.get_input_embeddings().weight.zero_()
     assert model(**batch).logits.equal(expected)
+
+
+def test_shapes_alone_are_enough():
+    """In a FakeTensorMode, as tools that only want shapes use it."""
+    model, batch = build("ForMaskedLM", skip_padding=True), batch_for("ForMaskedLM")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        out = model(**{name: fake.from_tensor(tensor) for name, tensor in batch.items()})
+    assert out.logits.shape == (3, 9, 91)
 
 
 def test_the_meta_device():
