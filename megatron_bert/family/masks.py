@@ -11,9 +11,6 @@ from torch import Tensor
 from parallel.errors import UserError
 from parallel.recording import values_unknown
 
-#: What is added to a score at least, for a key not to be attended to.
-_HIDDEN = -1e3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -88,17 +85,13 @@ def read_mask(name: str, mask: Tensor | None, shape: tuple[int, int, int, int]) 
 
 
 def _of_scores(name: str, mask: Tensor) -> Mask:
-    """What is added to scores: a mask of what may be attended to where it only hides, which is exact and faster."""
+    """What is added to scores, as it is: how much a key is hidden counts where no other key is nearer."""
     if values_unknown() or mask.requires_grad:
         return Mask(full=mask)
-    allowed = mask > _HIDDEN
-    facts = [allowed.all(), allowed.any(-1).all(), ((mask == 0) | ~allowed).all(), (mask < torch.inf).all()]
-    everything, attended, only_hides, numbers = torch.stack(facts).tolist()
+    nothing, numbers = torch.stack([(mask == 0).all(), (mask < torch.inf).all()]).tolist()
     if not numbers:
         raise UserError(f"{name} holds values that are not numbers: give what is to be added to scores")
-    if not only_hides:
-        return Mask(full=mask)
-    return Mask() if everything else Mask(full=allowed, unattended=not attended)
+    return Mask() if nothing else Mask(full=mask)
 
 
 def causal(mask: Mask, given: Tensor | None, past: int, queries: int, keys: int, device: torch.device) -> Mask:

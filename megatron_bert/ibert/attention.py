@@ -26,6 +26,12 @@ from megatron_bert.ibert.softmax import (
     score_factor,
 )
 from parallel.errors import UserError
+from parallel.recording import values_unknown
+
+#: What is added to a score at least, for a key not to be attended to beside others.
+_HIDDEN = -1e3
+#: What makes all keys of a query alike: their scores vanish beside it in float32.
+_LOWEST = -1e30
 
 
 class AttentionScales(NamedTuple):
@@ -94,6 +100,25 @@ class _Attention(torch.autograd.Function):
 def argument_factor(dim: int) -> float:
     """What (scale of queries) * (scale of keys) is multiplied with to be the factor of softmax's argument."""
     return 2**ARGUMENT_BITS * math.log2(math.e) / math.sqrt(dim)
+
+
+def only_hidden(mask: Tensor) -> Tensor | None:
+    """Which keys may be attended to under a mask that is added to scores; None unless hiding is all that it does.
+
+    It does so by -1000 and less. A query whose keys are all hidden would still prefer some to others, or attend to all,
+    except by numbers beside which scores vanish.
+
+    Args:
+        mask: floating point, ``[.., K]``.
+
+    Returns:
+        Bool of the same shape.
+    """
+    if values_unknown():
+        return None
+    allowed, lowest = mask > _HIDDEN, max(_LOWEST, torch.finfo(mask.dtype).min)
+    hides = ((mask == 0) | ~allowed).all() & (allowed.any(-1) | (mask <= lowest).all(-1)).all()
+    return allowed if bool(hides) else None
 
 
 def integer_attention(

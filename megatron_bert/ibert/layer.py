@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_bert.ibert.activations import INTEGER_ACTIVATIONS
-from megatron_bert.ibert.attention import AttentionScales, integer_attention
+from megatron_bert.ibert.attention import AttentionScales, integer_attention, only_hidden
 from megatron_bert.ibert.bounds import LARGEST_ROW, MOST_PRODUCTS
 from megatron_bert.ibert.epilogues import activation_requantized, dequantized, quantized, requantized, rescale
 from megatron_bert.ibert.fixed_point import GUARD_BITS, factor
@@ -143,10 +144,13 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         if request.head_mask is not None:
             raise UserError("head_mask is given, but integer attention has no masks of heads: prune the heads instead")
         if request.mask is not None and request.mask.is_floating_point():
-            raise UserError(
-                "attention_mask holds values other than 0 and large negative numbers, which integer attention does not "
-                "add to its scores: say of every pair whether it may be attended to"
-            )
+            allowed = only_hidden(request.mask)
+            if allowed is None:
+                raise UserError(
+                    "attention_mask holds values other than 0 and large negative numbers, which integer attention does "
+                    "not add to its scores: say of every pair whether it may be attended to"
+                )
+            request = replace(request, mask=allowed)
         return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, dropout_keys, request)
 
     # ---------------------------------------------------------------- in integers

@@ -47,6 +47,8 @@ def attention_probabilities(
         scores = scores + bias
     if mask is not None and mask.is_floating_point():
         scores = scores + _added(mask, scores.dtype)
+        if scores.dtype == torch.float16:  # whose lowest number and a score may be less than any number
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores.masked_fill(~_broadcastable(mask), torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)

@@ -100,6 +100,46 @@ def test_queries_that_may_see_nothing(both):
     torch.testing.assert_close(model(IDS, attention_mask=trained).last_hidden_state, expected, **CLOSE)
 
 
+def _rows(*values: float) -> torch.Tensor:
+    """What is added to the scores of every query: the last value to the rest of the keys."""
+    row = torch.tensor([*values, *[values[-1]] * (LENGTH - len(values))])
+    return row.expand(BATCH, 1, LENGTH, LENGTH).contiguous()
+
+
+#: Numbers that hide keys beside others, but where there are no others.
+AS_THEY_ARE = {
+    "all-999": _rows(-999.0),
+    "all-2000": _rows(-2000.0),
+    "all-10000": _rows(-10000.0),
+    "all-1e5": _rows(-1e5),
+    "one-less": _rows(-4000.0, -2000.0),
+    "one-more": _rows(-2000.0, -4000.0),
+    "infinite-beside": _rows(-torch.inf, -2000.0),
+    "lowest-beside": _rows(LOWEST, -10000.0),
+    "bias-beside": _rows(-2000.0, 0.0, 3.0),
+}
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["fused", "written-out"])
+@pytest.mark.parametrize("case", AS_THEY_ARE)
+def test_large_negative_numbers_are_added_as_they_are(case, shown, both):
+    model, peer = both("encoder")
+    mask = AS_THEY_ARE[case]
+    expected = peer(IDS, attention_mask=mask).last_hidden_state
+    found = model(IDS, attention_mask=mask, output_attentions=shown).last_hidden_state
+    # Scores lose bits beside large numbers; what differs otherwise is off by more than 0.3.
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-4)
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["fused", "written-out"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hidden_rows_of_narrow_numbers_are_finite(dtype, shown):
+    model = build("Model").to(dtype)
+    for value in (LOWEST, torch.finfo(dtype).min, -torch.inf):
+        mask = torch.full(OF_HEADS, value).to(dtype)
+        assert model(IDS, attention_mask=mask, output_attentions=shown).last_hidden_state.isfinite().all()
+
+
 def test_masks_of_an_encoder(tmp_path):
     model = build("Model", changed(is_decoder=True, add_cross_attention=True))
     peer = peer_of(model, tmp_path)

@@ -226,8 +226,9 @@ def test_masks_of_heads_in_integers():
     expected = model(ids, attention_mask=seen, output_attentions=True)
     of_heads = seen.expand(1, 4, length, length)
     assert model(ids, attention_mask=of_heads).logits.equal(expected.logits)
-    added = torch.zeros(of_heads.shape).masked_fill(~of_heads, torch.finfo(torch.float32).min)
-    assert model(ids, attention_mask=added).logits.equal(expected.logits)
+    for hidden in (torch.finfo(torch.float32).min, -torch.inf, -1e4):
+        added = torch.zeros(of_heads.shape).masked_fill(~of_heads, hidden)
+        assert model(ids, attention_mask=added).logits.equal(expected.logits)
     first = torch.cat((of_heads[:, :1], torch.ones_like(of_heads[:, 1:])), dim=1)
     found = model(ids, attention_mask=first, output_attentions=True).attentions[0]
     assert found[:, 0].equal(expected.attentions[0][:, 0])
@@ -241,6 +242,12 @@ def test_what_integers_do_not_cover():
         model(**batch, head_mask=torch.ones(4))
     with pytest.raises(UserError, match=r"attention_mask holds .* which integer attention does not add to its scores"):
         model(batch["input_ids"], attention_mask=torch.rand(1, 1, 1, batch["input_ids"].shape[1]))
+    with pytest.raises(UserError, match=r"attention_mask holds .* which integer attention does not add to its scores"):
+        model(batch["input_ids"], attention_mask=torch.full((1, 1, 1, batch["input_ids"].shape[1]), -2e3))
+    hidden = torch.full((1, 1, 1, batch["input_ids"].shape[1]), -torch.inf)
+    assert model(batch["input_ids"], attention_mask=hidden).logits.equal(
+        model(batch["input_ids"], attention_mask=hidden == 0).logits
+    )
     with pytest.raises(UserError, match="quantized already"):
         quantize_model(_build("IBert", "Model", quant_mode=True), QuantizationConfig())
     with pytest.raises(UserError, match="relative position"):
