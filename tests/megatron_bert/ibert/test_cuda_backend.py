@@ -453,5 +453,8 @@ def test_all_kernels_of_real_sizes_compile_to_integers_alone(capability, monkeyp
     }
     found |= {key: each for key, each in others.items() if key[0] in ("attend", "normalize") or "gelu" in key}
     assert len(found) > 15
+    if capability < 90:  # of what differs there, the products, those with the most around them
+        found = {key: each for key, each in found.items() if key[0] == "attend" or {"gelu", "add"} & set(key)}
+        assert len(found) > 4
     for source, options in found.values():
         _assert_integers_alone(source, options, capability, tmp_path)
