@@ -21,6 +21,11 @@ class UserError(ValueError):
     """
 
 
+def with_article(noun: str) -> str:
+    """A noun, mostly the name of a class, after "a" or "an"."""
+    return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
+
+
 class NamesArgumentsError(Exception):
     """An error whose text, its first argument, says ``$name`` for an argument; shown as ``name`` or by :func:`called`.
 

@@ -22,6 +22,7 @@ from megatron_bert.ibert.engine.parts import parts_of
 from megatron_bert.ibert.products import quantize_weight
 from megatron_bert.ibert.quantizer import Quantizer
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
+from megatron_bert.model.effective_weights import effective_weight
 from megatron_bert.model.task_heads.kind import HeadKind
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
@@ -273,4 +274,4 @@ class _Graph:
     def dense_of_words(self, stream: str, module: Any) -> str:
         """The head's first layer, whose quantizer is the head's."""
         rounded = self.rounded(stream, module.quantizer("input"))
-        return self.linear(rounded, module.dense.weight, module.dense.bias, module.settings.weight_bits)
+        return self.linear(rounded, effective_weight(module.dense), module.dense.bias, module.settings.weight_bits)

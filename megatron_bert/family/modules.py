@@ -24,6 +24,7 @@ from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SCORES_PER_SEQUENCE, AttentionHeads, DistanceTable, SelfAttention, in_parts
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.cross_attention import CrossAttention
+from megatron_bert.model.effective_weights import effective_weight
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.heads import MaskedLanguageHead, Pooler, SequenceHead
 from megatron_bert.model.layer import ATTENTION_OUTPUT, MLP_OUTPUT, TransformerLayer
@@ -109,8 +110,8 @@ class Holder(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the dense layer."""
-        return self.dense.weight
+        """Of the dense layer, with its adapters."""
+        return effective_weight(self.dense)
 
     @property
     def bias(self) -> Tensor | None:
@@ -135,8 +136,8 @@ class Fused:
 
     @property
     def weight(self) -> Tensor:
-        """This rank's rows, ``[A * layers * D, H]``."""
-        return self._rows([layer.weight for layer in self.layers])
+        """This rank's rows, ``[A * layers * D, H]``, with adapters."""
+        return self._rows([effective_weight(layer) for layer in self.layers])
 
     @property
     def bias(self) -> Tensor | None:

@@ -17,7 +17,7 @@ from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.settings import meaningful, meaningful_data, task_name
 from megatron_bert.tasks.table import GLUE_NAMES, TASKS, has_setting
 from megatron_bert.tasks.tag_schemes import looks_like_tag
-from parallel.errors import UserError, brief
+from parallel.errors import UserError, brief, with_article
 
 #: Schemes of tags by prefixes that only they have.
 _SCHEMES = (("BILOU", {"L", "U"}), ("IOBES", {"E", "S"}))
@@ -79,8 +79,8 @@ def class_of(state: CanonicalState) -> str:
 def _check_head(name: str, state: CanonicalState, usual: str) -> None:
     if name in TASKS and TASKS[name].head != state.head:
         raise UserError(
-            f"task.name is {name}, but {state.label} is a {class_of(state)}: give a task with such a head, such as "
-            f"{usual}, or leave it out"
+            f"task.name is {name}, but {state.label} is {with_article(class_of(state))}: give a task with such a head, "
+            f"such as {usual}, or leave it out"
         )
 
 
@@ -136,7 +136,7 @@ def deduction_note(state: CanonicalState, settings: Mapping[str, Any]) -> str:
     shown = f" of {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}" if labels else ""
     name = f"multi-label {settings['name']}" if settings.get("multi_label") else settings["name"]
     found = (
-        f"{state.label} is a {class_of(state)}, used for {name}{shown}, in sequences of at most "
+        f"{state.label} is {with_article(class_of(state))}, used for {name}{shown}, in sequences of at most "
         f"{settings['max_length']} tokens (task.key=value changes that)"
     )
     return "; ".join([found, *state.warnings])

@@ -13,7 +13,7 @@ from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.tasks.task import Task
-from parallel.errors import UserError, brief
+from parallel.errors import UserError, brief, with_article
 
 
 def find_tokenizer(settings: FinetuneSettings) -> Tokenizer:
@@ -47,7 +47,8 @@ def encoder_config(
         config = state.config
         if config.model_type not in TRAINED_TYPES:
             raise UserError(
-                f"{state.label} is a {brief(config.model_type)}: fine-tuning starts from {', '.join(TRAINED_TYPES)}"
+                f"{state.label} is {with_article(brief(config.model_type))}: fine-tuning starts from "
+                f"{', '.join(TRAINED_TYPES)}"
             )
         check_vocabulary(state, tokenizer)
     chances = settings.model.model_dump(exclude={"from_", "keep_head"}, exclude_none=True)

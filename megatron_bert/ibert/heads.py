@@ -24,6 +24,7 @@ from megatron_bert.ibert.fixed_point import dyadic
 from megatron_bert.ibert.modules import Quantized
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.model.activations import ACTIVATIONS
+from megatron_bert.model.effective_weights import effective_weight
 from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
 from parallel.collectives import copy_to_ranks
 from parallel.sharding import local_tensor
@@ -80,7 +81,7 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
     def forward(self, selected: Tensor, word_embeddings: Tensor | None = None) -> Tensor:
         """As MaskedLanguageHead; multiples of 2^-12. Heads of public classes have the output matrix themselves."""
         if word_embeddings is None:
-            word_embeddings = self.get_parameter("decoder.weight")
+            word_embeddings = effective_weight(self.get_submodule("decoder"))
         if self.mode == "float":
             return MaskedLanguageHead.forward(self, self.floating(selected), word_embeddings).float()
         if self.mode == "observe":
@@ -89,7 +90,7 @@ class QuantizedMaskedLanguageHead(Quantized, MaskedLanguageHead):
             entered = copy_to_ranks(features, self.tp)
             return F.linear(entered, local_tensor(word_embeddings), local_tensor(self.bias)).float()
         gelu = self.quantizer("gelu")
-        sums, scale = self.multiply(self.read(selected, "input"), self.dense.weight, "input")
+        sums, scale = self.multiply(self.read(selected, "input"), effective_weight(self.dense), "input")
         if "gelu" in self.force:
             wide = self.read(ACTIVATIONS[self.hidden_act](dequantized(sums, scale, self.dense.bias)), "gelu")
         else:

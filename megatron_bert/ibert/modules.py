@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_bert.ibert.epilogues import quantized
 from megatron_bert.ibert.products import integer_product, quantize_weight, sum_over_ranks
-from megatron_bert.ibert.quantizer import Kind, Quantizer
+from megatron_bert.ibert.quantizer import Kind, Quantizer, Ranges
 from megatron_bert.ibert.settings import QuantizationConfig
 from megatron_bert.ibert.stream import normalized_stream
 from megatron_bert.model.layer import LayerNorm
@@ -35,7 +35,7 @@ class Quantized(nn.Module):
 
     settings: QuantizationConfig
     mode: Mode
-    ranges: nn.ModuleDict
+    ranges: Ranges
 
     def adopt(self, settings: QuantizationConfig, kinds: dict[str, Kind], force: frozenset[str]) -> None:
         """Begin as a quantized module.
@@ -47,7 +47,7 @@ class Quantized(nn.Module):
         """
         self.settings, self.mode, self.force = settings, "integer", force
         device = next(self.parameters()).device
-        self.ranges = nn.ModuleDict({name: Quantizer(kind, settings, device) for name, kind in kinds.items()})
+        self.ranges = Ranges({name: Quantizer(kind, settings, device) for name, kind in kinds.items()})
         self.train(self.training)
 
     def floating(self, x: Tensor) -> Tensor:
@@ -56,9 +56,7 @@ class Quantized(nn.Module):
 
     def quantizer(self, name: str) -> Quantizer:
         """The quantizer of that name."""
-        found = self.ranges[name]
-        assert isinstance(found, Quantizer)
-        return found
+        return self.ranges[name]
 
     def read(self, x: Tensor, name: str, real: Tensor | None = None) -> Tensor:
         """Real values of the stream to integers of a quantizer; ``real`` as for :meth:`Quantizer.watch`."""

@@ -18,8 +18,9 @@ from megatron_bert.ibert.equalization import equalize_model
 from megatron_bert.ibert.heads import QuantizedDense, QuantizedMaskedLanguageHead, QuantizedPooler
 from megatron_bert.ibert.layer import QuantizedTransformerLayer, check_layer
 from megatron_bert.ibert.modules import Mode, Quantized, QuantizedLayerNorm
-from megatron_bert.ibert.quantizer import Quantizer
+from megatron_bert.ibert.quantizer import MODULE_ENDING, Quantizer
 from megatron_bert.ibert.settings import QuantizationConfig
+from megatron_bert.model.effective_weights import is_adapted
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.heads import Dense, MaskedLanguageHead, Pooler
 from parallel.errors import UserError
@@ -53,6 +54,8 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalize: 
     """
     if any(isinstance(module, Quantized) for module in model.modules()):
         raise UserError("the model is quantized already: quantize a float model")
+    if any(is_adapted(module) for module in model.modules()):
+        raise UserError("the model has adapters: merge them first (merge_and_unload), or quantize before adding them")
     encoders = [module for module in model.modules() if isinstance(module, Encoder)]
     if not encoders:
         raise UserError(f"{type(model).__name__} holds no encoder: quantize a model with one")
@@ -114,10 +117,13 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Quantizers with their names, in the order of the model: the same on ranks that hold the same modules."""
+    """Quantizers with their names in a state dict, in the order of the model.
+
+    The order is the same on ranks that hold the same modules.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
-            yield name, module
+            yield name.removesuffix(MODULE_ENDING), module
 
 
 def named_ranges(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from math import floor, log2
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ _FINEST = 20
 _LARGEST_TERM = 2**14 - 1
 #: The range of what was never seen. A tensor of zeros has the range 0.
 UNKNOWN = -1.0
+#: Of the names of quantizers as modules.
+MODULE_ENDING = "_range"
 
 
 class Quantizer(nn.Module):
@@ -40,6 +42,7 @@ class Quantizer(nn.Module):
         range: float32 scalar buffer, the largest magnitude (``gelu``: value) that is represented; -1 until calibrated.
         least: of ``gelu``, the least real value.
         frozen: whether observations leave the range as it is.
+        unused: whether the pass that was to find the range did not run this part of the model.
         tap: called with the tensor at each use, integers as they are carried; None mostly.
     """
 
@@ -52,7 +55,7 @@ class Quantizer(nn.Module):
         self.bits = of_kind.get(kind, settings.activation_bits)
         self.observer = "min_max" if kind == "stream" else settings.observer
         self.register_buffer("range", torch.full((), UNKNOWN, dtype=torch.float32, device=device))
-        self.least, self.frozen = LEAST_GELU, False
+        self.least, self.frozen, self.unused = LEAST_GELU, False, False
         self.tap: Tap | None = None
         #: Of the step in progress: the largest magnitude, or a histogram; None when nothing was seen.
         self.pending: Tensor | None = None
@@ -172,7 +175,7 @@ class Quantizer(nn.Module):
         """Forget the range and what it came from, for a calibration."""
         self.range.fill_(UNKNOWN)
         self.pending = self.counts = None
-        self.frozen = False
+        self.frozen = self.unused = False
 
     def note(self, x: Tensor, real: Tensor | None = None) -> None:
         """Take note of real values of the stream where integer arithmetic reads them; nothing while it is fixed.
@@ -207,3 +210,40 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Kind and range."""
         return f"{self.kind}, bits={self.bits}, range={self.limit():.4g}"
+
+
+class Ranges(nn.Module):
+    """The quantizers of a module by name.
+
+    Tools such as PEFT pick layers by the ends of their names, for example ``query``. So the module of the quantizer
+    ``query`` is called ``query_range``; in a state dict its range is still ``query.range``.
+    """
+
+    def __init__(self, quantizers: Mapping[str, Quantizer]) -> None:
+        super().__init__()
+        self._names = tuple(quantizers)
+        for name, quantizer in quantizers.items():
+            self.add_module(f"{name}{MODULE_ENDING}", quantizer)
+
+    def __getitem__(self, name: str) -> Quantizer:
+        return self._modules[f"{name}{MODULE_ENDING}"]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def _keys(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Names in a state dict, and as PyTorch finds them."""
+        return ((f"{prefix}{name}.range", f"{prefix}{name}{MODULE_ENDING}.range") for name in self._names)
+
+    def state_dict(self, *args: Any, prefix: str = "", **others: Any) -> Any:
+        """As of modules, under the names of quantizers."""
+        state = super().state_dict(*args, prefix=prefix, **others)
+        for ours, found in self._keys(prefix):
+            state[ours] = state.pop(found)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for ours, found in self._keys(prefix):
+            if ours in state_dict:
+                state_dict[found] = state_dict.pop(ours)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.settings import QuantizeSettings
-from parallel.errors import ArgumentError, UserError, called
+from parallel.errors import ArgumentError, UserError, called, with_article
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: tuple[type[RunSettings], ...] = (Settings, FinetuneSettings, QuantizeSettings)
@@ -65,3 +65,11 @@ def test_names_of_settings_stay_above() -> None:
                     named = [match[0] for pattern in patterns for match in pattern.finditer(part.value)]
                     found += [f"{path.relative_to(ROOT)}:{part.lineno}: {name}" for name in named]
     assert not found, found
+
+
+def test_names_have_their_article():
+    assert [with_article(name) for name in ("IBertModel", "MegatronBertModel", "albert")] == [
+        "an IBertModel",
+        "a MegatronBertModel",
+        "an albert",
+    ]

@@ -41,6 +41,7 @@ from megatron_bert.ibert.quantizer import Quantizer
 from megatron_bert.ibert.softmax import mean_factor, score_factor
 from megatron_bert.ibert.stream import epsilon_steps
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.effective_weights import effective_weight
 from megatron_bert.model.layer import LayerNorm
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
@@ -300,7 +301,7 @@ def _masked(parts: Parts, module: nn.Module, producer: int) -> MaskedLanguage:
     assert isinstance(module, QuantizedMaskedLanguageHead)
     assert isinstance(parts.embeddings, QuantizedEmbeddings)
     reads, gelu, bits = module.quantizer("input"), module.quantizer("gelu"), module.settings.weight_bits
-    dense, sums = _matrix(module.dense.weight, module.dense.bias, reads.scale(), bits)
+    dense, sums = _matrix(effective_weight(module.dense), module.dense.bias, reads.scale(), bits)
     exponent = integer_gelu.argument_exponent(gelu.scale(), of_stream=True)
     vocabulary = parts.config.vocab_size
     tied = parts.output is None

@@ -49,10 +49,13 @@ def follow_training(model: nn.Module) -> None:
 def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     if not model.training:
         return
-    if any(not quantizer.known and not quantizer.frozen for _, quantizer in quantizers(model)):
+    unknown = [each for _, each in quantizers(model) if not (each.known or each.frozen or each.unused)]
+    if unknown:
         with _in_evaluation(model), torch.no_grad(), in_mode(model, "observe"):
             model.forward(*arguments, **named)
     update_ranges(model)
+    for quantizer in unknown:  # such as of the head that PEFT trains a copy of
+        quantizer.unused = not quantizer.known
 
 
 def canonical_name(model: DocumentedModel, name: str) -> str:
