@@ -34,6 +34,9 @@ from parallel.recording import values_unknown
 
 Tensors = tuple[Tensor, ...]
 
+#: Hooks of transformers and PEFT that let gradients reach adapters, whatever the shape.
+_BLIND_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
@@ -179,6 +182,8 @@ class EncoderModel(DocumentedModel):
             layout = SequenceLayout.packed(lengths, int(lengths[0]))
             assert layout.boundaries is not None
             first = torch.empty_like(order).index_copy_(0, order, layout.boundaries[:-1].long())
+        if kept is None and inputs.tokens is not None:  # hooks on word embeddings see sequences
+            inputs = replace(inputs, tokens=inputs.tokens.unflatten(0, (inputs.batch, inputs.length)))
         hidden = self.embeddings(inputs.tokens, inputs.positions, inputs.types, dropout_keys, inputs.embedded)
         plain = request.attention is None and not request.hidden_states
         if request.hidden_states:
@@ -280,7 +285,7 @@ class EncoderModel(DocumentedModel):
             return False
         if mask.keys is None or self.skip_padding is False or not (self.embeddings.absolute and mask.starts):
             return False
-        if shown and self.skip_padding is None:
+        if (shown and self.skip_padding is None) or _sees_sequences(self.embeddings.word_embeddings):
             return False
         if needed is not None and bool((needed & ~mask.keys).any()):
             return False
@@ -299,6 +304,17 @@ class EncoderModel(DocumentedModel):
         rows = torch.arange(inputs.batch, device=inputs.device)[:, None]
         columns = torch.arange(inputs.past, inputs.past + inputs.length, device=inputs.device)
         return fold_in(fold_in(rows, seed), columns).flatten()
+
+
+def _sees_sequences(words: nn.Module) -> bool:
+    """Whether word embeddings have hooks, which expect a rectangle; those that do not look at what passes aside."""
+    of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = (hook for part in words.modules() for kind in of_modules for hook in getattr(part, kind).values())
+    return any(
+        getattr(hook, "__name__", "") not in _BLIND_HOOKS
+        and not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+        for hook in hooks
+    )
 
 
 def _without_padding(

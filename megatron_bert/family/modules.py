@@ -414,10 +414,11 @@ class Embeddings(BertEmbeddings):
         return getattr(self, "LayerNorm", None)
 
     def _words(self, tokens: Tensor | None) -> Tensor:
+        """Words of ``[B, S]`` or ``[T]``, as ``[T, H]``."""
         words = super()._words(tokens)
-        if tokens is None or self.padding is None or not torch.is_grad_enabled():
-            return words
-        return torch.where((tokens == self.padding)[:, None], words.detach(), words)
+        if tokens is not None and self.padding is not None and torch.is_grad_enabled():
+            words = torch.where((tokens == self.padding)[..., None], words.detach(), words)
+        return words.flatten(0, -2)
 
 
 def with_tanh(dense: nn.Module, x: Tensor) -> Tensor:

@@ -186,3 +186,19 @@ def test_skipped_equals_computed_on_the_device(dtype):
     # A few roundings of values within about 4, by two kernels.
     assert difference < 16 * 4 * torch.finfo(dtype).eps
     assert CONFIG.num_attention_heads == 4
+
+
+def test_hooks_on_word_embeddings_see_sequences():
+    """So padding is not skipped while there is one, except by those that do not care for shapes."""
+    model = build("ForSequenceClassification", skip_padding=True)
+    batch = batch_for("ForSequenceClassification")
+    expected, real = model(**batch).logits, int(batch["attention_mask"].sum())
+    assert _tokens_computed(model, batch) == real < batch["input_ids"].numel()
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *hooked: seen.append(hooked[2].shape))
+    torch.testing.assert_close(model(**batch).logits, expected, **CLOSE)
+    assert seen == [(*batch["input_ids"].shape, model.config.hidden_size)]
+    assert _tokens_computed(model, batch) == batch["input_ids"].numel()
+    hook.remove()
+    model.enable_input_require_grads()
+    assert _tokens_computed(model, batch) == real

@@ -97,6 +97,37 @@ def test_trainer(family, tokenizer, tmp_path):
     torch.testing.assert_close(peer.eval()(**batch).logits, loaded(**batch).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["MegatronBert", "IBert"])
+def test_noisy_embeddings(family, tokenizer, tmp_path):
+    """NEFTune's noise is even, within alpha / sqrt(S H) of the padded batch, and gone after training."""
+    head, make = "ForSequenceClassification", megatron if family == "MegatronBert" else ibert
+    rows = [tokenizer(text) | {"labels": number % 2} for number, text in enumerate(SENTENCES)]
+    model = make.build(head, make.config_of(head, num_labels=2))
+    words, seen = model.get_input_embeddings(), []
+
+    def keep(_, inputs, output):
+        seen.append((inputs[0].shape, output.detach().clone()))
+
+    class AfterNoise(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            words.register_forward_hook(keep)
+
+    words.register_forward_hook(keep)
+    transformers.Trainer(
+        model=model,
+        args=_arguments(tmp_path, max_steps=1, neftune_noise_alpha=5.0),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[AfterNoise()],
+    ).train()
+    (ids, plain), (_, noisy) = seen
+    assert plain.shape == (*ids, 32)
+    noise, bound = noisy - plain, 5.0 / (ids[1] * 32) ** 0.5
+    assert 0.95 * bound < float(noise.abs().max()) <= bound * (1 + 1e-4)
+    assert float(noise.square().mean()) == pytest.approx(bound**2 / 3, rel=0.1)
+    assert len(words._forward_hooks) == 2
+
+
 def test_accelerate():
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model, batch = build("ForTokenClassification"), batch_for("ForTokenClassification")
