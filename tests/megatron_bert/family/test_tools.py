@@ -42,6 +42,13 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def _own_state():
+    """What a Trainer asks of Accelerate (a number format) holds for the whole process."""
+    yield
+    accelerate.state.AcceleratorState._reset_state()
+
+
 def _arguments(folder: Path, **changes) -> transformers.TrainingArguments:
     usual = {
         "output_dir": str(folder),
