@@ -64,10 +64,13 @@ class Tokenizer(ABC):
         sep_id: Id that ends a segment.
         pad_id: Id that fills a row.
         mask_id: Id that hides a token.
+        mask_takes_space: Whether the mask token in a sentence stands for a word with the space before it.
         unk_id: Id of text outside the vocabulary.
         special_ids: All ids that are not text, ascending.
         fingerprint: SHA-256 of everything that decides the ids of a text, 64 hex digits.
     """
+
+    mask_takes_space = True
 
     def __init__(self, source: Path, pieces: list[str], special: Iterable[int], continuation: str, fingerprint: str):
         self._pieces = pieces
@@ -168,6 +171,8 @@ class JsonTokenizer(Tokenizer):
         decisive = [description["normalizer"], description["pre_tokenizer"], description["model"], text_tokens]
         fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         super().__init__(source, pieces, special, _continuation(source, description), fingerprint)
+        added = next((token for token in description["added_tokens"] if token["id"] == self.mask_id), None)
+        self.mask_takes_space = added is None or added["lstrip"]
         self._words = WordCache(self._encode_whole) if splits_at_spaces(description) else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 import sentencepiece
 import tokenizers
+from tokenizers import AddedToken
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC, Normalizer
@@ -193,7 +194,8 @@ def _train_bpe(text: Iterable[str], vocab_size: int, output: Path, cased: bool) 
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,
+        # The mask stands for a word with the space before it, as such words are trained on.
+        special_tokens=[AddedToken(name, lstrip=name == "[MASK]", special=True) for name in SPECIAL_TOKENS],
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )

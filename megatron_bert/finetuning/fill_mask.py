@@ -78,18 +78,7 @@ class FillMask:
         Raises:
             UserError: the text holds no mask, or is longer than the model takes.
         """
-        pieces = text.split(self.mask_token)
-        if len(pieces) < 2:
-            raise UserError(f"{text!r} holds no {self.mask_token}: put one for each word to guess")
-        ids = [self.tokenizer.cls_id]
-        for number, piece in enumerate(pieces):
-            ids += [self.tokenizer.mask_id] if number else []
-            # The mask stands for a word with the space before it, where a vocabulary has words with their spaces.
-            ids += self.tokenizer.encode(piece.rstrip(" ") if number < len(pieces) - 1 else piece)
-        ids.append(self.tokenizer.sep_id)
-        longest = self.model.config.longest_sequence
-        if len(ids) > longest:
-            raise UserError(f"the text has {len(ids)} tokens, but the model takes {longest}: shorten it")
+        ids = self._ids(text)
         tokens = torch.tensor(ids)
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
         batch = MicroBatch.of_one(tokens, masks)
@@ -103,6 +92,21 @@ class FillMask:
             for mask, row, values in zip(masks, best.indices, best.values, strict=True)
             for token, probability in zip(row, values, strict=True)
         ]
+
+    def _ids(self, text: str) -> list[int]:
+        pieces = text.split(self.mask_token)
+        if len(pieces) < 2:
+            raise UserError(f"{text!r} holds no {self.mask_token}: put one for each word to guess")
+        ids = [self.tokenizer.cls_id]
+        for number, piece in enumerate(pieces):
+            ids += [self.tokenizer.mask_id] if number else []
+            before_mask = self.tokenizer.mask_takes_space and number < len(pieces) - 1
+            ids += self.tokenizer.encode(piece.rstrip(" ") if before_mask else piece)
+        ids.append(self.tokenizer.sep_id)
+        longest = self.model.config.longest_sequence
+        if len(ids) > longest:
+            raise UserError(f"the text has {len(ids)} tokens, but the model takes {longest}: shorten it")
+        return ids
 
     def _guess(self, ids: list[int], place: int, token: int, probability: float) -> Guess:
         filled = [token if index == place else i for index, i in enumerate(ids)][1:-1]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 
 from megatron_bert.cli import main
 from megatron_bert.data.tokenizers import load_tokenizer, tokenizer_of_run
+from megatron_bert.data.train_tokenizer import train_tokenizer
+from megatron_bert.family.tokenizer import AutoTokenizer, save_tokenizer
 from megatron_bert.finetuning.fill_mask import FillMask
 from megatron_bert.model.batch import MicroBatch
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.training.pretrain import pretrain
 from parallel.errors import UserError
 from tests.megatron_bert.training.layouts import LENGTH, make_data
@@ -80,6 +85,28 @@ def test_several_masks_in_order(run: Path) -> None:
     model = FillMask.from_checkpoint(run)
     assert len(model("[MASK] w1 [MASK]", top=3)) == 6
     assert len(model("[MASK]", top=3)) == 3
+
+
+@pytest.mark.parametrize("takes_space", [True, False])
+def test_masks_of_vocabularies_with_spaces_are_read_as_transformers_does(tmp_path: Path, takes_space: bool) -> None:
+    """True in those that are trained here; with False, the space before a mask is a token of its own."""
+    (tmp_path / "text.txt").write_text("the cat sat\n\nthe dog sat\n" * 20, encoding="utf-8")
+    train_tokenizer([tmp_path / "text.txt"], "bpe", 270, tmp_path / "made")
+    path = tmp_path / "made" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    mask = next(token for token in content["added_tokens"] if token["content"] == "[MASK]")
+    assert mask["lstrip"]
+    mask["lstrip"] = takes_space
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(path)
+    config = MegatronBertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    ours = FillMask(BertForPretraining(config, device="meta"), tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("the [MASK] sat", "the[MASK] sat", "[MASK] cat"):
+        assert ours._ids(text) == theirs(text)["input_ids"]
 
 
 def test_text_without_mask(run: Path) -> None:
