@@ -65,7 +65,7 @@ def _takes_bool(annotation: Any) -> bool:
 
 def explained(error: ValidationError, kind: type[BaseModel]) -> ArgumentError:
     """The first of the mistakes that pydantic has found in settings, in a sentence that names the field."""
-    first = error.errors()[0]
+    first = _of_all_branches(error.errors(), kind)
     location = ".".join(str(part) for part in first["loc"])
     named = f"${location}" if location[:1].isalpha() else location
     if first["type"] == "extra_forbidden":
@@ -79,6 +79,19 @@ def explained(error: ValidationError, kind: type[BaseModel]) -> ArgumentError:
         cause = first["ctx"]["error"]
         return cause.within(location) if isinstance(cause, ArgumentError) else ArgumentError(str(cause))
     return ArgumentError(f"{named} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}")
+
+
+def _of_all_branches(errors: list[Any], kind: type[BaseModel]) -> Any:
+    """The first mistake; where a field takes one of several types, what is wrong with it for each of them together."""
+    first = errors[0]
+    if not first["loc"]:
+        return first
+    *field, branch = first["loc"]
+    together = [each for each in errors if [*each["loc"][:-1]] == field and each["input"] is first["input"]]
+    if len(together) == 1 or branch in _known_keys(tuple(field), kind):
+        return first
+    expected = [each["msg"].partition(", unable to")[0].removeprefix("Input should be ") for each in together]
+    return {**first, "loc": tuple(field), "msg": f"input should be {' or '.join(expected)}"}
 
 
 def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:

@@ -132,6 +132,7 @@ class TestMistakes:
             ("model.form=x", "unknown setting model.form; did you mean from?"),
             ("precision.zzzzzz=1", "known here: compute, initial_loss_scale, loss_scale_growth_interval"),
             ("training.steps=many", "training.steps is 'many': input should be a valid integer"),
+            ("training.compile=most", "training.compile is 'most': input should be a valid boolean or 'all'"),
             ("training.steps=-1", "training.steps is -1: input should be greater than or equal to 0"),
             ("precision.compute=float8", "precision.compute is 'float8': input should be 'float32', 'bfloat16'"),
             ("data.mask_probability=0.6", "data.mask_probability is 0.6"),
