@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of random integers, whose activations have about the ranges of real ones."""
+"""Plans of random integers, whose activations have about the ranges of real ones, and inputs for them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -157,3 +158,27 @@ def random_plan(
         final_norm=None if post else r.norm(hidden, 32767),
         heads=all_heads,
     )
+
+
+#: Tokens, positions, types and starts of sequences end to end.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def sequences(lengths: list[int], seed: int = 1) -> Inputs:
+    """Random sequences of these lengths."""
+    generator, total = torch.Generator().manual_seed(seed), sum(lengths)
+    tokens = torch.randint(0, WORDS, (total,), generator=generator).int()
+    types = torch.randint(0, 2, (total,), generator=generator).int()
+    positions = torch.cat([torch.arange(length) for length in lengths]).int()
+    return tokens, positions, types, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+#: Makes inputs that a plan of one layer does not take -> what engines say of them.
+BAD_INPUTS: list[tuple[Callable[[Inputs], Inputs], str]] = [
+    (lambda i: (i[0] * 0 + WORDS, *i[1:]), "token 100 is outside of 0 to 99"),
+    (lambda i: (i[0], i[1] + 60, *i[2:]), "position 64 is outside of 0 to 63"),
+    (lambda i: (*i[:2], i[2] - 2, i[3]), "type -.* is outside of 0 to 1"),
+    (lambda i: sequences([65]), "sequence 0 has 65 tokens, but the model takes at most 64"),
+    (lambda i: (*i[:3], torch.tensor([0, 9, 8])), "sequence 1 ends before it begins"),
+    (lambda i: (*i[:3], torch.tensor([0, 9])), "sequences end at token 9, but 8 tokens are given"),
+]

@@ -16,8 +16,8 @@ import pytest
 from megatron_bert.ibert.engine import native_library
 from megatron_bert.ibert.engine.plan_file import write_plan
 from megatron_bert.ibert.engine.reference import ReferenceBackend
-from tests.megatron_bert.ibert.engine_plans import random_plan
-from tests.megatron_bert.ibert.test_cpu_backend import GOLDEN, HEADS, SETTINGS, sequences
+from tests.megatron_bert.ibert.engine_plans import random_plan, sequences
+from tests.megatron_bert.ibert.test_cpu_backend import GOLDEN, HEADS, SETTINGS
 
 #: Prefix of the names of the cross compiler's programs, and where its libraries are.
 PREFIX, ROOT = "aarch64-linux-gnu-", "/usr/aarch64-linux-gnu"

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_bert.ibert.engine import native_library
 from megatron_bert.ibert.engine.backends import backend_by_name
@@ -23,7 +22,7 @@ from megatron_bert.ibert.engine.native_engine import NativeEngine, native
 from megatron_bert.ibert.engine.plan_file import plan_bytes, write_plan
 from megatron_bert.ibert.engine.reference import ReferenceBackend
 from parallel.errors import UserError
-from tests.megatron_bert.ibert.engine_plans import WORDS, random_plan
+from tests.megatron_bert.ibert.engine_plans import BAD_INPUTS, random_plan, sequences
 
 TARGETS = ("plain", "avx2", "avxvnni", "avx512", "amx")
 GOLDEN = "8f08d23db6493e4c11e8cdb79b93f1eb2848f25fcd3aceb60ec52cd91c7b01c0"
@@ -52,15 +51,6 @@ def target(request, monkeypatch):
             raise
         pytest.skip(str(error))
     return request.param
-
-
-def sequences(lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, positions, types and starts of sequences end to end."""
-    generator, total = torch.Generator().manual_seed(seed), sum(lengths)
-    tokens = torch.randint(0, WORDS, (total,), generator=generator).int()
-    types = torch.randint(0, 2, (total,), generator=generator).int()
-    positions = torch.cat([torch.arange(length) for length in lengths]).int()
-    return tokens, positions, types, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -137,17 +127,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
         CpuBackend().prepare(random_plan(layers=1))
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda i: (i[0] * 0 + WORDS, *i[1:]), "token 100 is outside of 0 to 99"),
-        (lambda i: (i[0], i[1] + 60, *i[2:]), "position 64 is outside of 0 to 63"),
-        (lambda i: (*i[:2], i[2] - 2, i[3]), "type -.* is outside of 0 to 1"),
-        (lambda i: sequences([65]), "sequence 0 has 65 tokens, but the model takes at most 64"),
-        (lambda i: (*i[:3], torch.tensor([0, 9, 8])), "sequence 1 ends before it begins"),
-        (lambda i: (*i[:3], torch.tensor([0, 9])), "sequences end at token 9, but 8 tokens are given"),
-    ],
-)
+@pytest.mark.parametrize(("change", "sentence"), BAD_INPUTS)
 def test_bad_input_is_refused_in_a_sentence(change, sentence):
     engine = CpuBackend().prepare(random_plan(layers=1))
     with pytest.raises(UserError, match=sentence):

@@ -39,8 +39,8 @@ from megatron_bert.ibert.engine.reference import ReferenceBackend
 from megatron_bert.ibert.fixed_point import rounding_shift, short
 from megatron_bert.ibert.softmax import ScoreFactor, softmax_numerators
 from parallel.errors import UserError
-from tests.megatron_bert.ibert.engine_plans import WORDS, random_plan
-from tests.megatron_bert.ibert.test_cpu_backend import HEADS, sequences
+from tests.megatron_bert.ibert.engine_plans import BAD_INPUTS, WORDS, random_plan, sequences
+from tests.megatron_bert.ibert.test_cpu_backend import HEADS
 from tests.megatron_bert.ibert.test_integer_model import quantized
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -295,17 +295,7 @@ def test_real_sizes_and_recordings_on_a_gpu(post):
 
 
 @runs
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda i: (i[0] * 0 + WORDS, *i[1:]), "token 100 is outside of 0 to 99"),
-        (lambda i: (i[0], i[1] + 60, *i[2:]), "position 64 is outside of 0 to 63"),
-        (lambda i: (*i[:2], i[2] - 2, i[3]), "type -.* is outside of 0 to 1"),
-        (lambda i: sequences([65]), "sequence 0 has 65 tokens, but the model takes at most 64"),
-        (lambda i: (*i[:3], torch.tensor([0, 9, 8])), "sequence 1 ends before it begins"),
-        (lambda i: (*i[:3], torch.tensor([0, 9])), "sequences end at token 9, but 8 tokens are given"),
-    ],
-)
+@pytest.mark.parametrize(("change", "sentence"), BAD_INPUTS)
 def test_bad_input_is_refused_in_a_sentence(change, sentence):
     executable = backend_by_name("cuda").prepare(random_plan(layers=1))
     with pytest.raises(UserError, match=sentence):
