@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.training.run_state import RunState
+from parallel.object_collectives import gather_objects
 from parallel.pipeline.actions import Action, ActionKind
 
 #: Parts of memory in the order in which they are reported. ``buffers`` are all that the others are not: what backward
@@ -133,9 +133,7 @@ class MemoryMeter:
         """
         if not self.parts:
             return {}
-        everyone: list[dict[str, int]] = [self.parts] * dist.get_world_size()
-        if len(everyone) > 1:
-            dist.all_gather_object(everyone, self.parts)
+        everyone = gather_objects(self.parts)
         fullest = max(range(len(everyone)), key=lambda rank: everyone[rank][PEAK])
         found = {f"memory_{part}": size for part, size in everyone[fullest].items()}
         return found if len(everyone) == 1 else found | {"memory_rank": fullest}
