@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -27,13 +25,10 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import provenance, publish
+from benchmarks.our_trainer import our_trainer
 from megatron_bert.config import Settings
-from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ending import command
 from megatron_bert.planning.dry_run import longest_batch
-from megatron_bert.training.pretraining import Pretraining
-from megatron_bert.training.trainer import Trainer
-from parallel.mesh import ParallelMesh
 from parallel.process_group import World, process_group
 
 VOCABULARY = 512
@@ -104,25 +99,14 @@ def settings_of(given: argparse.Namespace, compiled: bool | str, run_dir: Path) 
     )
 
 
-@contextmanager
-def our_trainer(settings: Settings, world: World, counter: Outside) -> Iterator[Trainer]:
-    """A trainer whose compiled code the counter knows."""
-    tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=VOCABULARY, pad_id=0, fingerprint=""))
-    with mock.patch("torch.compile", partial(torch.compile, backend=counter.backend())):
-        trainer = Trainer(
-            settings, Pretraining(settings, tokenizer), ParallelMesh(settings.layout(1), world.device), world, None
-        )
-    yield trainer
-    trainer.close()
-
-
 def count(given: argparse.Namespace, compiled: bool | str, world: World) -> dict[str, Any]:
     """Operators of the third step, and graphs that it added to those of the first."""
     torch._dynamo.reset()
     counter = Outside()
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(given, compiled, Path(folder))
-        with our_trainer(settings, world, counter) as trainer:
+        compiling = mock.patch("torch.compile", partial(torch.compile, backend=counter.backend()))
+        with compiling, our_trainer(settings, VOCABULARY, world) as trainer:
             batches = [longest_batch(settings)] * given.micro_batches
             counters.clear()
             trainer.train_step(batches)

@@ -19,26 +19,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance, publish, ratios, spread
+from benchmarks.our_trainer import our_trainer
 from benchmarks.peers import transformers
 from benchmarks.throughput import make_batch, their_inputs
 from benchmarks.timing import seconds
 from megatron_bert.config import Settings
-from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.planning.this_machine import memory_bytes
-from megatron_bert.training.pretraining import Pretraining
-from megatron_bert.training.trainer import Trainer
-from parallel.mesh import ParallelMesh
 from parallel.process_group import World, process_group
 
 VOCABULARY = 30522
@@ -111,12 +107,9 @@ def our_step(size: Size, options: argparse.Namespace, world: World, kind: str) -
     """One step of the trainer: gradients of all micro batches, norm, clipping, optimizer."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(size, options, Path(folder), kind)
-        tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=VOCABULARY, pad_id=0, fingerprint=""))
-        mesh = ParallelMesh(settings.layout(1), world.device)
-        trainer = Trainer(settings, Pretraining(settings, tokenizer), mesh, world, None)
-        batch = make_batch(trainer.config, size.micro_batch, size.length).to(world.device)
-        yield lambda: trainer.train_step([batch] * size.micro_batches)
-        trainer.close()
+        with our_trainer(settings, VOCABULARY, world) as trainer:
+            batch = make_batch(trainer.config, size.micro_batch, size.length).to(world.device)
+            yield lambda: trainer.train_step([batch] * size.micro_batches)
 
 
 def their_model(size: Size, options: argparse.Namespace) -> torch.nn.Module:
