@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.file_process import Piece
+from parallel.object_collectives import gather_on_first
 from parallel.parts import Part, Sizes
 from parallel.stored.torch_archive import tensor_archive
 
@@ -86,8 +87,7 @@ def global_plans(local: list[SavePlan]) -> list[WritePlan]:
 def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:
     """What this rank writes of the checkpoints of a run; every rank calls."""
     size, first = dist.get_world_size(), dist.get_rank() == 0
-    local: list[Any] = [None] * size
-    dist.gather_object(local_plan(tensors), local if first else None)
+    local = gather_on_first(local_plan(tensors))
     answer: list[Any] = [None]
     answers: list[Any] = [None] * size
     if first:

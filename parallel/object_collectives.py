@@ -49,3 +49,10 @@ def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def gather_on_first(mine: T) -> list[T]:
+    """What each rank of the run gives, in the order of ranks, on rank 0; nothing on others. Every rank calls."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    return everyone or []

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.finetuning.batches import bounds_of, collate_instances, instance_tokens
@@ -18,6 +17,7 @@ from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.task import Head, Instance
 from megatron_bert.training.staged_model import StagedModel
 from parallel.mesh import DATA_AXES, ParallelMesh
+from parallel.object_collectives import gather_on_first
 from parallel.pipeline.engine import PipelineEngine
 
 
@@ -100,12 +100,8 @@ def _by_instance(logits: Tensor, batch: TaskBatch, kind: HeadKind) -> list[np.nd
 
 def _gathered(mine: list[tuple[int, np.ndarray]], mesh: ParallelMesh, count: int) -> list[np.ndarray]:
     """All instances' logits in their order on rank 0, from one tensor rank of each last stage."""
-    mine = mine if mesh.coordinate["tensor"] == 0 else []
-    parts: list[list[tuple[int, np.ndarray]]] | None = None
-    if dist.get_rank() == 0:
-        parts = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(mine, parts)
-    if parts is None:
+    parts = gather_on_first(mine if mesh.coordinate["tensor"] == 0 else [])
+    if not parts:
         return []
     found = dict(pair for part in parts for pair in part)
     return [found[index] for index in range(count)]

@@ -34,6 +34,7 @@ from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.training.staged_model import StagedModel
 from parallel.errors import UserError
 from parallel.mesh import DATA_AXES, ParallelMesh, TensorParallel
+from parallel.object_collectives import gather_on_first
 from parallel.pipeline.engine import PipelineEngine
 from parallel.simulated_device import has_numbers
 
@@ -166,10 +167,8 @@ class QuantizationAware(Finetuning):
         # Names of several stages on a rank begin with the number of the stage on it.
         rows = [replace(row, name=row.name.lstrip("0123456789.")) for row in rows]
         mine = [(_stage_order(row), row) for row in rows]
-        everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         first = all(mesh.coordinate[axis] == 0 for axis in (*DATA_AXES, "tensor"))
-        dist.gather_object(mine if first else [], everyone)
-        found = [pair for part in everyone or [] for pair in part]
+        found = [pair for part in gather_on_first(mine if first else []) for pair in part]
         return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
     def _rounds(self, steps: int, engine: PipelineEngine, mesh: ParallelMesh) -> list[list[TokenBatch]]:
