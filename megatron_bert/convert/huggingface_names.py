@@ -81,7 +81,7 @@ class HuggingFaceNames(NameTable):
     def ours(self, key: str) -> Place | None:
         """Where a parameter of any class of the family is here; None if it is unknown."""
         inside = self.inside(key)
-        return Place(inside) if self._of_task(inside) else super().ours(inside)
+        return Place(inside) if self._of_task(inside) else super().ours(key)
 
     def place(self, module: str) -> Place | None:
         """Where the parameters of a module of any class of the family are here; None if it is unknown."""

@@ -47,6 +47,12 @@ def outputs(folder: Path, kind: str) -> list[Tensor]:
     return [value for name, value in found.items() if name.endswith("logits")]
 
 
+def test_names_begin_with_that_of_the_encoder_once() -> None:
+    key = "encoder.layer.0.output.dense.weight"
+    assert IBERT.ours(key) == IBERT.ours(f"ibert.{key}") == IBERT.ours(f"roberta.{key}") is not None
+    assert IBERT.ours(f"ibert.roberta.{key}") is None
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("family", ["MegatronBert", "Bert", "Roberta"])
 def test_every_head_of_every_family(family: str, kind: str, tmp_path: Path) -> None:
