@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -117,6 +118,7 @@ def _checked(entries: tuple[tuple[Any, ...], ...], model: DocumentedModel, batch
             "add_cross_attention"
         )
     lengths = [_tokens(key) for key in entries[0][::2]]
+    device, dtype = computing_device(model), model.dtype
     checked = []
     for layer, entry in zip(layers, entries, strict=True):
         modules = (layer.attention, layer.cross_attention) if len(lengths) == 2 else (layer.attention,)
@@ -125,7 +127,7 @@ def _checked(entries: tuple[tuple[Any, ...], ...], model: DocumentedModel, batch
             for module, length in zip(modules, lengths, strict=True)
             for _ in ("key", "value")
         ]
-        checked.append(tuple(_part(part, shape, model) for part, shape in zip(entry, shapes, strict=True)))
+        checked.append(tuple(_part(part, shape, device, dtype) for part, shape in zip(entry, shapes, strict=True)))
     return checked
 
 
@@ -133,12 +135,12 @@ def _tokens(key: Any) -> int:
     return key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
 
 
-def _part(part: Any, shape: tuple[int, ...], model: DocumentedModel) -> Tensor:
-    part = check_tensor("an entry of past_key_values", part, computing_device(model))
+def _part(part: Any, shape: tuple[int, ...], device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    part = check_tensor("an entry of past_key_values", part, device)
     if tuple(part.shape) != shape:
         batch, heads, length, size = shape
         expected = f"[{batch}, {heads}, {length or 'tokens'}, {size}]"
         raise UserError(
             f"past_key_values holds {list(part.shape)}, expected tensors {expected}: {_REMEDY} over the same batch"
         )
-    return promoted("past_key_values", part, model.dtype)
+    return promoted("past_key_values", part, dtype)

@@ -154,7 +154,7 @@ class EncoderModel(DocumentedModel):
         """
         config = self.config
         cache = None if given.shape is None else opened_cache(given.past_key_values, self, given.shape[0])
-        keeps = self._keeps_cache(given)
+        keeps = self._keeps_cache(given, cache)
         past = 0 if cache is None else int(cache.get_seq_length())
         inputs = checked_inputs(given, config, self.sizes, past)
         if inputs.embedded is not None:
@@ -236,16 +236,19 @@ class EncoderModel(DocumentedModel):
         memory = None if cache is None else partial(CachedLayer, cache)
         return EncoderRequest(hidden_states=hidden_states, attention=attention, head_masks=head_masks, memory=memory)
 
-    def _keeps_cache(self, given: Arguments) -> bool:
-        recomputes = self.is_activation_checkpointing and self.training and torch.is_grad_enabled()
-        for name in ("use_cache", "past_key_values"):
-            if recomputes and getattr(given, name):
+    def _keeps_cache(self, given: Arguments, cache: Cache | None) -> bool:
+        for name, value in (("use_cache", given.use_cache), ("past_key_values", cache)):
+            if value and self._recomputes():
                 raise UserError(f"{name} does not go with gradient checkpointing in training: leave one of them out")
         if not getattr(self.config, "is_decoder", False):
             if given.use_cache:
                 raise UserError("use_cache is given, but only decoders keep keys and values: set is_decoder=True")
             return False
-        return self.wants(given.use_cache, "use_cache") and not recomputes
+        return self.wants(given.use_cache, "use_cache") and not self._recomputes()
+
+    def _recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass; the last question goes to every module."""
+        return self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
 
     def _encoder_states(self, given: Arguments, inputs: TokenInputs, cache: Cache | None) -> EncoderStates | None:
         states = given.encoder_hidden_states
