@@ -110,8 +110,8 @@ class SequenceLayout:
         of tokens and the bounds alone: there are sequences of no tokens at the end.
         """
         if bounds is not None:
-            return SequenceLayout._bounded(lengths, fill, bounds)
-        if fill:
+            lengths, longest = _within_bounds(lengths, fill, bounds), bounds.longest
+        elif fill:
             last = int(lengths[-1])
             lengths = torch.cat(
                 (lengths, lengths.new_tensor([last] * (fill // last) + [fill % last] * (fill % last > 0)))
@@ -120,7 +120,7 @@ class SequenceLayout:
         boundaries = torch.zeros(batch + 1, dtype=torch.int64, device=lengths.device)
         torch.cumsum(lengths, 0, out=boundaries[1:])
         total = int(boundaries[-1])
-        if total == batch * longest:
+        if bounds is None and total == batch * longest:
             return SequenceLayout(batch=batch, length=longest, boundaries=boundaries.to(torch.int32), fill=fill)
         sequence = torch.repeat_interleave(torch.arange(batch, device=lengths.device), lengths, output_size=total)
         within = torch.arange(total, device=lengths.device) - boundaries[sequence]
@@ -128,27 +128,6 @@ class SequenceLayout:
             batch=batch,
             length=longest,
             boundaries=boundaries.to(torch.int32),
-            places=sequence * longest + within,
-            fill=fill,
-        )
-
-    @staticmethod
-    def _bounded(lengths: Tensor, fill: int, bounds: Bounds) -> SequenceLayout:
-        longest = bounds.longest
-        # Filling is less than an eighth of the tokens, times the multiple: so many sequences take it.
-        count = bounds.sequences + bounds.multiple * (bounds.sequences // 8 + 1) + 1
-        filled = [longest] * (fill // longest) + [fill % longest]
-        assert len(lengths) + len(filled) <= count, "micro batches are within their bounds"
-        sizes = lengths.new_zeros(count)
-        sizes[: len(lengths)] = lengths
-        sizes[len(lengths) : len(lengths) + len(filled)] = lengths.new_tensor(filled)
-        ends = sizes.cumsum(0)
-        sequence = torch.repeat_interleave(torch.arange(count, device=lengths.device), sizes)
-        within = torch.arange(sequence.shape[0], device=lengths.device) - (ends - sizes)[sequence]
-        return SequenceLayout(
-            batch=count,
-            length=longest,
-            boundaries=torch.cat((ends.new_zeros(1), ends)).to(torch.int32),
             places=sequence * longest + within,
             fill=fill,
         )
@@ -287,6 +266,18 @@ def _runs(lengths: list[int], pairs: int) -> list[list[int]]:
             runs.append([length])
             shortest = longest = length
     return runs
+
+
+def _within_bounds(lengths: Tensor, fill: int, bounds: Bounds) -> Tensor:
+    """Lengths of sequences and then of filling, in a number that depends on the bounds alone: the last are 0."""
+    # Filling is less than an eighth of the tokens, times the multiple: so many sequences take it.
+    count = bounds.sequences + bounds.multiple * (bounds.sequences // 8 + 1) + 1
+    filled = [bounds.longest] * (fill // bounds.longest) + [fill % bounds.longest]
+    assert len(lengths) + len(filled) <= count, "micro batches are within their bounds"
+    sizes = lengths.new_zeros(count)
+    sizes[: len(lengths)] = lengths
+    sizes[len(lengths) : len(lengths) + len(filled)] = lengths.new_tensor(filled)
+    return sizes
 
 
 def _of_lengths(lengths: list[int]) -> SequenceLayout:
