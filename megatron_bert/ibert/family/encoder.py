@@ -82,7 +82,7 @@ class IBertPreTrainedModel(DocumentedModel):
 
     def save_beside(self, directory: Path) -> None:
         """Write the ranges of a quantized model; an older model's file is removed."""
-        if any(True for _ in quantizers(self)):
+        if self.quant_mode:
             save_ranges(self, directory)
         else:
             super().save_beside(directory)
