@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.harness import provenance
 from benchmarks.inference_memory import memory
-from benchmarks.inference_systems import SHAPES, Models, Run, systems
+from benchmarks.inference_systems import SHAPES, Models, Run, is_wanted, systems
 from benchmarks.timing import seconds
 from megatron_bert.ending import command
 from parallel.errors import UserError
@@ -95,12 +95,6 @@ def closeness(answer: Any, expected: Tensor) -> float:
     return round(float(10 * torch.log10(expected.square().sum() / noise)), 1)
 
 
-def _chosen(arguments: argparse.Namespace, models: Models, threads: int) -> dict[str, Any]:
-    available = systems(models, threads, arguments.targets, arguments.weight_bits)
-    wanted = arguments.systems
-    return {name: each for name, each in available.items() if not wanted or any(part in name for part in wanted)}
-
-
 def prepare(arguments: argparse.Namespace, models: Models, threads: int) -> dict[str, Ready]:
     """All systems that are wanted and run here."""
     torch.set_num_threads(threads)
@@ -108,7 +102,9 @@ def prepare(arguments: argparse.Namespace, models: Models, threads: int) -> dict
     with torch.inference_mode():
         expected = models.theirs()(ids).double()
     ready = {}
-    for name, (make, file) in _chosen(arguments, models, threads).items():
+    for name, (make, file) in systems(models, threads, arguments.targets, arguments.weight_bits).items():
+        if not is_wanted(name, arguments.systems):
+            continue
         try:
             run = make()
             answer = run(ids)
@@ -151,6 +147,12 @@ def measure(ready: dict[str, Ready], ids: Tensor, rounds: int, budget: float) ->
         | {"milliseconds": round(1e3 * min(times), 2), "median": round(1e3 * statistics.median(times), 2)}
         for name, times in taken.items()
     }
+
+
+def earlier_report(path: Path) -> dict[str, Any]:
+    """The report of earlier calls, whose rows stay; one without rows where there is none."""
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": {}}
+    return report
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -245,9 +247,7 @@ def main() -> None:
     if arguments.instructions:
         hide_instructions(arguments.instructions)
     models = Models(arguments.models, arguments.shape)
-    report: dict[str, Any] = {"rows": {}}
-    if arguments.output.is_file():
-        report = json.loads(arguments.output.read_text(encoding="utf-8"))
+    report = earlier_report(arguments.output)
     if arguments.draw:
         return draw(report, arguments.output.with_suffix(".png"))
     # Rows of other calls stay; threads stand in each.

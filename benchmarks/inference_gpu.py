@@ -17,13 +17,12 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.harness import provenance
-from benchmarks.inference import Ready, closeness, measure, ratios
-from benchmarks.inference_systems import SHAPES, Models, Run
+from benchmarks.inference import Ready, closeness, earlier_report, measure, ratios
+from benchmarks.inference_systems import SHAPES, Models, Run, is_wanted
 from megatron_bert.ending import command
 from megatron_bert.ibert import IntegerModel
 from megatron_bert.ibert.engine.cuda import CudaBackend
@@ -59,7 +58,7 @@ def _ready(models: Models, device: torch.device, arguments: argparse.Namespace) 
         expected = models.theirs()(ids).double()
     ready = {}
     for name, make in systems(models, device, arguments.weight_bits).items():
-        if not arguments.systems or any(part in name for part in arguments.systems):
+        if is_wanted(name, arguments.systems):
             run = make()
             ready[name] = Ready(run, {"signal_to_noise_db": closeness(run(ids.to(device)).cpu(), expected)})
     return ready
@@ -81,9 +80,7 @@ def main() -> None:
     rows = [_row(text) for text in arguments.rows]
     device = CudaBackend().device
     models = Models(arguments.models, arguments.shape)
-    report: dict[str, Any] = {"rows": {}}
-    if arguments.output.is_file():
-        report = json.loads(arguments.output.read_text(encoding="utf-8"))
+    report = earlier_report(arguments.output)
     report |= provenance("inference_gpu", "transformers", "triton", device=device)
     ready = _ready(models, device, arguments)
     for batch, length in rows:

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.inference_systems import Models
+from benchmarks.inference_systems import Models, is_wanted
 
 #: What each system does, after ``ids = [[..], ..]``: makes a function `run` ready.
 _TORCH = """
@@ -80,7 +80,7 @@ def memory(models: Models, batch: int, length: int, threads: int, wanted: list[s
     ids = models.ids(batch, length).tolist()
     found: dict[str, Any] = {}
     for name, program in _PROGRAMS.items():
-        if wanted and not any(part in name for part in wanted):
+        if not is_wanted(name, wanted):
             continue
         # Only the formats that the program reads are made.
         places = {"threads": threads, "weights": str(models.hugging_face())}

@@ -31,6 +31,11 @@ Run = Callable[[Tensor], Any]
 System = tuple[Callable[[], Run], Callable[[], Path]]
 
 
+def is_wanted(name: str, parts: list[str]) -> bool:
+    """Whether a system is measured: its name has one of some parts, or there are none."""
+    return not parts or any(part in name for part in parts)
+
+
 class _Plain(nn.Module):
     """transformers' model without masks and options: with fused attention, or as exporters follow it at any length."""
 
