@@ -157,19 +157,15 @@ def earlier_report(path: Path) -> dict[str, Any]:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """How many times as fast ours is as the fastest peer of each kind: a panel for each instruction set of ours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     bars: dict[str, dict[str, dict[str, float]]] = {}
     for key, row in report["rows"].items():
         for name, ratio in row.get("ratios", {}).items():
             bars.setdefault(name, {})[" ".join(key.split()[:4])] = ratio
     widest = max(map(len, bars.values()))
-    figure, panels = pyplot.subplots(
-        len(bars), 1, figsize=(max(8, 0.55 * widest), 3 * len(bars)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(max(8, 0.55 * widest), 3 * len(bars)), layout="constrained")
+    panels = figure.subplots(len(bars), 1, squeeze=False)
     for axes, (name, rows) in zip(panels[:, 0], sorted(bars.items()), strict=True):
         for place, kind in enumerate(KINDS):
             there = [column for column, ratio in enumerate(rows.values()) if kind in ratio]
