@@ -78,12 +78,10 @@ def describe(name: str, task: Mapping[str, Any]) -> str:
 
 def draw(tasks: dict[str, Any], path: Path) -> None:
     """Medians as bars and seeds as dots, a panel for each task's last split."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.2 * len(tasks), 3.6), squeeze=False)
+    figure = Figure(figsize=(3.2 * len(tasks), 3.6))
+    axes = figure.subplots(1, len(tasks), squeeze=False)
     for axis, (name, task) in zip(axes[0], tasks.items()):
         split, models = list(task["splits"].items())[-1]
         places = range(len(models))
@@ -98,4 +96,3 @@ def draw(tasks: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{name}: {task['metric']}, {split}", fontsize=9)
     figure.tight_layout()
     write_picture(path, figure, dpi=120)
-    pyplot.close(figure)
