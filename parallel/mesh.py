@@ -62,6 +62,11 @@ class ParallelLayout:
         """Number of complete copies of the model state over the data axis."""
         return self.data // self.data_shard
 
+    @property
+    def split_tokens(self) -> int:
+        """Ranks that divide the tokens between matrix products."""
+        return self.tensor if self.sequence else 1
+
 
 def data_shard_size(sharding: Sharding, data: int, hybrid_size: int | None) -> int:
     """How many data ranks share one copy of the model state under a sharding setting.

@@ -85,9 +85,6 @@ class Finetuning(Objective[BertForTask]):
         self.instances: list[Instance] = data.train
         weights = self.task.class_weights(self.instances)
         self.class_weights = None if weights is None else torch.from_numpy(weights)
-        #: Of micro batches, where compiled code is to see few shapes of them.
-        multiple = settings.parallel.tensor if settings.parallel.sequence else 1
-        self.bounds = bounds_of(self.instances, training.micro_batch_size, multiple) if training.compile else None
         self.most_features = max(len(instance.features) for instance in self.instances)
         epoch = math.ceil(len(self.instances) / training.global_batch_size)
         self.total_steps = training.steps or math.ceil(
@@ -142,7 +139,9 @@ class Finetuning(Objective[BertForTask]):
         self, mesh: ParallelMesh, first_sample: int, steps: int, device: torch.device
     ) -> Iterator[TokenBatch]:
         """Instances in an order that is new every epoch."""
-        training = self.settings.training
+        training, multiple = self.settings.training, mesh.layout.split_tokens
+        # Compiled code is to see few shapes of micro batches.
+        bounds = bounds_of(self.instances, training.micro_batch_size, multiple) if training.compile else None
         share = BatchShare(
             global_batch=training.global_batch_size,
             micro_batch=training.micro_batch_size,
@@ -157,8 +156,8 @@ class Finetuning(Objective[BertForTask]):
                 list(places),
                 self.task.head,
                 most_features=self.most_features,
-                multiple=mesh.layout.tensor if mesh.layout.sequence else 1,
-                bounds=self.bounds,
+                multiple=multiple,
+                bounds=bounds,
             ).to(device)
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:

@@ -64,7 +64,7 @@ def score_instances(
     per_round = engine.schedule.microbatches * data
     numbers = range(rank, -(-len(chunks) // per_round) * per_round, data)
     chosen = [chunks[min(number, len(chunks) - 1)] for number in numbers]
-    multiple = mesh.layout.tensor if mesh.layout.sequence else 1
+    multiple = mesh.layout.split_tokens
     bounds = bounds_of(instances, batch_size, multiple) if few_shapes else None
     batches = (
         collate_instances(

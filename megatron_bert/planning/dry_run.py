@@ -131,5 +131,6 @@ def longest_task_batch(objective: Finetuning, layout: ParallelLayout) -> TaskBat
     if most > 1:  # the choices of a question
         instance = replace(instance, features=(longest,) * most)
     size = objective.settings.training.micro_batch_size
-    multiple = layout.tensor if layout.sequence else 1
-    return collate_instances([instance] * size, range(size), objective.task.head, most_features=most, multiple=multiple)
+    return collate_instances(
+        [instance] * size, range(size), objective.task.head, most_features=most, multiple=layout.split_tokens
+    )
