@@ -8,7 +8,6 @@ is tested, the program is run as a user runs it.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_bert.cli import main
+from tests.integration.slurm_cluster import free_ports
 from tests.worlds import forkserver_context, preload, prepare_process
 
 preload(
@@ -77,9 +77,7 @@ def run_ranks(
         launched: whether all are killed when the first fails, as a launcher does.
         **variables: of the environment, beside a launcher's.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(size)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(size)}
     processes = []
     outputs = [folder / f"output_{rank}" for rank in range(size)]
     for rank, output in enumerate(outputs):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from parallel.errors import UserError
 from parallel.host_order import host_order_warnings
 from parallel.mesh import ParallelLayout, fit_data_size
 from parallel.process_group import process_group, wait_as_spare
+from tests.integration.slurm_cluster import free_ports
 from tests.worlds import run_world
 
 BY_HOST = ["a"] * 4 + ["b"] * 4
@@ -51,12 +51,6 @@ class TestElasticSize:
             fit_data_size(7, tensor=4, pipeline=2, choices=[2, 4])
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def with_spares(port: int) -> float | None:
     """A run of the first two of four processes."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -78,4 +72,4 @@ def with_spares(port: int) -> float | None:
 
 
 def test_processes_left_over_wait() -> None:
-    assert run_world(4, with_spares, free_port()) == [2.0, 2.0, None, None]
+    assert run_world(4, with_spares, free_ports(1)[0]) == [2.0, 2.0, None, None]
