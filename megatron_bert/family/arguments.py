@@ -142,7 +142,9 @@ def _batch_shape(
 ) -> tuple[int, int, torch.device]:
     """B, S and the device of what is given, of which there must be one."""
     if tokens is not None and embedded is None:
-        _check_ids("input_ids", tokens, "[batch, tokens]", 2)
+        check_whole("input_ids", tokens)
+        if tokens.dim() != 2:
+            raise UserError(f"input_ids has shape {list(tokens.shape)}, expected [batch, tokens]")
         batch, length = tokens.shape
         device = tokens.device
     elif embedded is not None and tokens is None:
@@ -204,12 +206,6 @@ def _positions_after_padding(
 def _check_length(tokens: int, positions: int) -> None:
     if tokens > positions:
         raise UserError(f"the sequences have {tokens} tokens, but the model has {positions} positions: shorten them")
-
-
-def _check_ids(name: str, ids: Tensor, form: str, dims: int) -> None:
-    check_whole(name, ids)
-    if ids.dim() != dims:
-        raise UserError(f"{name} has shape {list(ids.shape)}, expected {form}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
