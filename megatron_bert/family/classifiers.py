@@ -23,7 +23,7 @@ from megatron_bert.family.checks import check_whole
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
-from megatron_bert.family.modules import before_heads, drop, without_values
+from megatron_bert.family.modules import drop, without_values
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.task_heads.choice import ChoiceKind
 from megatron_bert.model.task_heads.span import SpanKind
@@ -46,7 +46,7 @@ class Classifier(HeadModel):
         """Make the modules."""
         super().build(**parts)
         if self.drops:
-            self.dropout = before_heads(self.sizes)
+            self.dropout = nn.Dropout(self.sizes.classifier_dropout_prob)
         self.add_module(self.head, self.head_module())
 
     @property

@@ -86,12 +86,6 @@ def drop(features: Tensor, dropout: nn.Module, dropout_keys: Tensor | None) -> T
     return features if dropout_keys is None else keyed_dropout(features, dropout_prob(dropout), dropout_keys)
 
 
-def before_heads(sizes: EncoderConfig) -> nn.Dropout:
-    """The dropout module before the head of a task."""
-    prob = sizes.classifier_dropout
-    return nn.Dropout(sizes.hidden_dropout_prob if prob is None else prob)
-
-
 class Holder(nn.Module):
     """A level of names: its ``dense`` layer, and perhaps the norm that follows the sum, and dropout before that."""
 
@@ -518,7 +512,8 @@ class RobertaSequenceHead(SequenceHead):
 
     def __init__(self, sizes: EncoderConfig) -> None:
         nn.Module.__init__(self)
-        self.dense, self.dropout = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size), before_heads(sizes)
+        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
+        self.dropout = nn.Dropout(sizes.classifier_dropout_prob)
         self.out_proj = without_values(nn.Linear, sizes.hidden_size, sizes.num_labels)
 
     def _drop(self, features: Tensor, dropout_keys: Tensor | None) -> Tensor:

@@ -127,6 +127,11 @@ class EncoderConfig:
         return len(self.id2label or ())
 
     @property
+    def classifier_dropout_prob(self) -> float:
+        """Probability of dropout before the head of a task."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    @property
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads

@@ -47,8 +47,7 @@ def dropped(features: Tensor, dropout_keys: Tensor | None, config: MegatronBertC
     """Dropout before the head of a task: ``[N, H]`` with a key per row; none without keys."""
     if dropout_keys is None:
         return features
-    chance = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return keyed_dropout(features, chance, dropout_keys)
+    return keyed_dropout(features, config.classifier_dropout_prob, dropout_keys)
 
 
 class SequenceHead(nn.Module):
