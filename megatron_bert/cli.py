@@ -100,12 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
         shipped.add_argument("--output", type=given_path, metavar="DIR", help="copy them there")
         shipped.set_defaults(func=partial(_shipped, known))
 
-    for name, help_text in (
-        ("pretrain", "pretrain an encoder (alone, or under torchrun)"),
-        ("finetune", "train an encoder for a task (alone, or under torchrun)"),
-        ("quantize", "make a fine-tuned encoder compute in integers, and train it so"),
-    ):
-        run = commands.add_parser(name, help=help_text)
+    for name, kind in RUNS.items():
+        run = commands.add_parser(name, help=kind.purpose)
         run.add_argument("config", type=given_path, metavar="CONFIG", help="a settings file, or a name of `configs`")
         run.add_argument("overrides", nargs="*", metavar="section.key=value")
         run.set_defaults(func=_train)

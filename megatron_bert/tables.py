@@ -40,11 +40,13 @@ class RunKind(NamedTuple):
     """A command that trains, by the places of its parts.
 
     Attributes:
+        purpose: what it does, for the command line.
         settings: class of its settings.
         check: takes them and the number of processes, and gives the layout.
         run: takes them, and gives why the run stopped before its last step.
     """
 
+    purpose: str
     settings: str
     check: str
     run: str
@@ -53,16 +55,19 @@ class RunKind(NamedTuple):
 #: Commands that train, by their names.
 RUNS = {
     "pretrain": RunKind(
+        "pretrain an encoder (alone, or under torchrun)",
         "megatron_bert.config:Settings",
         "megatron_bert.config_checks:check_settings",
         "megatron_bert.training.pretrain:pretrain",
     ),
     "finetune": RunKind(
+        "train an encoder for a task (alone, or under torchrun)",
         "megatron_bert.finetuning.settings:FinetuneSettings",
         "megatron_bert.config_checks:check_layout",
         "megatron_bert.finetuning.finetune:finetune",
     ),
     "quantize": RunKind(
+        "make a fine-tuned encoder compute in integers, and train it so",
         "megatron_bert.quantizing.settings:QuantizeSettings",
         "megatron_bert.quantizing.settings:check_quantize_layout",
         "megatron_bert.quantizing.quantize:quantize",
