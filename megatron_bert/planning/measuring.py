@@ -107,10 +107,8 @@ class StepMeter(TorchDispatchMode):
         self.groups, self.measured = groups, StepMeasurement()
         self.phase: Part = "temporaries"
         self._alive: dict[int, tuple[int, Part]] = {}
-        self._now: Counter[Part] = Counter()
         self._total = self._peak_total = 0
         self._peak: dict[int, tuple[int, Part]] = {}
-        self._behind = False
         self._attention = {
             torch.ops.aten._flash_attention_forward: 4.0,
             torch.ops.aten._flash_attention_backward: 10.0,
