@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_bert.arguments import given_path
+from megatron_bert.arguments import check_output, given_path
 from parallel.errors import UserError
 
 # Written out, so that the command line starts without loading the libraries.
@@ -98,6 +98,7 @@ def _inspect_corpus(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} needs --tokenizer, which the corpus was made with.")
     if arguments.seq_length is not None and arguments.seq_length < 8:
         raise UserError(f"--seq-length is {arguments.seq_length}: give 8 or more.")
+    check_output("--png", arguments.png)
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     report = CorpusReport(str(arguments.source), tokenizer)
     given = {"seq_length": arguments.seq_length, "objective": arguments.pair_objective}
