@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance
+from benchmarks.timing import taken_by
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, pretraining_tensors
@@ -98,18 +97,11 @@ def generate(model: str, folder: Path) -> Path:
 
 def measure(source: Path, result: Path, options: list[str]) -> dict[str, Any]:
     """Run one conversion in a process of its own."""
-    command = [sys.executable, "-m", "megatron_bert", "convert", str(source), str(result), *options]
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text}")
+    taken = taken_by("convert", str(source), str(result), *options)
     return {
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_memory_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "seconds": round(taken.seconds, 1),
+        "cpu_seconds": round(taken.processor_seconds, 1),
+        "peak_memory_gb": round(taken.peak_bytes / 1e9, 2),
     }
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import provenance, publish
+from benchmarks.timing import taken_by
 from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
@@ -119,20 +118,14 @@ def of_3_9b(gpus: int) -> list[dict[str, Any]]:
         corpus = make_corpus(Path(name), words=30516)
         own = ["training.micro_batch_size=4", f"training.run_dir={name}/run"]  # 256 data ranks of 1,024 rows
         for given in (["plan", config], ["pretrain", config, *corpus, *own, "--dry-run"]):
-            arguments = ["-m", "megatron_bert", *given, "--gpus", str(gpus), "--gpu", "h100"]
-            began = time.perf_counter()
-            process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                raise RuntimeError(f"megatron_bert {given[0]} ended with {process.returncode}")
+            taken = taken_by(*given, "--gpus", str(gpus), "--gpu", "h100")
             rows.append(
                 {
                     "command": given[0] if given[-1] == config else f"{given[0]} {given[-1]}",
                     "gpus": gpus,
-                    "seconds": time.perf_counter() - began,
-                    "processor_seconds": used.ru_utime + used.ru_stime,
-                    "peak_gib": used.ru_maxrss * 1024 / GIB,
+                    "seconds": taken.seconds,
+                    "processor_seconds": taken.processor_seconds,
+                    "peak_gib": taken.peak_bytes / GIB,
                 }
             )
     return rows

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks of the benchmarks, and the name of the machine they ran on."""
+"""Clocks of the benchmarks, what a command takes, and the name of the machine they ran on."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +36,38 @@ def processor_seconds(step: Callable[[], Any]) -> float:
 def clock(name: str, device: torch.device) -> Callable[[Callable[[], Any]], float]:
     """The clock of a name: ``wall``, or ``processor``, which leaves waiting out."""
     return processor_seconds if name == "processor" else partial(seconds, device=device)
+
+
+class Taken(NamedTuple):
+    """What a command took.
+
+    Attributes:
+        seconds: from its start to its end.
+        processor_seconds: of all its threads.
+        peak_bytes: of its memory.
+    """
+
+    seconds: float
+    processor_seconds: float
+    peak_bytes: int
+
+
+def taken_by(*arguments: str) -> Taken:
+    """What ``megatron-bert`` takes with arguments, in a process of its own.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    command = [sys.executable, "-m", "megatron_bert", *arguments]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{text}")
+    return Taken(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
 def machine_name(device: torch.device) -> str:
