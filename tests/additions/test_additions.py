@@ -45,8 +45,9 @@ from parallel.pipeline.simulate import simulate
 from parallel.pipeline.validate import validate
 from parallel.sharding import initialize
 from tests.megatron_bert.data.support import small_vocabulary
-from tests.megatron_bert.finetuning.support import CONFIG, WORDS, random_instances, rows, run_settings
+from tests.megatron_bert.finetuning.support import CONFIG, WORDS, random_instances, run_settings
 from tests.megatron_bert.quantizing.support import quantize_settings
+from tests.megatron_bert.training.runs import rows
 
 TOY, PACKAGE = Path(__file__).parent / "toy", "additions_of_a_user"
 TABLES: tuple[dict[str, Any], ...] = (

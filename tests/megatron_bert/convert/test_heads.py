@@ -28,9 +28,10 @@ from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.quantizing.quantize import quantize
 from parallel.errors import UserError
 from tests.megatron_bert.data.support import small_vocabulary
-from tests.megatron_bert.finetuning.support import WORDS, make_run, rows, run_settings
+from tests.megatron_bert.finetuning.support import WORDS, make_run, run_settings
 from tests.megatron_bert.finetuning.test_transformers_models import LIKE_BERT, LIKE_ROBERTA, MODELS, make_model
 from tests.megatron_bert.quantizing.support import quantize_settings
+from tests.megatron_bert.training.runs import rows
 
 FAMILIES = [*LIKE_BERT, *LIKE_ROBERTA]
 

@@ -23,10 +23,8 @@ from megatron_bert.quantizing import quantize as quantize_module
 from megatron_bert.tasks.encoding import Feature
 from megatron_bert.tasks.task import Head, Instance
 from megatron_bert.training import running
-from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary
-from tests.megatron_bert.training.runs import TIMED
 from tests.worlds import CPU, preload
 
 preload(
@@ -187,12 +185,6 @@ def join_world() -> None:
     finetune_module.draw_run = lambda *_: None  # takes longer than training here; this process ends with the run
     for module in (finetune_module, inference, quantize_module):
         module.launched_world_size = dist.get_world_size  # type: ignore[attr-defined]
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl on training and evaluation, without what depends on the clock."""
-    found = [row for row in read_metrics(run_dir / METRICS_FILE) if "checkpoint_bytes" not in row]
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in found]
 
 
 def random_instances(kind: str, count: int, seed: int = 7) -> list[Instance]:

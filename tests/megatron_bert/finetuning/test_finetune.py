@@ -20,9 +20,9 @@ from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
-from tests.megatron_bert.finetuning.support import make_run, rows, run_settings, write_classes
+from tests.megatron_bert.finetuning.support import make_run, run_settings, write_classes
 from tests.megatron_bert.training.layouts import make_data
-from tests.megatron_bert.training.runs import assert_same_checkpoint
+from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
 from tests.megatron_bert.training.runs import run_settings as run_settings_of_pretraining
 
 

@@ -14,13 +14,13 @@ from megatron_bert.finetuning.results import read_results
 from tests.megatron_bert.finetuning.support import (
     join_world,
     make_encoder,
-    rows,
     run_settings,
     write_answers,
     write_classes,
     write_entities,
     write_questions,
 )
+from tests.megatron_bert.training.runs import rows
 from tests.worlds import run_world
 
 #: Sums in another order, in float32, carried through a few steps of an optimizer with a large eps.

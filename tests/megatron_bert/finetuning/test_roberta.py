@@ -35,14 +35,13 @@ from parallel.errors import UserError
 from tests.megatron_bert.finetuning.roberta_support import make_roberta, make_roberta_run
 from tests.megatron_bert.finetuning.support import (
     HEADS,
-    rows,
     run_settings,
     write_answers,
     write_entities,
     write_questions,
 )
 from tests.megatron_bert.finetuning.test_layouts import LAYOUTS, TASKS, compare, run, run_rank
-from tests.megatron_bert.training.runs import assert_same_checkpoint
+from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
 from tests.worlds import run_world
 
 #: Which layouts are compared, by task.

@@ -20,8 +20,7 @@ import torch
 from megatron_bert.quantizing.quantize import BASELINE_FILE, quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.training.trainer import Trainer
-from tests.megatron_bert.finetuning.support import rows
-from tests.megatron_bert.training.runs import tensors
+from tests.megatron_bert.training.runs import rows, tensors
 
 #: Every step is kept.
 KEPT = {"checkpoint__every": 1, "checkpoint__keep": 0}

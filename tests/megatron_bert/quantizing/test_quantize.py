@@ -21,10 +21,10 @@ from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
-from tests.megatron_bert.finetuning.support import join_world, rows
+from tests.megatron_bert.finetuning.support import join_world
 from tests.megatron_bert.quantizing.layouts import KEPT, assert_same_steps, quantize_by_steps
 from tests.megatron_bert.quantizing.support import make_model, quantize_settings
-from tests.megatron_bert.training.runs import assert_same_checkpoint
+from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
 from tests.worlds import run_world
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -26,10 +26,10 @@ from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
 from tests.commands import run_ranks
-from tests.megatron_bert.finetuning.support import join_world, make_run, rows, run_settings
+from tests.megatron_bert.finetuning.support import join_world, make_run, run_settings
 from tests.megatron_bert.quantizing.support import quantize_settings
 from tests.megatron_bert.training.faults import FAULTS, Damage, break_in_step, cut, flip, lose, without_checksums
-from tests.megatron_bert.training.runs import assert_same_checkpoint, write_config
+from tests.megatron_bert.training.runs import assert_same_checkpoint, rows, write_config
 from tests.megatron_bert.training.test_divergence import before_step, faulty, put
 from tests.megatron_bert.training.test_missing_ranks import stand_still
 from tests.megatron_bert.training.test_replicas import damage as damage_copy
