@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def queue(script: str, folders: Sequence[Path] = ()) -> str:
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode != 0:
         for folder in sorted(missing, reverse=True):  # those inside others first
-            folder.rmdir()
+            with suppress(OSError):  # of what somebody has put there meanwhile
+                folder.rmdir()
         raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]
 

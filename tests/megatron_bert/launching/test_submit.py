@@ -272,14 +272,18 @@ class TestRefusals:
         monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
         assert "there is no sbatch here" in submit.refused(*SIZE)
 
-    def test_slurm_refuses(self, submit: Submit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("meanwhile", ["", "touch run/notes\n"])
+    def test_slurm_refuses(
+        self, submit: Submit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, meanwhile: str
+    ) -> None:
         sbatch = tmp_path / "sbatch"
-        sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+        monkeypatch.chdir(tmp_path)
+        sbatch.write_text(f"#!/bin/sh\n{meanwhile}echo 'sbatch: error: invalid partition' >&2\nexit 1\n")
         sbatch.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
         message = submit.refused(f"training.run_dir={tmp_path / 'run'}", *SIZE, "--unchecked")
         assert "sbatch refused the job: sbatch: error: invalid partition" in message
-        assert not (tmp_path / "run").exists()
+        assert (tmp_path / "run").exists() == bool(meanwhile)  # what somebody else has put there stays
 
     def test_a_dry_run_goes_before(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
