@@ -92,7 +92,6 @@ def measure(save: Callable[[int], Save], steps: Steps, saves: int) -> dict[str, 
 
     Args:
         save: starts the save of a step.
-        steps: to run.
         saves: how many, and one more at first, which is reported on its own.
     """
     stalls, totals, ratios = [], [], []

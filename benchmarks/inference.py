@@ -123,7 +123,6 @@ def measure(ready: dict[str, Ready], ids: Tensor, rounds: int, budget: float) ->
     """Milliseconds of each system, alternating.
 
     Args:
-        ready: systems.
         ids: ``[B, S]``.
         rounds: for each system at most.
         budget: seconds for each system; one that needs longer is run once.

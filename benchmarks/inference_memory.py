@@ -72,9 +72,6 @@ def memory(models: Models, batch: int, length: int, threads: int, wanted: list[s
     """Megabytes while a system runs and at most, and seconds from the start of its process to the first answer.
 
     Args:
-        models: the model in all formats.
-        batch, length: of the token ids that are answered.
-        threads: of each.
         wanted: parts of names of systems; all where there is none.
     """
     ids = models.ids(batch, length).tolist()

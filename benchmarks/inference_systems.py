@@ -67,7 +67,6 @@ class Models:
     """One model in the formats of all systems, made once in a folder and kept there.
 
     Args:
-        folder: for the files.
         shape: a name of ``SHAPES``.
     """
 
@@ -203,10 +202,7 @@ def systems(models: Models, threads: int, targets: list[str], weight_bits: list[
     """How each system is made ready, and the file it reads, by its name in the report.
 
     Args:
-        models: the model in all formats.
-        threads: of each.
         targets: ours with the instruction sets of these names.
-        weight_bits: of ours.
     """
 
     def dynamic() -> Run:

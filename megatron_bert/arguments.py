@@ -24,7 +24,6 @@ def check_output(name: str, path: Path | None) -> None:
     """Refuse a path to which no file can be written, before the work that is to be written there.
 
     Args:
-        name: of the argument.
         path: given; None where there is nothing to write.
 
     Raises:

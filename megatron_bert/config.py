@@ -34,8 +34,6 @@ def of_encoder(name: str, description: str, **changes: Any) -> Any:
     """A field of the encoder's configuration, with the default and the bounds that it has there.
 
     Args:
-        name: of the field.
-        description: for people.
         **changes: arguments of pydantic's Field in place of those or beside them.
     """
     default = getattr(MegatronBertConfig, name)
@@ -236,8 +234,6 @@ class RunSettings(Section):
         """What each stage holds of a model.
 
         Args:
-            layers: of the model.
-            stages: of the pipeline.
             last_cost: of what the last stage holds beside layers, in layers.
 
         Raises:

@@ -18,7 +18,6 @@ def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, A
     """The object in a JSON file.
 
     Args:
-        path: the file.
         remedy: what to do where it is not JSON.
 
     Raises:

@@ -29,9 +29,6 @@ class CudaRecorder:
     """A CUDA graph, recorded on the current stream, which must not be the default one.
 
     Dropout of fused attention draws from torch's generator: every replay goes on from where that is.
-
-    Args:
-        device: the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -27,7 +27,6 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor | Part], group: dist.P
     Nothing in the checkpoint is run: its pickles are read by :mod:`parallel.stored`, not by torch.
 
     Args:
-        path: a checkpoint directory.
         tensors: global name -> tensor (a DTensor where it is sharded) or this rank's part of one, to fill; the
             checkpoint may hold more.
         group: a group with CPU collectives over all ranks, which then fail together; None to load in this process

@@ -49,7 +49,6 @@ class CheckpointWriter:
     change the tensors; see :meth:`save`.
 
     Args:
-        root: directory of the checkpoints.
         keep: how many to keep; 0 keeps all.
         asynchronous: return from :meth:`save` when the tensors are copied, and write while training goes on.
         timeout_seconds: how long a checkpoint may take to write.

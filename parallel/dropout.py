@@ -68,8 +68,6 @@ def hashed_columns(columns: int, device: torch.device, first_column: int = 0) ->
     """What :func:`keep_mask` makes of column numbers, computed once: int32 ``[columns]``.
 
     Args:
-        columns: how many.
-        device: of the result.
         first_column: global index of the first, where columns are divided over ranks.
     """
     place = first_column, columns, device

@@ -219,9 +219,6 @@ class FlatBuffers:
     def runs(self, kind: Callable[[nn.Parameter], Hashable]) -> list[Run]:
         """What this rank updates, neighbors of one kind together.
 
-        Args:
-            kind: of a parameter.
-
         Returns:
             Runs in which every parameter of the stage occurs once: in one without values if this rank has none of it.
         """

@@ -84,7 +84,6 @@ def global_gradient_norm(gradients: Iterable[Tensor], mesh: ParallelMesh, losses
 
     Args:
         gradients: of this rank, those that stand for their copies on others and on this one.
-        mesh: where the run is laid out; all its ranks must call.
         losses: of this rank; where one of them is not finite, the norm is NaN on every rank.
     """
     gradients = [gradient for gradient in gradients if gradient.numel()]

@@ -235,7 +235,6 @@ class VocabParallelEmbedding(ParallelModule):
         padded_vocab_size: rows in the table, which the tensor size must divide.
         embedding_dim: N.
         init_std: standard deviation of the initial rows.
-        device, dtype: of the table.
 
     Attributes:
         tied: whether the table has another use in every forward pass, as the output matrix of a head. On processors,

@@ -123,7 +123,6 @@ def write_manifest(directory: Path, known: Mapping[str, FileSums] | None = None)
     """List every file of a directory.
 
     Args:
-        directory: of the files.
         known: name -> what its writer has written; of other files, what they hold.
 
     Returns:
@@ -150,7 +149,6 @@ class Manifest:
     """The checksums of a checkpoint.
 
     Args:
-        directory: of the checkpoint.
         files: name -> what the file should hold.
     """
 
@@ -200,7 +198,6 @@ class Manifest:
         """Compare bytes with what was written, those of whole blocks around a range that were not compared before.
 
         Args:
-            name: of the file.
             start: first byte.
             length: number of bytes; None for all that follow.
 

@@ -74,8 +74,6 @@ def data_shard_size(sharding: Sharding, data: int, hybrid_size: int | None) -> i
     Args:
         sharding: ``none`` keeps a copy on each rank; ``optimizer`` and ``full`` share one over all; ``hybrid`` shares
             one over ``hybrid_size`` neighbors (a node) and copies it between them.
-        data: data-parallel size.
-        hybrid_size: for ``hybrid``.
     """
     if sharding == "none":
         return 1
@@ -91,9 +89,6 @@ def fit_data_size(
     """The data-parallel size that makes tensor x pipeline x data the world size, or with choices at most that.
 
     Args:
-        world_size: number of processes.
-        tensor: tensor-parallel size.
-        pipeline: pipeline-parallel size.
         data: the size asked for, or None for whatever is left.
         choices: sizes to choose the largest of that fits, with data as the most; None for one that fits exactly.
 

@@ -33,7 +33,6 @@ def flat_regions(shape: Sizes, first: int, last: int) -> Iterator[Region]:
     Of a matrix these are at most three: the end of a row, whole rows, and the beginning of a row.
 
     Args:
-        shape: of the tensor.
         first: number of the first element.
         last: one after the number of the last element.
     """

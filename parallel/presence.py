@@ -81,7 +81,6 @@ class Presence:
 
     Args:
         store: that all ranks know, and no other world uses.
-        size: number of ranks.
         timeout_seconds: how long collectives wait. A rank that gives no sign for longer prints its stacks.
 
     Raises:

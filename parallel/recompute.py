@@ -30,9 +30,7 @@ def recomputed(
     Args:
         function: a layer, or a cheap region of one.
         mode: the recomputation of the model.
-        *args: arguments of ``function``.
         at: the mode this region is recomputed at.
-        **kwargs: keyword arguments of ``function``.
     """
     if mode != at or not torch.is_grad_enabled():
         return function(*args, **kwargs)

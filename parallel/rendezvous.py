@@ -38,8 +38,6 @@ def private_part(store: dist.Store, rank: int, size: int, timeout: timedelta) ->
 
     Args:
         store: shared with ranks of earlier starts.
-        size: how many ranks meet.
-        timeout: how long to wait for them.
 
     Raises:
         dist.DistStoreError: not all ranks came in time.

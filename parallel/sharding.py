@@ -144,7 +144,6 @@ def initialize(module: nn.Module, seed: int, *, prefix: str = "") -> None:
 
     Args:
         module: a ParallelModule tree, not yet wrapped for data parallelism.
-        seed: seed of the run.
         prefix: global name of ``module``, empty or ending in a dot, when it is a part of a larger model.
 
     Raises:

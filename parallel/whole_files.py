@@ -27,7 +27,6 @@ def reporting(action: str, path: Path | str, remedy: str) -> Iterator[None]:
 
     Args:
         action: what cannot be done, such as ``written``.
-        path: what the user named.
         remedy: what to do about it.
 
     Raises:

@@ -37,10 +37,7 @@ def question_from(text: str, words: list[tuple[int, int]], name: str, rng: rando
     """A paragraph of SQuAD's format with one question, or None where the words do not make one.
 
     Args:
-        text: of a document.
         words: where the words of the passage begin and end in it.
-        name: the question's id.
-        rng: of what is asked.
     """
     size = min(rng.choice(_ANSWER_SIZES), len(words))
     at = rng.randint(0, len(words) - size)
@@ -70,10 +67,8 @@ def questions(texts: list[str], count: int, words: tuple[int, int], seed: int = 
     """Paragraphs with one question each, from documents in proportion to their length.
 
     Args:
-        texts: of the documents.
         count: how many passages are drawn; a few of them make no question.
         words: the least and the most words of a passage.
-        seed: of what is drawn.
 
     Raises:
         UserError: no document has words, no question is asked for, or the least is above the most.

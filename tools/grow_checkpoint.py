@@ -58,9 +58,7 @@ def grow(source: Path, target: Path, layers: list[int], seed: int = 0) -> None:
 
     Args:
         source: Hugging Face directory of a MegatronBERT; heads that it lacks are initialized from scratch.
-        target: directory to write.
         layers: which layer of it each layer is made of.
-        seed: of how weights are divided.
 
     Raises:
         UserError: no such model, a layer that it does not have, or an output matrix of its own.

@@ -30,7 +30,6 @@ def collate(
         seq_length: S, tokens of a sample with its padding.
         max_predictions: slots per sample; the batch has this many times the number of samples, used or not, so that
             shapes do not depend on the data.
-        pad_id: token id of padding.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int64)
     starts = np.arange(len(samples), dtype=np.int64) * seq_length

@@ -32,7 +32,6 @@ def corpus_use(indexed: IndexedDataset, documents: tuple[int, int], index: np.nd
     """Measure what the samples of an index hold; reads no tokens.
 
     Args:
-        indexed: The corpus.
         documents: The documents the index was built for, (start, stop).
         index: [N, 5], see `build_samples`.
     """

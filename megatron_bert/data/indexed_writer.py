@@ -179,7 +179,6 @@ def remove_abandoned(prefix: str, own: BinaryIO) -> None:
     when in doubt, files stay.
 
     Args:
-        prefix: Of the corpus.
         own: The unfinished file of this writer, which is locked.
     """
     with suppress(OSError):

@@ -29,9 +29,6 @@ class MicroBatchSource(Dataset[MicroBatch]):
     Opening is left to the process that reads, so that a source travels to loader processes as settings only.
 
     Args:
-        settings: of the run.
-        part: which part of the data.
-        data_rank, data_size: place on the data axis.
         first_sample: number of the first sample of step 0; a whole number of steps may have been consumed before.
     """
 
@@ -122,9 +119,6 @@ def micro_batches(
     """The micro batches of ``steps`` steps, in order, loaded in the background by ``workers`` processes.
 
     Args:
-        source: makes them.
-        steps: how many there are.
-        device: where they are put.
         workers: 0 loads in this process; None is ``data.workers`` of the source's settings.
     """
     workers = source.settings.data.workers if workers is None else workers

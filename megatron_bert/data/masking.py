@@ -45,8 +45,6 @@ def mask_tokens(
         tokens: int [n], the sequence with its special tokens; left unchanged.
         word_starts: bool [n], where a word starts; all true masks single pieces.
         special: bool [n], tokens that are never chosen.
-        rng: Source of all choices.
-        mask_id: Id of [MASK].
         random_ids: int [any], ids a random replacement is taken from.
         max_predictions: Upper bound of k, at least 1.
         mask_probability: Share of the n tokens to choose.

@@ -81,7 +81,6 @@ class RowStream:
     """A corpus as rows, from a position on.
 
     Args:
-        corpus: the stream of samples.
         length: tokens of a row, and of the longest sample.
         most: samples of a row at most; None finds it from the first window: the least of 4, 8, 16 and so on that fills
             rows as well as no limit would, but for 1 in 500.

@@ -129,7 +129,6 @@ def preprocess(
         on_bad_row: "error" stops at an undecodable row naming file and line, "skip" counts it.
         part: Write this part of the corpus alone, under a name of its own (`part_prefix`); `merge_corpora` of all parts
             gives what a run without parts writes, byte for byte.
-        progress: Show a progress bar.
 
     Raises:
         UserError: A missing or undecodable input, an unusable tokenizer or setting, or no text at all.

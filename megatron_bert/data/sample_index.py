@@ -59,7 +59,6 @@ def build_samples(
         max_tokens: Tokens a full sample holds, without the special ones; at least 2.
         short_sequence_probability: Share of samples with a shorter target.
         pairs: Whether samples are made for two segments.
-        seed: Seed of the targets.
         filled: Whether single segments end where they are full, and not where a sentence does.
 
     Returns:
@@ -109,7 +108,6 @@ def split_documents(weights: str, num_documents: int) -> tuple[tuple[int, int], 
 
     Args:
         weights: Up to three non-negative numbers such as "969,30,1"; missing ones are 0, only ratios matter.
-        num_documents: Documents in the corpus.
 
     Returns:
         Three ranges (start, stop), one after the other.

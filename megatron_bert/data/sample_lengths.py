@@ -10,7 +10,6 @@ def text_lengths(indexed: IndexedDataset, rows: np.ndarray, word_starts: np.ndar
     """Tokens of samples before they are cut to their target, from the index; words are read around cuts alone.
 
     Args:
-        indexed: the corpus.
         rows: int [n, 5], of the sample index, see `build_samples`.
         word_starts: bool [V], which ids start a word.
         margin: how many tokens a cut inside a sentence is moved back at most, to the start of a word.

@@ -153,7 +153,6 @@ class BlendedCorpus:
     Args:
         datasets: The datasets; each has `len()` samples in an epoch and `sample(epoch, index)`.
         weights: Their shares of the stream, any positive scale.
-        seed: Seed of the orders.
     """
 
     def __init__(self, datasets: Sequence["PairDataset"], weights: Sequence[float], seed: int) -> None:

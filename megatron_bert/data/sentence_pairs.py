@@ -49,18 +49,14 @@ class PairDataset:
     """The samples of some documents of a corpus.
 
     Args:
-        indexed: The corpus.
         documents: Documents to use, (start, stop).
-        tokenizer: The tokenizer the corpus was made with.
         seq_length: Longest sample in tokens, special tokens included.
         max_predictions: Most masked tokens in a sample.
-        mask_probability: Share of tokens masked.
         max_ngram: Longest masked span, in words.
         whole_word: Mask whole words; otherwise single pieces.
         short_sequence_probability: Share of samples made shorter on purpose.
         objective: What the second segment is for.
         filled: Whether single segments end where they are full, and not where a sentence does.
-        seed: Seed of everything random.
         cache_directory: Where to keep the sample index, shared by processes and runs; None: build it in memory.
 
     Raises:

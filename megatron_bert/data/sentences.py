@@ -71,7 +71,6 @@ def sentence_splitter(name: SplitterName, language: str) -> Splitter:
     A line end ends a sentence whatever the splitter thinks: titles and list items carry no full stop.
 
     Args:
-        name: of the library.
         language: ISO 639 code; sentencex treats codes it does not know by general rules.
     """
     if name == "punkt":
@@ -99,9 +98,6 @@ class PunktSplitter:
 
     Whether a sentence ends in a word depends on that word and the next one, mostly on the word alone. The library is
     asked once for each, which gives the same sentences several times as fast.
-
-    Args:
-        model: Name of one of the library's models.
     """
 
     #: From the first mark in a word that could end a sentence to the word after it.

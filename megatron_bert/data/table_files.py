@@ -29,10 +29,6 @@ class ParquetReader:
 
     The position of a row is its share of the rows times the bytes of the file.
 
-    Args:
-        path: The file.
-        column: Name of the column.
-
     Raises:
         UserError: pyarrow is missing, the file is not a Parquet file, or the column is missing or not of strings.
     """
@@ -91,10 +87,6 @@ class ArrowReader:
     """Reads the documents of a string column of an Arrow file or stream, as Hugging Face's datasets are kept.
 
     The position of a row is that of its record batch: parts are of whole batches.
-
-    Args:
-        path: The file.
-        column: Name of the column.
 
     Raises:
         UserError: pyarrow is missing, the file is not an Arrow file, or the column is missing or not of strings.

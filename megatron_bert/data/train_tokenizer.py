@@ -67,7 +67,6 @@ def train_tokenizer(
         output: Directory for the files, created if missing.
         cased: Keep upper case; otherwise text is lower-cased, and for WordPiece stripped of accents.
         json_key: Where a JSON object holds its text, or the column of a table.
-        progress: Show a progress bar.
 
     Returns:
         The tokenizer, loaded from `output`.

@@ -39,7 +39,6 @@ def write_onnx(model: Any, path: Path) -> None:
 
     Args:
         model: quantized, of a public class.
-        path: to write.
 
     Raises:
         UserError: the package ``onnx`` is missing, or the model is not one for a graph.
@@ -55,12 +54,7 @@ def write_onnx(model: Any, path: Path) -> None:
 
 
 class _Graph:
-    """Nodes and tensors, as they are added.
-
-    Args:
-        onnx: the package.
-        parts: of the model.
-    """
+    """Nodes and tensors, as they are added."""
 
     def __init__(self, onnx: Any, parts: Parts) -> None:
         self.onnx, self.parts = onnx, parts

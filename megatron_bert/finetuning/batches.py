@@ -26,7 +26,6 @@ def bounds_of(instances: Iterable[Instance], most: int, multiple: int = 1) -> Bo
 
     Args:
         instances: at least one.
-        most: of a micro batch.
         multiple: as of :func:`collate_instances`.
     """
     found = list(instances)
@@ -49,7 +48,6 @@ def collate_instances(
     Args:
         instances: at least one.
         numbers: their numbers in the training stream, which dropout masks depend on.
-        head: of the task.
         most_features: most sequences of an instance of the task; their dropout masks differ.
         multiple: the token axis is filled up to a multiple of this, so that tensor ranks can divide it; to a round size
             in any case. The filling repeats the first tokens, so that ranges of activations see nothing new.

@@ -93,10 +93,8 @@ def changed_settings(
     those of the model.
 
     Args:
-        state: of the model.
         saved: the section as it was saved.
         how: of the section ``data``, how the training file was read.
-        given: settings of the section that the user gives.
 
     Raises:
         UserError: the user names a task with another head.

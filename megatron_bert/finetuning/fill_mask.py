@@ -35,12 +35,7 @@ class Guess:
 
 
 class FillMask:
-    """A pretrained model that fills in masked words.
-
-    Args:
-        model: with its weights.
-        tokenizer: it was trained with.
-    """
+    """A pretrained model that fills in masked words."""
 
     def __init__(self, model: BertForPretraining, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer

@@ -41,7 +41,6 @@ def finetune(settings: FinetuneSettings, *, ends_process: bool = False) -> str |
     """Train as the settings say, with one seed or several, resuming where an earlier run stopped.
 
     Args:
-        settings: of the run.
         ends_process: whether the process ends after this; see :class:`StopRequest`.
 
     Returns:
@@ -164,9 +163,7 @@ def run_all(
     """Run the variants of a command one after the other, in one world.
 
     Args:
-        settings: of the command.
         variants: by directory below the command's.
-        procedure: what a run does around training.
         ends_process: as for :func:`finetune`.
 
     Returns:
@@ -206,10 +203,7 @@ def checked_runs(
     """Open the model and read the data; what can be wrong with the runs of a command is found before anything starts.
 
     Args:
-        settings: of the command.
         variants: by directory below the command's.
-        procedure: what a run does around training.
-        layout: of the ranks.
 
     Raises:
         UserError: model, tokenizer, data, layout and settings do not go together.

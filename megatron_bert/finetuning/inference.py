@@ -75,7 +75,6 @@ class Scorer:
     """A saved model on this process's device, or on those of all data ranks.
 
     Args:
-        saved: the model.
         world: the processes; all of them hold the whole model.
         batch_size: most instances of a forward pass.
         engine: what computes, and its threads: see :meth:`SavedTask.stage`.
@@ -128,7 +127,6 @@ def evaluate_files(
         output: directory for results, predictions and files to submit; None prints only.
         batch_size: most instances of a forward pass.
         device: auto, cpu or cuda.
-        engine: what computes.
 
     Returns:
         Split -> scores, on every rank.
@@ -263,14 +261,11 @@ def predict_stream(
         source: directory of the model, its run, or several runs, whose best is taken.
         rows: one JSON object per line, with the keys that the task reads. Bytes that are not UTF-8 come as lone
             surrogates, which are found.
-        answers: where to write.
         batch_size: most texts of a forward pass.
         stream: answer every row by itself (0), or with those that come within so many seconds of it, ``batch_size``
             rows at most; None leaves it to how fast they come.
         on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
         device: auto, cpu or cuda.
-        engine: what computes.
-        progress: show a progress bar.
         overrides: ``task.key=value``, which change settings of the model's task, and ``tokenizer.path=PATH``.
 
     Returns:

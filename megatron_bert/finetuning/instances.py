@@ -11,11 +11,7 @@ from parallel.errors import UserError
 
 
 class TaskInstances:
-    """Instances of the splits of a task, tokenized when they are first asked for.
-
-    Args:
-        task: reads and tokenizes the data.
-    """
+    """Instances of the splits of a task, tokenized when they are first asked for."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

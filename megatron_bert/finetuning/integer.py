@@ -18,11 +18,7 @@ from parallel.errors import UserError
 
 
 class IntegerTask(ModelStage):
-    """The logits of a task's rows, computed by an engine; without parameters, on the CPU.
-
-    Args:
-        model: runs the plan.
-    """
+    """The logits of a task's rows, computed by an engine; without parameters, on the CPU."""
 
     def __init__(self, model: IntegerModel) -> None:
         super().__init__(model.config)
@@ -46,8 +42,6 @@ def integer_task(
 
     Args:
         model: as it was loaded, with ranges if it is quantized; None where there is a plan and no weights.
-        head: of the task.
-        directory: it was loaded from.
         backend, threads: of the engine.
 
     Raises:

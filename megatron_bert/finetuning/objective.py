@@ -58,9 +58,7 @@ class Finetuning(Objective[BertForTask]):
     """Training and scoring of a task.
 
     Args:
-        settings: of the run.
         config: of the encoder, with the task's classes.
-        data: the task's.
         seed: of the order of the instances.
         source: ``model.from``, open while the run starts.
     """

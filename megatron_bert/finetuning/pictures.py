@@ -22,7 +22,6 @@ def draw_run(run_dir: Path, metric: str | None) -> Path | None:
     """Draw ``curves.png``: losses on the left, the held-out score on the right.
 
     Args:
-        run_dir: directory of the run.
         metric: the score; None where there is no held-out data.
 
     Returns:
@@ -57,8 +56,6 @@ def draw_confusion(target: Path, labels: tuple[str, ...], counts: np.ndarray) ->
     """Draw a confusion matrix, each row as shares of its class.
 
     Args:
-        target: file to write.
-        labels: names of the classes.
         counts: int64 ``[classes, classes]``, rows true and columns predicted.
     """
     from matplotlib.figure import Figure
@@ -85,8 +82,6 @@ def draw_runs(run_dir: Path, metric: str, runs: Mapping[str, Mapping[str, Mappin
     """Draw ``runs.png``: the score of every run on every split, with the median.
 
     Args:
-        run_dir: directory of the runs.
-        metric: the score.
         runs: name -> split -> scores.
     """
     from matplotlib.figure import Figure

@@ -69,7 +69,6 @@ def settled(task: Task, splits: Mapping[str, SplitResult]) -> tuple[Task, dict[s
     """Choose on the first validation split what is to be chosen there (a threshold); rank 0 calls.
 
     Args:
-        task: of the run.
         splits: what it says of each split, the validation split that decides first.
 
     Returns:
@@ -103,8 +102,6 @@ def write_results(
     """Write predictions and, as the last file of a run, its results; rank 0 calls.
 
     Args:
-        run_dir: directory of the run.
-        settings: of the run.
         task: of the run, settled.
         splits: what it says of each, the validation split that decides first.
         step: of the checkpoint that was scored.

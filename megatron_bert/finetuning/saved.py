@@ -62,7 +62,6 @@ class SavedTask(NamedTuple):
 
         Args:
             backend: ``torch``; ``integer``, the fastest engine that runs here; or an engine's name.
-            threads: of an engine.
 
         Raises:
             UserError: an engine is asked for a float model.
@@ -80,8 +79,6 @@ def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> Megat
     """The configuration of an encoder with a task's tokenizer and classes.
 
     Args:
-        config: of the encoder.
-        task: whose head it gets.
         **changes: further fields that replace those of ``config``.
     """
     head, labels = task.head, dict(enumerate(task.labels))
@@ -102,9 +99,6 @@ def save_task(
     Tensors pass through memory one by one. Ranges of a quantized model are written beside them.
 
     Args:
-        checkpoint: of the run.
-        config: of the model.
-        task: it was trained for.
         directory: to write; empty, or not there.
         computed_in: number format in which a quantized model saw its parameters, which are rounded to it, so that what
             is saved has the integers that were trained and scored.

@@ -48,11 +48,8 @@ def score_instances(
     Instances of similar length go together, the longest first, so that what does not fit in memory shows at once.
 
     Args:
-        model: this rank's stages.
         engine: runs a forward-only schedule.
-        mesh: where the run is laid out.
         instances: at least one.
-        head: of the task.
         batch_size: most instances of a forward pass.
         few_shapes: give passes few different shapes, for compiled code.
     """

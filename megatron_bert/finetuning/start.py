@@ -36,8 +36,6 @@ def encoder_config(
     """The configuration of the encoder to start from, with the dropout the settings ask for.
 
     Args:
-        settings: of the run.
-        tokenizer: of the run.
         source: ``model.from``, open; None opens it.
 
     Raises:

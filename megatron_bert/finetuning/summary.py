@@ -24,9 +24,7 @@ def summarize(run_dir: Path, found: Mapping[str, Mapping[str, Any]], task: Task)
     highest median of the task's metric on the validation split that decides, and the best run the highest in it.
 
     Args:
-        run_dir: directory of the command.
         found: directory of each run below it -> its results.
-        task: of the command.
     """
     runs = {name: dict(results["splits"]) for name, results in found.items()}
     groups: dict[str, list[str]] = {}

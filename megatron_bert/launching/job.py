@@ -99,9 +99,7 @@ def check_words(texts: Iterable[str], time: str, dependency: str | None) -> int:
     """Check what any batch script holds.
 
     Args:
-        texts: words of the user.
         time: limit, as sbatch takes it.
-        dependency: on other jobs.
 
     Returns:
         Seconds of the limit.
@@ -124,7 +122,6 @@ def check_job(request: JobRequest, stop_seconds: int) -> CheckedJob:
     """Every check that needs no Slurm.
 
     Args:
-        request: what the user asks for.
         stop_seconds: how long before the time limit the run is to stop.
 
     Raises:

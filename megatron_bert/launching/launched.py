@@ -111,7 +111,6 @@ class _Echo:
     """What brings the output of this process back to where it went before.
 
     Args:
-        tee: the process that does so.
         originals: descriptors of the standard output and error as they were.
     """
 

@@ -19,8 +19,6 @@ def render(job: CheckedJob, site: SiteSettings, command_line: str) -> str:
     """The batch script.
 
     Args:
-        job: what to run.
-        site: where.
         command_line: what the script is made by, for its first comment.
     """
     body = "# ---- from here on the same for every job ----\n" + job_body().rstrip("\n")

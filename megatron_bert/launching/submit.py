@@ -108,7 +108,6 @@ def queue(script: str, folders: Sequence[Path] = ()) -> str:
     """Hand a script to Slurm; returns the job's number.
 
     Args:
-        script: of the job.
         folders: for its output, made first: Slurm would not, and the job would leave none. A refused job leaves no new
             ones behind.
 

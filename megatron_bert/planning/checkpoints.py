@@ -56,7 +56,6 @@ def plan_checkpoint(tensors: Iterable[SavedTensor], ranks: int, stages: int) -> 
 
     Args:
         tensors: of the checkpoint: weights and moments.
-        ranks: of the run.
         stages: pipeline ranks.
     """
     by_stage: dict[int, list[SavedTensor]] = defaultdict(list)

@@ -42,10 +42,7 @@ def dry_run_rank(
 
     Args:
         settings: of the run, checked for the world size.
-        make_objective: what the run trains.
         batch: micro batch that the step repeats.
-        rank: which rank.
-        world_size: ranks of the run.
     """
     with tempfile.TemporaryDirectory() as folder:
         training = settings.training.model_copy(update={"compile": False, "run_dir": Path(folder)})

@@ -183,9 +183,6 @@ def measure(command: str, config: Path, overrides: list[str], world_size: int) -
 
     Args:
         command: pretrain, finetune or quantize.
-        config: settings file.
-        overrides: of settings.
-        world_size: ranks of the run.
 
     Raises:
         UserError: the run would be refused where it starts.
@@ -263,11 +260,6 @@ def report(
     """What a step of one rank took, beside what the closed forms say.
 
     Args:
-        settings: of the run.
-        workload: what it computes.
-        rank: which rank.
-        world_size: ranks of the run.
-        step: what was measured.
         predicted: whether closed forms are of this kind of run.
     """
     layout = layout_of(settings, world_size)

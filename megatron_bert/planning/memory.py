@@ -199,8 +199,6 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
     """Memory of a rank at its peak: states, what micro batches in flight keep, and the most expensive backward pass.
 
     Args:
-        workload: what is computed.
-        layout: how.
         stages: of the layout, all of them.
         rank: place in the pipeline.
     """
@@ -240,10 +238,6 @@ def _divided(workload: Workload, layout: Layout, stages: list[Stage], moment: Mo
     long as it takes to the next one.
 
     Args:
-        workload: what is computed.
-        layout: how.
-        stages: of the rank.
-        moment: of the step.
         done: layers that are through with the last backward pass of the moment's stage.
     """
     number, wide = workload.number_bytes, workload.config.intermediate_size // layout.tensor

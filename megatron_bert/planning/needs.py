@@ -69,9 +69,6 @@ def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, 
     """Size of a checkpoint, how long it takes to write, and room for those that are kept.
 
     Args:
-        settings: of the run.
-        workload: what it computes.
-        layout: how.
         disk: gigabytes a second that the file system takes from all ranks together.
     """
     plan = checkpoint_of(layout, stages_of(workload, layout))

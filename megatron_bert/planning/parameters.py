@@ -63,8 +63,6 @@ def stage_parameters(config: MegatronBertConfig, part: StagePart, head: TaskHead
     """The parameters of a stage.
 
     Args:
-        config: of the encoder.
-        part: of the stage.
         head: of a fine-tuning task; None for those of pretraining.
     """
     root: list[Parameter] = []

@@ -116,9 +116,6 @@ def search(workload: Workload, ranks: int, machine: Machine, given: Iterable[Lay
     """Rank every layout.
 
     Args:
-        workload: what is computed.
-        ranks: of the run.
-        machine: where.
         given: layouts to choose from; all by default.
     """
     limit, out, tried = usable_bytes(machine), Counter[str](), 0

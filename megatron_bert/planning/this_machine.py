@@ -41,9 +41,7 @@ def run_ranks(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
     """Run something in so many new processes, each of which finds in its environment what torchrun puts there.
 
     Args:
-        ranks: how many.
         work: called with the rank and what follows.
-        *arguments: that a process can be given.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -132,8 +132,6 @@ def workload_of(
 
     Args:
         settings: of the run, of any kind.
-        config: of its encoder.
-        steps: optimizer steps.
         length: tokens of a sequence.
         head: of a fine-tuning task, as far as it is known; two classes on each sequence by default.
     """

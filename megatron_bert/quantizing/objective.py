@@ -43,10 +43,6 @@ class QuantizationAware(Finetuning):
     """Fine-tuning whose forward pass is the integer specification.
 
     Args:
-        settings: of the run.
-        config: of the encoder, with the task's classes.
-        data: the task's.
-        seed: of the order of the instances.
         source: the fine-tuned model, open while the run starts.
     """
 

@@ -33,7 +33,6 @@ def quantize(settings: QuantizeSettings, *, ends_process: bool = False) -> str |
     """Calibrate, train with quantization, evaluate and save, resuming where an earlier run stopped.
 
     Args:
-        settings: of the run.
         ends_process: whether the process ends after this; see :class:`~megatron_bert.training.signals.StopRequest`.
 
     Returns:

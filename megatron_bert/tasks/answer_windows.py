@@ -106,7 +106,6 @@ def candidates(instance: WindowInstance, logits: np.ndarray, longest: int, count
     ends at tokens with characters. All such pairs are compared, unlike in BERT, which pairs the best starts and ends.
 
     Args:
-        instance: the window.
         logits: finite, [n, 2], start and end scores of the sequence's tokens.
         longest: tokens of the longest answer.
         count: how many to return at most.

@@ -111,8 +111,6 @@ def read_choices(
         path: file or directory.
         split: test splits may lack answers.
         data: the format, None to see it in the content, and the columns of rows.
-        bad: called with rows that cannot be used.
-        numbers: gives each row its number.
     """
     kind = choice_format(path, data)
     listed = FORMATS.get(path.suffix.lower()) == "jsonl"

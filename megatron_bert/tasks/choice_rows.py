@@ -39,7 +39,6 @@ def flat_choices(row: Row, columns: ColumnSettings, *, labeled: bool) -> FlatCho
     """Choices, passage and answer of a row.
 
     Args:
-        row: any row.
         columns: names of columns; the usual ones where they are unset.
         labeled: whether an answer must be there.
 
@@ -100,8 +99,6 @@ def answer_number(value: Any, texts: Sequence[str], names: Sequence[str] | None 
     Args:
         value: where choices have names, one of them; else the number of the choice from 0, as a number or text, its
             letter from A, or its text.
-        texts: the choices.
-        names: their names.
 
     Raises:
         RowError: it is none of these, or says two things.

@@ -62,12 +62,9 @@ def read_sentences(
     sentence that begin with "# " and have another number of columns than it, or no tag, are comments.
 
     Args:
-        path: the file.
         token: position of the word's column; from 0, negative ones from the end.
         tag: position of the tag's column.
         tags_may_lack: whether a file with a column for the word alone is fine, as test files may be.
-        bad: called with sentences with a line that cannot be used.
-        numbers: gives each sentence its number.
 
     Raises:
         UserError: the file cannot be read, or holds no word.

@@ -52,7 +52,6 @@ def input_format(tokenizer: Tokenizer, *, roberta: bool) -> InputFormat:
     """What a model was trained with; RoBERTa's is <s> first </s></s> second </s>, without types.
 
     Args:
-        tokenizer: the model's.
         roberta: whether the model is a RoBERTa, or an I-BERT.
     """
     return InputFormat(tokenizer.pair_separators(roberta=roberta), types=not roberta)

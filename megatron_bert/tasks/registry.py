@@ -45,10 +45,7 @@ def restore_task(
     """Rebuild a task from `Task.describe()`.
 
     Args:
-        described: what `describe` returned.
-        tokenizer: the saved model's.
         data: files to evaluate on; none when unset, for rows of a stream.
-        form: how the model's inputs are laid out.
 
     Raises:
         UserError: `described` is not such a description.

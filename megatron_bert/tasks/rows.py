@@ -160,7 +160,6 @@ def converted(
     Args:
         rows: of one file.
         convert: makes something of a row, or raises RowError.
-        bad: called with rows that cannot be used.
         columns: what to do where no row has a column that is needed; ends the sentence.
 
     Raises:

@@ -24,7 +24,6 @@ def assign_parts(groups: Sequence[str], data: TaskDataSettings) -> dict[str, lis
 
     Args:
         groups: the group of each example; examples of one group stay in one part.
-        data: the fractions and the seed.
 
     Returns:
         part -> indices of its examples, ascending.

@@ -80,10 +80,6 @@ class QuestionReader:
     def read(self, path: Path, numbers: Iterator[int]) -> Iterator[SpanExample]:
         """The questions of a file: SQuAD's articles, or rows (JSON lines, a JSON array, a list under "data", CSV, TSV).
 
-        Args:
-            path: the file.
-            numbers: gives each row its number.
-
         Raises:
             UserError: the file is not UTF-8, not JSON, or holds neither articles nor rows.
         """

@@ -84,9 +84,7 @@ def has_setting(name: str, section: str, field: str) -> bool:
     """Whether the task of a name has a setting: those that no task claims are of all.
 
     Args:
-        name: of the task.
         section: ``settings``, ``data`` or ``columns``.
-        field: the setting.
     """
     if field in getattr(TASKS[name], section):
         return True

@@ -72,7 +72,6 @@ def read_table(
     r"""Rows of a table, at least one; blank lines are passed over.
 
     Args:
-        path: the file.
         kind: "tsv": separated by tabs, quotes are plain text, as in GLUE. "csv": RFC 4180, a quoted cell may hold
             commas, doubled quotes and line ends. "jsonl": one JSON object per line, or one JSON array of objects.
         header: whether the first line of a tsv or csv file names the columns.

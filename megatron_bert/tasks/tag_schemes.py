@@ -176,7 +176,6 @@ def best_tags(log_probabilities: np.ndarray, tags: Sequence[str], scheme: Scheme
     Args:
         log_probabilities: float [words, tags], finite.
         tags: the names, with "O" among them, so that some sequence follows the scheme.
-        scheme: to follow.
     """
     if not len(log_probabilities):
         return []

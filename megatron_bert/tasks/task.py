@@ -211,7 +211,6 @@ class Task(ABC, Generic[ExampleT, InstanceT]):
         """The examples of one file; bad rows go to `bad_rows`.
 
         Args:
-            path: the file.
             split: what it is read for; test splits may lack labels.
             numbers: gives each row its number, which goes on from file to file of a split.
         """
@@ -236,7 +235,6 @@ class Task(ABC, Generic[ExampleT, InstanceT]):
         """Tokenize examples; every one gives at least one instance, and instances are in the order of examples.
 
         Args:
-            examples: what to tokenize.
             train: for training, where every example must be labeled.
         """
 

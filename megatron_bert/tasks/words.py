@@ -66,9 +66,7 @@ def pieces_of_words(
     the unknown token, so that every word has a prediction. Pieces between words are left out.
 
     Args:
-        found: the text's tokens.
         words: begin and end of the words, ascending.
-        unknown: id of the unknown token.
         longest: words of more pieces lose the last ones.
     """
     ids: list[list[int]] = [[] for _ in words]

@@ -21,8 +21,6 @@ def build_model(
     """Build this rank's stages, each directly at its own size.
 
     Args:
-        objective: what the run trains.
-        schedule: which places the stages.
         draw: give the parameters the values they start from; a checkpoint about to be loaded needs none.
     """
     notes: dict[str, None] = {}  # in order, each once

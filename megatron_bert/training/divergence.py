@@ -53,7 +53,6 @@ class Watch:
         """Take note of the step that is being made.
 
         Args:
-            batches: its micro batches.
             norm: of its gradient, the same on every rank; not finite where a loss is not.
 
         Returns:
@@ -193,7 +192,6 @@ def diagnosed(trainer: RunState, step: int, batches: list[TokenBatch]) -> Except
 
     Args:
         trainer: whose weights are still those before the step.
-        step: its number.
         batches: its micro batches, which are kept in a file.
     """
     damaged, outliers = _damaged(trainer), _outliers(trainer)

@@ -22,7 +22,6 @@ def evaluate(
     """Score a model without dropout; every rank calls, each with the batches of its data rank.
 
     Args:
-        model: this rank's stages.
         engine: runs a forward-only schedule.
         batches: as many as some runs of the schedule take.
 

@@ -45,7 +45,6 @@ class MicroBatchGraph:
         """The micro batches of a step.
 
         Args:
-            batches: of this data rank.
             counts: what each loss sum is divided by.
             losses: which the loss sums are added to.
             scale: on the losses.

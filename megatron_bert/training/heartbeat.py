@@ -22,10 +22,6 @@ class Heartbeat:
     It holds ``time`` (seconds since 1970), ``state``, ``step``, ``steps``, the last logged ``loss`` if there is one,
     ``host`` and ``pid``. States are ``training``, ``evaluating``, ``saving``, and at the end ``done``, ``stopped`` (it
     goes on when it is started again) or ``failed``.
-
-    Args:
-        run_dir: where the file is.
-        steps: of the whole run.
     """
 
     def __init__(self, run_dir: Path, steps: int) -> None:

@@ -17,7 +17,6 @@ def learning_rate_at(step: int, rate: LearningRateSettings, total_steps: int) ->
     Args:
         step: number of the step, from 1.
         rate: the schedule; its decay ends at ``decay_steps``, or at ``total_steps`` when that is unset.
-        total_steps: length of the run.
     """
     end = rate.decay_steps or total_steps
     warmup = rate.warmup(total_steps)
@@ -37,7 +36,6 @@ def layer_scale(name: str, layers: int, decay: float) -> float:
     """Factor on the learning rate of a parameter under layer-wise decay (Howard and Ruder, arXiv 1801.06146).
 
     Args:
-        name: global name of the parameter.
         layers: number of layers of the encoder, L.
         decay: factor from each layer to the one below it.
 

@@ -39,11 +39,7 @@ class Allocator(Protocol):
 
 
 class GpuAllocator:
-    """Torch's allocator of GPU memory; asking does not wait for the device.
-
-    Args:
-        device: the GPU.
-    """
+    """Torch's allocator of GPU memory; asking does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -99,11 +95,7 @@ class MemoryMeter:
 
     @contextmanager
     def measuring(self, due: bool = True) -> Iterator[None]:
-        """The block is a step.
-
-        Args:
-            due: whether it is to be measured.
-        """
+        """The block is a step."""
         if not due:
             yield
             return

@@ -36,8 +36,6 @@ class Report:
     What the file system refuses is a warning, once until it is over, and never the end of the run.
 
     Args:
-        run_dir: directory of the run.
-        settings: what to report.
         active: whether this is rank 0.
         start: steps done before this process started.
         steps: steps of the whole run.

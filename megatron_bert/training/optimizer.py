@@ -63,7 +63,6 @@ class ShardedOptimizer:
 
     Args:
         parameters: name -> parameter, after they have been prepared for data parallelism.
-        settings: the rule and its numbers.
         mesh: where the run is laid out; None for one rank.
         scale: factor on the learning rate of the parameter of a name; 1 when None.
         stages: which have parameters in flat buffers.

@@ -21,9 +21,6 @@ class LossScale:
     The loss is multiplied by the scale and the gradients divided by it. A step whose gradients overflow is skipped and
     halves the scale (not below 1); a run of clean steps doubles it (Micikevicius et al., arXiv 1710.03740, section
     3.2).
-
-    Args:
-        settings: format, first scale, and length of a run of clean steps.
     """
 
     def __init__(self, settings: PrecisionSettings) -> None:

@@ -99,7 +99,6 @@ def take_sizes(settings: Settings, source: CanonicalState | None = None) -> Sett
     """The settings with the sizes of the checkpoint that training starts from, if it starts from one.
 
     Args:
-        settings: of a run.
         source: ``model.from``, open; None opens it.
 
     Raises:

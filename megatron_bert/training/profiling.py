@@ -79,7 +79,6 @@ class StepProfiler:
     """Profiles a range of steps with torch's profiler, on the first rank of each pipeline stage.
 
     Args:
-        trainer: whose steps they are.
         steps: their numbers, from 1; empty for none.
     """
 
@@ -108,9 +107,7 @@ class StepProfiler:
         """A step has ended, or the run; every rank calls.
 
         Args:
-            step: its number.
             memory: bytes by part at its peak.
-            report: where the result goes.
             last: whether no other step follows.
         """
         if self._stack is None or (step + 1 in self.steps and not last):
@@ -229,7 +226,6 @@ def usage(events: Iterable[Any], rank: int, steps: int, wall_seconds: float) -> 
 
     Args:
         events: of type ``torch.autograd.profiler_util.FunctionEvent``.
-        rank: of the world.
         steps: how many were profiled.
         wall_seconds: of all of them.
     """

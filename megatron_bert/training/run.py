@@ -60,7 +60,6 @@ def write_start(settings: RunSettings, tokenizer: Tokenizer | None = None) -> No
     """Write what a run directory says of the run that now begins or goes on; rank 0 calls, once all is checked.
 
     Args:
-        settings: of the run, for ``config.yaml``.
         tokenizer: to keep a copy of, for a run whose model is used with it.
 
     Raises:

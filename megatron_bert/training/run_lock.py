@@ -320,7 +320,6 @@ def owning(run_dir: Path, timeout_seconds: float) -> Iterator[RunLock]:
     """Own a run directory while the block lasts; every rank calls.
 
     Args:
-        run_dir: the directory.
         timeout_seconds: how long ranks wait for each other.
 
     Raises:

@@ -68,7 +68,6 @@ class RunState(Protocol):
         """The gradients of a step, complete; neither unscaled nor clipped.
 
         Args:
-            batches: this data rank's micro batches.
             began: called with stage and micro batch before every forward pass.
         """
 

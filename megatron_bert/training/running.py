@@ -67,8 +67,6 @@ def opened(settings: RunSettings, layout: ParallelLayout, *, ends_process: bool)
     """Form the world of a command and own its directory; every rank of the layout calls.
 
     Args:
-        settings: of the command.
-        layout: of its runs.
         ends_process: whether the process ends after the block; see :class:`StopRequest`.
 
     Raises:
@@ -112,8 +110,6 @@ def train(
     """One run, from its beginning or the checkpoint that it goes on from to its end; every rank calls.
 
     Args:
-        command: whose run it is.
-        procedure: what it does around training.
         lock: of its directory, where that is below the command's.
 
     Returns:
@@ -154,11 +150,7 @@ def train(
 
 
 def _process_notes(layout: ParallelLayout, resume_from: Path | None) -> list[str]:
-    """What to say of the processes: where they sit, and whether there are fewer than before; every rank calls.
-
-    Args:
-        resume_from: the checkpoint it goes on from, if any.
-    """
+    """What to say of the processes: where they sit, and whether there are fewer than before; every rank calls."""
     notes = host_order_warnings(layout, gather_hosts())
     before = read_state(resume_from).get("data_size") if resume_from is not None else None
     if before is not None and before != layout.data:

@@ -41,7 +41,6 @@ class Saving:
 
         Args:
             write: calls the writer's ``save``.
-            report: where a warning goes.
             last: whether no other save follows: wait for it, and take no failure.
 
         Raises:

@@ -76,9 +76,7 @@ def go_back_after_spike(trainer: RunState, spikes: Spikes, loss: float, saving: 
 
     Args:
         trainer: which may just have made the last step of a spike.
-        spikes: what it looks for them with.
         loss: of its step.
-        saving: of its checkpoints.
 
     Returns:
         Whether there was a spike, and a checkpoint before it.

@@ -76,7 +76,6 @@ class StagedModel:
         """Run the stages over micro batches without dropout and gradients; every rank calls, equally often.
 
         Args:
-            engine: runs a forward-only schedule.
             batches: as many as some runs of the schedule take.
             at_end: takes the number of a micro batch, the micro batch, and what the last stage makes of it, where that
                 is on this rank.

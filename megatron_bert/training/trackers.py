@@ -38,8 +38,6 @@ class WandbTracker:
 
     Args:
         run_dir: directory of the run; the files lie in its folder ``wandb``, and its name is the run's.
-        project: on the server.
-        settings: of the run, to be compared there.
     """
 
     def __init__(self, run_dir: Path, project: str, settings: Mapping[str, Any]) -> None:

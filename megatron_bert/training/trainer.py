@@ -58,8 +58,6 @@ class Trainer:
     """Everything a run keeps between steps; see :class:`~megatron_bert.training.run_state.RunState`.
 
     Args:
-        settings: of the run, checked.
-        objective: what it trains: the model, its data and its loss.
         resume_from: checkpoint of this run to go on from, or None.
         lock: of the run directory, which must be this run's still when it writes a checkpoint.
     """

@@ -41,7 +41,6 @@ class UpdateRule(ABC):
 
     Args:
         runs: of one :class:`Kind` each; those that have no values on this rank have members that others have.
-        settings: numbers of the rule.
         mesh: where the run is laid out; None for one rank.
         order: of all parameters of the runs, the same on every rank that has the stage.
         tied: parameters that another stage updates as well, with the same numbers.

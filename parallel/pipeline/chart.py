@@ -41,7 +41,6 @@ def text_grid(
     A column is the time of the shortest action that takes any.
 
     Args:
-        timeline: what to draw.
         width: characters in a line; longer grids are continued below. None for no limit.
         failed: rank and action to mark with ``>`` and ``<``.
     """
@@ -83,8 +82,6 @@ def chrome_trace(timeline: Timeline, path: Path, *, microseconds: float = 1e6) -
     Ranks are processes and chunks are threads.
 
     Args:
-        timeline: what to write.
-        path: the JSON file.
         microseconds: of one unit of the timeline's time; the default is for seconds.
     """
     events: list[dict[str, object]] = []

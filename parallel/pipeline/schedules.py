@@ -205,7 +205,6 @@ def build_schedule(name: str, ranks: int, microbatches: int, chunks: int | None 
     """The schedule of a name in `SCHEDULES`.
 
     Args:
-        name: the schedule.
         chunks: stages on each rank; None for the schedule's smallest.
 
     Raises:

@@ -55,7 +55,6 @@ def split_layers(
     """Divide layers over stages so that the most expensive stage is as cheap as can be.
 
     Args:
-        layers: number of layers.
         stages: number of stages, at most one per layer.
         last_cost: cost of what the last stage holds besides layers, in layers.
         sizes: layers of each stage, to divide by hand.

@@ -28,7 +28,6 @@ def all_reduce_bandwidth(device: torch.device, megabytes: int) -> float:
 
     Args:
         device: of the tensor; NCCL on GPUs, gloo on the CPU.
-        megabytes: size of the tensor.
     """
     size = dist.get_world_size()
     tensor = torch.ones(megabytes * 2**20 // 4, device=device)
@@ -106,7 +105,6 @@ def judge_links(hosts: list[str], speeds: dict[tuple[int, int], float]) -> list[
     """Which links are slow; where all slow ones meet at a host, it is named.
 
     Args:
-        hosts: names.
         speeds: (index, index) of hosts -> GB/s.
     """
     median = statistics.median(speeds.values())
