@@ -17,7 +17,6 @@ class CheckpointDirectory:
     """Where checkpoints are; what is here is called by one rank.
 
     Attributes:
-        root: the directory.
         keep: how many to keep; 0 keeps all.
         keep_every: checkpoints of steps that this divides are kept for good; 0 for none.
     """

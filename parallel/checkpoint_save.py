@@ -28,7 +28,6 @@ class SavedCheckpoint:
     """What a checkpoint cost.
 
     Attributes:
-        step: of the checkpoint.
         stall_seconds: for which this rank's training stood still.
         seconds: from the call to the moment at which the checkpoint had its name.
         bytes: of all of its files but the manifest.
@@ -45,14 +44,11 @@ class Save:
     """A checkpoint that is being written, in a thread.
 
     Attributes:
-        directory: it goes to.
         group: of the threads of all ranks that write.
         limit: seconds that it may take.
         protected: steps whose checkpoints it leaves.
         saved: gets what it cost, once it has its name.
-        step: of the checkpoint.
         state: content of the file beside the tensors.
-        plan: of this rank's part.
         began: when, by the performance counter.
         writing: whether this rank is at its own part: all else is waiting for others.
         stall: seconds for which the caller stood still; None for all of them.

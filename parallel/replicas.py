@@ -49,7 +49,6 @@ class Copy:
     """Values of this rank that other ranks may hold too.
 
     Attributes:
-        name: global name.
         values: this rank's part of them.
         axes: of the mesh, over which they are copied.
     """

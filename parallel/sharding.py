@@ -21,7 +21,6 @@ class Normal:
     """Initial values drawn from N(0, std^2).
 
     Attributes:
-        std: standard deviation.
         rows: number of leading rows that are real; the rows after them (padding of a vocabulary) are zero.
     """
 

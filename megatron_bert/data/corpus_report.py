@@ -60,9 +60,7 @@ class SampleOptions:
 
     Attributes:
         seq_length: Tokens per sample, special tokens included.
-        objective: What the second segment is for.
         mask_probability: Share of the tokens to predict.
-        seed: Of everything random.
     """
 
     seq_length: int = 512

@@ -13,10 +13,7 @@ class CorpusUse(NamedTuple):
 
     Attributes:
         documents: Documents with tokens.
-        tokens: Tokens in them.
-        samples: Samples of an epoch.
         skipped_documents: Documents with tokens that give no sample, having fewer sentences than a pair needs.
-        skipped_tokens: Tokens in those.
         truncated_tokens: Tokens cut off pairs that are longer than their target, the same number in every epoch.
     """
 

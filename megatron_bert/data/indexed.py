@@ -24,8 +24,6 @@ class IndexedDataset:
         prefix: Path of the pair without `.bin` / `.idx`.
 
     Attributes:
-        prefix: The path given.
-        dtype: Type of the tokens.
         sizes: int32 [S], tokens in each sentence.
         offsets: int64 [S], byte offset of each sentence in the `.bin` file.
         document_indices: int64 [D], first sentence of each document; starts with 0 and ends with S.

@@ -31,7 +31,6 @@ class Part:
 
     Attributes:
         number: From 1.
-        count: Number of parts.
     """
 
     number: int
@@ -140,7 +139,6 @@ class InputRows:
         part: None for all.
 
     Attributes:
-        readers: Of the files.
         total: Bytes of all files.
 
     Raises:
@@ -228,7 +226,6 @@ class DocumentReader:
 
     Attributes:
         total: Bytes of all files.
-        skipped: Rows skipped so far.
     """
 
     def __init__(

@@ -35,11 +35,6 @@ class MergeReport:
     """What `merge_corpora` wrote.
 
     Attributes:
-        prefix: Prefix of the corpus.
-        corpora: Corpora joined.
-        documents: Documents written.
-        sentences: Sentences written.
-        tokens: Tokens written.
         duplicates: Documents whose tokens are those of an earlier one.
         noted: Whether the note that names the tokenizer was written; not if one of the corpora has none.
     """

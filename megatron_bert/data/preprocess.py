@@ -45,15 +45,10 @@ class PreprocessReport:
     """What a run of `preprocess` did.
 
     Attributes:
-        prefix: Prefix of the corpus written.
-        documents: Documents written.
-        sentences: Sentences written.
-        tokens: Tokens written.
         splitter: What split documents into sentences; None if nothing did.
         skipped_empty: Documents left out because they have no text.
         skipped_bad: Rows left out because they could not be decoded.
         duplicates: Documents written whose tokens are those of an earlier one.
-        seconds: Wall time.
     """
 
     prefix: str

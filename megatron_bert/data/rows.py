@@ -17,10 +17,8 @@ class Row(NamedTuple):
     """One document as it lies in a file: the bytes of a JSON object, of plain lines or of a table's value.
 
     Attributes:
-        path: The file.
         line: Number of its first line, or of the row of a table, from 1.
         data: The bytes, without line end.
-        form: What the bytes are.
         offset: Where it begins: byte of the (decompressed) file, or what counts rows in a table.
         base: Where `line` is counted from: a byte of the file, or a batch of rows; 0 is the start.
     """

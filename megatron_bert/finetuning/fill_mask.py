@@ -24,8 +24,6 @@ class Guess:
     """One guess for a masked word.
 
     Attributes:
-        token: the token guessed.
-        probability: the model's probability for it.
         sentence: the text with the guess in place.
     """
 

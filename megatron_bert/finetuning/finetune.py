@@ -183,7 +183,6 @@ class CheckedRuns(NamedTuple):
     """The runs of a command, of which nothing is written yet.
 
     Attributes:
-        data: the task's.
         done: results of each variant; None for one that is to run.
         objectives: of the variants that are to run.
     """

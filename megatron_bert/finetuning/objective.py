@@ -40,8 +40,6 @@ class SplitResult(NamedTuple):
     """What a model does on one split.
 
     Attributes:
-        examples: of the split.
-        instances: made of them.
         logits: of each instance, on rank 0; empty on others.
         predictions: of each example, on rank 0; empty on others.
         scores: ``loss`` and the task's metrics, the same on every rank; {} where nothing is labeled.

@@ -35,9 +35,6 @@ class JobRequest:
 
     Attributes:
         subcommand: to run on the nodes.
-        config: its settings file.
-        overrides: ``section.key=value`` settings.
-        nodes: number of nodes.
         min_nodes: fewest nodes to start with; None for a job of one size.
         gpus_per_node: processes per node, each with a GPU.
         time: time limit, as sbatch takes it.
@@ -73,7 +70,6 @@ class CheckedJob:
     """A request that fits.
 
     Attributes:
-        request: the request.
         run_dir: directory of the run, with :data:`TASK` where tasks of an array differ.
         overrides: of the request and those the request implies, without the run directory.
         node_counts: numbers of nodes the job can run on, largest first.

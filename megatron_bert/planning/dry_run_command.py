@@ -46,10 +46,7 @@ class _Checked:
 
     Attributes:
         settings: of it; those of one of several runs that are laid out alike.
-        layout: of its ranks.
-        make_objective: what it trains.
         batch: its longest micro batch.
-        workload: what it computes.
         says: lines on what was found.
         predicted: whether closed forms are of this kind of run.
     """

@@ -31,7 +31,6 @@ class Layout:
     Attributes:
         tensor, pipeline, data: ranks of the axes.
         sequence: whether tensor ranks divide tokens.
-        schedule: of the pipeline.
         chunks: stages a pipeline rank.
         micro_batch: samples of a forward pass.
         recompute: what the backward pass computes again.
@@ -116,9 +115,7 @@ class Stage:
     """A stage in a layout; the same for all micro batches, schedules and recomputations.
 
     Attributes:
-        number: of the stage.
         part: what it holds of the model.
-        parameters: of it.
         alone: whether its word embeddings have a copy on another stage.
         tensor: ranks that divide its matrices.
         shards: data ranks that share one copy of what is divided.

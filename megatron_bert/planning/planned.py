@@ -23,8 +23,6 @@ class Planned:
     """A run to plan.
 
     Attributes:
-        settings: of it.
-        workload: what it computes.
         notes: what is assumed.
     """
 

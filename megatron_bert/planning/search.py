@@ -26,9 +26,6 @@ class Prediction:
     """What a run takes in a layout.
 
     Attributes:
-        workload: what is computed.
-        layout: how.
-        machine: where.
         memory: of the fullest rank.
         time: of a step.
         messages: of the first pipeline rank in a step.

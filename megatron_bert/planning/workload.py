@@ -41,11 +41,9 @@ class Workload:
     """A training run without its layout.
 
     Attributes:
-        config: of the encoder.
         length: tokens of a sequence, of which a sample is one unless its head takes several; of a row of packed ones.
         slots: masked tokens of a sample or row; 0 where there is no masked-language head.
         global_batch: samples, or rows, of an optimizer step.
-        steps: of the run.
         compute: format of matrix products.
         compiled: whether layers are compiled.
         losses: what the loss has of terms.

@@ -25,7 +25,6 @@ class FlatChoices(NamedTuple):
     """What a row says beside its question.
 
     Attributes:
-        texts: the choices.
         context: the passage; None where there is none.
         answer: index of the right choice, which may lie outside of them; None where unknown.
     """

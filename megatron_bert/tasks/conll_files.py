@@ -43,7 +43,6 @@ class Sentence:
     Attributes:
         place: where it begins in the file.
         name: what names it in predictions.
-        words: the words.
         tags: their tags, or the numbers of these as text; None where the file has none.
     """
 

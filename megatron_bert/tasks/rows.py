@@ -39,7 +39,6 @@ class BadRows:
     """What to do with malformed rows, and which there were.
 
     Attributes:
-        policy: "error" or "skip".
         skipped: file -> rows skipped.
         reasons: place and reason of the first few.
     """
@@ -73,7 +72,6 @@ class Row:
     """One row of a table.
 
     Attributes:
-        path: its file.
         line: number of its first line, from 1; of an item of a JSON array, that of the item.
         number: how many rows came before it, malformed ones included.
         cells: its values; strings, or any JSON value.

@@ -30,8 +30,6 @@ class SpanExample(Example):
     """A question about a text.
 
     Attributes:
-        question: the question.
-        context: the text.
         answers: right answers; several where people differed, () where there is none or they are unknown.
         labeled: whether `answers` are known.
         article: what questions on the same article share.
@@ -65,7 +63,6 @@ class QuestionReader:
         data: says which columns of rows hold what.
         split: test splits may lack answers.
         no_answer: whether questions may have no answer.
-        bad: called with questions that cannot be used.
         seen: ids of the questions read so far, which name them in predictions.
         articles: numbers of SQuAD's articles, over all files.
     """

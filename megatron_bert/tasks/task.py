@@ -96,9 +96,6 @@ class Task(ABC, Generic[ExampleT, InstanceT]):
     """A fine-tuning task.
 
     Attributes:
-        settings: how examples become sequences.
-        data: where examples come from.
-        tokenizer: the encoder's.
         form: how the encoder's inputs are laid out.
         head: the head it needs.
         labels: names by class number; () for regression, spans and choices.

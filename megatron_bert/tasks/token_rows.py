@@ -26,10 +26,7 @@ class TokenRows:
     """Reads the sentences of JSON lines and tables.
 
     Attributes:
-        data: says which columns hold what.
         tags_may_lack: whether tags may be missing, as in test files.
-        bad: called with sentences that cannot be used.
-        numbers: gives each sentence its number.
     """
 
     data: TaskDataSettings

@@ -98,7 +98,6 @@ class _Origin:
     Attributes:
         order: of the backward pass or not, stage and module, as the computation runs.
         what: for people.
-        microbatch: its number.
         samples: numbers of the samples it was in.
     """
 

@@ -30,7 +30,6 @@ class Objective(ABC, Generic[StageT]):
     """A model, its data, its loss and its scores; every rank constructs the same.
 
     Attributes:
-        config: of the encoder.
         starts_from: the checkpoint whose weights the first step starts from; None where it starts from random ones.
         total_steps: optimizer steps of the run.
         evaluates: whether there is anything to evaluate on.

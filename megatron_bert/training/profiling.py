@@ -47,7 +47,6 @@ class Usage:
     """What a rank's device and host did in the profiled steps.
 
     Attributes:
-        rank: of the world.
         steps: how many.
         wall_seconds: of all of them.
         host, device: seconds by part: of the host's own work, and of the kernels that it queued.

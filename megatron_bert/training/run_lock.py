@@ -38,8 +38,6 @@ class Owner:
 
     Attributes:
         token: of this lock alone.
-        host: name of its machine.
-        pid: of the process.
         machine: boot and process namespace in which the pid means this process; None where the system does not say.
         started: when the process started, in clock ticks since the boot; None where the system does not say.
         launcher: pid of its parent, if that is a launcher.

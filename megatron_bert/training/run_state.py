@@ -36,13 +36,11 @@ class RunState(Protocol):
     """A run between two steps; the trainer is one.
 
     Attributes:
-        step: steps made.
         consumed_samples: of the training stream.
         skipped_samples: of the training stream, those that were left out after spikes.
         resumed: the checkpoint that the weights come from; None where the run began with its first step.
         parameters: global name -> parameter of this rank, without the last stage's copy of the word embeddings.
         copies: that copy, on its rank.
-        dropout_seed: of the run's dropout masks.
     """
 
     settings: RunSettings

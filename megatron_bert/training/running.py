@@ -41,9 +41,6 @@ class Opened:
 
     Attributes:
         run_dir: directory of the command; several runs have theirs below it.
-        world: the processes.
-        mesh: where runs are laid out.
-        lock: of the directory.
         stop: asks a run to stop.
     """
 

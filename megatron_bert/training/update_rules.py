@@ -28,7 +28,6 @@ class Kind(NamedTuple):
     """What parameters updated alike have in common.
 
     Attributes:
-        weight_decay: of the weights.
         rate: factor on the learning rate.
     """
 

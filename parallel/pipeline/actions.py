@@ -85,7 +85,6 @@ class Schedule:
         name: the schedule's name in `parallel.pipeline.schedules.SCHEDULES`.
         ranks: pipeline ranks.
         chunks: stages on each rank (virtual stages).
-        microbatches: microbatches of one step.
         placement: which rank holds which stage.
         backward: how each stage and microbatch runs its backward pass.
         actions: one tuple of actions per rank.

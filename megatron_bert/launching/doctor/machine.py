@@ -33,7 +33,6 @@ class Machine:
     """What a rank sees where it runs; all fields are compared or printed.
 
     Attributes:
-        host: its name.
         versions: component -> version.
         gpus: name of each GPU of the host.
         gpu_memory: bytes of its own GPU, free and in all; None without.
