@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from megatron_bert.tasks.rows import Row, RowError, brief, structured
+from megatron_bert.tasks.rows import Row, RowError, as_json, structured
 from megatron_bert.tasks.settings import Column, ColumnSettings
 from megatron_bert.tasks.task import UNKNOWN_CLASS
 
@@ -86,7 +86,7 @@ def texts_of_choices(value: Any, column: str = "choices") -> tuple[tuple[str, ..
         texts, names = ([choice.get(key) for choice in value] for key in ("text", "label"))
     for what in (texts, names or []):
         if not isinstance(what, list) or not all(isinstance(text, str) for text in what):
-            raise RowError(f'its "{column}" are not a list of texts, nor of "text" and "label": {brief(value)}')
+            raise RowError(f'its "{column}" are not a list of texts, nor of "text" and "label": {as_json(value)}')
     if names is not None and (len(names) != len(texts) or len(set(names)) != len(names)):
         raise RowError(f'its "{column}" have {len(texts)} texts, but the labels {", ".join(names)}')
     return tuple(texts), None if names is None else tuple(names)
@@ -113,7 +113,7 @@ def answer_number(value: Any, texts: Sequence[str], names: Sequence[str] | None 
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str):
-        raise RowError(f"its answer {brief(value)} is not the number, letter or text of a choice")
+        raise RowError(f"its answer {as_json(value)} is not the number, letter or text of a choice")
     text = value.strip().removesuffix(".0")  # as pandas writes numbers of a column with gaps
     if text.removeprefix("-").isdecimal():
         return int(text)

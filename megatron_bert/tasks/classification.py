@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.tasks.encoding import BERT, InputFormat
-from megatron_bert.tasks.rows import BadRows, Row, RowError, brief, converted, structured
+from megatron_bert.tasks.rows import BadRows, Row, RowError, as_json, converted, structured
 from megatron_bert.tasks.sequence import SequenceTask, TextExample, class_number, number_of
 from megatron_bert.tasks.settings import Column, TaskDataSettings, TaskSettings
 from megatron_bert.tasks.tables import table_rows
@@ -125,7 +125,7 @@ class ClassificationTask(SequenceTask):
             names = [_name(item) for item in value]
             if len(set(names)) != len(names) or any(isinstance(item, float | bool) for item in value):
                 raise RowError(
-                    f"its labels {brief(value)} look like one 0 or 1 for each label: list the names of those that it "
+                    f"its labels {as_json(value)} look like one 0 or 1 for each label: list the names of those that it "
                     "has, or give each label a column (data.columns.label: [a, b])"
                 )
             return names
@@ -152,7 +152,7 @@ def _name(value: Any, *, empty: bool = False) -> str:
         value = int(value)
     if not isinstance(value, str | int):
         hint = "; for numbers there is task.name: regression" if isinstance(value, float) else ""
-        raise RowError(f"its label {brief(value)} is neither a text nor a whole number{hint}")
+        raise RowError(f"its label {as_json(value)} is neither a text nor a whole number{hint}")
     name = str(value).strip()
     if not name and not empty:
         raise RowError("its label is empty")

@@ -131,7 +131,7 @@ class Row:
         """
         value = self.value(column)
         if not isinstance(value, str):
-            raise RowError(f"column {column!r} holds {brief(value)}, expected text")
+            raise RowError(f"column {column!r} holds {as_json(value)}, expected text")
         return value
 
     def first_of(self, given: str | int | None, usual: Sequence[str]) -> str | int:
@@ -141,7 +141,7 @@ class Row:
         return next((name for name in usual if self.has(name)), usual[0])
 
 
-def brief(value: Any) -> str:
+def as_json(value: Any) -> str:
     """A value for messages, as JSON writes it."""
     try:
         text = json.dumps(value, ensure_ascii=False)
@@ -229,7 +229,9 @@ def structured(value: Any, what: str) -> Any:
         found = None
     # Python joins neighboring texts, so that NumPy's ['a' 'b'] would be read as one.
     if repr(found) != text:
-        raise RowError(f"{what} holds {brief(text)}, which is neither JSON nor a Python list: write JSON lines instead")
+        raise RowError(
+            f"{what} holds {as_json(text)}, which is neither JSON nor a Python list: write JSON lines instead"
+        )
     return found
 
 

@@ -18,7 +18,7 @@ from megatron_bert.tasks.answer_windows import check_stride
 from megatron_bert.tasks.class_weights import given_weights
 from megatron_bert.tasks.conll_files import Sentence, WordsExample, columns_of_tags, joined, read_sentences
 from megatron_bert.tasks.encoding import BERT, InputFormat, feature
-from megatron_bert.tasks.rows import BadRows, RowError, brief
+from megatron_bert.tasks.rows import BadRows, RowError, as_json
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of, texts_of
 from megatron_bert.tasks.tables import FORMATS
@@ -164,7 +164,7 @@ class TokenClassificationTask(Task[WordsExample, WordsInstance]):
             )
         wrong = next((tag for tag in tags if not (tag.isdecimal() and int(tag) < len(labels))), None)
         if wrong is not None:
-            raise RowError(f"its tag {brief(wrong)} is not the number of one of the {len(labels)} task.labels")
+            raise RowError(f"its tag {as_json(wrong)} is not the number of one of the {len(labels)} task.labels")
         return replace(sentence, tags=tuple(labels[int(tag)] for tag in tags))
 
     def _hint(self, path: Path, sentences: Sequence[Sequence[Any]]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_bert.tasks.conll_files import Sentence, in_sentence
-from megatron_bert.tasks.rows import BadRows, Row, RowError, brief, converted, no_such_column, structured
+from megatron_bert.tasks.rows import BadRows, Row, RowError, as_json, converted, no_such_column, structured
 from megatron_bert.tasks.settings import TaskDataSettings
 from megatron_bert.tasks.tables import checked_cells, column_names, read_cells, read_table
 from parallel.errors import UserError
@@ -72,7 +72,7 @@ class TokenRows:
         column = row.first_of(self._token(), TOKENS)
         words = structured(row.value(column), f"column {column!r}")
         if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
-            raise RowError(f"column {column!r} holds {brief(words)}, expected a list of words")
+            raise RowError(f"column {column!r} holds {as_json(words)}, expected a list of words")
         if not words:
             raise RowError(f"column {column!r} holds no word")
         tags = self._tags(row, words)
@@ -85,7 +85,7 @@ class TokenRows:
             return None
         tags = structured(row.value(column), f"column {column!r}")
         if not isinstance(tags, list) or not all(isinstance(t, str | int) and not isinstance(t, bool) for t in tags):
-            raise RowError(f"column {column!r} holds {brief(tags)}, expected a list of tags")
+            raise RowError(f"column {column!r} holds {as_json(tags)}, expected a list of tags")
         if len(tags) != len(words):
             raise RowError(f"it has {len(words)} words, but {len(tags)} tags in column {column!r}")
         return tuple(map(str, tags))
