@@ -244,6 +244,12 @@ def flatten(output: Any) -> dict[str, Tensor]:
     return tensors
 
 
+def equal_states(one, other) -> bool:
+    """Whether two models have the same tensors by name, bit for bit."""
+    mine, yours = one.state_dict(), other.state_dict()
+    return mine.keys() == yours.keys() and all(tensor.equal(yours[name]) for name, tensor in mine.items())
+
+
 def assert_outputs_close(
     actual: Any, expected: Any, skip: tuple[str, ...] = ("past_key_values",), **close: Any
 ) -> None:

@@ -15,7 +15,16 @@ from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
 from parallel.errors import UserError
-from tests.megatron_bert.family.support import CONFIG, HEADS, assert_outputs_close, batch_for, build, changed, config_of
+from tests.megatron_bert.family.support import (
+    CONFIG,
+    HEADS,
+    assert_outputs_close,
+    batch_for,
+    build,
+    changed,
+    config_of,
+    equal_states,
+)
 from tests.worlds import make_tensor_parallel, run_world
 
 transformers = pytest.importorskip("transformers")
@@ -28,11 +37,6 @@ def _class(head):
     return getattr(megatron_bert, f"MegatronBert{head}")
 
 
-def _equal(one, other) -> bool:
-    mine, yours = one.state_dict(), other.state_dict()
-    return mine.keys() == yours.keys() and all(tensor.equal(yours[name]) for name, tensor in mine.items())
-
-
 def _auto(head):
     names = {"Model": "AutoModel", "ForNextSentencePrediction": "AutoModelForNextSentencePrediction"}
     return getattr(transformers, names.get(head, f"AutoModel{head}"))
@@ -43,7 +47,7 @@ def test_round_trips(head, tmp_path):
     """Ours, theirs from ours, theirs again, and ours from theirs: no bit changes."""
     model = build(head)
     model.save_pretrained(tmp_path / "ours")
-    assert _equal(_class(head).from_pretrained(tmp_path / "ours"), model)
+    assert equal_states(_class(head).from_pretrained(tmp_path / "ours"), model)
     peer, info = _auto(head).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(peer).__name__ == type(model).__name__
@@ -51,7 +55,7 @@ def test_round_trips(head, tmp_path):
     peer.save_pretrained(tmp_path / "theirs")
     again, info = _class(head).from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(info.values())
-    assert _equal(again, model)
+    assert equal_states(again, model)
     assert again.config.num_labels == model.config.num_labels
     assert_outputs_close(again(**batch_for(head)), model(**batch_for(head)), (), **EXACT)
 
@@ -71,7 +75,7 @@ def test_options(changes, tmp_path):
     model = build("ForMaskedLM", changed(**changes))
     model.save_pretrained(tmp_path)
     again = MegatronBertForMaskedLM.from_pretrained(tmp_path)
-    assert _equal(again, model)
+    assert equal_states(again, model)
     for name, value in changes.items():
         assert getattr(again.config, name) == value
     assert again.config.label2id == model.config.label2id
@@ -103,7 +107,7 @@ def test_files_of_torch_save(tmp_path):
     state = peer.state_dict() | {"bert.embeddings.position_ids": torch.arange(20)[None]}
     torch.save(state, tmp_path / "pytorch_model.bin")
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert _equal(again, model)
+    assert equal_states(again, model)
     assert not any(info.values())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
     with pytest.raises(UserError, match=r"pytorch_model.bin is not a file of torch.save"):
@@ -179,7 +183,7 @@ def test_shards(tmp_path):
     assert len(files) > 3
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
-    assert _equal(MegatronBertForMaskedLM.from_pretrained(tmp_path), model)
+    assert equal_states(MegatronBertForMaskedLM.from_pretrained(tmp_path), model)
     peer = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert peer.bert.embeddings.word_embeddings.weight.equal(model.get_input_embeddings().weight)
     model.save_pretrained(tmp_path, max_shard_size=10**9)  # nothing of the shards stays behind
@@ -272,4 +276,4 @@ def test_divided_models_save_and_load(size, tmp_path):
     model.save_pretrained(tmp_path / "one")
     counts = run_world(size, _divided_round_trip, tmp_path / "one", tmp_path / "many")
     assert counts == [model.num_parameters()] * size
-    assert _equal(MegatronBertForMaskedLM.from_pretrained(tmp_path / "many"), model)
+    assert equal_states(MegatronBertForMaskedLM.from_pretrained(tmp_path / "many"), model)

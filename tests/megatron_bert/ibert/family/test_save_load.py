@@ -12,7 +12,7 @@ import megatron_bert
 from megatron_bert import IBertConfig, IBertForMaskedLM, IBertModel, MegatronBertModel
 from megatron_bert.ibert.quantization import quantizers
 from parallel.errors import UserError
-from tests.megatron_bert.family.support import assert_outputs_close
+from tests.megatron_bert.family.support import assert_outputs_close, equal_states
 from tests.megatron_bert.ibert.family.support import CONFIG, HEADS, batch_for, build, config_of
 from tests.worlds import make_tensor_parallel, run_world
 
@@ -26,18 +26,13 @@ def _class(head):
     return getattr(megatron_bert, f"IBert{head}")
 
 
-def _equal(one, other) -> bool:
-    mine, yours = one.state_dict(), other.state_dict()
-    return mine.keys() == yours.keys() and all(tensor.equal(yours[name]) for name, tensor in mine.items())
-
-
 @pytest.mark.parametrize("head", HEADS)
 def test_round_trips(head, tmp_path):
     """Ours, theirs from ours, theirs again, and ours from theirs: no bit of a weight changes."""
     model = build(head)
     model.save_pretrained(tmp_path / "ours")
     again, info = _class(head).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert _equal(again, model)
+    assert equal_states(again, model)
     assert not any(info.values())
     auto = getattr(transformers, f"Auto{head if head == 'Model' else 'Model' + head}")
     peer, info = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -54,7 +49,7 @@ def test_round_trips(head, tmp_path):
     peer.save_pretrained(tmp_path / "theirs")
     again, info = _class(head).from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(info.values())
-    assert _equal(again, model)
+    assert equal_states(again, model)
     assert_outputs_close(again(**batch), model(**batch), (), **EXACT)
 
 
@@ -108,7 +103,7 @@ def test_files_of_torch_save(tmp_path):
     state = peer.state_dict() | {"ibert.embeddings.position_ids": torch.arange(20)[None]}
     torch.save(state, tmp_path / "pytorch_model.bin")
     again, info = IBertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert _equal(again, model)
+    assert equal_states(again, model)
     assert not any(info.values())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo hello'\ntR.")
     with pytest.raises(UserError, match=r"pytorch_model.bin is not a file of torch.save"):
@@ -174,7 +169,7 @@ def test_divided_models_save_and_load(size, tmp_path):
     model.save_pretrained(tmp_path / "one")
     counts = run_world(size, _divided_round_trip, tmp_path / "one", tmp_path / "many")
     assert counts == [model.num_parameters()] * size
-    assert _equal(IBertForMaskedLM.from_pretrained(tmp_path / "many"), model)
+    assert equal_states(IBertForMaskedLM.from_pretrained(tmp_path / "many"), model)
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
