@@ -10,8 +10,8 @@ from typing import Any
 from megatron_bert.arguments import given_path
 from parallel.errors import UserError
 
-#: Files of a model's directory that hold weights or what belongs to them, and stay behind.
-_WEIGHTS, _BESIDE_WEIGHTS = (".safetensors", ".bin", ".onnx"), (".index.json", "quantization.json")
+#: Endings of files of a model's directory that hold weights or what belongs to them, and stay behind, as its ranges do.
+_WEIGHTS = (".safetensors", ".bin", ".onnx", ".index.json")
 
 
 def add_export_command(commands: Any) -> None:
@@ -32,6 +32,7 @@ def add_export_command(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from megatron_bert.convert.ranges import RANGES_NAME
     from megatron_bert.exporting.quantized import load_quantized, quantized_directory
     from megatron_bert.ibert.engine.parts import plan_of
     from megatron_bert.ibert.engine.plan_file import PLAN_NAME, write_plan
@@ -44,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> None:
     plan = plan_of(model)
     with reporting("written", destination, "give another directory"), whole_directory(destination) as directory:
         for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(_BESIDE_WEIGHTS):
+            if path.is_file() and not path.name.endswith((*_WEIGHTS, RANGES_NAME)):
                 shutil.copyfile(path, directory / path.name)
         if arguments.to == "integer":
             write_plan(plan, directory / PLAN_NAME)
