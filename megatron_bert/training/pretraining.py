@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_bert.config import Settings
 from megatron_bert.convert.opening import load_into
 from megatron_bert.convert.state import CanonicalState
-from megatron_bert.data.corpora import Part, holds_out
+from megatron_bert.data.corpora import Part, cache_directory, holds_out
 from megatron_bert.data.loader import MicroBatchSource, micro_batches
 from megatron_bert.data.sampling import BlendedCorpus
 from megatron_bert.data.tokenizers import Tokenizer
@@ -95,10 +96,17 @@ class Pretraining(Objective[BertForPretraining]):
     def prepare(self, mesh: ParallelMesh, world: World) -> None:
         """Build the sample indices once, on rank 0, and let every rank open the data."""
         parts: dict[Part, bool] = {"train": self.total_steps > 0, "valid": self.evaluates}
+        cache = cache_directory(self.settings)
+        new = self.settings.data.cache_dir is None and not cache.exists()
         for part in (part for part, needed in parts.items() if needed):
             source = self._source(mesh, part, 0)
             if world.is_first:
-                _, self._corpora[part] = source.open()
+                try:
+                    _, self._corpora[part] = source.open()
+                except UserError:
+                    if new:  # a run that is refused leaves nothing behind
+                        shutil.rmtree(cache, ignore_errors=True)
+                    raise
             dist.barrier()
             if not world.is_first:
                 source.open()

@@ -25,9 +25,8 @@ def test_float16_without_a_gpu(data: Path, tmp_path: Path) -> None:
 
 def test_no_held_out_documents(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split 99999,1,0 leaves none of the 60 documents .* set data\.split=1,0,0"):
-        pretrain(run_settings(data, tmp_path, data__split="99999,1,0"))
-    assert latest_checkpoint(tmp_path / "checkpoints") is None
-    assert not (tmp_path / "config.yaml").exists()
+        pretrain(run_settings(data, tmp_path / "run", data__split="99999,1,0"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_without_held_out_documents(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
