@@ -12,10 +12,7 @@ from parallel.pipeline.actions import Backward
 
 
 def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
-    """Every check of a pretraining run that involves more than one field; before any process group starts.
-
-    Returns:
-        The layout, now known to fit.
+    """Every check of a pretraining run that involves more than one field, before any process group; the layout.
 
     Raises:
         UserError: two settings, or a setting and the number of processes, do not go together.
@@ -65,10 +62,7 @@ def check_settings(settings: Settings, world_size: int) -> ParallelLayout:
 
 
 def check_layout(settings: RunSettings, world_size: int) -> ParallelLayout:
-    """Checks of any run that need neither its model nor its data.
-
-    Returns:
-        The layout.
+    """Checks of any run that need neither its model nor its data; the layout.
 
     Raises:
         UserError: two settings, or a setting and the number of processes, do not go together.

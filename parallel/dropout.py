@@ -87,7 +87,7 @@ def _hashed_columns(columns: int, device: torch.device, first_column: int) -> Te
 def keep_mask(
     keys: Tensor, columns: int | Tensor, probability: float, first_column: int = 0, *, hashed: Tensor | None = None
 ) -> Tensor:
-    """Which elements are kept.
+    """Which elements are kept: bool ``[..., columns]``.
 
     Args:
         keys: int64 keys, one per row, any shape ``[...]``.
@@ -96,9 +96,6 @@ def keep_mask(
         probability: that an element is dropped, 0 <= probability < 1; exact to 2^-32.
         first_column: global index of the first column here, where columns are divided over ranks.
         hashed: :func:`hashed_columns` of them, for compiled code, which would compute it again for every element.
-
-    Returns:
-        bool ``[..., columns]``.
     """
     # Columns are distinguished by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
     if hashed is None:

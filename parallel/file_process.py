@@ -62,14 +62,11 @@ class Piece:
 
 
 def write_pieces(descriptor: int, pieces: Iterable[tuple[Piece, memoryview]]) -> FileSums:
-    """Write a file to the disk.
+    """Write a file to the disk; what it holds.
 
     Args:
         descriptor: of the file, which is empty; it is closed.
         pieces: of the file in their order, and their values.
-
-    Returns:
-        What the file holds.
 
     Raises:
         OSError: the file system refuses.

@@ -293,7 +293,7 @@ class VocabParallelEmbedding(ParallelModule):
 
 
 def select_tokens(hidden: Tensor, index: Tensor, tp: TensorParallel) -> Tensor:
-    """Rows ``index`` of the global token axis, on every rank.
+    """Rows ``index`` of the global token axis, on every rank: ``[S, H]``, replicated.
 
     Under sequence parallelism each rank gives the rows it holds and the few selected rows are summed, instead of
     gathering all T tokens; the gradient of a row goes back to the rank that holds it.
@@ -301,9 +301,6 @@ def select_tokens(hidden: Tensor, index: Tensor, tp: TensorParallel) -> Tensor:
     Args:
         hidden: ``[T, H]``, or ``[T/t, H]`` under sequence parallelism.
         index: ``[S]`` positions on the global token axis.
-
-    Returns:
-        ``[S, H]``, replicated.
     """
     if not tp.sequence:
         return hidden.index_select(0, index)

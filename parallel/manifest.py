@@ -120,13 +120,10 @@ class SummingFile(io.RawIOBase):
 
 
 def write_manifest(directory: Path, known: Mapping[str, FileSums] | None = None) -> int:
-    """List every file of a directory.
+    """List every file of a directory; the size of all of them in bytes.
 
     Args:
         known: name -> what its writer has written; of other files, what they hold.
-
-    Returns:
-        Size of all of them in bytes.
     """
     files = {
         path.name: (known or {}).get(path.name) or _sums_of(path)

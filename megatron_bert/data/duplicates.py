@@ -9,15 +9,12 @@ import numpy as np
 
 
 def document_digests(tokens: np.ndarray, sizes: np.ndarray, document_sizes: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of the tokens of each document.
+    """A 64-bit hash of the tokens of each document: uint64 [documents].
 
     Args:
         tokens: [T], ids of all sentences one after the other.
         sizes: int [S], tokens in each sentence.
         document_sizes: int [documents], sentences in each document.
-
-    Returns:
-        uint64 [documents].
     """
     sentence_ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     bounds = sentence_ends[np.concatenate([[0], np.cumsum(document_sizes)])] * tokens.dtype.itemsize

@@ -31,15 +31,12 @@ _ORDER = 0x726F7773
 
 
 def pack(lengths: np.ndarray, room: int, most: int | None = None) -> list[list[int]]:
-    """Best fit, the longest first.
+    """Best fit, the longest first: the numbers of the samples of each row, the longest first.
 
     Args:
         lengths: int [n], of the samples, none above ``room``.
         room: tokens of a row.
         most: samples of a row; None sets no limit.
-
-    Returns:
-        For each row the numbers of its samples, the longest first.
     """
     rows: list[list[int]] = []
     # Rows that have room left, by how much; the amounts that there are, in order.

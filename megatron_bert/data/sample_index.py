@@ -104,13 +104,10 @@ def piece_starts(size: int, max_tokens: int) -> np.ndarray:
 
 
 def split_documents(weights: str, num_documents: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Divide a corpus into training, validation and test documents, with Megatron's rounding.
+    """Ranges (start, stop) of a corpus's training, validation and test documents, with Megatron's rounding.
 
     Args:
         weights: Up to three non-negative numbers such as "969,30,1"; missing ones are 0, only ratios matter.
-
-    Returns:
-        Three ranges (start, stop), one after the other.
 
     Raises:
         UserError: `weights` is not such a list.

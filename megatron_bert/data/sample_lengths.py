@@ -7,15 +7,12 @@ from megatron_bert.data.indexed import IndexedDataset
 
 
 def text_lengths(indexed: IndexedDataset, rows: np.ndarray, word_starts: np.ndarray, margin: int) -> np.ndarray:
-    """Tokens of samples before they are cut to their target, from the index; words are read around cuts alone.
+    """Tokens of samples before they are cut to their target, int64 [n]; of the text, words around cuts alone are read.
 
     Args:
         rows: int [n, 5], of the sample index, see `build_samples`.
         word_starts: bool [V], which ids start a word.
         margin: how many tokens a cut inside a sentence is moved back at most, to the start of a word.
-
-    Returns:
-        int64 [n].
     """
     first, last, _, begin, end = rows.astype(np.int64).T
     starts, last_starts = (indexed.offsets[sentence] // indexed.dtype.itemsize for sentence in (first, last - 1))

@@ -131,13 +131,10 @@ class Blend:
         return blocks * self._counts + np.bincount(self._owners[:rest], minlength=len(self._counts))
 
     def locate(self, draws: Any) -> tuple[Any, Any]:
-        """Tell which dataset each draw goes to, and how many earlier draws went to the same dataset.
+        """Which dataset each draw goes to, and how many earlier draws went to it: int64, of the shape of `draws`.
 
         Args:
             draws: Numbers of draws from 0: an integer or an integer array.
-
-        Returns:
-            (dataset, earlier draws of that dataset), int64, of the shape of `draws`.
         """
         block, place = divmod(draws, BLEND_BLOCK)
         owner = self._owners[place]
@@ -164,13 +161,10 @@ class BlendedCorpus:
         self._blend = Blend(weights)
 
     def locate(self, global_samples: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find samples of the stream.
+        """Dataset, epoch and index in the dataset of samples of the stream: int64 arrays [N].
 
         Args:
             global_samples: int64 array [N] of positions in the stream, from 0.
-
-        Returns:
-            (dataset, epoch, index in the dataset), int64 arrays [N].
         """
         owners, draws = self._blend.locate(np.asarray(global_samples, dtype=np.int64).reshape(-1))
         lengths = np.asarray(self._lengths, dtype=np.int64)[owners]

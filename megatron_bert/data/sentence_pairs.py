@@ -139,14 +139,11 @@ class PairDataset:
         return Sample(masked.tokens, types, masked.positions, masked.labels, pair_label)
 
     def lengths(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """Tokens of the samples that `sample` builds, without building them.
+        """Tokens of the samples that `sample` builds, without building them: int64 [n].
 
         Args:
             epoch: Number of the pass through the data.
             indices: int [n], numbers of samples.
-
-        Returns:
-            int64 [n].
         """
         special = self.seq_length - self._room
         if self.objective == "nsp":  # the second segment is drawn, and any other sample's

@@ -57,7 +57,7 @@ def train_tokenizer(
     json_key: str = "text",
     progress: bool = True,
 ) -> Tokenizer:
-    """Train a tokenizer and write it into a directory; the same inputs always give the same files.
+    """Train a tokenizer, write it into a directory and load it; the same inputs always give the same files.
 
     Args:
         inputs: Files, directories and patterns, see `find_inputs`; they are read more than once.
@@ -67,9 +67,6 @@ def train_tokenizer(
         output: Directory for the files, created if missing.
         cased: Keep upper case; otherwise text is lower-cased, and for WordPiece stripped of accents.
         json_key: Where a JSON object holds its text, or the column of a table.
-
-    Returns:
-        The tokenizer, loaded from `output`.
 
     Raises:
         UserError: An unreadable input, no text, or a vocabulary size that the text cannot fill exactly.

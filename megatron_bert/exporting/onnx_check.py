@@ -17,11 +17,7 @@ _SEQUENCES, _LENGTH = 4, 32
 
 
 def compare_with_integers(path: Path, plan: Plan) -> str:
-    """Run both on the same tokens.
-
-    Returns:
-        A sentence with the signal to noise of the graph's results against the engine's, or why there is none.
-    """
+    """Run both on the same tokens; a sentence on the graph's signal to noise against the engine's, or why not."""
     try:
         import onnxruntime
     except ImportError:

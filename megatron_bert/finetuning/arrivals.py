@@ -22,14 +22,11 @@ class Rows(Protocol):
     """Lines of text, in blocks."""
 
     def take(self, most: int, wait: float = 0.0) -> list[str]:
-        """The next lines.
+        """The next lines, at least one; none at the end.
 
         Args:
             most: how many at most.
             wait: seconds for which to wait for others to come, once there is one.
-
-        Returns:
-            At least one line; none at the end.
         """
 
 

@@ -160,14 +160,11 @@ def run_all(
     *,
     ends_process: bool = False,
 ) -> str | None:
-    """Run the variants of a command one after the other, in one world.
+    """Run the variants of a command one after the other, in one world; why one stopped before its end, or None.
 
     Args:
         variants: by directory below the command's.
         ends_process: as for :func:`finetune`.
-
-    Returns:
-        Why a run stopped before its end; None if all are done.
 
     Raises:
         UserError: settings, files or world size do not fit.

@@ -116,7 +116,7 @@ def evaluate_files(
     device: str = "auto",
     engine: Engine = Engine(),  # noqa: B008 (it cannot change)
 ) -> dict[str, dict[str, float]]:
-    """Score a fine-tuned model on labeled files, alone or on all ranks of torchrun.
+    """Scores of a fine-tuned model on labeled files by split, on every rank, alone or on all ranks of torchrun.
 
     Args:
         source: the model, its run, or several runs, whose best is taken; see :func:`load_task`.
@@ -127,9 +127,6 @@ def evaluate_files(
         output: directory for results, predictions and files to submit; None prints only.
         batch_size: most instances of a forward pass.
         device: auto, cpu or cuda.
-
-    Returns:
-        Split -> scores, on every rank.
 
     Raises:
         UserError: no model, no files, bad rows in them, or an output that cannot be written; on every rank.
@@ -251,7 +248,7 @@ def predict_stream(
     progress: bool = False,
     overrides: Sequence[str] = (),
 ) -> int:
-    """Answer JSON lines with JSON lines, in their order.
+    """Answer JSON lines with JSON lines, in their order; how many could not be read, or answered with numbers.
 
     Of a file, rows are worked on in the order of their length, a few batches at a time, so that little is padded and a
     long one needs little memory. Of a pipe, those that have come by then are answered together: one at a time where
@@ -267,9 +264,6 @@ def predict_stream(
         on_bad_row: ``error`` stops at a row that cannot be read; ``skip`` answers it with its error.
         device: auto, cpu or cuda.
         overrides: ``task.key=value``, which change settings of the model's task, and ``tokenizer.path=PATH``.
-
-    Returns:
-        How many rows could not be read, or answered with numbers.
 
     Raises:
         UserError: no model; :class:`BadRowError`, once all rows before it are answered.

@@ -19,13 +19,10 @@ _MOST_NUMBERS = 20
 
 
 def draw_run(run_dir: Path, metric: str | None) -> Path | None:
-    """Draw ``curves.png``: losses on the left, the held-out score on the right.
+    """Draw ``curves.png``, if there is anything to draw: losses on the left, the held-out score on the right.
 
     Args:
         metric: the score; None where there is no held-out data.
-
-    Returns:
-        The file, or None when there is nothing to draw.
     """
     from matplotlib.figure import Figure
 

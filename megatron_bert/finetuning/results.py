@@ -45,11 +45,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 def write_split(
     directory: Path, task: Task, split: str, examples: list[Any], predictions: list[Prediction]
 ) -> list[str]:
-    """Write a split's predictions, each beside its example, its files to submit and its confusion matrix.
-
-    Returns:
-        The names of the files in the directory.
-    """
+    """Write a split's predictions beside its examples, files to submit and a confusion matrix; the files' names."""
     path = directory / f"predictions_{split}.jsonl"
     shown = (task.shown(example) for example in examples)
     write_predictions(path, ({"id": p["id"], **beside, **p} for p, beside in zip(predictions, shown, strict=True)))
@@ -99,7 +95,7 @@ def write_results(
     beside: Mapping[str, Mapping[str, float]] | None = None,
     class_weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Write predictions and, as the last file of a run, its results; rank 0 calls.
+    """Write predictions and, as the last file of a run, its results, which are returned; rank 0 calls.
 
     Args:
         task: of the run, settled.
@@ -108,9 +104,6 @@ def write_results(
         steps: taken in all.
         beside: scores of other models on the splits, by a name for both.
         class_weights: by label, in the loss of training; None where all counted alike.
-
-    Returns:
-        The results.
     """
     files: list[str] = []
     for split, found in splits.items():

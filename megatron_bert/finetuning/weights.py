@@ -19,7 +19,7 @@ _SHOWN = 12
 
 
 def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[str]:
-    """Fill a stage, its head included, from a fine-tuned model.
+    """Fill a stage, its head included, from a fine-tuned model; what the user should know.
 
     Each rank reads the tensors it has a part of, one at a time, and keeps its part. The rows of the head are put in the
     order of the stage's classes, by name.
@@ -27,9 +27,6 @@ def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[st
     Args:
         stage: its parameters may be DTensors over any mesh.
         source: a checkpoint of any format, or an open one.
-
-    Returns:
-        What the user should know.
 
     Raises:
         UserError: it holds no such model, or one for other classes, another kind of labels or another vocabulary.
@@ -66,14 +63,11 @@ def _rows(stage: BertForTask, source: CanonicalState) -> dict[str, StateTensor]:
 
 
 def load_encoder(stage: BertForTask, source: Path | CanonicalState) -> list[str]:
-    """Fill a stage but for its head; the head keeps its values.
+    """Fill a stage but for its head, which keeps its values; what the user should know.
 
     Args:
         stage: as for :func:`load_finetuned`.
         source: likewise; with any head or none.
-
-    Returns:
-        What the user should know.
 
     Raises:
         UserError: it holds no encoder of these sizes, or another vocabulary.

@@ -92,13 +92,10 @@ def _checked(command: str, config: Path, overrides: list[str], world_size: int) 
 
 
 def check_words(texts: Iterable[str], time: str, dependency: str | None) -> int:
-    """Check what any batch script holds.
+    """Check what any batch script holds; seconds of the time limit.
 
     Args:
         time: limit, as sbatch takes it.
-
-    Returns:
-        Seconds of the limit.
 
     Raises:
         UserError: a script cannot hold a word, or sbatch would not take the rest.

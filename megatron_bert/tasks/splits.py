@@ -17,16 +17,13 @@ def held_out_splits(data: TaskDataSettings) -> tuple[str, ...]:
 
 
 def assign_parts(groups: Sequence[str], data: TaskDataSettings) -> dict[str, list[int]]:
-    """Divide examples into "train" and the held-out parts.
+    """Divide examples into "train" and the held-out parts: part -> indices of its examples, ascending.
 
     Groups are ordered by a hash of the seed and their name; the first make up the validation part, the next the test
     part. Which part an example is in thus depends on the seed and on the set of groups, not on their order.
 
     Args:
         groups: the group of each example; examples of one group stay in one part.
-
-    Returns:
-        part -> indices of its examples, ascending.
 
     Raises:
         UserError: a part would be empty.

@@ -15,13 +15,10 @@ if TYPE_CHECKING:
 
 
 def draw_curves(run_dir: Path, *, unigram_entropy: float | None = None) -> Path | None:
-    """Draw ``curves.png`` from a run's metrics: losses on the left, learning rate and gradient norm on the right.
+    """Draw ``curves.png`` of a run with metrics: losses on the left, learning rate and gradient norm on the right.
 
     Args:
         unigram_entropy: nats a token, drawn as a line that a model of word frequencies alone cannot pass.
-
-    Returns:
-        The file, or None when there is nothing to draw.
     """
     from matplotlib.figure import Figure
 

@@ -51,14 +51,11 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_resume(
     settings: RunSettings, config: MegatronBertConfig, fixed: Iterable[str], state: Mapping[str, Any], path: Path
 ) -> list[str]:
-    """Refuse to go on as another model or another kind of run.
+    """Refuse to go on as another model or another kind of run; a sentence for each other setting that has changed.
 
     Args:
         fixed: beginnings of the names of settings that this kind of run cannot change on the way.
         state: what the checkpoint says beside its tensors.
-
-    Returns:
-        A sentence for each other setting that is not as it was.
 
     Raises:
         UserError: the function or the kind of the run would be another one.

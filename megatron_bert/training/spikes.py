@@ -72,14 +72,11 @@ class Spikes:
 
 
 def go_back_after_spike(trainer: RunState, spikes: Spikes, loss: float, saving: Saving, report: Report) -> bool:
-    """Return to the checkpoint before a spike, and to the data after it; every rank calls after every step.
+    """Whether there was a spike, and a return to the checkpoint before it and the data after it; every rank calls.
 
     Args:
         trainer: which may just have made the last step of a spike.
         loss: of its step.
-
-    Returns:
-        Whether there was a spike, and a checkpoint before it.
 
     Raises:
         UserError: the run has done so as often as it may.
