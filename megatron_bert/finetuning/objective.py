@@ -21,6 +21,7 @@ from megatron_bert.finetuning.weights import load_encoder, load_finetuned
 from megatron_bert.model.batch import TaskBatch, TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.finetuning import BertForTask
+from megatron_bert.model.sequences import Bounds
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.task import Instance, Prediction
 from megatron_bert.training.objective import Objective
@@ -136,8 +137,7 @@ class Finetuning(Objective[BertForTask]):
     ) -> Iterator[TokenBatch]:
         """Instances in an order that is new every epoch."""
         training, multiple = self.settings.training, mesh.layout.split_tokens
-        # Compiled code is to see few shapes of micro batches.
-        bounds = bounds_of(self.instances, training.micro_batch_size, multiple) if training.compile else None
+        bounds = self.bounds(multiple)
         share = BatchShare(
             global_batch=training.global_batch_size,
             micro_batch=training.micro_batch_size,
@@ -155,6 +155,15 @@ class Finetuning(Objective[BertForTask]):
                 multiple=multiple,
                 bounds=bounds,
             ).to(device)
+
+    def bounds(self, multiple: int) -> Bounds | None:
+        """Bounds of training's micro batches for compiled code, which is to see few shapes; None without compilation.
+
+        Args:
+            multiple: of which their number of tokens is.
+        """
+        training = self.settings.training
+        return bounds_of(self.instances, training.micro_batch_size, multiple) if training.compile else None
 
     def counts(self, batches: list[TokenBatch]) -> Tensor:
         """Labeled instances, or tokens, each as often as its class weighs."""

@@ -56,6 +56,12 @@ class Bounds(NamedTuple):
     longest: int
     multiple: int = 1
 
+    @property
+    def places(self) -> int:
+        """Sequences that every micro batch is laid out for, those of filling included, and of no tokens."""
+        # Filling is less than an eighth of the tokens, times the multiple: so many sequences take it.
+        return self.sequences + self.multiple * (self.sequences // 8 + 1) + 1
+
 
 def longest_first(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How sequences stand end to end when the longest comes first, so that similar ones are neighbors.
@@ -270,11 +276,9 @@ def _runs(lengths: list[int], pairs: int) -> list[list[int]]:
 
 def _within_bounds(lengths: Tensor, fill: int, bounds: Bounds) -> Tensor:
     """Lengths of sequences and then of filling, in a number that depends on the bounds alone: the last are 0."""
-    # Filling is less than an eighth of the tokens, times the multiple: so many sequences take it.
-    count = bounds.sequences + bounds.multiple * (bounds.sequences // 8 + 1) + 1
     filled = [bounds.longest] * (fill // bounds.longest) + [fill % bounds.longest]
-    assert len(lengths) + len(filled) <= count, "micro batches are within their bounds"
-    sizes = lengths.new_zeros(count)
+    assert len(lengths) + len(filled) <= bounds.places, "micro batches are within their bounds"
+    sizes = lengths.new_zeros(bounds.places)
     sizes[: len(lengths)] = lengths
     sizes[len(lengths) : len(lengths) + len(filled)] = lengths.new_tensor(filled)
     return sizes

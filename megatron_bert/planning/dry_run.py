@@ -127,7 +127,12 @@ def longest_task_batch(objective: Finetuning, layout: ParallelLayout) -> TaskBat
     longest = max(instance.features, key=lambda feature: len(feature.tokens))
     if most > 1:  # the choices of a question
         instance = replace(instance, features=(longest,) * most)
-    size = objective.settings.training.micro_batch_size
+    size, multiple = objective.settings.training.micro_batch_size, layout.split_tokens
     return collate_instances(
-        [instance] * size, range(size), objective.task.head, most_features=most, multiple=layout.split_tokens
+        [instance] * size,
+        range(size),
+        objective.task.head,
+        most_features=most,
+        multiple=multiple,
+        bounds=objective.bounds(multiple),
     )

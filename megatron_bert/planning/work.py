@@ -17,7 +17,8 @@ def layer_flops(workload: Workload, layout: Layout) -> tuple[int, int]:
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     hidden, wide = config.hidden_size, config.intermediate_size // tensor
     products = 2 * tokens * (4 * hidden * (hidden // tensor) + 2 * hidden * wide)
-    attention = 4 * tokens * workload.length * (hidden // tensor)
+    attended = workload.attended_tokens(layout.micro_batch, layout.split_tokens)
+    attention = 4 * attended * workload.length * (hidden // tensor)
     again = not workload.writes_scores or layout.recompute == "selective"
     forward, backward = products + attention, 2 * products + attention * (5 if again else 4) // 2
     # Nothing needs the last product of a region again, but a split backward pass gets its operands behind it only.

@@ -10,7 +10,7 @@ from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.model.attention import WRITTEN_OUT_KEYS
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import head_in_layers, training_flops
-from megatron_bert.model.sequences import filling
+from megatron_bert.model.sequences import Bounds, filling
 from parallel.pipeline.stage import StagePart, split_layers
 
 #: Bytes of a number.
@@ -81,7 +81,16 @@ class Workload:
             multiple: of ranks that divide the tokens.
         """
         tokens = micro_batch * self.sample_tokens
-        return tokens if self.head is None else tokens + filling(tokens, multiple)
+        return tokens if self.head is None else tokens + filling(tokens, multiple, few=self.compiled)
+
+    def attended_tokens(self, micro_batch: int, multiple: int = 1) -> int:
+        """Tokens that attention works on: more than there are where sequences of no tokens stand in a rectangle.
+
+        Compiled code is given those to see few shapes, and no kernel takes packed sequences in float32.
+        """
+        if self.head is None or not (self.compiled and self.fused_attention and self.number_bytes == 4):
+            return self.tokens(micro_batch, multiple)
+        return Bounds(micro_batch * self.head.sequences, self.length, multiple).places * self.length
 
     @property
     def number_bytes(self) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from megatron_bert import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.cli import main
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
+from megatron_bert.model.sequences import filling
 from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.dry_run import dry_run_rank
 from megatron_bert.planning.dry_run_command import checked_run, measure
@@ -56,6 +59,18 @@ def config_file(folder: Path, name: str, write: Callable[..., Path], **changes: 
 PIPELINE = ["parallel.pipeline=2"]
 CASES: list[tuple[str, Callable[..., Path], int, int, list[str]]] = [
     ("classification", write_classes, 0, 1, ["training.compile=true"]),
+    (
+        "classification",
+        write_classes,
+        0,
+        1,
+        [
+            "training.compile=true",
+            "training.micro_batch_size=7",
+            "training.global_batch_size=7",
+            "precision.compute=bfloat16",
+        ],
+    ),
     ("classification", write_classes, 1, 2, ["parallel.sharding=full"]),
     ("multiple_choice", write_questions, 3, 4, ["parallel.tensor=2", "parallel.sequence=true"]),
     (
@@ -81,6 +96,25 @@ def test_operations_and_messages_are_those_of_a_real_step(
     assert rank_flops(run.workload, layout, stages, place) == step.flops
     expected = totals(step_messages(run.workload, layout, stages, place, in_stage // layout.tensor))
     assert expected == {tuple(what): (seen.count, seen.bytes) for what, seen in step.traffic.items()}
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_the_longest_micro_batch_has_a_shape_of_training(compiled: str, folder: Path) -> None:
+    """Of compiled code, which sees few, with filling and sequences of no tokens."""
+    path = config_file(folder, "classification", write_classes)
+    given = [f"training.compile={compiled}", "training.micro_batch_size=6", "training.global_batch_size=6"]
+    with checked_run("finetune", path, given, 1) as run:
+        objective = run.make_objective(run.settings)
+        mesh = SimpleNamespace(layout=run.layout, data_rank=0)
+        trained = next(objective.training_batches(cast(Any, mesh), 0, 1, torch.device("cpu")))
+        longest = run.batch
+    assert longest.layout.boundaries is not None
+    assert trained.layout.boundaries is not None
+    if compiled == "true":
+        assert longest.layout.boundaries.shape == trained.layout.boundaries.shape
+        assert (longest.layout.batch, longest.layout.length) == (trained.layout.batch, trained.layout.length)
+        assert longest.layout.fill == filling(6 * longest.layout.length, few=True)
+    assert longest.tokens.shape[0] >= trained.tokens.shape[0]
 
 
 def test_memory_is_that_of_a_real_step(tmp_path: Path) -> None:
