@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_bert.ibert.engine.backend import Backend
-from megatron_bert.ibert.engine.reference import ReferenceBackend
 from parallel.errors import UserError
 
 
@@ -16,6 +15,12 @@ def _cpu() -> Backend:
     return CpuBackend()
 
 
+def _reference() -> Backend:
+    from megatron_bert.ibert.engine.reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
 def _cuda() -> Backend:
     from megatron_bert.ibert.engine.cuda import CudaBackend
 
@@ -23,7 +28,7 @@ def _cuda() -> Backend:
 
 
 #: Backends by name, each made when it is asked for, which fails with a UserError where it cannot run.
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": ReferenceBackend, "cuda": _cuda}
+BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference, "cuda": _cuda}
 #: In which order ``auto`` tries. One that is not among them has not run on its hardware yet, and must be named.
 PREFERRED = ("cpu", "reference")
 

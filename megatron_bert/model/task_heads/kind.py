@@ -2,8 +2,8 @@
 """What a kind of head is: its module and names, its labels and losses, and what its logits mean.
 
 Nothing else knows kinds by name: batches, losses, scoring, distillation, files and integer engines ask the table. The
-defaults are those of a dense layer on tokens with a class for each, so that a kind says where it differs. Modules are
-imported where they are built: an engine that serves asks the table without them.
+defaults are those of a dense layer on tokens with a class for each, so that a kind says where it differs. Modules,
+and what losses need, are imported where they are used: an engine that serves asks the table without them.
 
 Shapes: T tokens, R rows (tokens that the head reads), U instances (what a loss term belongs to: a sequence, or some
 choices), H hidden size, C outputs.
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.cross_entropy import IGNORED
 
 if TYPE_CHECKING:
     from megatron_bert.model.batch import TaskBatch
@@ -114,6 +113,8 @@ class HeadKind:
 
     def counted(self, labels: Tensor) -> Tensor:
         """Bool, one for each term of the loss: which labels are known."""
+        from parallel.cross_entropy import IGNORED
+
         known = ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
         return known.all(dim=1) if labels.dim() > 1 else known
 
@@ -147,6 +148,8 @@ class HeadKind:
         Returns:
             A float32 scalar.
         """
+        from parallel.cross_entropy import IGNORED
+
         del problem
         found = self.distributions(logits.float(), batch)
         columns = batch.labels.unbind(1) if batch.labels.dim() > 1 else [batch.labels]

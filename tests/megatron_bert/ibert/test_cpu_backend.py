@@ -161,6 +161,8 @@ def test_a_file_whose_digest_is_another_is_refused(tmp_path):
     path, whole = tmp_path / "plan.safetensors", plan_bytes(random_plan(layers=1, post=True))
     path.write_bytes(whole)
     NativeEngine(path, 1)
+    write_plan(random_plan(layers=1, intermediate=1000), tmp_path / "larger")  # a checksum of several stretches
+    NativeEngine(tmp_path / "larger", 1)
     middle = len(whole) * 3 // 4
     for at in (middle, middle + 1, len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])

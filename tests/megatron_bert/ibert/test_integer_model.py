@@ -99,10 +99,12 @@ def test_a_first_answer_needs_neither_transformers_nor_torchs_compiler(saved):
     code = (
         "import sys, torch; from megatron_bert.ibert import IntegerModel\n"
         f"print(IntegerModel.from_pretrained({str(saved[0])!r})(torch.tensor([[5, 6]])).logits.shape)\n"
-        "print({'transformers', 'torch._dynamo', 'sympy', 'pydantic'} & sys.modules.keys())"
+        "print({'transformers', 'torch._dynamo', 'sympy', 'pydantic'} & sys.modules.keys())\n"
+        "engine = 'megatron_bert.ibert.engine'\n"
+        "print({'parallel.collectives', f'{engine}.reference', f'{engine}.plan_check'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "torch.Size([1, 2])\nset()\n", done.stderr
+    assert done.stdout == "torch.Size([1, 2])\nset()\nset()\n", done.stderr
 
 
 def test_a_plan_holds_no_floating_point_and_is_small(tmp_path):

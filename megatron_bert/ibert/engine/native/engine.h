@@ -62,8 +62,7 @@ class Engine {
   // A plan's file, whose digest is checked; its tables are used where they are.
   Engine(std::unique_ptr<File> file, int threads) : file_(std::move(file)), target_(chosen_target()), pool_(threads) {
     PlanReader reader(file_->data(), file_->size());
-    reader.check_digest();
-    forget();
+    reader.check_digest([this] { forget(); });
     make(reader);
   }
 

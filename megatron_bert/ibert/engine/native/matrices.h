@@ -21,6 +21,7 @@ static size_t packed_bytes(const Matrix& m) {
   return constants_offset(int(panels)) + panels * NR * rounded_up(m.depth, K_STEP);
 }
 
+// Into memory of zeros.
 static void pack(const Matrix& m, const Rescale* rescale, int zero_of_input, uint8_t* memory) {
   PackedHeader h;
   std::memset(&h, 0, sizeof h);
@@ -31,7 +32,6 @@ static void pack(const Matrix& m, const Rescale* rescale, int zero_of_input, uin
   for (int n = 0; rescale && n < m.rows; n++) h.left |= rescale->shift[n] < 0;
   std::memcpy(memory, &h, sizeof h);
   const size_t panel_bytes = size_t(NR) * h.padded_depth;
-  std::memset(memory + weights_offset(h), 0, panel_bytes * h.panels);
   for (int panel = 0; panel < h.panels; panel++) {
     PanelConstants c;
     std::memset(&c, 0, sizeof c);
@@ -41,11 +41,12 @@ static void pack(const Matrix& m, const Rescale* rescale, int zero_of_input, uin
       c.bound[p] = 0x7fffffff;
       if (n >= m.rows) continue;
       const int8_t* row = m.weight + size_t(n) * m.depth;
+      constexpr int G = Products::G;
+      int k = 0;
+      for (; k + G <= m.depth; k += G) std::memcpy(weights + Products::place(k, p), row + k, G);
+      for (; k < m.depth; k++) weights[Products::place(k, p)] = row[k];
       uint32_t sum = 0;
-      for (int k = 0; k < m.depth; k++) {
-        weights[Products::place(k, p)] = row[k];
-        sum += uint32_t(int32_t(row[k]));
-      }
+      for (k = 0; k < m.depth; k++) sum += uint32_t(int32_t(row[k]));
       uint32_t start = uint32_t(m.bias[n]) - uint32_t(zero_of_input) * sum;
       if (rescale) {
         const int shift = rescale->shift[n];

@@ -16,25 +16,19 @@
 
 namespace ibert {
 
-// Memory that begins at a multiple of 64 bytes, zeroed; it only grows. Large blocks have large pages where Linux gives them:
-// a pass reads every weight once, and with pages of 4 KB looking up addresses costs as much as the memory.
+// Memory that begins at a multiple of 64 bytes, zeroed; it only grows. Large blocks come from the system, which zeroes them,
+// with large pages where Linux gives them: a pass reads every weight once, and with pages of 4 KB looking up addresses costs
+// as much as the memory.
 class Block {
  public:
-  ~Block() { std::free(at_); }
+  ~Block() { release(); }
   Block() = default;
   Block(const Block&) = delete;
   uint8_t* of(size_t bytes) {
     if (bytes > size_) {
-      std::free(at_);
-      size_ = 0;
-      const size_t page = bytes >= LARGE_PAGE ? LARGE_PAGE : 64, whole = rounded_up(bytes, page);
-      at_ = static_cast<uint8_t*>(std::aligned_alloc(page, whole));
-      if (!at_) throw std::bad_alloc();
-#if defined(__linux__)
-      if (page == LARGE_PAGE) madvise(at_, whole, MADV_HUGEPAGE);
-#endif
+      release();
+      at_ = bytes >= LARGE_PAGE ? mapped(bytes) : allocated(bytes);
       size_ = bytes;
-      std::memset(at_, 0, whole);
     }
     return at_;
   }
@@ -44,6 +38,35 @@ class Block {
   static constexpr size_t LARGE_PAGE = size_t(1) << 21;
   uint8_t* at_ = nullptr;
   size_t size_ = 0;
+
+  static uint8_t* allocated(size_t bytes) {
+    const size_t whole = rounded_up(bytes, 64);
+    auto* at = static_cast<uint8_t*>(std::aligned_alloc(64, whole));
+    if (!at) throw std::bad_alloc();
+    std::memset(at, 0, whole);
+    return at;
+  }
+  static uint8_t* mapped(size_t bytes) {
+    const size_t whole = rounded_up(bytes, LARGE_PAGE);
+    void* map = mmap(nullptr, whole + LARGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) throw std::bad_alloc();
+    auto* begin = static_cast<uint8_t*>(map);
+    const size_t before = rounded_up(reinterpret_cast<uintptr_t>(begin), LARGE_PAGE) - reinterpret_cast<uintptr_t>(begin);
+    if (before) munmap(begin, before);
+    munmap(begin + before + whole, LARGE_PAGE - before);
+#if defined(__linux__)
+    madvise(begin + before, whole, MADV_HUGEPAGE);
+#endif
+    return begin + before;
+  }
+  void release() {
+    if (size_ >= LARGE_PAGE)
+      munmap(at_, rounded_up(size_, LARGE_PAGE));
+    else
+      std::free(at_);
+    at_ = nullptr;
+    size_ = 0;
+  }
 };
 
 // The contents of a file, mapped: packing reads every byte once, and what is used later is shared with other processes.

@@ -105,8 +105,10 @@ class PlanReader {
     return out;
   }
 
-  // Whether the file is what was written: its digest is that of the plan's text and of all tensors by name.
-  void check_digest() const {
+  // Whether the file is what was written: its digest is that of the plan's text and of all tensors by name. `read` is
+  // called after each.
+  template <class F>
+  void check_digest(F read) const {
     const Json& metadata = header_.at("__metadata__");
     if (!metadata.has("digest")) fail("it is damaged: its header is cut");
     Digest digest;
@@ -119,6 +121,7 @@ class PlanReader {
       digest.add(name + " torch." + type + " [" + shape + "]\n");
       const auto [begin, end] = extent(name, entry);
       digest.add(data_ + begin, end - begin);
+      read();
     }
     if (digest.hexadecimal() != metadata.at("digest").text) fail("it is damaged: its digest is another");
   }

@@ -29,7 +29,7 @@ struct Ahead {
   }
 };
 
-// Weights in groups of G successive k: [K / G][NR][G].
+// Weights in groups of G successive k, which lie together whatever else the order is: [K / G][NR][G].
 template <int G>
 static inline size_t grouped(int k, int p) {
   return (size_t(k / G) * NR + p) * G + k % G;
@@ -38,8 +38,8 @@ static inline size_t grouped(int k, int p) {
 #if defined(TARGET_PLAIN)
 struct Products {
   using Activation = uint8_t;
-  static constexpr int MR = 4, ZERO = 128, LESS = 0;
-  static size_t place(int k, int p) { return grouped<4>(k, p); }
+  static constexpr int G = 4, MR = 4, ZERO = 128, LESS = 0;
+  static size_t place(int k, int p) { return grouped<G>(k, p); }
   static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
                    size_t ldc, Ahead ahead = {}) {
     (void)ahead;
@@ -190,8 +190,8 @@ using AttentionProducts = Products;
 // Two rows by two columns at a time, eight of the inner dimension: a row more is read where their number is odd.
 struct Products {
   using Activation = int8_t;
-  static constexpr int MR = 8, ZERO = 0, LESS = 128;
-  static size_t place(int k, int p) { return grouped<8>(k, p); }
+  static constexpr int G = 8, MR = 8, ZERO = 0, LESS = 128;
+  static size_t place(int k, int p) { return grouped<G>(k, p); }
   static void tile(const int8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
                    size_t ldc, Ahead ahead = {}) {
     least<MR / 2>(a, lda, rows, b, depth, start, c, ldc, ahead);
@@ -257,7 +257,7 @@ using AttentionProducts = Products;
 // meanwhile: without it that work would wait for the tiles, and they for it.
 struct Products {
   using Activation = uint8_t;
-  static constexpr int MR = 32, ZERO = 128, LESS = 0;
+  static constexpr int G = 4, MR = 32, ZERO = 128, LESS = 0;
   static size_t place(int k, int p) {
     return size_t(k / 64) * 2048 + (p / 16) * 1024 + (k % 64) / 4 * 64 + (p % 16) * 4 + k % 4;
   }
