@@ -44,12 +44,10 @@ WRITTEN_OUT_KEYS = 256
 class DistanceTable(ParallelModule):
     """A vector for each distance of two positions, whole on every tensor rank; all heads of a layer share it."""
 
-    def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
         super().__init__()
         self.tp, self.both = tp, config.position_embedding_type == "relative_key_query"
-        self.weight = nn.Parameter(torch.empty(2 * config.max_position_embeddings - 1, config.head_dim, device=device))
+        self.weight = nn.Parameter(torch.empty(2 * config.max_position_embeddings - 1, config.head_dim))
         self.initializers["weight"] = Normal(config.initializer_range)
 
     def forward(self, query: Tensor, key: Tensor, first: int) -> Tensor:
@@ -70,26 +68,20 @@ class AttentionHeads(nn.Module):
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
         recompute: what to compute again in the backward pass instead of keeping it.
-        device: of the parameters.
 
     Raises:
         UserError: the tensor size does not divide the number of heads.
     """
 
     def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        recompute: Recompute = "none",
-        device: torch.device | str | None = None,
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
     ) -> None:
         super().__init__()
         self.count_heads(config, tp, recompute)
         self.dropout_prob = config.attention_probs_dropout_prob
         self.distance: DistanceTable | None = None
         if config.position_embedding_type != "absolute":
-            self.distance = DistanceTable(config, tp=tp, device=device)
+            self.distance = DistanceTable(config, tp=tp)
 
     def count_heads(self, config: MegatronBertConfig, tp: TensorParallel, recompute: Recompute) -> None:
         """Begin with the sizes of the heads and the share of this rank; arguments as of the class."""
@@ -207,26 +199,18 @@ class SelfAttention(AttentionHeads):
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
         recompute: what to compute again in the backward pass instead of keeping it.
-        device: of the parameters.
 
     Raises:
         UserError: the tensor size does not divide the number of heads.
     """
 
     def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        recompute: Recompute = "none",
-        device: torch.device | str | None = None,
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
     ) -> None:
-        super().__init__(config, tp=tp, recompute=recompute, device=device)
+        super().__init__(config, tp=tp, recompute=recompute)
         hidden = config.hidden_size
-        self.query_key_value = ColumnParallelLinear(
-            hidden, 3 * hidden, init_std=config.initializer_range, tp=tp, device=device
-        )
-        self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp, device=device)
+        self.query_key_value = ColumnParallelLinear(hidden, 3 * hidden, init_std=config.initializer_range, tp=tp)
+        self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp)
 
     def forward(
         self,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_bert.model.attention import AttentionHeads
@@ -22,17 +21,14 @@ class CrossAttention(AttentionHeads):
     Args:
         config: sizes of the decoder; the encoder's hidden size is the same.
         tp: the tensor-parallel handle.
-        device: of the parameters.
     """
 
-    def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(config, tp=tp, device=device)
+    def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
+        super().__init__(config, tp=tp)
         hidden, std = config.hidden_size, config.initializer_range
-        self.query = ColumnParallelLinear(hidden, hidden, init_std=std, tp=tp, device=device)
-        self.key_value = ColumnParallelLinear(hidden, 2 * hidden, init_std=std, tp=tp, device=device)
-        self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp, device=device)
+        self.query = ColumnParallelLinear(hidden, hidden, init_std=std, tp=tp)
+        self.key_value = ColumnParallelLinear(hidden, 2 * hidden, init_std=std, tp=tp)
+        self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp)
 
     def forward(
         self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest

@@ -28,20 +28,11 @@ class TokenTable(ParallelModule):
         rows, size: of the table.
         init_std: standard deviation of initial values.
         divided: whether it sees only this rank's tokens (sequence parallelism), so its gradients are partial.
-        device: of the parameter.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        size: int,
-        *,
-        init_std: float,
-        divided: bool,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, rows: int, size: int, *, init_std: float, divided: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, size, device=device))
+        self.weight = nn.Parameter(torch.empty(rows, size))
         self.initializers["weight"] = Normal(init_std)
         if divided:
             self.token_partial = ("weight",)
@@ -51,7 +42,18 @@ class TokenTable(ParallelModule):
         return F.embedding(ids, self.weight)
 
 
-class BertEmbeddings(nn.Module):
+class WordTable(nn.Module):
+    """The word embeddings under their global name; on the last pipeline stage, whose head reads them, no others."""
+
+    def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
+        super().__init__()
+        rows, padded = config.vocab_size, config.padded_vocab_size
+        self.word_embeddings = VocabParallelEmbedding(
+            rows, padded, config.hidden_size, init_std=config.initializer_range, tp=tp
+        )
+
+
+class BertEmbeddings(WordTable):
     """Word, position and type embeddings, summed, with dropout; with post-layer-norm the sum has a norm before it.
 
     With relative position embeddings the position table is there but not used: attention sees distances instead.
@@ -59,37 +61,22 @@ class BertEmbeddings(nn.Module):
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
-        device: of the parameters.
     """
 
     #: What dropout hashes of the columns, of compiled modules.
     _hashed: Tensor | None = None
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
+        super().__init__(config, tp=tp)
         self.tp, self.dropout_prob = tp, config.hidden_dropout_prob
         self.absolute = config.position_embedding_type == "absolute"
         size, std = config.hidden_size, config.initializer_range
-        self.word_embeddings = _word_embeddings(config, tp, device)
-        self.position_embeddings = TokenTable(
-            config.max_position_embeddings,
-            size,
-            init_std=std,
-            divided=tp.sequence,
-            device=device,
-        )
-        self.token_type_embeddings = TokenTable(
-            config.type_vocab_size, size, init_std=std, divided=tp.sequence, device=device
-        )
+        positions, types = config.max_position_embeddings, config.type_vocab_size
+        self.position_embeddings = TokenTable(positions, size, init_std=std, divided=tp.sequence)
+        self.token_type_embeddings = TokenTable(types, size, init_std=std, divided=tp.sequence)
         self.norm: LayerNorm | None = None
         if config.layer_norm_placement == "post":
-            self.norm = LayerNorm(size, config.layer_norm_eps, divided=tp.sequence, device=device)
+            self.norm = LayerNorm(size, config.layer_norm_eps, divided=tp.sequence)
 
     def forward(
         self,
@@ -131,35 +118,6 @@ class BertEmbeddings(nn.Module):
         return self.word_embeddings(tokens)
 
 
-class TiedWordEmbeddings(nn.Module):
-    """The last pipeline stage's copy of the word embeddings, under their global name; it embeds nothing.
-
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-        device: of the parameters.
-    """
-
-    def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        self.word_embeddings = _word_embeddings(config, tp, device)
-
-
-def _word_embeddings(
-    config: MegatronBertConfig, tp: TensorParallel, device: torch.device | str | None
-) -> VocabParallelEmbedding:
-    return VocabParallelEmbedding(
-        config.vocab_size,
-        config.padded_vocab_size,
-        config.hidden_size,
-        init_std=config.initializer_range,
-        tp=tp,
-        device=device,
-    )
-
-
 class Encoder(nn.Module):
     """Layers ``first`` to ``last`` of the stack, and the final norm when they include the top (pre-layer-norm only).
 
@@ -170,7 +128,6 @@ class Encoder(nn.Module):
         tp: the tensor-parallel handle.
         layers: the range of layers to build; all by default.
         recompute: what layers compute again in the backward pass.
-        device: of the parameters.
     """
 
     def __init__(
@@ -180,17 +137,14 @@ class Encoder(nn.Module):
         tp: TensorParallel = SINGLE,
         layers: range | None = None,
         recompute: Recompute = "none",
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.first_layer = layers.start
-        self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, tp=tp, recompute=recompute, device=device) for i in layers}
-        )
+        self.layers = nn.ModuleDict({str(i): TransformerLayer(config, tp=tp, recompute=recompute) for i in layers})
         self.final_norm: LayerNorm | None = None
         if layers.stop == config.num_hidden_layers and config.layer_norm_placement == "pre":
-            self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, divided=tp.sequence, device=device)
+            self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, divided=tp.sequence)
 
     def layer_list(self) -> list[TransformerLayer]:
         """The layers of this part of the stack, lowest first."""

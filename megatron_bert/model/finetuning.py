@@ -18,24 +18,6 @@ from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
 
 
-class PooledToken(nn.Module):
-    """Dense and tanh on the first token of a sequence, under the name it has in pretraining checkpoints.
-
-    Args:
-        config: sizes of the encoder.
-        device: of the parameters.
-    """
-
-    def __init__(self, config: MegatronBertConfig, *, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.pooler = Pooler(size, size, init_std=config.initializer_range, device=device)
-
-    def forward(self, first_tokens: Tensor) -> Tensor:
-        """``[N, H]`` to the same."""
-        return self.pooler(first_tokens)
-
-
 class BertForTask(EncoderStage):
     """An encoder with the head of a task, or the part of it on one pipeline stage.
 
@@ -65,12 +47,16 @@ class BertForTask(EncoderStage):
         recompute: Recompute = "none",
         device: torch.device | str | None = None,
     ) -> None:
+        self.kind, self.head_kind, self.outputs = kind, HEADS[kind], outputs
         super().__init__(config, tp=tp, part=part, recompute=recompute, device=device)
-        self.kind, self.head_kind = kind, HEADS[kind]
-        pooled = self.head_kind.has_pooler(like_roberta=config.like_roberta)
-        self.pair_head = PooledToken(config, device=device) if self.part.last and pooled else None
-        if self.part.last:
-            self.add_module(self.head_kind.module, self.head_kind.build(config, outputs, device=device))
+
+    def make_head(self) -> None:
+        """Make the head, and perhaps the pooler, under the name it has in pretraining checkpoints."""
+        config, size = self.config, self.config.hidden_size
+        self.pair_head: nn.ModuleDict | None = None
+        if self.head_kind.has_pooler(like_roberta=config.like_roberta):
+            self.pair_head = nn.ModuleDict({"pooler": Pooler(size, size, init_std=config.initializer_range)})
+        self.add_module(self.head_kind.module, self.head_kind.build(config, self.outputs))
 
     @property
     def output_name(self) -> str:
@@ -95,7 +81,7 @@ class BertForTask(EncoderStage):
             return hidden
         features = select_tokens(hidden, batch.rows, self.tp)
         if self.pair_head is not None:
-            features = self.pair_head(features)
+            features = self.pair_head["pooler"](features)
         if dropout_keys is not None:
             # The number after those that the layers fold in, so that its mask is independent of theirs.
             dropout_keys = fold_in(dropout_keys.index_select(0, batch.rows), 1 + self.config.num_hidden_layers)

@@ -22,12 +22,10 @@ _SECOND = 1
 class Dense(ParallelModule):
     """A linear layer that every tensor rank repeats: it sees few rows (a pooled token, masked positions)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, init_std: float, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, *, init_std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
         self.initializers = {"weight": Normal(init_std), "bias": Constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,15 +54,14 @@ class SequenceHead(nn.Module):
     Args:
         config: sizes of the encoder.
         outputs: width of the result.
-        device: of the parameters.
     """
 
-    def __init__(self, config: MegatronBertConfig, outputs: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: MegatronBertConfig, outputs: int) -> None:
         super().__init__()
         self.config = config
         size, std = config.hidden_size, config.initializer_range
-        self.dense = Pooler(size, size, init_std=std, device=device)
-        self.out_proj = Dense(size, outputs, init_std=std, device=device)
+        self.dense = Pooler(size, size, init_std=std)
+        self.out_proj = Dense(size, outputs, init_std=std)
 
     def forward(self, first_tokens: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """``[N, H]``, with a dropout key per row or None, to ``[N, outputs]``."""
@@ -85,18 +82,15 @@ class MaskedLanguageHead(ParallelModule):
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
-        device: of the parameters.
     """
 
-    def __init__(
-        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
         super().__init__()
         self.tp, self.hidden_act = tp, config.hidden_act
         size = config.hidden_size
-        self.dense = Dense(size, size, init_std=config.initializer_range, device=device)
-        self.norm = LayerNorm(size, config.layer_norm_eps, device=device)
-        self.bias = sharded_parameter((config.padded_vocab_size,), tp, dim=0, device=device)
+        self.dense = Dense(size, size, init_std=config.initializer_range)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
+        self.bias = sharded_parameter((config.padded_vocab_size,), tp, dim=0)
         self.initializers["bias"] = Constant(0.0)
 
     def forward(self, selected: Tensor, word_embeddings: Tensor) -> Tensor:
@@ -121,18 +115,13 @@ class MaskedLanguageHead(ParallelModule):
 
 
 class SentencePairHead(nn.Module):
-    """Pooler (dense and tanh on the first token) and a two-way classifier: in order or swapped, or next or random.
+    """Pooler (dense and tanh on the first token) and a classifier of two: in order or swapped, or next or random."""
 
-    Args:
-        config: sizes of the encoder.
-        device: of the parameters.
-    """
-
-    def __init__(self, config: MegatronBertConfig, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__()
         std = config.initializer_range
-        self.pooler = Pooler(config.hidden_size, config.hidden_size, init_std=std, device=device)
-        self.classifier = Dense(config.hidden_size, 2, init_std=std, device=device)
+        self.pooler = Pooler(config.hidden_size, config.hidden_size, init_std=std)
+        self.classifier = Dense(config.hidden_size, 2, init_std=std)
 
     def forward(self, first_tokens: Tensor) -> Tensor:
         """Final hidden states of the first tokens ``[B, H]`` to logits ``[B, 2]``."""

@@ -34,16 +34,13 @@ class LayerNorm(ParallelModule):
         size: H.
         eps: added to the variance.
         divided: whether it sees only this rank's tokens (sequence parallelism), so its gradients are partial.
-        device: of the parameters.
     """
 
-    def __init__(
-        self, size: int, eps: float, *, divided: bool = False, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, size: int, eps: float, *, divided: bool = False) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, device=device))
-        self.bias = nn.Parameter(torch.empty(size, device=device))
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
         self.initializers = {"weight": Constant(1.0), "bias": Constant(0.0)}
         if divided:
             self.token_partial = ("weight", "bias")
@@ -57,21 +54,13 @@ class Mlp(nn.Module):
     """H to intermediate size, activation, and back; the intermediate features are divided over tensor ranks."""
 
     def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        recompute: Recompute = "none",
-        device: torch.device | str | None = None,
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
     ) -> None:
         super().__init__()
         self.recompute, self.hidden_act = recompute, config.hidden_act
-        self.intermediate = ColumnParallelLinear(
-            config.hidden_size, config.intermediate_size, init_std=config.initializer_range, tp=tp, device=device
-        )
-        self.output = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, init_std=config.output_init_std, tp=tp, device=device
-        )
+        size, wide = config.hidden_size, config.intermediate_size
+        self.intermediate = ColumnParallelLinear(size, wide, init_std=config.initializer_range, tp=tp)
+        self.output = RowParallelLinear(wide, size, init_std=config.output_init_std, tp=tp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[T, H]`` (``[T/t, H]`` under sequence parallelism) to the same."""
@@ -91,31 +80,25 @@ class TransformerLayer(nn.Module):
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
         recompute: what to compute again in the backward pass instead of keeping it.
-        device: of the parameters.
     """
 
     #: What dropout hashes of the columns, of compiled modules.
     _hashed: Tensor | None = None
 
     def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        recompute: Recompute = "none",
-        device: torch.device | str | None = None,
+        self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
     ) -> None:
         super().__init__()
         self.tp, self.recompute, self.dropout_prob = tp, recompute, config.hidden_dropout_prob
         self.post_norm = config.layer_norm_placement == "post"
         size, eps = config.hidden_size, config.layer_norm_eps
-        self.attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
-        self.attention = SelfAttention(config, tp=tp, recompute=recompute, device=device)
+        self.attention_norm = LayerNorm(size, eps, divided=tp.sequence)
+        self.attention = SelfAttention(config, tp=tp, recompute=recompute)
         if config.add_cross_attention:
-            self.cross_attention_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
-            self.cross_attention = CrossAttention(config, tp=tp, device=device)
-        self.mlp_norm = LayerNorm(size, eps, divided=tp.sequence, device=device)
-        self.mlp = Mlp(config, tp=tp, recompute=recompute, device=device)
+            self.cross_attention_norm = LayerNorm(size, eps, divided=tp.sequence)
+            self.cross_attention = CrossAttention(config, tp=tp)
+        self.mlp_norm = LayerNorm(size, eps, divided=tp.sequence)
+        self.mlp = Mlp(config, tp=tp, recompute=recompute)
 
     def forward(
         self,

@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_bert.model.batch import MicroBatch
-from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.heads import MaskedLanguageHead, SentencePairHead
 from megatron_bert.model.stage import EncoderStage
 from parallel.cross_entropy import IGNORED, vocab_parallel_argmax, vocab_parallel_cross_entropy
 from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
-from parallel.pipeline.stage import StagePart
-from parallel.recompute import Recompute
 
 
 class PretrainingLogits(NamedTuple):
@@ -48,25 +45,18 @@ class BertForPretraining(EncoderStage):
     """
 
     tied = True
+    masked_head: MaskedLanguageHead
+    pair_head: SentencePairHead | None
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        *,
-        tp: TensorParallel = SINGLE,
-        part: StagePart | None = None,
-        recompute: Recompute = "none",
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(config, tp=tp, part=part, recompute=recompute, device=device)
-        last = self.part.last
-        self.masked_head = MaskedLanguageHead(config, tp=tp, device=device) if last else None
-        self.pair_head = SentencePairHead(config, device=device) if last and config.binary_head else None
+    def make_head(self) -> None:
+        """Make the heads."""
+        self.masked_head = MaskedLanguageHead(self.config, tp=self.tp)
+        self.pair_head = SentencePairHead(self.config) if self.config.binary_head else None
 
     def compile_forward(self, *, everything: bool) -> None:
         """Compile each layer, and with ``everything`` embeddings, dropout keys and the masked-language head."""
         super().compile_forward(everything=everything)
-        if everything and self.masked_head is not None:
+        if everything and self.part.last:
             self.masked_head.compile_forward()
 
     def forward(
@@ -85,8 +75,9 @@ class BertForPretraining(EncoderStage):
         """
         dropout_keys = self.dropout_keys(batch, dropout_seed)
         hidden = self.encode(batch, dropout_keys, received)
-        if self.masked_head is None or self.embeddings is None:
+        if not self.part.last:
             return hidden
+        assert self.embeddings is not None, "the last stage has the head's output matrix"
         rows = select_tokens(hidden, torch.cat((batch.slots, batch.first_tokens)), self.tp)
         masked, first = rows.split((batch.slots.shape[0], batch.first_tokens.shape[0]))
         logits = self.masked_head(masked, self.embeddings.word_embeddings.weight)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_bert.model.batch import TokenBatch, token_keys
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.encoder import BertEmbeddings, Encoder, TiedWordEmbeddings
+from megatron_bert.model.encoder import BertEmbeddings, Encoder, WordTable
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
@@ -59,13 +59,19 @@ class EncoderStage(ModelStage):
     ) -> None:
         super().__init__(config, tp=tp, part=part)
         self._token_keys = token_keys
-        self.embeddings: BertEmbeddings | TiedWordEmbeddings | None = None
-        if self.part.first:
-            self.embeddings = BertEmbeddings(config, tp=tp, device=device)
-            self.embeddings.word_embeddings.tied = self.tied and self.part.last
-        elif self.part.last and self.tied:
-            self.embeddings = TiedWordEmbeddings(config, tp=tp, device=device)
-        self.encoder = Encoder(config, tp=tp, layers=self.part.layers, recompute=recompute, device=device)
+        self.embeddings: WordTable | None = None
+        with torch.get_default_device() if device is None else torch.device(device):
+            if self.part.first:
+                self.embeddings = BertEmbeddings(config, tp=tp)
+                self.embeddings.word_embeddings.tied = self.tied and self.part.last
+            elif self.part.last and self.tied:
+                self.embeddings = WordTable(config, tp=tp)
+            self.encoder = Encoder(config, tp=tp, layers=self.part.layers, recompute=recompute)
+            if self.part.last:
+                self.make_head()
+
+    def make_head(self) -> None:
+        """Make the modules of the last stage beyond the layers."""
 
     def compile_forward(self, *, everything: bool) -> None:
         """Compile each layer, before data parallelism wraps it.

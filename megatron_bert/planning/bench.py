@@ -34,7 +34,6 @@ from megatron_bert.planning.this_machine import memory_bytes, processor_name, ru
 from parallel.dropout import keyed_dropout
 from parallel.errors import UserError
 from parallel.gradients import sums_of_squares
-from parallel.mesh import SINGLE
 from parallel.process_group import process_group
 from parallel.sharding import initialize
 from parallel.whole_files import reporting, write_text
@@ -209,7 +208,8 @@ def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> floa
         intermediate_size=4 * hidden,
         attention_probs_dropout_prob=dropout,
     )
-    module = SelfAttention(config, tp=SINGLE, device=device)
+    with device:
+        module = SelfAttention(config)
     initialize(module, 1)
     module = module.to(dtype)
     layout = SequenceLayout.packed(torch.full((tokens // _LENGTH,), _LENGTH), _LENGTH).to(device)
@@ -280,7 +280,8 @@ def _launch(device: torch.device) -> float:
         num_attention_heads=2,
         intermediate_size=128,
     )
-    layer = TransformerLayer(config, device=device)
+    with device:
+        layer = TransformerLayer(config)
     initialize(layer, 1)
     layout = SequenceLayout.packed(torch.full((2,), 8), 8).to(device)
     keys, hidden = torch.arange(16, device=device), torch.randn(16, 32, device=device, requires_grad=True)

@@ -79,11 +79,11 @@ class HeadKind:
             found |= {f"{layer}.weight": (rows, size), f"{layer}.bias": (rows,)}
         return found
 
-    def build(self, config: MegatronBertConfig, outputs: int, *, device: torch.device | str | None = None) -> nn.Module:
+    def build(self, config: MegatronBertConfig, outputs: int) -> nn.Module:
         """The module of the parameters."""
         from megatron_bert.model.heads import Dense
 
-        return Dense(config.hidden_size, outputs, init_std=config.initializer_range, device=device)
+        return Dense(config.hidden_size, outputs, init_std=config.initializer_range)
 
     def logits(
         self, head: nn.Module, features: Tensor, dropout_keys: Tensor | None, config: MegatronBertConfig

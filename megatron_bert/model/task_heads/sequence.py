@@ -37,13 +37,13 @@ class SequenceKind(HeadKind):
         """The classifier, or RoBERTa's two layers."""
         return ("classifier.dense", "classifier.out_proj") if like_roberta else ("classifier",)
 
-    def build(self, config: MegatronBertConfig, outputs: int, *, device: torch.device | str | None = None) -> nn.Module:
+    def build(self, config: MegatronBertConfig, outputs: int) -> nn.Module:
         """The module."""
         if config.like_roberta:
             from megatron_bert.model.heads import SequenceHead
 
-            return SequenceHead(config, outputs, device=device)
-        return super().build(config, outputs, device=device)
+            return SequenceHead(config, outputs)
+        return super().build(config, outputs)
 
     def logits(
         self, head: nn.Module, features: Tensor, dropout_keys: Tensor | None, config: MegatronBertConfig

@@ -450,7 +450,8 @@ def test_what_integers_do_not_cover_is_refused_and_nothing_changed(changes, sett
 
 
 def test_a_residual_stream_that_overflows_layer_norm_is_refused():
-    layer = TransformerLayer(MegatronBertConfig(hidden_size=10240, intermediate_size=12288), device="meta")
+    with torch.device("meta"):
+        layer = TransformerLayer(MegatronBertConfig(hidden_size=10240, intermediate_size=12288))
     check_layer(layer, QuantizationConfig(residual_bits=15))
     with pytest.raises(UserError, match="residual_bits to 15 or less"):
         check_layer(layer, QuantizationConfig(residual_bits=16))

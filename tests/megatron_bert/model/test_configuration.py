@@ -92,8 +92,9 @@ def test_names_are_global_in_a_part_of_the_stack():
     from megatron_bert.model.encoder import Encoder
 
     config = replace(CONFIG, num_hidden_layers=4)
-    lower, upper = Encoder(config, layers=range(2), device="meta"), Encoder(config, layers=range(2, 4), device="meta")
-    whole = {name for name, _ in Encoder(config, device="meta").named_parameters()}
+    with torch.device("meta"):
+        lower, upper, all_layers = (Encoder(config, layers=part) for part in (range(2), range(2, 4), None))
+    whole = {name for name, _ in all_layers.named_parameters()}
     parts = [{name for name, _ in part.named_parameters()} for part in (lower, upper)]
     assert parts[0] | parts[1] == whole
     assert not parts[0] & parts[1]
