@@ -77,7 +77,7 @@ def check_layer(layer: TransformerLayer, settings: QuantizationConfig) -> None:
             f"the model has hidden_act {layer.mlp.hidden_act}, which integer arithmetic does not cover: quantize a "
             f"model with {', '.join(INTEGER_ACTIVATIONS)}"
         )
-    if hasattr(layer, "cross_attention"):
+    if layer.cross_attention is not None:
         raise UserError("the model has cross-attention, which integer arithmetic does not cover: quantize an encoder")
     if layer.attention.distance is not None:
         raise UserError(

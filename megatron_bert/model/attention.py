@@ -6,6 +6,9 @@ Shapes: T tokens, B sequences, S their length, A heads on this rank, D head dime
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +18,6 @@ from megatron_bert.model.attention_functions import (
     fused_attention,
     has_packed_attention,
     packed_attention,
-    relative_scores,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.requests import AttentionOutput, AttentionRequest
@@ -26,7 +28,7 @@ from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
 from parallel.recording import is_recorded
-from parallel.sharding import Normal, ParallelModule, local_size
+from parallel.sharding import local_size
 from parallel.simulated_device import on_gpu
 
 __all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
@@ -39,21 +41,6 @@ SCORES_PER_SEQUENCE = 1 << 15
 #: kernel takes 2 to 5 times as long up to 128 keys, and 1.5 times for 256 (torch 2.13, AMX). For more the gain is small
 #: and the memory large.
 WRITTEN_OUT_KEYS = 256
-
-
-class DistanceTable(ParallelModule):
-    """A vector for each distance of two positions, whole on every tensor rank; all heads of a layer share it."""
-
-    def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
-        super().__init__()
-        self.tp, self.both = tp, config.position_embedding_type == "relative_key_query"
-        self.weight = nn.Parameter(torch.empty(2 * config.max_position_embeddings - 1, config.head_dim))
-        self.initializers["weight"] = Normal(config.initializer_range)
-
-    def forward(self, query: Tensor, key: Tensor, first: int) -> Tensor:
-        """What distances add to scores: see :func:`relative_scores`."""
-        # Each rank uses the table for its own heads, so its gradient is summed over ranks.
-        return relative_scores(query, key, copy_to_ranks(self.weight, self.tp), first, self.both)
 
 
 def in_parts(tokens: Tensor) -> bool:
@@ -73,18 +60,16 @@ class AttentionHeads(nn.Module):
         UserError: the tensor size does not divide the number of heads.
     """
 
+    #: The table of distances, of classes with relative positions.
+    distance: nn.Module | None = None
+    #: Of attention probabilities.
+    dropout_prob: float
+    output: Any
+
     def __init__(
         self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
     ) -> None:
         super().__init__()
-        self.count_heads(config, tp, recompute)
-        self.dropout_prob = config.attention_probs_dropout_prob
-        self.distance: DistanceTable | None = None
-        if config.position_embedding_type != "absolute":
-            self.distance = DistanceTable(config, tp=tp)
-
-    def count_heads(self, config: MegatronBertConfig, tp: TensorParallel, recompute: Recompute) -> None:
-        """Begin with the sizes of the heads and the share of this rank; arguments as of the class."""
         self.tp, self.recompute = tp, recompute
         self.heads = local_size(config.num_attention_heads, tp, "$num_attention_heads")
         self.first_head = tp.rank * self.heads
@@ -189,6 +174,34 @@ class AttentionHeads(nn.Module):
             return None
         return gather_from_ranks(probabilities, self.tp, dim=1)
 
+    def answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: AttentionRequest,
+        *,
+        mask: Tensor | None,
+        explicit: bool,
+    ) -> AttentionOutput:
+        """What is asked of sequences in a rectangle; other arguments as of :meth:`attend`."""
+        context, probabilities = self.attend(
+            query,
+            key,
+            value,
+            mask,
+            None if dropout_keys is None else layout.to_rectangle(dropout_keys),
+            first=request.first,
+            head_mask=request.head_mask,
+            explicit=request.probabilities or explicit,
+        )
+        return AttentionOutput(
+            self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
+            self.all_heads(probabilities, request.probabilities),
+        )
+
 
 class SelfAttention(AttentionHeads):
     """Query, key and value projections in one column-parallel matrix, attention, and a row-parallel output.
@@ -208,6 +221,7 @@ class SelfAttention(AttentionHeads):
         self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
     ) -> None:
         super().__init__(config, tp=tp, recompute=recompute)
+        self.dropout_prob = config.attention_probs_dropout_prob
         hidden = config.hidden_size
         self.query_key_value = ColumnParallelLinear(hidden, 3 * hidden, init_std=config.initializer_range, tp=tp)
         self.output = RowParallelLinear(hidden, hidden, init_std=config.output_init_std, tp=tp)
@@ -230,52 +244,53 @@ class SelfAttention(AttentionHeads):
         Returns:
             As ``hidden``; on request with what was asked for.
         """
-        qkv = self.query_key_value(hidden).unflatten(-1, (self.heads, 3, self.head_dim))
+        projected = self.project(hidden)
         if request is not None:
-            return self._answer(qkv, layout, dropout_keys, request)
-        if layout.boundaries is not None and self.distance is None and has_packed_attention(qkv):
+            query, key, value = _rectangles(projected, layout)
+            if request.memory is not None:
+                key, value = request.memory.grown(key, value)
+            given = (query, key, value, layout, dropout_keys, request)
+            return self.answer(*given, mask=request.mask, explicit=request.unattended)
+        if layout.boundaries is not None and self.distance is None and has_packed_attention(projected[0]):
             dropout = self.dropout_prob if dropout_keys is not None else 0.0
-            query, key, value = qkv.unbind(2)
+            query, key, value = _apart(projected, 2)
             context = packed_attention(query, key, value, layout.boundaries, layout.length, dropout)
-        elif layout.is_packed and in_parts(qkv):
-            context = self._attend_in_parts(qkv, layout.parts(SCORES_PER_SEQUENCE // self.heads), dropout_keys)
+        elif layout.is_packed and in_parts(hidden):
+            context = self._attend_in_parts(projected, layout.parts(SCORES_PER_SEQUENCE // self.heads), dropout_keys)
         else:
-            context = self._attend_within(qkv, layout, dropout_keys)
+            context = self._attend_within(projected, layout, dropout_keys)
         return self.output(context.flatten(-2))
 
-    def _attend_in_parts(self, qkv: Tensor, parts: list[SequenceLayout], dropout_keys: Tensor | None) -> Tensor:
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value: ``[T, A, 3, D]``, or ``[T, A, D]`` each where they come from matrices of their own."""
+        return (self.query_key_value(hidden).unflatten(-1, (self.heads, 3, self.head_dim)),)
+
+    def _attend_in_parts(
+        self, projected: tuple[Tensor, ...], parts: list[SequenceLayout], dropout_keys: Tensor | None
+    ) -> Tensor:
         if len(parts) == 1:
-            return self._attend_within(qkv, parts[0], dropout_keys)
+            return self._attend_within(projected, parts[0], dropout_keys)
         sizes = [sum(part.lengths) for part in parts]
         all_keys = [None] * len(parts) if dropout_keys is None else dropout_keys.split(sizes)
-        return torch.cat(list(map(self._attend_within, qkv.split(sizes), parts, all_keys)))
+        each = zip(*(tokens.split(sizes) for tokens in projected), strict=True)
+        return torch.cat(list(map(self._attend_within, each, parts, all_keys)))
 
-    def _attend_within(self, qkv: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
-        """``[T, A, 3, D]`` of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
-        query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
+    def _attend_within(
+        self, projected: tuple[Tensor, ...], layout: SequenceLayout, dropout_keys: Tensor | None
+    ) -> Tensor:
+        """Projections of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
+        query, key, value = _rectangles(projected, layout)
         rectangle_keys = None if dropout_keys is None else layout.to_rectangle(dropout_keys)
         context, _ = self.attend(
             query, key, value, layout.rectangle_mask(), rectangle_keys, positions=layout.row_positions
         )
         return layout.from_rectangle(context.transpose(1, 2))
 
-    def _answer(
-        self, qkv: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
-    ) -> AttentionOutput:
-        query, key, value = (part.transpose(1, 2) for part in layout.to_rectangle(qkv).unbind(3))
-        if request.memory is not None:
-            key, value = request.memory.grown(key, value)
-        context, probabilities = self.attend(
-            query,
-            key,
-            value,
-            request.mask,
-            None if dropout_keys is None else layout.to_rectangle(dropout_keys),
-            first=request.first,
-            head_mask=request.head_mask,
-            explicit=request.probabilities or request.unattended,
-        )
-        return AttentionOutput(
-            self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
-            self.all_heads(probabilities, request.probabilities),
-        )
+
+def _apart(projected: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    return projected if len(projected) == 3 else projected[0].unbind(dim)
+
+
+def _rectangles(projected: tuple[Tensor, ...], layout: SequenceLayout) -> list[Tensor]:
+    """Query, key and value, ``[B, A, S, D]`` each."""
+    return [part.transpose(1, 2) for part in _apart([layout.to_rectangle(tokens) for tokens in projected], 3)]

@@ -146,33 +146,6 @@ def packed_attention(
     return context
 
 
-def relative_scores(query: Tensor, key: Tensor, distances: Tensor, first: int, both: bool) -> Tensor:
-    """What relative positions add to the scaled scores: q . r, and with ``both`` also k . r.
-
-    r is the row of ``distances`` for (position of the query) - (position of the key). Queries and keys are multiplied
-    with all rows that occur and the products picked afterwards: Q + K rows instead of Q * K.
-
-    Args:
-        query: ``[B, A, Q, D]``, at positions ``first`` to ``first + Q - 1``.
-        key: ``[B, A, K, D]``, at positions 0 to K - 1.
-        distances: ``[2 P - 1, D]``, from distance -(P - 1) to P - 1; all positions are below P.
-        first: position of the first query.
-        both: whether keys count too (``relative_key_query``).
-
-    Returns:
-        ``[B, A, Q, K]``.
-    """
-    queries, keys = query.shape[2], key.shape[2]
-    zero = (distances.shape[0] - 1) // 2
-    rows = distances[zero + first - (keys - 1) : zero + first + queries].to(query.dtype).t()
-    column = torch.arange(queries, device=query.device)[:, None] - torch.arange(keys, device=query.device) + keys - 1
-    scores = torch.matmul(query, rows).gather(-1, column.expand(*query.shape[:3], keys))
-    if both:
-        by_key = torch.matmul(key, rows).gather(-1, column.t().expand(*key.shape[:3], queries))
-        scores = scores + by_key.transpose(-1, -2)
-    return scores * query.shape[-1] ** -0.5
-
-
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores of a type, which stay finite: a query that may attend to nothing attends to all."""
     return mask.to(dtype).clamp(min=torch.finfo(dtype).min)

@@ -56,8 +56,6 @@ class WordTable(nn.Module):
 class BertEmbeddings(WordTable):
     """Word, position and type embeddings, summed, with dropout; with post-layer-norm the sum has a norm before it.
 
-    With relative position embeddings the position table is there but not used: attention sees distances instead.
-
     Args:
         config: sizes of the encoder.
         tp: the tensor-parallel handle.
@@ -65,11 +63,12 @@ class BertEmbeddings(WordTable):
 
     #: What dropout hashes of the columns, of compiled modules.
     _hashed: Tensor | None = None
+    #: Whether positions are added; the documented classes may have a table of distances in attention instead.
+    absolute = True
 
     def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
         super().__init__(config, tp=tp)
         self.tp, self.dropout_prob = tp, config.hidden_dropout_prob
-        self.absolute = config.position_embedding_type == "absolute"
         size, std = config.hidden_size, config.initializer_range
         positions, types = config.max_position_embeddings, config.type_vocab_size
         self.position_embeddings = TokenTable(positions, size, init_std=std, divided=tp.sequence)
@@ -139,6 +138,8 @@ class Encoder(nn.Module):
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        plain = config.position_embedding_type == "absolute" and not config.add_cross_attention
+        assert plain, "only the documented classes have relative positions and cross-attention"
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.first_layer = layers.start
         self.layers = nn.ModuleDict({str(i): TransformerLayer(config, tp=tp, recompute=recompute) for i in layers})

@@ -7,6 +7,8 @@ normalizes each sum: ``norm(x + part(x))``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,6 @@ from megatron_bert import backends
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.cross_attention import CrossAttention
 from megatron_bert.model.requests import AttentionRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, hashed_columns, keyed_dropout
@@ -74,7 +75,7 @@ class Mlp(nn.Module):
 class TransformerLayer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); with post-layer-norm norm(x + dropout(..(x))).
 
-    A decoder's layer may have cross-attention between the two, with a norm of its own.
+    A decoder's layer may have cross-attention between the two, with a norm of its own; only the documented classes do.
 
     Args:
         config: sizes of the encoder.
@@ -84,6 +85,8 @@ class TransformerLayer(nn.Module):
 
     #: What dropout hashes of the columns, of compiled modules.
     _hashed: Tensor | None = None
+    cross_attention: Any = None
+    cross_attention_norm: Any = None
 
     def __init__(
         self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, recompute: Recompute = "none"
@@ -94,9 +97,6 @@ class TransformerLayer(nn.Module):
         size, eps = config.hidden_size, config.layer_norm_eps
         self.attention_norm = LayerNorm(size, eps, divided=tp.sequence)
         self.attention = SelfAttention(config, tp=tp, recompute=recompute)
-        if config.add_cross_attention:
-            self.cross_attention_norm = LayerNorm(size, eps, divided=tp.sequence)
-            self.cross_attention = CrossAttention(config, tp=tp)
         self.mlp_norm = LayerNorm(size, eps, divided=tp.sequence)
         self.mlp = Mlp(config, tp=tp, recompute=recompute)
 

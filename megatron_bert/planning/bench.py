@@ -223,7 +223,7 @@ def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> floa
             return hidden
 
     module.query_key_value = Given()  # type: ignore[assignment]
-    module.output = Given()  # type: ignore[assignment]
+    module.output = Given()
 
     def work() -> None:
         given = next(made)[0].detach().requires_grad_()

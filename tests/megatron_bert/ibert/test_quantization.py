@@ -431,8 +431,6 @@ def test_defaults_are_those_of_a_run():
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"position_embedding_type": "relative_key"}, {}, "relative position"),
-        ({"is_decoder": True, "add_cross_attention": True}, {}, "cross-attention"),
         ({"layer_norm_placement": "post"}, {"equalization": "gamma"}, "post-layer-norm"),
         ({"intermediate_size": 12544}, {}, "intermediate size"),
         ({"hidden_act": "relu"}, {}, "hidden_act relu"),

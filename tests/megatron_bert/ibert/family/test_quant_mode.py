@@ -250,8 +250,12 @@ def test_what_integers_do_not_cover():
     )
     with pytest.raises(UserError, match="quantized already"):
         quantize_model(_build("IBert", "Model", quant_mode=True), QuantizationConfig())
-    with pytest.raises(UserError, match="relative position"):
-        quantize_model(_build("MegatronBert", "Model", position_embedding_type="relative_key"), QuantizationConfig())
+    cross = {"is_decoder": True, "add_cross_attention": True}
+    for changes, message in (({"position_embedding_type": "relative_key"}, "relative position"), (cross, "cross-att")):
+        model = _build("MegatronBert", "Model", **changes)
+        with pytest.raises(UserError, match=message):
+            quantize_model(model, QuantizationConfig())
+        assert list(quantized_modules(model)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
