@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from megatron_bert.model.movable import Movable
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.cross_entropy import IGNORED
 from parallel.dropout import fold_in
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenBatch:
+class TokenBatch(Movable):
     """Sequences on a flat token axis.
 
     Attributes:
@@ -37,17 +38,11 @@ class TokenBatch:
     lengths: tuple[int, ...]
     step_samples: int | None = None
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device | str, **how: Any) -> Self:
         """The same batch on ``device``; to a GPU by way of page-locked memory, so that the host does not wait."""
-        if device.type == "cuda" and self.tokens.device.type == "cpu" and not self.tokens.is_pinned():
-            return self.pin_memory().to(device)
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
-        return replace(self, layout=self.layout.to(device), **moved)
-
-    def pin_memory(self) -> Self:
-        """The same batch in page-locked memory, so that copies to the device overlap computation."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
-        return replace(self, layout=self.layout.pin_memory(), **pinned)
+        if torch.device(device).type == "cuda" and self.tokens.device.type == "cpu" and not self.tokens.is_pinned():
+            return self.pin_memory().to(device, **how)
+        return super().to(device, non_blocking=True, **how)
 
     def predictions(self) -> int:
         """Positions whose words the masked-language head predicts, for counting operations."""

@@ -7,11 +7,12 @@ Pretraining asks nothing of this and passes no request, which is the fast path.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, Self
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+from megatron_bert.model.movable import Movable
 
 
 class LayerMemory(Protocol):
@@ -24,23 +25,8 @@ class LayerMemory(Protocol):
         """Those of the encoder's states, which are projected the first time alone."""
 
 
-class _Movable:
-    """Dataclasses that move to another device as tensors do, with all that they hold."""
-
-    def to(self, device: torch.device | str, **how: Any) -> Self:
-        """The same with its tensors on ``device``; other arguments as of a tensor's method."""
-        changes = {field.name: _moved(getattr(self, field.name), device, how) for field in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **changes)  # type: ignore[type-var]
-
-
-def _moved(value: Any, device: torch.device | str, how: dict[str, Any]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device, how) for part in value)
-    return value.to(device, **how) if isinstance(value, (Tensor, _Movable)) else value
-
-
 @dataclass(frozen=True, kw_only=True)
-class EncoderStates(_Movable):
+class EncoderStates(Movable):
     """What a decoder's cross-attention looks at.
 
     Attributes:
@@ -57,7 +43,7 @@ class EncoderStates(_Movable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionRequest(_Movable):
+class AttentionRequest(Movable):
     """What one layer is asked. Sequences stand in a rectangle of B times Q tokens.
 
     Attributes:

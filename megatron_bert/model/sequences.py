@@ -12,7 +12,7 @@ The encoder works on tokens ``[T, H]``; only attention needs to know which of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_bert.model.movable import Movable
 
 #: Most tokens that packed sequences are filled up to a multiple of.
 _ROUND = 64
@@ -79,7 +81,7 @@ def longest_first(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceLayout:
+class SequenceLayout(Movable):
     """Sequences on a flat token axis.
 
     Attributes:
@@ -193,29 +195,6 @@ class SequenceLayout:
     @cached_property
     def _parts(self) -> dict[int, list[SequenceLayout]]:
         return {}
-
-    def to(self, device: torch.device) -> SequenceLayout:
-        """The same layout with its tensors on ``device``."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> SequenceLayout:
-        """The same layout in page-locked memory."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> SequenceLayout:
-        def changed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        return SequenceLayout(
-            batch=self.batch,
-            length=self.length,
-            key_mask=changed(self.key_mask),
-            boundaries=changed(self.boundaries),
-            places=changed(self.places),
-            fill=self.fill,
-            owners=changed(self.owners),
-            row_positions=changed(self.row_positions),
-        )
 
     def to_rectangle(self, tokens: Tensor) -> Tensor:
         """Token rows ``[T, ..]`` as ``[B, S, ..]``, zero where there is no token."""
