@@ -117,7 +117,7 @@ class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
         dist.broadcast(state, group=self.tp.group, group_src=0)
         torch.set_rng_state(state.cpu())
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(self._fresh_seed())
+            torch.cuda.manual_seed(self.fresh_seed())
 
 
 def _checked_items(given: Any) -> float | None:

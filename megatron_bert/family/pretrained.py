@@ -4,42 +4,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import initialization
 
-from megatron_bert.convert.huggingface_names import MEGATRON_BERT, WRAPPERS, HuggingFaceNames, separate
-from megatron_bert.convert.name_table import Place
+from megatron_bert.convert.huggingface_names import MEGATRON_BERT, WRAPPERS
 from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.checks import check_device, check_filled, checked_switch, described
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
 from megatron_bert.family.files import file_beside, remove_stale_index, stored_tensors
 from megatron_bert.family.modules import EncoderLayer, LanguageHead
+from megatron_bert.family.resizing import ResizableModel
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
-from megatron_bert.model.resharding import replaced, undivided
+from megatron_bert.model.resharding import padded, undivided
 from parallel.errors import ArgumentError, UserError, brief
-from parallel.layers import VocabParallelEmbedding
 from parallel.mesh import SINGLE, TensorParallel
-from parallel.sharding import copy_whole, local_tensor, name_seed
+from parallel.sharding import copy_whole
 from parallel.whole_files import reporting
 
 logger = transformers.logging.get_logger(__name__)
 
-#: Output projections, whose initial values are smaller.
-_OUTPUTS = ("attention.output", "mlp.output", "cross_attention.output")
 
-
-class DocumentedModel(transformers.PreTrainedModel):
+class DocumentedModel(ResizableModel):
     """The base of every class; those with a head hold the encoder under the name ``base_model_prefix``.
 
     Args:
@@ -61,10 +54,9 @@ class DocumentedModel(transformers.PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["EncoderLayer", "Embeddings"]
     _supports_sdpa = True
+    _input_embed_layer = "word_embeddings"
     #: Buffers of older versions.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids$", r"embeddings\.token_type_ids$"]
-    #: Of parameters, in files of pretraining.
-    names: ClassVar[HuggingFaceNames]
     #: Where the encoder's norms are.
     layer_norm_placement: ClassVar[str]
 
@@ -98,9 +90,7 @@ class DocumentedModel(transformers.PreTrainedModel):
         self.sizes = sizes
         self.tp = tp
         self._skip_padding = None if skip_padding is None else checked_switch("skip_padding", skip_padding)
-        self._initial, self._seed = checked_switch("initial", initial), 0
-        #: The name and the parts of the fused matrix that was drawn last.
-        self._drawn: tuple[str, tuple[Tensor, ...]] | None = None
+        self._initial = checked_switch("initial", initial)
         with nullcontext() if device is None else torch.device(device):
             self.build(**({} if pooled is None else {"pooled": pooled}))
             if type(self).build is not DocumentedModel.build:
@@ -142,14 +132,6 @@ class DocumentedModel(transformers.PreTrainedModel):
     def layer_list(self) -> list[EncoderLayer]:
         """The transformer layers, lowest first."""
         return list(self.base_model.encoder.layer)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The word embeddings."""
-        return self.base_model.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Give the encoder other word embeddings."""
-        self.base_model.embeddings.word_embeddings = value
 
     def language_head(self) -> LanguageHead | None:
         """The masked-language head, of classes that have one."""
@@ -194,177 +176,6 @@ class DocumentedModel(transformers.PreTrainedModel):
             place.owner in ("embeddings.word_embeddings", "output_embeddings")
             or (place.owner == "masked_head" and name.endswith("bias"))
         )
-
-    # ---------------------------------------------------------------- initial weights
-
-    def init_weights(self) -> None:
-        """Draw initial weights: as the pretraining model's, they depend on the seed and on names, not on ranks."""
-        if self._initial:
-            super().init_weights()
-        else:
-            self.tie_weights(recompute_mapping=False)
-
-    def initialize_weights(self) -> None:
-        """Draw what no checkpoint has given."""
-        seed = self._fresh_seed()
-        for name, module in self.named_modules():
-            if isinstance(module, DocumentedModel):
-                module._seed = seed
-            module._place = self.names.place(name)
-        super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, DocumentedModel):
-                module._drawn = None
-
-    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """As transformers does; a second name without values is a parameter of its own until it is tied again.
-
-        Otherwise the mark of the second name would be one of the first, which then nothing would draw.
-        """
-        for name in self.all_tied_weights_keys:
-            parameter = self.get_parameter(name)
-            if parameter.device.type == "meta":
-                owner, _, kind = name.rpartition(".")
-                own = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
-                setattr(self.get_submodule(owner), kind, own)
-        super().mark_tied_weights_as_initialized(loading_info)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        place: Place | None = getattr(module, "_place", None)
-        if place is None:
-            super()._init_weights(module)
-            return
-        for kind, parameter in module.named_parameters(recurse=False):
-            if not getattr(parameter, "_is_hf_initialized", False):
-                self._draw(f"{place.owner}.{kind}", place, parameter)
-
-    def _draw(self, name: str, place: Place, parameter: nn.Parameter) -> None:
-        if name.endswith("bias") or "norm" in place.owner:
-            initialization.constant_(local_tensor(parameter), float(name.endswith("weight")))
-            return
-        held = self._drawn
-        if held is None or held[0] != name:
-            rows = self.config.vocab_size if place.owner == "embeddings.word_embeddings" else parameter.shape[0]
-            rows = rows if place.owner != "output_embeddings" else self.config.vocab_size
-            std = self.sizes.output_init_std if place.owner.endswith(_OUTPUTS) else self.config.initializer_range
-            generator = torch.Generator().manual_seed(name_seed(self._seed, name))
-            shape = (rows * place.parts, *parameter.shape[1:])
-            whole = torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)
-            self._drawn = held = (name, separate(whole, place.parts, self.sizes.head_dim))
-        copy_whole(parameter, _padded(held[1][place.part], parameter.shape[0]))
-
-    def _fresh_seed(self) -> int:
-        """A number from torch's generator, the same on every tensor rank."""
-        seed = torch.randint(1 << 62, (1,), device="cpu")
-        if self.tp.size > 1:
-            assert self.tp.mesh is not None
-            seed = seed.to(self.tp.mesh.device_type)
-            dist.broadcast(seed, group=self.tp.group, group_src=0)
-        return int(seed)
-
-    # ---------------------------------------------------------------- changes of a model
-
-    def prune_heads(self, heads_to_prune: dict[int, Iterable[int]]) -> None:
-        """Remove attention heads for good: layer -> heads, numbered as they were at first.
-
-        The parameters concerned are replaced by smaller ones, so an optimizer must be made afterwards. Layers may be
-        counted from the end, with negative numbers.
-
-        Raises:
-            UserError: a layer or head that is not there, or none would remain.
-        """
-        before, count = self.config.pruned_heads, self.config.num_hidden_layers
-        pruned = {layer: set(heads) for layer, heads in (before or {}).items()}
-        try:
-            for layer, heads in heads_to_prune.items():
-                number = index(layer) + (count if -count <= index(layer) < 0 else 0)
-                pruned.setdefault(number, set()).update(index(head) for head in heads)
-        except (AttributeError, TypeError):
-            raise UserError(
-                f"heads_to_prune is {described(heads_to_prune)}: give numbers of heads by number of layer, such as "
-                "{0: [1, 2]}"
-            ) from None
-        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items()}
-        try:
-            for layer in pruned:
-                self.layer_list()[layer].attention.places_without(pruned[layer])
-        except UserError:
-            self.config.pruned_heads = before
-            raise
-        self._prune_as_configured()
-
-    def _prune_as_configured(self) -> None:
-        layers = self.layer_list()
-        for layer, heads in (self.config.pruned_heads or {}).items():
-            layers[layer].attention.prune(heads)
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Module:
-        """Give the vocabulary another size; arguments as of transformers' method.
-
-        The output matrix of a language-model head and its bias follow. An optimizer must be made afterwards.
-
-        Raises:
-            UserError: the special tokens of the configuration would be cut off.
-        """
-        given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
-        for name, value in given.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name} is {described(value)}: give 1 or more, or None")
-        if new_num_tokens is not None:
-            multiple = pad_to_multiple_of or 1
-            words = -(-new_num_tokens // multiple) * multiple
-            before, self.config.vocab_size = self.config.vocab_size, words  # refused where special tokens are lost
-            self.config.vocab_size = before
-        if self.tp.size == 1:
-            table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-            self._renew(table, *(module for module in [self.get_output_embeddings()] if module is not None))
-            return table
-        return self._resize_divided(new_num_tokens, pad_to_multiple_of, mean_resizing)
-
-    def _renew(self, *modules: nn.Module) -> None:
-        """Parameters of their own, which graphs of earlier forward passes do not know by their old sizes."""
-        for module in modules:
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
-        if (head := self.language_head()) is not None:
-            head.bias = head.decoder.bias  # type: ignore[assignment]
-        self.tie_weights()
-
-    @torch.no_grad()
-    def _resize_divided(self, words: int | None, multiple: int | None, mean_resizing: bool) -> nn.Module:
-        """The same with tensor parallelism: tables are put together, resized on the first rank and divided again."""
-        table, head = self.get_input_embeddings(), self.language_head()
-        assert isinstance(table, VocabParallelEmbedding)
-        held = self.config.vocab_size
-        whole = nn.Embedding.from_pretrained(undivided(table.weight)[:held].clone())
-        resized = self._get_resized_embeddings(whole, words, multiple, mean_resizing).weight
-        words = resized.shape[0]
-        self.config.vocab_size = words
-        rows = self.config.encoder_config().padded_vocab_size
-        self._replace(table, "weight", resized, rows)
-        table.vocab_size, table.padded_vocab_size = words, rows
-        table.first_row = self.tp.rank * (rows // self.tp.size)
-        if head is not None:
-            output = nn.Linear(self.config.hidden_size, held)
-            output.weight.copy_(undivided(head.decoder.weight)[:held])
-            output.bias.copy_(undivided(head.bias)[:held])
-            output = self._get_resized_lm_head(output, words, mean_resizing=mean_resizing)
-            self._replace(head.decoder, "weight", output.weight, rows)
-            self._replace(head.decoder, "bias", output.bias, rows)
-            head.bias, head.decoder.out_features = head.decoder.bias, rows  # type: ignore[assignment]
-        self.tie_weights()
-        return table
-
-    def _replace(self, module: nn.Module, name: str, values: Tensor, rows: int) -> None:
-        values = values.detach().contiguous()
-        dist.broadcast(values, group=self.tp.group, group_src=0)
-        setattr(module, name, replaced(getattr(module, name), _padded(values, rows), self.tp))
 
     # ---------------------------------------------------------------- files
 
@@ -501,7 +312,7 @@ class DocumentedModel(transformers.PreTrainedModel):
         for name, parameter in model.named_parameters():
             values = whole[name].to(parameter.device)
             parameter.data = parameter.data.to(values.dtype)
-            copy_whole(parameter, _padded(values, parameter.shape[0]))
+            copy_whole(parameter, padded(values, parameter.shape[0]))
         return model
 
     def finish_loading(self, source: Any, arguments: dict[str, Any]) -> None:
@@ -515,12 +326,6 @@ class DocumentedModel(transformers.PreTrainedModel):
                 source,
                 RANGES_NAME,
             )
-
-
-def _padded(values: Tensor, rows: int) -> Tensor:
-    if values.shape[0] == rows:
-        return values
-    return torch.cat((values, values.new_zeros((rows - values.shape[0], *values.shape[1:]))))
 
 
 class MegatronBertPreTrainedModel(DocumentedModel):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -33,3 +34,10 @@ def replaced(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> nn.
 def selected(parameter: nn.Parameter, index: Tensor, tp: TensorParallel, *, dim: int) -> nn.Parameter:
     """A parameter with the rows (``dim`` 0) or columns (1) ``index`` of another; every tensor rank must call."""
     return replaced(parameter, undivided(parameter).index_select(dim, index.to(parameter.device)), tp)
+
+
+def padded(values: Tensor, rows: int) -> Tensor:
+    """A tensor with rows of zeros behind its own, ``rows`` in all."""
+    if values.shape[0] == rows:
+        return values
+    return torch.cat((values, values.new_zeros((rows - values.shape[0], *values.shape[1:]))))
