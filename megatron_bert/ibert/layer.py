@@ -127,31 +127,29 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
 
     # ---------------------------------------------------------------- which way
 
-    def _forward(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: AttentionRequest | None = None,
+    ) -> Tensor | LayerOutput:
         if self.mode == "float":
-            return super()._forward(self.floating(hidden), layout, dropout_keys).float()
-        output = (self._observed if self.mode == "observe" else self._integer)(
-            hidden, layout, dropout_keys, AttentionRequest(mask=layout.rectangle_mask())
-        )
-        return output.hidden
-
-    def _answer(
-        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
-    ) -> LayerOutput:
-        if self.mode == "float":
-            answer = super()._answer(self.floating(hidden), layout, dropout_keys, request)
-            return answer._replace(hidden=answer.hidden.float())
-        if request.head_mask is not None:
+            answer = super()._forward(self.floating(hidden), layout, dropout_keys, request)
+            return answer._replace(hidden=answer.hidden.float()) if isinstance(answer, LayerOutput) else answer.float()
+        asked = AttentionRequest(mask=layout.rectangle_mask()) if request is None else request
+        if asked.head_mask is not None:
             raise UserError("head_mask is given, but integer attention has no masks of heads: prune the heads instead")
-        if request.mask is not None and request.mask.is_floating_point():
-            allowed = only_hidden(request.mask)
+        if asked.mask is not None and asked.mask.is_floating_point():
+            allowed = only_hidden(asked.mask)
             if allowed is None:
                 raise UserError(
                     "attention_mask holds values other than 0 and large negative numbers, which integer attention does "
                     "not add to its scores: say of every pair whether it may be attended to"
                 )
-            request = replace(request, mask=allowed)
-        return (self._observed if self.mode == "observe" else self._integer)(hidden, layout, dropout_keys, request)
+            asked = replace(asked, mask=allowed)
+        output = (self._observed if self.mode == "observe" else self._integer)(hidden, layout, dropout_keys, asked)
+        return output.hidden if request is None else output
 
     # ---------------------------------------------------------------- in integers
 

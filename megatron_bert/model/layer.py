@@ -76,11 +76,6 @@ class TransformerLayer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); with post-layer-norm norm(x + dropout(..(x))).
 
     A decoder's layer may have cross-attention between the two, with a norm of its own; only the documented classes do.
-
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-        recompute: what to compute again in the backward pass instead of keeping it.
     """
 
     #: What dropout hashes of the columns, of compiled modules.
@@ -120,7 +115,7 @@ class TransformerLayer(nn.Module):
         """
         if request is None:
             return self._run(hidden, layout, dropout_keys)
-        return recomputed(self._answer, self.recompute, hidden, layout, dropout_keys, request)
+        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, request)
 
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
@@ -130,11 +125,25 @@ class TransformerLayer(nn.Module):
     def _run(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
         return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys)
 
-    def _forward(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: AttentionRequest | None = None,
+    ) -> Tensor | LayerOutput:
         read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES))
-        hidden = self._add(self.attention_norm, hidden, self._drop(attended, dropout_keys, ATTENTION_OUTPUT))
-        return self._mlp(hidden, dropout_keys)
+        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES), request)
+        part, probabilities = (attended, None) if request is None else attended
+        hidden = self._add(self.attention_norm, hidden, self._drop(part, dropout_keys, ATTENTION_OUTPUT))
+        if request is None:
+            return self._mlp(hidden, dropout_keys)
+        crossed = None
+        if request.encoder is not None:
+            cross_keys, norm = _fold(dropout_keys, CROSS_PROBABILITIES), self.cross_attention_norm
+            part, crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
+            hidden = self._add(norm, hidden, self._drop(part, dropout_keys, CROSS_OUTPUT))
+        return LayerOutput(self._mlp(hidden, dropout_keys), probabilities, crossed)
 
     def _mlp(self, hidden: Tensor, dropout_keys: Tensor | None) -> Tensor:
         part = self.mlp(self._read(self.mlp_norm, hidden))
@@ -147,21 +156,6 @@ class TransformerLayer(nn.Module):
     def _add(self, norm: LayerNorm, hidden: Tensor, part: Tensor) -> Tensor:
         """The residual stream with what a part gives."""
         return norm(hidden + part) if self.post_norm else hidden + part
-
-    def _answer(
-        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
-    ) -> LayerOutput:
-        read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES), request)
-        hidden = self._add(self.attention_norm, hidden, self._drop(attended.hidden, dropout_keys, ATTENTION_OUTPUT))
-        probabilities = None
-        if request.encoder is not None:
-            cross_keys = _fold(dropout_keys, CROSS_PROBABILITIES)
-            norm = self.cross_attention_norm
-            crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
-            hidden = self._add(norm, hidden, self._drop(crossed.hidden, dropout_keys, CROSS_OUTPUT))
-            probabilities = crossed.probabilities
-        return LayerOutput(self._mlp(hidden, dropout_keys), attended.probabilities, probabilities)
 
     def dropout_at(self, place: int) -> float:
         """Probability of dropout at a place of the layer."""
