@@ -110,21 +110,27 @@ def checked_inputs(given: Arguments, config: DocumentedConfig, sizes: EncoderCon
     """
     tokens, embedded = given.input_ids, given.inputs_embeds
     batch, length, device = _batch_shape(tokens, embedded, config)
-    if sizes.padding_position is None or given.position_ids is not None:
-        if given.position_ids is None or config.position_embedding_type != "absolute":
-            _check_length(past + length, config.max_position_embeddings)
-        positions = _positions(given.position_ids, batch, length, past, device)
-    else:
-        positions = _positions_after_padding(tokens, length, sizes.padding_position, sizes, device)
-    types = _types(given.token_type_ids, batch, length, device)
-    limits: list[tuple[str, Tensor, int, str]] = []
-    if given.token_type_ids is not None:
-        limits.append(("token_type_ids", types, config.type_vocab_size, "type_vocab_size"))
     if given.position_ids is not None:
-        limits.append(("position_ids", positions, config.max_position_embeddings, "max_position_embeddings"))
-    if tokens is not None:
-        limits.append(("input_ids", tokens, config.vocab_size, "vocab_size"))
-    check_ranges(limits)
+        positions = _of_tokens("position_ids", given.position_ids, batch, length)
+    elif sizes.padding_position is not None:
+        positions = _positions_after_padding(tokens, length, sizes, device)
+    else:
+        positions = torch.arange(past, past + length, device=device)[None]
+    relative = config.position_embedding_type != "absolute"
+    if relative or (given.position_ids is None and sizes.padding_position is None):
+        _check_length(past + length, config.max_position_embeddings)
+    if given.token_type_ids is None:
+        types = torch.zeros((batch, length), dtype=torch.int64, device=device)
+    else:
+        types = _of_tokens("token_type_ids", given.token_type_ids, batch, length)
+    tables: tuple[tuple[str, Any, str], ...] = (
+        ("token_type_ids", types, "type_vocab_size"),
+        ("position_ids", positions, "max_position_embeddings"),
+        ("input_ids", tokens, "vocab_size"),
+    )
+    check_ranges(
+        [(name, ids, getattr(config, rows), rows) for name, ids, rows in tables if getattr(given, name) is not None]
+    )
     return TokenInputs(
         batch=batch,
         length=length,
@@ -162,18 +168,6 @@ def _batch_shape(
     return batch, length, device
 
 
-def _types(given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    if given is None:
-        return torch.zeros((batch, length), dtype=torch.int64, device=device)
-    return _of_tokens("token_type_ids", given, batch, length)
-
-
-def _positions(given: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
-    if given is None:
-        return torch.arange(past, past + length, device=device)[None]
-    return _of_tokens("position_ids", given, batch, length)
-
-
 def _of_tokens(name: str, given: Tensor, batch: int, length: int) -> Tensor:
     """Numbers of tokens, ``[B, S]`` or what broadcasts to it, as ``[B, S]``."""
     check_whole(name, given)
@@ -185,9 +179,7 @@ def _of_tokens(name: str, given: Tensor, batch: int, length: int) -> Tensor:
         ) from None
 
 
-def _positions_after_padding(
-    tokens: Tensor | None, length: int, padding_position: int, sizes: EncoderConfig, device: torch.device
-) -> Tensor:
+def _positions_after_padding(tokens: Tensor | None, length: int, sizes: EncoderConfig, device: torch.device) -> Tensor:
     """Each real token's place among the real tokens, after the position of padding, where padding stays.
 
     Embeddings do not tell which are padding: they count all.
@@ -200,7 +192,7 @@ def _positions_after_padding(
     counts = real.cumsum(dim=1)
     if length > places and not values_unknown():
         _check_length(int(counts[:, -1].max()), places)
-    return counts * real + padding_position
+    return counts * real + (first - 1)
 
 
 def _check_length(tokens: int, positions: int) -> None:

@@ -51,11 +51,6 @@ def in_parts(tokens: Tensor) -> bool:
 class AttentionHeads(nn.Module):
     """Heads of one attention module on this rank: what self-attention and cross-attention have in common.
 
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-        recompute: what to compute again in the backward pass instead of keeping it.
-
     Raises:
         UserError: the tensor size does not divide the number of heads.
     """
@@ -207,14 +202,6 @@ class SelfAttention(AttentionHeads):
     """Query, key and value projections in one column-parallel matrix, attention, and a row-parallel output.
 
     Rows of the fused matrix are ordered ``[heads, 3, head_dim]``, so that a rank's heads are a plain slice.
-
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-        recompute: what to compute again in the backward pass instead of keeping it.
-
-    Raises:
-        UserError: the tensor size does not divide the number of heads.
     """
 
     def __init__(
@@ -233,16 +220,9 @@ class SelfAttention(AttentionHeads):
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
     ) -> Tensor | AttentionOutput:
-        """Attend within sequences.
+        """Attend within sequences; on request, with its mask in place of the layout's, which is a rectangle.
 
-        Args:
-            hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
-            layout: which tokens belong together.
-            dropout_keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
-            request: what is asked beyond; its mask takes the place of the layout's, which is a rectangle.
-
-        Returns:
-            As ``hidden``; on request with what was asked for.
+        Arguments and result are those of TransformerLayer.
         """
         projected = self.project(hidden)
         if request is not None:

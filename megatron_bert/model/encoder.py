@@ -54,12 +54,7 @@ class WordTable(nn.Module):
 
 
 class BertEmbeddings(WordTable):
-    """Word, position and type embeddings, summed, with dropout; with post-layer-norm the sum has a norm before it.
-
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-    """
+    """Word, position and type embeddings, summed, with dropout; with post-layer-norm the sum has a norm before it."""
 
     #: What dropout hashes of the columns, of compiled modules.
     _hashed: Tensor | None = None
@@ -123,8 +118,7 @@ class Encoder(nn.Module):
     Layers keep their global numbers as names, whatever part of the stack this is.
 
     Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
+        config, tp: as of EncoderStage.
         layers: the range of layers to build; all by default.
         recompute: what layers compute again in the backward pass.
     """

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from megatron_bert.model.batch import TaskBatch
@@ -13,9 +14,6 @@ from megatron_bert.model.stage import EncoderStage
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.dropout import fold_in
 from parallel.layers import select_tokens
-from parallel.mesh import SINGLE, TensorParallel
-from parallel.pipeline.stage import StagePart
-from parallel.recompute import Recompute
 
 
 class BertForTask(EncoderStage):
@@ -29,26 +27,12 @@ class BertForTask(EncoderStage):
         config: sizes of the encoder.
         kind: of the head, in the table.
         outputs: width of the head.
-        tp: the tensor-parallel handle.
-        part: the stage's part; the whole model by default.
-        recompute: what layers compute again in the backward pass.
-        device: of the parameters; they hold no values until :func:`parallel.sharding.initialize` or a checkpoint
-            gives them.
+        **options: as of EncoderStage.
     """
 
-    def __init__(
-        self,
-        config: MegatronBertConfig,
-        kind: str,
-        outputs: int,
-        *,
-        tp: TensorParallel = SINGLE,
-        part: StagePart | None = None,
-        recompute: Recompute = "none",
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, config: MegatronBertConfig, kind: str, outputs: int, **options: Any) -> None:
         self.kind, self.head_kind, self.outputs = kind, HEADS[kind], outputs
-        super().__init__(config, tp=tp, part=part, recompute=recompute, device=device)
+        super().__init__(config, **options)
 
     def make_head(self) -> None:
         """Make the head, and perhaps the pooler, under the name it has in pretraining checkpoints."""

@@ -49,12 +49,7 @@ def dropped(features: Tensor, dropout_keys: Tensor | None, config: MegatronBertC
 
 
 class SequenceHead(nn.Module):
-    """RoBERTa's head on the first token of a sequence: dense, tanh and dense, with dropout before both.
-
-    Args:
-        config: sizes of the encoder.
-        outputs: width of the result.
-    """
+    """RoBERTa's head on the first token of a sequence: dense, tanh and dense, with dropout before both."""
 
     def __init__(self, config: MegatronBertConfig, outputs: int) -> None:
         super().__init__()
@@ -77,12 +72,7 @@ class SequenceHead(nn.Module):
 
 
 class MaskedLanguageHead(ParallelModule):
-    """Dense, activation, norm, then the word embeddings as output matrix with a bias of its own.
-
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-    """
+    """Dense, activation, norm, then the word embeddings as output matrix with a bias of its own."""
 
     def __init__(self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE) -> None:
         super().__init__()

@@ -33,15 +33,8 @@ class BertForPretraining(EncoderStage):
     """Megatron BERT with its pretraining heads, or the part of it on one pipeline stage.
 
     Logits are computed at masked positions only. Parameters have the same global names on whatever stage they are; the
-    last stage holds a second copy of the word embeddings, under the same name, as the head's output matrix.
-
-    Args:
-        config: sizes of the encoder.
-        tp: the tensor-parallel handle.
-        part: the stage's part; the whole model by default.
-        recompute: what layers compute again in the backward pass.
-        device: of the parameters; they hold no values until :func:`parallel.sharding.initialize` or a checkpoint
-            gives them.
+    last stage holds a second copy of the word embeddings, under the same name, as the head's output matrix. Arguments
+    are those of EncoderStage.
     """
 
     tied = True

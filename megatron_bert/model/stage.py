@@ -17,13 +17,7 @@ from parallel.recompute import Recompute
 
 
 class ModelStage(nn.Module):
-    """What a pipeline runs (:class:`parallel.pipeline.stage.Stage`), of a model with a configuration.
-
-    Args:
-        config: of the whole model.
-        tp: the tensor-parallel handle.
-        part: the stage's part; the whole model by default.
-    """
+    """What a pipeline runs (:class:`parallel.pipeline.stage.Stage`), of a model with a configuration."""
 
     def __init__(
         self, config: MegatronBertConfig, *, tp: TensorParallel = SINGLE, part: StagePart | None = None
