@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.family.parts import Fused, Holder, column_linear, dropout_prob, part, row_linear
+from megatron_bert.family.parts import Fused, Holder, divided_linear, dropout_prob, part
 from megatron_bert.model.attention import AttentionHeads, SelfAttention
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.requests import AttentionOutput, AttentionRequest
 from megatron_bert.model.resharding import selected
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.collectives import copy_to_ranks
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import TensorParallel
 from parallel.sharding import local_size
 
@@ -70,9 +71,8 @@ class Projections(nn.Module):
 
     def __init__(self, sizes: EncoderConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.query = column_linear(sizes.hidden_size, sizes.hidden_size, tp)
-        self.key = column_linear(sizes.hidden_size, sizes.hidden_size, tp)
-        self.value = column_linear(sizes.hidden_size, sizes.hidden_size, tp)
+        for name in ("query", "key", "value"):
+            self.add_module(name, divided_linear(ColumnParallelLinear, sizes.hidden_size, sizes.hidden_size, tp))
         self.dropout = nn.Dropout(sizes.attention_probs_dropout_prob)
         if sizes.position_embedding_type != "absolute":
             self.distance_embedding = DistanceEmbedding(sizes, tp)
@@ -92,7 +92,9 @@ class _Attention(AttentionHeads):
             self.ln = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
         self.add_module("self", Projections(sizes, tp))
         norm = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps) if post else None
-        self.output = Holder(row_linear(sizes.hidden_size, sizes.hidden_size, tp), norm, sizes.hidden_dropout_prob)
+        self.output = Holder(
+            divided_linear(RowParallelLinear, sizes.hidden_size, sizes.hidden_size, tp), norm, sizes.hidden_dropout_prob
+        )
 
     @property
     def dropout_prob(self) -> float:  # type: ignore[override]
@@ -156,16 +158,9 @@ class CrossAttention(_Attention):
     def forward(
         self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
     ) -> AttentionOutput:
-        """Attend to the encoder's states.
+        """Attend to the encoder's states in the request, which may have a memory of their keys and values.
 
-        Args:
-            hidden: ``[T, H]`` of the decoder.
-            layout: its sequences, a rectangle.
-            dropout_keys: int64 ``[T]`` dropout keys; None without dropout.
-            request: with what to attend to, and perhaps a memory of its keys and values.
-
-        Returns:
-            ``[T, H]``, with what was asked for.
+        Other arguments, and the result, are those of TransformerLayer, of the decoder.
         """
         encoder, own = request.encoder, self.projections
         assert encoder is not None, "cross-attention needs something to attend to"

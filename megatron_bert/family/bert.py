@@ -13,8 +13,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.encoder import EncoderModel
-from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.encoder import EncoderModel, HeadModel
 from megatron_bert.family.pretrained import MegatronBertPreTrainedModel
 
 

@@ -23,8 +23,8 @@ from megatron_bert.family.classifiers import (
     SpanClassifier,
     TokenClassifier,
 )
-from megatron_bert.family.heads import HeadModel
-from megatron_bert.family.modules import PretrainingHeads, without_values
+from megatron_bert.family.encoder import HeadModel
+from megatron_bert.family.parts import without_values
 
 
 class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
@@ -36,7 +36,7 @@ class MegatronBertForNextSentencePrediction(MegatronBertHeadModel, Classifier):
     def build(self, **parts: Any) -> None:
         """Make the modules."""
         HeadModel.build(self, **parts)
-        self.cls = PretrainingHeads(None, without_values(nn.Linear, self.sizes.hidden_size, 2))
+        self.cls = nn.ModuleDict({"seq_relationship": without_values(nn.Linear, self.sizes.hidden_size, 2)})
 
     def forward(
         self,

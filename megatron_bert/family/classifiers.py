@@ -20,10 +20,9 @@ from transformers.modeling_outputs import (
 
 from megatron_bert.family.arguments import Arguments, check_shape, shared_arguments
 from megatron_bert.family.checks import check_whole
-from megatron_bert.family.encoder import Encoded
-from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.encoder import Encoded, HeadModel
 from megatron_bert.family.losses import mean_cross_entropy, problem_loss
-from megatron_bert.family.modules import drop, without_values
+from megatron_bert.family.parts import drop, without_values
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.task_heads.choice import ChoiceKind
 from megatron_bert.model.task_heads.span import SpanKind

@@ -7,10 +7,9 @@ encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -178,7 +177,8 @@ class EncoderModel(DocumentedModel):
             lengths, order = mask.keys.sum(1).sort(descending=True, stable=True)
             row, column = mask.keys[order].nonzero(as_tuple=True)
             kept = order[row] * inputs.length + column
-            inputs, dropout_keys = _without_padding(inputs, dropout_keys, kept)
+            inputs = _without_padding(inputs, kept)
+            dropout_keys = None if dropout_keys is None else dropout_keys.index_select(0, kept)
             layout = SequenceLayout.packed(lengths, int(lengths[0]))
             assert layout.boundaries is not None
             first = torch.empty_like(order).index_copy_(0, order, layout.boundaries[:-1].long())
@@ -309,6 +309,26 @@ class EncoderModel(DocumentedModel):
         return fold_in(fold_in(rows, seed), columns).flatten()
 
 
+class HeadModel(DocumentedModel):
+    """An encoder under the family's name for it, for a head to go on from; arguments as of DocumentedModel."""
+
+    encoder_class: ClassVar[type[EncoderModel]]
+    #: Whether the encoder has a pooler.
+    pooled: ClassVar[bool] = True
+
+    def build(self, **parts: Any) -> None:
+        """Make the encoder."""
+        pooled = parts.get("pooled", self.pooled)
+        encoder = self.encoder_class(
+            self.config, pooled, tp=self.tp, skip_padding=self._skip_padding, initial=False, device=None
+        )
+        self.add_module(self.base_model_prefix, encoder)
+
+    def learns_from(self, labels: Tensor | None) -> bool:
+        """Whether this is a training step, of which only the loss is of use, not what the head gives at padding."""
+        return self.training and labels is not None
+
+
 def _sees_sequences(words: nn.Module) -> bool:
     """Whether word embeddings have hooks, which expect a rectangle; those that do not look at what passes aside."""
     of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -320,15 +340,7 @@ def _sees_sequences(words: nn.Module) -> bool:
     )
 
 
-def _without_padding(
-    inputs: TokenInputs, dropout_keys: Tensor | None, kept: Tensor
-) -> tuple[TokenInputs, Tensor | None]:
-    take: Callable[[Tensor], Tensor] = lambda tensor: tensor.index_select(0, kept)  # noqa: E731
-    packed = replace(
-        inputs,
-        tokens=None if inputs.tokens is None else take(inputs.tokens),
-        embedded=None if inputs.embedded is None else take(inputs.embedded),
-        positions=take(inputs.positions),
-        types=take(inputs.types),
-    )
-    return packed, None if dropout_keys is None else take(dropout_keys)
+def _without_padding(inputs: TokenInputs, kept: Tensor) -> TokenInputs:
+    given = {name: getattr(inputs, name) for name in ("tokens", "embedded", "positions", "types")}
+    packed: Any = {name: t.index_select(0, kept) for name, t in given.items() if t is not None}
+    return replace(inputs, **packed)

@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertForPreTrainingOutput
 
 from megatron_bert.family.arguments import Arguments, check_labels, shared_arguments
 from megatron_bert.family.bert import MegatronBertHeadModel
 from megatron_bert.family.checks import checked_switch
 from megatron_bert.family.configuration import MegatronBertConfig
-from megatron_bert.family.encoder import Encoded
-from megatron_bert.family.heads import HeadModel
+from megatron_bert.family.encoder import Encoded, HeadModel
 from megatron_bert.family.losses import blanked, mean_cross_entropy
-from megatron_bert.family.modules import LanguageHead, Predictions, PretrainingHeads, without_values
-from megatron_bert.family.outputs import MegatronBertForPreTrainingOutput
+from megatron_bert.family.modules import LanguageHead, Predictions
+from megatron_bert.family.parts import without_values
 from parallel.collectives import gather_from_ranks
 from parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from parallel.errors import UserError
@@ -116,10 +116,6 @@ class LanguageModel(HeadModel):
         check_labels("labels", labels, given.shape, self.config.vocab_size, IGNORED)
         return labels != IGNORED
 
-
-class MaskedLanguageModel(LanguageModel):
-    """A language model that predicts the words at every token."""
-
     def predicted(
         self, given: Arguments, labels: Tensor | None, return_dict: bool | None
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
@@ -145,14 +141,14 @@ class MegatronBertLanguageModel(MegatronBertHeadModel, LanguageModel):
     def build(self, **parts: Any) -> None:
         """Make the modules."""
         super().build(**parts)
-        self.cls = PretrainingHeads(Predictions(self.sizes, self.config.hidden_act, self.tp), None)
+        self.cls: Any = nn.ModuleDict({"predictions": Predictions(self.sizes, self.config.hidden_act, self.tp)})
 
     def language_head(self) -> LanguageHead:
         """The masked-language head."""
         return self.cls.predictions
 
 
-class MegatronBertForMaskedLM(MegatronBertLanguageModel, MaskedLanguageModel):
+class MegatronBertForMaskedLM(MegatronBertLanguageModel):
     """Logits over the vocabulary for every token; arguments as of MegatronBertModel."""
 
     def forward(
@@ -191,8 +187,8 @@ class MegatronBertForPreTraining(MegatronBertLanguageModel):
     def build(self, **parts: Any) -> None:
         """Make the modules."""
         super().build(**parts)
-        pairs = without_values(nn.Linear, self.sizes.hidden_size, 2) if parts["pooled"] else None
-        self.cls = PretrainingHeads(Predictions(self.sizes, self.config.hidden_act, self.tp), pairs)
+        if parts["pooled"]:
+            self.cls["seq_relationship"] = without_values(nn.Linear, self.sizes.hidden_size, 2)
 
     def pair_logits(self, encoded: Encoded) -> Tensor:
         """The sentence-pair head: logits ``[B, 2]``."""

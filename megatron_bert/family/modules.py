@@ -20,18 +20,17 @@ from megatron_bert.family.parts import (
     Activation,
     Holder,
     activation,
-    column_linear,
+    divided_linear,
     drop,
     dropout_prob,
     part,
-    row_linear,
     without_values,
 )
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder
 from megatron_bert.model.heads import MaskedLanguageHead, Pooler, SequenceHead
 from megatron_bert.model.layer import ATTENTION_OUTPUT, MLP_OUTPUT, TransformerLayer
-from parallel.layers import VocabParallelEmbedding
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import TensorParallel
 
 
@@ -66,8 +65,8 @@ class EncoderLayer(TransformerLayer, GradientCheckpointingLayer):
         if not self.post_norm:
             self.ln = nn.LayerNorm(size, sizes.layer_norm_eps)
         norm = nn.LayerNorm(size, sizes.layer_norm_eps) if self.post_norm else None
-        self.intermediate = Holder(column_linear(size, wide, tp))
-        self.output = Holder(row_linear(wide, size, tp), norm, sizes.hidden_dropout_prob)
+        self.intermediate = Holder(divided_linear(ColumnParallelLinear, size, wide, tp))
+        self.output = Holder(divided_linear(RowParallelLinear, wide, size, tp), norm, sizes.hidden_dropout_prob)
 
     def drops(self) -> bool:
         """Whether there is dropout anywhere in the layer."""
@@ -164,15 +163,6 @@ class PoolerLayer(nn.Module):
         return with_tanh(self.dense, x)
 
 
-class Transform(nn.Module):
-    """Dense and norm of the masked-language head, as MegatronBERT names them."""
-
-    def __init__(self, sizes: EncoderConfig) -> None:
-        super().__init__()
-        self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
-        self.LayerNorm = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
-
-
 class LanguageHead(MaskedLanguageHead):
     """The masked-language head; its output matrix is the word embeddings unless they are not tied."""
 
@@ -181,7 +171,7 @@ class LanguageHead(MaskedLanguageHead):
         self.tp, self.hidden_act = tp, act  # type: ignore[assignment]
         self._make_transform(sizes)
         rows = sizes.vocab_size if tp.size == 1 else sizes.padded_vocab_size
-        self.decoder = column_linear(sizes.hidden_size, rows, tp)
+        self.decoder = divided_linear(ColumnParallelLinear, sizes.hidden_size, rows, tp)
         assert self.decoder.bias is not None
         self.bias = self.decoder.bias
 
@@ -200,7 +190,8 @@ class Predictions(LanguageHead):
     dense, norm = part("transform.dense"), part("transform.LayerNorm")
 
     def _make_transform(self, sizes: EncoderConfig) -> None:
-        self.transform = Transform(sizes)
+        dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
+        self.transform = Holder(dense, nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps))
 
 
 class RobertaLanguageHead(LanguageHead):
@@ -211,17 +202,6 @@ class RobertaLanguageHead(LanguageHead):
     def _make_transform(self, sizes: EncoderConfig) -> None:
         self.dense = without_values(nn.Linear, sizes.hidden_size, sizes.hidden_size)
         self.layer_norm = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
-
-
-class PretrainingHeads(nn.Module):
-    """The level of names above the heads of MegatronBERT's pretraining."""
-
-    def __init__(self, predictions: Predictions | None, pairs: nn.Linear | None) -> None:
-        super().__init__()
-        if predictions is not None:
-            self.predictions = predictions
-        if pairs is not None:
-            self.seq_relationship = pairs
 
 
 class RobertaSequenceHead(SequenceHead):

@@ -52,18 +52,13 @@ def without_values(make: Callable[..., nn.Module], *sizes: Any, **options: Any) 
     return make(*sizes, device="meta", **options).to_empty(device=torch.get_default_device())
 
 
-def column_linear(inputs: int, outputs: int, tp: TensorParallel) -> Linear:
-    """A linear layer whose outputs are divided over the tensor ranks."""
+def divided_linear(
+    kind: type[ColumnParallelLinear | RowParallelLinear], inputs: int, outputs: int, tp: TensorParallel
+) -> Linear:
+    """A linear layer whose outputs or inputs are divided over the tensor ranks; torch's own on a single one."""
     if tp.size == 1:
         return without_values(nn.Linear, inputs, outputs)
-    return ColumnParallelLinear(inputs, outputs, init_std=0.0, tp=tp)
-
-
-def row_linear(inputs: int, outputs: int, tp: TensorParallel) -> Linear:
-    """A linear layer whose inputs are divided over the tensor ranks."""
-    if tp.size == 1:
-        return without_values(nn.Linear, inputs, outputs)
-    return RowParallelLinear(inputs, outputs, init_std=0.0, tp=tp)
+    return kind(inputs, outputs, init_std=0.0, tp=tp)
 
 
 def dropout_prob(dropout: nn.Module) -> float:

@@ -18,9 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from megatron_bert.convert.huggingface_names import IBERT
 from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.encoder import EncoderModel
+from megatron_bert.family.encoder import EncoderModel, HeadModel
 from megatron_bert.family.files import file_beside, stored_tensors
-from megatron_bert.family.heads import HeadModel
 from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.family.configuration import IBertConfig
 from megatron_bert.ibert.family.quantized import blank_buffer, follow_training, read_their_ranges, their_ranges

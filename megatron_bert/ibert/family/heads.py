@@ -17,12 +17,12 @@ from transformers.modeling_outputs import (
 from megatron_bert.family.arguments import shared_arguments
 from megatron_bert.family.classifiers import ChoiceClassifier, SequenceClassifier, SpanClassifier, TokenClassifier
 from megatron_bert.family.encoder import Encoded
-from megatron_bert.family.language import MaskedLanguageModel
+from megatron_bert.family.language import LanguageModel
 from megatron_bert.family.modules import LanguageHead, RobertaLanguageHead, RobertaSequenceHead
 from megatron_bert.ibert.family.encoder import IBertHeadModel
 
 
-class IBertForMaskedLM(IBertHeadModel, MaskedLanguageModel):
+class IBertForMaskedLM(IBertHeadModel, LanguageModel):
     """Logits over the vocabulary for every token; arguments as of IBertModel."""
 
     _tied_weights_keys: ClassVar = {

@@ -58,10 +58,10 @@ def _before_forward(model: Any, arguments: tuple[Any, ...], named: dict[str, Any
         quantizer.unused = not quantizer.known
 
 
-def canonical_name(model: DocumentedModel, name: str) -> str:
-    """The name in a pretraining checkpoint of a quantizer of a documented model."""
+def canonical_name(model: nn.Module, name: str) -> str:
+    """The name in a pretraining checkpoint of a quantizer, which others than documented models have themselves."""
     owner, _, rest = name.rpartition(".ranges.")
-    place = model.names.place(owner)
+    place = model.names.place(owner) if isinstance(model, DocumentedModel) else None
     return name if place is None else f"{place.owner}.ranges.{rest}"
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from megatron_bert.convert.ranges import RANGES_NAME, parse_ranges
-from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.family.quantized import canonical_name
 from megatron_bert.ibert.stored_ranges import ranges_of, use_ranges
 from megatron_bert.model.directories import directory_path
@@ -23,7 +22,7 @@ def save_ranges(model: nn.Module, directory: str | Path) -> None:
     Raises:
         UserError: the model is not quantized.
     """
-    ranges = ranges_of(model, partial(_name, model))
+    ranges = ranges_of(model, partial(canonical_name, model))
     if ranges is None:
         raise UserError(f"{type(model).__name__} has no ranges to save: quantize it first")
     path = directory_path(directory)
@@ -48,9 +47,4 @@ def load_ranges(model: nn.Module, directory: str | Path, *, force_dequant: str |
     with reporting("read", path, "check its permissions"):
         ranges = parse_ranges(path.read_bytes(), str(path))
     changes = {} if force_dequant is None else {"force_dequant": force_dequant}
-    use_ranges(model, ranges, str(path), partial(_name, model), **changes)
-
-
-def _name(model: nn.Module, name: str) -> str:
-    """The name of a quantizer in a pretraining checkpoint."""
-    return canonical_name(model, name) if isinstance(model, DocumentedModel) else name
+    use_ranges(model, ranges, str(path), partial(canonical_name, model), **changes)
