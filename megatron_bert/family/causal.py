@@ -15,14 +15,14 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.checks import described
+from megatron_bert.family.checks import check_tensor, described
 from megatron_bert.family.configuration import MegatronBertConfig
 from megatron_bert.family.encoder import Tensors
 from megatron_bert.family.language import MegatronBertLanguageModel
-from megatron_bert.family.logits_to_keep import check_kept, kept_states
 from megatron_bert.model.configuration_checks import is_number
 from parallel.cross_entropy import IGNORED
 from parallel.errors import UserError
+from parallel.recording import values_unknown
 
 
 class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
@@ -77,7 +77,7 @@ class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
         if labels is not None:
             given = replace(given, use_cache=False)
         if given.shape is not None:
-            check_kept(logits_to_keep, *given.shape)
+            _check_kept(logits_to_keep, *given.shape)
         items = _checked_items(num_items_in_batch)
         encoded = self.base_model.encode(given, needed=self.labeled(given, labels))
         loss = None
@@ -85,7 +85,7 @@ class MegatronBertForCausalLM(MegatronBertLanguageModel, GenerationMixin):
         if labels is not None:
             following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
             loss = self.language_loss(hidden.flatten(0, 1), following.reshape(-1), items)
-        kept = kept_states(hidden, logits_to_keep)
+        kept = _kept_states(hidden, logits_to_keep)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=self.logits(kept.reshape(-1, kept.shape[-1])).unflatten(0, kept.shape[:-1]),
@@ -131,3 +131,64 @@ def _checked_items(given: Any) -> float | None:
             f"num_items_in_batch is {described(given)}: give the number of words that are counted in all batches"
         )
     return number
+
+
+def _check_kept(kept: int | Tensor, batch: int, length: int) -> None:
+    """Check what says which tokens' hidden states are kept.
+
+    Args:
+        kept: see :func:`_kept_states`.
+        batch, length: B and S.
+
+    Raises:
+        UserError: another kind of thing or shape, or places beyond the tokens.
+    """
+    if not isinstance(kept, Tensor):
+        if not isinstance(kept, int):
+            raise UserError(
+                f"logits_to_keep is {described(kept)}: give a number of tokens, 0 for all, or a tensor of places"
+            )
+        return
+    check_tensor("logits_to_keep", kept)
+    shape = list(kept.shape)
+    if kept.dtype == torch.bool:
+        if shape not in ([length], [batch, length]):
+            raise UserError(
+                f"logits_to_keep has shape {shape} and type torch.bool, expected [{length}] or [{batch}, {length}]: "
+                "say of every token whether it is kept"
+            )
+        return
+    if kept.dtype not in (torch.int64, torch.int32) or kept.device.type == "meta":
+        raise UserError(
+            f"logits_to_keep is of type {kept.dtype} on {kept.device}: give int64 places, or bool for every token"
+        )
+    if len(shape) > 2 or (len(shape) == 2 and shape[0] != batch):
+        raise UserError(f"logits_to_keep has shape {shape}, expected [places] or [{batch}, places]")
+    if not values_unknown() and kept.numel():
+        least, most = torch.stack(kept.aminmax()).tolist()
+        if least < -length or most >= length:
+            raise UserError(
+                f"logits_to_keep holds places outside of {length} tokens: give 0 to {length - 1}, or -{length} to -1 "
+                "counted from the end"
+            )
+
+
+def _kept_states(hidden: Tensor, kept: int | Tensor) -> Tensor:
+    """The hidden states of some of the tokens.
+
+    Args:
+        hidden: ``[B, S, H]``.
+        kept: how many tokens at the end, 0 for all, or less for all but so many at the start; or a tensor: places
+            ``[n]`` in every sequence, ``[]`` the only one, ``[B, n]`` of each; or bool ``[S]`` or ``[B, S]``.
+
+    Returns:
+        ``[B, n, H]``; ``[B, H]`` of the only place; ``[n, H]`` of all tokens that bool ``[B, S]`` marks.
+    """
+    if not isinstance(kept, Tensor):
+        return hidden[:, -kept:]
+    if kept.dim() < 2:
+        return hidden[:, kept]
+    if kept.dtype == torch.bool:
+        return hidden[kept]
+    places = kept.to(hidden.device, torch.int64) % hidden.shape[1]
+    return hidden.take_along_dim(places[..., None], dim=1)

@@ -189,7 +189,8 @@ class SequenceLayout(Movable):
             pairs: how many pairs of places of a sequence may be padding, beside its longest neighbor.
         """
         if pairs not in self._parts:
-            self._parts[pairs] = list(map(_of_lengths, _runs(self.lengths, pairs)))
+            runs = _runs(self.lengths, pairs)
+            self._parts[pairs] = [SequenceLayout.packed(torch.tensor(run), max(run)) for run in runs]
         return self._parts[pairs]
 
     @cached_property
@@ -261,7 +262,3 @@ def _within_bounds(lengths: Tensor, fill: int, bounds: Bounds) -> Tensor:
     sizes[: len(lengths)] = lengths
     sizes[len(lengths) : len(lengths) + len(filled)] = lengths.new_tensor(filled)
     return sizes
-
-
-def _of_lengths(lengths: list[int]) -> SequenceLayout:
-    return SequenceLayout.packed(torch.tensor(lengths), max(lengths))

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 )
 
 from megatron_bert.family.arguments import shared_arguments
-from megatron_bert.family.classifiers import ChoiceClassifier, SequenceClassifier, SpanClassifier, TokenClassifier
+from megatron_bert.family.classification import ChoiceClassifier, SequenceClassifier, SpanClassifier, TokenClassifier
 from megatron_bert.family.encoder import Encoded
 from megatron_bert.family.language import LanguageModel
 from megatron_bert.family.modules import LanguageHead, RobertaLanguageHead, RobertaSequenceHead
