@@ -86,7 +86,7 @@ class _Attention(AttentionHeads):
     distance = part("self.distance_embedding")
 
     def __init__(self, sizes: EncoderConfig, tp: TensorParallel) -> None:
-        AttentionHeads.__init__(self, sizes, tp=tp)
+        AttentionHeads.__init__(self, sizes, tp=tp)  # not SelfAttention's, which makes the parts under other names
         post = sizes.layer_norm_placement == "post"
         if not post:
             self.ln = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
@@ -173,5 +173,4 @@ class CrossAttention(_Attention):
             return key.unflatten(0, size).transpose(1, 2), value.unflatten(0, size).transpose(1, 2)
 
         key, value = project() if request.memory is None else request.memory.of_encoder(project)
-        given = (query, key, value, layout, dropout_keys, request)
-        return self.answer(*given, mask=encoder.mask, explicit=encoder.unattended)
+        return self.answer(query, key, value, layout, dropout_keys, request, encoder)

@@ -20,7 +20,7 @@ from megatron_bert.model.attention_functions import (
     packed_attention,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.requests import AttentionOutput, AttentionRequest
+from megatron_bert.model.requests import AttentionOutput, AttentionRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.collectives import copy_to_ranks, gather_from_ranks
 from parallel.dropout import fold_in
@@ -177,20 +177,19 @@ class AttentionHeads(nn.Module):
         layout: SequenceLayout,
         dropout_keys: Tensor | None,
         request: AttentionRequest,
-        *,
-        mask: Tensor | None,
-        explicit: bool,
+        encoder: EncoderStates | None = None,
     ) -> AttentionOutput:
-        """What is asked of sequences in a rectangle; other arguments as of :meth:`attend`."""
+        """What is asked of sequences in a rectangle, whose keys may be those of an encoder."""
+        seen = request if encoder is None else encoder
         context, probabilities = self.attend(
             query,
             key,
             value,
-            mask,
+            seen.mask,
             None if dropout_keys is None else layout.to_rectangle(dropout_keys),
             first=request.first,
             head_mask=request.head_mask,
-            explicit=request.probabilities or explicit,
+            explicit=request.probabilities or seen.unattended,
         )
         return AttentionOutput(
             self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
@@ -229,8 +228,7 @@ class SelfAttention(AttentionHeads):
             query, key, value = _rectangles(projected, layout)
             if request.memory is not None:
                 key, value = request.memory.grown(key, value)
-            given = (query, key, value, layout, dropout_keys, request)
-            return self.answer(*given, mask=request.mask, explicit=request.unattended)
+            return self.answer(query, key, value, layout, dropout_keys, request)
         if layout.boundaries is not None and self.distance is None and has_packed_attention(projected[0]):
             dropout = self.dropout_prob if dropout_keys is not None else 0.0
             query, key, value = _apart(projected, 2)
