@@ -111,9 +111,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
-@torch.compiler.assume_constant_result
-def _gpu_has_flash_attention() -> bool:
-    """Whether the GPU in use runs flash attention: Ampere and later."""
+def gpu_has_flash_attention() -> bool:
+    """Whether the GPU in use runs flash attention: Ampere and later. Of no tensor: a constant to the compiler."""
     return torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
 
 
@@ -121,7 +120,7 @@ def has_packed_attention(tensor: Tensor) -> bool:
     """Whether :func:`packed_attention` takes query, key and value like this tensor, ``[.., D]``."""
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     fits = tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256
-    return on_gpu(tensor) and half and fits and (is_simulated_gpu() or _gpu_has_flash_attention())
+    return on_gpu(tensor) and half and fits and (is_simulated_gpu() or gpu_has_flash_attention())
 
 
 def packed_attention(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_bert import backends
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
+from megatron_bert.model.attention_functions import gpu_has_flash_attention
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.requests import AttentionRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
@@ -119,6 +120,7 @@ class TransformerLayer(nn.Module):
 
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
+        torch.compiler.assume_constant_result(gpu_has_flash_attention)
         self._run = torch.compile(self._run, fullgraph=True)  # type: ignore[method-assign]
         self._hashed = hashed_columns(self.mlp_norm.weight.shape[0], self.mlp_norm.weight.device)
 

@@ -214,6 +214,22 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
+def test_training_starts_without_the_compiler() -> None:
+    code = """
+import sys, torch
+from megatron_bert.training import pretrain, update_rules
+from megatron_bert.config_sections import OptimizerSettings
+from parallel.runs import lone_run
+weight = torch.nn.Parameter(torch.ones(2))
+weight.grad = torch.ones(2)
+run = lone_run(weight, update_rules.Kind(0.0, 1.0))
+update_rules.AdamW([run], OptimizerSettings(), None, [weight], frozenset()).step(0.5, None, None)
+print(weight[0].item() < 1, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
 def test_a_closed_pipe_ends_a_command_quietly() -> None:
     with start(*SCHEDULE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
