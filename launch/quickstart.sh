@@ -100,7 +100,8 @@ threads=$((cores / 2 > 8 ? 8 : cores > 1 ? cores / 2 : 1)) # more than 8 do not 
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} $python -m torch.distributed.run --standalone --nproc-per-node 2 \
     -m megatron_bert pretrain configs/bert_tiny.yaml \
     tokenizer.path="$tokenizer" data.train="${corpus}_text_sentence" parallel.tensor=2 training.device=cpu \
-    training.micro_batch_size=48 training.run_dir="$out/run" ${steps:+training.steps=$steps}
+    training.micro_batch_size=48 training.run_dir="$out/run" \
+    ${steps:+training.steps=$steps learning_rate.warmup_steps=$((steps / 20))} # the share that it has in the settings
 
 say "Filling in masked words"
 $python -m megatron_bert fill-mask "$out/run" --top 3 "${questions[@]}"
