@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predicted step times beside measured ones, of small runs on this machine's processor.
 
-A world is calibrated (`megatron-bert bench --ranks N`), its steps are predicted, and then trained, several times in
-turns; the error is the median of theirs.
+A world is calibrated (`megatron-bert bench --ranks N`) before and after it trains, for a machine is not always equally
+fast; its steps are predicted with both, and the mean is compared with what was measured in between. The error is the
+median of several rounds.
 
     python -m benchmarks.planning --output benchmarks/planning_cpu.json
 """
@@ -10,6 +11,7 @@ turns; the error is the median of theirs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -19,7 +21,6 @@ from typing import Any
 
 from benchmarks.harness import provenance, publish
 from benchmarks.timing import taken_by
-from megatron_bert.config import Settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.ending import command
@@ -37,8 +38,19 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert_345m.yaml"
 #: Ranks, and settings of their layouts.
 WORLDS: dict[int, list[list[str]]] = {
     1: [["parallel.tensor=1"]],
-    2: [["parallel.tensor=1"], ["parallel.tensor=2"], ["parallel.pipeline=2"]],
-    4: [["parallel.tensor=2", "parallel.sequence=true"], ["parallel.tensor=1"]],
+    2: [
+        ["parallel.tensor=1"],
+        ["parallel.tensor=2"],
+        ["parallel.pipeline=2"],
+        ["parallel.tensor=2", "parallel.sequence=true"],
+    ],
+    4: [
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.tensor=1"],
+        ["parallel.pipeline=2"],
+        ["parallel.tensor=4"],
+        ["parallel.sharding=full"],
+    ],
 }
 SIZES = [
     "model.hidden_size=256",
@@ -56,7 +68,7 @@ SIZES = [
     "training.device=cpu",
     "training.global_batch_size=16",
     "training.micro_batch_size=4",
-    "logging.every=1",
+    "logging.every=3",
     "logging.tensorboard=false",
     "checkpoint.every=0",
 ]
@@ -84,27 +96,34 @@ def measured_seconds(overrides: list[str], ranks: int, folder: Path) -> float:
     """Median seconds of a step, the first ones left out."""
     run_ranks(ranks, _train, [*overrides, f"training.run_dir={folder}"])
     rows = [row["step_seconds"] for row in read_metrics(folder / METRICS_FILE) if "step_seconds" in row]
-    return statistics.median(rows[2:])
+    return statistics.median(rows[1:])
 
 
-def compare(ranks: int, chosen: list[str], steps: int, rounds: int) -> dict[str, Any]:
-    """Predictions and measurements of a layout, one after the other in turns: a machine is not always equally fast."""
-    predicted, measured = [], []
+def compare(ranks: int, worlds: list[list[str]], steps: int, rounds: int) -> list[dict[str, Any]]:
+    """Predictions and measurements of layouts, one after the other, each between two calibrations."""
+    found: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(worlds))}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        overrides = [*SIZES, *make_corpus(folder), *chosen, f"training.steps={steps}", "learning_rate.warmup_steps=1"]
-        settings: Settings = load_settings(CONFIG, overrides)
-        work = workload_of(settings, settings.model_config_for(2006, 0), steps, settings.data.seq_length)
-        for number in range(rounds):
-            machine = Machine(*bench(ranks, "cpu"))
-            predicted.append(predict(work, layout_of(settings, ranks), machine).time.seconds)
-            measured.append(measured_seconds(overrides, ranks, folder / str(number)))
-    errors = [ours / seen - 1 for ours, seen in zip(predicted, measured, strict=True)]
+        overrides = [*SIZES, *make_corpus(folder), f"training.steps={steps}", "learning_rate.warmup_steps=1"]
+        before = Machine(*bench(ranks, "cpu"))
+        for turn, (number, chosen) in itertools.product(range(rounds), enumerate(worlds)):
+            settings = load_settings(CONFIG, [*overrides, *chosen])
+            seen = measured_seconds([*overrides, *chosen], ranks, folder / f"{turn} {number}")
+            after = Machine(*bench(ranks, "cpu"))
+            work = workload_of(settings, settings.model_config_for(2006, 0), steps, settings.data.seq_length)
+            ours = [predict(work, layout_of(settings, ranks), machine).time.seconds for machine in (before, after)]
+            found[number].append((statistics.fmean(ours), seen))
+            before = after
+    return [_row(ranks, chosen, found[number]) for number, chosen in enumerate(worlds)]
+
+
+def _row(ranks: int, chosen: list[str], seconds: list[tuple[float, float]]) -> dict[str, Any]:
+    errors = [ours / seen - 1 for ours, seen in seconds]
     return {
         "ranks": ranks,
         "settings": chosen,
-        "predicted_seconds": statistics.median(predicted),
-        "measured_seconds": statistics.median(measured),
+        "predicted_seconds": statistics.median(ours for ours, _ in seconds),
+        "measured_seconds": statistics.median(seen for _, seen in seconds),
         "error": statistics.median(errors),
         "errors": errors,
     }
@@ -136,7 +155,7 @@ def main() -> None:
     """Predict, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=list(WORLDS), choices=list(WORLDS))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="predictions and runs of each layout, in turns")
     parser.add_argument("--gpus", type=int, nargs="*", default=[512], help="devices to plan 3.9B for")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -144,9 +163,7 @@ def main() -> None:
     result = {
         **provenance("planning"),
         "worlds": [
-            compare(ranks, chosen, arguments.steps, arguments.rounds)
-            for ranks in arguments.ranks
-            for chosen in WORLDS[ranks]
+            row for ranks in arguments.ranks for row in compare(ranks, WORLDS[ranks], arguments.steps, arguments.rounds)
         ],
         "of_3.9b": [row for gpus in arguments.gpus for row in of_3_9b(gpus)],
     }

@@ -290,7 +290,7 @@ class FlatBuffers:
         whole = self.gradients[bucket.start : bucket.start + bucket.size]
         group = self.mesh.device_mesh.get_group(self.axis)
         if self.divided:
-            bucket.reducing = _reduce_scatter(self.gradients[bucket.own], whole, group=group, async_op=True)
+            bucket.reducing = reduce_scatter(self.gradients[bucket.own], whole, group=group, async_op=True)
         else:
             bucket.reducing = dist.all_reduce(whole, group=group, async_op=True)
 
@@ -329,7 +329,7 @@ class FlatBuffers:
         group = self.mesh.device_mesh.get_group(self.axis)
         for bucket in self.buckets:
             whole = self.weights[bucket.start : bucket.start + bucket.size]
-            bucket.gathering = _all_gather(whole, self.weights[bucket.own], group=group, async_op=True)
+            bucket.gathering = all_gather(whole, self.weights[bucket.own], group=group, async_op=True)
 
     def wait(self, buckets: Iterable[_Bucket] | None = None) -> None:
         """Wait for weights of other ranks, before the computation uses them."""
@@ -383,5 +383,5 @@ def _up(size: int, multiple: int) -> int:
 
 
 #: Torch 2.13 has other names for these, and warns of the old ones.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``megatron-bert bench``: what the machine at hand can do, as the file that `megatron-bert plan` reads.
 
-Every rank measures at the same time as the others, as they compute in a run: processes of one host share its memory.
+Ranks measure at the same time, as they compute in a run: processes of one host share its memory. Where there are more
+of them than can compute at once, as many do, and what it costs to take turns is counted where steps are.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
@@ -28,13 +27,15 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import peak_tflops
 from megatron_bert.model.layer import TransformerLayer
 from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.planning.bench_link import measure_link
 from megatron_bert.planning.devices import GIB, Device, Link
 from megatron_bert.planning.step_time import OPERATORS
 from megatron_bert.planning.this_machine import memory_bytes, processor_name, run_ranks
+from megatron_bert.planning.timed import Ranks
 from parallel.dropout import keyed_dropout
-from parallel.errors import UserError
+from parallel.errors import UserError, called
 from parallel.gradients import sums_of_squares
-from parallel.process_group import process_group
+from parallel.process_group import choose_device, process_group
 from parallel.sharding import initialize
 from parallel.whole_files import reporting, write_text
 
@@ -56,6 +57,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
         raise UserError(f"--ranks is {arguments.ranks}: give 1 or more")
     output: Path | None = arguments.output
     check_output("--output", output)
+    with called(device="--device"):
+        if choose_device(arguments.device, 0).type == "cuda" and arguments.ranks > torch.cuda.device_count():
+            raise UserError(f"--ranks is {arguments.ranks}: this host has {torch.cuda.device_count()} GPUs, one a rank")
     device, link = bench(arguments.ranks, arguments.device)
     text = yaml.safe_dump({"device": device.model_dump(), "link": link.model_dump()}, sort_keys=False)
     print(text, end="")
@@ -89,15 +93,15 @@ def _measure(name: str) -> dict[str, Any]:
     with process_group(name) as world:
         device = world.device
         formats = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
-        products = {compute: _products(device, getattr(torch, compute)) for compute in formats}
+        ranks = Ranks.of(device)
+        products = {compute: _products(ranks, getattr(torch, compute)) for compute in formats}
         half = "bfloat16" if device.type == "cuda" else "float32"
-        plain, dropped = (_attention(device, getattr(torch, half), chance) for chance in (0.0, 0.1))
+        plain, dropped = (_attention(ranks, getattr(torch, half), chance) for chance in (0.0, 0.1))
         reached = products[half][0]
         # The MFU is of the maker's peak, where that is known.
         published = peak_tflops(torch.cuda.get_device_name(device), half) if device.type == "cuda" else None
         share = 1.0 if published is None else min(1.0, reached / published)
-        moved = _moving(device, getattr(torch, half))
-        link = _link(device)
+        moved = _moving(ranks, getattr(torch, half))
         return {
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name() or "a processor",
             "source": "measured",
@@ -111,47 +115,13 @@ def _measure(name: str) -> dict[str, Any]:
             "attention_dropout_share": min(1.0, dropped * share / reached),
             "memory_gb_per_second": moved,
             "memory_share": 1.0,
-            "optimizer_gb_per_second": _optimizer(device),
-            "launch_microseconds": _launch(device),
+            "optimizer_gb_per_second": _optimizer(ranks),
+            "launch_microseconds": _launch(ranks),
             "asynchronous": device.type == "cuda",
             "devices_per_node": world.size,
-            "link": link,
+            "ranks_at_once": ranks.at_once if ranks.at_once < world.size else None,
+            "link": measure_link(ranks),
         }
-
-
-#: Seconds for which something is measured, and how often at least and at most.
-_LEAST_SECONDS, _LEAST_TIMES, _MOST_TIMES = 0.15, 3, 200
-#: Messages of each size, and products before each of them.
-_MESSAGES, _PRODUCTS = 60, 3
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of some work that all ranks do at once, at their mean rate: those that share a core may not do so evenly.
-
-    Args:
-        work: what is timed.
-        device: that does it.
-    """
-    work()
-    _settle(device)
-    dist.barrier()
-    found: list[float] = []
-    began = time.perf_counter()
-    while len(found) < _LEAST_TIMES or time.perf_counter() - began < _LEAST_SECONDS:
-        start = time.perf_counter()
-        work()
-        _settle(device)
-        found.append(time.perf_counter() - start)
-        if len(found) == _MOST_TIMES:
-            break
-    rate = torch.tensor(1 / statistics.fmean(found), device=device)
-    dist.all_reduce(rate)
-    return dist.get_world_size() / rate.item()
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 #: Bytes of operands that pass through between two uses of the same: more than the cache of a core.
@@ -180,13 +150,14 @@ def _product_and_gradients(x: Tensor, weight: Tensor, bias: Tensor, gradient: Te
     torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), gradient)
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def _products(ranks: Ranks, dtype: torch.dtype) -> tuple[float, float]:
     """TFLOP/s of large products and their gradients, and the size of rows or columns at which half of it is reached."""
+    device = ranks.device
     rows, rates = _ROWS[device.type], {}
     for width in _WIDTHS[device.type]:
         made = _not_cached(partial(_operands, rows, width, device, dtype))
         work = lambda made=made: _product_and_gradients(*next(made))  # noqa: E731
-        rates[width] = 6 * rows * width * width / _seconds(work, device) / 1e12
+        rates[width] = 6 * rows * width * width / ranks.seconds(work) / 1e12
     best = (float("inf"), 0.0, 0.0)
     for half in range(0, 257, 2):
         shares = {w: (w / (w + half)) ** 2 * rows / (rows + half) for w in rates}
@@ -196,8 +167,9 @@ def _products(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return best[1], best[2]
 
 
-def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> float:
+def _attention(ranks: Ranks, dtype: torch.dtype, dropout: float) -> float:
     """TFLOP/s of attention itself, forward and backward: of a module, without its products."""
+    device = ranks.device
     tokens, heads = _ROWS[device.type], 4
     hidden = heads * _HEAD
     config = MegatronBertConfig(
@@ -231,11 +203,12 @@ def _attention(device: torch.device, dtype: torch.dtype, dropout: float) -> floa
         assert isinstance(out, Tensor)
         out.backward(out.detach())
 
-    return 14 * tokens * _LENGTH * hidden / _seconds(work, device) / 1e12
+    return 14 * tokens * _LENGTH * hidden / ranks.seconds(work) / 1e12
 
 
-def _moving(device: torch.device, dtype: torch.dtype) -> float:
+def _moving(ranks: Ranks, dtype: torch.dtype) -> float:
     """GB/s of the elementwise operators of a layer, forward and backward."""
+    device = ranks.device
     tokens = _ROWS[device.type]
     hidden = 256 if device.type == "cpu" else 1024
     number = torch.empty(0, dtype=dtype).element_size()
@@ -257,21 +230,22 @@ def _moving(device: torch.device, dtype: torch.dtype) -> float:
 
     forward = hidden * (10 * number + 2) + 4 * hidden * 2 * number
     backward = hidden * (16 * number + 2) + 4 * hidden * 3 * number
-    return _WASTE * tokens * (forward + backward) / _seconds(work, device) / 1e9
+    return _WASTE * tokens * (forward + backward) / ranks.seconds(work) / 1e9
 
 
-def _optimizer(device: torch.device) -> float:
+def _optimizer(ranks: Ranks) -> float:
     """GB/s of the norm, the fused update, and forgetting the gradients, of what `step_time` counts of them."""
+    device = ranks.device
     count = 2**22 if device.type == "cpu" else 2**26
     parameter = nn.Parameter(torch.zeros(count, device=device))
     parameter.grad = torch.ones_like(parameter)
     adam = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
     gradient = parameter.grad
     work = lambda: (sums_of_squares([gradient]), adam.step(), gradient.zero_())  # noqa: E731
-    return 36 * count / _seconds(work, device) / 1e9
+    return 36 * count / ranks.seconds(work) / 1e9
 
 
-def _launch(device: torch.device) -> float:
+def _launch(ranks: Ranks) -> float:
     """Microseconds of the host for an operator of a layer: of a layer so small that its numbers cost nothing."""
     config = MegatronBertConfig(
         vocab_size=128,
@@ -280,6 +254,7 @@ def _launch(device: torch.device) -> float:
         num_attention_heads=2,
         intermediate_size=128,
     )
+    device = ranks.device
     with device:
         layer = TransformerLayer(config)
     initialize(layer, 1)
@@ -291,53 +266,7 @@ def _launch(device: torch.device) -> float:
         assert isinstance(out, Tensor)
         out.sum().backward()
 
-    return max(_seconds(work, device) / sum(OPERATORS) * 1e6, 0.5)
-
-
-def _link(device: torch.device) -> dict[str, Any]:
-    """Of rings of the ranks of this host, all of which send at the same time; where they compute in between.
-
-    On a processor ranks wait for the slowest of them, and what sums the numbers takes time of those that compute.
-    """
-    ranks = dist.get_world_size()
-    if ranks == 1:
-        return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}
-    size = 2**18 if device.type == "cpu" else 2**26
-    small, large = (torch.ones(count, device=device) for count in (16, size))
-    matrix = torch.randn(512, 512, device=device)
-
-    def each(group: dist.ProcessGroup | None = None, sent: Tensor = small) -> float:
-        """Seconds of as much computation as a layer has before a message, and of a sum of a group behind it."""
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(_MESSAGES):
-            for _ in range(_PRODUCTS):
-                matrix @ matrix
-            if group is not None:
-                dist.all_reduce(sent, group=group)
-        _settle(device)
-        dist.barrier()
-        return (time.perf_counter() - start) / _MESSAGES
-
-    def message(group: dist.ProcessGroup, sent: Tensor) -> float:
-        """Seconds by which a message makes it longer: while a rank waits, others that share its core compute."""
-        dist.all_reduce(sent, group=group)  # connects the ranks
-        before, with_message, after = each(), each(group, sent), each()
-        return max(with_message - (before + after) / 2, 1e-7)
-
-    latencies: dict[int, float] = {}
-    rate = 0.0
-    for many in (n for n in range(2, ranks + 1) if ranks % n == 0):
-        groups = [dist.new_group(list(range(first, first + many))) for first in range(0, ranks, many)]
-        group = groups[dist.get_rank() // many]
-        latencies[many] = message(group, small) * 1e6
-        seconds = max(message(group, large) - latencies[many] * 1e-6, 1e-9)
-        rate = 2 * (many - 1) / many * 4 * size / seconds / 1e9
-    return {
-        "gigabytes_per_second": rate,
-        "latency_microseconds": latencies[ranks],
-        "latency_by_ranks": latencies,
-    }
+    return max(ranks.seconds(work) / sum(OPERATORS) * 1e6, 0.5)
 
 
 def _memory(device: torch.device) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_bert.planning.layouts import Layout, Stage, padded, schedule_of
+from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.parameters import Parameter
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.actions import Schedule
@@ -59,36 +59,44 @@ def tensor_messages_of_layer(layout: Layout) -> tuple[Counter[str], Counter[str]
     return forward, backward
 
 
-def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatches: int) -> Iterator[Message]:
-    config, number = workload.config, workload.number_bytes
-    size = layout.tensor
+def tensor_messages_of_ends(workload: Workload, layout: Layout, stage: Stage) -> Iterator[Message]:
+    """Those of a stage and micro batch besides its layers': of the embeddings, and of heads with their losses."""
+    config, number, size = workload.config, workload.number_bytes, layout.tensor
     if size == 1:
         return
-    hidden = workload.tokens(layout.micro_batch, layout.split_tokens) * config.hidden_size * number
-    kinds: Counter[str] = Counter()
-    for direction in tensor_messages_of_layer(layout):
-        for kind, count in direction.items():
-            kinds[kind] += count * len(stage.part.layers)
     if stage.part.first:
-        kinds["reduce-scatter" if layout.sequence else "all-reduce"] += 1
-        if layout.sequence:
-            kinds["all-gather"] += 1
-    for kind, count in kinds.items():
-        yield Message(kind, "tensor", workload.compute, size, hidden, count * microbatches)
+        hidden = workload.tokens(layout.micro_batch, layout.split_tokens) * config.hidden_size * number
+        for kind in ("reduce-scatter", "all-gather") if layout.sequence else ("all-reduce",):
+            yield Message(kind, "tensor", workload.compute, size, hidden)
     if not stage.part.last:
         return
     slots, first = layout.micro_batch * workload.slots, layout.micro_batch * workload.pairs
     if workload.pretraining:
         row = config.hidden_size * number
         if layout.sequence:  # the rows that the heads read
-            yield Message("all-reduce", "tensor", workload.compute, size, (slots + first) * row, microbatches)
-        yield Message("all-reduce", "tensor", workload.compute, size, slots * row, microbatches)
+            yield Message("all-reduce", "tensor", workload.compute, size, (slots + first) * row)
+        yield Message("all-reduce", "tensor", workload.compute, size, slots * row)
         # Of the cross entropy: the maximum, then the sum of exponentials and the label's logit.
-        yield Message("all-reduce", "tensor", "float32", size, slots * 4, microbatches)
-        yield Message("all-reduce", "tensor", "float32", size, 2 * slots * 4, microbatches)
+        yield Message("all-reduce", "tensor", "float32", size, slots * 4)
+        yield Message("all-reduce", "tensor", "float32", size, 2 * slots * 4)
     elif layout.sequence and workload.head is not None:
         rows = layout.micro_batch * workload.head.rows
-        yield Message("all-reduce", "tensor", workload.compute, size, rows * config.hidden_size * number, microbatches)
+        yield Message("all-reduce", "tensor", workload.compute, size, rows * config.hidden_size * number)
+
+
+def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatches: int) -> Iterator[Message]:
+    if layout.tensor == 1:
+        return
+    hidden = workload.tokens(layout.micro_batch, layout.split_tokens) * workload.config.hidden_size
+    kinds: Counter[str] = Counter()
+    for direction in tensor_messages_of_layer(layout):
+        for kind, count in direction.items():
+            kinds[kind] += count * len(stage.part.layers)
+    for kind, count in kinds.items():
+        size = hidden * workload.number_bytes
+        yield Message(kind, "tensor", workload.compute, layout.tensor, size, count * microbatches)
+    for message in tensor_messages_of_ends(workload, layout, stage):
+        yield replace(message, count=microbatches)
 
 
 def _pipeline_messages(workload: Workload, layout: Layout, schedule: Schedule, rank: int) -> Iterator[Message]:
@@ -120,14 +128,8 @@ def data_messages(workload: Workload, layout: Layout, stage: Stage, microbatches
             if layout.shards > 1:
                 yield Message("all-gather", axis, workload.compute, layout.data, bucket.size * workload.number_bytes)
         return
-    # FSDP2: every unit is gathered for the forward and for the backward pass of every micro batch; the root, which
-    # stays gathered between the two, once. Gradients are scattered in the last backward pass.
-    groups = [([parameter for layer in group for parameter in layer], 2) for group in stage.groups]
-    groups.append((list(stage.parameters.root), 1))
-    for parameters, times in groups:
-        if not parameters:
-            continue
-        whole = sum(padded(parameter, layout.tensor, layout.shards) for parameter in parameters)
+    # FSDP2 gathers every unit in every micro batch, and scatters gradients in the last backward pass.
+    for whole, times in stage.unit_sizes:
         yield Message(
             "all-gather",
             "data_shard",

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_bert.planning.workload import BYTES
 from megatron_bert.section import Section
@@ -17,16 +17,56 @@ from parallel.errors import UserError, brief
 GIB = 2**30
 
 
-class Link(Section):
-    """A connection between ranks, as one of them sees it in one direction."""
+#: What ranks send, as a file of a link names it; a receive takes as long as the send.
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+_Several = Annotated[int, Field(ge=2)]
 
-    gigabytes_per_second: float = Field(gt=0, description="Of one rank, in one direction.")
-    latency_microseconds: float = Field(ge=0, description="Of a collective of nothing.")
-    latency_by_ranks: dict[int, float] = Field({}, description="The same for so many ranks, where that was measured.")
 
-    def latency(self, ranks: int) -> float:
-        """Seconds of a collective of nothing among so many ranks."""
-        return self.latency_by_ranks.get(ranks, self.latency_microseconds) * 1e-6
+def ring_share(kind: str, ranks: int) -> float:
+    """How many times the bytes of a whole tensor each rank sends where a collective goes around a ring."""
+    around = (ranks - 1) / ranks
+    return {"all-reduce": 2 * around, "all-gather": around, "reduce-scatter": around}.get(kind, 1.0)
+
+
+class Transfer(Section):
+    """What a message takes: a time of its own, and one for its bytes."""
+
+    gigabytes_per_second: float = Field(
+        gt=0, description="Of one rank, in one direction, as if collectives went around a ring."
+    )
+    latency_microseconds: float = Field(ge=0, description="Of a message of nothing.")
+    processor_share: float = Field(
+        1.0, ge=0, description="Of its time, for which a processor of each rank is at work; see ranks_at_once."
+    )
+
+    def seconds(self, kind: str, size: float, ranks: int) -> float:
+        """Seconds of a message of so many bytes, of the whole tensor, among so many ranks."""
+        return ring_share(kind, ranks) * size / (self.gigabytes_per_second * 1e9) + self.latency_microseconds * 1e-6
+
+
+class Transfers(Transfer):
+    """The same for any number of ranks."""
+
+    latency_by_ranks: dict[_Several, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="Of a message of nothing among so many ranks, where that is known."
+    )
+    by_ranks: dict[_Several, Transfer] = Field({}, description="Among so many ranks, where that was measured.")
+
+    def among(self, ranks: int) -> Transfer:
+        """Among so many ranks."""
+        if ranks in self.by_ranks or ranks not in self.latency_by_ranks:
+            return self.by_ranks.get(ranks, self)
+        return self.model_copy(update={"latency_microseconds": self.latency_by_ranks[ranks]})
+
+
+class Link(Transfers):
+    """A connection between ranks: what an all-reduce takes, and other messages where they differ."""
+
+    by_kind: dict[Kind, Transfers] = Field({}, description="Other kinds of messages, where they were measured.")
+
+    def of(self, kind: str, ranks: int) -> Transfer:
+        """What messages of a kind take among so many ranks."""
+        return self.by_kind.get("send" if kind == "receive" else kind, self).among(ranks)  # type: ignore[call-overload]
 
 
 class Device(Section):
@@ -55,7 +95,18 @@ class Device(Section):
     launch_microseconds: float = Field(6.0, ge=0, description="Of the host, for each operator.")
     asynchronous: bool = Field(True, description="Whether the host and messages work on beside it, as with a GPU.")
     devices_per_node: int = Field(8, gt=0, description="That share the inner link.")
+    ranks_at_once: int | None = Field(
+        None,
+        gt=0,
+        description="Ranks of a node that can compute at the same time, where more of them share its processors.",
+    )
     link: Link = Field(description="Inside a node.")
+
+    @model_validator(mode="after")
+    def _only_processors_are_shared(self) -> Self:
+        if self.asynchronous and self.ranks_at_once is not None:
+            raise ValueError("ranks_at_once is for processors (asynchronous: false), for a GPU has one rank")
+        return self
 
     @field_validator("peak_tflops")
     @classmethod

@@ -176,6 +176,18 @@ class Stage:
         return [tuple(group) for group in groups]
 
     @cached_property
+    def unit_sizes(self) -> list[tuple[int, int]]:
+        """Elements of what FSDP2 gathers at once, as it fills them up, and how often it does for a micro batch."""
+        # For the forward and for the backward pass; the root, which stays gathered between the two, once.
+        units = [([parameter for layer in group for parameter in layer], 2) for group in self.groups]
+        units.append((list(self.parameters.root), 1))
+        return [
+            (sum(padded(parameter, self.tensor, self.shards) for parameter in parameters), times)
+            for parameters, times in units
+            if parameters
+        ]
+
+    @cached_property
     def buckets(self) -> list[Bucket]:
         """Of the flat buffers."""
         root = list(self.parameters.root)

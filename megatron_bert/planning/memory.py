@@ -8,7 +8,6 @@ parallelism, of which 2 are masks of dropout. States are those of ZeRO (Rajbhand
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -290,11 +289,12 @@ def _in_flight(
         held = sum(count * held_by[stage] for stage, count in moment.held)
         candidate: dict[Part, float] = {
             "activations": held + sum(count * queued_by[stage] for stage, count in moment.queued),
-            "logits": head.logits * dict(moment.held).get(last, 0),
+            "logits": head.logits * sum(count for stage, count in moment.held if stage == last),
             "temporaries": max(transient, 0.0) + moment.messages * layer.input,
         }
         if layout.flat:
-            best = max(best, (math.fsum(candidate.values()), candidate), key=lambda entry: entry[0])
+            if (total := sum(candidate.values())) > best[0]:
+                best = total, candidate
             continue
         layers = len(next(stage for stage in stages if stage.number == moment.stage).part.layers)
         for done in {0, 1, layers - 2, layers - 1, layers} if moment.last else {0}:
@@ -305,7 +305,8 @@ def _in_flight(
                     later["logits"] -= own_logits
                     later["activations"] -= (head.kept + final_norm) * (moment.stage == last)
                     later["temporaries"] = layer.repeated + layer.transient if done < layers else 0.0
-                best = max(best, (math.fsum(later.values()), later), key=lambda entry: entry[0])
+                if (total := sum(later.values())) > best[0]:
+                    best = total, later
     return best[1]
 
 

@@ -144,10 +144,12 @@ def table(predictions: Sequence[Prediction]) -> str:
 def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
     layout, memory, time = best.layout, best.memory, best.time
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in memory.parts.items() if size)
+    each = best.machine.ranks_per_processor(layout.world_size)
+    sharing = f"; {each:g} ranks take turns on a processor: {time.sharing:.2f} times as long" if each > 1 else ""
     lines = [
         f"fastest: {one_line(best)}",
         f"memory of the fullest rank: {parts} GiB",
-        f"time: passes {time.pipeline:.3g} s, data axis {time.data:.2g} s, optimizer {time.optimizer:.2g} s",
+        f"time: passes {time.pipeline:.3g} s, data axis {time.data:.2g} s, optimizer {time.optimizer:.2g} s{sharing}",
         "messages of the first rank, of whole tensors:",
     ]
     sums: dict[tuple[str, str], tuple[int, float]] = {}

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_bert.planning.communication import Message, tensor_messages_of_layer
+from megatron_bert.planning.communication import Message, tensor_messages_of_ends, tensor_messages_of_layer
 from megatron_bert.planning.devices import Device, Link
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.workload import Workload
@@ -43,10 +44,12 @@ class Machine:
     Attributes:
         device: of each.
         network: between nodes.
+        working: whether messages count only for as long as they keep a processor at work.
     """
 
     device: Device
     network: Link
+    working: bool = False
 
     def link(self, layout: Layout, axis: str) -> Link:
         """The link that the ranks of an axis have between them: neighbors in rank are in one node."""
@@ -73,12 +76,23 @@ class Machine:
         return size / (self.device.memory_gb_per_second * 1e9 * self.device.memory_share)
 
     def message(self, kind: str, size: float, ranks: int, link: Link) -> float:
-        """Seconds of a message: collectives go around a ring."""
+        """Seconds of a message."""
         if ranks == 1:
             return 0.0
-        around = (ranks - 1) / ranks
-        factor = {"all-reduce": 2 * around, "all-gather": around, "reduce-scatter": around}.get(kind, 1.0)
-        return factor * size / (link.gigabytes_per_second * 1e9) + link.latency(ranks)
+        transfer = link.of(kind, ranks)
+        return transfer.seconds(kind, size, ranks) * (transfer.processor_share if self.working else 1.0)
+
+    def unattended(self, kind: str, size: float, ranks: int, link: Link) -> float:
+        """Seconds of a message in which a rank can compute: all on a GPU, those without a processor on one of those."""
+        seconds = self.message(kind, size, ranks, link)
+        if self.device.asynchronous:
+            return seconds
+        return 0.0 if self.working else seconds * max(0.0, 1 - link.of(kind, ranks).processor_share)
+
+    def ranks_per_processor(self, ranks: int) -> float:
+        """How many of a run's ranks take turns on a processor; 1 where each has its own."""
+        at_once = self.device.ranks_at_once
+        return 1.0 if at_once is None else max(1.0, min(ranks, self.device.devices_per_node) / at_once)
 
     def with_host(self, device_seconds: float, operators: float) -> float:
         """Seconds of operators with what the host takes to start them, which a GPU does not wait for."""
@@ -112,12 +126,12 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
     ahead, behind = tensor_messages_of_layer(layout)
     sent = sum(count * each[kind] for kind, count in ahead.items())
     sent_back = sum(count * each[kind] for kind, count in behind.items())
-    if machine.device.asynchronous and not layout.splits_backward:
+    if tensor > 1 and not layout.splits_backward:
         # Sums of input gradients run beside the weight gradients of the two column-parallel products.
-        summed = each["reduce-scatter" if layout.sequence else "all-reduce"]
+        summed = machine.unattended("reduce-scatter" if layout.sequence else "all-reduce", size, tensor, link)
         sent_back -= min(summed, weights[0]) + min(summed, weights[2])
         if layout.sequence:
-            sent_back -= min(2 * each["all-gather"], backward / 2)
+            sent_back -= min(2 * machine.unattended("all-gather", size, tensor, link), backward / 2)
     ahead_operators, back_operators, weight_operators = COMPILED_OPERATORS if workload.compiled else OPERATORS
     if tensor > 1 and not workload.compiled:
         ahead_operators, back_operators = ahead_operators + TENSOR_OPERATORS[0], back_operators + TENSOR_OPERATORS[1]
@@ -156,6 +170,10 @@ def ends_times(workload: Workload, layout: Layout, stage: Stage, machine: Machin
         weight += sum(machine.product(n, k, m, compute) for m, n, k in products)
         if slots:
             weight += machine.moving(rows * hidden * (number + 8))
+    if not machine.device.asynchronous:  # between GPUs these few take microseconds
+        link = machine.link(layout, "tensor")
+        for message in tensor_messages_of_ends(workload, layout, stage):
+            forward += machine.message(message.kind, message.bytes, message.size, link)
     return Times(forward, backward, weight)
 
 
@@ -169,6 +187,7 @@ class StepTime:
         data: seconds of messages over the data axis that nothing hides.
         optimizer: seconds of the update.
         timeline: of the pipeline, where it was simulated.
+        sharing: how many times as long all of it is for ranks that share processors.
     """
 
     pipeline: float
@@ -176,11 +195,19 @@ class StepTime:
     data: float
     optimizer: float
     timeline: Timeline | None = None
+    sharing: float = 1.0
 
     @property
     def seconds(self) -> float:
         """Of the step."""
         return self.pipeline + self.data + self.optimizer
+
+    def longer(self, factor: float) -> StepTime:
+        """The same where everything takes so many times as long, for ranks share processors."""
+        timeline = None if self.timeline is None else self.timeline.longer(factor)
+        return StepTime(
+            self.pipeline * factor, self.bubble, self.data * factor, self.optimizer * factor, timeline, factor
+        )
 
 
 def stage_times(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> list[Times]:
@@ -209,7 +236,7 @@ def _gathering(
     size = stages[0].layer_count * workload.number_bytes
     link = machine.link(layout, "data")
     # The host has some 160 operators to start for each of FSDP2's groups.
-    seconds = max(machine.message("all-gather", size, layout.shards, link), machine.with_host(0.0, 160))
+    seconds = machine.with_host(machine.message("all-gather", size, layout.shards, link), 160)
     if not machine.device.asynchronous:
         return seconds, seconds
     return max(0.0, seconds - layer.forward), max(0.0, seconds - layer.backward_input - layer.backward_weight)
@@ -234,8 +261,47 @@ def step_time(
         machine: where.
         simulated: run the schedule; or else take the closed form of its bubble, to compare many layouts.
     """
-    times, microbatches = stage_times(workload, layout, stages, machine), layout.microbatches(workload)
-    pipeline, bubble, timeline = _pipeline(workload, layout, times, microbatches, machine, simulated)
+    times = stage_times(workload, layout, stages, machine)
+    pipeline, bubble, timeline = _pipeline(workload, layout, times, machine, simulated)
+    wait = _waits(layout, times, messages, machine)
+    found = StepTime(pipeline, bubble, wait, _optimizer(workload, layout, stages, machine), timeline)
+    ranks = machine.ranks_per_processor(layout.world_size)
+    if ranks == 1:
+        return found
+    work = _work(workload, layout, stages, messages, replace(machine, working=True))
+    return found.longer(shared_seconds(found.seconds, work, ranks) / found.seconds)
+
+
+def shared_seconds(path: float, work: float, ranks: float) -> float:
+    """Seconds of something that ranks do at the same time, of which several take turns on a processor.
+
+    While one waits for a message or for its turn in the pipeline, the others compute: customers that go round between
+    a server and a delay, by mean value analysis (Reiser and Lavenberg 1980).
+
+    Args:
+        path: seconds that it takes a rank with a processor of its own.
+        work: of these, that the processor is at work.
+        ranks: on a processor; between whole numbers of them, times are interpolated.
+    """
+    elsewhere, queue, cycles = max(0.0, path - work), 0.0, [0.0]
+    for count in range(1, math.ceil(ranks) + 1):
+        response = work * (1 + queue)
+        cycles.append(response + elsewhere)
+        queue = count * response / cycles[-1] if response else 0.0
+    return cycles[-2] + (cycles[-1] - cycles[-2]) * (ranks - len(cycles) + 2)
+
+
+def _work(workload: Workload, layout: Layout, stages: list[Stage], messages: list[Message], machine: Machine) -> float:
+    """Seconds for which a rank keeps a processor at work, on average of those of a pipeline."""
+    times = stage_times(workload, layout, stages, machine)
+    passes = layout.microbatches(workload) * sum(time.total for time in times) / layout.pipeline
+    link = machine.link(layout, "pipeline")
+    sent = sum(m.count * machine.message(m.kind, m.bytes, 2, link) for m in messages if m.group == "pipeline")
+    return passes + sent + _waits(layout, times, messages, machine) + _optimizer(workload, layout, stages, machine)
+
+
+def _waits(layout: Layout, times: list[Times], messages: list[Message], machine: Machine) -> float:
+    """Seconds of messages over the data axis that nothing hides, and of the few numbers at the end of a step."""
     link = machine.link(layout, "data")
     wait = 0.0
     of_data = [
@@ -255,7 +321,13 @@ def step_time(
         wait += seconds
     small = [m for m in messages if m.bytes <= 16 or m.group == "tied"]
     wait += sum(m.count * machine.message(m.kind, m.bytes, m.size, machine.network) for m in small) if small else 0.0
-    return StepTime(pipeline, bubble, wait, _optimizer(workload, layout, stages, machine), timeline)
+    if not machine.device.asynchronous:  # the host of a GPU is ahead of it
+        wait += machine.message("all-reduce", _STOP_BYTES, layout.world_size, machine.link(layout, "world"))
+    return wait
+
+
+#: Of the message by which ranks agree, after every step, whether to stop.
+_STOP_BYTES = 32
 
 
 def _optimizer(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
@@ -271,8 +343,9 @@ def _optimizer(workload: Workload, layout: Layout, stages: list[Stage], machine:
 
 
 def _pipeline(
-    workload: Workload, layout: Layout, times: list[Times], microbatches: int, machine: Machine, simulated: bool
+    workload: Workload, layout: Layout, times: list[Times], machine: Machine, simulated: bool
 ) -> tuple[float, float, Timeline | None]:
+    microbatches = layout.microbatches(workload)
     if layout.pipeline == 1:
         return microbatches * sum(time.total for time in times), 0.0, None
     kind = SCHEDULES[layout.schedule]

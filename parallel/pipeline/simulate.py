@@ -89,6 +89,13 @@ class Timeline:
         """Time from the start of the first action to the end of the last."""
         return max((event.end for event in self.events), default=0.0) - self.start
 
+    def longer(self, factor: float) -> Timeline:
+        """The same where everything takes so many times as long."""
+        return Timeline(
+            self.ranks,
+            tuple(TimedAction(e.rank, e.action, e.start * factor, e.end * factor) for e in self.events),
+        )
+
     @cached_property
     def busy(self) -> tuple[float, ...]:
         """Time that each rank computes."""

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_bert.cli import main
-from megatron_bert.planning import bench
-from megatron_bert.planning.devices import Link, load_device, load_network
+from megatron_bert.planning import bench, bench_link, timed
+from megatron_bert.planning.devices import Link, Transfer, load_device, load_network
 from megatron_bert.planning.plan_command import run_plan
 from tests.megatron_bert.planning.support import CONFIGS
 from tests.megatron_bert.planning.test_search import arguments
@@ -20,7 +21,7 @@ from tests.worlds import run_world
 def test_a_measured_machine_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(timed, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(bench, "_WIDTHS", {"cpu": (32, 64)})
     monkeypatch.setattr(bench, "_ROWS", {"cpu": 128})
     written = tmp_path / "here.yaml"
@@ -36,19 +37,56 @@ def test_a_measured_machine_is_planned_for(
     assert "measured by megatron-bert bench --ranks 1" in capsys.readouterr().out
 
 
-def _measured_link() -> dict[str, object]:
-    bench._MESSAGES = 2
-    return bench._link(torch.device("cpu"))
+def _measured_link(at_once: int) -> dict[str, Any]:
+    bench_link.MESSAGES, bench_link.ROUNDS, bench_link.NUMBERS = 2, 1, {"cpu": (0, 2**10, 2**12)}
+    return bench_link.measure_link(timed.Ranks(torch.device("cpu"), at_once))
 
 
-def test_messages_of_every_number_of_ranks_are_measured() -> None:
-    for link in run_world(4, _measured_link):
-        assert set(link["latency_by_ranks"]) == {2, 4}
-        assert Link.model_validate(link).latency(2) > 0
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_messages_of_every_kind_and_number_of_ranks_are_measured(at_once: int) -> None:
+    """Whether all ranks can compute at once, some, or one: all of them meet at the same points."""
+    first, *others = run_world(4, _measured_link, at_once)
+    assert all(other == first for other in others)
+    link = Link.model_validate(first)
+    assert set(link.by_ranks) == {2, 4}
+    assert {kind: set(found.by_ranks) for kind, found in link.by_kind.items()} == {
+        "all-gather": {2, 4},
+        "reduce-scatter": {2, 4},
+        "send": {2},
+    }
+    assert link.of("receive", 2) == link.by_kind["send"].by_ranks[2]
+    assert link.of("all-reduce", 4).seconds("all-reduce", 1e6, 4) > 0
+
+
+def test_ranks_need_not_divide_what_they_send() -> None:
+    link = Link.model_validate(run_world(3, _measured_link, 2)[0])
+    assert set(link.by_ranks) == {3}
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "send"])
+def test_costs_of_messages_are_fit_exactly(kind: str) -> None:
+    made = Transfer(gigabytes_per_second=2.0, latency_microseconds=300.0, processor_share=0.5)
+    costs = {size: (made.seconds(kind, size, 4), made.seconds(kind, size, 4) / 2) for size in (0, 1000, 10**6)}
+    assert Transfer.model_validate(bench_link.fit(kind, 4, costs)).model_dump() == pytest.approx(made.model_dump())
+
+
+def test_costs_that_are_noise_are_still_a_link() -> None:
+    noise = {0: (-1e-5, -1e-6), 1000: (-2e-5, 0.0), 10**6: (-3e-5, 1e-6)}
+    found = Transfer.model_validate(bench_link.fit("all-reduce", 2, noise))
+    assert 0 < found.seconds("all-reduce", 1e6, 2) < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("given", "says"), [(["--ranks", "0"], "--ranks is 0"), (["--output", "nowhere/x"], "nowhere/x cannot be written")]
+    ("given", "says"),
+    [
+        (["--ranks", "0"], "--ranks is 0"),
+        (["--output", "nowhere/x"], "nowhere/x cannot be written"),
+        pytest.param(
+            ["--device", "cuda", "--ranks", "2"],
+            "--device is 'cuda' but this machine has no usable CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
+    ],
 )
 def test_what_bench_refuses(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *given]) == 2
