@@ -25,7 +25,7 @@ from megatron_bert.family.losses import blanked
 from megatron_bert.family.masks import Mask, causal, read_mask, with_room
 from megatron_bert.family.modules import Embeddings, LayerStack, PoolerLayer, dropout_prob
 from megatron_bert.family.pretrained import DocumentedModel
-from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, EncoderStates
+from megatron_bert.model.requests import AttentionRequest, EncoderRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in
 from parallel.errors import UserError
@@ -166,13 +166,14 @@ class EncoderModel(DocumentedModel):
         mask = read_mask(
             "attention_mask", given.attention_mask, (inputs.batch, config.num_attention_heads, inputs.length, room)
         )
-        request = self._request(given, inputs, mask, room, cache)
+        asked = self._asked(given, inputs, mask, room, cache)
+        hidden_states = self.wants(given.output_hidden_states, "output_hidden_states")
         dropout_keys = self._dropout_keys(inputs, dropout)
         kept = None
         first = torch.arange(inputs.batch, device=inputs.device) * inputs.length
         layout = SequenceLayout.rectangle(inputs.batch, inputs.length, mask.keys)
         drops = dropout_keys is not None
-        if request.attention is None and self._skips(mask, shown or request.hidden_states, needed, drops):
+        if asked is None and self._skips(mask, shown or hidden_states, needed, drops):
             assert mask.keys is not None
             lengths, order = mask.keys.sum(1).sort(descending=True, stable=True)
             row, column = mask.keys[order].nonzero(as_tuple=True)
@@ -185,12 +186,9 @@ class EncoderModel(DocumentedModel):
         if kept is None and inputs.tokens is not None:  # hooks on word embeddings see sequences
             inputs = replace(inputs, tokens=inputs.tokens.unflatten(0, (inputs.batch, inputs.length)))
         hidden = self.embeddings(inputs.tokens, inputs.positions, inputs.types, dropout_keys, inputs.embedded)
-        plain = request.attention is None and not request.hidden_states
-        if request.hidden_states:
-            request = replace(request, shown=partial(_shown, kept, inputs.batch, inputs.length))
-        out = self.encoder(hidden, layout, dropout_keys, None if plain else request)
-        out = EncoderOutput(hidden=out) if plain else out
         batch, length = inputs.batch, inputs.length
+        show = partial(_shown, kept, batch, length) if hidden_states else None
+        out = self.encoder(hidden, layout, dropout_keys, EncoderRequest(layers=asked, shown=show))
         device = out.hidden.device  # of the last layer, where a device map divides the layers
         return Encoded(
             hidden=out.hidden,
@@ -207,13 +205,12 @@ class EncoderModel(DocumentedModel):
             past=cache,
         )
 
-    def _request(
+    def _asked(
         self, given: Arguments, inputs: TokenInputs, mask: Mask, room: int, cache: Cache | None
-    ) -> EncoderRequest:
-        """What the layers are asked; plain attention needs no request of its own."""
+    ) -> tuple[AttentionRequest, ...] | None:
+        """What each layer is asked; None where their attention is plain."""
         config = self.config
         probabilities = self.wants(given.output_attentions, "output_attentions")
-        hidden_states = self.wants(given.output_hidden_states, "output_hidden_states")
         encoder = self._encoder_states(given, inputs, cache)
         head_masks = None
         if given.head_mask is not None:
@@ -223,7 +220,7 @@ class EncoderModel(DocumentedModel):
         decoder = getattr(config, "is_decoder", False)
         written = config._attn_implementation == "eager"
         if not (probabilities or head_masks or decoder or cache or mask.unattended or pairs or written):
-            return EncoderRequest(hidden_states=hidden_states)
+            return None
         if decoder:
             mask = causal(mask, given.attention_mask, inputs.past, inputs.length, room, inputs.device)
         attention = AttentionRequest(
@@ -233,8 +230,12 @@ class EncoderModel(DocumentedModel):
             first=inputs.past,
             encoder=encoder,
         )
-        memory = None if cache is None else partial(CachedLayer, cache)
-        return EncoderRequest(hidden_states=hidden_states, attention=attention, head_masks=head_masks, memory=memory)
+        layers = [attention] * config.num_hidden_layers
+        if head_masks is not None:
+            layers = [replace(asked, head_mask=own) for asked, own in zip(layers, head_masks, strict=True)]
+        if cache is not None:
+            layers = [replace(asked, memory=CachedLayer(cache, number)) for number, asked in enumerate(layers)]
+        return tuple(layers)
 
     def _keeps_cache(self, given: Arguments, cache: Cache | None) -> bool:
         for name, value in (("use_cache", given.use_cache), ("past_key_values", cache)):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layer import LayerNorm, TransformerLayer, own_tokens
-from megatron_bert.model.requests import AttentionRequest, EncoderOutput, EncoderRequest, LayerOutput
+from megatron_bert.model.requests import EncoderOutput, EncoderRequest, LayerOutput
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, hashed_columns, keyed_dropout
 from parallel.layers import VocabParallelEmbedding
@@ -183,33 +182,28 @@ class Encoder(nn.Module):
     def _answer(
         self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: EncoderRequest
     ) -> EncoderOutput:
-        before: list[Tensor] = []
+        shown: list[Tensor] = []
+
+        def show(hidden: Tensor) -> Tensor:
+            if request.shown is not None:
+                given, hidden = request.shown(hidden)
+                shown.append(given)
+            return hidden
+
         outputs = []
-        for (number, layer), layer_keys in zip(self.layers.items(), self._layer_keys(dropout_keys), strict=True):
-            given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)
-            before.append(given)
-            asked = _of_layer(request, int(number))
+        asked_of = [None] * len(self.layers) if request.layers is None else request.layers
+        layers = zip(self.layers.values(), self._layer_keys(dropout_keys), asked_of, strict=True)
+        for layer, layer_keys, asked in layers:
+            hidden = show(hidden)
             if asked is None:
                 hidden = layer(hidden, layout, layer_keys)
             else:
                 # A layer that is computed again by torch's reentrant checkpoint gives a plain tuple.
                 outputs.append(LayerOutput(*layer(hidden, layout, layer_keys, asked)))
                 hidden = outputs[-1].hidden
-        hidden = hidden if self.final_norm is None else self.final_norm(hidden)
-        given, hidden = (hidden, hidden) if request.shown is None else request.shown(hidden)
         return EncoderOutput(
-            hidden=hidden,
-            hidden_states=(*before, given) if request.hidden_states else (),
+            hidden=show(hidden if self.final_norm is None else self.final_norm(hidden)),
+            hidden_states=tuple(shown),
             attentions=tuple(out.attentions for out in outputs if out.attentions is not None),
             cross_attentions=tuple(out.cross_attentions for out in outputs if out.cross_attentions is not None),
         )
-
-
-def _of_layer(request: EncoderRequest, number: int) -> AttentionRequest | None:
-    """What one layer is asked."""
-    asked = request.attention
-    if asked is None:
-        return None
-    if request.head_masks is not None:
-        asked = replace(asked, head_mask=request.head_masks[number])
-    return asked if request.memory is None else replace(asked, memory=request.memory(number))

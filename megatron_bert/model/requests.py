@@ -96,19 +96,13 @@ class EncoderRequest:
     """What the stack of layers is asked.
 
     Attributes:
-        hidden_states: give the hidden states before each layer too.
-        shown: hidden states to the tensor that is given of them, and the hidden states to go on from, which are
-            computed from it: gradients then reach what is given.
-        attention: what every layer is asked; None when their attention is plain.
-        head_masks: one for each layer, in place of that of ``attention``.
-        memory: that of each layer by its number, in place of that of ``attention``.
+        layers: what each layer is asked; None when their attention is plain.
+        shown: gives the hidden states before each layer and at the end: makes of them the tensor that is given, and the
+            hidden states to go on from, which are computed from it, so that gradients reach what is given.
     """
 
-    hidden_states: bool = False
+    layers: tuple[AttentionRequest, ...] | None = None
     shown: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    attention: AttentionRequest | None = None
-    head_masks: tuple[Tensor, ...] | None = None
-    memory: Callable[[int], LayerMemory] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
