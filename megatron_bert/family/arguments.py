@@ -265,17 +265,12 @@ def checked_head_masks(
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     shape = tuple(head_mask.shape)
+    allowed = ({layers}, {1, batch}, {heads}, {1, queries}, {1} | (keys if len(keys) == 1 else set()))
     if shape == (heads,):
         masks = head_mask[None, None, :, None, None].expand(layers, 1, heads, 1, 1)
     elif shape == (layers, heads):
         masks = head_mask[:, None, :, None, None]
-    elif (
-        len(shape) == 5
-        and (shape[0], shape[2]) == (layers, heads)
-        and shape[1] in (1, batch)
-        and shape[3] in (1, queries)
-        and (shape[4] == 1 or keys == {shape[4]})
-    ):
+    elif len(shape) == 5 and all(size in sizes for size, sizes in zip(shape, allowed, strict=True)):
         masks = head_mask
     else:
         attended = f"{min(keys)} or 1" if len(keys) == 1 else "1"

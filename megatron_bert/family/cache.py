@@ -117,22 +117,14 @@ def _checked(entries: tuple[tuple[Any, ...], ...], model: DocumentedModel, batch
             "past_key_values holds keys and values of an encoder, but the model has no cross-attention: set "
             "add_cross_attention"
         )
-    lengths = [_tokens(key) for key in entries[0][::2]]
+    lengths = [key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0 for key in entries[0][::2]]
     device, dtype = computing_device(model), model.dtype
     checked = []
     for layer, entry in zip(layers, entries, strict=True):
-        modules = (layer.attention, layer.cross_attention) if len(lengths) == 2 else (layer.attention,)
-        shapes = [
-            (batch, module.heads, length, module.head_dim)
-            for module, length in zip(modules, lengths, strict=True)
-            for _ in ("key", "value")
-        ]
+        modules = zip((layer.attention, layer.cross_attention), lengths)
+        shapes = [(batch, module.heads, length, module.head_dim) for module, length in modules for _ in range(2)]
         checked.append(tuple(_part(part, shape, device, dtype) for part, shape in zip(entry, shapes, strict=True)))
     return checked
-
-
-def _tokens(key: Any) -> int:
-    return key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
 
 
 def _part(part: Any, shape: tuple[int, ...], device: torch.device | None, dtype: torch.dtype) -> Tensor:

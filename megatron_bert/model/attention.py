@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from megatron_bert.model.attention_functions import (
     attention_probabilities,
-    explicit_attention,
     fused_attention,
     has_packed_attention,
     packed_attention,
@@ -30,9 +29,6 @@ from parallel.recompute import Recompute, recomputed
 from parallel.recording import is_recorded
 from parallel.sharding import local_size
 from parallel.simulated_device import on_gpu
-
-__all__ = ["AttentionHeads", "SelfAttention", "explicit_attention", "fused_attention"]
-
 
 #: Scores of padding for each packed sequence up to which a processor attends within neighboring sequences at once.
 #: More of them cost more than calls of their own for each sequence (measured on a Xeon with AVX-512).

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_bert.family.attention import Attention
 from megatron_bert.model import attention
-from megatron_bert.model.attention import SelfAttention, explicit_attention, fused_attention
+from megatron_bert.model.attention import SelfAttention
+from megatron_bert.model.attention_functions import explicit_attention, fused_attention
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.dropout import fold_in, keep_mask
