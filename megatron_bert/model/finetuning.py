@@ -48,17 +48,7 @@ class BertForTask(EncoderStage):
         return self.head_kind.layers(like_roberta=self.config.like_roberta)[-1]
 
     def forward(self, batch: TaskBatch, dropout_seed: int | None = None, received: Tensor | None = None) -> Tensor:
-        """Logits of the batch's rows, or what the next stage goes on with.
-
-        Args:
-            batch: what to read; every stage takes the whole of it.
-            dropout_seed: seed of the run's dropout masks; None switches dropout off.
-            received: hidden states from the stage before, ``[T, H]`` or this rank's ``[T/t, H]`` under sequence
-                parallelism; None on the first stage.
-
-        Returns:
-            ``[R, outputs]`` on the last stage, hidden states like ``received`` on others.
-        """
+        """Logits of the batch's rows, ``[R, outputs]``, or what the next stage goes on with; see BertForPretraining."""
         dropout_keys = self.dropout_keys(batch, dropout_seed)
         hidden = self.encode(batch, dropout_keys, received)
         if not self.part.last:
