@@ -160,7 +160,7 @@ class CrossAttention(_Attention):
     ) -> AttentionOutput:
         """Attend to the encoder's states in the request, which may have a memory of their keys and values.
 
-        Other arguments, and the result, are those of TransformerLayer, of the decoder.
+        Other arguments, and the result, are those of Encoder, of the decoder.
         """
         encoder, own = request.encoder, self.projections
         assert encoder is not None, "cross-attention needs something to attend to"

@@ -217,7 +217,7 @@ class SelfAttention(AttentionHeads):
     ) -> Tensor | AttentionOutput:
         """Attend within sequences; on request, with its mask in place of the layout's, which is a rectangle.
 
-        Arguments and result are those of TransformerLayer.
+        Arguments and result are those of Encoder.
         """
         projected = self.project(hidden)
         if request is not None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention as functions of query, key and value: written out, and by torch's fused kernels.
 
-Shapes: B sequences, A heads, Q queries, K keys, D head dimension. A mask is bool ``[B, K]``, or broadcasts to
-``[B, A, Q, K]``; it is true where a key may be attended to. One of floating point is added to the scores instead.
+Shapes: B sequences, A heads, Q queries, K keys, D head dimension. Queries are ``[B, A, Q, D]``, keys and values
+``[B, A, K, D]``. A mask is bool ``[B, K]``, or broadcasts to ``[B, A, Q, K]``; it is true where a key may be attended
+to. One of floating point is added to the scores instead. Dropout drops probabilities of attention; its keys are int64
+``[B, A, Q]``, one for each query of each head.
 """
 
 from __future__ import annotations
@@ -29,13 +31,10 @@ def attention_probabilities(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias), after dropout and the head mask.
 
+    A query without any key attends evenly to all.
+
     Args:
-        query: ``[B, A, Q, D]``.
-        key: ``[B, A, K, D]``.
-        mask: see above; a query without any key attends evenly to all.
         bias: added to the scaled scores, ``[B, A, Q, K]``.
-        dropout: probability of dropping an attention probability.
-        dropout_keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
         positions: int32 ``[B, K]``, what dropout calls the keys; by default 0 to K - 1.
         head_mask: what the probabilities are multiplied with at last, broadcastable to ``[B, A, Q, K]``.
 
@@ -67,30 +66,12 @@ def explicit_attention(
     dropout: float = 0.0,
     dropout_keys: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v written out: the reference, and the path with keyed dropout.
-
-    Args:
-        query: ``[B, A, Q, D]``.
-        key, value: ``[B, A, K, D]``.
-        mask: see above; a query without any key attends evenly to all.
-        dropout: probability of dropping an attention probability.
-        dropout_keys: int64 ``[B, A, Q]`` dropout keys, one for each query of each head.
-
-    Returns:
-        ``[B, A, Q, D]``.
-    """
+    """softmax(q k^T / sqrt(D)) v, ``[B, A, Q, D]``, written out: the reference, and the path with keyed dropout."""
     return torch.matmul(attention_probabilities(query, key, mask, dropout=dropout, dropout_keys=dropout_keys), value)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """The same by torch's fused kernels, whose dropout draws from torch's own generator.
-
-    Args:
-        query: ``[B, A, Q, D]``.
-        key, value: ``[B, A, K, D]``.
-        mask: see above; every query has at least one key.
-        dropout: probability of dropping an attention probability.
-    """
+    """The same by torch's fused kernels, whose dropout draws from torch's own generator; every query has a key."""
     mask = None if mask is None else _broadcastable(mask)
     if mask is not None and mask.is_floating_point():
         mask = _added(mask, query.dtype)
@@ -134,7 +115,6 @@ def packed_attention(
         query, key, value: ``[T, A, D]`` as :func:`has_packed_attention` says.
         boundaries: int32 ``[B + 1]``, where each sequence starts and the last one ends.
         longest: tokens of the longest sequence, or more.
-        dropout: probability of dropping an attention probability.
 
     Returns:
         ``[T, A, D]``.

@@ -103,17 +103,7 @@ class TransformerLayer(nn.Module):
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
     ) -> Tensor | LayerOutput:
-        """One layer.
-
-        Args:
-            hidden: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
-            layout: which tokens belong together.
-            dropout_keys: int64 ``[T]`` dropout keys of all tokens for this layer; None without dropout.
-            request: what is asked beyond.
-
-        Returns:
-            As ``hidden``; on request with what was asked for.
-        """
+        """One layer; arguments and result as of Encoder, with dropout keys of this layer."""
         if request is None:
             return self._run(hidden, layout, dropout_keys)
         return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, request)
