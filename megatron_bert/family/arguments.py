@@ -97,13 +97,7 @@ class TokenInputs:
 
 
 def checked_inputs(given: Arguments, config: DocumentedConfig, sizes: EncoderConfig, past: int) -> TokenInputs:
-    """Check ids, positions and types.
-
-    Args:
-        given: by the caller.
-        config: of the model.
-        sizes: of its encoder.
-        past: P.
+    """Check ids, positions and types, after ``past`` tokens in the cache.
 
     Raises:
         UserError: a wrong shape or type, an id outside its table, or more positions than there are.
@@ -232,10 +226,6 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], classes: int
     """Check class labels.
 
     Args:
-        name: of the argument.
-        labels: int64 of ``shape``.
-        shape: expected.
-        classes: number of classes.
         ignored: label that is not one of them, and allowed.
 
     Raises:
@@ -255,9 +245,7 @@ def checked_head_masks(
 
     Args:
         head_mask: ``[heads]``, ``[layers, heads]``, or ``[layers, 1 or B, heads, 1 or Q, 1 or K]``; 1 keeps a head.
-        config: of the model.
         dtype: of the computation.
-        batch, queries: B and Q.
         keys: every K that heads attend to: the tokens, and those of an encoder.
 
     Raises:

@@ -64,11 +64,6 @@ def encoder_length(cache: Cache | None) -> int | None:
 def opened_cache(past: Any, model: DocumentedModel, batch: int) -> Cache | None:
     """What a caller gives as ``past_key_values``: a cache, or tuples of tensors as transformers 4 had them.
 
-    Args:
-        past: as it is given.
-        model: that is to go on from it.
-        batch: B.
-
     Raises:
         UserError: it is something else, not of this model and batch, or keeps only the last tokens.
     """

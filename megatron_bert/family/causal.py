@@ -134,11 +134,7 @@ def _checked_items(given: Any) -> float | None:
 
 
 def _check_kept(kept: int | Tensor, batch: int, length: int) -> None:
-    """Check what says which tokens' hidden states are kept.
-
-    Args:
-        kept: see :func:`_kept_states`.
-        batch, length: B and S.
+    """Check what says which tokens' hidden states are kept; see :func:`_kept_states`.
 
     Raises:
         UserError: another kind of thing or shape, or places beyond the tokens.

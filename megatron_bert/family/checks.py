@@ -64,8 +64,6 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> T
     """What is given under a name, which must be a plain tensor of real numbers.
 
     Args:
-        name: of the argument.
-        value: as it is given.
         device: where it must be; None if that does not matter.
 
     Raises:
@@ -113,11 +111,6 @@ def check_whole(name: str, numbers: Tensor) -> None:
 
 def promoted(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Floating-point values in the model's type: narrower ones are widened; autocast converts all but float64 itself.
-
-    Args:
-        name: of the argument.
-        values: of any shape.
-        dtype: of the model.
 
     Raises:
         UserError: they are of a type that is wider than the model's, or of none that a model may have.

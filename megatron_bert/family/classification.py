@@ -81,9 +81,7 @@ class Classifier(HeadModel):
     ) -> tuple[Encoded, Tensor]:
         """Run the encoder and the head: logits ``[B, C]`` of sequences, or ``[T, C]`` of every token.
 
-        Args:
-            given: by the caller.
-            shown, needed: as in EncoderModel.encode.
+        Arguments are those of EncoderModel.encode.
         """
         encoded = self.base_model.encode(given, shown=shown, needed=needed, dropout=self.head_dropout())
         return encoded, self.read(encoded)

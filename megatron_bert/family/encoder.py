@@ -146,7 +146,6 @@ class EncoderModel(DocumentedModel):
         """Check the arguments and run the encoder.
 
         Args:
-            given: by the caller.
             shown: whether the caller returns something of padding that may be used.
             needed: bool ``[B, S]``, tokens that must not be skipped (they have labels).
             dropout: the dropout module of a head.

@@ -101,9 +101,6 @@ def causal(mask: Mask, given: Tensor | None, past: int, queries: int, keys: int,
         mask: as read; one of pairs says all there is to say, and is left as it is.
         given: what it was read from.
         past: P, tokens before the queries.
-        queries: Q.
-        keys: K.
-        device: of the result.
     """
     if given is not None and given.dim() > 2:
         return mask
