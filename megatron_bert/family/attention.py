@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_bert.family.parts import Fused, Holder, divided_linear, dropout_prob, part
 from megatron_bert.model.attention import AttentionHeads, SelfAttention
 from megatron_bert.model.configuration import EncoderConfig
-from megatron_bert.model.requests import AttentionOutput, AttentionRequest
+from megatron_bert.model.requests import AttentionRequest
 from megatron_bert.model.resharding import selected
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.collectives import copy_to_ranks
@@ -157,10 +157,10 @@ class CrossAttention(_Attention):
 
     def forward(
         self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: AttentionRequest
-    ) -> AttentionOutput:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend to the encoder's states in the request, which may have a memory of their keys and values.
 
-        Other arguments, and the result, are those of Encoder, of the decoder.
+        Other arguments are those of Encoder, of the decoder; the result is as of :meth:`answer`.
         """
         encoder, own = request.encoder, self.projections
         assert encoder is not None, "cross-attention needs something to attend to"

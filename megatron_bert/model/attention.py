@@ -19,7 +19,7 @@ from megatron_bert.model.attention_functions import (
     packed_attention,
 )
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.requests import AttentionOutput, AttentionRequest, EncoderStates
+from megatron_bert.model.requests import AttentionRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.collectives import copy_to_ranks, gather_from_ranks
 from parallel.dropout import fold_in
@@ -174,8 +174,12 @@ class AttentionHeads(nn.Module):
         dropout_keys: Tensor | None,
         request: AttentionRequest,
         encoder: EncoderStates | None = None,
-    ) -> AttentionOutput:
-        """What is asked of sequences in a rectangle, whose keys may be those of an encoder."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is asked of sequences in a rectangle, whose keys may be those of an encoder.
+
+        Returns:
+            ``[T, H]``, and if asked for the probabilities ``[B, heads, Q, K]`` of all ranks' heads.
+        """
         seen = request if encoder is None else encoder
         context, probabilities = self.attend(
             query,
@@ -187,10 +191,8 @@ class AttentionHeads(nn.Module):
             head_mask=request.head_mask,
             explicit=request.probabilities or seen.unattended,
         )
-        return AttentionOutput(
-            self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2)),
-            self.all_heads(probabilities, request.probabilities),
-        )
+        hidden = self.output(layout.from_rectangle(context.transpose(1, 2)).flatten(-2))
+        return hidden, self.all_heads(probabilities, request.probabilities)
 
 
 class SelfAttention(AttentionHeads):
@@ -214,10 +216,10 @@ class SelfAttention(AttentionHeads):
         layout: SequenceLayout,
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
-    ) -> Tensor | AttentionOutput:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attend within sequences; on request, with its mask in place of the layout's, which is a rectangle.
 
-        Arguments and result are those of Encoder.
+        Arguments are those of Encoder; the result is as of ``hidden``, on request as of :meth:`answer`.
         """
         projected = self.project(hidden)
         if request is not None:

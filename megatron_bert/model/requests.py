@@ -66,18 +66,6 @@ class AttentionRequest(Movable):
     encoder: EncoderStates | None = None
 
 
-class AttentionOutput(NamedTuple):
-    """What an attention module gives on request.
-
-    Attributes:
-        hidden: ``[T, H]``.
-        probabilities: ``[B, heads, Q, K]`` of all ranks' heads, if asked for.
-    """
-
-    hidden: Tensor
-    probabilities: Tensor | None
-
-
 class LayerOutput(NamedTuple):
     """What a layer gives on request.
 
