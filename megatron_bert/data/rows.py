@@ -2,9 +2,14 @@
 """One document as it lies in a file, and its text."""
 
 import json
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
 
+from megatron_bert.data.compression import PlainFile, open_plain
 from parallel.errors import UserError
 
 OnBadRow = Literal["error", "skip"]
@@ -38,7 +43,7 @@ class Row(NamedTuple):
         return f"{self.path} line {self.line}" + (f" after byte {self.base}" if self.base else "")
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """The documents of one file.
 
     Every document has a position in [0, size), which never falls from one to the next: a range of positions is a
@@ -50,10 +55,14 @@ class Reader(Protocol):
         cut: Offset of the first document at or after the end of the range read last; None at the end of the file.
     """
 
-    path: str
-    size: int
-    cut: int | None
+    def __init__(self, path: str | os.PathLike[str], size: int | None = None) -> None:
+        self.path = os.fspath(path)
+        self.size = Path(self.path).stat().st_size if size is None else size
+        self.cut: int | None = None
+        self._plain: PlainFile | None = None
+        self._bytes_read = 0
 
+    @abstractmethod
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:
         """Documents whose position is in [begin, end), in order; all of them by default.
 
@@ -64,6 +73,17 @@ class Reader(Protocol):
     @property
     def bytes_read(self) -> int:
         """Bytes of the (compressed) file consumed so far."""
+        return self._bytes_read if self._plain is None else self._plain.bytes_read()
+
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[PlainFile]:
+        """The content of the file, and how much of it is consumed."""
+        with open_plain(path) as plain:
+            self._plain = plain
+            try:
+                yield plain
+            finally:
+                self._bytes_read, self._plain = plain.bytes_read(), None
 
 
 def decode_row(row: Row, json_key: str = "text") -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_bert.data.rows import Form, Row
+from megatron_bert.data.rows import Form, Reader, Row
 from parallel.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ DATASET_STATE, DATASET_SPLITS = "state.json", "dataset_dict.json"
 """What `save_to_disk` of Hugging Face's datasets writes into the folder of a dataset, and of several splits."""
 
 
-class ParquetReader:
+class ParquetReader(Reader):
     """Reads the documents of a string column of a Parquet file; other columns are never read.
 
     The position of a row is its share of the rows times the bytes of the file.
@@ -34,10 +34,8 @@ class ParquetReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], column: str) -> None:
-        self.path, self._column = os.fspath(path), column
-        self.size = Path(self.path).stat().st_size
-        self.cut: int | None = None
-        self.bytes_read = 0
+        super().__init__(path)
+        self._column = column
         with _reading(self.path), self._open() as file:
             _check_column(self.path, file.schema_arrow, column)
 
@@ -58,7 +56,7 @@ class ParquetReader:
                 if start < last and start + rows > first:
                     yield from self._group(file, group, start, first, last)
                 start += rows
-            self.bytes_read = min(self.size, end or self.size)
+            self._bytes_read = min(self.size, end or self.size)
             self.cut = last if last < count else None
 
     def _group(self, file: Any, group: int, start: int, first: int, last: int) -> Iterator[Row]:
@@ -75,7 +73,7 @@ class ParquetReader:
                 if number >= first:
                     yield row._replace(offset=number)
             start += batch.num_rows
-            self.bytes_read = self.size * start // file.metadata.num_rows
+            self._bytes_read = self.size * start // file.metadata.num_rows
 
     def _open(self) -> Any:
         from pyarrow import parquet
@@ -83,7 +81,7 @@ class ParquetReader:
         return parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
 
 
-class ArrowReader:
+class ArrowReader(Reader):
     """Reads the documents of a string column of an Arrow file or stream, as Hugging Face's datasets are kept.
 
     The position of a row is that of its record batch: parts are of whole batches.
@@ -93,10 +91,7 @@ class ArrowReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], column: str) -> None:
-        self.path, self._column = os.fspath(path), column
-        self.size = Path(self.path).stat().st_size
-        self.cut: int | None = None
-        self.bytes_read = 0
+        super().__init__(path)
         with _reading(self.path), _source(self.path) as source:
             schema = _arrow_schema(source)
             _check_column(self.path, schema, column)
@@ -111,14 +106,14 @@ class ArrowReader:
         self.cut = None
         with _reading(self.path), _source(self.path) as source:
             for number, (place, batch) in enumerate(self._batches(source)):
-                self.bytes_read = place
+                self._bytes_read = place
                 if end is not None and place >= end:
                     self.cut = number
                     return
                 if place >= begin:
                     for row in _values(self.path, batch.column(0), 1):
                         yield row._replace(offset=number, base=number)
-            self.bytes_read = self.size
+            self._bytes_read = self.size
 
     def _batches(self, source: Any) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
         from pyarrow import ipc

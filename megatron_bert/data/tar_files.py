@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming documents out of tar archives, such as the shards of WebDataset."""
 
-import os
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
-from megatron_bert.data.compression import DAMAGE, PlainFile, open_plain
-from megatron_bert.data.rows import Row
+from megatron_bert.data.compression import DAMAGE
+from megatron_bert.data.rows import Reader, Row
 from megatron_bert.data.text_files import TEXT_SUFFIXES
 from parallel.errors import UserError
 
@@ -22,25 +20,13 @@ class _Member(NamedTuple):
     data: bytes | None
 
 
-class TarReader:
+class TarReader(Reader):
     """Reads the documents of a tar archive, compressed or not.
 
     A member .txt is one document, and a member .json one JSON object with a document under a key. Members whose names
     differ in their suffix alone are one sample, as in WebDataset: its .txt is taken, or else its .json. All other
     members are left out. The position of a document is that of the header of its sample's first member.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self.size = Path(self.path).stat().st_size
-        self.cut: int | None = None
-        self._plain: PlainFile | None = None
-        self._bytes_read = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the (compressed) file consumed so far."""
-        return self._bytes_read if self._plain is None else self._plain.bytes_read()
 
     def rows(self, begin: int = 0, end: int | None = None) -> Iterator[Row]:
         """Documents whose position is in [begin, end), in order.
@@ -52,24 +38,20 @@ class TarReader:
         name = "its start"
         found = False
         try:
-            with open_plain(self.path) as plain:
-                self._plain = plain
+            with self._opened(self.path) as plain:
                 mode = "r:" if plain.seekable else "r|"
-                try:
-                    with tarfile.open(fileobj=plain.file, mode=mode) as archive:  # type: ignore[call-overload]
-                        for sample in _samples(archive):
-                            place = plain.position(sample[0].offset)
-                            if end is not None and place >= end:
-                                self.cut = sample[0].offset
-                                return
-                            name = sample[0].name
-                            document = self._document(sample)
-                            found = found or document is not None
-                            if document is not None and place >= begin:
-                                yield document
-                    end = None
-                finally:
-                    self._bytes_read, self._plain = self.size if end is None else plain.bytes_read(), None
+                with tarfile.open(fileobj=plain.file, mode=mode) as archive:  # type: ignore[call-overload]
+                    for sample in _samples(archive):
+                        place = plain.position(sample[0].offset)
+                        if end is not None and place >= end:
+                            self.cut = sample[0].offset
+                            return
+                        name = sample[0].name
+                        document = self._document(sample)
+                        found = found or document is not None
+                        if document is not None and place >= begin:
+                            yield document
+            self._bytes_read = self.size
         except (*DAMAGE, tarfile.TarError) as error:
             raise UserError(f"{self.path} cannot be read after {name}: {error}.") from None
         if not found and not begin:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_bert.data.compression import DAMAGE, STANDARD_INPUT, PlainFile, inner_suffix, open_plain
-from megatron_bert.data.rows import Row
+from megatron_bert.data.compression import DAMAGE, STANDARD_INPUT, PlainFile, inner_suffix
+from megatron_bert.data.rows import Reader, Row
 from parallel.errors import UserError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -14,7 +14,7 @@ TEXT_SUFFIXES = (".txt", ".text")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class RowReader:
+class RowReader(Reader):
     """Reads the documents of one file without decoding them, which is left to whoever uses them.
 
     Files named .json, .jsonl or .ndjson hold one JSON object per line; files named .txt hold documents separated by
@@ -31,21 +31,12 @@ class RowReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
-        self._plain: PlainFile | None = None
-        self._bytes_read = 0
-        self.cut: int | None = None
         if self._path == STANDARD_INPUT:
-            self.path, self.size = "standard input", 0
+            super().__init__("standard input", 0)
             return
-        self.path = self._path
-        if not Path(self.path).is_file():
-            raise UserError(f"Input {self.path} does not exist or is not a file: give JSON lines or plain text files.")
-        self.size = Path(self.path).stat().st_size
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the (compressed) file consumed so far."""
-        return self._bytes_read if self._plain is None else self._plain.bytes_read()
+        if not Path(path).is_file():
+            raise UserError(f"Input {self._path} does not exist or is not a file: give JSON lines or plain text files.")
+        super().__init__(path)
 
     def __iter__(self) -> Iterator[Row]:
         """All documents."""
@@ -60,12 +51,8 @@ class RowReader:
         line = [0]
         self.cut = None
         try:
-            with open_plain(self._path) as plain:
-                self._plain = plain
-                try:
-                    yield from self._rows(plain, begin, end, line)
-                finally:
-                    self._bytes_read, self._plain = plain.bytes_read(), None
+            with self._opened(self._path) as plain:
+                yield from self._rows(plain, begin, end, line)
         except DAMAGE as error:
             raise UserError(f"{self.path} cannot be read after line {line[0]}: {error}.") from None
 
