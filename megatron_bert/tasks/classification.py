@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.data.tokenizers import Tokenizer
-from megatron_bert.tasks.encoding import BERT, InputFormat
 from megatron_bert.tasks.rows import BadRows, Row, RowError, as_json, converted, structured
 from megatron_bert.tasks.sequence import SequenceTask, TextExample, class_number, number_of
-from megatron_bert.tasks.settings import Column, TaskDataSettings, TaskSettings
+from megatron_bert.tasks.settings import Column
 from megatron_bert.tasks.tables import table_rows
 from megatron_bert.tasks.task import UNKNOWN_CLASS
 from parallel.errors import UserError
@@ -25,15 +23,6 @@ class ClassificationTask(SequenceTask):
     Labels are those of the settings, or those of the training files: whole numbers ascending, else in code point order.
     Several labels of a text are one cell with separators, a JSON list, or one column of 0 and 1 for each label.
     """
-
-    def __init__(
-        self, settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokenizer, form: InputFormat = BERT
-    ) -> None:
-        if data.label_separator is not None and not settings.multi_label:
-            raise UserError(
-                "data.label_separator is for multi-label tasks: set task.multi_label: true, or leave it out"
-            )
-        super().__init__(settings, data, tokenizer, form)
 
     @property
     def problem(self) -> Any:
@@ -49,6 +38,10 @@ class ClassificationTask(SequenceTask):
 
     def find_labels(self) -> tuple[str, ...]:
         """The settings' labels, or those found."""
+        if self.data.label_separator is not None and not self.settings.multi_label:
+            raise UserError(
+                "data.label_separator is for multi-label tasks: set task.multi_label: true, or leave it out"
+            )
         label = self.data.columns.label
         if isinstance(label, list):
             if not self.settings.multi_label:

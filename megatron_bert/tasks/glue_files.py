@@ -40,43 +40,22 @@ class GlueLayout:
 _BINARY = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
 
+_ACCURACY, _BOTH = ("accuracy",), ("accuracy_f1", "accuracy", "f1")
+_CORRELATIONS = ("pearson_spearman", "pearson", "spearman", "squared_error_loss")
+_NLI = ("contradiction", "entailment", "neutral")
+_MNLI_FILES = {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "test_diagnostic": "AX.tsv"}
+_PAIR, _QUESTIONS, _STRINGS = ("sentence1", "sentence2"), ("question1", "question2"), ("#1 String", "#2 String")
+
 LAYOUTS = {
     "cola": GlueLayout("CoLA", 3, None, 1, _BINARY, ("matthews", "accuracy"), {"test": "CoLA.tsv"}),
-    "sst2": GlueLayout("SST-2", "sentence", None, "label", _BINARY, ("accuracy",), {"test": "SST-2.tsv"}),
-    "mrpc": GlueLayout(
-        "MRPC", "#1 String", "#2 String", "Quality", _BINARY, ("accuracy_f1", "accuracy", "f1"), {"test": "MRPC.tsv"}
-    ),
-    "qqp": GlueLayout(
-        "QQP",
-        "question1",
-        "question2",
-        "is_duplicate",
-        _BINARY,
-        ("accuracy_f1", "accuracy", "f1"),
-        {"test": "QQP.tsv"},
-        number="id",
-    ),
-    "stsb": GlueLayout(
-        "STS-B",
-        "sentence1",
-        "sentence2",
-        "score",
-        (),
-        ("pearson_spearman", "pearson", "spearman", "squared_error_loss"),
-        {"test": "STS-B.tsv"},
-    ),
-    "mnli": GlueLayout(
-        "MNLI",
-        "sentence1",
-        "sentence2",
-        "gold_label",
-        ("contradiction", "entailment", "neutral"),
-        ("accuracy",),
-        {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "test_diagnostic": "AX.tsv"},
-    ),
-    "qnli": GlueLayout("QNLI", "question", "sentence", "label", _ENTAILMENT, ("accuracy",), {"test": "QNLI.tsv"}),
-    "rte": GlueLayout("RTE", "sentence1", "sentence2", "label", _ENTAILMENT, ("accuracy",), {"test": "RTE.tsv"}),
-    "wnli": GlueLayout("WNLI", "sentence1", "sentence2", "label", _BINARY, ("accuracy",), {"test": "WNLI.tsv"}),
+    "sst2": GlueLayout("SST-2", "sentence", None, "label", _BINARY, _ACCURACY, {"test": "SST-2.tsv"}),
+    "mrpc": GlueLayout("MRPC", *_STRINGS, "Quality", _BINARY, _BOTH, {"test": "MRPC.tsv"}),
+    "qqp": GlueLayout("QQP", *_QUESTIONS, "is_duplicate", _BINARY, _BOTH, {"test": "QQP.tsv"}, number="id"),
+    "stsb": GlueLayout("STS-B", *_PAIR, "score", (), _CORRELATIONS, {"test": "STS-B.tsv"}),
+    "mnli": GlueLayout("MNLI", *_PAIR, "gold_label", _NLI, _ACCURACY, _MNLI_FILES),
+    "qnli": GlueLayout("QNLI", "question", "sentence", "label", _ENTAILMENT, _ACCURACY, {"test": "QNLI.tsv"}),
+    "rte": GlueLayout("RTE", *_PAIR, "label", _ENTAILMENT, _ACCURACY, {"test": "RTE.tsv"}),
+    "wnli": GlueLayout("WNLI", *_PAIR, "label", _BINARY, _ACCURACY, {"test": "WNLI.tsv"}),
 }
 
 COLA_COLUMNS = 4

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.special
 import sklearn.metrics
 from scipy import stats
 
@@ -70,9 +71,7 @@ def confusion_matrix(true: Sequence[int], predicted: Sequence[int], classes: int
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities along the last axis, float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return scipy.special.softmax(logits.astype(np.float64), axis=-1)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

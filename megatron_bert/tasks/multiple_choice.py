@@ -43,13 +43,7 @@ class MultipleChoiceTask(Task[ChoiceExample, Instance]):
             raise UserError("data.columns.label is a list, but a question has one right choice: name one column")
         self.head = Head("choice", 1)
         self.choose_metric(("accuracy",))
-        room = self.max_length - form.pair_specials
-        self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
-        if self.max_query_length >= room:
-            raise UserError(
-                f"task.max_query_length {self.max_query_length} leaves no room for the passage in sequences of "
-                f"{self.max_length}: make it smaller, or task.max_length larger"
-            )
+        self.max_query_length = self.longest_query(MAX_QUERY_LENGTH, "the passage")
 
     def files(self) -> dict[str, list[Path]]:
         """The files of the directory, or those given."""

@@ -56,14 +56,8 @@ class QuestionAnsweringTask(Task[SpanExample, WindowInstance]):
         names = ("f1", "exact_match", *(parts if settings.no_answer else ()))
         self.choose_metric(names, default="best_f1" if searched else None)
         self.null_threshold = settings.null_threshold or 0.0
-        room = self.max_length - form.pair_specials
-        self.max_query_length = settings.max_query_length or min(MAX_QUERY_LENGTH, room // 2)
-        if self.max_query_length >= room:
-            raise UserError(
-                f"task.max_query_length {self.max_query_length} leaves no room for the text in sequences of "
-                f"{self.max_length}: make it smaller, or task.max_length larger"
-            )
-        least = room - self.max_query_length
+        self.max_query_length = self.longest_query(MAX_QUERY_LENGTH, "the text")
+        least = self.max_length - form.pair_specials - self.max_query_length
         self.doc_stride = settings.doc_stride or min(DOC_STRIDE, least)
         check_stride(self.doc_stride, least, f"task.max_length {self.max_length} beside a question")
         self._readers: dict[str, QuestionReader] = {}

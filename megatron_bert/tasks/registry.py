@@ -23,10 +23,7 @@ def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokeni
     Raises:
         UserError: data settings that mean nothing to the task, missing files, or bad rows.
     """
-    try:
-        data.check_used_by(settings.name)
-    except ValueError as error:
-        raise UserError(f"{error}") from None
+    data.check_used_by(settings.name)
     given = [("directory", data.directory)] if data.directory is not None else []
     given += [(split, path) for split in ("train", "valid", "test") for path in data.files(split)]
     for name, path in given:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_bert.section import Section
 from megatron_bert.tasks.table import TASKS, has_setting
+from parallel.errors import UserError
 
 #: How much a class counts; by name, or in the order of the labels.
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -242,7 +243,7 @@ class TaskDataSettings(Section):
         return given if isinstance(given, list) else [] if given is None else [given]
 
     def check_used_by(self, name: str) -> None:
-        """Refuse settings that a task of this name does not have (ValueError)."""
+        """Refuse settings that a task of this name does not have (UserError)."""
         _refuse_unused(self, "data", name, "data")
         _refuse_unused(self.columns, "columns", name, "data.columns")
 
@@ -270,4 +271,4 @@ def _refuse_unused(section: Section, part: str, name: str, title: str) -> None:
     for field, info in type(section).model_fields.items():
         default: Any = info.get_default(call_default_factory=True)
         if not has_setting(name, part, field) and getattr(section, field) != default:
-            raise ValueError(f'{title}.{field} means nothing to the task "{name}": leave it out')
+            raise UserError(f'{title}.{field} means nothing to the task "{name}": leave it out')

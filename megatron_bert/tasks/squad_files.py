@@ -81,9 +81,8 @@ class QuestionReader:
             UserError: the file is not UTF-8, not JSON, or holds neither articles nor rows.
         """
         if not holds_articles(path):
-            kind: TableKind = (
-                "tsv" if path.suffix.lower() == ".tsv" else "csv" if path.suffix.lower() == ".csv" else "jsonl"
-            )
+            kinds: dict[str, TableKind] = {".tsv": "tsv", ".csv": "csv"}
+            kind = kinds.get(path.suffix.lower(), "jsonl")
             yield from self._flat(read_table(path, kind, True, self.bad, numbers=numbers))
             return
         content = _load(path)

@@ -236,10 +236,7 @@ def read_array(path: Path) -> list[Any] | None:
 def first_row(path: Path, kind: TableKind) -> dict[str, Any] | None:
     """The first row of a JSON file, or names of a table's columns; None where it cannot be read."""
     if kind == "jsonl":
-        return next((dict(zip(r.names or (), r.cells, strict=True)) for r in _quiet(path)), None)
+        row = next(_read_json(path, BadRows("skip"), itertools.count()), None)
+        return None if row is None else dict(zip(row.names or (), row.cells, strict=True))
     line = next((cells for _, cells in read_cells(path, kind) if cells), None)
     return None if line is None or isinstance(line, RowError) else dict.fromkeys(line)
-
-
-def _quiet(path: Path) -> Iterator[Row]:
-    return _read_json(path, BadRows("skip"), itertools.count())

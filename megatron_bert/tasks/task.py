@@ -131,6 +131,17 @@ class Task(ABC, Generic[ExampleT, InstanceT]):
             choices = ", ".join(name for name in names if not name.endswith("loss"))
             raise UserError(f'task.metric "{self.metric}" cannot decide: the task "{self.settings.name}" has {choices}')
 
+    def longest_query(self, usual: int, rest: str) -> int:
+        """Tokens of the longest question, of which so many are usual, in sequences that hold the rest as well."""
+        room = self.max_length - self.form.pair_specials
+        longest = self.settings.max_query_length or min(usual, room // 2)
+        if longest >= room:
+            raise UserError(
+                f"task.max_query_length {longest} leaves no room for {rest} in sequences of {self.max_length}: make it "
+                "smaller, or task.max_length larger"
+            )
+        return longest
+
     def files(self) -> dict[str, list[Path]]:
         """The data files of each split, as the settings give them."""
         given = {split: self.data.files(split) for split in ("train", "valid", "test")}
