@@ -29,7 +29,15 @@ from megatron_bert.tasks.squad_metrics import token_f1
 from megatron_bert.tasks.task import IGNORED, Task
 from parallel.process_group import choose_device
 from parallel.whole_files import write_json
-from tools.task_scores import describe, draw, essential_settings, finished_run, summarize, task_of_file
+from tools.task_scores import (
+    add_task_options,
+    essential_settings,
+    finished_run,
+    leave,
+    measured,
+    summarize,
+    task_of_file,
+)
 
 #: What transformers' Trainer reached for a seed, beside the run.
 _THEIR_SCORES = "transformers.json"
@@ -113,31 +121,14 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="settings of fine-tuning, one file a task")
-    parser.add_argument("--runs", type=Path, required=True, help="directory for the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add_task_options(parser)
     parser.add_argument("--their-seeds", type=int, nargs="*", default=[], help="those for transformers' Trainer too")
     parser.add_argument("--finished", action="store_true", help="report what there is of the seeds, and run nothing")
-    parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
-    parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
     arguments = parser.parse_args()
-    tasks: dict[str, Any] = {}
-    for file in arguments.files:
-        tasks[file.stem] = measure(file, arguments)
-        print(describe(file.stem, tasks[file.stem]), flush=True)
-    if arguments.output is None:
-        return
+    tasks = measured(arguments.files, lambda file: measure(file, arguments))
     theirs = any("transformers" in models for task in tasks.values() for models in task["splits"].values())
     packages = ("transformers", "accelerate") if theirs else ()
-    write_json(
-        arguments.output,
-        {
-            "about": arguments.about,
-            **provenance("finetuning", *packages, device=choose_device("auto", 0)),
-            "tasks": tasks,
-        },
-    )
-    draw(tasks, arguments.output.with_suffix(".png"))
+    leave(arguments, tasks, provenance("finetuning", *packages, device=choose_device("auto", 0)))
 
 
 if __name__ == "__main__":

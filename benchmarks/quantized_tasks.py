@@ -27,8 +27,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from parallel.process_group import choose_device
-from parallel.whole_files import write_json
-from tools.task_scores import describe, draw, essential_settings, finished_run, summarize
+from tools.task_scores import add_task_options, essential_settings, finished_run, leave, measured, summarize
 
 #: Splits that results.json has for other models than the one that is saved.
 _CALIBRATED = "_calibrated"
@@ -61,13 +60,19 @@ def score_seed(file: Path, seed: int, directory: Path, arguments: argparse.Names
     }
 
 
+def measure(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One task: its metric, settings and scores."""
+    found, metric = {}, ""
+    for seed in arguments.seeds:
+        metric, found[seed] = score_seed(file, seed, arguments.runs / file.stem / f"seed_{seed}", arguments)
+    return {"metric": metric, "settings": essential_settings(file), "splits": summarize(found)}
+
+
 @command("benchmarks.quantized_tasks")
 def main() -> None:
     """Run what is missing, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="settings of fine-tuning, one file a task")
-    parser.add_argument("--runs", type=Path, required=True, help="directory for the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add_task_options(parser)
     parser.add_argument("--weight-bits", type=int, nargs="+", default=[8, 7], choices=(7, 8))
     parser.add_argument("--epochs", type=float, default=2.0, help="of the training that follows fine-tuning")
     parser.add_argument("--rate", type=float, default=3e-5, help="its peak learning rate")
@@ -75,24 +80,8 @@ def main() -> None:
     parser.add_argument(
         "--quantized-change", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="of the quantized models' alone"
     )
-    parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
-    parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
     arguments = parser.parse_args()
-    tasks: dict[str, Any] = {}
-    for file in arguments.files:
-        found, metric = {}, ""
-        for seed in arguments.seeds:
-            metric, found[seed] = score_seed(file, seed, arguments.runs / file.stem / f"seed_{seed}", arguments)
-        tasks[file.stem] = {
-            "metric": metric,
-            "settings": essential_settings(file),
-            "splits": summarize(found),
-        }
-        print(describe(file.stem, tasks[file.stem]), flush=True)
-    if arguments.output is None:
-        return
-    result = {
-        "about": arguments.about,
+    made = {
         **provenance("quantized_tasks", device=choose_device("auto", 0)),
         "seeds": arguments.seeds,
         "training that follows": {
@@ -101,10 +90,8 @@ def main() -> None:
             "changes": arguments.change,
             "changes of quantized models": arguments.quantized_change,
         },
-        "tasks": tasks,
     }
-    write_json(arguments.output, result)
-    draw(tasks, arguments.output.with_suffix(".png"))
+    leave(arguments, measured(arguments.files, lambda file: measure(file, arguments)), made)
 
 
 if __name__ == "__main__":

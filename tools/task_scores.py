@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,32 @@ from megatron_bert.finetuning.start import encoder_config, find_tokenizer
 from megatron_bert.tasks.encoding import input_format
 from megatron_bert.tasks.registry import build_task
 from megatron_bert.tasks.task import Task
-from parallel.whole_files import write_picture
+from parallel.whole_files import write_json, write_picture
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """Arguments of a benchmark of tasks."""
+    parser.add_argument("files", type=Path, nargs="+", help="settings of fine-tuning, one file a task")
+    parser.add_argument("--runs", type=Path, required=True, help="directory for the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--about", default="", help="what was measured, in words, for the JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file to write; a picture goes beside it")
+
+
+def measured(files: list[Path], measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured of the task of each settings file, said as it is found."""
+    tasks = {}
+    for file in files:
+        tasks[file.stem] = measure(file)
+        print(describe(file.stem, tasks[file.stem]), flush=True)
+    return tasks
+
+
+def leave(arguments: argparse.Namespace, tasks: dict[str, Any], made: Mapping[str, Any]) -> None:
+    """Write what was measured, how it was made, and a picture of it, where that is asked for."""
+    if arguments.output is not None:
+        write_json(arguments.output, {"about": arguments.about, **made, "tasks": tasks})
+        draw(tasks, arguments.output.with_suffix(".png"))
 
 
 def finished_run(
