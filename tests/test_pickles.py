@@ -37,7 +37,7 @@ FORBIDDEN_STARTS = (
 #: In every module that names one of them, and in few others.
 SUSPICIOUS = re.compile(r"pickle|dill|joblib|shelve|marshal|hub|load\b|load_|loads|Loader|read_array|Reader|eval|exec")
 #: The one door; and what reads files that it has written itself.
-EXEMPT = {"parallel/stored/pickles.py", "tools/fuzz_checkpoints.py"}
+EXEMPT = {"parallel/stored/pickles.py", "tools/fuzzing.py"}
 
 
 def refused(source: str) -> Iterator[str]:

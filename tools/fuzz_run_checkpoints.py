@@ -12,19 +12,14 @@ memory than ``--memory``.
 
 from __future__ import annotations
 
-import argparse
-import collections
 import random
 import resource
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_bert.ending import command
 from megatron_bert.training.run import RUN_STATE
@@ -34,13 +29,13 @@ from parallel.checkpoint_writer import CheckpointWriter
 from parallel.errors import UserError
 from parallel.manifest import write_manifest
 from parallel.process_group import process_group
-from tools.fuzz_checkpoints import Mutation, break_files, case_outcome, inject
+from tools.fuzzing import Mutation, break_files, case_outcome, fuzz_parser, in_words, inject, run_cases
 
 _STATE = {"step": 7, "consumed_samples": 56, "optimizer": {"steps": 7}, "loss_scale": {"value": 1.0}, "tokenizer": "a"}
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """A checkpoint of a few tensors; the folder must be there."""
+    """A checkpoint of a few tensors in a folder."""
     generator = torch.Generator().manual_seed(1)
     with process_group("cpu"):
         writer = CheckpointWriter(folder, keep=0, asynchronous=False)
@@ -66,13 +61,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def run_case(original: Path, folder: Path, seed: int, seconds: int = 20) -> tuple[str, str]:
-    """Break a copy of a checkpoint and load it.
-
-    Args:
-        original: the checkpoint.
-        folder: an empty one for this case.
-        seed: decides what is broken.
-        seconds: after which the case is too slow.
+    """Break a copy of a checkpoint in an empty folder, as a seed decides, and load it.
 
     Returns:
         The outcome (``fine``, ``refused`` or a failure) and what was done to the files.
@@ -106,30 +95,15 @@ def _rename(place: Path, chance: random.Random) -> str:
 
 
 @command("fuzz_run_checkpoints")
-def main(arguments: list[str] | None = None, case: Callable[..., tuple[str, str]] = run_case) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run many cases; 1 if one of them failed."""
-    parser = argparse.ArgumentParser(description="Fuzz the checkpoints of runs.")
-    parser.add_argument("--cases", type=int, default=2000, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="number of the first case")
-    parser.add_argument("--seconds", type=int, default=20, metavar="S", help="longest time of a case")
-    parser.add_argument("--memory", type=float, default=2.0, metavar="GB", help="most memory that may be resident")
-    parsed = parser.parse_args(arguments)
-    outcomes: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
-        root = Path(temporary, "checkpoints")
-        root.mkdir()
-        original = make_checkpoint(root)
-        for number in tqdm(range(parsed.seed, parsed.seed + parsed.cases), unit="case", disable=None):
-            folder = Path(temporary, f"case{number}")
-            folder.mkdir()
-            outcome, what = case(original, folder, number, parsed.seconds)
-            outcomes[outcome if outcome in ("fine", "refused") else "failed"] += 1
-            if outcome not in ("fine", "refused"):
-                print(f"case {number} ({what}): {outcome}")
-            shutil.rmtree(folder)
+    options = fuzz_parser("Fuzz the checkpoints of runs.", 2.0, "most memory that may be resident").parse_args(
+        arguments
+    )
+    outcomes = run_cases(options, lambda folder: [make_checkpoint(folder)], run_case)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) + f"; peak {peak:.2f} GB")
-    return 1 if outcomes["failed"] or peak > parsed.memory else 0
+    print(f"{in_words(outcomes)}; peak {peak:.2f} GB")
+    return 1 if outcomes["failed"] or peak > options.memory else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from __future__ import annotations
 import collections
 import datetime
 import functools
-import importlib.util
 import io
 import os
 import pickle
@@ -17,7 +16,6 @@ import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -33,34 +31,25 @@ from parallel.stored.torch_vocabulary import torch_vocabulary
 from parallel.stored.vocabulary import Vocabulary
 from tests.megatron_bert.convert.generator import Sizes, arguments, draw, write_checkpoint, write_zip
 from tests.megatron_bert.convert.support import all_tensors
+from tools import fuzz_checkpoints as fuzz
+from tools.fuzzing import payloads
 
 SIZES = Sizes()
 _SHARD = "release/mp_rank_00/model_optim_rng.pt"
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> ModuleType:
-    path = Path(__file__).parents[3] / "tools/fuzz_checkpoints.py"
-    spec = importlib.util.spec_from_file_location("fuzz_checkpoints", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def corpus(fuzz: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return fuzz.make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def test_the_corpus_is_readable(fuzz: ModuleType, corpus: list[Path]) -> None:
+def test_the_corpus_is_readable(corpus: list[Path]) -> None:
     for place in corpus:
         fuzz.read_to_the_end(place)
 
 
 @pytest.mark.parametrize("start", range(0, 400, 50))
-def test_mutations_end_in_clear_errors(fuzz: ModuleType, corpus: list[Path], tmp_path: Path, start: int) -> None:
+def test_mutations_end_in_clear_errors(corpus: list[Path], tmp_path: Path, start: int) -> None:
     failures = []
     for number in range(start, start + 50):
         folder = tmp_path / str(number)
@@ -71,10 +60,10 @@ def test_mutations_end_in_clear_errors(fuzz: ModuleType, corpus: list[Path], tmp
     assert not failures
 
 
-def test_no_payload_is_run(fuzz: ModuleType, tmp_path: Path) -> None:
+def test_no_payload_is_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     path = tmp_path / "model_optim_rng.pt"
-    for payload in fuzz.payloads(canary):
+    for payload in payloads(canary):
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("archive/data.pkl", payload)
             file.writestr("archive/version", "3\n")
