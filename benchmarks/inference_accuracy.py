@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inference_systems import onnx_run, openvino_run
 from benchmarks.peers import transformers
 from megatron_bert.ending import command
 from megatron_bert.ibert import NativeModel
@@ -48,20 +49,6 @@ def _torch(model: nn.Module) -> _Run:
     return run
 
 
-def _onnxruntime(path: Path) -> _Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda ids, mask: session.run(None, {"ids": ids, "mask": mask})[0]
-
-
-def _openvino(model: Any, precision: str) -> _Run:
-    import openvino
-
-    request = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-    return lambda ids, mask: request([ids, mask])[0]
-
-
 def _ours(run: Path) -> _Run:
     model = NativeModel(run)
     return lambda ids, mask: model.logits([row[: int(n)].tolist() for row, n in zip(ids, mask.sum(1), strict=True)])
@@ -86,7 +73,7 @@ def peers(directory: Path, folder: Path, ids: np.ndarray, mask: np.ndarray) -> d
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(exported(), dynamic, weight_type=QuantType.QInt8, per_channel=True)
-        return _onnxruntime(dynamic)
+        return onnx_run(dynamic, 0, "ids", "mask")
 
     def nncf_int8() -> _Run:
         import nncf
@@ -95,14 +82,14 @@ def peers(directory: Path, folder: Path, ids: np.ndarray, mask: np.ndarray) -> d
         data = nncf.Dataset([[ids[i : i + 1], mask[i : i + 1]] for i in range(len(ids))])
         read = openvino.Core().read_model(exported())
         quantized = nncf.quantize(read, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(ids))
-        return _openvino(quantized, "bf16")
+        return openvino_run(quantized, "bf16")
 
     return {
         "torch fp32": lambda: _torch(model),
         "torch dynamic int8": lambda: _torch(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)),
-        "onnxruntime fp32": lambda: _onnxruntime(exported()),
+        "onnxruntime fp32": lambda: onnx_run(exported(), 0, "ids", "mask"),
         "onnxruntime dynamic int8": onnx_int8,
-        "openvino bf16": lambda: _openvino(str(exported()), "bf16"),
+        "openvino bf16": lambda: openvino_run(str(exported()), "bf16"),
         "openvino nncf int8 and bf16": nncf_int8,
         "torch bf16": lambda: _torch(model.bfloat16()),  # last, as it changes the model
     }

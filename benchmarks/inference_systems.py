@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,22 +167,23 @@ def _torch_run(model: Callable[[Tensor], Tensor]) -> Run:
     return run
 
 
-def _onnx_run(path: Path, threads: int) -> Run:
+def onnx_run(path: Path, threads: int, *names: str) -> Callable[..., Any]:
+    """What runs a graph on arrays or tensors, its inputs of these names, in ONNX Runtime; 0 threads are its choice."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda ids: session.run(None, {"ids": ids.numpy()})[0]
+    return lambda *given: session.run(None, dict(zip(names, map(np.asarray, given), strict=True)))[0]
 
 
-def _openvino_run(path: Path, threads: int, precision: str) -> Run:
+def openvino_run(model: Any, precision: str, **settings: Any) -> Callable[..., Any]:
+    """The same in OpenVINO, of a graph or the path of one."""
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    model = openvino.Core().compile_model(str(path), "CPU", settings)
-    request = model.create_infer_request()
-    return lambda ids: request.infer([ids.numpy()])[model.output(0)]
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision, **settings})
+    request = compiled.create_infer_request()
+    return lambda *given: request.infer(list(map(np.asarray, given)))[compiled.output(0)]
 
 
 def _integer_run(plan: Path, threads: int, target: str | None) -> Run:
@@ -209,6 +211,12 @@ def systems(models: Models, threads: int, targets: list[str], weight_bits: list[
         kind = {nn.Linear}
         return _torch_run(torch.ao.quantization.quantize_dynamic(models.theirs(), kind, torch.qint8))
 
+    def onnx(path: Path) -> Run:
+        return onnx_run(path, threads, "ids")
+
+    def openvino(path: Path, precision: str) -> Run:
+        return openvino_run(str(path), precision, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
+
     weights = models.hugging_face
     found: dict[str, System] = {
         f"integer W{bits}A8 {target}": (
@@ -224,12 +232,12 @@ def systems(models: Models, threads: int, targets: list[str], weight_bits: list[
         "torch bf16": (lambda: _torch_run(models.theirs().bfloat16()), weights),
         "torch compile bf16": (lambda: _torch_run(torch.compile(models.theirs().bfloat16())), weights),
         "torch dynamic int8": (dynamic, weights),
-        "onnxruntime fp32": (lambda: _onnx_run(models.onnx(), threads), models.onnx),
-        "onnxruntime dynamic int8": (lambda: _onnx_run(models.onnx_int8(), threads), models.onnx_int8),
-        "openvino fp32": (lambda: _openvino_run(models.onnx(), threads, "f32"), models.onnx),
-        "openvino bf16": (lambda: _openvino_run(models.onnx(), threads, "bf16"), models.onnx),
-        "openvino nncf int8": (lambda: _openvino_run(models.nncf_int8(), threads, "f32"), models.nncf_int8),
-        "openvino nncf int8 and bf16": (lambda: _openvino_run(models.nncf_int8(), threads, "bf16"), models.nncf_int8),
+        "onnxruntime fp32": (lambda: onnx(models.onnx()), models.onnx),
+        "onnxruntime dynamic int8": (lambda: onnx(models.onnx_int8()), models.onnx_int8),
+        "openvino fp32": (lambda: openvino(models.onnx(), "f32"), models.onnx),
+        "openvino bf16": (lambda: openvino(models.onnx(), "bf16"), models.onnx),
+        "openvino nncf int8": (lambda: openvino(models.nncf_int8(), "f32"), models.nncf_int8),
+        "openvino nncf int8 and bf16": (lambda: openvino(models.nncf_int8(), "bf16"), models.nncf_int8),
         "transformers IBert": (lambda: _simulated(models), weights),
     }
 
