@@ -24,11 +24,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
 from megatron_bert.ending import command
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.process_group import process_group
-from parallel.whole_files import write_json
 
 #: Name -> layers, hidden size and words.
 SIZES = {"tiny": (2, 64, 1024), "base": (12, 768, 30592), "345m": (24, 1024, 30592)}
@@ -173,8 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         "step_seconds": options.step_seconds,
         "results": results,
     }
-    if options.output is not None:
-        write_json(options.output, report)
+    publish(report, options.output)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
 from benchmarks.timing import taken_by
 from megatron_bert.convert.formats import FORMATS
 from megatron_bert.convert.options import WriteOptions
 from megatron_bert.convert.state import CanonicalState, SourceFacts, StateTensor, pretraining_tensors
 from megatron_bert.model.configuration import MegatronBertConfig
-from parallel.whole_files import write_json
 
 #: Layers, hidden size, heads, vocabulary (the padded one, as it counts as real when no true size is known).
 MODELS = {"345m": (24, 1024, 16, 30592), "3.9b": (48, 2560, 40, 30592)}
@@ -138,8 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         "memory_of_the_imports_alone_gb": baseline(),
         "results": results,
     }
-    if parsed.output is not None:
-        write_json(parsed.output, report)
+    publish(report, parsed.output)
     return 0
 
 

@@ -15,20 +15,22 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
+from benchmarks.kernels import Outside
+from benchmarks.our_trainer import make_batch, mean_loss
 from benchmarks.timing import processor_seconds
 from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.pretraining import BertForPretraining, loss_sums
+from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
 from megatron_bert.training.optimizer import ShardedOptimizer, decays
 from parallel.data_parallel import apply_data_parallel, finish_gradients, set_gradient_sync
@@ -36,20 +38,19 @@ from parallel.gradients import clip_factor, global_gradient_norm
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.process_group import process_group
 from parallel.sharding import initialize
-from parallel.whole_files import write_json
 
 Step = Callable[[], None]
 
 RATE, CLIP = 1e-4, 1.0
 SETTINGS = OptimizerSettings()
-LENGTH, SEQUENCES, SLOTS = 16, 2, 4
+LENGTH, SEQUENCES = 16, 2
 #: Layers that FSDP2 gathers at a time, which is what this project did before it had flat buffers.
 FSDP_GROUP = 3
 
 
-def make_model(layers: int, hidden: int) -> BertForPretraining:
+def config_of(layers: int, hidden: int) -> MegatronBertConfig:
     """A model of small matrices with as many parameters, in number, as a large one."""
-    config = MegatronBertConfig(
+    return MegatronBertConfig(
         vocab_size=1000,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -57,36 +58,13 @@ def make_model(layers: int, hidden: int) -> BertForPretraining:
         intermediate_size=4 * hidden,
         max_position_embeddings=LENGTH,
     )
-    model = BertForPretraining(config)
-    initialize(model, 1)
-    return model
 
 
-def make_batches(count: int) -> list[MicroBatch]:
+def make_batches(config: MegatronBertConfig, count: int) -> list[MicroBatch]:
     """Micro batches of short sequences."""
-    generator = torch.Generator().manual_seed(2)
-    total = LENGTH * SEQUENCES
-    return [
-        MicroBatch(
-            tokens=torch.randint(1, 1000, (total,), generator=generator),
-            positions=torch.arange(LENGTH).repeat(SEQUENCES),
-            types=torch.zeros(total, dtype=torch.int64),
-            samples=torch.arange(SEQUENCES).repeat_interleave(LENGTH) + SEQUENCES * number,
-            layout=SequenceLayout.rectangle(SEQUENCES, LENGTH, torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)),
-            slots=torch.arange(SLOTS),
-            slot_labels=torch.randint(1, 1000, (SLOTS,), generator=generator),
-            first_tokens=torch.arange(SEQUENCES) * LENGTH,
-            pair_labels=torch.zeros(SEQUENCES, dtype=torch.int64),
-            lengths=(LENGTH,) * SEQUENCES,
-        )
-        for number in range(count)
-    ]
-
-
-def loss(model: BertForPretraining, batch: MicroBatch) -> Tensor:
-    """Of one micro batch."""
-    sums = loss_sums(model(batch, 3), batch, model.config.vocab_size)
-    return sums.masked / SLOTS + sums.pair / SEQUENCES
+    every = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+    layout = SequenceLayout.rectangle(SEQUENCES, LENGTH, every)
+    return [replace(make_batch(config, SEQUENCES, LENGTH, seed), layout=layout) for seed in range(count)]
 
 
 def by_torch(
@@ -102,7 +80,7 @@ def by_torch(
     def step() -> None:
         for number, batch in enumerate(batches):
             before(number == len(batches) - 1)
-            loss(model, batch).backward()
+            mean_loss(model, batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -145,7 +123,7 @@ def flat(model: BertForPretraining, batches: list[MicroBatch], mesh: ParallelMes
     def step() -> None:
         for number, batch in enumerate(batches):
             set_gradient_sync(model, last=number == len(batches) - 1)
-            loss(model, batch).backward()
+            mean_loss(model, batch).backward()
         finish_gradients(model)
         norm = global_gradient_norm(optimizer.gradients(mesh), mesh)
         optimizer.step(RATE, (~norm.isfinite()).float(), clip_factor(norm, CLIP))
@@ -157,18 +135,6 @@ def flat(model: BertForPretraining, batches: list[MicroBatch], mesh: ParallelMes
 KINDS = {"plain modules": plain, "FSDP2": fsdp2, "flat buffers": flat}
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts operators as they are dispatched; on a GPU, all but views are a kernel each, or several."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
 def compare(layers: int, hidden: int, microbatches: int, rounds: int) -> dict[str, Any]:
     """Time steps of each kind in turn.
 
@@ -176,17 +142,20 @@ def compare(layers: int, hidden: int, microbatches: int, rounds: int) -> dict[st
         Of each kind, milliseconds of a step and operators that are not views; medians of the ratios to plain modules
         in the same round.
     """
-    batches, steps = make_batches(microbatches), {}
+    config, steps = config_of(layers, hidden), {}
+    batches = make_batches(config, microbatches)
     mesh = ParallelMesh(ParallelLayout(), torch.device("cpu"))
     for name, kind in KINDS.items():
-        steps[name] = kind(make_model(layers, hidden), batches, mesh)
+        model = BertForPretraining(config)
+        initialize(model, 1)
+        steps[name] = kind(model, batches, mesh)
     operators = {}
     for name, step in steps.items():
         step()
         step()
-        with Dispatched() as dispatched:
+        with Outside() as seen:
             step()
-        operators[name] = dispatched.count
+        operators[name] = seen.outside.total()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -216,11 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = compare(given.layers, given.hidden, given.micro_batches, given.rounds)
     for name, row in found.items():
         print(f"{name:14} {row['milliseconds']:8.2f} ms  {row['to_plain']:.3f} x plain  {row['operators']} operators")
-    if given.output is not None:
-        settings = {"layers": given.layers, "hidden": given.hidden, "micro_batches": given.micro_batches}
-        made = provenance("data_parallel", arguments=arguments)
-        report = {**made, **settings, "rounds": given.rounds, "found": found}
-        write_json(given.output, report)
+    settings = {name: getattr(given, name) for name in ("layers", "hidden", "micro_batches", "rounds")}
+    publish({**provenance("data_parallel", arguments=arguments), **settings, "found": found}, given.output)
     return 0
 
 

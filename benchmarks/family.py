@@ -33,7 +33,7 @@ from torch import Tensor
 import megatron_bert
 from benchmarks.harness import provenance, ratios
 from benchmarks.peers import transformers
-from benchmarks.timing import clock
+from benchmarks.timing import clock, training_step
 from megatron_bert import MegatronBertConfig
 from megatron_bert.ending import command
 from parallel.whole_files import write_json
@@ -83,17 +83,12 @@ def make_step(model: Any, batch: dict[str, Tensor], kind: str, dtype: torch.dtyp
     if kind == "trainer":
         return trainer_steps(model, batch, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
-    def train() -> Any:
+    def loss() -> Any:
         with mixed:
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return model(**batch).loss
 
-    return train
+    return training_step(trained, loss, 1e-5)
 
 
 def trainer_steps(model: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import machine_name
+from megatron_bert.planning.this_machine import processor_name
 from parallel.whole_files import write_json
 
 
@@ -37,7 +37,7 @@ def provenance(
     given = sys.argv[1:] if arguments is None else arguments
     return {
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *given]),
-        "machine": machine_name(device or torch.device("cpu")),
+        "machine": torch.cuda.get_device_name(device) if device and device.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {

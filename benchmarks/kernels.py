@@ -25,8 +25,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import provenance, publish
-from benchmarks.our_trainer import our_trainer
-from megatron_bert.config import Settings
+from benchmarks.our_trainer import our_trainer, step_settings
 from megatron_bert.ending import command
 from megatron_bert.planning.dry_run import longest_batch
 from parallel.process_group import World, process_group
@@ -73,38 +72,14 @@ class Outside(TorchDispatchMode):
         return cast(Callable[..., Any], aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
 
 
-def settings_of(given: argparse.Namespace, compiled: bool | str, run_dir: Path) -> Settings:
-    """Of a pretraining run on one rank."""
-    return Settings.model_validate(
-        {
-            "model": {
-                "hidden_size": given.hidden,
-                "num_hidden_layers": given.layers,
-                "num_attention_heads": 4,
-                "max_position_embeddings": given.length,
-            },
-            "tokenizer": {"path": "unused"},
-            "data": {"train": [{"prefix": "unused"}], "seq_length": given.length, "split": "1,0,0", "packed": True},
-            "parallel": {"data": 1},
-            "precision": {"compute": "bfloat16"},
-            "training": {
-                "run_dir": run_dir,
-                "steps": 1_000_000,
-                "global_batch_size": 4 * given.micro_batches,
-                "micro_batch_size": 4,
-                "compile": compiled,
-                "device": "cpu",
-            },
-        }
-    )
-
-
 def count(given: argparse.Namespace, compiled: bool | str, world: World) -> dict[str, Any]:
     """Operators of the third step, and graphs that it added to those of the first."""
     torch._dynamo.reset()
     counter = Outside()
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_of(given, compiled, Path(folder))
+        sizes = {"hidden_size": given.hidden, "num_hidden_layers": given.layers, "num_attention_heads": 4}
+        how = {"packed": True, "compile": compiled, "device": "cpu"}
+        settings = step_settings(Path(folder), sizes, given.length, 4, given.micro_batches, "bfloat16", **how)
         compiling = mock.patch("torch.compile", partial(torch.compile, backend=counter.backend()))
         with compiling, our_trainer(settings, VOCABULARY, world) as trainer:
             batches = [longest_batch(settings)] * given.micro_batches

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, publish
 from megatron_bert.ending import command
 from megatron_bert.training.timeline import gather_timeline, measured_costs
 from parallel.mesh import ParallelLayout, ParallelMesh
@@ -37,7 +37,6 @@ from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import simulate
 from parallel.weight_gradients import WeightGradientQueue, active_queue
-from parallel.whole_files import write_json
 
 CPU = torch.device("cpu")
 #: Tokens and width of an activation: a message of 64 KiB.
@@ -240,8 +239,7 @@ def main(given: list[str] | None = None) -> int:
         "results": results,
         "zero_bubble_h1_speedup_over_1f1b": round(gain, 4),
     }
-    if arguments.output is not None:
-        write_json(arguments.output, report)
+    publish(report, arguments.output)
     within = all(abs(row["measured_over_simulated"] - 1) <= 0.15 for row in results)
     return 0 if within and gain > 1 else 1
 

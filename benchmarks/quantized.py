@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks.harness import provenance, publish, ratios
 from benchmarks.peers import transformers
-from benchmarks.timing import clock
+from benchmarks.timing import clock, training_step
 from megatron_bert import IBertConfig, IBertForSequenceClassification, MegatronBertConfig
 from megatron_bert import MegatronBertForSequenceClassification as MegatronBert
 from megatron_bert.ending import command
@@ -64,19 +63,6 @@ def make_models(dropout: float, batch: dict[str, Any], device: torch.device) -> 
     }
 
 
-def make_step(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
-    """Forward, backward and optimizer."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
-    model.train()
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each model's step, and its ratio to its float model's."""
     device = torch.device(arguments.device)
@@ -84,7 +70,11 @@ def measure(dropout: float, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     ids = torch.randint(5, _SIZES["vocab_size"], (arguments.batch, arguments.length))
     batch = {"input_ids": ids.to(device), "labels": torch.randint(0, 2, (arguments.batch,)).to(device)}
-    steps = {name: make_step(model, batch) for name, model in make_models(dropout, batch, device).items()}
+    models = {name: model.train() for name, model in make_models(dropout, batch, device).items()}
+    steps = {
+        name: training_step(model.parameters(), lambda model=model: model(**batch).loss, 1e-6)
+        for name, model in models.items()
+    }
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(arguments.steps + 1):
         for name, step in steps.items():

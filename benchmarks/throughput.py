@@ -19,37 +19,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance, publish, ratios
-from benchmarks.peers import transformers
-from benchmarks.timing import seconds
+from benchmarks.our_trainer import make_batch, mean_loss
+from benchmarks.peers import their_model
+from benchmarks.timing import seconds, training_step
 from megatron_bert.ending import command
 from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.model.pretraining import BertForPretraining, loss_sums
-from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.model.pretraining import BertForPretraining
 from parallel.cross_entropy import IGNORED
 from parallel.sharding import initialize
-
-
-def make_batch(config: MegatronBertConfig, batch: int, length: int) -> MicroBatch:
-    """Full-length sequences with 15 % of the tokens masked."""
-    generator = torch.Generator().manual_seed(0)
-    slots_each = round(0.15 * length)
-    positions = torch.stack(
-        [torch.randperm(length, generator=generator)[:slots_each].sort().values for _ in range(batch)]
-    )
-    starts = torch.arange(batch) * length
-    return MicroBatch(
-        tokens=torch.randint(5, config.vocab_size, (batch * length,), generator=generator),
-        positions=torch.arange(length).repeat(batch),
-        types=(torch.arange(length) >= length // 2).long().repeat(batch),
-        samples=torch.arange(batch).repeat_interleave(length),
-        layout=SequenceLayout.rectangle(batch, length),
-        slots=(starts[:, None] + positions).flatten(),
-        slot_labels=torch.randint(5, config.vocab_size, (batch * slots_each,), generator=generator),
-        first_tokens=starts,
-        pair_labels=torch.randint(2, (batch,), generator=generator),
-        lengths=(length,) * batch,
-    )
 
 
 def our_step(
@@ -58,21 +36,13 @@ def our_step(
     """One training step of this project's model."""
     model = BertForPretraining(config, device=device)
     initialize(model, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = batch.to(device)
-    masked, pairs = batch.slots.shape[0], batch.first_tokens.shape[0]
 
-    def step() -> Tensor:
+    def loss() -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(batch, 1)
-            sums = loss_sums(logits, batch, config.vocab_size)
-        loss = sums.masked / masked + sums.pair / pairs
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return mean_loss(model, batch)
 
-    return step
+    return training_step(model.parameters(), loss, 1e-4)
 
 
 def their_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
@@ -93,30 +63,14 @@ def their_step(
     config: MegatronBertConfig, batch: MicroBatch, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
     """The same step of transformers' model."""
-    model = transformers.MegatronBertForPreTraining(
-        transformers.MegatronBertConfig(
-            vocab_size=config.padded_vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            layer_norm_eps=config.layer_norm_eps,
-            max_position_embeddings=config.max_position_embeddings,
-        )
-    ).to(device)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model = their_model(config).to(device).train()
     inputs = their_inputs(batch, device)
 
-    def step() -> Tensor:
+    def loss() -> Any:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return model(**inputs).loss
 
-    return step
+    return training_step(model.parameters(), loss, 1e-4)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

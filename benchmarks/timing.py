@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks of the benchmarks, what a command takes, and the name of the machine they ran on."""
+"""Clocks of the benchmarks, steps to time, and what a command takes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-
-from megatron_bert.planning.this_machine import processor_name
+from torch import Tensor, nn
 
 
 def seconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -36,6 +35,20 @@ def processor_seconds(step: Callable[[], Any]) -> float:
 def clock(name: str, device: torch.device) -> Callable[[Callable[[], Any]], float]:
     """The clock of a name: ``wall``, or ``processor``, which leaves waiting out."""
     return processor_seconds if name == "processor" else partial(seconds, device=device)
+
+
+def training_step(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], rate: float) -> Callable[[], Tensor]:
+    """A step of plain PyTorch with fused AdamW at a learning rate; it returns its loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return step
 
 
 class Taken(NamedTuple):
@@ -68,8 +81,3 @@ def taken_by(*arguments: str) -> Taken:
     if status:
         raise SystemExit(f"{shlex.join(command)} failed:\n{text}")
     return Taken(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
-
-
-def machine_name(device: torch.device) -> str:
-    """Name of the GPU, or of the CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

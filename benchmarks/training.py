@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance, publish, ratios, spread
-from benchmarks.our_trainer import our_trainer
-from benchmarks.peers import transformers
-from benchmarks.throughput import make_batch, their_inputs
+from benchmarks.our_trainer import make_batch, our_trainer, step_settings
+from benchmarks.peers import their_model, transformers
+from benchmarks.throughput import their_inputs
 from benchmarks.timing import seconds
 from megatron_bert.config import Settings
 from megatron_bert.ending import command
@@ -75,31 +75,20 @@ Step = Callable[[], Any]
 def settings_of(size: Size, options: argparse.Namespace, run_dir: Path, kind: str = "ours") -> Settings:
     """Of a pretraining run on one rank."""
     compiled, graphs = OURS[kind]
-    return Settings.model_validate(
-        {
-            "model": {
-                "hidden_size": size.hidden,
-                "num_hidden_layers": size.layers,
-                "num_attention_heads": size.heads,
-                "max_position_embeddings": size.length,
-                "attention_probs_dropout_prob": options.attention_dropout,
-                "hidden_dropout_prob": options.dropout,
-            },
-            "tokenizer": {"path": "unused"},
-            "data": {"train": [{"prefix": "unused"}], "seq_length": size.length, "split": "1,0,0"},
-            "parallel": {"data": 1},
-            "precision": {"compute": options.dtype},
-            "training": {
-                "run_dir": run_dir,
-                "steps": 1_000_000,
-                "global_batch_size": size.micro_batch * size.micro_batches,
-                "micro_batch_size": size.micro_batch,
-                "compile": compiled,
-                "cuda_graphs": graphs,
-                "device": options.device,
-            },
-        }
-    )
+    model = {
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "attention_probs_dropout_prob": options.attention_dropout,
+        "hidden_dropout_prob": options.dropout,
+    }
+    how = {"compile": compiled, "cuda_graphs": graphs, "device": options.device}
+    return step_settings(run_dir, model, size.length, size.micro_batch, size.micro_batches, options.dtype, **how)
+
+
+def config_of(size: Size, options: argparse.Namespace) -> MegatronBertConfig:
+    """Of the model of such a run."""
+    return settings_of(size, options, Path("unused")).model_config_for(VOCABULARY, 0)
 
 
 @contextmanager
@@ -112,22 +101,6 @@ def our_step(size: Size, options: argparse.Namespace, world: World, kind: str) -
             yield lambda: trainer.train_step([batch] * size.micro_batches)
 
 
-def their_model(size: Size, options: argparse.Namespace) -> torch.nn.Module:
-    """Transformers' model of the same sizes."""
-    config = transformers.MegatronBertConfig(
-        vocab_size=-(-VOCABULARY // 128) * 128,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.hidden,
-        max_position_embeddings=size.length,
-        layer_norm_eps=1e-5,
-        hidden_dropout_prob=options.dropout,
-        attention_probs_dropout_prob=options.attention_dropout,
-    )
-    return cast(torch.nn.Module, transformers.MegatronBertForPreTraining(config)).to(options.device)
-
-
 def with_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs with the mask that data loaders give, of no padding."""
     return inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
@@ -136,7 +109,7 @@ def with_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def their_step(size: Size, options: argparse.Namespace, batch: MicroBatch, *, compiled: bool) -> Iterator[Step]:
     """The same step of transformers' model, in a loop as its examples have it."""
-    model = their_model(size, options).train()
+    model = their_model(config_of(size, options)).to(options.device).train()
     run = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     device = torch.device(options.device)
@@ -168,7 +141,7 @@ def trainer_step(size: Size, options: argparse.Namespace, batch: MicroBatch) -> 
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             return rows[index % size.micro_batch]
 
-    model = their_model(size, options)
+    model = their_model(config_of(size, options)).to(options.device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
@@ -260,7 +233,7 @@ def measure(name: str, options: argparse.Namespace, world: World, budget: float)
 
 def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: World) -> bool:
     """Whether all models fit in half of the memory: 18 bytes per parameter, and as much for activations."""
-    config = settings_of(size, options, Path("unused")).model_config_for(VOCABULARY, 0)
+    config = config_of(size, options)
     if world.device.type == "cuda":
         room = torch.cuda.get_device_properties(world.device).total_memory
     else:
@@ -283,8 +256,7 @@ def _summary(
     world: World,
 ) -> dict[str, Any]:
     """Tokens per second, MFU and peak memory of each kind, and how many times as fast as each other one ours is."""
-    settings = settings_of(size, options, Path("unused"))
-    config = settings.model_config_for(VOCABULARY, 0)
+    config = config_of(size, options)
     sequences = size.micro_batch * size.micro_batches
     tokens = sequences * size.length
     masked = round(0.15 * size.length) * sequences
