@@ -175,30 +175,29 @@ def _preprocess(arguments: argparse.Namespace) -> None:
         on_bad_row=arguments.on_bad_row,
         part=None if arguments.part is None else parse_part(arguments.part),
     )
-    counts = _counts(report.prefix, report.documents, report.sentences, report.tokens)
     skipped = report.skipped_empty + report.skipped_bad
     print(
-        f"{counts} in {report.seconds:.1f} s"
+        f"{_counts(report)} in {report.seconds:.1f} s"
         + (f"; skipped {report.skipped_empty:,} empty documents, {report.skipped_bad:,} bad rows" if skipped else "")
     )
-    _print_duplicates(report.duplicates, report.documents)
+    _print_duplicates(report)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
     from megatron_bert.data.merging import merge_corpora
 
     report = merge_corpora(arguments.prefixes, arguments.output)
-    counts = _counts(report.prefix, report.documents, report.sentences, report.tokens)
-    print(f"{counts} of {report.corpora} corpora")
-    _print_duplicates(report.duplicates, report.documents)
+    print(f"{_counts(report)} of {report.corpora} corpora")
+    _print_duplicates(report)
     if not report.noted:
         print(f"note: {report.prefix}.json is not written: a corpus without such a note does not name its tokenizer")
 
 
-def _counts(prefix: str, documents: int, sentences: int, tokens: int) -> str:
-    return f"{prefix}: {documents:,} documents, {sentences:,} sentences, {tokens:,} tokens"
+def _counts(report: Any) -> str:
+    return f"{report.prefix}: {report.documents:,} documents, {report.sentences:,} sentences, {report.tokens:,} tokens"
 
 
-def _print_duplicates(duplicates: int, documents: int) -> None:
-    if duplicates:
-        print(f"note: {duplicates:,} documents ({duplicates / documents:.1%}) equal an earlier one, and were kept")
+def _print_duplicates(report: Any) -> None:
+    if report.duplicates:
+        share = report.duplicates / report.documents
+        print(f"note: {report.duplicates:,} documents ({share:.1%}) equal an earlier one, and were kept")

@@ -29,7 +29,8 @@ TEXT_DOCUMENTS = 2000
 TEXT_TOKENS = 2000
 """Tokens of each of those that are decoded at most."""
 
-SEED = 1234
+SEED, MASKED = 1234, 0.15
+"""Of samples that are shown: of everything random, and the share of the tokens to predict."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,10 @@ class SampleOptions:
 
     Attributes:
         seq_length: Tokens per sample, special tokens included.
-        mask_probability: Share of the tokens to predict.
     """
 
     seq_length: int = 512
     objective: Objective = "sop"
-    mask_probability: float = 0.15
-    seed: int = SEED
 
 
 class CorpusReport:
@@ -106,9 +104,9 @@ class CorpusReport:
         Raises:
             UserError: A token id lies outside the vocabulary.
         """
-        documents, sentences, tokens = self._sizes()
+        documents, tokens = len(self.corpus.document_indices) - 1, int(self.lengths[0].values.sum())
         lines = [
-            f"{self.prefix}: a corpus of {documents:,} documents, {sentences:,} sentences, {tokens:,} tokens "
+            f"{self.prefix}: a corpus of {documents:,} documents, {len(self.corpus):,} sentences, {tokens:,} tokens "
             f"({self.corpus.dtype}, {self.corpus.tokens_path.stat().st_size / 1e6:,.1f} MB)"
         ]
         if self.note is None:
@@ -173,10 +171,6 @@ class CorpusReport:
         with reporting("written", path, "give another name"):
             write_picture(path, figure, dpi=110)
 
-    def _sizes(self) -> tuple[int, int, int]:
-        tokens = int(self.lengths[0].values.sum())
-        return len(self.corpus.document_indices) - 1, len(self.corpus), tokens
-
     def _vocabulary(self, tokenizer: Tokenizer) -> list[str]:
         counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         tokens = np.memmap(self.corpus.tokens_path, dtype=self.corpus.dtype, mode="r")
@@ -239,10 +233,10 @@ class CorpusReport:
                 (0, len(self.corpus.document_indices) - 1),
                 self.tokenizer,
                 seq_length=options.seq_length,
-                max_predictions=max(1, round(options.mask_probability * options.seq_length)),
-                mask_probability=options.mask_probability,
+                max_predictions=max(1, round(MASKED * options.seq_length)),
+                mask_probability=MASKED,
                 objective=options.objective,
-                seed=options.seed,
+                seed=SEED,
             )
         return self._datasets[options]
 

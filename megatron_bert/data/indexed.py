@@ -3,7 +3,6 @@
 
 import hashlib
 import os
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ class IndexedDataset:
         prefix: Path of the pair without `.bin` / `.idx`.
 
     Attributes:
+        tokens_path: The `.bin` file.
         sizes: int32 [S], tokens in each sentence.
         offsets: int64 [S], byte offset of each sentence in the `.bin` file.
         document_indices: int64 [D], first sentence of each document; starts with 0 and ends with S.
@@ -35,8 +35,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
-        self._index_path, self._tokens_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
-        for path in (self._index_path, self._tokens_path):
+        self._index_path, self.tokens_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
+        for path in (self._index_path, self.tokens_path):
             if not path.is_file():
                 raise UserError(
                     f"{path} does not exist: a corpus is a pair PREFIX.bin and PREFIX.idx, and its prefix is given "
@@ -45,13 +45,13 @@ class IndexedDataset:
         code, sentences, boundaries = read_header(self._index_path)
         self._map_index(sentences, boundaries)
         self._check_sizes_and_offsets_start()
-        token_bytes = self._tokens_path.stat().st_size
+        token_bytes = self.tokens_path.stat().st_size
         self.dtype = self._token_dtype(code, token_bytes)
         self._check_offsets()
         self._check_token_bytes(token_bytes)
         self._check_documents()
         # np.asarray drops the memmap class, whose slices cost three times as much as plain views.
-        self._tokens = np.asarray(_map(self._tokens_path, self.dtype, 0, token_bytes // self.dtype.itemsize))
+        self._tokens = np.asarray(_map(self.tokens_path, self.dtype, 0, token_bytes // self.dtype.itemsize))
 
     def __len__(self) -> int:
         """Number of sentences."""
@@ -76,17 +76,8 @@ class IndexedDataset:
         """Tokens at places of the whole corpus, of the shape of `places`: a copy."""
         return self._tokens[places]
 
-    @property
-    def tokens_path(self) -> Path:
-        """The `.bin` file."""
-        return self._tokens_path
-
     def fingerprint(self) -> str:
         """Hash of the header, the sentence sizes and the documents: what sample building depends on (64 hex digits)."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         counts = len(self), len(self.document_indices)
         digest = hashlib.sha256(HEADER.pack(MAGIC, VERSION, dtype_code(self.dtype), *counts))
         for array in (self.sizes, self.document_indices):
@@ -157,7 +148,7 @@ class IndexedDataset:
         if token_bytes != expected:
             state = f"ends at byte {token_bytes}" if token_bytes < expected else f"has {token_bytes} bytes"
             raise UserError(
-                f"{self._tokens_path} {state} but {self._index_path} describes {expected} bytes of {self.dtype} "
+                f"{self.tokens_path} {state} but {self._index_path} describes {expected} bytes of {self.dtype} "
                 f"tokens: the file is incomplete or belongs to another index, preprocess or copy the pair again."
             )
 

@@ -100,7 +100,8 @@ class RowStream:
 
     def row(self, number: int) -> np.ndarray:
         """Numbers in the stream of the samples of a row, counted from the first: int64 [n], the longest first."""
-        window, row = self._locate(number)
+        found, row = self._find(number)
+        window = self._window(found)
         start = window.ends[row - 1] if row else 0
         return window.samples[start : window.ends[row]]
 
@@ -123,10 +124,6 @@ class RowStream:
         while len(pack(lengths, self.length, most)) > unlimited * _NEARLY_FULL:
             most *= 2
         return most
-
-    def _locate(self, number: int) -> tuple[_Window, int]:
-        window, row = self._find(number)
-        return self._window(window), row
 
     def _find(self, number: int) -> tuple[int, int]:
         """The window that a row is in, and its place there."""
