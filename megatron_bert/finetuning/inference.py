@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -85,14 +84,7 @@ class Scorer:
         self.mesh = ParallelMesh(ParallelLayout(data=world.size), world.device)
         stage = saved.stage(*engine).to(world.device)
         self.model = StagedModel({0: stage}, None)
-        self.engine = PipelineEngine(
-            forward_only(1, 1),
-            0,
-            {0: stage},
-            None,
-            dtype=torch.float32,
-            device=world.device,
-        )
+        self.engine = PipelineEngine(forward_only(1, 1), 0, {0: stage}, None, dtype=torch.float32, device=world.device)
 
     def score(self, instances: Sequence[Instance]) -> Scored:
         """Logits on rank 0 and the mean loss; every rank calls with the same instances."""
@@ -276,7 +268,8 @@ def predict_stream(
     saved = load_task(source, None, settings["task"], _tokenizer(settings))
     most = batch_size * _BUFFERED_BATCHES if stream is None else batch_size if stream else 1
     bad = done = 0
-    with process_group(device, 600.0) as world, _bar(progress) as bar, arriving(rows) as arrivals:
+    bar = tqdm(unit="row", disable=not progress, file=sys.stderr, dynamic_ncols=True)
+    with process_group(device, 600.0) as world, bar, arriving(rows) as arrivals:
         scorer = Scorer(saved, world, batch_size, engine)
         while lines := arrivals.take(most, stream or 0.0):
             read: list[Example | dict[str, Any]] = []
@@ -316,9 +309,3 @@ def _example(saved: SavedTask, number: int, line: str) -> Example | dict[str, An
         return {"id": name, "error": f"{where}: {error}"}
     except UserError as error:
         return {"id": name, "error": str(error)}
-
-
-@contextmanager
-def _bar(progress: bool) -> Iterator[Any]:
-    with tqdm(unit="row", disable=not progress, file=sys.stderr, dynamic_ncols=True) as bar:
-        yield bar
