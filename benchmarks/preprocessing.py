@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
 from multiprocessing import get_context
@@ -49,101 +48,26 @@ print(count, re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
 """The peak of memory is that of the program; getrusage would include what it was forked from."""
 
 
-def is_punctuation(character: str) -> bool:
-    """Whether BERT makes a token of the character."""
-    code = ord(character)
-    ascii_signs = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
-    return ascii_signs or unicodedata.category(character).startswith("P")
-
-
-def is_chinese(code: int) -> bool:
-    """Whether BERT makes a token of the character, as of every Chinese one."""
-    return (
-        0x4E00 <= code <= 0x9FFF
-        or 0x3400 <= code <= 0x4DBF
-        or 0x20000 <= code <= 0x2A6DF
-        or 0x2A700 <= code <= 0x2B73F
-        or 0x2B740 <= code <= 0x2B81F
-        or 0x2B820 <= code <= 0x2CEAF
-        or 0xF900 <= code <= 0xFAFF
-        or 0x2F800 <= code <= 0x2FA1F
-    )
-
-
-def is_space(character: str) -> bool:
-    """Whether BERT takes the character for a space."""
-    return character in " \t\n\r" or unicodedata.category(character) == "Zs"
-
-
-def is_control(character: str) -> bool:
-    """Whether BERT drops the character."""
-    return character not in "\t\n\r" and unicodedata.category(character).startswith("C")
-
-
-def basic_tokens(text: str) -> list[str]:
-    """Words of a text, lower-cased and without accents, in the passes of the program published with BERT."""
-    cleaned = [
-        " " if is_space(character) else character
-        for character in text
-        if ord(character) not in (0, 0xFFFD) and not is_control(character)
-    ]
-    spaced = "".join(f" {character} " if is_chinese(ord(character)) else character for character in cleaned)
-    words = []
-    for word in spaced.split():
-        plain = unicodedata.normalize("NFD", word.lower())
-        without_accents = "".join(c for c in plain if unicodedata.category(c) != "Mn")
-        pieces: list[list[str]] = []
-        start_new = True
-        for character in without_accents:
-            if is_punctuation(character):
-                pieces.append([character])
-                start_new = True
-            else:
-                if start_new:
-                    pieces.append([])
-                pieces[-1].append(character)
-                start_new = False
-        words += ["".join(piece) for piece in pieces]
-    return " ".join(words).split()
-
-
-def word_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
-    """Ids of the longest pieces of a word, from the left."""
-    if len(word) > 100:
-        return [vocabulary["[UNK]"]]
-    found, start = [], 0
-    while start < len(word):
-        end = len(word)
-        while start < end:
-            piece = ("##" if start else "") + word[start:end]
-            if piece in vocabulary:
-                found.append(vocabulary[piece])
-                break
-            end -= 1
-        if start == end:
-            return [vocabulary["[UNK]"]]
-        start = end
-    return found
-
-
 @cache
-def nvidia_state(path: str) -> tuple[Any, dict[str, int]]:
-    """The splitter and the vocabulary of a process."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return punkt.PunktSentenceTokenizer(punkt.load_model("english")), {piece: i for i, piece in enumerate(lines)}
+def nvidia_state(path: str) -> tuple[Any, Callable[[str], list[int]]]:
+    """What a process splits by, and the ids of a sentence by the program published with BERT."""
+    from transformers.models.bert.tokenization_bert_legacy import BasicTokenizer, WordpieceTokenizer, load_vocab
+
+    vocabulary = load_vocab(path)
+    words, pieces = BasicTokenizer(), WordpieceTokenizer(vocabulary, "[UNK]")
+
+    def encode(sentence: str) -> list[int]:
+        return [vocabulary[piece] for word in words.tokenize(sentence) for piece in pieces.tokenize(word)]
+
+    return punkt.PunktSentenceTokenizer(punkt.load_model("english")), encode
 
 
 def nvidia_encode(job: tuple[str, str]) -> list[list[int]]:
     """Ids of the sentences of one line."""
     line, vocabulary_path = job
-    splitter, vocabulary = nvidia_state(vocabulary_path)
-    sentences = []
-    for part in json.loads(line)["text"].split("\n"):
-        for sentence in splitter.tokenize(part):
-            ids = [token for word in basic_tokens(sentence) for token in word_pieces(word, vocabulary)]
-            if ids:
-                sentences.append(ids)
-    return sentences
+    splitter, encode = nvidia_state(vocabulary_path)
+    sentences = (sentence for part in json.loads(line)["text"].split("\n") for sentence in splitter.tokenize(part))
+    return [ids for sentence in sentences if (ids := encode(sentence))]
 
 
 def nvidia(text: Path, vocabulary: Path, output: Path, workers: int) -> int:
@@ -275,7 +199,7 @@ def main() -> None:
 
     report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     report[name] = {
-        **provenance("preprocessing", "tokenizers", "numpy", arguments=words),
+        **provenance("preprocessing", "tokenizers", "transformers", "numpy", arguments=words),
         "workers": arguments.workers,
         "text": {
             "megabytes": round(arguments.text.stat().st_size / 1e6, 1),
