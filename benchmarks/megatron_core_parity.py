@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +36,7 @@ from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
 from megatron_bert.model.sequences import SequenceLayout
+from megatron_bert.planning.this_machine import run_ranks
 
 #: 1000 words: megatron-core's table has 1024 rows, and padding rows take part in its softmax.
 CONFIG = MegatronBertConfig(
@@ -105,8 +104,7 @@ def our_losses(source: Path) -> tuple[Tensor, Tensor]:
 def core_rank(rank: int, tensor: int, source: str, target: str, results: str) -> None:
     """One tensor-parallel rank of megatron-core: load strictly, compute, save its own state."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(tensor)}
-    dist.init_process_group("gloo", init_method=f"file://{results}.store", rank=rank, world_size=tensor)
+    dist.init_process_group("gloo")
     from megatron.core import parallel_state
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
@@ -159,7 +157,7 @@ def compare(native: Path, scratch: Path, tensor: int) -> dict[str, Any]:
     """Largest differences at one tensor-parallel size."""
     converted, saved, results = (scratch / f"{name}{tensor}" for name in ("core", "saved", "results"))
     convert(native, converted, to="megatron-core", write=WriteOptions(tensor=tensor), progress=False)
-    mp.spawn(core_rank, (tensor, str(converted), str(saved), str(results)), nprocs=tensor)
+    run_ranks(tensor, core_rank, tensor, str(converted), str(saved), str(results))
     loss, pair = torch.load(results)
     expected_loss, expected_pair = our_losses(native)
     mask = inputs()[2]

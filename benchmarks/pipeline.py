@@ -11,11 +11,9 @@ weight gradient take the given times, divided over its virtual stages.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import provenance, publish
 from megatron_bert.ending import command
+from megatron_bert.planning.this_machine import run_ranks
 from megatron_bert.training.timeline import gather_timeline, measured_costs
 from parallel.mesh import ParallelLayout, ParallelMesh
 from parallel.pipeline.actions import Schedule
@@ -160,17 +159,16 @@ def run_steps(
     }
 
 
-def run_rank(rank: int, store: str, arguments: argparse.Namespace, report: Callable[[Any], None]) -> None:
+def run_rank(rank: int, arguments: argparse.Namespace, report: Callable[[Any], None]) -> None:
     """One process of the pipeline."""
     torch.set_num_threads(1)
-    ranks = arguments.pipeline
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    mesh = ParallelMesh(ParallelLayout(pipeline=ranks), CPU)
+    dist.init_process_group("gloo")
+    mesh = ParallelMesh(ParallelLayout(pipeline=arguments.pipeline), CPU)
     transport = PipelineTransport.create(mesh)
     times = Times(*(milliseconds / 1000 for milliseconds in arguments.milliseconds))
     results = []
     for name in SCHEDULES:
-        schedule = build_schedule(name, ranks, arguments.microbatches)
+        schedule = build_schedule(name, arguments.pipeline, arguments.microbatches)
         results.append(run_steps(schedule, mesh, transport, times, arguments.steps))
     if rank == 0:
         report(results)
@@ -179,19 +177,8 @@ def run_rank(rank: int, store: str, arguments: argparse.Namespace, report: Calla
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Results of all schedules, measured in processes of their own."""
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
-        processes = [
-            context.Process(target=run_rank, args=(rank, f"{folder}/store", arguments, results.put))
-            for rank in range(arguments.pipeline)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed, see above")
+    results: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    run_ranks(arguments.pipeline, run_rank, arguments, results.put)
     return results.get()
 
 
