@@ -15,6 +15,9 @@ import ast
 import sys
 from html import escape
 from pathlib import Path
+from textwrap import wrap
+
+import networkx as nx
 
 from parallel.whole_files import write_text
 from tools.import_graph import ROOT, modules_of
@@ -61,32 +64,15 @@ def room_graph(root: Path = ROOT) -> Graph:
 
 def reachable(graph: Graph) -> Graph:
     """Box -> all boxes it imports, directly or through others."""
-    found = {name: set(imports) for name, imports in graph.items()}
-    for middle in found:
-        for imports in found.values():
-            if middle in imports:
-                imports |= found[middle]
-    return found
+    found = nx.transitive_closure(nx.DiGraph(graph))
+    return {name: set(found[name]) for name in graph}
 
 
 def rows(graph: Graph) -> list[list[str]]:
     """Boxes from the lowest row up; those that import each other are in one row."""
-    below = reachable(graph)
-    level: dict[str, int] = {}
-
-    def level_of(name: str) -> int:
-        if name not in level:
-            mutual = {other for other in below[name] if name in below[other]} | {name}
-            under = {other for member in mutual for other in below[member]} - mutual
-            for member in mutual:
-                level[member] = -1
-            found = 1 + max((level_of(other) for other in under), default=-1)
-            level.update(dict.fromkeys(mutual, found))
-        return level[name]
-
-    for name in graph:
-        level_of(name)
-    return [sorted(name for name in graph if level[name] == row) for row in range(max(level.values()) + 1)]
+    mutual = nx.condensation(nx.DiGraph(graph))
+    levels = nx.topological_generations(mutual.reverse())
+    return [sorted(name for group in level for name in mutual.nodes[group]["members"]) for level in levels]
 
 
 def arrows(graph: Graph) -> list[tuple[str, str]]:
@@ -132,18 +118,6 @@ def with_rooms(guide: str, root: Path = ROOT) -> str:
     return f"{before}{BEGIN}\n{room_list(root)}{END}{after}"
 
 
-def wrapped(text: str, width: int = 30, lines: int = 3) -> list[str]:
-    """Lines of a text; what does not fit is left out at the last word."""
-    found = [""]
-    for word in text.split():
-        if len(found[-1]) + len(word) + 1 > width:
-            found.append("")
-        found[-1] = f"{found[-1]} {word}".strip()
-    if len(found) > lines:
-        found = [*found[: lines - 1], f"{found[lines - 1]} ..."]
-    return found
-
-
 def picture(root: Path = ROOT) -> str:
     """The drawing, as SVG."""
     graph = room_graph(root)
@@ -176,7 +150,7 @@ def picture(root: Path = ROOT) -> str:
         parts.append(
             f'<text x="{x:.0f}" y="{y + 15:.0f}" font-size="13" font-weight="bold" text-anchor="middle">{title}</text>'
         )
-        for line, text in enumerate(wrapped(description(name, root))):
+        for line, text in enumerate(wrap(description(name, root), 30, max_lines=3, placeholder=" ...")):
             place = f'x="{x:.0f}" y="{y + 29 + 12 * line:.0f}"'
             parts.append(f'<text {place} font-size="10.5" text-anchor="middle" fill="#333">{escape(text)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
