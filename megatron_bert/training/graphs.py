@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.training.run_state import RunState
-from parallel.captured import Captured, CudaRecorder, Recorder
+from parallel.captured import Captured, CudaRecorder
 from parallel.data_parallel import flat_buffers, set_gradient_sync
 from parallel.presence import sign
 
@@ -28,18 +28,16 @@ class MicroBatchGraph:
 
     Args:
         trainer: of a model in one stage, on flat buffers.
-        recorder: makes what records; that of the trainer's GPU by default.
     """
 
-    def __init__(self, trainer: RunState, recorder: Callable[[], Recorder] | None = None) -> None:
+    def __init__(self, trainer: RunState) -> None:
         self.trainer = trainer
         (self.stage,) = trainer.model.stages.values()
         buffers = flat_buffers(self.stage)
         assert buffers is not None, "gradients stay where they are"
         self.buffers = buffers
         self._like: TokenBatch | None = None
-        device = trainer.world.device
-        self.captured = Captured(self._passes, recorder or (lambda: CudaRecorder(device)))
+        self.captured = Captured(self._passes, lambda: CudaRecorder(trainer.world.device))
 
     def run(self, batches: Sequence[TokenBatch], counts: Tensor, losses: Tensor, scale: float) -> None:
         """The micro batches of a step.

@@ -234,7 +234,7 @@ def usage(events: Iterable[Any], rank: int, steps: int, wall_seconds: float) -> 
     forward: dict[int, str] = {}
     for event in events:
         if event.sequence_nr >= 0 and not _is_backward(event):
-            part = _marked_part(event)
+            part = _part(event)
             if part is not None:
                 forward.setdefault(event.sequence_nr, part)
     intervals = []
@@ -242,7 +242,7 @@ def usage(events: Iterable[Any], rank: int, steps: int, wall_seconds: float) -> 
         if event.device_type != DeviceType.CPU:
             intervals.append((event.time_range.start, event.time_range.end))
             continue
-        part = _part(event, forward)
+        part = _part(event, forward) or OTHER
         host[part] += event.self_cpu_time_total / 1e6
         for kernel in event.kernels:
             device[part] += kernel.duration / 1e6
@@ -262,23 +262,20 @@ def _is_backward(event: Any) -> bool:
     return event.name.startswith("autograd::engine::evaluate_function")
 
 
-def _marked_part(event: Any) -> str | None:
+def _with_parents(event: Any) -> Iterator[Any]:
     while event is not None:
-        if event.name.startswith(_PREFIX):
-            return str(event.name.removeprefix(_PREFIX))
+        yield event
         event = event.cpu_parent
-    return None
 
 
-def _part(event: Any, forward: dict[int, str]) -> str:
-    above = event
-    while above is not None:
-        if _is_backward(above) and above.sequence_nr in forward:
+def _part(event: Any, forward: dict[int, str] | None = None) -> str | None:
+    """What is marked around an event; the part of the forward pass that it is the backward pass of, where known."""
+    for above in _with_parents(event):
+        if forward is not None and _is_backward(above) and above.sequence_nr in forward:
             return f"{forward[above.sequence_nr]}, backward"
         if above.name.startswith(_PREFIX):
             return str(above.name.removeprefix(_PREFIX))
-        above = above.cpu_parent
-    return OTHER
+    return None
 
 
 def _kind(name: str) -> str:

@@ -17,6 +17,7 @@ from megatron_bert.training.objective import Objective
 from megatron_bert.training.run import Start, check_device, find_start, set_aside, write_start
 from megatron_bert.training.run_lock import RunLock, owning
 from megatron_bert.training.signals import STOPPED_FILE, StopRequest
+from megatron_bert.training.step_report import describe
 from megatron_bert.training.trackers import check_trackers
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import checkpoint_step, read_state
@@ -122,7 +123,7 @@ def train(
     objective.prepare(command.mesh, command.world)
     on_first_rank(lambda: write_start(settings, procedure.tokenizer))
     with Report(run_dir, settings.logging, active=active, start=trainer.step, steps=objective.total_steps) as report:
-        for line in (trainer.describe(), *objective.describe_data(trainer.step)):
+        for line in (describe(trainer), *objective.describe_data(trainer.step)):
             report.say(line)
         if start.checkpoint is not None:
             report.say(f"resuming from {start.checkpoint}")

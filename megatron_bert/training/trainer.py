@@ -11,11 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megatron_bert import backends
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.convert.native import CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
-from megatron_bert.model.flops import parameter_count
 from megatron_bert.training.build import build_model
 from megatron_bert.training.divergence import Watch, diagnosed
 from megatron_bert.training.graphs import MicroBatchGraph
@@ -34,7 +32,7 @@ from megatron_bert.training.saving import Saving
 from megatron_bert.training.selection import Selection
 from megatron_bert.training.signals import StopRequest
 from megatron_bert.training.spikes import Spikes, go_back_after_spike
-from megatron_bert.training.timeline import gather_timeline, write_timeline
+from megatron_bert.training.step_report import log_step, write_trace
 from parallel.captured import on_own_stream
 from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
@@ -87,11 +85,12 @@ class Trainer:
         self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
         check_patterns(self.parameters, settings.optimizer)
+        layers = self.config.num_hidden_layers
         self.optimizer = ShardedOptimizer(
             {**self.parameters, **{f"{TIED_PREFIX}{name}": copy for name, copy in self.copies.items()}},
             settings.optimizer,
             mesh,
-            self._rate_factor,
+            lambda name: layer_scale(name.removeprefix(TIED_PREFIX), layers, settings.learning_rate.layer_decay),
             stages=self.model.stages.values(),
             tied=() if self.model.tied is None else self.model.tied.copies(),
         )
@@ -163,9 +162,10 @@ class Trainer:
             if stop.save_failed:
                 self.saving.settle(report)
             if self._logs(self.step):
-                self._log(sums, meter, report)
+                grad_norm = sums.grad_norm.item()
+                log_step(self, self.losses(sums), grad_norm, meter, self.memory, report)
                 if settings.logging.trace:
-                    self._write_timeline(report)
+                    write_trace(self, report)
             if self.spikes.settings is not None and go_back_after_spike(
                 self, self.spikes, sum(self.losses(sums)), self.saving, report
             ):
@@ -252,10 +252,6 @@ class Trainer:
         """Held-out scores."""
         return self.objective.evaluate(self.model, self.evaluation_engine, self.mesh)
 
-    def _rate_factor(self, name: str) -> float:
-        decay = self.settings.learning_rate.layer_decay
-        return layer_scale(name.removeprefix(TIED_PREFIX), self.config.num_hidden_layers, decay)
-
     def _engine(self, schedule: Schedule, record: bool = False, clock: StepClock | None = None) -> PipelineEngine:
         return PipelineEngine(
             schedule,
@@ -291,44 +287,11 @@ class Trainer:
             return clip_factor(norm, maximum) / self.loss_scale.value
         return torch.full_like(norm, 1.0 / self.loss_scale.value) if self.loss_scale.value != 1.0 else None
 
-    # ---------------------------------------------------------------- reporting
-
     def losses(self, sums: StepSums) -> list[float]:
         """The losses of a step, of the whole global batch; every rank calls, and waits for the device."""
         self.watch.check()
         total = self.mesh.all_reduce(sums.losses.clone(), (*DATA_AXES, "pipeline"))
         return cast(list[float], (total / sums.counts).tolist())
-
-    def _log(self, sums: StepSums, meter: Meter, report: Report) -> None:
-        parts = dict(zip(self.objective.loss_names, self.losses(sums), strict=True))
-        loss = sum(parts.values())
-        grad_norm = sums.grad_norm.item()
-        report.step(
-            {
-                "step": self.step,
-                "loss": loss,
-                **parts,
-                "learning_rate": learning_rate_at(
-                    self.optimizer.steps, self.settings.learning_rate, self.objective.total_steps
-                ),
-                "grad_norm": grad_norm,
-                "loss_scale": self.loss_scale.value if self.loss_scale.dynamic else None,
-                "consumed_samples": self.consumed_samples,
-                "skipped_samples": self.skipped_samples or None,
-                **meter.read(),
-                **self.memory.read(),
-            }
-        )
-        for note in meter.ranks.notes:
-            report.say(f"note: {note}")
-
-    def _write_timeline(self, report: Report) -> None:
-        timeline, folder = gather_timeline(self.engine, self.mesh), self.settings.training.run_dir / "traces"
-        report.attempt(
-            "the trace of a step",
-            "steps until it can be have none",
-            lambda: write_timeline(timeline, self.engine, folder, self.step),
-        )
 
     def _evaluation_due(self) -> bool:
         last = self.step == self.objective.total_steps
@@ -433,20 +396,3 @@ class Trainer:
         self.checkpoints.close()
         if self.transport is not None:
             self.transport.close()
-
-    def describe(self) -> str:
-        """What is about to be trained, where and how."""
-        layout, schedule = self.mesh.layout, self.engine.schedule
-        count = parameter_count(self.config)
-        rule = self.settings.optimizer.name
-        kernels = ", ".join(
-            f"{part} by {name}"
-            for part, name in backends.report(self.world.device).items()
-            if part != "Adam" or rule == "adamw"
-        )
-        return (
-            f"{count:,} parameters on {self.world.size} x {self.world.device.type}: tensor {layout.tensor}"
-            f"{' (sequence parallel)' if layout.sequence else ''}, pipeline {layout.pipeline} ({schedule.name}, "
-            f"{schedule.microbatches} micro batches, {schedule.chunks} per rank), data {layout.data} "
-            f"(sharding {self.settings.parallel.sharding}), {self.settings.precision.compute}, {rule}; {kernels}"
-        )

@@ -19,6 +19,7 @@ from torch import nn
 from megatron_bert.model.pretraining import BertForPretraining, loss_sums
 from megatron_bert.training.metrics import Report
 from megatron_bert.training.staged_model import TIED_NAME
+from megatron_bert.training.step_report import write_trace
 from parallel.pipeline.schedules import build_schedule
 from parallel.sharding import initialize
 from tests.megatron_bert.training.layouts import (
@@ -181,7 +182,7 @@ def _traced(folder: Path, run_dir: Path) -> None:
     trainer = make_trainer(TRACED, folder, run_dir=run_dir, trace=True)
     train(trainer, 1, Outcome())
     with Report(run_dir, trainer.settings.logging, active=trainer.world.is_first, start=0, steps=1) as report:
-        trainer._write_timeline(report)
+        write_trace(trainer, report)
 
 
 TRACED = Case(pipeline=2, schedule="zero-bubble-h1", microbatches=3)
