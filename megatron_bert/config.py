@@ -242,9 +242,13 @@ class RunSettings(Section):
         with called(sizes="parallel.stage_layers"):
             return split_layers(layers, stages, last_cost=last_cost, sizes=self.parallel.stage_layers)
 
+    def as_json(self) -> dict[str, Any]:
+        """The resolved settings as checkpoints and results have them."""
+        return self.model_dump(mode="json", by_alias=True)
+
     def dump(self) -> str:
         """The resolved settings as YAML."""
-        values = self.model_dump(mode="json", by_alias=True)
+        values = self.as_json()
         ordered = {name: values.pop(name) for name in _SECTIONS if name in values}
         return yaml.safe_dump(ordered | values, sort_keys=False)
 

@@ -119,7 +119,7 @@ def write_results(
         **({} if class_weights is None else {"class_weights": dict(class_weights)}),
         "data": task.data_fingerprints(),
         "tokenizer": task.tokenizer.fingerprint,
-        "settings": settings.model_dump(mode="json", by_alias=True),
+        "settings": settings.as_json(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
     write_json(run_dir / RESULTS_FILE, results)
@@ -141,7 +141,7 @@ def finished(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
         return None
     if "settings" not in results:
         raise UserError(f"{run_dir} holds the summary of several runs: choose another training.run_dir")
-    mine, theirs = flat_settings(settings.model_dump(mode="json", by_alias=True)), flat_settings(results["settings"])
+    mine, theirs = flat_settings(settings.as_json()), flat_settings(results["settings"])
     different = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
     if different:
         name = different[0]

@@ -62,7 +62,7 @@ def check_resume(
     """
     written = state.get("settings")
     before = written if isinstance(written, dict) else {}
-    now = json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True)))
+    now = settings.as_json()
     if before and _command(before) != _command(now):
         raise UserError(
             f"checkpoint {path} was written by `{_command(before)}`, and `{_command(now)}` cannot go on from it: set "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,7 +177,7 @@ def _named(settings: RunSettings) -> Path | None:
     wanted, root = settings.checkpoint.resume, settings.training.run_dir / "checkpoints"
     newest, _ = _search(root)
     # Asked first: the checkpoint that the command began with may have been one of these, and be gone by now.
-    mine = json.loads(json.dumps(settings.model_dump(mode="json", by_alias=True)))
+    mine = settings.as_json()
     if newest is not None and read_state(newest).get("settings") == mine:
         return newest
     path = None if wanted == "none" else Path(wanted)

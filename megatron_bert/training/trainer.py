@@ -351,7 +351,7 @@ class Trainer:
             "data_size": self.mesh.layout.data,
             **self.objective.identity(),
             CONFIG_KEY: self.config.to_dict(),
-            "settings": self.settings.model_dump(mode="json", by_alias=True),
+            "settings": self.settings.as_json(),
         }
         if self.selection.metric is not None:
             state["selection"] = self.selection.state()
