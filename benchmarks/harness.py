@@ -21,10 +21,7 @@ from parallel.whole_files import write_json
 
 
 def provenance(
-    name: str,
-    *packages: str,
-    arguments: Sequence[str] | None = None,
-    device: torch.device | None = None,
+    name: str, *packages: str, arguments: Sequence[str] | None = None, device: torch.device | None = None
 ) -> dict[str, Any]:
     """How results were made: the command, the machine, threads and versions.
 

@@ -185,10 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         native = write_native(Path(scratch, "native"))
         results = [compare(native, Path(scratch), tensor) for tensor in parsed.tensor]
-    report = {
-        **provenance("megatron_core_parity", "megatron-core", arguments=arguments),
-        "results": results,
-    }
+    report = {**provenance("megatron_core_parity", "megatron-core", arguments=arguments), "results": results}
     publish(report, parsed.output)
     worst = max(r["largest_difference_of_token_losses"] for r in results)
     return 0 if worst < 1e-4 and all(r["its_own_files_read_back_bit_for_bit"] for r in results) else 1

@@ -97,10 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/quantization_noise.json"))
     arguments = parser.parse_args()
-    report: dict[str, Any] = {
-        **provenance("quantization_noise"),
-        "unit": "dB",
-    }
+    report: dict[str, Any] = {**provenance("quantization_noise"), "unit": "dB"}
     for placement in ("pre", "post"):
         for name, length, outliers in (("128 tokens", 128, False), ("512 tokens", 512, False), ("outliers", 128, True)):
             chosen = {"W8A8": {}} if length == 512 else SETTINGS

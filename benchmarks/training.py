@@ -249,11 +249,7 @@ def _clear(world: World) -> None:
 
 
 def _summary(
-    size: Size,
-    options: argparse.Namespace,
-    times: dict[str, list[float]],
-    peaks: dict[str, int | None],
-    world: World,
+    size: Size, options: argparse.Namespace, times: dict[str, list[float]], peaks: dict[str, int | None], world: World
 ) -> dict[str, Any]:
     """Tokens per second, MFU and peak memory of each kind, and how many times as fast as each other one ours is."""
     config = config_of(size, options)

@@ -102,9 +102,7 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 
 def compare_replicas(
-    copies: Iterable[Copy],
-    mesh: ParallelMesh,
-    saved: Callable[[str], Tensor | None] | None = None,
+    copies: Iterable[Copy], mesh: ParallelMesh, saved: Callable[[str], Tensor | None] | None = None
 ) -> None:
     """Compare what several ranks hold alike; every rank calls.
 

@@ -15,12 +15,7 @@ from parallel.cross_entropy import IGNORED
 
 
 def collate(
-    samples: Sequence[Sample],
-    numbers: Sequence[int],
-    *,
-    seq_length: int,
-    max_predictions: int,
-    pad_id: int,
+    samples: Sequence[Sample], numbers: Sequence[int], *, seq_length: int, max_predictions: int, pad_id: int
 ) -> MicroBatch:
     """Put samples on the token axis as a rectangle, padded.
 
@@ -66,12 +61,7 @@ def collate(
 
 
 def collate_rows(
-    rows: Sequence[Sequence[tuple[int, Sample]]],
-    *,
-    length: int,
-    most: int,
-    slots: int,
-    step_samples: int | None = None,
+    rows: Sequence[Sequence[tuple[int, Sample]]], *, length: int, most: int, slots: int, step_samples: int | None = None
 ) -> MicroBatch:
     """Put rows of samples on the token axis, in shapes that depend on the arguments below alone.
 

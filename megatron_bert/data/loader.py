@@ -33,13 +33,7 @@ class MicroBatchSource(Dataset[MicroBatch]):
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        part: Part,
-        *,
-        data_rank: int,
-        data_size: int,
-        first_sample: int = 0,
+        self, settings: Settings, part: Part, *, data_rank: int, data_size: int, first_sample: int = 0
     ) -> None:
         self.settings, self.part, self.first_sample = settings, part, first_sample
         self.share = BatchShare(

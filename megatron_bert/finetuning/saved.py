@@ -88,11 +88,7 @@ def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> Megat
 
 
 def save_task(
-    checkpoint: Path,
-    config: MegatronBertConfig,
-    task: Task,
-    directory: Path,
-    computed_in: torch.dtype = torch.float32,
+    checkpoint: Path, config: MegatronBertConfig, task: Task, directory: Path, computed_in: torch.dtype = torch.float32
 ) -> None:
     """Write the model of a checkpoint of a fine-tuning run as a directory; one process, whatever layout trained it.
 

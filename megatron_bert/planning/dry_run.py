@@ -30,11 +30,7 @@ SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
 
 def dry_run_rank(
-    settings: SettingsT,
-    make_objective: Callable[[SettingsT], Objective],
-    batch: TokenBatch,
-    rank: int,
-    world_size: int,
+    settings: SettingsT, make_objective: Callable[[SettingsT], Objective], batch: TokenBatch, rank: int, world_size: int
 ) -> StepMeasurement:
     """Measure one step of one rank.
 

@@ -109,10 +109,7 @@ class StepMeter(TorchDispatchMode):
         self._alive: dict[int, tuple[int, Part]] = {}
         self._total = self._peak_total = 0
         self._peak: dict[int, tuple[int, Part]] = {}
-        self._attention = {
-            torch.ops.aten._flash_attention_forward: 4.0,
-            torch.ops.aten._flash_attention_backward: 10.0,
-        }
+        self._attention = {torch.ops.aten._flash_attention_forward: 4.0, torch.ops.aten._flash_attention_backward: 10.0}
 
     # ---------------------------------------------------------------- what is there
 

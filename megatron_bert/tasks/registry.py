@@ -34,10 +34,7 @@ def build_task(settings: TaskSettings, data: TaskDataSettings, tokenizer: Tokeni
 
 
 def restore_task(
-    described: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    data: TaskDataSettings | None = None,
-    form: InputFormat = BERT,
+    described: Mapping[str, Any], tokenizer: Tokenizer, data: TaskDataSettings | None = None, form: InputFormat = BERT
 ) -> Task:
     """Rebuild a task from `Task.describe()`.
 

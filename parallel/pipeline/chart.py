@@ -30,12 +30,7 @@ _COLORS = {
 }
 
 
-def text_grid(
-    timeline: Timeline,
-    *,
-    width: int | None = None,
-    failed: tuple[int, Action] | None = None,
-) -> str:
+def text_grid(timeline: Timeline, *, width: int | None = None, failed: tuple[int, Action] | None = None) -> str:
     """One row a rank; an action is written where it starts and drawn out while it lasts.
 
     A column is the time of the shortest action that takes any.
