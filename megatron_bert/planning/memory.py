@@ -229,7 +229,9 @@ def _states(workload: Workload, layout: Layout, stages: list[Stage]) -> dict[Par
     return {"weights": 4.0 * share, "optimizer": 8.0 * share}
 
 
-def _divided(workload: Workload, layout: Layout, stages: list[Stage], moment: Moment, done: int) -> dict[Part, float]:
+def _divided(
+    workload: Workload, layout: Layout, stages: list[Stage], stage: Stage, moment: Moment, done: int
+) -> dict[Part, float]:
     """Of weights that data ranks divide: those that are gathered, and gradients.
 
     Gathered are the root, a layer and the next one. Gradients are of a layer in the format of the computation; those of
@@ -237,12 +239,12 @@ def _divided(workload: Workload, layout: Layout, stages: list[Stage], moment: Mo
     long as it takes to the next one.
 
     Args:
-        done: layers that are through with the last backward pass of the moment's stage.
+        stage: of the moment.
+        done: its layers that are through with the last backward pass.
     """
     number, wide = workload.number_bytes, workload.config.intermediate_size // layout.tensor
-    (stage,) = (stage for stage in stages if stage.number == moment.stage)
     left = len(stage.part.layers) - done
-    buffers = number * (sum(stage.root_count for stage in stages) + min(2, left) * stage.layer_size)
+    buffers = number * (sum(one.root_count for one in stages) + min(2, left) * stage.layer_size)
     ended = dict(moment.ended)
     gradients = 4.0 * sum((one.share if ended[one.number] else one.count) for one in stages if one.number in ended)
     if not moment.forward:
@@ -267,43 +269,46 @@ def _in_flight(
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     mask = tokens / layout.split_tokens * workload.config.hidden_size * (workload.config.hidden_dropout_prob > 0)
     final_norm = layer.input if workload.config.layer_norm_placement == "pre" else 0.0
-    held_by: dict[int, float] = {}
-    for stage in stages:
-        held_by[stage.number] = len(stage.part.layers) * layer.kept + (mask if stage.part.first else 0.0)
-        if stage.part.last:
-            held_by[stage.number] += head.kept + final_norm
-    last = max((stage.number for stage in stages if stage.part.last), default=-1)
-    queued_by = {stage.number: len(stage.part.layers) * layer.queued for stage in stages}
-    # While a split backward pass goes down a stage, layers drop what they kept and queue what is left for later.
-    grown_by = {stage.number: (len(stage.part.layers) - 1) * max(0.0, layer.queued - layer.kept) for stage in stages}
-    if last in queued_by:
-        queued_by[last] += head.queued
+    by_number = {stage.number: stage for stage in stages}
+    held_by = {
+        number: len(stage.part.layers) * layer.kept
+        + (mask if stage.part.first else 0.0)
+        + (head.kept + final_norm if stage.part.last else 0.0)
+        for number, stage in by_number.items()
+    }
+    queued_by = {
+        number: len(stage.part.layers) * layer.queued + (head.queued if stage.part.last else 0.0)
+        for number, stage in by_number.items()
+    }
     best: tuple[float, dict[Part, float]] = (0.0, {})
     for moment in moments:
-        own_logits = head.logits if moment.stage == last else 0.0
+        stage = by_number[moment.stage]
+        layers, of_heads = len(stage.part.layers), head.kept + final_norm if stage.part.last else 0.0
+        own_logits = head.logits if stage.part.last else 0.0
         transient = own_logits * 1.5
         if not moment.forward:
-            transient = layer.repeated + layer.transient + grown_by[moment.stage]
-            if moment.stage == last:  # what the heads kept is gone when the layers' turn comes
-                transient = max(head.transient, head.queued + transient - own_logits - head.kept - final_norm)
-        held = sum(count * held_by[stage] for stage, count in moment.held)
+            # While a split backward pass goes down a stage, layers drop what they kept and queue what is left.
+            grown = (layers - 1) * max(0.0, layer.queued - layer.kept)
+            transient = layer.repeated + layer.transient + grown
+            if stage.part.last:  # what the heads kept is gone when the layers' turn comes
+                transient = max(head.transient, head.queued + transient - own_logits - of_heads)
+        held = sum(count * held_by[number] for number, count in moment.held)
         candidate: dict[Part, float] = {
-            "activations": held + sum(count * queued_by[stage] for stage, count in moment.queued),
-            "logits": head.logits * sum(count for stage, count in moment.held if stage == last),
+            "activations": held + sum(count * queued_by[number] for number, count in moment.queued),
+            "logits": head.logits * sum(count for number, count in moment.held if by_number[number].part.last),
             "temporaries": max(transient, 0.0) + moment.messages * layer.input,
         }
         if layout.flat:
             if (total := sum(candidate.values())) > best[0]:
                 best = total, candidate
             continue
-        layers = len(next(stage for stage in stages if stage.number == moment.stage).part.layers)
         for done in {0, 1, layers - 2, layers - 1, layers} if moment.last else {0}:
             if 0 <= done <= layers:
-                later = candidate | _divided(workload, layout, stages, moment, done)
+                later = candidate | _divided(workload, layout, stages, stage, moment, done)
                 later["activations"] -= done * layer.kept
                 if done:
                     later["logits"] -= own_logits
-                    later["activations"] -= (head.kept + final_norm) * (moment.stage == last)
+                    later["activations"] -= of_heads
                     later["temporaries"] = layer.repeated + layer.transient if done < layers else 0.0
                 if (total := sum(later.values())) > best[0]:
                     best = total, later
