@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 from megatron_bert.config import RunSettings
 from megatron_bert.config_checks import check_layout, check_settings
@@ -195,11 +196,8 @@ def measure(command: str, config: Path, overrides: list[str], world_size: int) -
         with checked_run(command, config, overrides, world_size) as run:
             lines = [f"dry run: {line}" for line in run.says]
             for rank in _chosen(run.settings, world_size, None):
-                lines.append(
-                    _short(
-                        rank, world_size, dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
-                    )
-                )
+                step = dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
+                lines.append(_short(rank, world_size, step))
             return lines
     except FinishedRunError as error:
         return [f"dry run: {error}"]
@@ -216,7 +214,8 @@ def _files(value: object) -> Iterator[Path]:
 
 def _measure_unseen(config: Path, overrides: list[str], world_size: int) -> list[str]:
     settings = load_settings(config, overrides)
-    words = cast(Tokenizer, _UnseenVocabulary())
+    # What a run asks of its vocabulary before its first sample, of the usual one.
+    words = cast(Tokenizer, SimpleNamespace(vocab_size=USUAL_VOCABULARY, pad_id=0, fingerprint=""))
     batch, lines = longest_batch(settings), []
     for rank in _chosen(settings, world_size, None):
         step = dry_run_rank(settings, lambda own: Pretraining(own, words), batch, rank, world_size)
@@ -230,14 +229,6 @@ def _short(rank: int, world_size: int, step: StepMeasurement) -> str:
         f"dry run: rank {rank} of {world_size} takes {step.peak_bytes / GIB:.1f} GiB at its peak, "
         f"{step.flops / 1e12:,.1f} TFLOP and {sent / 1e9:,.2f} GB of messages a step"
     )
-
-
-class _UnseenVocabulary(NamedTuple):
-    """What a run asks of its vocabulary before its first sample, of the usual one."""
-
-    vocab_size: int = USUAL_VOCABULARY
-    pad_id: int = 0
-    fingerprint: str = ""
 
 
 def _chosen(settings: RunSettings, world_size: int, ranks: Sequence[int] | None) -> list[int]:

@@ -10,6 +10,7 @@ from megatron_bert.arguments import check_output
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
 from megatron_bert.planning.layouts import Layout, why_not
+from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_lines
 from megatron_bert.planning.picture import draw_plan
 from megatron_bert.planning.planned import load_planned
@@ -43,7 +44,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         )
     found = search(workload, arguments.gpus, machine)
     print("\n".join(_heading(workload, machine, arguments.gpus, planned.notes)))
-    print(_configured(planned.layout(arguments.gpus), workload, machine, settings.parallel.stage_layers))
+    print(_configured(settings, arguments.gpus, workload, machine))
     if arguments.explain:
         print("\n".join(["", *_reasons(found, machine)]))
     if not found.ranked:
@@ -70,17 +71,17 @@ def _heading(workload: Workload, machine: Machine, ranks: int, notes: Sequence[s
     ]
 
 
-def _configured(
-    layout: Layout | UserError, workload: Workload, machine: Machine, stage_layers: list[int] | None
-) -> str:
-    """A line on the layout that the settings have."""
-    if isinstance(layout, UserError):
-        return f"as configured: not possible: {layout}"
+def _configured(settings: RunSettings, ranks: int, workload: Workload, machine: Machine) -> str:
+    """A line on the layout that the settings have on so many ranks."""
+    try:
+        layout = layout_of(settings, ranks)
+    except UserError as error:
+        return f"as configured: not possible: {error}"
     reason = why_not(workload, layout)
     if reason is not None:
         return f"as configured: not possible: {reason}"
     with called(sizes="parallel.stage_layers"):
-        prediction = predict(workload, layout, machine, stage_layers)
+        prediction = predict(workload, layout, machine, settings.parallel.stage_layers)
     over = prediction.memory.needed - usable_bytes(machine)
     return f"as configured: {one_line(prediction)}" + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
 

@@ -12,10 +12,7 @@ import yaml
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.config_file import load_sections, load_settings
 from megatron_bert.data.tokenizers import load_tokenizer
-from megatron_bert.planning.layouts import Layout
-from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.workload import USUAL_VOCABULARY, Workload, workload_of
-from parallel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,6 @@ class Planned:
     settings: RunSettings
     workload: Workload
     notes: tuple[str, ...]
-
-    def layout(self, ranks: int) -> Layout | UserError:
-        """The layout that the settings have on so many ranks, or why there is none."""
-        try:
-            return layout_of(self.settings, ranks)
-        except UserError as error:
-            return error
 
 
 def load_planned(path: Path, overrides: list[str]) -> Planned:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_bert.planning.communication import Message, data_messages, step_messages
@@ -73,14 +72,7 @@ def fullest(workload: Workload, layout: Layout, stages: list[Stage]) -> RankMemo
     return max((rank_memory(workload, layout, stages, rank) for rank in ranks), key=lambda memory: memory.needed)
 
 
-def predict(
-    workload: Workload,
-    layout: Layout,
-    machine: Machine,
-    stage_layers: list[int] | None = None,
-    *,
-    simulated: bool = True,
-) -> Prediction:
+def predict(workload: Workload, layout: Layout, machine: Machine, stage_layers: list[int] | None = None) -> Prediction:
     """What a layout takes, which can be.
 
     Raises:
@@ -88,7 +80,7 @@ def predict(
     """
     stages = stages_of(workload, layout, stage_layers)
     messages = step_messages(workload, layout, stages)
-    time = step_time(workload, layout, stages, messages, machine, simulated=simulated)
+    time = step_time(workload, layout, stages, messages, machine)
     return Prediction(workload, layout, machine, fullest(workload, layout, stages), time, messages)
 
 
@@ -109,17 +101,13 @@ class Search:
     nearest: tuple[Layout, float] | None
 
 
-def search(workload: Workload, ranks: int, machine: Machine, given: Iterable[Layout] | None = None) -> Search:
-    """Rank every layout.
-
-    Args:
-        given: layouts to choose from; all by default.
-    """
+def search(workload: Workload, ranks: int, machine: Machine) -> Search:
+    """Rank every layout."""
     limit, out, tried = usable_bytes(machine), Counter[str](), 0
     fitting: list[tuple[float, Layout]] = []
     nearest: tuple[Layout, float] | None = None
     stages_by: dict[tuple[object, ...], list[Stage]] = {}
-    for layout in layouts(workload, ranks) if given is None else given:
+    for layout in layouts(workload, ranks):
         tried += 1
         reason = why_not(workload, layout)
         if reason is not None:
