@@ -47,6 +47,10 @@ _LENGTH, _HEAD = 128, 64
 _WASTE = 1.5
 
 
+#: Said where what was measured cannot be.
+_DISTURBED = "; other programs disturbed the measurement of messages: measure again without them"
+
+
 def run_bench(arguments: argparse.Namespace) -> None:
     """Run the subcommand.
 
@@ -102,11 +106,12 @@ def _measure(name: str) -> dict[str, Any]:
         published = peak_tflops(torch.cuda.get_device_name(device), half) if device.type == "cuda" else None
         share = 1.0 if published is None else min(1.0, reached / published)
         moved = _moving(ranks, getattr(torch, half))
+        link, disturbed = measure_link(ranks)
         return {
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name() or "a processor",
             "source": "measured",
             "note": f"megatron-bert bench --ranks {world.size}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads per rank",
+            f"{torch.get_num_threads()} threads per rank{_DISTURBED if disturbed else ''}",
             "memory_gib": _memory(device) / world.size if device.type == "cpu" else _memory(device),
             "peak_tflops": {compute: found[0] / share for compute, found in products.items()},
             "product_share": share,
@@ -120,7 +125,7 @@ def _measure(name: str) -> dict[str, Any]:
             "asynchronous": device.type == "cuda",
             "devices_per_node": world.size,
             "ranks_at_once": ranks.at_once if ranks.at_once < world.size else None,
-            "link": measure_link(ranks),
+            "link": link,
         }
 
 

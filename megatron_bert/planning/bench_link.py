@@ -27,24 +27,28 @@ _SIZE = 512
 _Cost = tuple[float, float]
 
 
-def measure_link(ranks: Ranks) -> dict[str, Any]:
-    """A `Link`, of messages of every kind, in groups of as many ranks as divide their number.
+def measure_link(ranks: Ranks) -> tuple[dict[str, Any], bool]:
+    """A `Link`, and whether other programs disturbed its measurement.
+
+    Messages of every kind are sent in groups of as many ranks as divide their number.
 
     Groups send at the same time, as many as processors let compute at once. Their ranks compute in between, as those of
     a run do, and so wait for the slowest of them.
     """
     world = dist.get_world_size()
     if world == 1:
-        return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}
+        return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}, False
     found: dict[str, dict[str, Any]] = {}
+    disturbed = False
     for many in (n for n in range(2, world + 1) if world % n == 0):
         groups = [dist.new_group(list(range(first, first + many))) for first in range(0, world, many)]
         for kind, costs in _costs(ranks, many, groups[dist.get_rank() // many]).items():
             measured = fit(kind, many, costs)
+            disturbed |= not plausible(costs)
             by_ranks = found.get(kind, {}).get("by_ranks", {}) | {many: measured}
             # The largest group's, of all ranks, are those of any that was not measured.
             found[kind] = {**measured, "by_ranks": by_ranks}
-    return {**found.pop("all-reduce"), "by_kind": found}
+    return {**found.pop("all-reduce"), "by_kind": found}, disturbed
 
 
 def _costs(ranks: Ranks, many: int, group: dist.ProcessGroup) -> dict[str, dict[int, _Cost]]:
@@ -109,6 +113,12 @@ def _each(ranks: Ranks, active: bool, matrix: Tensor, work: Callable[[], Any] | 
     return (sums[:2] / sums[2] / MESSAGES).tolist()
 
 
+def plausible(costs: dict[int, _Cost]) -> bool:
+    """Whether every message takes some time, and the largest more than the smallest."""
+    seconds = [costs[size][0] for size in sorted(costs)]
+    return min(seconds) > 0 and seconds[-1] > seconds[0]
+
+
 def fit(kind: str, many: int, costs: dict[int, _Cost]) -> dict[str, float]:
     """A `Transfer` that fits the costs of messages of several sizes: its rate the largest, its latency the others."""
     sizes = sorted(costs)
@@ -119,5 +129,5 @@ def fit(kind: str, many: int, costs: dict[int, _Cost]) -> dict[str, float]:
     return {
         "gigabytes_per_second": 1e-9 / per_byte,
         "latency_microseconds": statistics.fmean(own) * 1e6,
-        "processor_share": max(0.0, sum(worked for _, worked in costs.values())) / sum(seconds),
+        "processor_share": min(1.0, max(0.0, sum(worked for _, worked in costs.values())) / sum(seconds)),
     }

@@ -39,7 +39,7 @@ def test_a_measured_machine_is_planned_for(
 
 def _measured_link(at_once: int) -> dict[str, Any]:
     bench_link.MESSAGES, bench_link.ROUNDS, bench_link.NUMBERS = 2, 1, {"cpu": (0, 2**10, 2**12)}
-    return bench_link.measure_link(timed.Ranks(torch.device("cpu"), at_once))
+    return bench_link.measure_link(timed.Ranks(torch.device("cpu"), at_once))[0]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
@@ -67,6 +67,7 @@ def test_ranks_need_not_divide_what_they_send() -> None:
 def test_costs_of_messages_are_fit_exactly(kind: str) -> None:
     made = Transfer(gigabytes_per_second=2.0, latency_microseconds=300.0, processor_share=0.5)
     costs = {size: (made.seconds(kind, size, 4), made.seconds(kind, size, 4) / 2) for size in (0, 1000, 10**6)}
+    assert bench_link.plausible(costs)
     assert Transfer.model_validate(bench_link.fit(kind, 4, costs)).model_dump() == pytest.approx(made.model_dump())
 
 
@@ -74,6 +75,19 @@ def test_costs_that_are_noise_are_still_a_link() -> None:
     noise = {0: (-1e-5, -1e-6), 1000: (-2e-5, 0.0), 10**6: (-3e-5, 1e-6)}
     found = Transfer.model_validate(bench_link.fit("all-reduce", 2, noise))
     assert 0 < found.seconds("all-reduce", 1e6, 2) < 1e-4
+    assert 0 <= found.processor_share <= 1
+    assert not bench_link.plausible(noise)
+
+
+def test_a_disturbed_measurement_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "_WIDTHS", {"cpu": (32,)})
+    monkeypatch.setattr(bench, "_ROWS", {"cpu": 128})
+    link = {"gigabytes_per_second": 1.0, "latency_microseconds": 1.0}
+    for disturbed in (True, False):
+        monkeypatch.setattr(bench, "measure_link", lambda _, disturbed=disturbed: (link, disturbed))
+        device, _ = bench.bench(1, "cpu")
+        assert ("measure again" in device.note) == disturbed
 
 
 @pytest.mark.parametrize(
