@@ -117,7 +117,9 @@ def micro_batches(
     """
     workers = source.settings.data.workers if workers is None else workers
     if workers:
-        with shielded_start():  # the loader processes are forked from it
+        # What loader processes are forked from loads their libraries once for all of them.
+        forkserver.set_forkserver_preload([__name__])
+        with shielded_start():
             forkserver.ensure_running()
     per_step = source.share.micro_batches_per_step
     loader = DataLoader(

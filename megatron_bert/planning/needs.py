@@ -17,8 +17,10 @@ from parallel.pipeline.schedules import SCHEDULES
 
 #: Passes through a text up to which repeated text is about as good as new (Muennighoff et al., arXiv 2305.16264).
 FEW_EPOCHS = 4.0
-#: Memory of a loader process, with its interpreter and libraries, without the files that it maps.
-LOADER_GIB = 0.35
+#: Memory of a rank, and of the process that its loaders are forked from: an interpreter and its libraries.
+PROCESS_GIB = 0.35
+#: Memory that a loader process adds, without the files that it maps.
+LOADER_GIB = 0.1
 #: Documents of a corpus so large that rounding their number does not change a split.
 _FINE = 2**40
 
@@ -91,9 +93,9 @@ def host_lines(settings: RunSettings, workload: Workload, layout: Layout, ranks_
     staged = 0.0
     if settings.checkpoint.asynchronous:
         staged = checkpoint_of(layout, stages_of(workload, layout)).rank_bytes
-    loaders = workers * LOADER_GIB + batches / GIB
+    loaders = (PROCESS_GIB + workers * LOADER_GIB if workers else 0.0) + batches / GIB
     return [
-        f"host memory: {ranks * (loaders + LOADER_GIB + staged / GIB):,.1f} GiB per node of {ranks} ranks: "
+        f"host memory: {ranks * (loaders + PROCESS_GIB + staged / GIB):,.1f} GiB per node of {ranks} ranks: "
         f"{ranks * loaders:,.1f} of {workers} loaders per rank, {ranks * staged / GIB:,.1f} of copies of checkpoints, "
         "the rest of the ranks themselves"
     ]

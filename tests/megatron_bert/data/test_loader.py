@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -74,14 +75,17 @@ def assert_equal(mine: list, theirs: list) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_loader_processes_change_nothing(data: Path, packed: bool) -> None:
+def test_loader_processes_change_nothing(data: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run_world(1, id, None)  # starts the server that loader processes come from, with torch loaded
+    loaded_once: list[list[str]] = []
+    monkeypatch.setattr(forkserver, "set_forkserver_preload", loaded_once.append)
     found = {
         workers: list(micro_batches(source(settings(data, workers=workers, packed=packed)), 2, CPU))
         for workers in (0, 2)
     }
     assert len(found[0]) == 2 * GLOBAL // 4
     assert_equal(found[2], found[0])
+    assert loaded_once == [[micro_batches.__module__]]
 
 
 @pytest.mark.parametrize("packed", [False, True])
