@@ -211,6 +211,8 @@ class IntegerModel:
 
     def _answer(self, hidden: Tensor, packed: Packed, kept: Tensor, shape: tuple[int, int]) -> Answer:
         def rectangle(values: Tensor) -> Tensor:
+            if len(kept) == shape[0] * shape[1]:
+                return values.unflatten(0, shape)
             filled = values.new_zeros((shape[0] * shape[1], *values.shape[1:]))
             return filled.index_copy_(0, kept.to(values.device), values).unflatten(0, shape)
 

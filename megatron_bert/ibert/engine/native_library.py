@@ -30,7 +30,6 @@ _ARM = "-march=armv8.2-a+dotprod"
 #: Instruction sets by the suffix of their macro, with the compiler's flags; those it does not know are left out.
 _X86: dict[str, tuple[str, ...]] = {
     "AVX2": ("-mavx2",),
-    "AVX2_SEVEN": ("-mavx2",),
     "AVXVNNI": ("-mavx2", "-mavxvnni"),
     "AVX512": _AVX512,
     "AMX": (*_AVX512, "-mamx-tile", "-mamx-int8"),

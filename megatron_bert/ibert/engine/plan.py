@@ -333,4 +333,4 @@ class Plan:
 
     def hidden_values(self, hidden: Tensor) -> Tensor:
         """The real values of the final stream, float32."""
-        return hidden.float() * 2.0**-self.hidden_exponent
+        return hidden.float().mul_(2.0**-self.hidden_exponent)

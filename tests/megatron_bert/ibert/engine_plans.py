@@ -36,17 +36,19 @@ class _Random:
         seed: of all numbers.
         bits: of weights.
         left: whether some rescaling shifts go to the left.
+        loud: whether activations and weights are mostly at their bounds.
     """
 
-    def __init__(self, seed: int, bits: int, left: bool) -> None:
+    def __init__(self, seed: int, bits: int, left: bool, loud: bool) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.largest, self.left = 2 ** (bits - 1) - 1, left
+        self.largest, self.left, self.loud = 2 ** (bits - 1) - 1, left, loud
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def matrix(self, rows: int, columns: int) -> Matrix:
         weight = self.integers(-self.largest, self.largest, rows, columns).to(torch.int8)
+        weight = weight.sign() * self.largest if self.loud else weight
         return Matrix(weight, self.integers(-(2**14), 2**14, rows).to(torch.int32))
 
     def rescale(self, rows: int, columns: int, deviation: float, guard: int, of_input: float = 40.0) -> Rescale:
@@ -64,7 +66,7 @@ class _Random:
         gain = self.integers(-12000, 12000, columns).to(torch.int16)
         shift, offset = (17, 2**24) if limit < 128 else (10, 2**18)
         offsets = self.integers(-offset, offset, columns).to(torch.int32)
-        return Norm(read, 32767, gain, offsets, shift, 1000, limit)
+        return Norm(read, 32767, gain, offsets, shift - 4 * self.loud, 1000, limit)
 
     def wide(self, rows: int) -> Wide:
         return Wide(self.integers(20, 30, rows).to(torch.int8), self.integers(2**22, 2**23, rows).to(torch.int32))
@@ -82,6 +84,7 @@ def random_plan(
     bits: int = 8,
     attention_limit: int = 127,
     left: bool = False,
+    loud: bool = False,
     seed: int = 0,
 ) -> Plan:
     """A plan with all heads.
@@ -92,9 +95,10 @@ def random_plan(
         bits: of weights.
         attention_limit: of queries, keys and values.
         left: some rescaling shifts go to the left.
+        loud: activations and weights are mostly at their bounds.
         seed: of all numbers.
     """
-    r = _Random(seed, bits, left)
+    r = _Random(seed, bits, left, loud)
     read8 = Read8(5, 4000, 127)
 
     def layer(number: int) -> Layer:
@@ -113,7 +117,7 @@ def random_plan(
             mlp_norm=r.norm(hidden, to_norm),
             intermediate=r.matrix(intermediate, hidden),
             intermediate_rescale=r.rescale(intermediate, hidden, 1500, 0),
-            gelu=Gelu(9, 8000, 20, 255),
+            gelu=Gelu(9, 32000 if loud else 8000, 20, 255),
             output=r.matrix(hidden, intermediate),
             output_rescale=r.rescale(hidden, intermediate, 1500, 0, 60.0),
             output_read=-(number % 2),

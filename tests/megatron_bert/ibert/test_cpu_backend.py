@@ -37,6 +37,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 7, "post": True},
     {"hidden": 128, "heads": 1, "layers": 1, "positions": 200},
     {"left": True, "seed": 3},
+    {"loud": True},
+    {"loud": True, "bits": 7, "hidden": 48, "heads": 2},
 ]
 
 
@@ -63,7 +65,7 @@ def test_all_instruction_sets_give_the_bits_of_the_reference(target, settings):
     rows = expected[inputs[3][:-1].long()]
     for threads in (1, 2):
         engine = CpuBackend().prepare(plan, threads)
-        assert engine.target == ("avx2_seven" if target == "avx2" and "bits" in settings else target)
+        assert engine.target == target
         assert torch.equal(engine.encode(*inputs), expected)
         for head in HEADS:
             assert torch.equal(engine.head(head, rows), reference.head(head, rows)), head
@@ -176,6 +178,22 @@ def test_a_file_whose_digest_is_another_is_refused(tmp_path):
         NativeEngine(path, 1)
     with pytest.raises(UserError, match=r"cannot (open|read) "):
         NativeEngine(tmp_path, 1)
+
+
+def test_a_file_that_is_cut_after_it_was_loaded_is_an_error(tmp_path):
+    path, plan, inputs = (
+        tmp_path / "plan.safetensors",
+        random_plan(layers=1),
+        [each.numpy() for each in sequences([40, 9])],
+    )
+    expected = ReferenceBackend().prepare(plan).encode(*sequences([40, 9])).numpy()
+    for threads in (1, 2):
+        write_plan(plan, path)
+        engine = NativeEngine(path, threads)
+        assert (engine.encode(*inputs) == expected).all()
+        os.truncate(path, 100)
+        with pytest.raises(UserError, match="cannot read the plan's table of words any more: load it again"):
+            engine.encode(*inputs)
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path):

@@ -118,7 +118,7 @@ static void pack_values(const AttentionShape& s, const int8_t* values, size_t st
         packed[d / NR * panel_bytes + AttentionProducts::place(key + i, p)] = row[i * stride + d];
       }
   }
-#elif defined(TARGET_AVX2) || defined(TARGET_AVX2_SEVEN)
+#elif defined(TARGET_AVX2)
   // Two keys by sixteen columns, which is a panel.
   if (dim % NR == 0)
     for (; key + 2 <= count; key += 2) {
@@ -221,7 +221,7 @@ struct AttentionJob {
   size_t qkv_stride;
   const int32_t* starts;
   int heads, attended, units, counter;
-  Activation* context;
+  void* context;
   size_t context_stride;
   uint8_t* scratch;
   size_t scratch_stride;
@@ -272,7 +272,7 @@ struct AttentionJob {
           V o = shifted32(S::load(means + r * NR), S::load(means + r * NR + NR / 2),
                           length - 5 - layer->context_exponent);
           o = clamped(S::mul(o, S::set16(factor)), layer->context_limit);
-          Activation* to = context + (first + row + r) * context_stride + head * s.dim + panel * NR;
+          Activation* to = activations(context, context_stride, first + row + r) + head * s.dim + panel * NR;
           if (panel * NR + NR <= s.dim) {
             store_activation<Activation, Products::ZERO>(to, o);
           } else {

@@ -31,7 +31,7 @@ namespace {
 
 // The instruction sets that processor and operating system both allow.
 struct Has {
-  bool plain = true, avx2 = false, avx2_seven = false, avxvnni = false, avx512 = false, amx = false;
+  bool plain = true, avx2 = false, avxvnni = false, avx512 = false, amx = false;
   bool neon = false, neon_dot = false, neon_i8mm = false;
 };
 

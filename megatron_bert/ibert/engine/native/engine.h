@@ -2,6 +2,7 @@
 // A plan packed for an instruction set, and the order of what is run.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -49,21 +50,17 @@ class Engine {
   Engine(const uint8_t* bytes, size_t size, int threads) : target_(chosen_target()), pool_(threads) {
     PlanReader reader(bytes, size);
     make(reader);
-    Embeddings& e = plan_.embeddings;
-    keep(e.word, size_t(e.words) * plan_.hidden);
-    keep(e.position, size_t(e.positions) * plan_.hidden);
-    keep(e.token_type, size_t(e.types) * plan_.hidden);
-    keep(e.word_rescale.shift, e.words);
-    keep(e.word_rescale.multiplier, e.words);
-    if (plan_.classifier) keep(plan_.classifier->wide, plan_.classifier->matrix.rows);
-    if (plan_.pair) keep(plan_.pair->wide, plan_.pair->matrix.rows);
-    if (plan_.masked) keep(plan_.masked->wide, plan_.masked->decoder.rows);
+    keep(plan_.embeddings.word, size_t(plan_.embeddings.words) * plan_.hidden);
+    keep_tables();
   }
-  // A plan's file, whose digest is checked; its tables are used where they are.
+  // A plan's file, whose digest is checked; its table of words stays there.
   Engine(std::unique_ptr<File> file, int threads) : file_(std::move(file)), target_(chosen_target()), pool_(threads) {
     PlanReader reader(file_->data(), file_->size());
     reader.check_digest([this] { forget(); });
     make(reader);
+    words_at_ = size_t((const uint8_t*)plan_.embeddings.word - file_->data());
+    keep_tables();
+    file_->unmap();
   }
 
   const Target& target() const { return *target_; }
@@ -102,7 +99,8 @@ class Engine {
     b.wide = wide_.of(padded * rounded_up(widest_, 64) * activation);
     b.scratch_stride = rounded_up(layers_.empty() ? 64 : target_->scratch_bytes(dim_, longest), 4096);
     b.scratch = scratch_.of(b.scratch_stride * pool_.threads);
-    embed(tokens, positions, types, starts, sizes, b.stream, stride);
+    EmbedJob job{this, tokens, positions, types, starts, sizes, b.stream, stride};
+    embed(job);
     if (e.normed)
       target_->norm(&pool_, (const PackedNorm*)embedding_norm_.data(), plan_.hidden, rows, b.stream, stride);
     for (size_t i = 0; i < layers_.size(); i++) {
@@ -166,10 +164,10 @@ class Engine {
   std::vector<std::unique_ptr<Block>> tables_;
   Block stream_, narrow_, qkv_, wide_, scratch_, head_stream_, head_narrow_;
   int widest_ = 1, attended_ = 1, dim_ = 1;
+  size_t words_at_ = 0;
 
   void make(PlanReader& reader) {
     plan_ = reader.read();
-    if (target_->seven_bits && seven_bits()) target_ = target_->seven_bits;
     forget();
     size_t room = 0;
     for (const Layer& l : plan_.layers)
@@ -210,19 +208,6 @@ class Engine {
     if (file_) file_->forget();
   }
 
-  bool seven_bits() const {
-    auto fits = [](const Matrix& m) {
-      for (size_t i = 0, n = size_t(m.rows) * m.depth; i < n; i++)
-        if (m.weight[i] > 63 || m.weight[i] < -63) return false;
-      return true;
-    };
-    for (const Layer& l : plan_.layers)
-      if (!fits(l.query_key_value) || !fits(l.attention_output) || !fits(l.intermediate) || !fits(l.output)) return false;
-    if (plan_.pooler && !fits(plan_.pooler->matrix)) return false;
-    if (plan_.classifier && !fits(plan_.classifier->matrix)) return false;
-    if (plan_.pair && !fits(plan_.pair->matrix)) return false;
-    return !plan_.masked || (fits(plan_.masked->dense) && fits(plan_.masked->decoder));
-  }
   void pack(const Matrix& m, const Rescale* rescale, int zero, Block& to) {
     target_->pack(m, rescale, zero, to.of(target_->packed_bytes(m)));
   }
@@ -239,31 +224,77 @@ class Engine {
     keep(wide.shift, count);
     keep(wide.multiplier, count);
   }
-
-  void embed(const int32_t* tokens, const int32_t* positions, const int32_t* types, const int32_t* starts,
-             const Sizes& sizes, int16_t* stream, size_t stride) const {
-    const Embeddings& e = plan_.embeddings;
-    const size_t width = plan_.hidden;
-    auto check = [](const char* what, int32_t id, int count) {
-      if (id < 0 || id >= count)
-        throw std::runtime_error(std::string(what) + " " + std::to_string(id) + " is outside of 0 to " + std::to_string(count - 1));
-    };
-    for (int s = 0; s < sizes.sequences; s++)
-      for (int row = starts[s]; row < starts[s + 1]; row++) {
-        const int32_t token = tokens[row], type = types ? types[row] : 0;
-        const int32_t position = positions ? positions[row] : e.first_position + row - starts[s];
-        check("token", token, e.words);
-        check("position", position, e.positions);
-        check("type", type, e.types);
-        int16_t* out = stream + row * stride;
-        target_->embed_row(e.word + token * width, e.word_rescale.shift[token], e.word_rescale.multiplier[token], e.limit,
-                           plan_.hidden, out);
-        const int16_t *p = e.position + position * width, *t = e.token_type + type * width;
-        for (size_t i = 0; i < width; i++) out[i] = int16_t(clamp(int32_t(out[i]) + p[i] + t[i], e.limit));
-      }
+  // All but that of words.
+  void keep_tables() {
+    Embeddings& e = plan_.embeddings;
+    keep(e.position, size_t(e.positions) * plan_.hidden);
+    keep(e.token_type, size_t(e.types) * plan_.hidden);
+    keep(e.word_rescale.shift, e.words);
+    keep(e.word_rescale.multiplier, e.words);
+    if (plan_.classifier) keep(plan_.classifier->wide, plan_.classifier->matrix.rows);
+    if (plan_.pair) keep(plan_.pair->wide, plan_.pair->matrix.rows);
+    if (plan_.masked) keep(plan_.masked->wide, plan_.masked->decoder.rows);
+  }
+  // A row of the table of words, in the memory given if it comes from the file.
+  const int8_t* word(int32_t token, int8_t* memory) const {
+    const size_t at = size_t(token) * plan_.hidden;
+    if (!file_) return plan_.embeddings.word + at;
+    file_->read(words_at_ + at, memory, plan_.hidden);
+    return memory;
   }
 
-  void sums(const Block& matrix, const Wide& wide, const void* narrow, size_t stride, int count, int columns,
+  struct EmbedJob {
+    const Engine* engine;
+    const int32_t *tokens, *positions, *types, *starts;
+    Sizes sizes;
+    int16_t* stream;
+    size_t stride;
+    std::atomic<int> next{0};
+    std::atomic<bool> failed{false};
+  };
+  static void embed_part(void* argument, int) {
+    auto* job = static_cast<EmbedJob*>(argument);
+    constexpr int STEP = 16;
+    try {
+      std::vector<int8_t> memory(job->engine->plan_.hidden);
+      for (int row = STEP * job->next++; row < job->sizes.tokens; row = STEP * job->next++)
+        for (int i = row; i < std::min(row + STEP, job->sizes.tokens); i++) job->engine->embed_row(*job, i, memory.data());
+    } catch (const std::exception&) {  // which must not leave the thread
+      job->failed = true;
+    }
+  }
+  void embed_row(const EmbedJob& job, int row, int8_t* memory) const {
+    const Embeddings& e = plan_.embeddings;
+    const size_t width = plan_.hidden;
+    const int32_t token = job.tokens[row], type = job.types ? job.types[row] : 0;
+    int16_t* out = job.stream + row * job.stride;
+    target_->embed_row(word(token, memory), e.word_rescale.shift[token], e.word_rescale.multiplier[token], e.limit,
+                       plan_.hidden, out);
+    const int16_t *p = e.position + position(job, row) * width, *t = e.token_type + type * width;
+    for (size_t i = 0; i < width; i++) out[i] = int16_t(clamp(int32_t(out[i]) + p[i] + t[i], e.limit));
+  }
+  int32_t position(const EmbedJob& job, int row) const {
+    if (job.positions) return job.positions[row];
+    const int32_t* after = std::upper_bound(job.starts, job.starts + job.sizes.sequences + 1, row);
+    return plan_.embeddings.first_position + row - after[-1];
+  }
+  void embed(EmbedJob& job) {
+    const Embeddings& e = plan_.embeddings;
+    auto check = [](const char* what, int32_t id, int count) {
+      if (id < 0 || id >= count)
+        throw std::runtime_error(std::string(what) + " " + std::to_string(id) + " is outside of 0 to " +
+                                 std::to_string(count - 1));
+    };
+    for (int row = 0; row < job.sizes.tokens; row++) {
+      check("token", job.tokens[row], e.words);
+      if (job.positions) check("position", job.positions[row], e.positions);
+      if (job.types) check("type", job.types[row], e.types);
+    }
+    pool_.run(&pool_, embed_part, &job);
+    if (job.failed) throw std::runtime_error("cannot read the plan's table of words any more: load it again");
+  }
+
+  void sums(const Block& matrix, const Wide& wide, void* narrow, size_t stride, int count, int columns,
             int32_t* out) {
     target_->sums(&pool_, (const Packed*)matrix.data(), narrow, stride, count, out, columns);
     for (int row = 0; row < count; row++)

@@ -12,7 +12,7 @@ static void norm16(Pool* pool, const PackedNorm* norm, int, int rows, int16_t* s
 static void norm8(Pool* pool, const PackedNorm* norm, int, int rows, const int16_t* stream, size_t stride, void* out,
                   size_t out_stride) {
   for_rows(pool, rows, [=](int row) {
-    Activation* to = (Activation*)out + row * out_stride;
+    Activation* to = activations(out, out_stride, row);
     normalize(norm, stream + row * stride, [=](int i, V v) { store_activation<Activation, Products::ZERO>(to + i, v); });
   });
 }
@@ -22,7 +22,7 @@ static void read8(Pool* pool, const Read8& read, int columns, int rows, const in
   const V multiplier = S::set16(read.multiplier);
   const int shift = read.shift, limit = read.limit;
   for_rows(pool, rows, [=](int row) {
-    Activation* to = (Activation*)out + row * out_stride;
+    Activation* to = activations(out, out_stride, row);
     for (int i = 0; i < columns; i += NR) {
       V v = S::mul(shifted16(S::load(stream + row * stride + i), shift), multiplier);
       store_activation<Activation, Products::ZERO>(to + i, clamped(v, limit));
@@ -43,7 +43,7 @@ static void embed_row(const int8_t* word, int shift, int multiplier, int limit, 
   }
 }
 
-static void add_product(Pool* pool, const Packed* matrix, const Activation* in, size_t in_stride, int rows, int read,
+static void add_product(Pool* pool, const Packed* matrix, void* in, size_t in_stride, int rows, int read,
                         int limit, int16_t* stream, size_t stride) {
   if (read == 0) {
     multiply<false>(pool, matrix, in, in_stride, rows, [=](int panel, int row, V v) {
@@ -63,8 +63,7 @@ static void layer(Pool* pool, const Layer& l, const Packed* const matrices[4], c
   const int rows = sizes.tokens, hidden = sizes.hidden, attended = l.query_key_value.rows / 3;
   const size_t stride = rounded_up(hidden, K_STEP), context_stride = rounded_up(attended, K_STEP);
   const size_t wide_stride = rounded_up(l.intermediate.rows, K_STEP), qkv_stride = rounded_up(3 * attended, K_STEP);
-  auto* narrow = (Activation*)b.narrow;
-  auto* wide = (Activation*)b.wide;
+  void *narrow = b.narrow, *wide = b.wide;
   if (l.post)
     read8(pool, l.read_attention, hidden, rows, b.stream, stride, narrow, stride);
   else
@@ -90,7 +89,7 @@ static void layer(Pool* pool, const Layer& l, const Packed* const matrices[4], c
   multiply<false>(pool, matrices[2], narrow, stride, rows, [=](int panel, int row, V v) {
     V y = S::mul(gelu(v, gelu_constants), scale);
     y = S::max16(S::min16(y, S::set16(top - zero_point)), S::set16(-zero_point));
-    store_activation<Activation, 0>(wide + row * wide_stride + panel * NR, S::add16(y, S::set16(stored_zero)));
+    store_activation<Activation, 0>(activations(wide, wide_stride, row) + panel * NR, S::add16(y, S::set16(stored_zero)));
   });
   add_product(pool, matrices[3], wide, wide_stride, rows, l.output_read, l.output_limit, b.stream, stride);
   if (l.post) norm16(pool, norms[1], hidden, rows, b.stream, stride);

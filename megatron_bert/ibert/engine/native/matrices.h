@@ -8,6 +8,7 @@
 struct PackedHeader {
   int rows, depth, padded_depth, panels;
   bool left;  // some shift is negative: the general path
+  int taken, limit;  // how rows of activations are to be divided; a limit of 0: not at all
 };
 struct PanelConstants {
   int32_t start[NR], shift[NR], left[NR], bound[NR];
@@ -30,6 +31,18 @@ static void pack(const Matrix& m, const Rescale* rescale, int zero_of_input, uin
   h.padded_depth = int(rounded_up(m.depth, K_STEP));
   h.panels = int(rounded_up(m.rows, NR) / NR);
   for (int n = 0; rescale && n < m.rows; n++) h.left |= rescale->shift[n] < 0;
+#if defined(TARGET_AVX2)
+  int most = 1;
+  for (size_t i = 0, count = size_t(m.rows) * m.depth; i < count; i++) {
+    const int size = m.weight[i] < 0 ? -m.weight[i] : m.weight[i];
+    most = size > most ? size : most;
+  }
+  if (2 * 255 * most > 32767) {
+    h.limit = 32767 / most;
+    h.taken = zero_of_input == Products::ZERO ? Products::TAKEN : 0;
+    zero_of_input -= h.taken;
+  }
+#endif
   std::memcpy(memory, &h, sizeof h);
   const size_t panel_bytes = size_t(NR) * h.padded_depth;
   for (int panel = 0; panel < h.panels; panel++) {
@@ -91,10 +104,30 @@ static inline V rescaled_row(const int32_t* sums, const PanelConstants& c) {
 
 static inline int next_unit(int* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
+// Calls each(row) for all rows, divided over the threads.
+template <class F>
+struct RowsJob {
+  const F* each;
+  int rows, counter;
+  static void part(void* argument, int) {
+    auto* job = static_cast<RowsJob*>(argument);
+    constexpr int STEP = 8;
+    for (int u = next_unit(&job->counter); u * STEP < job->rows; u = next_unit(&job->counter)) {
+      const int end = u * STEP + STEP < job->rows ? u * STEP + STEP : job->rows;
+      for (int row = u * STEP; row < end; row++) (*job->each)(row);
+    }
+  }
+};
+template <class F>
+static void for_rows(Pool* pool, int rows, const F& each) {
+  RowsJob<F> job = {&each, rows, 0};
+  pool->run(pool, RowsJob<F>::part, &job);
+}
+
 // Rows of activations times packed weights. `finish(panel, row, 16-bit results)`, or with RAW `finish(panel, row, sums)`.
 template <bool RAW, class F>
 struct MultiplyJob {
-  const Activation* in;
+  void* in;
   size_t stride;
   int rows;
   const Packed* matrix;
@@ -135,14 +168,18 @@ struct MultiplyJob {
       Ahead ahead = {weights + panel_bytes, lines};
       for (int row = first_row; row < end_row; row += Products::MR, ahead.at += size_t(lines) * h.padded_depth) {
         const int count = end_row - row < Products::MR ? end_row - row : Products::MR;
-        const Activation* a = in + row * stride;
+        const Activation* a = activations(in, stride, row);
+        const size_t lda = stride * Products::ROOM;
 #if defined(TARGET_AMX)
         const int steps = h.padded_depth / K_STEP, each = (Products::MR + steps - 1) / steps;
-        Products::tile(a, stride, count, weights, h.padded_depth, c.start, sums[turn], NR, ahead,
+        Products::tile(a, lda, count, weights, h.padded_depth, c.start, sums[turn], NR, ahead,
                        [&] { finish_rows(each); });
         finish_rows(Products::MR);
 #else
-        Products::tile(a, stride, count, weights, h.padded_depth, c.start, sums[turn], NR, ahead);
+        Products::tile(a, lda, count, weights, h.padded_depth, c.start, sums[turn], NR, ahead);
+#endif
+#if defined(TARGET_AVX2)
+        if (h.limit) Products::add_rests(a, lda, count, weights, sums[turn]);
 #endif
         ready = {sums[turn], &c, panel, row, count};
 #if defined(TARGET_AMX)
@@ -170,9 +207,16 @@ struct MultiplyJob {
 // Bytes of a block of activations that is to stay in the second cache.
 static constexpr size_t BLOCK_BYTES = 384 * 1024;
 
+// Activations are there for one product: they may be divided in place.
 template <bool RAW, class F>
-static void multiply(Pool* pool, const Packed* matrix, const Activation* in, size_t stride, int rows, const F& finish) {
+static void multiply(Pool* pool, const Packed* matrix, void* in, size_t stride, int rows, const F& finish) {
   const PackedHeader& h = header(matrix);
+#if defined(TARGET_AVX2)
+  if (h.limit)
+    for_rows(pool, rows, [=, &h](int row) {
+      Products::divide(activations(in, stride, row), stride, h.padded_depth, h.taken, h.limit);
+    });
+#endif
   MultiplyJob<RAW, F> job = {in, stride, rows, matrix, &finish, 0, 0, 0, 0};
   size_t fitting = BLOCK_BYTES / (size_t(h.padded_depth) * sizeof(Activation)) / Products::MR * Products::MR;
   if (fitting < Products::MR) fitting = Products::MR;
@@ -189,7 +233,7 @@ static void multiply(Pool* pool, const Packed* matrix, const Activation* in, siz
   pool->run(pool, MultiplyJob<RAW, F>::part, &job);
 }
 
-static void sums(Pool* pool, const Packed* matrix, const void* in, size_t in_stride, int rows, int32_t* out,
+static void sums(Pool* pool, const Packed* matrix, void* in, size_t in_stride, int rows, int32_t* out,
                  size_t out_stride) {
   const int columns = header(matrix).rows;
   auto finish = [=](int panel, int row, const int32_t* from) {
@@ -198,31 +242,11 @@ static void sums(Pool* pool, const Packed* matrix, const void* in, size_t in_str
       if (n < columns) out[row * out_stride + n] = from[p];
     }
   };
-  multiply<true>(pool, matrix, (const Activation*)in, in_stride, rows, finish);
+  multiply<true>(pool, matrix, in, in_stride, rows, finish);
 }
 
-static void rescaled(Pool* pool, const Packed* matrix, const void* in, size_t in_stride, int rows, int16_t* out,
+static void rescaled(Pool* pool, const Packed* matrix, void* in, size_t in_stride, int rows, int16_t* out,
                      size_t out_stride) {
   auto finish = [=](int panel, int row, V v) { S::store(out + row * out_stride + panel * NR, v); };
-  multiply<false>(pool, matrix, (const Activation*)in, in_stride, rows, finish);
-}
-
-// Calls each(row) for all rows, divided over the threads.
-template <class F>
-struct RowsJob {
-  const F* each;
-  int rows, counter;
-  static void part(void* argument, int) {
-    auto* job = static_cast<RowsJob*>(argument);
-    constexpr int STEP = 8;
-    for (int u = next_unit(&job->counter); u * STEP < job->rows; u = next_unit(&job->counter)) {
-      const int end = u * STEP + STEP < job->rows ? u * STEP + STEP : job->rows;
-      for (int row = u * STEP; row < end; row++) (*job->each)(row);
-    }
-  }
-};
-template <class F>
-static void for_rows(Pool* pool, int rows, const F& each) {
-  RowsJob<F> job = {&each, rows, 0};
-  pool->run(pool, RowsJob<F>::part, &job);
+  multiply<false>(pool, matrix, in, in_stride, rows, finish);
 }

@@ -2,6 +2,7 @@
 // Aligned memory, and the contents of files.
 #pragma once
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdio>
@@ -69,22 +70,19 @@ class Block {
   }
 };
 
-// The contents of a file, mapped: packing reads every byte once, and what is used later is shared with other processes.
+// The contents of a file, mapped while all of them are read, and read piece by piece later.
 class File {
  public:
-  explicit File(const std::string& path) {
-    std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-    const long end = file && std::fseek(file.get(), 0, SEEK_END) == 0 ? std::ftell(file.get()) : -1;
+  explicit File(const std::string& path) : file_(std::fopen(path.c_str(), "rb"), std::fclose) {
+    const long end = file_ && std::fseek(file_.get(), 0, SEEK_END) == 0 ? std::ftell(file_.get()) : -1;
     if (end < 0) throw std::runtime_error("cannot open " + path);
     size_ = size_t(end);
     if (size_ == 0) return;
-    void* map = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fileno(file.get()), 0);
+    void* map = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fileno(file_.get()), 0);
     if (map == MAP_FAILED) throw std::runtime_error("cannot read " + path);
     data_ = static_cast<uint8_t*>(map);
   }
-  ~File() {
-    if (data_) munmap(data_, size_);
-  }
+  ~File() { unmap(); }
   File(const File&) = delete;
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
@@ -92,8 +90,18 @@ class File {
   void forget() const {
     if (data_) madvise(data_, size_, MADV_DONTNEED);
   }
+  void unmap() {
+    if (data_) munmap(data_, size_);
+    data_ = nullptr;
+  }
+  // Unlike a page of a mapped file, around which the system maps others, a piece costs no memory.
+  void read(size_t at, void* to, size_t bytes) const {
+    if (pread(fileno(file_.get()), to, bytes, off_t(at)) != ssize_t(bytes))
+      throw std::runtime_error("cannot read a plan's file");
+  }
 
  private:
+  std::unique_ptr<FILE, int (*)(FILE*)> file_;
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -69,8 +69,7 @@ struct Buffers {
 
 struct Target {
   const char* name;
-  size_t activation_bytes;
-  const Target* seven_bits;  // what runs instead where all weights have 7 bits, or null
+  size_t activation_bytes;  // of an activation, with what its row has room for beside
   size_t (*scratch_bytes)(int head_dimension, int longest);  // a thread's, for attention
   // Sizes of packed matrices, norms; and packing. zero_of_input is what has been added to the input's integers.
   size_t (*packed_bytes)(const Matrix&);
@@ -89,9 +88,9 @@ struct Target {
                 size_t out_stride);
   void (*norm8)(Pool*, const PackedNorm*, int columns, int rows, const int16_t* stream, size_t stride, void* out,
                 size_t out_stride);
-  // 32-bit sums with the bias, natural order, and 16-bit results of a rescaled product.
-  void (*sums)(Pool*, const Packed*, const void* in, size_t in_stride, int rows, int32_t* out, size_t out_stride);
-  void (*rescaled)(Pool*, const Packed*, const void* in, size_t in_stride, int rows, int16_t* out, size_t out_stride);
+  // 32-bit sums with the bias, natural order, and 16-bit results of a rescaled product, which may change what it reads.
+  void (*sums)(Pool*, const Packed*, void* in, size_t in_stride, int rows, int32_t* out, size_t out_stride);
+  void (*rescaled)(Pool*, const Packed*, void* in, size_t in_stride, int rows, int16_t* out, size_t out_stride);
   // y of GELU, in place.
   void (*gelu16)(const Gelu&, int16_t* values, size_t count);
   void (*embed_row)(const int8_t* word, int shift, int multiplier, int limit, int columns, int16_t* out);

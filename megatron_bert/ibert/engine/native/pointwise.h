@@ -4,6 +4,11 @@
 
 using Activation = Products::Activation;
 
+// A row of activations, of which `stride` have room in one.
+static inline Activation* activations(void* rows, size_t stride, int row) {
+  return (Activation*)rows + row * stride * Products::ROOM;
+}
+
 static inline V clamped(V v, int limit) { return S::max16(S::min16(v, S::set16(limit)), S::set16(-limit)); }
 
 // Stores signed 8-bit results as what products read.

@@ -6,7 +6,8 @@
 // 128-bit lanes) gives them back in natural order: `column(p)` is the natural column at place p.
 //
 // Products take activations without sign (ZERO has been added to those that have one), or with one (LESS has been
-// subtracted from those without: GELU's results and the numerators of softmax), or in 16 bits as they are.
+// subtracted from those without: GELU's results and the numerators of softmax), or in 16 bits as they are. A row of them
+// has ROOM times the memory that they need.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -38,7 +39,7 @@ static inline size_t grouped(int k, int p) {
 #if defined(TARGET_PLAIN)
 struct Products {
   using Activation = uint8_t;
-  static constexpr int G = 4, MR = 4, ZERO = 128, LESS = 0;
+  static constexpr int G = 4, MR = 4, ZERO = 128, LESS = 0, ROOM = 1;
   static size_t place(int k, int p) { return grouped<G>(k, p); }
   static void tile(const uint8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
                    size_t ldc, Ahead ahead = {}) {
@@ -105,6 +106,7 @@ static void multiply_rows(const typename F::Activation* a, size_t lda, const int
 // F::MR rows at a time, or what is left of them.
 template <class F>
 struct RowProducts : F {
+  static constexpr int ROOM = 1;
   static size_t place(int k, int p) { return grouped<F::G>(k, p); }
   static void tile(const typename F::Activation* a, size_t lda, int rows, const int8_t* b, int depth,
                    const int32_t* start, int32_t* c, size_t ldc, Ahead ahead = {}) {
@@ -122,7 +124,7 @@ struct RowProducts : F {
 };
 #endif
 
-#if defined(TARGET_AVX2) || defined(TARGET_AVX2_SEVEN)
+#if defined(TARGET_AVX2)
 // Both factors widened to 16 bits: exact whatever the 8 bits are.
 struct Wide {
   using Activation = int16_t;
@@ -130,20 +132,76 @@ struct Wide {
   static V weights(const int8_t* b) { return S::load_s8(b); }
   static V add(V sum, V x, V w) { return S::add32(sum, S::madd(x, w)); }
 };
-using AttentionProducts = RowProducts<Wide>;  // keys and values may have 8 bits
-#endif
-#if defined(TARGET_AVX2)
-using Products = AttentionProducts;
-#endif
-#if defined(TARGET_AVX2_SEVEN)
-// Weights of 7 bits: two products of 255 * 63 fit in 16 bits, so nothing saturates.
-struct Seven {
+using AttentionProducts = RowProducts<Wide>;
+
+// Products of bytes are added in pairs in 16 bits, where they must fit: two activations times the largest weight. With
+// weights of 7 bits any two do. With 8 bits rows are divided first, each activation into a part whose sum with its neighbor
+// is small enough, and the rest, which few have: the products of these are added for themselves.
+struct Pairs {
   using Activation = uint8_t;
   static constexpr int G = 4, MR = 4, ZERO = 128, LESS = 0;
   static V weights(const int8_t* b) { return S::load(b); }
-  static V add(V sum, V x, V w) { return S::add32(sum, S::madd(_mm256_maddubs_epi16(x, w), S::set16(1))); }
+  static V product(V x, V w) { return S::madd(_mm256_maddubs_epi16(x, w), S::set16(1)); }
+  static V add(V sum, V x, V w) { return S::add32(sum, product(x, w)); }
 };
-using Products = RowProducts<Seven>;
+struct Products : RowProducts<Pairs> {
+  static constexpr int ROOM = 3;
+
+  // What is subtracted from activations that ZERO has been added to, so that of small ones two fit: 76 is left of it.
+  static constexpr int TAKEN = 52;
+  // The rests of a row of `stride` activations, behind them: of `count` groups of G with any, which, and what.
+  struct Rests {
+    int8_t* values;
+    uint16_t* groups;
+    int32_t* count;
+    Rests(const Activation* row, size_t stride)
+        : values((int8_t*)row + stride), groups((uint16_t*)(row + 2 * stride)), count((int32_t*)(row + 2 * stride + stride / 2)) {}
+  };
+  // Takes `taken` from all activations of a row, and divides them so that pairs are at most `limit`.
+  static void divide(Activation* row, size_t stride, int depth, int taken, int limit) {
+    const V less = _mm256_set1_epi8(char(taken)), most = _mm256_set1_epi8(char(limit / 2 > 255 ? 255 : limit / 2));
+    const V bound = S::set16(limit), ones = _mm256_set1_epi8(1);
+    const Rests rests(row, stride);
+    int count = 0;
+    for (int k = 0; k < depth; k += 32) {
+      const V x = S::load(row + k);
+      const V positive = _mm256_subs_epu8(x, less), negative = _mm256_subs_epu8(less, x);
+      const V large = _mm256_cmpgt_epi16(_mm256_maddubs_epi16(positive, ones), bound);
+      const V part = _mm256_blendv_epi8(positive, _mm256_min_epu8(positive, most), large);
+      const V rest = _mm256_sub_epi8(_mm256_sub_epi8(positive, part), negative);
+      S::store(row + k, part);
+      unsigned found = ~unsigned(_mm256_movemask_epi8(_mm256_cmpeq_epi32(rest, S::zero()))) & 0x11111111u;
+      if (!found) continue;
+      alignas(32) int8_t bytes[32];
+      S::store(bytes, rest);
+      for (; found; found &= found - 1, count++) {
+        const int at = __builtin_ctz(found);
+        rests.groups[count] = uint16_t((k + at) / G);
+        std::memcpy(rests.values + G * count, bytes + at, G);
+      }
+    }
+    *rests.count = count;
+  }
+  // Adds the products of the rests to a tile.
+  static void add_rests(const Activation* a, size_t lda, int rows, const int8_t* b, int32_t* c) {
+    for (int r = 0; r < rows; r++, a += lda, c += NR) {
+      const Rests rests(a, lda / ROOM);
+      const int count = *rests.count;
+      if (!count) continue;
+      V low = S::load(c), high = S::load(c + NR / 2);
+      for (int i = 0; i < count; i++) {
+        int32_t group;
+        std::memcpy(&group, rests.values + G * i, G);
+        const V x = S::set32(group), size = _mm256_abs_epi8(x);
+        const int8_t* w = b + size_t(rests.groups[i]) * (G * NR);
+        low = Pairs::add(low, size, _mm256_sign_epi8(S::load(w), x));
+        high = Pairs::add(high, size, _mm256_sign_epi8(S::load(w + G * NR / 2), x));
+      }
+      S::store(c, low);
+      S::store(c + NR / 2, high);
+    }
+  }
+};
 #endif
 #if defined(TARGET_AVXVNNI) || defined(TARGET_AVX512)
 struct Dot {
@@ -190,7 +248,7 @@ using AttentionProducts = Products;
 // Two rows by two columns at a time, eight of the inner dimension: a row more is read where their number is odd.
 struct Products {
   using Activation = int8_t;
-  static constexpr int G = 8, MR = 8, ZERO = 0, LESS = 128;
+  static constexpr int G = 8, MR = 8, ZERO = 0, LESS = 128, ROOM = 1;
   static size_t place(int k, int p) { return grouped<G>(k, p); }
   static void tile(const int8_t* a, size_t lda, int rows, const int8_t* b, int depth, const int32_t* start, int32_t* c,
                    size_t ldc, Ahead ahead = {}) {
@@ -257,7 +315,7 @@ using AttentionProducts = Products;
 // meanwhile: without it that work would wait for the tiles, and they for it.
 struct Products {
   using Activation = uint8_t;
-  static constexpr int G = 4, MR = 32, ZERO = 128, LESS = 0;
+  static constexpr int G = 4, MR = 32, ZERO = 128, LESS = 0, ROOM = 1;
   static size_t place(int k, int p) {
     return size_t(k / 64) * 2048 + (p / 16) * 1024 + (k % 64) / 4 * 64 + (p % 16) * 4 + k % 4;
   }

@@ -15,9 +15,6 @@
 #endif
 
 namespace ibert {
-namespace avx2_seven {
-extern const Target table;
-}
 namespace TARGET {
 #if defined(TARGET_PLAIN)
 #include "vectors_plain.h"
@@ -47,12 +44,7 @@ using S = Vectors;
 extern const Target table;
 const Target table = {
     QUOTED(TARGET),
-    sizeof(Activation),
-#if defined(TARGET_AVX2)
-    &avx2_seven::table,
-#else
-    nullptr,
-#endif
+    sizeof(Activation) * Products::ROOM,
     scratch_bytes,
     packed_bytes,
     pack,
