@@ -45,7 +45,8 @@ from parallel.checkpoint_plan import global_plans, local_plan
 from parallel.errors import UserError, brief
 from parallel.file_process import write_pieces
 from parallel.manifest import MANIFEST_FILE, FileSums, Manifest, write_manifest
-from parallel.stored.distributed_files import LARGE, METADATA, BlockedTensor, files_of, read_block, read_metadata
+from parallel.stored.distributed_files import LARGE, METADATA, BlockedTensor, read_block, read_metadata
+from parallel.stored.file_range import FileRange
 from parallel.stored.pickles import PLAIN
 from parallel.whole_files import write_text
 
@@ -213,6 +214,7 @@ def _read_tensors(tree: FileTree, manifest: Manifest | None) -> dict[str, StateT
     """
     metadata = replace(tree[METADATA], label=f"{tree.label}/{METADATA}")
     tensors = read_metadata(metadata, PLAIN if tree.folder is None else LARGE)
+    places: dict[str, FileRange] = {}
     for tensor in tensors.values():
         for block in tensor.blocks:
             if block.file not in tree:
@@ -220,25 +222,23 @@ def _read_tensors(tree: FileTree, manifest: Manifest | None) -> dict[str, StateT
                     f"{tree.label} lacks {brief(block.file)}, which holds {brief(tensor.name)}: copy all files of the "
                     "checkpoint"
                 )
-    lengths = {file: tree[file].length for file in files_of(tensors.values())}
-    for tensor in tensors.values():
-        for block in tensor.blocks:
-            if not 0 <= block.start <= lengths[block.file] - block.length:
-                tree[block.file].part(block.start, block.length)  # says how it is damaged
+            if block.file not in places:
+                places[block.file] = tree[block.file]
+            places[block.file].part(block.start, block.length)  # which it must have
     return {
         name: StateTensor(
-            tensor.shape, tensor.dtype, partial(_assemble, tree, tensor, manifest), f"{tree.label}: {brief(name)}"
+            tensor.shape, tensor.dtype, partial(_assemble, places, tensor, manifest), f"{tree.label}: {brief(name)}"
         )
         for name, tensor in tensors.items()
     }
 
 
-def _assemble(tree: FileTree, tensor: BlockedTensor, manifest: Manifest | None) -> Tensor:
+def _assemble(places: Mapping[str, FileRange], tensor: BlockedTensor, manifest: Manifest | None) -> Tensor:
     whole: Tensor | None = None
     for block in tensor.blocks:
         if manifest is not None:
             manifest.check_range(block.file, block.start, block.length)
-        place = tree[block.file].part(block.start, block.length)
+        place = places[block.file].part(block.start, block.length)
         values = read_block(place, tensor, block, (0,) * len(block.sizes), block.sizes)
         if block.sizes == tensor.shape:
             return values

@@ -8,7 +8,8 @@ blocks of every tensor lie, and each block is what ``torch.save`` writes, at an 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,9 @@ class Block:
     """A block of a tensor, as a file holds it.
 
     Attributes:
-        offsets: of its first element in the tensor.
-        sizes: of the block.
+        offsets, sizes: of the block in the tensor.
         file: name of the file, in the directory of the metadata.
-        start: offset of its first byte there.
-        length: number of bytes.
+        start, length: of its bytes there.
     """
 
     offsets: Sizes
@@ -58,14 +57,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class BlockedTensor:
-    """A tensor in blocks, which fill it without gaps and without overlapping.
-
-    Attributes:
-        name: of the tensor.
-        shape: of the whole tensor.
-        dtype: of its elements.
-        blocks: that have elements.
-    """
+    """A tensor in blocks, which fill it without gaps and without overlapping; those without elements are left out."""
 
     name: str
     shape: Sizes
@@ -143,13 +135,8 @@ def _tensor(name: str, state: Any, places: Mapping[Any, Any], label: str) -> Blo
 
 
 def _names_a_file(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and 0 < len(name) < 256
-        and name.isprintable()
-        and name not in (".", "..")
-        and "/" not in name
-    )
+    named = isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^/]{1,255}", name) is not None
+    return named and name not in (".", "..")
 
 
 def _sizes(value: Any) -> Sizes:
@@ -192,14 +179,7 @@ def _tile(blocks: list[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
 
 
 def read_block(place: FileRange, tensor: BlockedTensor, block: Block, offsets: Sizes, sizes: Sizes) -> Tensor:
-    """Elements of a block, on the CPU.
-
-    Args:
-        place: where the block lies.
-        tensor: it is of.
-        block: to read.
-        offsets: of the first element in the block.
-        sizes: of what is read.
+    """Elements of a block of a tensor, on the CPU: the region of some offsets and sizes in the block.
 
     Raises:
         UserError: the file is damaged, asks to load something else than data, or holds another tensor there.
@@ -208,8 +188,3 @@ def read_block(place: FileRange, tensor: BlockedTensor, block: Block, offsets: S
     if not isinstance(stored, StoredTensor) or stored.shape != block.sizes or stored.dtype != tensor.dtype:
         raise DamagedFileError(f"{place.label} is damaged: a block of {brief(tensor.name)} is not what it should be")
     return stored.part(offsets, sizes).load()
-
-
-def files_of(tensors: Iterable[BlockedTensor]) -> list[str]:
-    """The files that hold tensors, each once."""
-    return sorted({block.file for tensor in tensors for block in tensor.blocks})

@@ -24,9 +24,7 @@ class FileRange:
     """Consecutive bytes of a file.
 
     Attributes:
-        path: of the file.
-        start: offset of the first byte.
-        length: number of bytes.
+        start, length: of the bytes in the file.
         label: what to call them in messages, for example ``model.zip/release/mp_rank_00/model_optim_rng.pt``.
         descriptor: of the file where it is open already; see :meth:`opened`.
     """
@@ -99,19 +97,14 @@ class FileRange:
                 # A read is interrupted at 2 GiB by the kernel, and may return less at any time.
                 count = os.preadv(wanted.descriptor, [view[done:]], wanted.start + done)
                 if not count:
-                    raise DamagedFileError(
-                        f"{self.label} became shorter while it was read", "read a copy that stays as it is"
-                    )
+                    raise self._shorter()
                 done += count
         return data
 
     def map(self, start: int, length: int) -> memoryview:
         """The same bytes as :meth:`read` gives, mapped: they come from the file as they are looked at.
 
-        What is written to them stays in memory. The file must not become shorter meanwhile.
-
-        Args:
-            start, length: of the bytes, one at least.
+        What is written to them stays in memory. There must be one at least, and the file not become shorter meanwhile.
 
         Raises:
             UserError: they reach beyond the range, or the file became shorter.
@@ -121,11 +114,12 @@ class FileRange:
         with reporting("read", self.label, _REMEDY), self.part(start, length).opened() as wanted:
             assert wanted.descriptor is not None
             if os.fstat(wanted.descriptor).st_size < offset + length:
-                raise DamagedFileError(
-                    f"{self.label} became shorter while it was read", "read a copy that stays as it is"
-                )
+                raise self._shorter()
             pages = mmap.mmap(wanted.descriptor, lead + length, access=mmap.ACCESS_COPY, offset=offset - lead)
         return memoryview(pages)[lead:]
+
+    def _shorter(self) -> DamagedFileError:
+        return DamagedFileError(f"{self.label} became shorter while it was read", "read a copy that stays as it is")
 
 
 class _RangeReader(io.RawIOBase):
@@ -146,9 +140,6 @@ class _RangeReader(io.RawIOBase):
         if base + offset < 0:
             raise OSError("seek before the start")
         self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer: Any) -> int:

@@ -17,12 +17,9 @@ from parallel.stored.file_range import FileRange
 
 @dataclass(eq=False)
 class StorageRecord:
-    """The memory of one or more tensors, as it lies in a file.
+    """The memory of one or more tensors, as it lies in a file under a key.
 
     Attributes:
-        key: its name in the file.
-        dtype: of its elements.
-        nbytes: its size.
         place: where it lies; older files say so only after everything else.
         checksum: CRC-32 of its bytes, where the file has one.
     """
@@ -36,15 +33,7 @@ class StorageRecord:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A view of a storage, unread.
-
-    Attributes:
-        storage: the memory it is a view of.
-        dtype: of its elements.
-        offset: of its first element, in elements.
-        shape: its sizes.
-        stride: in elements.
-    """
+    """A view of a storage, unread; ``offset`` and ``stride`` count elements."""
 
     storage: StorageRecord
     dtype: torch.dtype
@@ -61,10 +50,8 @@ class StoredTensor:
                 refused as well: it would take more memory than the file has bytes.
         """
         sizes, steps = tuple(shape), tuple(stride)
-        numbers = (offset, *sizes, *steps)
-        if len(sizes) != len(steps) or len(sizes) > 8:
-            raise ValueError("a tensor of a strange shape")
-        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
+        plain = all(isinstance(n, int) and 0 <= n < 1 << 62 for n in (offset, *sizes, *steps))
+        if not plain or len(sizes) != len(steps) or len(sizes) > 8:
             raise ValueError("a tensor of a strange shape")
         available = storage.nbytes // dtype.itemsize
         count = math.prod(sizes)
@@ -74,12 +61,7 @@ class StoredTensor:
         return StoredTensor(storage, dtype, offset, sizes, steps)
 
     def part(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> StoredTensor:
-        """A region of the tensor, unread.
-
-        Args:
-            offsets: of its first element.
-            sizes: of the region, which lies inside the tensor.
-        """
+        """A region of the tensor, unread; it lies inside."""
         first = self.offset + sum(offset * step for offset, step in zip(offsets, self.stride))
         return StoredTensor(self.storage, self.dtype, first, sizes, self.stride)
 
@@ -96,13 +78,10 @@ class StoredTensor:
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
         width = self.dtype.itemsize
         data = place.read(self.offset * width, span * width)
-        if self.storage.checksum is not None and len(data) == self.storage.nbytes:
-            self._check(data, place)
-        flat = torch.frombuffer(data, dtype=self.dtype)
-        return flat.as_strided(self.shape, self.stride).contiguous()
-
-    def _check(self, data: bytearray, place: FileRange) -> None:
-        if zlib.crc32(data) != self.storage.checksum:
+        expected = self.storage.checksum if len(data) == self.storage.nbytes else None
+        if expected is not None and zlib.crc32(data) != expected:
             raise DamagedFileError(
                 f"{place.label} is damaged: its checksum does not match (or torch was set not to write any)"
             )
+        flat = torch.frombuffer(data, dtype=self.dtype)
+        return flat.as_strided(self.shape, self.stride).contiguous()

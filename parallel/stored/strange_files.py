@@ -8,24 +8,30 @@ import re
 from parallel.errors import DamagedFileError
 from parallel.stored.file_range import FileRange
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_TAR_MAGIC = (257, b"ustar")
+_LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/(?:.*?size (\d{1,15}))?", re.DOTALL)
+_WEB_PAGE = rb"(?is)\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)"
 _LONGEST_START = 1024
-_MAGICS = (
-    (b"\x1f\x8b", "a gzip file", "unpack it first"),
-    (b"BZh", "a bzip2 file", "unpack it first"),
-    (b"\xfd7zXZ\x00", "an xz file", "unpack it first"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
-    (b"Rar!", "a rar archive", "unpack it first"),
-    (b"PK\x03\x04", "a zip file", "unpack it first"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as TensorFlow and Keras write", "give a checkpoint of PyTorch"),
-    (b"\x93NUMPY", "an array of numpy", "give a checkpoint of PyTorch"),
+_DOWNLOAD, _UNPACK = "download the file itself", "unpack it first"
+_OF_PYTORCH = "give a checkpoint of PyTorch"
+#: How a file begins, what it is then, and what to do.
+_KNOWN = (
+    (_WEB_PAGE, "a web page, such as a login or an error page", _DOWNLOAD),
+    (rb"\s*<\?xml", "an XML text, such as the error of a file store", _DOWNLOAD),
+    (rb"(?s).{257}ustar", "a tar file", _UNPACK),
+    (rb"\x1f\x8b", "a gzip file", _UNPACK),
+    (rb"BZh", "a bzip2 file", _UNPACK),
+    (rb"\xfd7zXZ\x00", "an xz file", _UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (rb"Rar!", "a rar archive", _UNPACK),
+    (rb"PK\x03\x04", "a zip file", _UNPACK),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file, as TensorFlow and Keras write", _OF_PYTORCH),
+    (rb"\x93NUMPY", "an array of numpy", _OF_PYTORCH),
 )
 
 
 def is_tar(place: FileRange) -> bool:
     """Whether a file begins as tar archives do."""
-    return bytes(place.read(0, min(place.length, 262)))[_TAR_MAGIC[0] :] == _TAR_MAGIC[1]
+    return bytes(place.read(0, min(place.length, 262)))[257:] == b"ustar"
 
 
 def refuse_strange(place: FileRange) -> None:
@@ -38,22 +44,11 @@ def refuse_strange(place: FileRange) -> None:
     if not start.strip(b"\0 \t\r\n"):
         amount = "empty" if place.length == 0 else "full of zeros or blanks"
         raise DamagedFileError(f"{place.label} is {amount}")
-    if start.startswith(_LFS_POINTER):
-        size = re.search(rb"size (\d{1,15})", start)
-        of = f" to {int(size[1]):,} bytes" if size else ""
+    if pointer := _LFS_POINTER.match(start):
+        of = f" to {int(pointer[1]):,} bytes" if pointer[1] else ""
         raise DamagedFileError(
             f"{place.label} is a pointer of git-lfs{of}, not the file itself", "run `git lfs pull` where it is"
         )
-    if re.match(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)", start, re.IGNORECASE | re.DOTALL):
-        raise DamagedFileError(
-            f"{place.label} is a web page, such as a login or an error page", "download the file itself"
-        )
-    if re.match(rb"\s*<\?xml", start):
-        raise DamagedFileError(
-            f"{place.label} is an XML text, such as the error of a file store", "download the file itself"
-        )
-    if start[_TAR_MAGIC[0] :].startswith(_TAR_MAGIC[1]):
-        raise DamagedFileError(f"{place.label} is a tar file", "unpack it first")
-    for magic, what, remedy in _MAGICS:
-        if start.startswith(magic):
+    for begin, what, remedy in _KNOWN:
+        if re.match(begin, start):
             raise DamagedFileError(f"{place.label} is {what}", remedy)

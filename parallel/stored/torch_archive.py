@@ -29,8 +29,6 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -
     """What ``torch.save`` would put around the values of a contiguous tensor.
 
     Args:
-        shape: of the tensor.
-        dtype: of its elements.
         start: offset of the values in the memory from which they are written.
     """
     pickled, _ = pickle_structure(Slot("tensor", shape, dtype))

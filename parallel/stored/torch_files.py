@@ -22,7 +22,7 @@ from parallel.stored.vocabulary import Vocabulary
 from parallel.stored.zip_members import open_zip, stored_range
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
+#: The pickle of torch's magic number.
 _STREAM_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _STREAM_PROTOCOL = 1001
 _LONGEST_PICKLE = 1 << 30
@@ -70,48 +70,36 @@ def _load_zip(place: FileRange) -> Any:
             if where.read(0, min(where.length, 8)) != b"little":
                 raise UserError(f"{place.label} was saved on a big-endian machine: load and save it on another first")
 
+        records: dict[tuple[str, torch.dtype, int], StorageRecord] = {}  # one, however often it is referred to
+
         def storage(persistent_id: Any) -> StorageRecord:
-            key, dtype, numel = _storage_id(persistent_id, 5)
+            key, dtype, numel = found = _storage_id(persistent_id, 5)
+            if found in records:
+                return records[found]
             member = members.get(f"{prefix}data/{key}")
             if member is None:
                 raise DamagedFileError(f"{place.label} is damaged: storage {brief(key)} is missing")
-            bytes_there = stored_range(place, member, f"{place.label}/data/{key}")
-            if numel * dtype.itemsize > bytes_there.length:
-                raise DamagedFileError(
-                    f"{place.label} is damaged: storage {brief(key)} holds {bytes_there.length} bytes instead of "
-                    f"{numel * dtype.itemsize}"
-                )
-            return StorageRecord(key, dtype, numel * dtype.itemsize, bytes_there, member.CRC)
+            bytes_there, nbytes = stored_range(place, member, f"{place.label}/data/{key}"), numel * dtype.itemsize
+            if nbytes > bytes_there.length:
+                held = f"holds {bytes_there.length} bytes instead of {nbytes}"
+                raise DamagedFileError(f"{place.label} is damaged: storage {brief(key)} {held}")
+            return records.setdefault(found, StorageRecord(key, dtype, nbytes, bytes_there, member.CRC))
 
-        vocabulary = torch_vocabulary(_remembering(storage))
         pickled = stored_range(place, members[pickles[0]], f"{place.label}/data.pkl")
         if pickled.length > _LONGEST_PICKLE:
             raise UserError(f"{place.label} is not a checkpoint: its structure alone takes {pickled.length:,} bytes")
         with pickled.open() as file:
-            return load_pickle(file, vocabulary, place.label)
-
-
-def _remembering(make: Any) -> Any:
-    """One record a storage, however often it is referred to."""
-    records: dict[Any, StorageRecord] = {}
-
-    def storage(persistent_id: Any) -> StorageRecord:
-        record = make(persistent_id)
-        return records.setdefault((record.key, record.dtype, record.nbytes), record)
-
-    return storage
+            return load_pickle(file, torch_vocabulary(storage), place.label)
 
 
 def _storage_id(persistent_id: Any, length: int) -> tuple[str, torch.dtype, int]:
     """Key, element type and number of elements of ``('storage', type, key, location, numel, ...)``."""
-    if not isinstance(persistent_id, tuple) or len(persistent_id) != length or persistent_id[0] != "storage":
-        raise ValueError("a reference to something that is not a storage")
-    _, dtype, key, _, numel = persistent_id[:5]
-    if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not isinstance(numel, int):
-        raise ValueError("a reference to something that is not a storage")
-    if not 0 <= numel < 1 << 48:
-        raise ValueError("a storage of a strange size")
-    return key, dtype, numel
+    match persistent_id if isinstance(persistent_id, tuple) and len(persistent_id) == length else None:
+        case ("storage", torch.dtype() as dtype, str(key), _, int(numel), *_):
+            if 0 <= numel < 1 << 48:
+                return key, dtype, numel
+            raise ValueError("a storage of a strange size")
+    raise ValueError("a reference to something that is not a storage")
 
 
 # ---------------------------------------------------------------- stream container
@@ -129,10 +117,7 @@ def _load_stream(place: FileRange) -> Any:
 
     plain = Vocabulary()
     with place.open() as file:
-        if load_pickle(file, plain, place.label) != _STREAM_MAGIC:
-            raise DamagedFileError(
-                f"{place.label} is not a file of torch.save", "give a checkpoint, or a .zip file with one"
-            )
+        file.seek(len(_STREAM_START))
         if load_pickle(file, plain, place.label) != _STREAM_PROTOCOL:
             raise UserError(
                 f"{place.label} was saved by an unknown version of torch: load and save it with a newer one"

@@ -28,13 +28,7 @@ STORAGE_CLASSES = {
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a tensor in a structure to be saved.
-
-    Attributes:
-        name: by which its values are given later.
-        shape: of the tensor.
-        dtype: of its elements.
-    """
+    """The place of a tensor in a structure to be saved; its values are given later, by its name."""
 
     name: str
     shape: tuple[int, ...]

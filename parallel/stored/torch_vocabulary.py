@@ -18,44 +18,19 @@ from parallel.stored.vocabulary import Global, RefusedError, StandIn, Vocabulary
 #: Classes that old training scripts left in their checkpoints (loss scalers, enumerations, recipes). They become inert
 #: stand-ins: their names are kept, nothing of them is imported or run.
 _INERT = (
-    "megatron.",
-    "apex.",
-    "fp16.",
-    "fp16_utils.",
-    "mpu.",
-    "transformer_engine.",
+    *("megatron.", "apex.", "fp16.", "fp16_utils.", "mpu.", "transformer_engine."),
     # What argument parsers and random states of training scripts hold besides.
-    "signal.Signals",
-    "pathlib.PosixPath",
-    "pathlib.PurePosixPath",
-    "pathlib._local.PosixPath",
-    "pathlib._local.PurePosixPath",
-    "datetime.",
-    "collections.deque",
-    "collections.Counter",
-    "types.SimpleNamespace",
-    "functools.partial",
-    "fractions.Fraction",
-    "decimal.Decimal",
-    "uuid.UUID",
+    *("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath", "pathlib._local.PurePosixPath"),
+    *("signal.Signals", "datetime.", "collections.deque", "collections.Counter", "types.SimpleNamespace"),
+    *("functools.partial", "fractions.Fraction", "decimal.Decimal", "uuid.UUID", "_io.BytesIO"),
+    *("torch.device", "torch.serialization._get_layout", "torch.nn.init.", "torch.nn.functional.", "torch._C._nn.gelu"),
+    *("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
     *(
-        f"{module}.{name}"
+        f"{module}.{kind}"
         for module in ("builtins", "__builtin__")
-        for name in (
-            *("slice", "range", "xrange", "int", "long", "float", "bool", "str", "unicode", "bytes"),
-            *("list", "dict", "tuple"),
-        )
+        for kind in ("slice", "range", "int", "float", "bool", "str", "bytes", "list", "dict", "tuple")
     ),
-    "_io.BytesIO",
-    "torch.device",
-    "torch.serialization._get_layout",
-    "torch.nn.init.",
-    "torch.nn.functional.",
-    "torch._C._nn.gelu",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
+    *("__builtin__.xrange", "__builtin__.long", "__builtin__.unicode"),
 )
 
 #: ``torch.float32`` and the like.
@@ -70,11 +45,7 @@ _VALUES = DTYPE_VALUES | {
 
 
 def torch_vocabulary(storage: Callable[[Any], StorageRecord]) -> Vocabulary:
-    """What a torch checkpoint may name.
-
-    Args:
-        storage: makes the record of a storage from a persistent id.
-    """
+    """What a torch checkpoint may name; ``storage`` makes the record of a storage from a persistent id."""
     vocabulary = Vocabulary(values=_VALUES, inert=_INERT, storage=storage)
 
     def from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
