@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from megatron_bert.convert.files import FileTree
@@ -32,7 +33,7 @@ from megatron_bert.convert.huggingface_names import (
 )
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.ranges import RANGES_NAME, parse_ranges, their_buffers
-from megatron_bert.convert.safetensors_files import SafetensorsWriter, read_safetensors
+from megatron_bert.convert.safetensors_files import read_safetensors, write_safetensors
 from megatron_bert.convert.state import (
     QUERY_KEY_VALUE,
     VOCABULARY_BIAS,
@@ -257,29 +258,27 @@ def _checked_copy(tensor: StateTensor, original: StateTensor, copy: StateTensor)
 
 def _write_weights(state: CanonicalState, target: Path, limit: int) -> None:
     """One safetensors file, or several with an index."""
-    family = family_of(state.config)
-    cut = f"{family.prefix}." if class_ending(state) == "Model" else ""
-    entries = [(family.theirs(name), tensor) for name, tensor in state.items()]
+    family, buffers = family_of(state.config), dict[str, StateTensor]()
     if family is IBERT and state.ranges is not None:
-        buffers = their_buffers(state.ranges.limits)
-        entries += [((f"{family.prefix}.{key}",), StateTensor.held(values, key)) for key, values in buffers.items()]
-    shards: list[list[tuple[list[str], StateTensor]]] = [[]]
-    for names, tensor in entries:
-        if shards[-1] and sum(held.nbytes for _, held in shards[-1]) + tensor.nbytes > limit:
-            shards.append([])
-        shards[-1].append(([name.removeprefix(cut) for name in names], tensor))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        found = their_buffers(state.ranges.limits)
+        buffers = {f"{family.prefix}.{key}": StateTensor.held(values, key) for key, values in found.items()}
+    cut = f"{family.prefix}." if class_ending(state) == "Model" else ""
+    tensors = {**state, **buffers}
+    keys = {name: [name] if name in buffers else list(family.theirs(name)) for name in tensors}
+    keys = {name: [key.removeprefix(cut) for key in several] for name, several in keys.items()}
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for file, names in split.filename_to_tensors.items():
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for keys, tensor in shard:
-            layout |= dict.fromkeys(keys, ((tensor.shape[0] // len(keys), *tensor.shape[1:]), tensor.dtype))
-        with SafetensorsWriter(target / file, layout) as writer:
-            for keys, tensor in shard:
-                for key, part in zip(keys, separate(tensor.load(), len(keys), state.config.head_dim)):
-                    writer.write(key, part)
-        weight_map |= dict.fromkeys(layout, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for _, tensor in chain(*shards))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / "model.safetensors.index.json", index)
+        for name in names:
+            rows, *others = tensors[name].shape
+            layout |= dict.fromkeys(keys[name], ((rows // len(keys[name]), *others), tensors[name].dtype))
+        parts = (separate(tensors[name].load(), len(keys[name]), state.config.head_dim) for name in names)
+        write_safetensors(target / file, layout, chain.from_iterable(parts))
+    if split.is_sharded:
+        weight_map = {key: file for name, file in split.tensor_to_filename.items() for key in keys[name]}
+        write_json(target / f"{WEIGHTS[0]}.index.json", {"metadata": split.metadata, "weight_map": weight_map})

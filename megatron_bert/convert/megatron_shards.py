@@ -15,7 +15,6 @@ from typing import Any
 from megatron_bert.convert.divisions import check_version
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.nemo import NEMO_WEIGHTS, nemo_settings
-from megatron_bert.convert.packaging import refuse_packaging
 from megatron_bert.convert.state import StateTensor
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
@@ -39,6 +38,26 @@ _LONE = ("model_optim_rng.pt", "model_rng.pt", NEMO_WEIGHTS)
 #: Files that frameworks leave beside the weights, with the state of the optimizer, of random numbers or of the run.
 _BESIDE = re.compile(
     r"(?:.*/)?(?:distrib_optim|optim|optimizer|scheduler|scaler|rng_state\w*|training_args|common|\w+_optim_states)\.\w+"
+)
+_CORE = (
+    "a megatron-core checkpoint of the {} kind: convert it to the torch kind first, with Megatron-LM's "
+    "--ckpt-convert-format torch --ckpt-convert-save DIRECTORY"
+)
+#: Names of files that give a packaging away together, and what to tell the user.
+_NOT_READ: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((r"common\.pt", r"\.metadata"), _CORE.format("torch_dist")),
+    ((r"common\.pt", r"\.zarray"), _CORE.format("zarr")),
+    (
+        (r"layer_\d+-model_\d+-model_states\.pt",),
+        "a checkpoint of DeepSpeed's pipeline engine, with a file for each layer: merge it first, with "
+        "tools/convert_checkpoint/deepspeed_to_megatron.py of Megatron-DeepSpeed",
+    ),
+    (
+        (r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt",),
+        "a checkpoint of DeepSpeed's ZeRO stage 3, whose weights lie in pieces: merge them first, with the "
+        "zero_to_fp32.py in its folder, and give the file that this writes",
+    ),
+    (("pickle", "storages", "tensors"), "a file of torch before 0.1.10: load and save it with torch 0.4 first"),
 )
 #: Under which a model lies: Megatron's, DeepSpeed's and Lightning's.
 _MODEL_KEYS = ("model", "module", "state_dict")
@@ -137,7 +156,7 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
     Raises:
         UserError: several checkpoints are there and none is named as the newest, or shards are missing.
     """
-    refuse_packaging(tree)
+    _refuse_packaging(tree)
     groups = shard_groups(tree)
     if not groups:  # a bare file, or the one checkpoint file of a folder or archive
         candidates = weight_files(tree)
@@ -154,6 +173,14 @@ def locate(tree: FileTree) -> dict[tuple[int, int], str]:
             f"{stages}: copy all folders of the checkpoint"
         )
     return shards
+
+
+def _refuse_packaging(tree: FileTree) -> None:
+    """Refuse a tree in a packaging that is known but not read (UserError), with its name and what to do."""
+    names = {name.rpartition("/")[2] for name in tree}
+    for patterns, text in _NOT_READ:
+        if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
+            raise UserError(f"{tree.label} is {text}")
 
 
 def shard_groups(tree: FileTree) -> dict[str, dict[tuple[int, int], str]]:

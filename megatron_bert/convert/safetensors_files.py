@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -84,36 +84,26 @@ def _entry(data: FileRange, name: str, entry: object) -> StateTensor | None:
     return StateTensor(tuple(shape), dtype, load, f"{data.label}: {brief(name)}")
 
 
-class SafetensorsWriter:
-    """A file of known tensors, which are given one by one in a ``with`` block.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], values: Iterable[Tensor]
+) -> None:
+    """Write a file of tensors, of which one at a time is in memory.
 
     Args:
-        path: of the file.
-        tensors: name -> (shape, dtype), in the order in which they will be given.
+        path: of the file, which must not be there.
+        tensors: name -> (shape, dtype).
+        values: of the tensors, in their order.
     """
-
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name, (shape, dtype) in tensors.items():
-            end = at + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._waiting = list(tensors)
-        self._header = struct.pack("<Q", len(text)) + text
-        self._file = path.open("xb")
-
-    def __enter__(self) -> SafetensorsWriter:
-        self._file.write(self._header)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert kind is not None or not self._waiting, f"{self._waiting[:3]} were not given"
-        self._file.close()
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor."""
-        assert name == self._waiting.pop(0), f"{name} comes out of order"
-        self._file.write(bytes_of(tensor))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, described), tensor in zip(tensors.items(), values, strict=True):
+            assert described == (tensor.shape, tensor.dtype), f"{name} is not as it was described"
+            file.write(bytes_of(tensor))
