@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_bert import __version__
 from megatron_bert.arguments import given_path
-from megatron_bert.convert.commands import add_convert_commands, add_read_options, read_options, run_inspect
+from megatron_bert.convert.commands import add_convert_commands, add_read_options, run_inspect
+from megatron_bert.convert.options import ReadOptions
 from megatron_bert.data.commands import add_corpus_inspection, add_data_commands
 from megatron_bert.ending import Ending
 from megatron_bert.exporting.commands import add_export_command
@@ -43,7 +44,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _fill_mask(arguments: argparse.Namespace) -> None:
     from megatron_bert.finetuning.fill_mask import FillMask
 
-    model = FillMask.from_checkpoint(arguments.model, arguments.tokenizer, read_options(arguments))
+    model = FillMask.from_checkpoint(arguments.model, arguments.tokenizer, ReadOptions.given(arguments))
     for text in arguments.text:
         print(text)
         for guess in model(text, top=arguments.top):

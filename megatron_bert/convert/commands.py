@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.arguments import given_path
-from megatron_bert.convert.options import ReadOptions, WriteOptions, add_options, given_options
+from megatron_bert.convert.options import ReadOptions, WriteOptions
 from parallel.errors import UserError
 
 # Written out, so that the command line starts without importing torch; a test compares them with the table.
@@ -44,13 +44,13 @@ def add_convert_commands(commands: Any) -> None:
 
 def add_read_options(parser: argparse.ArgumentParser) -> None:
     """Options for what a source does not say."""
-    add_options(parser.add_argument_group("what the source does not say"), ReadOptions)
+    ReadOptions.add_to(parser.add_argument_group("what the source does not say"))
 
 
 def add_write_options(parser: argparse.ArgumentParser) -> None:
     """Options for how to write."""
     group = parser.add_argument_group("how to write")
-    add_options(group, WriteOptions)
+    WriteOptions.add_to(group)
     group.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that is there; other files stay"
     )
@@ -64,11 +64,6 @@ def add_write_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="predict masked words of English sentences, or of the lines of FILE, and report the loss",
     )
-
-
-def read_options(arguments: argparse.Namespace) -> ReadOptions:
-    """The options of :func:`add_read_options`."""
-    return given_options(arguments, ReadOptions)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -88,8 +83,8 @@ def convert_as_told(arguments: argparse.Namespace, destination: Path, *, to: str
         arguments.source,
         destination,
         to=to,
-        read=read_options(arguments),
-        write=given_options(arguments, WriteOptions),
+        read=ReadOptions.given(arguments),
+        write=WriteOptions.given(arguments),
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite,
         beside=beside,
@@ -113,13 +108,13 @@ def run_inspect(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"{arguments.source} holds no checkpoint of a run, so it has no checksums: leave out --verify"
             )
-        print(inspect(arguments.source, read_options(arguments)))
+        print(inspect(arguments.source, ReadOptions.given(arguments)))
         return
     print(as_table(found))
     whole = [row for row in found if row.fault is None and not row.set_aside]
     if whole:
         try:
-            print(f"\n{inspect(whole[-1].path, read_options(arguments))}")
+            print(f"\n{inspect(whole[-1].path, ReadOptions.given(arguments))}")
         except UserError as error:
             print(f"note: {error}")  # whole, but no model that is known
     damaged = [row for row in found if row.fault is not None and not row.set_aside]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
 from megatron_bert.arguments import given_path
 from parallel.errors import UserError
@@ -23,31 +23,48 @@ _ORDER = "order of query, key and value rows"
 _NORMS = "megatron-core: norms as modules of their own, or in the linear layers as with Transformer Engine"
 _VOCABULARY = "vocabulary: its size is the true one, and it is put beside the weights"
 
-_Options = TypeVar("_Options", "ReadOptions", "WriteOptions")
 
-
-def _argument(text: str, kind: Any = None, metavar: str | None = None, **more: Any) -> dict[str, Any]:
-    """What makes a field an argument of the command line too; under another name as ``flag``."""
-    return {"help": text, **({"type": kind, "metavar": metavar} if kind else {}), **more}
+def _option(default: Any, text: str, kind: Any = None, metavar: str | None = None, **more: Any) -> Any:
+    """A field that is an argument of the command line too; under another name as ``flag``."""
+    return field(
+        default=default, metadata={"help": text, **({"type": kind, "metavar": metavar} if kind else {}), **more}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
+class _Options:
+    """Fields that the command line has too."""
+
+    @classmethod
+    def add_to(cls, group: Any) -> None:
+        """Add the arguments to a parser, or a group of one."""
+        for entry in fields(cls):
+            if entry.metadata:
+                argument = dict(entry.metadata)
+                flag = argument.pop("flag", entry.name).replace("_", "-")
+                group.add_argument(f"--{flag}", default=entry.default, **argument)
+
+    @classmethod
+    def given(cls, arguments: argparse.Namespace) -> Self:
+        """What was given by the arguments of :meth:`add_to`.
+
+        Raises:
+            UserError: one has a value that cannot be.
+        """
+        stated = [entry for entry in fields(cls) if entry.metadata]
+        return cls(**{entry.name: getattr(arguments, entry.metadata.get("flag", entry.name)) for entry in stated})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions(_Options):
     """What the source does not say, or says wrongly; None takes the source's word or the usual value."""
 
-    gelu: Gelu | None = field(
-        default=None, metadata=_argument("kind of GELU the weights were trained with", choices=tuple(GELU_NAMES))
-    )
-    layer_norm_eps: float | None = field(
-        default=None, metadata=_argument("epsilon of the layer norms, usually 1e-5", float, "E")
-    )
-    true_vocab_size: int | None = field(
-        default=None, metadata=_argument("words; rows after them are padding", int, "N")
-    )
-    num_attention_heads: int | None = field(default=None, metadata=_argument("heads per layer", int, "N"))
-    checkpoint_version: float | None = field(
-        default=None,
-        metadata=_argument(f"{_ORDER} in the source: 0, 1.0, 2.0 or 3.0", float, "V", flag="source_checkpoint_version"),
+    gelu: Gelu | None = _option(None, "kind of GELU the weights were trained with", choices=tuple(GELU_NAMES))  # noqa: RUF009 (a field)
+    layer_norm_eps: float | None = _option(None, "epsilon of the layer norms, usually 1e-5", float, "E")
+    true_vocab_size: int | None = _option(None, "words; rows after them are padding", int, "N")
+    num_attention_heads: int | None = _option(None, "heads per layer", int, "N")
+    checkpoint_version: float | None = _option(
+        None, f"{_ORDER} in the source: 0, 1.0, 2.0 or 3.0", float, "V", flag="source_checkpoint_version"
     )
 
     def __post_init__(self) -> None:
@@ -62,24 +79,20 @@ class ReadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteOptions:
+class WriteOptions(_Options):
     """How to write; formats refuse what they cannot do.
 
     Attributes:
         max_shard_bytes: Hugging Face only: size above which the weights are divided over several files.
     """
 
-    tensor: int = field(default=1, metadata=_argument("tensor-parallel size, Megatron's formats", int, "N"))
-    pipeline: int = field(default=1, metadata=_argument("pipeline-parallel size, the same", int, "N"))
-    virtual_stages: int = field(default=1, metadata=_argument("chunks of each pipeline stage", int, "V"))
-    checkpoint_version: float | None = field(
-        default=None, metadata=_argument(f"{_ORDER} to write for --to megatron (default: 3.0)", float, "V")
-    )
-    norms: Literal["local", "fused"] = field(default="local", metadata=_argument(_NORMS, choices=("local", "fused")))
-    dtype: str | None = field(
-        default=None, metadata=_argument("number format of the weights (default: as stored)", choices=DTYPE_NAMES)
-    )
-    tokenizer: Path | None = field(default=None, metadata=_argument(_VOCABULARY, given_path, "PATH"))
+    tensor: int = _option(1, "tensor-parallel size, Megatron's formats", int, "N")
+    pipeline: int = _option(1, "pipeline-parallel size, the same", int, "N")
+    virtual_stages: int = _option(1, "chunks of each pipeline stage", int, "V")
+    checkpoint_version: float | None = _option(None, f"{_ORDER} to write for --to megatron (default: 3.0)", float, "V")
+    norms: Literal["local", "fused"] = _option("local", _NORMS, choices=("local", "fused"))
+    dtype: str | None = _option(None, "number format of the weights (default: as stored)", choices=DTYPE_NAMES)
+    tokenizer: Path | None = _option(None, _VOCABULARY, given_path, "PATH")  # noqa: RUF009
     max_shard_bytes: int = 5_000_000_000
 
     def __post_init__(self) -> None:
@@ -87,22 +100,3 @@ class WriteOptions:
             raise UserError(f"--dtype is {self.dtype!r}: choose one of {', '.join(DTYPE_NAMES)}")
         if self.norms not in ("local", "fused"):
             raise UserError(f"--norms is {self.norms!r}: choose local or fused")
-
-
-def add_options(group: Any, kind: type[ReadOptions | WriteOptions]) -> None:
-    """Add the arguments of a kind of options to a parser, or a group of one."""
-    for entry in fields(kind):
-        if entry.metadata:
-            argument = dict(entry.metadata)
-            flag = argument.pop("flag", entry.name).replace("_", "-")
-            group.add_argument(f"--{flag}", default=entry.default, **argument)
-
-
-def given_options(arguments: argparse.Namespace, kind: type[_Options]) -> _Options:
-    """What was given by the arguments of :func:`add_options`.
-
-    Raises:
-        UserError: one has a value that cannot be.
-    """
-    flags = {entry.name: entry.metadata.get("flag", entry.name) for entry in fields(kind) if entry.metadata}
-    return kind(**{name: getattr(arguments, flag) for name, flag in flags.items()})
