@@ -73,13 +73,9 @@ def archive_tree(path: Path, stack: ExitStack) -> FileTree:
 
 
 class _Scratch:
-    """Room for what must be unpacked, and how much that may be.
+    """Room for what must be unpacked, and how much that may be, by the weight of the outermost archive.
 
     What is unpacked lies in files without names, so nothing stays behind where the process is killed.
-
-    Args:
-        place: the outermost archive, by whose weight the amount is judged.
-        stack: removes what was unpacked.
     """
 
     def __init__(self, place: FileRange, stack: ExitStack) -> None:
@@ -119,28 +115,22 @@ class _Scratch:
 
 
 def _tree(place: FileRange, scratch: _Scratch) -> FileTree:
+    """The members of an archive under their names as relative paths, if these stay inside it."""
     if bytes(place.read(0, min(place.length, 2))) == _GZIP_MAGIC:
         place = _decompressed(place, scratch)
         if not is_tar(place):
             raise UserError(f"{place.label} is one file that gzip compressed: unpack it first")
-    if is_tar(place):
-        files: dict[str, Path | FileRange] = {}
-        for name, member in _tar_members(place):
-            _add(files, place.label, name, member)
-        return FileTree(place.label, files)
-    return _zip_tree(place, scratch)
-
-
-def _add(files: dict[str, Path | FileRange], label: str, name: str, member: FileRange) -> None:
-    """Add a member under its name as a relative path, if that stays inside the archive."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if not name.isprintable():
-        raise UserError(f"{label} holds {name!r}, a name that cannot be printed: do not trust it")
-    if path.is_absolute() or ".." in path.parts or ":" in name:
-        raise UserError(f"{label} holds {name!r}, a path that reaches outside the archive: do not trust it")
-    if str(path) in files:
-        raise UserError(f"{label} holds two members of one name: it is damaged or made to mislead")
-    files[str(path)] = member
+    files: dict[str, Path | FileRange] = {}
+    for name, member in _tar_members(place) if is_tar(place) else _zip_members(place, scratch):
+        path = PurePosixPath(name.replace("\\", "/"))
+        if not name.isprintable():
+            raise UserError(f"{place.label} holds {name!r}, a name that cannot be printed: do not trust it")
+        if path.is_absolute() or ".." in path.parts or ":" in name:
+            raise UserError(f"{place.label} holds {name!r}, a path that reaches outside the archive: do not trust it")
+        if str(path) in files:
+            raise UserError(f"{place.label} holds two members of one name: it is damaged or made to mislead")
+        files[str(path)] = member
+    return FileTree(place.label, files)
 
 
 def _decompressed(place: FileRange, scratch: _Scratch) -> FileRange:
@@ -153,8 +143,8 @@ def _decompressed(place: FileRange, scratch: _Scratch) -> FileRange:
     return scratch.unpack(chunks(), place.length, place.label)
 
 
-def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
-    files: dict[str, Path | FileRange] = {}
+def _zip_members(place: FileRange, scratch: _Scratch) -> Iterator[tuple[str, FileRange]]:
+    """Name and bytes of every file of a zip archive; those of compressed ones in a file of their own."""
     with open_zip(place) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
         for member in members:
@@ -168,8 +158,7 @@ def _zip_tree(place: FileRange, scratch: _Scratch) -> FileTree:
                 held = scratch.unpack(_chunks(archive, member), member.file_size, label)
                 if held.length != member.file_size:
                     raise UserError(f"{label} unpacks to less than its size: fetch the archive again")
-            _add(files, place.label, member.filename, held)
-    return FileTree(place.label, files)
+            yield member.filename, held
 
 
 def _chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -180,15 +169,16 @@ def _chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes
 
 def _check_member(label: str, member: zipfile.ZipInfo) -> None:
     if "\0" in member.orig_filename:
-        raise UserError(f"{label} holds {member.filename!r}, a path that reaches outside the archive: do not trust it")
-    if stat.S_ISLNK(member.external_attr >> 16):
-        raise UserError(
-            f"{label} holds {member.filename!r}, a symbolic link, which no checkpoint needs: do not trust it"
-        )
-    if member.flag_bits & 1:
-        raise UserError(f"{label} holds {member.filename!r} encrypted: decrypt the archive first")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{label} holds {member.filename!r} in an unusual compression: pack it again with plain zip")
+        fault = ", a path that reaches outside the archive: do not trust it"
+    elif stat.S_ISLNK(member.external_attr >> 16):
+        fault = ", a symbolic link, which no checkpoint needs: do not trust it"
+    elif member.flag_bits & 1:
+        fault = " encrypted: decrypt the archive first"
+    elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        fault = " in an unusual compression: pack it again with plain zip"
+    else:
+        return
+    raise UserError(f"{label} holds {member.filename!r}{fault}")
 
 
 # ---------------------------------------------------------------- tar files
@@ -210,10 +200,7 @@ def _tar_members(place: FileRange) -> Iterator[tuple[str, FileRange]]:
         UserError: the archive is truncated or damaged, or holds a link or another thing that no checkpoint needs.
     """
     try:
-        with (
-            _Headers(place.open().detach()) as file,
-            tarfile.open(fileobj=file, mode="r:") as archive,
-        ):
+        with _Headers(place.open().detach()) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for count, member in enumerate(archive, 1):
                 if count > _MOST_MEMBERS:
                     raise UserError(f"{place.label} holds more than {_MOST_MEMBERS} members: no checkpoint does")

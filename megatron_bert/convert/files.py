@@ -8,6 +8,7 @@ inside a zip file. Nothing is read until a range is opened.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,8 @@ from parallel.stored.torch_files import load_torch_file
 _DEPTH = 3
 #: More entries than this are not a checkpoint, but a folder named by mistake (a home directory).
 _MOST_ENTRIES = 100_000
-
-
-def is_debris(name: str) -> bool:
-    """Whether a file is one that desktops leave beside others: macOS's forks (``._x``), folder settings, thumbnails."""
-    *folders, last = name.split("/")
-    return last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini") or "__MACOSX" in folders
+#: What desktops leave beside files: macOS's forks (``._x``), settings of folders, thumbnails.
+_DEBRIS = re.compile(r"(?:^|/)(?:\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX/.*)\Z", re.DOTALL)
 
 
 class FileTree(Mapping[str, FileRange]):
@@ -38,7 +35,7 @@ class FileTree(Mapping[str, FileRange]):
 
     def __init__(self, label: str, files: dict[str, Path | FileRange], folder: Path | None = None) -> None:
         self.label, self.folder = label, folder
-        self._files = {name: place for name, place in files.items() if not is_debris(name)}
+        self._files = {name: place for name, place in files.items() if not _DEBRIS.search(name)}
         self._structures: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> FileRange:
@@ -85,8 +82,3 @@ def folder_tree(folder: Path) -> FileTree:
         if len(files) > _MOST_ENTRIES:
             raise UserError(f"{folder} holds more than {_MOST_ENTRIES} files: name the folder of one checkpoint")
     return FileTree(str(folder), files, folder)
-
-
-def file_tree(path: Path) -> FileTree:
-    """A tree of one file."""
-    return FileTree(str(path), {path.name: path})

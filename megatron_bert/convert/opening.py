@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_bert.convert.archive import archive_tree, is_archive
 from megatron_bert.convert.divisions import pad_vocabulary, padded_rows
-from megatron_bert.convert.files import FileTree, file_tree, folder_tree
+from megatron_bert.convert.files import FileTree, folder_tree
 from megatron_bert.convert.formats import detect_format
 from megatron_bert.convert.nemo import NEMO_SETTINGS, NEMO_WEIGHTS
 from megatron_bert.convert.options import ReadOptions
@@ -56,7 +56,7 @@ def source_tree(source: Path, stack: ExitStack) -> FileTree:
         return archive_tree(source, stack)
     if (source.parent / NEMO_SETTINGS).is_file() and source.name == NEMO_WEIGHTS:
         return folder_tree(source.parent)
-    return file_tree(source)
+    return FileTree(str(source), {source.name: source})
 
 
 def check_place(source: Path) -> None:
