@@ -82,11 +82,9 @@ class Native:
             raise UserError(f"{tree.label} holds no model.{WORD_EMBEDDINGS}: it is a checkpoint of another project")
         rows = model[WORD_EMBEDDINGS].shape[0]
         config = _config(run_state, label, model, rows)
-        assumptions: list[str] = []
         words = true_vocab_size(label, rows, config.vocab_size if CONFIG_KEY in run_state else None, options)
         config = _overridden(replace(config, vocab_size=words or rows), options)
-        if words is None:
-            assumptions.append(f"the number of words is not stored: all {rows} rows of the table were taken")
+        assumed = f"the number of words is not stored: all {rows} rows of the table were taken"
         optimizer = {name.removeprefix(_OPTIMIZER): t for name, t in stored.items() if name.startswith(_OPTIMIZER)}
         step, head = run_state.get("step"), run_state.get("head")
         return CanonicalState(
@@ -98,7 +96,7 @@ class Native:
                 iteration=step if type(step) is int else None,
                 true_vocab_size=words,
                 stored_rows=rows,
-                assumptions=tuple(assumptions),
+                assumptions=() if words is not None else (assumed,),
             ),
             tensors=without_padding(model, config),
             head=head if head in HEADS else head_of_parameters(model, like_roberta=config.like_roberta),

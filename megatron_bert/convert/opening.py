@@ -36,17 +36,18 @@ _TENSOR_SIZES = (1, 2, 4, 8, 16)
 _TRAINER_STEP = re.compile(r"checkpoint-(\d+)")
 
 
-def source_tree(source: Path, stack: ExitStack) -> FileTree:
+def _source_tree(source: Path, stack: ExitStack) -> FileTree:
     """The files that a path stands for: those of a folder, of an archive, or one file.
 
     A run directory stands for the model that the run has left, or for its newest checkpoint; several runs of one
     command for the best of them; a file of weights with settings beside it, Hugging Face's or NeMo's, for its folder.
-
-    Raises:
-        UserError: the path is not there, or is an archive that must not be trusted.
     """
-    check_place(source)
+    if not source.exists():
+        link = f"is a symbolic link to {source.readlink()}, which " if source.is_symlink() else ""
+        raise UserError(f"{source} {link}is not there: check the path")
     if source.is_dir():
+        if not (source / CONFIG_NAME).is_file():
+            _refuse_trainers_folder(source)
         folder = finished_model(source)
         return folder_tree(latest_checkpoint(folder / "checkpoints") or folder)
     place = FileRange.whole(source)
@@ -59,17 +60,7 @@ def source_tree(source: Path, stack: ExitStack) -> FileTree:
     return FileTree(str(source), {source.name: source})
 
 
-def check_place(source: Path) -> None:
-    """Refuse a path that is not there, and a folder in which only other folders hold checkpoints.
-
-    Raises:
-        UserError: it is one of these.
-    """
-    if not source.exists():
-        link = f"is a symbolic link to {source.readlink()}, which " if source.is_symlink() else ""
-        raise UserError(f"{source} {link}is not there: check the path")
-    if not source.is_dir() or (source / CONFIG_NAME).is_file():
-        return
+def _refuse_trainers_folder(source: Path) -> None:
     steps = {int(match[1]): path.name for path in source.iterdir() if (match := _TRAINER_STEP.fullmatch(path.name))}
     if steps:
         names = [steps[step] for step in sorted(steps)]
@@ -95,7 +86,7 @@ def open_checkpoint(source: str | Path | CanonicalState, options: ReadOptions = 
         return
     with ExitStack() as stack:
         with reporting("read", source, "check the path"):
-            tree = source_tree(Path(source), stack)
+            tree = _source_tree(Path(source), stack)
         yield replace(detect_format(tree).read(tree, options), label=tree.label)
 
 
@@ -105,7 +96,6 @@ class LoadReport(NamedTuple):
     Attributes:
         missing: parameters of the model that the checkpoint does not hold; they keep their values.
         unexpected: tensors of the checkpoint that the model, or this part of it, does not have.
-        warnings: found on the way.
     """
 
     missing: tuple[str, ...]
@@ -131,8 +121,12 @@ def load_into(model: nn.Module, state: CanonicalState, *, vocab_size: int | None
     check_placement(state, getattr(model, "config", state.config))
     parameters = dict(model.named_parameters())
     words = vocab_size if vocab_size is not None else int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    if VOCABULARY_TENSORS & parameters.keys():
-        check_words(state.config.vocab_size, words)
+    there, usual = state.config.vocab_size, {words, *(padded_rows(words, size) for size in _TENSOR_SIZES)}
+    if VOCABULARY_TENSORS & parameters.keys() and there not in usual:
+        raise UserError(
+            f"the checkpoint has {there} words, but the tokenizer has {words}: use the vocabulary that the model was "
+            "trained with"
+        )
     for name in [name for name in parameters if name in state]:
         _fill(name, parameters[name], state[name], words)
     return LoadReport(
@@ -166,31 +160,10 @@ def _fill(name: str, parameter: nn.Parameter, tensor: StateTensor, words: int) -
 
 
 def check_placement(source: CanonicalState, config: MegatronBertConfig) -> None:
-    """The norms of a checkpoint must be where the model has them.
-
-    Raises:
-        UserError: they are not.
-    """
+    """The norms of a checkpoint must be where the model has them (UserError)."""
     if source.config.layer_norm_placement != config.layer_norm_placement:
         raise UserError(
             f"the checkpoint is of a {source.config.model_type} model, whose norms are in another place than the "
             f"{config.layer_norm_placement}-layer-norm model's, so its weights would compute something else: use one "
             f"of a {config.model_type} model"
-        )
-
-
-def check_words(there: int, words: int) -> None:
-    """The words of a checkpoint must be those of the model, or those with Megatron's padding.
-
-    Args:
-        there: number of words of the checkpoint.
-        words: of the model, and its tokenizer.
-
-    Raises:
-        UserError: they are not.
-    """
-    if there != words and there not in {padded_rows(words, size) for size in _TENSOR_SIZES}:
-        raise UserError(
-            f"the checkpoint has {there} words, but the tokenizer has {words}: use the vocabulary that the model was "
-            "trained with"
         )

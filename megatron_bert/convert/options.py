@@ -17,7 +17,7 @@ from parallel.errors import UserError
 Gelu = Literal["erf", "tanh"]
 #: hidden_act by kind of GELU.
 GELU_NAMES = {"erf": "gelu", "tanh": "gelu_new"}
-#: Number formats to write; a test compares them with those that are read.
+#: Number formats that a checkpoint may hold and be written in.
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 _ORDER = "order of query, key and value rows"
 _NORMS = "megatron-core: norms as modules of their own, or in the linear layers as with Transformer Engine"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.convert.options import DTYPE_NAMES
 from megatron_bert.convert.ranges import Ranges
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.pretraining import BertForPretraining
@@ -39,11 +40,7 @@ SIZES = (
     *("initializer_range", "layer_norm_eps", "pad_token_id"),
 )
 #: Number formats a checkpoint may hold and be written in.
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,6 @@ class StateTensor:
     """One tensor of a state, unread.
 
     Attributes:
-        shape: its sizes.
-        dtype: of its elements.
         load: reads it: contiguous, on the CPU, in memory that the caller may change.
         origin: file and key it comes from, for messages.
     """
@@ -88,7 +83,7 @@ class SourceFacts:
     """What is known of where a state comes from.
 
     Attributes:
-        format: name of the format in the table of formats.
+        format: name in the table of formats.
         variant: which of its variants, in words.
         files: number of files with tensors.
         tensor, pipeline, virtual_stages: how the source is divided.
