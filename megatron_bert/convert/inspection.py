@@ -11,6 +11,7 @@ from megatron_bert.convert.options import ReadOptions
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.task_heads.table import HEADS
+from parallel.errors import first_of
 
 _ORDERS = {0.0: "[3, heads, head_dim]", 1.0: "[heads, head_dim, 3]", 2.0: "[heads, 3, head_dim]"}
 #: Most names of classes that are shown.
@@ -77,12 +78,8 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
         rows.append(("step", str(facts.iteration)))
     if state.ranges is not None:
         bits = [state.ranges.settings.get(f"{what}_bits") for what in ("weight", "activation")]
-        rows.append(
-            (
-                "quantized model",
-                f"weights {bits[0]} bits, activations {bits[1]} bits, {len(state.ranges.limits)} ranges",
-            )
-        )
+        said = f"weights {bits[0]} bits, activations {bits[1]} bits, {len(state.ranges.limits)} ranges"
+        rows.append(("quantized model", said))
     if state.optimizer:
         rows.append(("optimizer", f"{len(state.optimizer)} tensors"))
     return Inspection(source, tuple(rows), (*facts.assumptions, *dict.fromkeys(state.warnings)))
@@ -112,22 +109,13 @@ def _vocabulary(state: CanonicalState) -> str:
 
 
 def _heads(state: CanonicalState) -> str:
-    parts = [
-        name
-        for name, there in (
-            ("masked language", state.has_masked_head),
-            ("pooler", state.has_pooler),
-            ("sentence pairs", state.has_pair_head),
-        )
-        if there
-    ]
+    there = {
+        "masked language": state.has_masked_head,
+        "pooler": state.has_pooler,
+        "sentence pairs": state.has_pair_head,
+    }
+    parts = [name for name, held in there.items() if held]
     if state.head is not None:
-        parts.append(f"{HEADS[state.head].title}{_classes(state)}")
+        kind, names = HEADS[state.head], (state.config.id2label or {}).values()
+        parts.append(kind.title if kind.outputs is not None else f"{kind.title} ({first_of(names, _SHOWN)})")
     return ", ".join(parts) or "none"
-
-
-def _classes(state: CanonicalState) -> str:
-    names = list((state.config.id2label or {}).values())
-    if state.head is None or HEADS[state.head].outputs is not None:
-        return ""
-    return f" ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"

@@ -16,7 +16,7 @@ from megatron_bert.data.rows import OnBadRow, Reader, Row, check_on_bad_row, dec
 from megatron_bert.data.table_files import ArrowReader, ParquetReader, dataset_files
 from megatron_bert.data.tar_files import TarReader
 from megatron_bert.data.text_files import JSON_SUFFIXES, TEXT_SUFFIXES, RowReader
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 ARROW_SUFFIXES = (".arrow", ".feather")
@@ -100,8 +100,7 @@ def _directory(folder: Path) -> list[str]:
     if not taken:
         raise UserError(f"Directory {folder} holds no file of text: expected {', '.join(SUFFIXES)}, or compressed.")
     if others:
-        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        print(f"note: {len(others)} other files in {folder} are left out ({names})", file=sys.stderr)
+        print(f"note: {len(others)} other files in {folder} are left out ({first_of(others)})", file=sys.stderr)
     return taken
 
 

@@ -17,7 +17,7 @@ from megatron_bert.data.indexed_format import corpus_prefix_of
 from megatron_bert.data.indexed_writer import IndexedWriter
 from megatron_bert.data.inputs import Part
 from megatron_bert.data.sidecar import read_sidecar, remove_sidecar, write_note
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 
 DOCUMENTS = 1 << 13
 """Documents hashed at a time."""
@@ -134,7 +134,7 @@ def _in_order(names: list[str], notes: list[dict[str, Any] | None]) -> tuple[lis
         found[part["number"]] = name, note
     missing = [number for number in range(1, count + 1) if number not in found]
     if missing:
-        names_missing = ", ".join(f"{number}/{count}" for number in missing[:8]) + (", ..." if missing[8:] else "")
+        names_missing = first_of((f"{number}/{count}" for number in missing), 8)
         raise UserError(f"Of the {count} parts of the corpus, {names_missing} are not given: make or name them too.")
     ordered = [found[number] for number in sorted(found)]
     for (name, note), (following, next_note) in pairwise(ordered):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bert.data.rows import Form, Reader, Row
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -195,8 +195,9 @@ def _check_column(path: str, schema: pyarrow.Schema, column: str) -> None:
     from pyarrow import types
 
     if column not in schema.names:
-        names = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")
-        raise UserError(f'{path} has no column "{column}" (found: {names}): name the text with --json-key.')
+        raise UserError(
+            f'{path} has no column "{column}" (found: {first_of(schema.names, 20)}): name the text with --json-key.'
+        )
     if schema.names.count(column) > 1:
         raise UserError(f'{path} has {schema.names.count(column)} columns "{column}": rename all but one.')
     kind = schema.field(column).type

@@ -17,7 +17,7 @@ from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.settings import meaningful, meaningful_data, task_name
 from megatron_bert.tasks.table import GLUE_NAMES, TASKS, has_setting
 from megatron_bert.tasks.tag_schemes import looks_like_tag
-from parallel.errors import UserError, brief, with_article
+from parallel.errors import UserError, brief, first_of, with_article
 
 #: Schemes of tags by prefixes that only they have.
 _SCHEMES = (("BILOU", {"L", "U"}), ("IOBES", {"E", "S"}))
@@ -131,7 +131,7 @@ def _scheme(tags: list[str]) -> str:
 def deduction_note(state: CanonicalState, settings: Mapping[str, Any]) -> str:
     """One line on what was found, for the user."""
     labels = settings.get("labels")
-    shown = f" of {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}" if labels else ""
+    shown = f" of {first_of(labels, 12)}" if labels else ""
     name = f"multi-label {settings['name']}" if settings.get("multi_label") else settings["name"]
     found = (
         f"{state.label} is {with_article(class_of(state))}, used for {name}{shown}, in sequences of at most "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from megatron_bert.convert.opening import load_into, open_checkpoint
 from megatron_bert.convert.state import CanonicalState, StateTensor
 from megatron_bert.model.finetuning import BertForTask
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 
 #: Most names of classes in a message.
 _SHOWN = 12
@@ -112,11 +111,6 @@ def _class_order(stage: BertForTask, source: CanonicalState) -> torch.Tensor | N
         if sorted(theirs_by_name) == sorted(mine) and sorted(theirs_by_name.values()) == list(range(len(mine))):
             return torch.tensor([theirs_by_name[name] for name in mine])
     raise UserError(
-        f"{source.label} was fine-tuned for the classes {_listed(rows)}, but the task has {_listed(wanted)}: set "
-        "task.labels to the names there, in any order"
+        f"{source.label} was fine-tuned for the classes {first_of(rows, _SHOWN)}, but the task has "
+        f"{first_of(wanted, _SHOWN)}: set task.labels to the names there, in any order"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = list(names)
-    return ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")

@@ -19,7 +19,7 @@ from megatron_bert.tasks.rows import RowError
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 from megatron_bert.tasks.stream import name_of, text_of
 from megatron_bert.tasks.task import IGNORED, Example, Head, Instance, Prediction, Task
-from parallel.errors import UserError
+from parallel.errors import UserError, first_of
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,9 @@ def class_number(labels: Sequence[str], label: str) -> float:
         RowError: there is no such label.
     """
     if label not in labels:
-        known = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
         near = [name for name in labels if name.lower() == label.lower()]
         hint = f'; "{near[0]}" differs in its case, which counts: quote the names in task.labels' if near else ""
-        raise RowError(f'its label "{label[:40]}" is unknown (known: {known}){hint}')
+        raise RowError(f'its label "{label[:40]}" is unknown (known: {first_of(labels, 12)}){hint}')
     return float(labels.index(label))
 
 
