@@ -36,12 +36,8 @@ class ConversionReport:
 
     Attributes:
         source: description of the source, as :func:`inspect` gives it.
-        to: name of the format written.
         destination: where the result is; None for a dry run.
-        parameters: number of parameters, without padding.
-        nbytes: of the weights written, without padding.
-        seconds: wall-clock time.
-        warnings: what a user should look at.
+        parameters, nbytes: of the weights written, without padding.
         verification: losses of masked-language predictions, where they were asked for.
     """
 
@@ -91,8 +87,6 @@ def convert(
         source: a file, folder or archive of any format.
         destination: the folder to write, or for Megatron's formats a ``.zip`` file.
         to: name of a format in the table.
-        read: what the source does not say.
-        write: how to write.
         dry_run: open and check everything, and write nothing.
         overwrite: replace the checkpoint that is there already, of whatever format; other files there stay.
         beside: put the files into the destination though it holds other files, such as the source.

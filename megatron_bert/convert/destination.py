@@ -33,12 +33,7 @@ _STEP_FOLDER = re.compile(r"release|iter_\d{7}")
 class Destination:
     """A folder or zip file to write, checked.
 
-    Args:
-        path: as the user gave it.
-        source: of the conversion.
-        to: name of the format to write.
-        overwrite: whether a checkpoint that is there may be replaced.
-        beside: put the files into the folder though it holds other files, such as the source.
+    The arguments are those of :func:`megatron_bert.convert.conversion.convert`.
 
     Attributes:
         place: the path without links.
@@ -50,9 +45,8 @@ class Destination:
     """
 
     def __init__(self, path: Path, source: Path, to: str, *, overwrite: bool, beside: bool) -> None:
-        self.path, self.to = path, to
+        self.path, self.to, self.zipped = path, to, path.suffix == ".zip"
         self._overwrite, self.beside = overwrite, beside
-        self.zipped = path.suffix == ".zip"
         self._scratch: Path | None = None
         self._replaced: list[str] = []
         self.kept: list[str] = []
@@ -188,11 +182,7 @@ class Destination:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def check_new(self, folder: Path) -> None:
-        """Refuse to lose files of the user's to those that are in ``folder`` so far.
-
-        Raises:
-            UserError: one of the same name is there already, and is another.
-        """
+        """Refuse to lose files of the user's to others of their names in ``folder`` (UserError)."""
         for path in folder.iterdir():
             there = self.place / path.name
             if self._overwrite or not there.exists():

@@ -52,12 +52,9 @@ def divided_dim(name: str) -> int | None:
 
 
 def join(name: str, parts: Sequence[Tensor], version: float, heads: int) -> Tensor:
-    """The whole tensor, canonical, from the parts of all tensor ranks.
+    """The whole tensor, canonical, from the parts of all tensor ranks; the first where all are alike.
 
     Args:
-        name: canonical name.
-        parts: by tensor rank; those of a tensor that is not divided are alike, and the first is taken.
-        version: of the checkpoint.
         heads: of the whole model.
     """
     dim = divided_dim(name)
@@ -95,11 +92,7 @@ def pad_vocabulary(name: str, tensor: Tensor, rows: int, bias: float = PADDING_B
 
 
 def check_division(config: MegatronBertConfig, tensor: int, pipeline: int, virtual_stages: int) -> None:
-    """Check that a model can be divided so.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Refuse a division that a model does not have (UserError)."""
     for name, size in (("--tensor", tensor), ("--pipeline", pipeline), ("--virtual-stages", virtual_stages)):
         if size < 1:
             raise UserError(f"{name} is {size}: give 1 or more")
@@ -130,11 +123,7 @@ def stage_layers(layers: int, pipeline: int, virtual_stages: int) -> list[list[r
 
 
 def check_version(version: float, where: str) -> float:
-    """The version, if there is such a one.
-
-    Raises:
-        UserError: there is not; ``where`` names what has it.
-    """
+    """The version, if there is such a one; or else UserError, in which ``where`` names what has it."""
     if version not in VERSIONS:
         raise UserError(
             f"{where} has checkpoint version {brief(version)}, but only 0, 1.0, 2.0 and 3.0 are known: "
@@ -144,13 +133,7 @@ def check_version(version: float, where: str) -> float:
 
 
 def to_canonical(rows: Tensor, version: float, heads: int) -> Tensor:
-    """Rows ``[3 A D, ..]`` of one rank in the order of a version, brought to ``[A, 3, D]``.
-
-    Args:
-        rows: weight or bias.
-        version: of the checkpoint.
-        heads: A, the heads of this rank.
-    """
+    """Rows ``[3 A D, ..]`` of one rank in the order of a version, brought to ``[A, 3, D]``; ``heads`` is A."""
     if version == 0.0:
         return rows.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
     if version == 1.0:

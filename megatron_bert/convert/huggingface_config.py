@@ -74,12 +74,8 @@ def config_in(
     """The configuration, the number of words if it is known, and what was assumed.
 
     Args:
-        settings: of the file.
-        label: of the file, for messages.
-        family: that the settings name.
         rows: of the embedding table; None where there are no weights.
         named: the weights, by canonical name.
-        options: of the user.
 
     Raises:
         UserError: the file is damaged, or its settings are not those of the weights.

@@ -20,13 +20,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a checkpoint, as rows of a table.
-
-    Attributes:
-        source: the path.
-        rows: what and how much, in the order to show them.
-        suspicious: what a user should look at.
-    """
+    """Facts about a checkpoint, as rows of a table, and what of it a user should look at."""
 
     source: str
     rows: tuple[tuple[str, str], ...]

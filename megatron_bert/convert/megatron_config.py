@@ -37,7 +37,7 @@ def encoder_config(
     Args:
         checkpoint: opened.
         shapes: canonical name -> shape of the whole tensor, with padding.
-        options: of the user.
+        options: of the user, which count more.
 
     Raises:
         UserError: sizes contradict each other, or the architecture is another.

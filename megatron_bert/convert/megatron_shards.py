@@ -60,19 +60,14 @@ _NOT_READ: tuple[tuple[tuple[str, ...], str], ...] = (
     (("pickle", "storages", "tensors"), "a file of torch before 0.1.10: load and save it with torch 0.4 first"),
 )
 #: Under which a model lies: Megatron's, DeepSpeed's and Lightning's.
-_MODEL_KEYS = ("model", "module", "state_dict")
+MODEL_KEYS = ("model", "module", "state_dict")
 #: Entries of a model's nested dictionaries, and how deep they nest; real ones have a few thousand and four.
 _MOST_KEYS, _DEEPEST = 200_000, 8
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: what one (tensor rank, stage) saved.
-
-    Attributes:
-        label: of the file.
-        content: the top-level dictionary.
-    """
+    """One file: what one (tensor rank, stage) saved."""
 
     label: str
     content: dict[Any, Any]
@@ -109,7 +104,7 @@ class Shard:
         Raises:
             UserError: there is none.
         """
-        key = next((key for key in ("model0", *_MODEL_KEYS) if key in self.content), None)
+        key = next((key for key in ("model0", *MODEL_KEYS) if key in self.content), None)
         if key is None:  # a bare state dictionary
             found = [self.content]
         elif key == "model0":
@@ -231,13 +226,11 @@ class Checkpoint:
     """All shards of a Megatron checkpoint, opened but with their tensors unread.
 
     Attributes:
-        label: of the source.
         shards: ``[stage][tensor rank]``.
         version: given by the user or declared by the files; None when neither says it.
         iteration: training step, or None.
     """
 
-    label: str
     shards: list[list[Shard]]
     version: float | None
     iteration: int | None
@@ -258,7 +251,11 @@ class Checkpoint:
         return self.shards[0][0]
 
     def pieces(self) -> Iterator[list[tuple[Shard, dict[str, StateTensor]]]]:
-        """Pieces of the stack from the bottom up, each with one chunk a tensor rank."""
+        """Pieces of the stack from the bottom up, each with one chunk a tensor rank.
+
+        Raises:
+            UserError: files hold different numbers of them.
+        """
         count = len(self.first.chunks)
         for shard in itertools.chain(*self.shards):
             if len(shard.chunks) != count:
@@ -294,7 +291,7 @@ def open_shards(tree: FileTree, version: float | None = None) -> Checkpoint:
     if version is not None:
         version = check_version(version, every[0].label)
     counted = isinstance(iteration, int) and 0 <= iteration < 1 << 62
-    return Checkpoint(tree.label, shards, version, iteration if counted else None)
+    return Checkpoint(shards, version, iteration if counted else None)
 
 
 def first_keys(tree: FileTree) -> list[str]:

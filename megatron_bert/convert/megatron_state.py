@@ -86,12 +86,9 @@ def read_state(
 
 
 def _check_objective(checkpoint: Checkpoint, parts: dict[str, list[StateTensor]]) -> None:
-    """Refuse Megatron's GPT, whose layers are those of its BERT but whose attention sees only the past.
-
-    A GPT has neither token types nor a head of its own. Megatron's BERT lost its token types with
-    ``--bert-no-binary-head``, but then kept its masked-language head; and one that was fine-tuned lost that head, but
-    kept its token types and pooler.
-    """
+    """Refuse Megatron's GPT, whose layers are those of its BERT but whose attention sees only the past."""
+    # A GPT has neither token types nor a head of its own. A BERT lost its token types with --bert-no-binary-head, but
+    # kept its masked-language head; and one that was fine-tuned lost that, but kept its token types and pooler.
     if parts.keys().isdisjoint((TOKEN_TYPES, VOCABULARY_BIAS, POOLER)):
         raise UserError(
             f"{checkpoint.first.label} holds neither token types, a pooler nor a masked-language head: it is of "

@@ -41,14 +41,7 @@ _TASK_HEADS = {"sequence": CLASSES, "choice": CHOICES}
 
 @dataclass(frozen=True)
 class _Division:
-    """A state in the parts that tensor ranks have: their files hold these.
-
-    Attributes:
-        state: the whole.
-        size: number of tensor ranks.
-        rows: of the padded vocabulary.
-        version: of the order of query, key and value rows.
-    """
+    """A state in the parts of ``size`` tensor ranks, with ``rows`` of the vocabulary: their files hold these."""
 
     state: CanonicalState
     size: int
@@ -87,9 +80,6 @@ def write_megatron(
     """Write ``release/mp_rank_*/model_optim_rng.pt`` and the tracker file into a folder.
 
     Args:
-        state: to write.
-        target: the folder.
-        options: how to divide the model.
         path_of: the keys of nested dictionaries for a parameter whose layer is numbered from the bottom of its chunk.
         version: of the order of query, key and value rows.
 

@@ -72,9 +72,6 @@ def reread(fused: Tensor, taken: float, meant: float, heads: int, ranks: int) ->
 
     Args:
         fused: weight ``[3H, H]`` or bias ``[3H]``.
-        taken: version whose order was taken for them.
-        meant: version to read them as.
-        heads: of the model.
         ranks: tensor-parallel size of the source; rows were reordered in each rank's part.
     """
     if taken == meant:

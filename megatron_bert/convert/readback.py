@@ -27,7 +27,6 @@ class Written:
     """A state that remembers what its tensors were when they were read, to be written.
 
     Args:
-        state: to be written.
         label: of the destination, for messages.
         advance: is told the bytes of each tensor that was dealt with.
 
@@ -60,8 +59,6 @@ class Written:
         """Open what was written, and compare it.
 
         Args:
-            place: of the result, as a user would give it.
-            to: name of its format.
             values: read and compare every value, not only names, shapes and the configuration.
 
         Raises:

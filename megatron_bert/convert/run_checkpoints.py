@@ -22,9 +22,7 @@ class RunCheckpoint:
     """A checkpoint of a run.
 
     Attributes:
-        path: of its directory.
         step: after which it was written; None where that is unknown.
-        layout: of the run that wrote it.
         size: in bytes.
         fault: what is wrong with it; None for a whole one.
         checked: how far it was looked at.

@@ -115,7 +115,6 @@ class CanonicalState(Mapping[str, StateTensor]):
 
     Attributes:
         config: of the encoder, of the class of its family; with the names of the classes of a head.
-        facts: about the source.
         tensors: by name; checked against ``config``.
         head: kind of the head of a task, in the table of them, that the model was saved with; None of a pretrained one.
         ranges: of a quantized model, whose tensors are those of the float model; None of any other.

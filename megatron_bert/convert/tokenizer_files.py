@@ -24,8 +24,6 @@ def save_tokenizer(
     """Write the vocabulary's files, and what transformers' tokenizers need beside them, where they can read them.
 
     Args:
-        vocabulary: turns text into ids.
-        directory: that of the model.
         max_length: tokens of the longest input of the model; None where it is not known.
         roberta: inputs are laid out as RoBERTa's, without token types.
 
@@ -81,11 +79,7 @@ def find_vocabulary(
 
 
 def check_vocabulary(source: CanonicalState, tokenizer: Tokenizer) -> None:
-    """A model must know the words of a vocabulary, and its padding where it counts positions from that.
-
-    Raises:
-        UserError: it does not.
-    """
+    """A model must know the words of a vocabulary, and its padding where it counts positions from that (UserError)."""
     words, padding = source.config.vocab_size, source.config.pad_token_id
     if tokenizer.vocab_size > words:
         raise UserError(

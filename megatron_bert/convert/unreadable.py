@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import WEIGHTS
-from megatron_bert.convert.megatron_shards import weight_files
+from megatron_bert.convert.megatron_shards import MODEL_KEYS, weight_files
 from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
@@ -20,11 +19,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def explained(tree: FileTree, formats: str) -> UserError:
-    """The error for a tree that no format takes.
-
-    Args:
-        tree: of the source.
-        formats: that there are, for a message.
+    """The error for a tree that no format takes; ``formats`` are those that there are, for a message.
 
     Raises:
         UserError: a file of the tree is damaged or something else than it should be; with what it is.
@@ -53,7 +48,8 @@ def _about_file(tree: FileTree, name: str) -> UserError:
     content = tree.structure(name)
     if not isinstance(content, dict):
         return UserError(f"{place.label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
-    keys = _tensor_keys(content)
+    inner = next((content[key] for key in MODEL_KEYS if isinstance(content.get(key), dict)), content)
+    keys = [str(key) for key, value in inner.items() if isinstance(value, StoredTensor)]
     if any(_HUGGING_FACE_KEY.fullmatch(key) for key in keys):
         return UserError(
             f"{place.label} holds a model with Hugging Face's names but no config.json beside it: put it there, and "
@@ -63,12 +59,3 @@ def _about_file(tree: FileTree, name: str) -> UserError:
         return UserError(f"{place.label} holds the state of an optimizer: give the file with the model's weights")
     held = ", ".join(keys[:3]) or "no tensors"
     return UserError(f"{place.label} holds {brief(held, 200)}: no model of a kind that is known")
-
-
-def _tensor_keys(content: dict[Any, Any]) -> list[str]:
-    """Keys of the tensors in a dictionary, or in one that it holds under the name of a model."""
-    inner = next(
-        (content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), None
-    )
-    values = content if inner is None else inner
-    return [str(key) for key, value in values.items() if isinstance(value, StoredTensor)]

@@ -41,8 +41,6 @@ class Verification:
     """Mean losses of masked tokens, in nats.
 
     Attributes:
-        loss: of the model as it was read.
-        predictions: number of masked tokens.
         chance: loss of a guess among all words.
         other_orders: loss with query, key and value rows read in the order of another checkpoint version.
         example: a text with its masks, and what the model put there.
@@ -78,8 +76,6 @@ def verify(state: CanonicalState, tokenizer: Tokenizer, texts: Path | bool = Tru
     """Predict masked tokens, with the rows as they were read and as other versions would have them.
 
     Args:
-        state: of the model, with its masked-language head.
-        tokenizer: of the model.
         texts: a file with a text on each line, or True for built-in English sentences.
 
     Raises:
