@@ -15,14 +15,7 @@ _LONGEST = 64 << 20
 
 
 def read_object(path: Path, remedy: str = "fetch the file again") -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        remedy: what to do where it is not JSON.
-
-    Raises:
-        UserError: it is not JSON, or holds something else.
-    """
+    """The object in a JSON file (UserError for anything else); ``remedy`` is what to do where it is not JSON."""
     return parse_object(path.read_bytes(), str(path), remedy)
 
 

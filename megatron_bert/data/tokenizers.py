@@ -35,7 +35,7 @@ from megatron_bert.data.vocabularies import (
 )
 from megatron_bert.data.word_cache import WordCache, splits_at_spaces
 from parallel.errors import UserError
-from parallel.whole_files import write_bytes, write_text
+from parallel.whole_files import write_bytes
 
 WORD_MARKS = ("\u2581", "\u0120")
 """What SentencePiece and byte-level BPE write for the space before a word."""
@@ -72,7 +72,9 @@ class Tokenizer(ABC):
 
     mask_takes_space = True
 
-    def __init__(self, source: Path, pieces: list[str], special: Iterable[int], continuation: str, fingerprint: str):
+    def __init__(
+        self, source: Path, pieces: list[str], special: Iterable[int], mark: str, marks_starts: bool, fingerprint: str
+    ) -> None:
         self._pieces = pieces
         self.vocab_size = len(pieces)
         self.fingerprint = fingerprint
@@ -80,7 +82,7 @@ class Tokenizer(ABC):
         self.cls_id, self.sep_id, self.pad_id = roles["cls"], roles["sep"], roles["pad"]
         self.mask_id, self.unk_id = roles["mask"], roles["unk"]
         self.special_ids = tuple(sorted({*roles.values(), *special}))
-        self.word_starts = _word_starts(pieces, continuation)
+        self.word_starts = np.array([piece.startswith(mark) == marks_starts for piece in pieces], dtype=bool)
         self.word_starts[list(self.special_ids)] = True
 
     def __len__(self) -> int:
@@ -136,17 +138,22 @@ class Tokenizer(ABC):
 
     def transformers_settings(self) -> dict[str, Any]:
         """What transformers looks for in a tokenizer_config.json beside the files."""
-        roles = ("cls", "sep", "pad", "mask", "unk")
         normalization = self.normalization()
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{role}_token": self.id_to_token(getattr(self, f"{role}_id")) for role in roles},
+            **{f"{role}_token": self.id_to_token(getattr(self, f"{role}_id")) for role in ROLES},
             **({} if normalization is None else normalization.settings()),
         }
 
-    @abstractmethod
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a directory, from which `load_tokenizer` gives an equal tokenizer."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for name, content in self._files().items():
+            write_bytes(Path(directory) / name, content)
+
+    @abstractmethod
+    def _files(self) -> dict[str, bytes]:
+        """The tokenizer's files by name."""
 
 
 class JsonTokenizer(Tokenizer):
@@ -170,7 +177,7 @@ class JsonTokenizer(Tokenizer):
         text_tokens = [token["content"] for token in description["added_tokens"] if not token["special"]]
         decisive = [description["normalizer"], description["pre_tokenizer"], description["model"], text_tokens]
         fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-        super().__init__(source, pieces, special, _continuation(source, description), fingerprint)
+        super().__init__(source, pieces, special, *_word_mark(source, description), fingerprint)
         added = next((token for token in description["added_tokens"] if token["id"] == self.mask_id), None)
         self.mask_takes_space = added is None or added["lstrip"]
         self._words = WordCache(self._encode_whole) if splits_at_spaces(description) else None
@@ -197,13 +204,11 @@ class JsonTokenizer(Tokenizer):
             return None
         return Normalization(made.lowercase, made.strip_accents, made.handle_chinese_chars)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json`, and `vocab.txt` for WordPiece."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / JSON_NAME, self._backend.to_str(pretty=True))
+    def _files(self) -> dict[str, bytes]:
+        files = {JSON_NAME: self._backend.to_str(pretty=True).encode()}
         if isinstance(self._backend.model, WordPiece):
-            write_text(folder / VOCAB_NAME, "".join(f"{piece}\n" for piece in self._pieces))
+            files[VOCAB_NAME] = "".join(f"{piece}\n" for piece in self._pieces).encode()
+        return files
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -218,7 +223,7 @@ class SentencePieceTokenizer(Tokenizer):
         count = self._backend.get_piece_size()
         pieces = [self._backend.id_to_piece(token_id) for token_id in range(count)]
         special = [i for i in range(count) if self._backend.is_control(i) or self._backend.is_unknown(i)]
-        super().__init__(source, pieces, special, "no \u2581", hashlib.sha256(self._content).hexdigest())
+        super().__init__(source, pieces, special, WORD_MARKS[0], True, hashlib.sha256(self._content).hexdigest())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, without special tokens."""
@@ -233,11 +238,8 @@ class SentencePieceTokenizer(Tokenizer):
         hidden = set(self.special_ids)
         return self._backend.decode([int(token_id) for token_id in ids if int(token_id) not in hidden])
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.model`."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / MODEL_NAME, self._content)
+    def _files(self) -> dict[str, bytes]:
+        return {MODEL_NAME: self._content}
 
 
 def character_spans(text: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list[tuple[int, int]]:
@@ -340,23 +342,17 @@ def _role_id(source: Path, pieces: list[str], role: str) -> int:
     )
 
 
-def _continuation(source: Path, description: dict) -> str:
-    """How pieces show that they continue a word: "##" (WordPiece's prefix), or "no X" when word starts carry X."""
+def _word_mark(source: Path, description: dict[str, Any]) -> tuple[str, bool]:
+    """With what pieces begin that start a word (True), or that continue one, such as WordPiece's "##"."""
     model = description["model"]
     if model.get("type") == "WordPiece":
-        return model["continuing_subword_prefix"]
+        return model["continuing_subword_prefix"], False
     steps = json.dumps([description["pre_tokenizer"], description["normalizer"]])
     if '"ByteLevel"' in steps:
-        return "no \u0120"
+        return WORD_MARKS[1], True
     if '"Metaspace"' in steps or "\\u2581" in steps:
-        return "no \u2581"
+        return WORD_MARKS[0], True
     raise UserError(
         f"{source} does not show where words start: whole-word masking needs a WordPiece, byte-level BPE or "
         f"SentencePiece vocabulary."
     )
-
-
-def _word_starts(pieces: list[str], continuation: str) -> np.ndarray:
-    if continuation.startswith("no "):
-        return np.array([piece.startswith(continuation[3:]) for piece in pieces], dtype=bool)
-    return np.array([not piece.startswith(continuation) for piece in pieces], dtype=bool)

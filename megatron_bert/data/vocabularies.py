@@ -67,23 +67,24 @@ def find_vocabulary(path: Path) -> Path:
             f"Tokenizer {path} does not exist: give a vocab.txt, a tokenizer.json, a vocab.json, a .model file or a "
             "directory."
         )
-    for name in (JSON_NAME, VOCAB_NAME, BPE_NAME):
-        if (path / name).is_file():
-            return path / name
-    models = sorted(path.glob("*.model"))
-    if len(models) != 1:
-        found = f"{len(models)} .model files" if models else "none of them"
+    found = _vocabularies(path)
+    if not found or (len(found) > 1 and found[0].suffix == ".model"):
+        held = f"{len(found)} .model files" if found else "none of them"
         raise UserError(
             f"{path} must hold a {JSON_NAME}, a {VOCAB_NAME}, {BPE_NAME} and {MERGES_NAME}, or one .model file, but "
-            f"holds {found}."
+            f"holds {held}."
         )
-    return models[0]
+    return found[0]
 
 
 def holds_vocabulary(directory: Path) -> bool:
     """Whether a directory holds any file that `load_tokenizer` looks for."""
-    names = (JSON_NAME, VOCAB_NAME, BPE_NAME)
-    return any((directory / name).is_file() for name in names) or any(directory.glob("*.model"))
+    return bool(_vocabularies(directory))
+
+
+def _vocabularies(directory: Path) -> list[Path]:
+    named = [directory / name for name in (JSON_NAME, VOCAB_NAME, BPE_NAME)]
+    return [path for path in named if path.is_file()] or sorted(directory.glob("*.model"))
 
 
 def read_vocabulary(source: Path) -> dict[str, int]:
