@@ -18,21 +18,14 @@ from parallel.errors import UserError, brief
 
 NEMO_SETTINGS, NEMO_WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _LONGEST = 1 << 20
-#: Settings with the name and meaning of Megatron's arguments.
-_ARGUMENTS = (
+#: Settings of the architecture, and the only value that is Megatron's BERT.
+_ARCHITECTURE = {"transformer_block_type": "pre_ln", "normalization": "layernorm", "activation": "gelu"}
+#: Numbers with the name and meaning of Megatron's arguments.
+_NUMBERS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings"),
-    *("layernorm_epsilon", "hidden_dropout", "attention_dropout", "init_method_std", "position_embedding_type"),
+    *("layernorm_epsilon", "hidden_dropout", "attention_dropout", "init_method_std"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "openai_gelu"),
 )
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader without aliases, a few lines of which can stand for more than any memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
 
 
 def nemo_settings(tree: FileTree) -> dict[str, Any] | None:
@@ -49,25 +42,18 @@ def nemo_settings(tree: FileTree) -> dict[str, Any] | None:
     target = str(settings.get("target", "bert"))
     if "bert" not in target.lower():
         raise UserError(f"{label} is of {brief(target)}: only Megatron's BERT can be converted")
-    block, norm = settings.get("transformer_block_type", "pre_ln"), settings.get("normalization", "layernorm")
-    activation = settings.get("activation", "gelu")
-    for key, value, usual in (
-        ("transformer_block_type", block, "pre_ln"),
-        ("normalization", norm, "layernorm"),
-        ("activation", activation, "gelu"),
-    ):
+    for key, usual in _ARCHITECTURE.items():
+        value = settings.get(key)
         if value is not None and str(value).lower() != usual:
             raise UserError(f"{label} has {key} {brief(value)}: only {usual}, as Megatron's BERT has, can be converted")
     # Interpolations that were not resolved are texts, and count as not stored.
-    args = {key: settings[key] for key in _ARGUMENTS if _is_plain(key, settings.get(key))}
+    args = {key: settings[key] for key in _NUMBERS if isinstance(settings.get(key), (int, float))}
+    if isinstance(positions := settings.get("position_embedding_type"), (int, float, str)):
+        args["position_embedding_type"] = positions
     # The default of NeMo's code, where the file leaves it out.
     args["bias_gelu_fusion"] = settings.get("bias_gelu_fusion", True) is not False
     version = 0.0 if settings.get("megatron_legacy") is True else 3.0
     return {"args": argparse.Namespace(**args), "checkpoint_version": version}
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    return isinstance(value, (int, float)) or (key == "position_embedding_type" and isinstance(value, str))
 
 
 def _read(tree: FileTree, name: str) -> dict[str, Any]:
@@ -75,7 +61,11 @@ def _read(tree: FileTree, name: str) -> dict[str, Any]:
     if place.length > _LONGEST:
         raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
     try:
-        settings = yaml.load(bytes(place.read(0, place.length)).decode("utf-8"), _Loader)
+        text = bytes(place.read(0, place.length)).decode("utf-8")
+        # A few lines of aliases can stand for more than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise yaml.YAMLError("an alias")
+        settings = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{place.label} is not YAML ({brief(error, 80)}): fetch it again") from None
     if not isinstance(settings, dict):

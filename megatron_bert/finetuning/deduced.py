@@ -93,7 +93,6 @@ def changed_settings(
     those of the model.
 
     Args:
-        saved: the section as it was saved.
         how: of the section ``data``, how the training file was read.
 
     Raises:

@@ -76,11 +76,7 @@ class SavedTask(NamedTuple):
 
 
 def task_config(config: MegatronBertConfig, task: Task, **changes: Any) -> MegatronBertConfig:
-    """The configuration of an encoder with a task's tokenizer and classes.
-
-    Args:
-        **changes: further fields that replace those of ``config``.
-    """
+    """The configuration of an encoder with a task's tokenizer and classes, and further fields that are changed."""
     head, labels = task.head, dict(enumerate(task.labels))
     fields = {"vocab_size": task.tokenizer.vocab_size, "pad_token_id": task.tokenizer.pad_id} | changes
     classes = labels or numbered_labels(max(head.outputs, 1))
@@ -144,11 +140,7 @@ def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 def _settings(state: CanonicalState, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The section ``task`` of a model, with changes, and of the section ``data`` how its files are read.
-
-    Raises:
-        UserError: the model has no head of a task, its description is damaged, or the changes do not fit it.
-    """
+    """The section ``task`` of a model, with changes, and of the section ``data`` how its files are read."""
     if state.head is None:
         raise UserError(
             f"{state.label} holds a model without the head of a task: fine-tune it (model.from), or give one that is"

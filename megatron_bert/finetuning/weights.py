@@ -21,11 +21,7 @@ def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[st
     """Fill a stage, its head included, from a fine-tuned model; what the user should know.
 
     Each rank reads the tensors it has a part of, one at a time, and keeps its part. The rows of the head are put in the
-    order of the stage's classes, by name.
-
-    Args:
-        stage: its parameters may be DTensors over any mesh.
-        source: a checkpoint of any format, or an open one.
+    order of the stage's classes, by name. Parameters of the stage may be DTensors over any mesh.
 
     Raises:
         UserError: it holds no such model, or one for other classes, another kind of labels or another vocabulary.
@@ -36,11 +32,7 @@ def load_finetuned(stage: BertForTask, source: Path | CanonicalState) -> list[st
 
 
 def _rows(stage: BertForTask, source: CanonicalState) -> dict[str, StateTensor]:
-    """The last layer of a fine-tuned model's head, its rows in the order of a stage's classes.
-
-    Raises:
-        UserError: it has no such head, or one for other classes.
-    """
+    """The last layer of a fine-tuned model's head, its rows in the order of a stage's classes."""
     order = _class_order(stage, source)
     names = [name for name, _ in stage.named_parameters()]
     missing = next((name for name in names if name not in source), None)
@@ -62,11 +54,7 @@ def _rows(stage: BertForTask, source: CanonicalState) -> dict[str, StateTensor]:
 
 
 def load_encoder(stage: BertForTask, source: Path | CanonicalState) -> list[str]:
-    """Fill a stage but for its head, which keeps its values; what the user should know.
-
-    Args:
-        stage: as for :func:`load_finetuned`.
-        source: likewise; with any head or none.
+    """Fill a stage but for its head, which keeps its values, as :func:`load_finetuned`; from any head or none.
 
     Raises:
         UserError: it holds no encoder of these sizes, or another vocabulary.
@@ -89,11 +77,7 @@ def _left_behind(source: CanonicalState) -> list[str]:
 
 
 def _class_order(stage: BertForTask, source: CanonicalState) -> torch.Tensor | None:
-    """For each class of a stage its row in the head of a fine-tuned model; None where the rows stay as they are.
-
-    Raises:
-        UserError: the model was fine-tuned for other classes, or another kind of labels.
-    """
+    """For each class of a stage its row in the head of a fine-tuned model; None where the rows stay as they are."""
     problem, theirs = stage.config.problem_type, source.config.problem_type
     if problem is not None and theirs is not None and theirs != problem:
         raise UserError(
