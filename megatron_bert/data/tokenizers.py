@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 import tokenizers
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
+from tokenizers import models, normalizers
 
 from megatron_bert.data.tokenizer_settings import Normalization, read_normalization
 from megatron_bert.data.vocabularies import (
@@ -200,13 +199,13 @@ class JsonTokenizer(Tokenizer):
     def normalization(self) -> Normalization | None:
         """What a WordPiece vocabulary does to text before it looks it up; None of other tokenizers."""
         made = self._backend.normalizer
-        if not isinstance(made, BertNormalizer):
+        if not isinstance(made, normalizers.BertNormalizer):
             return None
         return Normalization(made.lowercase, made.strip_accents, made.handle_chinese_chars)
 
     def _files(self) -> dict[str, bytes]:
         files = {JSON_NAME: self._backend.to_str(pretty=True).encode()}
-        if isinstance(self._backend.model, WordPiece):
+        if isinstance(self._backend.model, models.WordPiece):
             files[VOCAB_NAME] = "".join(f"{piece}\n" for piece in self._pieces).encode()
         return files
 

@@ -14,16 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.normalizers import NFC, Normalizer
-from tokenizers.normalizers import Lowercase as LowercaseNormalizer
-from tokenizers.normalizers import Sequence as NormalizerSequence
-from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace
-from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
-from tokenizers.processors import BertProcessing
-from tokenizers.trainers import BpeTrainer
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from megatron_bert.data.compression import STANDARD_INPUT
@@ -129,11 +120,12 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     """
     # The text is prepared exactly as the finished tokenizer will prepare it.
     finished = wordpiece({token: number for number, token in enumerate(SPECIAL_TOKENS)}, Normalization(not cased))
-    backend = tokenizers.Tokenizer(BPE())
+    backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = finished.normalizer
-    backend.pre_tokenizer = PreTokenizerSequence([BertPreTokenizer(), Metaspace(WORD_MARK, prepend_scheme="always")])
+    marked = pre_tokenizers.Metaspace(WORD_MARK, prepend_scheme="always")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), marked])
     alphabet = _alphabet(text, backend.normalizer, vocab_size)
-    trainer = BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size + 1,  # one entry is the mark itself, which is not a piece
         min_frequency=2,
         special_tokens=SPECIAL_TOKENS,
@@ -153,7 +145,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     JsonTokenizer(output, wordpiece(vocabulary, Normalization(lowercase=not cased))).save(output)
 
 
-def _alphabet(text: Iterable[str], normalizer: Normalizer, vocab_size: int) -> list[str]:
+def _alphabet(text: Iterable[str], normalizer: normalizers.Normalizer, vocab_size: int) -> list[str]:
     """Characters that get entries, sorted: the most frequent ones that make up nearly all of the text.
 
     They fill at most half of the vocabulary; each takes two entries.
@@ -182,23 +174,25 @@ def _alphabet(text: Iterable[str], normalizer: Normalizer, vocab_size: int) -> l
 
 
 def _train_bpe(text: Iterable[str], vocab_size: int, output: Path, cased: bool) -> None:
-    backend = tokenizers.Tokenizer(BPE(unk_token="[UNK]"))
-    backend.normalizer = NFC() if cased else NormalizerSequence([NFC(), LowercaseNormalizer()])
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+    backend.normalizer = normalizers.NFC()
+    if not cased:
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     # The space in front makes the first word of a sentence the same piece as inside a sentence.
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=True)
-    backend.decoder = ByteLevelDecoder()
-    trainer = BpeTrainer(
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         # The mask stands for a word with the space before it, as such words are trained on.
         special_tokens=[AddedToken(name, lstrip=name == "[MASK]", special=True) for name in SPECIAL_TOKENS],
-        initial_alphabet=ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(text, trainer)
     _check_size(backend.get_vocab_size(), vocab_size)
     sep, cls = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")  # special tokens come first
-    backend.post_processor = BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     JsonTokenizer(output, backend).save(output)
 
 

@@ -4,13 +4,7 @@
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.decoders import WordPiece as WordPieceDecoder
-from tokenizers.models import BPE, WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
-from tokenizers.processors import BertProcessing, RobertaProcessing
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from megatron_bert.data.tokenizer_settings import Normalization
 from parallel.errors import UserError
@@ -37,19 +31,21 @@ def wordpiece(vocabulary: dict[str, int], normalization: Normalization) -> token
     lowercase = normalization.lowercase
     if lowercase is None:
         lowercase = not any(piece != piece.lower() for piece in vocabulary if not _is_bracketed(piece))
-    backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = BertNormalizer(
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=normalization.split_chinese,
         strip_accents=normalization.strip_accents,
         lowercase=lowercase,
     )
-    backend.pre_tokenizer = BertPreTokenizer()
-    backend.decoder = WordPieceDecoder(prefix="##", cleanup=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     names = [name for name, *_ in ROLES.values() if name in vocabulary]
     backend.add_special_tokens(names)
     if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
-        backend.post_processor = BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+        backend.post_processor = processors.BertProcessing(
+            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+        )
     return backend
 
 
@@ -124,11 +120,11 @@ def byte_level_bpe(source: Path) -> tokenizers.Tokenizer:
     if not merges.is_file():
         raise UserError(f"{source} needs the {MERGES_NAME} that was made with it: copy it into the same directory.")
     try:
-        backend = tokenizers.Tokenizer(BPE.from_file(str(source), str(merges)))
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(source), str(merges)))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{source} and {MERGES_NAME} are not byte-level BPE vocabulary: {error}.") from None
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    backend.decoder = ByteLevelDecoder()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     vocabulary = backend.get_vocab()
     for _, name in ROLES.values():
         if name not in vocabulary:
@@ -136,7 +132,7 @@ def byte_level_bpe(source: Path) -> tokenizers.Tokenizer:
                 f"{source} has no {name} piece: it is not RoBERTa's vocabulary, but another byte-level BPE."
             )
         backend.add_special_tokens([AddedToken(name, lstrip=name == "<mask>", special=True)])
-    backend.post_processor = RobertaProcessing(
+    backend.post_processor = processors.RobertaProcessing(
         ("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]), trim_offsets=True, add_prefix_space=False
     )
     return backend
