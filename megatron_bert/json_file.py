@@ -28,7 +28,7 @@ def read_json(place: FileRange) -> dict[str, Any]:
     if place.length > _LONGEST:
         raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
     refuse_strange(place)
-    return parse_object(bytes(place.read(0, place.length)), place.label)
+    return parse_object(place.content(), place.label)
 
 
 def parse_object(text: bytes, label: str, remedy: str = "fetch the file again") -> dict[str, Any]:

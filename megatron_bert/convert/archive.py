@@ -44,7 +44,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 def is_archive(place: FileRange) -> bool:
     """Whether a file is an archive of others; a file of torch.save, which is a zip file too, is not."""
-    start = bytes(place.read(0, min(place.length, 4)))
+    start = place.content(4)
     if start.startswith(b"PK\x03\x04"):
         return not is_torch_file(place)
     return start.startswith(_GZIP_MAGIC) or is_tar(place)
@@ -116,7 +116,7 @@ class _Scratch:
 
 def _tree(place: FileRange, scratch: _Scratch) -> FileTree:
     """The members of an archive under their names as relative paths, if these stay inside it."""
-    if bytes(place.read(0, min(place.length, 2))) == _GZIP_MAGIC:
+    if place.content(2) == _GZIP_MAGIC:
         place = _decompressed(place, scratch)
         if not is_tar(place):
             raise UserError(f"{place.label} is one file that gzip compressed: unpack it first")

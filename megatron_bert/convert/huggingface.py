@@ -112,7 +112,7 @@ def _read(tree: FileTree, options: ReadOptions, stored: Mapping[str, StateTensor
     warnings: list[str] = []
     ranges = None
     if RANGES_NAME in tree:
-        ranges = parse_ranges(bytes(tree[RANGES_NAME].read(0, tree[RANGES_NAME].length)), tree[RANGES_NAME].label)
+        ranges = parse_ranges(tree[RANGES_NAME].content(), tree[RANGES_NAME].label)
     elif settings.get("quant_mode") and (count := sum(family.is_range(key) for key in stored)):
         warnings.append(f"{count} buffers of transformers' quantized layers were left out: quantize the model again")
     facts = SourceFacts(

@@ -208,8 +208,7 @@ def _tracked(tree: FileTree, groups: Mapping[str, Any]) -> str:
     trackers = [name for name in tree if name.rpartition("/")[2] in (TRACKER, _DEEPSPEED_TRACKER)]
     if len(trackers) != 1:
         raise UserError(f"{tree.label} holds several checkpoints ({found}): name the folder of one of them")
-    place = tree[trackers[0]]
-    text = bytes(place.read(0, min(place.length, 64))).decode("latin-1").strip()
+    text = tree[trackers[0]].content(64).decode("latin-1").strip()
     root, _, kind = trackers[0].rpartition("/")
     folder = text if kind == _DEEPSPEED_TRACKER or text == "release" else f"iter_{text:0>7}"
     wanted = f"{root}/{folder}/" if root else f"{folder}/"

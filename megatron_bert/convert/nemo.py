@@ -61,7 +61,7 @@ def _read(tree: FileTree, name: str) -> dict[str, Any]:
     if place.length > _LONGEST:
         raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
     try:
-        text = bytes(place.read(0, place.length)).decode("utf-8")
+        text = place.content().decode("utf-8")
         # A few lines of aliases can stand for more than any memory holds.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise yaml.YAMLError("an alias")

@@ -101,6 +101,10 @@ class FileRange:
                 done += count
         return data
 
+    def content(self, most: int | None = None) -> bytes:
+        """The first bytes, at most so many; all of them where None."""
+        return bytes(self.read(0, self.length if most is None else min(self.length, most)))
+
     def map(self, start: int, length: int) -> memoryview:
         """The same bytes as :meth:`read` gives, mapped: they come from the file as they are looked at.
 

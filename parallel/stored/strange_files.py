@@ -31,7 +31,7 @@ _KNOWN = (
 
 def is_tar(place: FileRange) -> bool:
     """Whether a file begins as tar archives do."""
-    return bytes(place.read(0, min(place.length, 262)))[257:] == b"ustar"
+    return place.content(262)[257:] == b"ustar"
 
 
 def refuse_strange(place: FileRange) -> None:
@@ -40,7 +40,7 @@ def refuse_strange(place: FileRange) -> None:
     Raises:
         DamagedFileError: with what it is and what to do; nothing is raised for a file that is not known.
     """
-    start = bytes(place.read(0, min(place.length, _LONGEST_START)))
+    start = place.content(_LONGEST_START)
     if not start.strip(b"\0 \t\r\n"):
         amount = "empty" if place.length == 0 else "full of zeros or blanks"
         raise DamagedFileError(f"{place.label} is {amount}")

@@ -30,7 +30,7 @@ _LONGEST_PICKLE = 1 << 30
 
 def is_torch_file(place: FileRange) -> bool:
     """Whether the bytes begin as torch.save's do; an archive with other things than a checkpoint does not count."""
-    start = place.read(0, min(place.length, len(_STREAM_START)))
+    start = place.content(len(_STREAM_START))
     if start == _STREAM_START:
         return True
     if not start.startswith(_ZIP_MAGIC):
@@ -45,7 +45,7 @@ def load_torch_file(place: FileRange) -> Any:
     Raises:
         UserError: the file is of another kind or damaged, or asks to load something else than data.
     """
-    start = place.read(0, min(place.length, len(_STREAM_START)))
+    start = place.content(len(_STREAM_START))
     if start.startswith(_ZIP_MAGIC):
         return _load_zip(place)
     if start.startswith(_STREAM_START):
@@ -65,10 +65,8 @@ def _load_zip(place: FileRange) -> Any:
             raise UserError(f"{place.label} is a zip file but not one of torch.save: it holds {len(pickles)} data.pkl")
         prefix = pickles[0].removesuffix("data.pkl")
         order = members.get(prefix + "byteorder")
-        if order is not None:
-            where = stored_range(place, order, f"{place.label}/byteorder")
-            if where.read(0, min(where.length, 8)) != b"little":
-                raise UserError(f"{place.label} was saved on a big-endian machine: load and save it on another first")
+        if order is not None and stored_range(place, order, f"{place.label}/byteorder").content(8) != b"little":
+            raise UserError(f"{place.label} was saved on a big-endian machine: load and save it on another first")
 
         records: dict[tuple[str, torch.dtype, int], StorageRecord] = {}  # one, however often it is referred to
 

@@ -27,8 +27,8 @@ class NumpyArchive:
     def read(self, tree: FileTree, options: ReadOptions) -> CanonicalState:
         """Open the archive."""
         del options
-        archive = np.load(io.BytesIO(bytes(tree["weights.npz"].read(0, tree["weights.npz"].length))))
-        described = json.loads(bytes(tree["encoder.json"].read(0, tree["encoder.json"].length)))
+        archive = np.load(io.BytesIO(tree["weights.npz"].content()))
+        described = json.loads(tree["encoder.json"].content())
         tensors = {
             name: StateTensor(
                 archive[name].shape, torch.float32, lambda name=name: torch.from_numpy(archive[name].copy()), name
