@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def read_json(place: FileRange) -> dict[str, Any]:
         raise UserError(f"{place.label} has {place.length:,} bytes, far too many for a file of settings: wrong file?")
     refuse_strange(place)
     return parse_object(place.content(), place.label)
+
+
+def section(values: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
+    """The object under keys of nested ones; an empty one where it is not there, or something else is."""
+    found: Any = values
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, dict) else {}
 
 
 def parse_object(text: bytes, label: str, remedy: str = "fetch the file again") -> dict[str, Any]:

@@ -37,7 +37,7 @@ from megatron_bert.convert.state import (
     classes_of,
     without_padding,
 )
-from megatron_bert.json_file import read_json
+from megatron_bert.json_file import read_json, section
 from megatron_bert.model.configuration import MegatronBertConfig, RobertaConfig, config_from_dict, numbered_labels
 from megatron_bert.model.task_heads.table import HEADS, head_of_parameters
 from parallel.checkpoint import HAS_MANIFEST, STATE_FILE, check_files
@@ -132,9 +132,8 @@ class Native:
 
 def _ranges(run_state: dict[str, Any], label: str, limits: dict[str, StateTensor]) -> Ranges:
     """The ranges of a quantized model; those that training has reached, or final ones."""
-    settings = run_state.get("settings")
-    stated = run_state.get(_QUANTIZATION) or (settings.get(_QUANTIZATION) if isinstance(settings, dict) else None)
-    if not isinstance(stated, dict):
+    stated = section(run_state, _QUANTIZATION) or section(run_state, "settings", _QUANTIZATION)
+    if not stated:
         raise UserError(f"{label} does not say how its model was quantized: it is damaged")
     check_version(label, run_state.get(_ARITHMETIC, 1))
     how = {name: value for name, value in stated.items() if name not in ("calibration_steps", "report_steps")}
@@ -144,26 +143,22 @@ def _ranges(run_state: dict[str, Any], label: str, limits: dict[str, StateTensor
 
 def _task(run_state: dict[str, Any]) -> dict[str, Any] | None:
     """What the model is fine-tuned for, as ``task.json`` has it."""
-    task, settings = run_state.get(_TASK), run_state.get("settings")
-    if not isinstance(task, dict) or "settings" not in task:
-        return None
-    data = settings.get("data") if isinstance(settings, dict) else None
-    how = {name: data[name] for name in HOW_TO_READ if name in data} if isinstance(data, dict) else {}
-    return {"columns": how, **task}
+    task, data = section(run_state, _TASK), section(run_state, "settings", "data")
+    how = {name: data[name] for name in HOW_TO_READ if name in data}
+    return {"columns": how, **task} if "settings" in task else None
 
 
 def _config(run_state: dict[str, Any], label: str, model: dict[str, StateTensor], rows: int) -> MegatronBertConfig:
     """The encoder's configuration: as stored, or from the settings of the run."""
-    stored, settings = run_state.get(CONFIG_KEY), run_state.get("settings")
+    stored, sizes = section(run_state, CONFIG_KEY), section(run_state, "settings", "model")
     values: dict[str, Any] = {"model_type": RobertaConfig.model_type} if _POST_NORM in model else {}
-    if isinstance(stored, dict):
+    if stored:
         values |= stored
         if not stored.get("id2label") and (classes := classes_of(model)) is not None:
             values["id2label"] = numbered_labels(classes)
+    elif not sizes:
+        raise UserError(f"{label} holds neither the configuration of an encoder nor the settings of a run")
     else:
-        sizes = settings.get("model") if isinstance(settings, dict) else None
-        if not isinstance(sizes, dict):
-            raise UserError(f"{label} holds neither the configuration of an encoder nor the settings of a run")
         values |= {key: value for key, value in sizes.items() if value is not None and key in CONFIG_FIELDS}
         if type(hidden := values.get("hidden_size")) is int:
             values.setdefault("intermediate_size", 4 * hidden)

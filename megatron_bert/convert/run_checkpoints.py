@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.json_file import section
 from parallel.checkpoint import check_checkpoint, read_state
 from parallel.errors import DamagedCheckpointError, UserError
 
@@ -85,15 +86,12 @@ def _look(path: Path, verify: bool) -> RunCheckpoint:
         fault = fault or str(error)
     step = state.get("step")
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    return RunCheckpoint(path, step if isinstance(step, int) else None, _layout(state), size, fault, checked)
-
-
-def _layout(state: dict[str, Any]) -> str:
-    settings = state.get("settings")
-    parallel = settings.get("parallel") if isinstance(settings, dict) else None
-    if not isinstance(parallel, dict):
-        return "unknown"
-    return f"tensor {parallel.get('tensor')} x pipeline {parallel.get('pipeline')} x data {state.get('data_size')}"
+    parallel, layout = section(state, "settings", "parallel"), "unknown"
+    if parallel:
+        layout = (
+            f"tensor {parallel.get('tensor')} x pipeline {parallel.get('pipeline')} x data {state.get('data_size')}"
+        )
+    return RunCheckpoint(path, step if isinstance(step, int) else None, layout, size, fault, checked)
 
 
 def as_table(checkpoints: list[RunCheckpoint]) -> str:

@@ -12,7 +12,7 @@ from megatron_bert.convert.state import CanonicalState
 from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
 from megatron_bert.data.vocabularies import JSON_NAME, holds_vocabulary
-from megatron_bert.json_file import read_json
+from megatron_bert.json_file import read_json, section
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
 from parallel.whole_files import reporting, write_json
@@ -62,20 +62,26 @@ def find_vocabulary(
         UserError: there is none, it is damaged, or its ids are not the model's.
     """
     folder = finished_model(source)
-    settings = (run_state or {}).get("settings")
-    settings = settings if isinstance(settings, dict) else {}
     config = settings_file(folder)
     kind = "" if config is None else str(read_json(FileRange.whole(config)).get("model_type", ""))
     beside = folder if folder.is_dir() and holds_vocabulary(folder) else tokenizer_of_run(folder)
-    place, named, start = given or beside, settings.get("tokenizer"), settings.get("model")
-    if place is None and isinstance(named, dict):
+    named, start = (section(run_state, "settings", key) for key in ("tokenizer", "model"))
+    place = given or beside
+    if place is None and named:
         place, lowercase = Path(str(named.get("path"))), named.get("lowercase")
-    if place is None and isinstance(start, dict) and start.get("from") is not None:
+    if place is not None:
+        tokenizer = load_tokenizer(place, lowercase=lowercase, model_type=kind)
+    elif start.get("from") is not None:
         place = Path(str(start["from"]))
-        return _checked(find_vocabulary(place, remedy=remedy), run_state, source, place)
-    if place is None:
+        tokenizer = find_vocabulary(place, remedy=remedy)
+    else:
         raise UserError(f"{source} holds no vocabulary: {remedy}")
-    return _checked(load_tokenizer(place, lowercase=lowercase, model_type=kind), run_state, source, place)
+    if (run_state or {}).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"{source} was trained with another vocabulary than that in {place}: put the tokenizer of the run back "
+            "there"
+        )
+    return tokenizer
 
 
 def check_vocabulary(source: CanonicalState, tokenizer: Tokenizer) -> None:
@@ -91,12 +97,3 @@ def check_vocabulary(source: CanonicalState, tokenizer: Tokenizer) -> None:
             f"the tokenizer's padding has the id {tokenizer.pad_id}, but that of the model in {source.label} "
             f"{padding}, from which it counts positions: use the vocabulary that the model was trained with"
         )
-
-
-def _checked(tokenizer: Tokenizer, run_state: dict[str, Any] | None, source: Path, place: Path) -> Tokenizer:
-    if (run_state or {}).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(
-            f"{source} was trained with another vocabulary than that in {place}: put the tokenizer of the run back "
-            "there"
-        )
-    return tokenizer
