@@ -121,13 +121,10 @@ class Tokenizer(ABC):
         return self._pieces[token_id]
 
     def pair_separators(self, *, roberta: bool) -> int:
-        """Separators between the two texts of a pair.
+        """Separators between the two texts of a pair, in a model that is a RoBERTa (or an I-BERT) or not.
 
         BERT has one and RoBERTa two, </s></s>. Some models like RoBERTa have BERT's vocabulary, whose [SEP] stands
         there once.
-
-        Args:
-            roberta: whether the model is a RoBERTa, or an I-BERT.
         """
         return 2 if roberta and self.id_to_token(self.sep_id) == "</s>" else 1
 
@@ -305,16 +302,12 @@ def load_tokenizer(
             f"give its {JSON_NAME}, as transformers' fast tokenizer saves it."
         )
     tokenizer: Tokenizer
-    lowercases = None
-    if source.name == BPE_NAME:
-        tokenizer = JsonTokenizer(source, byte_level_bpe(source))
-    elif source.suffix == ".json":
-        backend = read_json(source)
-        tokenizer = JsonTokenizer(source, backend)
-        lowercases = getattr(backend.normalizer, "lowercase", None)
+    if source.suffix == ".model":
+        tokenizer, recorded = SentencePieceTokenizer(source), None
     else:
-        tokenizer = SentencePieceTokenizer(source)
-    if lowercase is not None and lowercase != lowercases:
+        backend = byte_level_bpe(source) if source.name == BPE_NAME else read_json(source)
+        tokenizer, recorded = JsonTokenizer(source, backend), getattr(backend.normalizer, "lowercase", None)
+    if lowercase is not None and lowercase != recorded:
         raise UserError(
             f"lowercase={lowercase} contradicts {source}, which records its own normalization: leave lowercase out, or "
             f"give a vocab.txt."

@@ -66,11 +66,7 @@ class BlockedTensor:
 
 
 def read_metadata(place: FileRange, limits: Limits = PLAIN) -> dict[str, BlockedTensor]:
-    """The tensors of a directory by name; what it holds besides is left out.
-
-    Args:
-        place: its file ``.metadata``.
-        limits: how far that may go.
+    """The tensors of a directory by name, from its file ``.metadata``; what it holds besides is left out.
 
     Raises:
         UserError: the file is damaged, asks to load something else than data, or speaks of blocks that do not make up
@@ -156,11 +152,11 @@ def _check_tiling(name: str, shape: Sizes, blocks: list[Block], label: str) -> N
             f"{label} speaks of only a part of {brief(name)}: the checkpoint was not written to its end",
             "use another checkpoint",
         )
-    if volume > count or not _tile([(block.offsets, block.sizes) for block in blocks], shape):
+    if volume > count or not tile([(block.offsets, block.sizes) for block in blocks], shape):
         raise ValueError("blocks that overlap")
 
 
-def _tile(blocks: list[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
+def tile(blocks: list[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
     """Whether blocks, given by offsets and sizes, cover a box and nothing twice: slab by slab between their edges."""
     if not shape:
         return len(blocks) == 1
@@ -173,7 +169,7 @@ def _tile(blocks: list[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
         across = [(offsets, sizes) for offsets, sizes in across if offsets[0] + sizes[0] > edge]
         while ahead and ahead[-1][0][0] == edge:
             across.append(ahead.pop())
-        if not _tile([(offsets[1:], sizes[1:]) for offsets, sizes in across], shape[1:]):
+        if not tile([(offsets[1:], sizes[1:]) for offsets, sizes in across], shape[1:]):
             return False
     return True
 

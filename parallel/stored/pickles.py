@@ -34,12 +34,7 @@ _ENTRY, _LEVEL = 100, 64
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a pickle may go.
-
-    Attributes:
-        opcodes: of one pickle.
-        memory: bytes of the objects that it builds; a short pickle is held to less.
-    """
+    """How many opcodes a pickle may have, and how many bytes its objects may fill; a short one is held to less."""
 
     opcodes: int
     memory: int
@@ -50,13 +45,7 @@ PLAIN = Limits(opcodes=20_000_000, memory=256 << 20)
 
 
 def load_pickle(file: BinaryIO, vocabulary: Vocabulary, label: str, limits: Limits = PLAIN) -> Any:
-    """The value of one pickle.
-
-    Args:
-        file: at the first byte of the pickle; left just behind it.
-        vocabulary: what the pickle may name.
-        label: of the file, for messages.
-        limits: how far it may go.
+    """The value of one pickle, at whose first byte the file is; it is left just behind it.
 
     Raises:
         UserError: the pickle is damaged, asks for more memory than its size explains, or names a class or function that

@@ -30,8 +30,7 @@ class StandIn:
     """What an object of a class that is not loaded leaves behind.
 
     Attributes:
-        kind: the class, or the function that would have made the object.
-        arguments: it was called with.
+        kind: the class, or the function that would have made the object with the arguments.
         state: the object was given afterwards, usually a dict of attributes.
         items: it was given afterwards: the elements of a list, queue or set, or the pairs of a dictionary.
     """

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from parallel.parts import PLANE, Part, Region, flat_regions
-from parallel.stored.distributed_files import _tile
+from parallel.stored.distributed_files import tile
 
 SHAPES = [(), (1,), (7,), (3, 4), (1, 6), (5, 1), (2, 3, 4), (2, 0, 3)]
 
@@ -80,9 +80,9 @@ def test_ranges_of_all_ranks_tile_a_tensor_and_other_blocks_do_not(shape):
                     ((*offsets[:-1], offsets[-1] + start), sizes) for offsets, sizes in flat_regions(local, first, last)
                 ]
         rng.shuffle(blocks)
-        assert _tile(blocks, shape)
-        assert not _tile(blocks[1:], shape)
-        assert not _tile([*blocks, blocks[0]], shape)
+        assert tile(blocks, shape)
+        assert not tile(blocks[1:], shape)
+        assert not tile([*blocks, blocks[0]], shape)
         offsets, sizes = blocks[0]
         moved = (*offsets[:-1], (offsets[-1] + 1) % shape[-1])
-        assert not _tile([(moved, sizes), *blocks[1:]], shape)
+        assert not tile([(moved, sizes), *blocks[1:]], shape)
