@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -103,8 +102,6 @@ def convert(
         raise UserError(f"--to is {to!r}: choose one of {', '.join(FORMATS)}")
     place = Path(destination)
     target = Destination(place, Path(source), to, overwrite=overwrite, beside=beside)
-    if write.tokenizer is not None and not write.tokenizer.exists():
-        raise UserError(f"--tokenizer {write.tokenizer} is not there: give a vocab.txt, tokenizer.json or their folder")
     tokenizer = None if write.tokenizer is None else load_tokenizer(write.tokenizer)
     if verify_text and tokenizer is None:
         raise UserError("--verify needs the vocabulary of the model: give it with --tokenizer")
@@ -131,7 +128,7 @@ def convert(
         checked = verify(state, tokenizer, verify_text) if verify_text and tokenizer is not None else None
         if folder is not None:
             _check_room(target, folder, size)
-            _write(state, target, folder, write, size, shown=progress)
+            _write(state, target, folder, write, size, None if progress is None else not progress)
         return ConversionReport(
             source=str(replace(inspection_of(opened, str(source)), suspicious=())),
             to=to,
@@ -165,10 +162,9 @@ def _check_room(target: Destination, folder: Path, size: int) -> None:
 
 
 def _write(
-    state: CanonicalState, target: Destination, folder: Path, write: WriteOptions, size: int, *, shown: bool | None
+    state: CanonicalState, target: Destination, folder: Path, write: WriteOptions, size: int, hidden: bool | None
 ) -> None:
     """Write into a folder, read it back, and give it its place; with a bar of bytes, on a terminal where None."""
-    hidden = not sys.stderr.isatty() if shown is None else not shown
     bar = partial(tqdm, total=size, unit="B", unit_scale=True, disable=hidden, leave=False)
     with bar(desc="converting") as progress:
         written = Written(state, str(target.path), lambda nbytes: progress.update(nbytes))

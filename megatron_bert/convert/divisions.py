@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bert.convert.megatron_names import TIED
 from megatron_bert.convert.state import QUERY_KEY_VALUE, VOCABULARY_BIAS, VOCABULARY_TENSORS
 from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.errors import UserError, brief
@@ -44,7 +45,7 @@ _DIVIDED = {
 
 def divided_dim(name: str) -> int | None:
     """The dimension along which a tensor is divided over tensor ranks; None for one that every rank repeats."""
-    if name in VOCABULARY_TENSORS:
+    if name == TIED or name in VOCABULARY_TENSORS:
         return 0
     if not name.startswith("encoder.layers."):
         return None

@@ -59,7 +59,7 @@ def read_state(
         for name, found in parts.items()
     }
     if tied is not None:
-        tensors[WORD_EMBEDDINGS] = _checked_tie(tensors[WORD_EMBEDDINGS], tied, warnings)
+        tensors[WORD_EMBEDDINGS] = _checked_tie(tensors[WORD_EMBEDDINGS], tied, shapes[TIED], warnings)
     tensors = without_padding(tensors, config)
     if TOKEN_TYPES not in tensors:
         dtype = tensors[WORD_EMBEDDINGS].dtype
@@ -150,7 +150,7 @@ def _merge_piece(renamed: list[tuple[Shard, dict[str, StateTensor]]], parts: dic
 
 def _joined_shape(name: str, parts: list[StateTensor]) -> tuple[int, ...]:
     first = parts[0]
-    dim = 0 if name == TIED else divisions.divided_dim(name)
+    dim = divisions.divided_dim(name)
     for part in parts[1:]:
         if part.shape != first.shape or part.dtype != first.dtype:
             raise UserError(
@@ -195,7 +195,9 @@ def _compare(expected: Tensor, copy: StateTensor, original: StateTensor, warning
     )
 
 
-def _checked_tie(table: StateTensor, tied: list[StateTensor], warnings: list[str]) -> StateTensor:
+def _checked_tie(
+    table: StateTensor, tied: list[StateTensor], shape: tuple[int, ...], warnings: list[str]
+) -> StateTensor:
     """The word embeddings, checked when read against the output matrix of the last stage."""
 
     def check(whole: Tensor) -> Tensor:
@@ -203,7 +205,6 @@ def _checked_tie(table: StateTensor, tied: list[StateTensor], warnings: list[str
             _compare(rows, copy, table, warnings)
         return whole
 
-    shape = (tied[0].shape[0] * len(tied), *tied[0].shape[1:])
     if shape != table.shape:
         raise UserError(
             f"{tied[0].origin} makes an output matrix of {list(shape)}, but the word embeddings are "

@@ -56,7 +56,6 @@ class _Division:
         """What each rank has of a tensor."""
         if name == TIED or name in VOCABULARY_TENSORS:
             whole = divisions.pad_vocabulary(name, whole, self.rows)
-        name = WORD_EMBEDDINGS if name == TIED else name
         return divisions.divide(name, whole, self.size, self.version, self.state.config.num_attention_heads)
 
     def structure(self, chunk: dict[str, str], path_of: Callable[[str], list[str]]) -> dict[str, Any]:

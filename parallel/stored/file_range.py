@@ -36,7 +36,7 @@ class FileRange:
     descriptor: int | None = None
 
     @staticmethod
-    def whole(path: Path, label: str | None = None) -> FileRange:
+    def whole(path: Path) -> FileRange:
         """All bytes of a file.
 
         Raises:
@@ -46,12 +46,12 @@ class FileRange:
             # Before it is opened, which for a pipe would wait for its writer.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise DamagedFileError(
-                    f"{label or path} is not a regular file", "give a checkpoint file, its folder or a zip file"
+                    f"{path} is not a regular file", "give a checkpoint file, its folder or a zip file"
                 )
             with path.open("rb") as file:
-                return FileRange(path, 0, os.fstat(file.fileno()).st_size, label or str(path))
+                return FileRange(path, 0, os.fstat(file.fileno()).st_size, str(path))
         except OSError as error:
-            raise DamagedFileError(f"{label or path} cannot be read ({error.strerror})", "check the path") from None
+            raise DamagedFileError(f"{path} cannot be read ({error.strerror})", "check the path") from None
 
     def part(self, start: int, length: int, label: str | None = None) -> FileRange:
         """Bytes inside this range.
