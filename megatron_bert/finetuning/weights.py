@@ -54,7 +54,7 @@ def _rows(stage: BertForTask, source: CanonicalState) -> dict[str, StateTensor]:
 
 
 def load_encoder(stage: BertForTask, source: Path | CanonicalState) -> list[str]:
-    """Fill a stage but for its head, which keeps its values, as :func:`load_finetuned`; from any head or none.
+    """Fill a stage but for its head, which keeps its values, as :func:`load_finetuned` does; what the user should know.
 
     Raises:
         UserError: it holds no encoder of these sizes, or another vocabulary.
