@@ -30,7 +30,7 @@ from megatron_bert.convert.state import (
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
-from parallel.stored.torch_archive import TorchFileWriter
+from parallel.stored.torch_archive import torch_file
 from parallel.stored.torch_pickles import Slot
 
 #: Names at the top of a checkpoint of Megatron's.
@@ -101,10 +101,10 @@ def write_megatron(
             for rank in range(tensor):
                 folder = target / "release" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
                 folder.mkdir(parents=True)
-                writers.append(stack.enter_context(TorchFileWriter(folder / "model_optim_rng.pt", content | common)))
+                writers.append(stack.enter_context(torch_file(folder / "model_optim_rng.pt", content | common)))
             for name in chain(*entries):
-                for writer, part in zip(writers, division.parts(name, division.source(name).load())):
-                    writer.write(name, bytes_of(part))
+                for write, part in zip(writers, division.parts(name, division.source(name).load())):
+                    write(name, bytes_of(part))
     (target / TRACKER).write_text("release", encoding="ascii")
 
 

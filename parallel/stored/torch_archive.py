@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +49,29 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -
     return Piece(start, nbytes, bytes(head), tail, at + 14, len(entries) - len(entry) + 16)
 
 
-class TorchFileWriter:
-    """A file of torch.save, open for its tensors in a ``with`` block.
+@contextmanager
+def torch_file(path: Path, structure: Any) -> Iterator[Callable[[str, memoryview], None]]:
+    """A new file of torch.save, open for its tensors; yields what gives the values of a slot, each once.
 
     Args:
-        path: of the file to write.
         structure: what torch.load will return, with a :class:`Slot` for every tensor.
     """
+    pickled, keys = pickle_structure(structure)
+    entries: list[bytes] = []
 
-    def __init__(self, path: Path, structure: Any) -> None:
-        self._pickled, self._keys = pickle_structure(structure)
-        self._missing = set(self._keys)
-        self._entries: list[bytes] = []
-        self._file = path.open("xb")
+    def member(name: str, content: bytes | memoryview) -> None:
+        local, entry = _records(f"archive/{name}".encode(), file.tell(), len(content), zlib.crc32(content))
+        entries.append(entry)
+        file.write(local)
+        file.write(content)
 
-    def __enter__(self) -> TorchFileWriter:
-        for name, content in (("data.pkl", self._pickled), ("version", b"3\n"), ("byteorder", b"little")):
-            self._member(name, content)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            with suppress(OSError):
-                self._file.close()
-            return
-        assert not self._missing, f"no values were given for {sorted(self._missing)[:3]}"
-        with self._file:
-            entries = b"".join(self._entries)
-            self._file.write(entries + _end(len(self._entries), len(entries), self._file.tell()))
-
-    def write(self, name: str, values: memoryview) -> None:
-        """Give the values of a slot; every slot gets its own once."""
-        self._missing.remove(name)
-        self._member(f"data/{self._keys[name]}", values)
-
-    def _member(self, name: str, content: bytes | memoryview) -> None:
-        at = self._file.tell()
-        local, entry = _records(f"archive/{name}".encode(), at, len(content), zlib.crc32(content))
-        self._entries.append(entry)
-        self._file.write(local)
-        self._file.write(content)
+    with path.open("xb") as file:
+        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little")):
+            member(name, content)
+        yield lambda name, values: member(f"data/{keys.pop(name)}", values)
+        assert not keys, f"no values were given for {sorted(keys)[:3]}"
+        directory = b"".join(entries)
+        file.write(directory + _end(len(entries), len(directory), file.tell()))
 
 
 def _records(name: bytes, start: int, size: int, crc: int) -> tuple[bytes, bytes]:
