@@ -15,24 +15,21 @@ CONFIG_NAME = "tokenizer_config.json"
 class Normalization(NamedTuple):
     """What happens to text before a WordPiece vocabulary is looked up, which its vocab.txt does not say.
 
+    The names are those of transformers.
+
     Attributes:
-        lowercase: whether text is lower-cased; None where it is not known.
-        strip_accents: whether accents are removed; None does what ``lowercase`` does.
-        split_chinese: whether every Chinese character is a word of its own.
+        do_lower_case: whether text is lower-cased; None where it is not known.
+        strip_accents: whether accents are removed; None does what ``do_lower_case`` does.
+        tokenize_chinese_chars: whether every Chinese character is a word of its own.
     """
 
-    lowercase: bool | None = None
+    do_lower_case: bool | None = None
     strip_accents: bool | None = None
-    split_chinese: bool = True
+    tokenize_chinese_chars: bool = True
 
     def settings(self) -> dict[str, bool | None]:
-        """As transformers names them."""
-        values = zip(_NAMES, self, strict=True)
-        return {name: value for name, value in values if value is not None or name == "strip_accents"}
-
-
-#: transformers' names of the fields of Normalization, in their order.
-_NAMES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+        """What there is to say of them in the file."""
+        return {name: value for name, value in self._asdict().items() if value is not None or name == "strip_accents"}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -53,11 +50,11 @@ def read_normalization(folder: Path) -> Normalization:
     path = folder / CONFIG_NAME
     settings = read_settings(path)
     stated: dict[str, Any] = {}
-    for field, name in zip(Normalization._fields, _NAMES, strict=True):
+    for name in Normalization._fields:
         if name not in settings:
             continue
         value = settings[name]
         if type(value) is not bool and not (value is None and name == "strip_accents"):
             raise UserError(f"{path} says that {name} is {repr(value)[:40]}: write true or false, or leave it out")
-        stated[field] = value
+        stated[name] = value
     return Normalization(**stated)

@@ -294,7 +294,7 @@ def load_tokenizer(
     if source.suffix == ".txt":
         normalization = read_normalization(source.parent)
         if lowercase is not None:
-            normalization = normalization._replace(lowercase=lowercase)
+            normalization = normalization._replace(do_lower_case=lowercase)
         return JsonTokenizer(source, wordpiece(read_vocabulary(source), normalization))
     if source.suffix == ".model" and model_type == "xlm-roberta":
         raise UserError(

@@ -142,7 +142,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
     distinct = list(dict.fromkeys(pieces))[:vocab_size]
     _check_size(len(distinct), vocab_size)
     vocabulary = {piece: number for number, piece in enumerate(distinct)}
-    JsonTokenizer(output, wordpiece(vocabulary, Normalization(lowercase=not cased))).save(output)
+    JsonTokenizer(output, wordpiece(vocabulary, Normalization(not cased))).save(output)
 
 
 def _alphabet(text: Iterable[str], normalizer: normalizers.Normalizer, vocab_size: int) -> list[str]:

@@ -28,13 +28,13 @@ def wordpiece(vocabulary: dict[str, int], normalization: Normalization) -> token
 
     Where `normalization` does not say whether text is lower-cased, it is unless the vocabulary holds upper case.
     """
-    lowercase = normalization.lowercase
+    lowercase = normalization.do_lower_case
     if lowercase is None:
         lowercase = not any(piece != piece.lower() for piece in vocabulary if not _is_bracketed(piece))
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=normalization.split_chinese,
+        handle_chinese_chars=normalization.tokenize_chinese_chars,
         strip_accents=normalization.strip_accents,
         lowercase=lowercase,
     )
