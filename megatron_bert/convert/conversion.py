@@ -127,7 +127,9 @@ def convert(
             warnings.append(doubt)
         checked = verify(state, tokenizer, verify_text) if verify_text and tokenizer is not None else None
         if folder is not None:
-            _check_room(target, folder, size)
+            free, needed = shutil.disk_usage(folder).free, size * (2 if target.zipped else 1)
+            if needed > free:
+                raise UserError(f"{place} needs {needed:,} bytes, but {free:,} are free there: choose another place")
             _write(state, target, folder, write, size, None if progress is None else not progress)
         return ConversionReport(
             source=str(replace(inspection_of(opened, str(source)), suspicious=())),
@@ -152,13 +154,6 @@ def _notes(state: CanonicalState, to: str, write: WriteOptions, target: Destinat
         yield "Megatron's checkpoints name no classes and no task: they were left out"
     if len({tensor.dtype for tensor in state.values()}) > 1:
         yield "the source mixes number formats: give --dtype to write one"
-
-
-def _check_room(target: Destination, folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    needed = size * (2 if target.zipped else 1)
-    if needed > free:
-        raise UserError(f"{target.path} needs {needed:,} bytes, but {free:,} are free there: choose another place")
 
 
 def _write(

@@ -14,14 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from megatron_bert.convert.files import FileTree
-from megatron_bert.convert.huggingface_config import (
-    architecture_in,
-    class_ending,
-    config_in,
-    family_in,
-    head_in,
-    their_config,
-)
+from megatron_bert.convert.huggingface_config import architecture_in, class_ending, config_in, family_in, their_config
 from megatron_bert.convert.huggingface_names import (
     IBERT,
     MEGATRON_BERT,
@@ -45,6 +38,7 @@ from megatron_bert.convert.state import (
 )
 from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import CONFIG_NAME, MODEL_TYPE, MegatronBertConfig
+from megatron_bert.model.task_heads.table import head_of_class, head_of_parameters
 from parallel.errors import UserError, brief
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.whole_files import write_json, write_text
@@ -108,6 +102,7 @@ def _read(tree: FileTree, options: ReadOptions, stored: Mapping[str, StateTensor
     table = _embeddings(tree.label, family, parts) if stored else None
     rows = None if table is None else table.shape[0]
     named = {name: next(iter(several.values())) for name, several in parts.items()}
+    architecture, by_names = architecture_in(settings), head_of_parameters(named, like_roberta=family is IBERT)
     config, words, assumptions = config_in(settings, label, family, rows, named, options)
     warnings: list[str] = []
     ranges = None
@@ -122,13 +117,13 @@ def _read(tree: FileTree, options: ReadOptions, stored: Mapping[str, StateTensor
         true_vocab_size=words,
         stored_rows=config.vocab_size if rows is None else rows,
         assumptions=(*assumed, *assumptions),
-        architecture=architecture_in(settings),
+        architecture=architecture,
     )
     return CanonicalState(
         config=config,
         facts=facts,
         tensors=without_padding(_canonical(tree.label, parts, config), config),
-        head=head_in(settings, named, family),
+        head=by_names if architecture is None else head_of_class(architecture),
         ranges=ranges,
         task=read_json(tree[TASK_NAME]) if TASK_NAME in tree else None,
         warnings=warnings,

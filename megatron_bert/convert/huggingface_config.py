@@ -12,7 +12,7 @@ from megatron_bert.convert.options import GELU_NAMES, ReadOptions
 from megatron_bert.convert.state import SIZES, CanonicalState, StateTensor, classes_of
 from megatron_bert.model.activations import GELU_SYNONYMS
 from megatron_bert.model.configuration import MODEL_TYPE, MegatronBertConfig, config_from_dict, named_labels
-from megatron_bert.model.task_heads.table import HEADS, head_of_class, head_of_parameters
+from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError, brief
 
 #: Fields of a config.json without which nothing is known of a model.
@@ -48,13 +48,6 @@ def family_in(
     if settings.get("pruned_heads"):
         raise UserError(f"{label} says that attention heads were pruned: only whole models can be read")
     return MODEL_TYPES[kind], assumed
-
-
-def head_in(settings: dict[str, Any], names: Mapping[str, StateTensor], family: HuggingFaceNames) -> str | None:
-    """The kind of head that the class has which the settings name, or else the weights."""
-    if (named := architecture_in(settings)) is not None:
-        return head_of_class(named)
-    return head_of_parameters(names, like_roberta=family is IBERT)
 
 
 def architecture_in(settings: dict[str, Any]) -> str | None:

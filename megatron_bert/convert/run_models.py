@@ -32,33 +32,25 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def best_run(directory: Path) -> Path | None:
-    """The best of several runs of one command, by their summary; None where the directory does not hold several.
-
-    Raises:
-        UserError: the summary is damaged, or names no best run.
-    """
-    try:
-        results = read_results(directory) or {}
-        runs, best = list(results.get("runs", ())), results.get("best")
-        best = directory / best["name"] if best else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / RESULTS_FILE} is damaged ({error}): give the directory of one run") from None
-    if runs and best is None:
-        raise UserError(f"{directory} holds several runs, and no best one: give one of {', '.join(runs)} in it")
-    return best if runs else None
-
-
 def finished_model(source: Path) -> Path:
     """The directory of the model that a path stands for: of a fine-tuning run that in it, of several that of the best.
 
     Any other path stands for itself.
 
     Raises:
-        UserError: it is not known which of several runs is meant.
+        UserError: the summary of several runs is damaged, or names no best one.
     """
     for directory in (source, source / MODEL_FOLDER):
         if (directory / CONFIG_NAME).is_file():
             return directory
-    best = best_run(source)
-    return source if best is None else best / MODEL_FOLDER
+    try:
+        results = read_results(source) or {}
+        runs, best = list(results.get("runs", ())), results.get("best")
+        model = source / best["name"] / MODEL_FOLDER if best else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{source / RESULTS_FILE} is damaged ({error}): give the directory of one run") from None
+    if not runs:
+        return source
+    if model is None:
+        raise UserError(f"{source} holds several runs, and no best one: give one of {', '.join(runs)} in it")
+    return model

@@ -63,14 +63,9 @@ class StateTensor:
         return StateTensor(tuple(values.shape), values.dtype, values.clone, origin)
 
     @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def mapped(self, function: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] | None = None) -> StateTensor:
         """The same tensor with a function applied when it is read; ``shape`` where that changes it."""
@@ -152,7 +147,7 @@ class CanonicalState(Mapping[str, StateTensor]):
     @property
     def parameters(self) -> int:
         """Number of parameters, without padding."""
-        return sum(tensor.count for tensor in self.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def has_masked_head(self) -> bool:

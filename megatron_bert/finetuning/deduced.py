@@ -50,8 +50,12 @@ def deduced_settings(state: CanonicalState, given: Mapping[str, Any]) -> dict[st
     if name == "classification":
         found["multi_label"] = problem == "multi_label_classification"
     if name == "token_classification":
-        if "labels" not in given:
-            _check_tags(state.label, _labels(config))
+        strange = [name for name in _labels(config) if not looks_like_tag(name)]
+        if strange and "labels" not in given:
+            raise UserError(
+                f"{state.label} has a class {brief(repr(strange[0]), 40)}, which is not the tag of an entity: say "
+                f"which tags its {labels} classes are, in their order, such as task.labels=[O,B-PER,I-PER]"
+            )
         found["scheme"] = _scheme(given.get("labels") or _labels(config))
     if name in TASKS and has_setting(name, "settings", "labels") and not regression:
         found["labels"] = _labels(config)
@@ -60,14 +64,6 @@ def deduced_settings(state: CanonicalState, given: Mapping[str, Any]) -> dict[st
 
 def _labels(config: MegatronBertConfig) -> list[str]:
     return [label for _, label in sorted((config.id2label or {}).items())]
-
-
-def _check_tags(label: str, names: list[str]) -> None:
-    if strange := [name for name in names if not looks_like_tag(name)]:
-        raise UserError(
-            f"{label} has a class {brief(repr(strange[0]), 40)}, which is not the tag of an entity: say which tags its "
-            f"{len(names)} classes are, in their order, such as task.labels=[O,B-PER,I-PER]"
-        )
 
 
 def class_of(state: CanonicalState) -> str:

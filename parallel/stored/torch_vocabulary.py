@@ -48,9 +48,6 @@ def torch_vocabulary(storage: Callable[[Any], StorageRecord]) -> Vocabulary:
     """What a torch checkpoint may name; ``storage`` makes the record of a storage from a persistent id."""
     vocabulary = Vocabulary(values=_VALUES, inert=_INERT, storage=storage)
 
-    def from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
-        return vocabulary.call(function, arguments)
-
     vocabulary.calls = {
         "argparse.Namespace": argparse.Namespace,
         "collections.OrderedDict": _ordered_dict,
@@ -61,7 +58,9 @@ def torch_vocabulary(storage: Callable[[Any], StorageRecord]) -> Vocabulary:
         "torch._utils._rebuild_tensor_v3": _tensor_v3,
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-        "torch._tensor._rebuild_from_type_v2": from_type,
+        "torch._tensor._rebuild_from_type_v2": lambda function, _kind, arguments, _: vocabulary.call(
+            function, arguments
+        ),
         "torch.nn.parameter.Parameter": lambda data, *_: data,
         "torch.Tensor": lambda *_: _refuse_tensor_class(),
         "_codecs.encode": _encode,
