@@ -104,16 +104,12 @@ class Shard:
         Raises:
             UserError: there is none.
         """
-        key = next((key for key in ("model0", *MODEL_KEYS) if key in self.content), None)
-        if key is None:  # a bare state dictionary
-            found = [self.content]
-        elif key == "model0":
-            names = (f"model{number}" for number in itertools.count())
-            found = [self.content[name] for name in itertools.takewhile(self.content.__contains__, names)]
-        else:
-            found = [self.content[key]]
+        numbered = (f"model{number}" for number in itertools.count())
+        keys = list(itertools.takewhile(self.content.__contains__, numbered))
+        keys = keys or [key for key in MODEL_KEYS if key in self.content][:1]
+        found = [self.content[key] for key in keys] or [self.content]  # a bare state dictionary
         if not all(isinstance(chunk, dict) for chunk in found):
-            raise UserError(f"{self.label} holds no model where it should be (key {key!r}): wrong file?")
+            raise UserError(f"{self.label} holds no model where it should be (key {keys[0]!r}): wrong file?")
         return [self._flat(chunk) for chunk in found]
 
     def _flat(self, chunk: dict[Any, Any]) -> dict[str, StateTensor]:
