@@ -92,8 +92,9 @@ def _load_zip(place: FileRange) -> Any:
 
 def _storage_id(persistent_id: Any, length: int) -> tuple[str, torch.dtype, int]:
     """Key, element type and number of elements of ``('storage', type, key, location, numel, ...)``."""
-    match persistent_id if isinstance(persistent_id, tuple) and len(persistent_id) == length else None:
-        case ("storage", torch.dtype() as dtype, str(key), _, int(numel), *_):
+    if isinstance(persistent_id, tuple) and len(persistent_id) == length:
+        kind, dtype, key, _, numel = persistent_id[:5]
+        if kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str) and isinstance(numel, int):
             if 0 <= numel < 1 << 48:
                 return key, dtype, numel
             raise ValueError("a storage of a strange size")
