@@ -48,13 +48,8 @@ def read_normalization(folder: Path) -> Normalization:
         UserError: it is damaged, or says something else than true or false.
     """
     path = folder / CONFIG_NAME
-    settings = read_settings(path)
-    stated: dict[str, Any] = {}
-    for name in Normalization._fields:
-        if name not in settings:
-            continue
-        value = settings[name]
+    stated = {name: value for name, value in read_settings(path).items() if name in Normalization._fields}
+    for name, value in stated.items():
         if type(value) is not bool and not (value is None and name == "strip_accents"):
             raise UserError(f"{path} says that {name} is {repr(value)[:40]}: write true or false, or leave it out")
-        stated[name] = value
     return Normalization(**stated)
