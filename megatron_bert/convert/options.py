@@ -26,14 +26,19 @@ _VOCABULARY = "vocabulary: its size is the true one, and it is put beside the we
 
 def _option(default: Any, text: str, kind: Any = None, metavar: str | None = None, **more: Any) -> Any:
     """A field that is an argument of the command line too; under another name as ``flag``."""
-    return field(
-        default=default, metadata={"help": text, **({"type": kind, "metavar": metavar} if kind else {}), **more}
-    )
+    typed = {"type": kind, "metavar": metavar} if kind else {}
+    return field(default=default, metadata={"help": text, **typed, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     """Fields that the command line has too."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata.get("choices")
+            if choices and value != entry.default and value not in choices:
+                raise UserError(f"--{entry.name} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
     @classmethod
     def add_to(cls, group: Any) -> None:
@@ -68,8 +73,7 @@ class ReadOptions(_Options):
     )
 
     def __post_init__(self) -> None:
-        if self.gelu is not None and self.gelu not in GELU_NAMES:
-            raise UserError(f"--gelu is {self.gelu!r}: choose erf or tanh")
+        super().__post_init__()
         if self.layer_norm_eps is not None and not 0 < self.layer_norm_eps < 1:
             raise UserError(f"--layer-norm-eps is {self.layer_norm_eps}: give a small positive number, such as 1e-5")
         for name in ("true_vocab_size", "num_attention_heads"):
@@ -94,9 +98,3 @@ class WriteOptions(_Options):
     dtype: str | None = _option(None, "number format of the weights (default: as stored)", choices=DTYPE_NAMES)
     tokenizer: Path | None = _option(None, _VOCABULARY, given_path, "PATH")  # noqa: RUF009
     max_shard_bytes: int = 5_000_000_000
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
-            raise UserError(f"--dtype is {self.dtype!r}: choose one of {', '.join(DTYPE_NAMES)}")
-        if self.norms not in ("local", "fused"):
-            raise UserError(f"--norms is {self.norms!r}: choose local or fused")
