@@ -152,9 +152,9 @@ class TrainingSettings(RunTrainingSettings):
 
     cuda_graphs: bool = Field(
         False,
-        description="Record forward and backward pass of a micro batch as a CUDA graph, and replay it for all of them: "
-        "the host queues one launch in place of thousands. Needs data.packed, and neither pipeline stages, full or "
-        "hybrid sharding nor recomputation. It has not been run on a GPU yet.",
+        description="Record forward and backward passes as CUDA graphs, and replay them for all micro batches: the "
+        "host queues one launch for each pass of a stage in place of thousands. Needs data.packed, and neither full or "
+        "hybrid sharding nor full recomputation with attention dropout. It has not been run on a GPU yet.",
     )
 
     steps: int = Field(

@@ -103,21 +103,16 @@ def _check_graphs(settings: Settings, layout: ParallelLayout) -> None:
         (training.device == "cpu", "training.device is cpu, and graphs are of GPUs", "training.device=cuda"),
         (not settings.data.packed, "data.packed is false, so micro batches differ in shape", "data.packed=true"),
         (
-            layout.pipeline > 1,
-            f"parallel.pipeline is {layout.pipeline}, and stages exchange messages between passes",
-            "parallel.pipeline=1",
-        ),
-        (
             layout.data > 1 and sharding in ("full", "hybrid"),
             f"parallel.sharding is {sharding}, which frees gathered weights in every pass",
             "parallel.sharding=optimizer",
         ),
         (
-            training.recompute != "none",
-            f"training.recompute is {training.recompute}, which sets the generator of dropout back from the host",
-            "training.recompute=none",
+            training.recompute == "full" and settings.model.attention_probs_dropout_prob > 0,
+            "training.recompute is full, whose attention would have to draw its dropout from the same state of torch's "
+            "generator again",
+            "training.recompute=selective or model.attention_probs_dropout_prob=0",
         ),
-        (settings.logging.trace, "logging.trace is true, which times passes apart", "logging.trace=false"),
     )
     for stands, reason, remedy in reasons:
         if stands:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -92,6 +93,25 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
+
+
+@contextmanager
+def marking_sums(model: nn.Module, mark: Callable[[], None] | None) -> Iterator[None]:
+    """Let a backward pass that is being recorded note where gradients are complete which a sum could begin with.
+
+    Args:
+        model: whose weights stay whole.
+        mark: called there, for :func:`begin_next_sum` to be called there in a replay; None notes nothing.
+    """
+    flat = flat_buffers(model)
+    with nullcontext() if flat is None or mark is None else flat.marking(mark):
+        yield
+
+
+def begin_next_sum(model: nn.Module) -> None:
+    """Begin the next sum over data ranks, if the backward pass that is replayed is the last one of the step."""
+    if (flat := flat_buffers(model)) is not None:
+        flat.reduce_next()
 
 
 def _parameter_groups(model: FSDPModule) -> Iterator[Any]:

@@ -16,7 +16,8 @@ bfloat16; 8 + 8 / d in float32, whose weights are the master weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -123,6 +124,7 @@ class FlatBuffers:
         self.divided = mesh.layout.data_shard > 1
         self._last = self._summed = False
         self._next_to_reduce = 0
+        self._mark: Callable[[], None] | None = None
         self._allocate(model, self._bucket_parameters(model, groups, alone), compute_dtype)
         if compute_dtype != torch.float32:
             # torch.compile does not take parameters whose gradients have another format, wherever they are used.
@@ -273,16 +275,43 @@ class FlatBuffers:
         self._summed = False
         self._last = last and self.ranks > 1
         if self._last:
-            self._next_to_reduce = len(self.buckets) - 1
-            for bucket in self.buckets:
-                bucket.missing = len(bucket.slots)
+            self._expect()
+
+    def _expect(self) -> None:
+        self._next_to_reduce = len(self.buckets) - 1
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.slots)
+
+    @contextmanager
+    def marking(self, mark: Callable[[], None]) -> Iterator[None]:
+        """A backward pass is being recorded, whose replays call no hooks.
+
+        Args:
+            mark: called where the gradients of the next bucket are complete, for :meth:`reduce_next` to be called there
+                in a replay.
+        """
+        self._mark = mark
+        self._expect()
+        try:
+            yield
+        finally:
+            self._mark = None
 
     def _arrived(self, bucket: _Bucket) -> None:
-        if not self._last:
+        if not self._last and self._mark is None:
             return
         bucket.missing -= 1
         # In one order on all ranks, whatever the order in which gradients arrive.
         while self._next_to_reduce >= 0 and self.buckets[self._next_to_reduce].missing == 0:
+            if self._mark is None:
+                self._reduce(self.buckets[self._next_to_reduce])
+            else:
+                self._mark()
+                self._next_to_reduce -= 1
+
+    def reduce_next(self) -> None:
+        """Begin to sum the next bucket, whose gradients are complete, if this is the last backward pass of the step."""
+        if self._last:
             self._reduce(self.buckets[self._next_to_reduce])
 
     def _reduce(self, bucket: _Bucket) -> None:

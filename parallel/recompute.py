@@ -23,7 +23,12 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def recomputed(
-    function: Callable[..., Any], mode: Recompute, *args: Any, at: Literal["selective", "full"] = "full", **kwargs: Any
+    function: Callable[..., Any],
+    mode: Recompute,
+    *args: Any,
+    at: Literal["selective", "full"] = "full",
+    draws: bool = True,
+    **kwargs: Any,
 ) -> Any:
     """Call ``function``; when ``mode`` is ``at``, keep its arguments only and call it again in the backward pass.
 
@@ -31,8 +36,9 @@ def recomputed(
         function: a layer, or a cheap region of one.
         mode: the recomputation of the model.
         at: the mode this region is recomputed at.
+        draws: whether it may draw from torch's generator, as the dropout of fused attention does and keyed dropout does
+            not: the state of that is then set back, which no graph of a GPU can record.
     """
     if mode != at or not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    # Keyed dropout needs no generator state; fused attention does: its dropout draws from torch's generator.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)

@@ -125,6 +125,7 @@ class AttentionHeads(nn.Module):
             positions,
             head_mask,
             at="selective",
+            draws=False,
         )
 
     def _write_out(

@@ -67,7 +67,8 @@ class Mlp(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """``[T, H]`` (``[T/t, H]`` under sequence parallelism) to the same."""
         wide = self.intermediate(hidden)
-        return self.output.finish(recomputed(self._activated_product, self.recompute, wide, at="selective"))
+        product = recomputed(self._activated_product, self.recompute, wide, at="selective", draws=False)
+        return self.output.finish(product)
 
     def _activated_product(self, wide: Tensor) -> Tensor:
         return self.output.product(ACTIVATIONS[self.hidden_act](wide))
@@ -106,7 +107,12 @@ class TransformerLayer(nn.Module):
         """One layer; arguments and result as of Encoder, with dropout keys of this layer."""
         if request is None:
             return self._run(hidden, layout, dropout_keys)
-        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, request)
+        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, request, draws=self.draws)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw from torch's generator, as the dropout of fused attention does."""
+        return self.attention.dropout_prob > 0.0
 
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
@@ -115,7 +121,7 @@ class TransformerLayer(nn.Module):
         self._hashed = hashed_columns(self.mlp_norm.weight.shape[0], self.mlp_norm.weight.device)
 
     def _run(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
-        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys)
+        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, draws=self.draws)
 
     def _forward(
         self,

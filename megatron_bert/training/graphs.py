@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward pass, loss and backward pass of a micro batch as one CUDA graph."""
+"""Forward and backward passes of micro batches as CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,57 +12,86 @@ from torch import Tensor
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.training.run_state import RunState
-from parallel.captured import Captured, CudaRecorder
-from parallel.data_parallel import flat_buffers, set_gradient_sync
-from parallel.presence import sign
+from parallel.captured import CudaRecorders
+from parallel.data_parallel import flat_buffers
+from parallel.pipeline.actions import Action
+from parallel.pipeline.captured_passes import CapturedPasses
 
 #: Before the names of tensors of a batch's layout.
 _LAYOUT = "layout."
+#: Micro batches that run as they are before graphs are recorded: libraries and compilers set themselves up in them.
+_WARMUPS = 3
 
 
-class MicroBatchGraph:
-    """Adds the gradients of micro batches of one shape to flat buffers, by replaying a graph.
+class StepGraphs:
+    """Runs the micro batches of steps, all of one shape, by replaying graphs of the pipeline's actions.
 
-    The first micro batches run as they are. Sums over data ranks come after the last micro batch, and weights of other
-    ranks are waited for before the first: the hooks that begin both earlier run in no replay.
+    The first steps run as they are. Weights of other ranks are waited for before the first micro batch: the hooks that
+    wait for those of a layer run in no replay.
 
     Args:
-        trainer: of a model in one stage, on flat buffers.
+        trainer: of a model on flat buffers.
     """
 
     def __init__(self, trainer: RunState) -> None:
-        self.trainer = trainer
-        (self.stage,) = trainer.model.stages.values()
-        buffers = flat_buffers(self.stage)
-        assert buffers is not None, "gradients stay where they are"
-        self.buffers = buffers
+        self.trainer, self.engine = trainer, trainer.engine
+        self.plain_steps = -(-_WARMUPS // self.engine.schedule.microbatches)
+        #: Of a step so far; the last stage's graphs add to it.
+        self.losses = torch.zeros(len(trainer.objective.loss_names), device=trainer.world.device)
         self._like: TokenBatch | None = None
-        self.captured = Captured(self._passes, lambda: CudaRecorder(trainer.world.device))
+        self.passes = CapturedPasses(
+            self.engine.schedule,
+            self.engine.rank,
+            trainer.model.stages,
+            self._forward,
+            CudaRecorders(trainer.world.device),
+        )
 
-    def run(self, batches: Sequence[TokenBatch], counts: Tensor, losses: Tensor, scale: float) -> None:
-        """The micro batches of a step.
+    def run(
+        self, batches: Sequence[TokenBatch], counts: Tensor, losses: Tensor, scale: float, plain: Callable[[], None]
+    ) -> None:
+        """The forward and backward passes of a step.
 
         Args:
+            batches: of this data rank.
             counts: what each loss sum is divided by.
             losses: which the loss sums are added to.
             scale: on the losses.
+            plain: does the same without graphs.
         """
-        sign()
-        self.buffers.wait()
-        scaled = torch.full((), scale, device=losses.device)
-        for batch in batches:
-            with self.trainer.clock.on_device():
-                set_gradient_sync(self.stage, last=False)
-                self._like = batch
-                losses.add_(self.captured({**tensors_of(batch), "counts": counts, "scale": scaled}))
+        if self.plain_steps:
+            self.plain_steps -= 1
+            plain()
+            return
+        shared = {"counts": counts, "scale": torch.full((), scale, device=losses.device)}
+        for stage in self.trainer.model.stages.values():
+            buffers = flat_buffers(stage)
+            assert buffers is not None, "gradients stay where they are"
+            buffers.wait()
+        shape = self.trainer.model.activation_shape(batches[0])
+        if not self.passes.graphs:
+            self._like = batches[0]
+            activation = torch.zeros(shape, dtype=self.engine.dtype, device=losses.device)
+            self.passes.record(tensors_of(batches[0]) | shared, activation)
+        self.losses.zero_()
 
-    def _passes(self, given: Mapping[str, Tensor]) -> Tensor:
-        assert self._like is not None, "a micro batch runs"
+        def compute(action: Action, taken: Tensor | None) -> Tensor | None:
+            return self.passes.run(action, taken, lambda index: tensors_of(batches[index]) | shared)
+
+        self.engine.run_passes(compute, lambda _: shape)
+        losses.add_(self.losses)
+
+    def _forward(self, number: int, received: Tensor | None, given: Mapping[str, Tensor]) -> Tensor:
+        assert self._like is not None, "graphs are recorded of a step's micro batch"
         batch, trainer = with_tensors(self._like, given), self.trainer
-        output = self.stage(batch, trainer.dropout_seed)
+        stage = trainer.model.stages[number]
+        output = stage(batch, trainer.dropout_seed, received)
+        if not stage.part.last:
+            assert isinstance(output, Tensor), "what another stage goes on with"
+            return output
         sums = trainer.objective.loss_sums(output, batch, trainer.mesh.tensor_parallel)
-        ((sums / given["counts"]).sum() * given["scale"]).backward()
-        return sums.detach()
+        self.losses.add_(sums.detach())
+        return (sums / given["counts"]).sum() * given["scale"]
 
 
 def tensors_of(batch: TokenBatch) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.stage import ModelStage
-from parallel.pipeline.engine import PipelineEngine, forward_of
+from parallel.pipeline.engine import PipelineEngine
+from parallel.pipeline.passes import forward_of
 from parallel.pipeline.tied import TiedParameter
 
 #: Global name of the parameter that the first and the last stage both hold.
@@ -57,7 +58,7 @@ class StagedModel:
         stages: Mapping[int, ModelStage] | None = None,
         began: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Run the stages over the micro batches of one step; see :func:`~parallel.pipeline.engine.forward_of`.
+        """Run the stages over the micro batches of one step; see :func:`~parallel.pipeline.passes.forward_of`.
 
         Args:
             stages: others to run in place of these, with activations of the same shapes.

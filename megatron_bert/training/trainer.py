@@ -16,7 +16,7 @@ from megatron_bert.convert.native import CONFIG_KEY
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.training.build import build_model
 from megatron_bert.training.divergence import Watch, diagnosed
-from megatron_bert.training.graphs import MicroBatchGraph
+from megatron_bert.training.graphs import StepGraphs
 from megatron_bert.training.learning_rate import layer_scale, learning_rate_at
 from megatron_bert.training.memory import MemoryMeter
 from megatron_bert.training.meter import Meter
@@ -115,7 +115,7 @@ class Trainer:
             keep_every=settings.checkpoint.keep_every,
         )
         self.memory = MemoryMeter(self)
-        self.graph = MicroBatchGraph(self) if captures else None
+        self.graphs = StepGraphs(self) if captures else None
         self.watch, self.spikes = Watch(self), Spikes(settings.training)
         self.saving = Saving(self.checkpoints, self.selection)
         if resume_from is not None:
@@ -242,10 +242,13 @@ class Trainer:
             losses.add_(sums.detach())
             return (sums / counts).sum() * self.loss_scale.value
 
-        if self.graph is not None and began is None:
-            self.graph.run(batches, counts, losses, self.loss_scale.value)
-        else:
+        def plain() -> None:
             self.model.run(self.engine, batches, loss_of, seed=self.dropout_seed, began=began)
+
+        if self.graphs is not None and began is None:
+            self.graphs.run(batches, counts, losses, self.loss_scale.value, plain)
+        else:
+            plain()
         return StepSums(losses, counts, self._finish_gradients(losses))
 
     def evaluate(self) -> dict[str, float]:

@@ -151,3 +151,21 @@ def activations_in_flight(actions: Iterable[Action]) -> list[int]:
         held += change.get(action.kind, -1)
         counts.append(held)
     return counts
+
+
+def slots_in_flight(actions: Iterable[Action]) -> dict[Action, int]:
+    """The slot of each action of a rank's list: micro batches that a stage holds at once have different ones.
+
+    A micro batch takes the lowest slot of its stage that is free, from its forward pass to the end of its backward
+    pass, so that a stage has as many as it ever holds micro batches.
+    """
+    taken: dict[int, dict[int, int]] = {}
+    found = {}
+    for action in actions:
+        slots = taken.setdefault(action.stage, {})
+        if action.kind is ActionKind.FORWARD:
+            slots[action.microbatch] = next(n for n in range(len(slots) + 1) if n not in slots.values())
+        found[action] = slots[action.microbatch]
+        if action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT):
+            del slots[action.microbatch]
+    return found

@@ -4,61 +4,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from parallel.data_parallel import keep_gradients, reduce_gradients, set_gradient_sync
-from parallel.pipeline.actions import Action, ActionKind, Backward, Schedule
+from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.chart import text_grid
 from parallel.pipeline.communication import Message, Step, plan_communication
 from parallel.pipeline.p2p import PipelineTransport
+from parallel.pipeline.passes import Compute, Passes, StageForward
 from parallel.pipeline.simulate import TimedAction, simulate
-from parallel.pipeline.stage import Stage
 from parallel.presence import sign, waits_for_others
 from parallel.step_clock import StepClock
-from parallel.weight_gradients import WeightGradientQueue, deferring
 
-#: Runs the forward pass of (stage, received activation or None, microbatch). The last stage returns the scalar loss, or
-#: None where no backward pass follows.
-StageForward = Callable[[int, Tensor | None, int], Tensor | None]
 #: Shape of the activation that enters any but the first stage, for a microbatch.
 ActivationShape = Callable[[int], tuple[int, ...]]
-
-
-def forward_of(
-    stages: Mapping[int, Stage],
-    batches: Sequence[Any],
-    at_end: Callable[[int, Any], Tensor | None],
-    *,
-    seed: int | None = None,
-    began: Callable[[int, int], None] | None = None,
-) -> StageForward:
-    """The forward pass of stages over the micro batches of a step.
-
-    Args:
-        stages: this rank's, by global index.
-        batches: what stages are called with, by micro batch.
-        at_end: takes the number of a micro batch and what the last stage makes of it, where that is on this rank; its
-            loss, or None where no backward pass follows.
-        seed: of dropout masks; None switches dropout off.
-        began: called with stage and micro batch before every forward pass.
-    """
-
-    def forward(number: int, received: Tensor | None, index: int) -> Tensor | None:
-        if began is not None:
-            began(number, index)
-        stage = stages[number]
-        output = stage(batches[index], seed, received)
-        return at_end(index, output) if stage.part.last else output
-
-    return forward
 
 
 class PipelineError(RuntimeError):
@@ -66,28 +31,15 @@ class PipelineError(RuntimeError):
 
 
 @dataclass
-class _Held:
-    """What a stage keeps of a microbatch between forward and backward.
-
-    The output itself is not kept: backward needs the edge of the graph that led to it, and the sent tensor can go.
-    """
-
-    received: Tensor | None
-    root: Tensor | GradientEdge
-    queue: WeightGradientQueue | None
-
-
-@dataclass
 class _StepState:
     """What a rank holds in the middle of a step."""
 
-    forward: StageForward
+    compute: Compute
     shape: ActivationShape
+    after: Callable[[Action], None] | None
     receives: dict[Message, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     sends: dict[Message, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     handed_over: dict[Action, Tensor] = field(default_factory=dict)
-    held: dict[tuple[int, int], _Held] = field(default_factory=dict)
-    queues: dict[tuple[int, int], WeightGradientQueue] = field(default_factory=dict)
     doing: str = ""
 
 
@@ -124,17 +76,37 @@ class PipelineEngine:
         self._last_backward = {action.stage: action for action in schedule.actions[rank] if action.kind is last_kind}
         self.recorded: list[TimedAction] = []
         self.step_began = 0.0
-        #: Called after each action of this rank; None calls nothing.
+        #: Called after each action that :meth:`run` computes; None calls nothing.
         self.after_action: Callable[[Action], None] | None = None
 
     def run(self, forward: StageForward, shape: ActivationShape) -> None:
         """Run one step.
 
+        Args:
+            forward: of this rank's stages.
+            shape: of activations.
+
+        Raises:
+            PipelineError: an action of this rank failed, or a message did not come.
+        """
+        passes = Passes(self.schedule)
+        self.run_passes(lambda action, taken: passes.run(action, taken, forward), shape, after=self.after_action)
+
+    def run_passes(
+        self, compute: Compute, shape: ActivationShape, *, after: Callable[[Action], None] | None = None
+    ) -> None:
+        """Run one step whose actions are computed in any way.
+
+        Args:
+            compute: an action of this rank.
+            shape: of activations.
+            after: called after each action.
+
         Raises:
             PipelineError: an action of this rank failed, or a message did not come.
         """
         sign()
-        state = _StepState(forward, shape)
+        state = _StepState(compute, shape, after)
         if self.record:
             # Ranks leave the barrier together, which makes times of different hosts comparable.
             dist.barrier()
@@ -160,8 +132,8 @@ class PipelineEngine:
         began = self._now()
         with nullcontext() if self.clock is None else self.clock.on_device():
             produced = self._compute(action, taken, state)
-        if self.after_action is not None:
-            self.after_action(action)
+        if state.after is not None:
+            state.after(action)
         if self.record:
             self.recorded.append(TimedAction(self.rank, action, began, self._now()))
         if produced is None:
@@ -199,47 +171,15 @@ class PipelineEngine:
             work.wait()
 
     def _compute(self, action: Action, taken: Tensor | None, state: _StepState) -> Tensor | None:
-        match action.kind:
-            case ActionKind.FORWARD:
-                return self._forward(action, taken, state)
-            case ActionKind.BACKWARD:
-                set_gradient_sync(self.stages[action.stage], last=self._last_backward[action.stage] == action)
-                return self._backward(state.held.pop((action.stage, action.microbatch)), taken)
-            case ActionKind.BACKWARD_INPUT:
-                set_gradient_sync(self.stages[action.stage], last=False)
-                held = state.held.pop((action.stage, action.microbatch))
-                gradient = self._backward(held, taken)
-                # Only the queue stays: the graph would keep the stage's input and its gradient, which can go once sent.
-                assert held.queue is not None, "a split backward pass has a queue"
-                state.queues[(action.stage, action.microbatch)] = held.queue
-                return gradient
-            case ActionKind.BACKWARD_WEIGHT:
-                state.queues.pop((action.stage, action.microbatch)).run()
-                keep_gradients(self.stages[action.stage])
-                if self._last_backward[action.stage] == action:
-                    reduce_gradients(self.stages[action.stage])
-                return None
-
-    def _forward(self, action: Action, received: Tensor | None, state: _StepState) -> Tensor | None:
-        training = self.schedule.backward is not Backward.NONE
-        if received is not None and training:
-            received = received.detach().requires_grad_()
-        queue = WeightGradientQueue() if self.schedule.backward is Backward.SPLIT else None
-        with deferring(queue):
-            output = state.forward(action.stage, received, action.microbatch)
-        is_last = action.stage == self.schedule.stages - 1
-        if training:
-            assert output is not None, "a last stage has a loss, and others an activation"
-            root = output if is_last else get_gradient_edge(output)
-            state.held[(action.stage, action.microbatch)] = _Held(received, root, queue)
-        return None if is_last or output is None else output.detach()
-
-    @staticmethod
-    def _backward(held: _Held, gradient: Tensor | None) -> Tensor | None:
-        """The backward pass from a stage's output to its input; returns the input's gradient."""
-        with deferring(held.queue):
-            torch.autograd.backward([held.root], [gradient])  # type: ignore[arg-type]
-        return None if held.received is None else held.received.grad
+        stage, last = self.stages[action.stage], self._last_backward.get(action.stage) == action
+        if action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
+            set_gradient_sync(stage, last=last)
+        produced = state.compute(action, taken)
+        if action.kind is ActionKind.BACKWARD_WEIGHT:
+            keep_gradients(stage)
+            if last:
+                reduce_gradients(stage)
+        return produced
 
     def _now(self) -> float:
         if self.record and self.device.type == "cuda":

@@ -81,35 +81,71 @@ class _Recording(NoWaiting):
         return out
 
 
+class Pool:
+    """Memory that tapes share; see :class:`parallel.captured.Recorders`."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+
+
 class Tape:
     """Records operators, undoes what they did, and does them again with the same tensors, as a CUDA graph does.
 
     Python does not run again, so what depended on its values stays as it was; waiting for the device is an error.
+
+    Args:
+        pool: of its memory, in which a replay destroys what tapes that were recorded later hold.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool | None = None) -> None:
         self.steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.replays = 0
+        #: Steps that the replay under way has yet to do.
+        self.left = 0
+        #: Numbers of steps that other work may begin before.
+        self.marks: list[int] = []
+        self._recording: _Recording | None = None
+        self._later = (pool or Pool()).tapes
+        self._later.append(self)
 
-    def record(self, work: Callable[[], Tensor]) -> Tensor:
+    def record(self, work: Callable[[], Tensor | None]) -> Tensor | None:
         """Record a function without doing its work."""
-        recording = _Recording()
-        with recording:
+        self._recording = _Recording()
+        with self._recording:
             result = work()
-        for whole, values in recording.before.values():
+        for whole, values in self._recording.before.values():
             whole.copy_(values)
-        self.steps = recording.steps
-        for _, _, _, fresh in self.steps:
-            for tensor in fresh:  # nothing is there before the first replay
-                if tensor.is_floating_point():
-                    tensor.detach().fill_(torch.nan)
+        self.steps = self._recording.steps
+        self._recording = None
+        self.destroy()  # nothing is there before the first replay
         return result
 
+    def mark(self) -> None:
+        """While recording: other work may begin here."""
+        assert self._recording is not None, "a function is being recorded"
+        self.marks.append(len(self._recording.steps))
+
+    def destroy(self) -> None:
+        """Its memory holds something else."""
+        for _, _, _, fresh in self.steps:
+            for tensor in fresh:
+                if tensor.is_floating_point():
+                    tensor.data.fill_(torch.nan)  # whose version stays: backward passes are still to be recorded
+
     @torch.no_grad()
-    def replay(self) -> None:
-        """Do the work once more."""
+    def replay(self, behind: Callable[[], None] | None = None) -> None:
+        """Do the work once more, and call ``behind`` at each mark on the way."""
         self.replays += 1
-        for function, args, kwargs, places in self.steps:
+        for tape in self._later[self._later.index(self) :]:
+            tape.destroy()
+        marks = [] if behind is None else list(self.marks)
+        for number, (function, args, kwargs, places) in enumerate([*self.steps, _END]):
+            self.left = len(self.steps) - number
+            while behind is not None and marks and marks[0] == number:
+                del marks[0]
+                behind()
+            if function is None:
+                break
             out = function(*args, **kwargs)
             results = [value for value in tree_iter(out) if isinstance(value, Tensor)]
             if function.namespace == "_c10d_functional":  # it is under way: what waits for it knows the first one
@@ -117,4 +153,23 @@ class Tape:
             if places:
                 assert len(results) == len(places), function
             for place, result in zip(places, results, strict=False):
-                place.detach().copy_(result)
+                place.data.copy_(result)
+
+
+_END: tuple[Any, Any, Any, list[Tensor]] = (None, (), {}, [])
+
+
+class Tapes:
+    """Makes tapes, and remembers them."""
+
+    def __init__(self) -> None:
+        self.made: list[Tape] = []
+
+    def pool(self) -> Pool:
+        """Another pool of memory."""
+        return Pool()
+
+    def recorder(self, pool: Pool) -> Tape:
+        """A tape whose work is done in a pool."""
+        self.made.append(Tape(pool))
+        return self.made[-1]

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from parallel.captured import Captured, CudaRecorder, on_own_stream
-from tests.parallel.tape import Tape, WaitedError
+from parallel.captured import Captured, CudaRecorders, on_own_stream
+from tests.parallel.tape import Pool, Tape, WaitedError
 
 WEIGHT = torch.linspace(-1.0, 1.0, 12).view(3, 4)
 
 
-def make(gradient: Tensor, warmups: int = 1) -> tuple[Captured, list[Tape]]:
-    """A function that adds to a gradient and returns a loss, and the tapes that it made."""
-    tapes: list[Tape] = []
+def function_of(gradient: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A function that adds to a gradient and returns a loss."""
     weight = WEIGHT.clone().requires_grad_()
     weight.grad = gradient
 
@@ -26,11 +25,7 @@ def make(gradient: Tensor, warmups: int = 1) -> tuple[Captured, list[Tape]]:
         loss.backward()
         return loss.detach()
 
-    def record() -> Tape:
-        tapes.append(Tape())
-        return tapes[-1]
-
-    return Captured(function, record, warmups), tapes
+    return function
 
 
 def inputs(seed: int, rows: int = 5) -> dict[str, Tensor]:
@@ -40,26 +35,55 @@ def inputs(seed: int, rows: int = 5) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("warmups", [0, 1, 3])
-def test_replays_give_what_calls_give(warmups: int) -> None:
-    own, other = torch.zeros(3, 4), torch.zeros(3, 4)
-    captured, tapes = make(own, warmups)
-    plain, _ = make(other, warmups=100)
-    for seed in range(6):
-        assert torch.equal(captured(inputs(seed)), plain(inputs(seed))), seed
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_replays_give_what_calls_give(before: int) -> None:
+    own, other, tape = torch.zeros(3, 4), torch.zeros(3, 4), Tape()
+    function, plain = function_of(own), function_of(other)
+    for seed in range(before):
+        assert torch.equal(function(inputs(seed)), plain(inputs(seed)))
+    captured = Captured(function, tape, inputs(9))
+    for seed in range(before, 6):
+        result = captured(inputs(seed))
+        assert result is not None
+        assert torch.equal(result, plain(inputs(seed))), seed
         assert torch.equal(own, other), "gradients add up, once for each call"
-    assert [tape.replays for tape in tapes] == [6 - warmups]
+    assert tape.replays == 6 - before
 
 
 def test_what_is_recorded_is_not_done() -> None:
     gradient = torch.zeros(3, 4)
-    captured, _ = make(gradient)
-    tape = Tape()
-    given = inputs(1)
-    tape.record(lambda: captured.function(given))
+    captured = Captured(function_of(gradient), Tape(), inputs(1))
     assert not gradient.any()
-    tape.replay()
+    captured(inputs(1))
     assert gradient.any()
+
+
+def test_other_work_begins_at_marks() -> None:
+    first, second, tape, seen = torch.zeros(2), torch.zeros(2), Tape(), []
+
+    def function(given: Mapping[str, Tensor]) -> None:
+        first.copy_(given["x"])
+        tape.mark()
+        second.copy_(first * 2)
+        tape.mark()
+
+    captured = Captured(function, tape, {"x": torch.zeros(2)})
+    assert captured({"x": torch.ones(2)}) is None
+    captured({"x": torch.full((2,), 3.0)}, lambda: seen.append((first.tolist(), second.tolist())))
+    assert seen == [([3.0, 3.0], [2.0, 2.0]), ([3.0, 3.0], [6.0, 6.0])]
+
+
+def test_a_pool_holds_what_was_recorded_first() -> None:
+    pool = Pool()
+    first = Captured(lambda given: given["x"] + 1, Tape(pool), {"x": torch.zeros(2)})
+    kept = first({"x": torch.ones(2)})
+    assert kept is not None
+    second = Captured(lambda given: given["x"] + kept, Tape(pool), {"x": torch.zeros(2)})
+    found = second({"x": torch.ones(2)})
+    assert found is not None
+    assert found.tolist() == [3.0, 3.0]
+    first({"x": torch.ones(2)})
+    assert found.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,7 @@ def test_what_is_recorded_is_not_done() -> None:
 )
 def test_other_inputs_are_refused_and_change_nothing(changed: dict[str, Tensor], says: str) -> None:
     gradient = torch.zeros(3, 4)
-    captured, _ = make(gradient, warmups=0)
+    captured = Captured(function_of(gradient), Tape(), inputs(0))
     captured(inputs(0))
     before = gradient.clone()
     with pytest.raises(ValueError, match=says):
@@ -102,13 +126,48 @@ def test_a_cuda_graph_gives_what_calls_give() -> None:
             loss.backward()
             return loss.detach()
 
-        found = []
-        for warmups in (100, 2):
+        recorders, found = CudaRecorders(device), []
+        for plain_calls in (6, 2):
             weight.grad.zero_()
-            captured = Captured(function, lambda: CudaRecorder(device), warmups)
             torch.cuda.manual_seed(3)
-            losses = [captured({"x": inputs(seed)["x"].to(device)}).clone() for seed in range(6)]
+            given = [{"x": inputs(seed)["x"].to(device)} for seed in range(6)]
+            losses = [function(one) for one in given[:plain_calls]]
+            captured = Captured(function, recorders.recorder(recorders.pool()), given[0])
+            for one in given[plain_calls:]:
+                result = captured(one)
+                assert result is not None
+                losses.append(result.clone())
             found.append((torch.stack(losses), weight.grad.clone()))
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    finally:
+        torch.cuda.set_stream(before)
+
+
+@pytest.mark.gpu
+def test_work_behind_a_mark_of_a_cuda_graph_sees_what_came_before() -> None:
+    device = torch.device("cuda", 0)
+    before = torch.cuda.current_stream()
+    on_own_stream(device)
+    try:
+        recorders = CudaRecorders(device)
+        recorder = recorders.recorder(recorders.pool())
+        large, first = torch.ones(2048, 2048, device=device), torch.zeros(2048, 2048, device=device)
+
+        def function(given: Mapping[str, Tensor]) -> Tensor:
+            for _ in range(10):
+                first.copy_(large @ large * given["x"])
+            recorder.mark()
+            out = first * 2
+            for _ in range(10):
+                out = large @ large + out
+            return out
+
+        given = {"x": torch.ones((), device=device)}
+        function(given)
+        captured, seen = Captured(function, recorder, given), []
+        for value in (2.0, 3.0):
+            captured({"x": torch.full((), value, device=device)}, lambda: seen.append(first[0, 0].clone()))
+        torch.cuda.synchronize()
+        assert [one.item() for one in seen] == [2048.0 * 2, 2048.0 * 3]
     finally:
         torch.cuda.set_stream(before)

@@ -18,21 +18,20 @@ from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.trainer import Trainer
 from parallel.errors import UserError
+from parallel.flat_buffers import FlatBuffers
 from parallel.mesh import ParallelMesh
 from parallel.process_group import World
 from tests.megatron_bert.training.runs import run_settings
-from tests.parallel.tape import NoWaiting, Tape
+from tests.parallel.tape import NoWaiting, Tapes
 from tests.worlds import CPU, run_world
 
 STEPS = 5
+PIPELINE = {"parallel__pipeline": 2, "parallel__data": None, "model__num_hidden_layers": 2}
+PIPELINE |= {"training__global_batch_size": 16, "training__micro_batch_size": 2}
 
 
 def _never(_: torch.Tensor) -> bool:
     return False
-
-
-def _tape(_: torch.device) -> Tape:
-    return Tape()
 
 
 def _settings(folder: Path, run: Path, graphs: bool, changes: dict[str, Any]) -> Settings:
@@ -55,16 +54,10 @@ def _trained(
 ) -> tuple[list[list[float]], torch.Tensor]:
     """Losses and gradient norms of a run's steps, and its weights."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    tapes: list[Tape] = []
-
-    def tape(_: torch.device) -> Tape:
-        tapes.append(Tape())
-        return tapes[-1]
-
-    found = []
+    tapes, found = Tapes(), []
     with (
         mock.patch("megatron_bert.model.attention.in_parts", _never),
-        mock.patch("megatron_bert.training.graphs.CudaRecorder", tape),
+        mock.patch("megatron_bert.training.graphs.CudaRecorders", return_value=tapes),
     ):
         trainer = _trainer(_settings(folder, run, graphs, changes), rank, size, resume)
         steps = STEPS - trainer.step
@@ -78,9 +71,13 @@ def _trained(
                 trainer.save()
                 trainer.checkpoints.finish()
     trainer.watch.check()
-    trainer.optimizer.buffers[0].wait()
-    assert [one.replays for one in tapes] == ([steps * count - 3] if graphs else [])
-    weights = trainer.optimizer.buffers[0].weights.clone()
+    for buffers in trainer.optimizer.buffers:
+        buffers.wait()
+    kinds = 1 + len(trainer.engine.schedule.backward.kinds)
+    replayed = (steps - -(-3 // count)) * count * kinds * trainer.engine.schedule.chunks
+    assert sum(tape.replays for tape in tapes.made) == (replayed if graphs else 0)
+    assert all(tape.replays for tape in tapes.made)
+    weights = torch.cat([buffers.weights for buffers in trainer.optimizer.buffers])
     trainer.close()
     return found, weights
 
@@ -96,14 +93,58 @@ def _both(folder: Path, run: Path, changes: dict[str, Any]) -> list[tuple[list[l
         (1, {"precision__compute": "bfloat16", "training__compile": "all"}),
         (2, {"parallel__data": 2, "parallel__sharding": "optimizer", "precision__compute": "bfloat16"}),
         (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+        (2, PIPELINE | {"training__recompute": "full", "precision__compute": "bfloat16"}),
+        (2, PIPELINE | {"training__recompute": "selective", "training__compile": True}),
+        (2, PIPELINE | {"parallel__schedule": "interleaved-1f1b", "model__num_hidden_layers": 4}),
+        (2, PIPELINE | {"parallel__schedule": "zero-bubble-v", "model__num_hidden_layers": 4}),
+        (4, PIPELINE | {"parallel__schedule": "zero-bubble-h1", "parallel__data": 2, "training__recompute": "full"}),
     ],
-    ids=["plain", "compiled", "data", "tensor"],
+    ids=["plain", "compiled", "data", "tensor", "1f1b", "compiled stages", "interleaved", "zero-bubble-v", "h1"],
 )
 def test_losses_and_weights_are_those_without(data: Path, tmp_path: Path, size: int, changes: dict[str, Any]) -> None:
     """To the last bit, dropout on, over two micro batches a step."""
     for plain, replayed in run_world(size, _both, data, tmp_path, changes, timeout=240):
         assert plain[0] == replayed[0]
         assert torch.equal(plain[1], replayed[1])
+
+
+def _sums(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
+    """The buckets of each step in the order in which their sums begin, and what is left of the replay then."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tapes, steps, left, reduce = Tapes(), [], [], FlatBuffers._reduce
+
+    def noted(buffers: FlatBuffers, bucket: Any) -> None:
+        steps[-1].append(buffers.buckets.index(bucket))
+        left.append(sum(tape.left for tape in tapes.made))
+        reduce(buffers, bucket)
+
+    with (
+        mock.patch("megatron_bert.model.attention.in_parts", _never),
+        mock.patch("megatron_bert.training.graphs.CudaRecorders", return_value=tapes),
+        mock.patch("parallel.data_parallel._GROUP_PARAMETERS", 1),
+        mock.patch.object(FlatBuffers, "_reduce", noted),
+    ):
+        trainer = _trainer(_settings(folder, run, True, changes), rank, size)
+        batches, count = trainer._batches(), trainer.engine.schedule.microbatches
+        for _ in range(3):
+            steps.append([])
+            left.clear()
+            trainer.train_step([next(batches) for _ in range(count)])
+    trainer.close()
+    return steps, left
+
+
+@pytest.mark.parametrize("sharding", ["none", "optimizer"])
+def test_sums_over_data_ranks_begin_behind_the_gradients_of_their_bucket(
+    data: Path, tmp_path: Path, sharding: str
+) -> None:
+    changes = {"parallel__data": 2, "parallel__sharding": sharding, "model__num_hidden_layers": 4}
+    changes |= {"training__global_batch_size": 16}
+    for (_, plain, replayed), left in run_world(2, _sums, data, tmp_path, changes, timeout=240):
+        assert replayed == plain == [4, 3, 2, 1, 0], "once each, in the order of plain passes"
+        assert left == sorted(left, reverse=True)
+        assert len(set(left)) == 5, "one after the other, while the backward pass goes on"
+        assert left[-2] > 0
 
 
 def _resumed(folder: Path, tmp_path: Path) -> None:
@@ -119,9 +160,10 @@ def test_goes_on_from_a_checkpoint(data: Path, tmp_path: Path) -> None:
 
 
 def _goes_back(folder: Path, tmp_path: Path) -> None:
+    tapes = Tapes()
     with (
         mock.patch("megatron_bert.model.attention.in_parts", _never),
-        mock.patch("megatron_bert.training.graphs.CudaRecorder", _tape),
+        mock.patch("megatron_bert.training.graphs.CudaRecorders", return_value=tapes),
     ):
         trainer = _trainer(_settings(folder, tmp_path, True, {}), 0, 1)
         trainer.checkpoints.prepare()
@@ -138,13 +180,12 @@ def _goes_back(folder: Path, tmp_path: Path) -> None:
             trainer.resume(saved)
         assert found[:3] == found[3:]
         # A step that is computed again to be looked at runs as it is.
-        assert trainer.graph is not None
-        tape = trainer.graph.captured.recorder
-        assert isinstance(tape, Tape)
-        before, seen, batches = tape.replays, [], trainer._batches()
+        before, seen, batches = [tape.replays for tape in tapes.made], [], trainer._batches()
         sums = trainer.compute_gradients([next(batches), next(batches)], lambda *place: seen.append(place))
         assert [*sums.losses.tolist(), sums.grad_norm.item()] == found[0]
-        assert (tape.replays, seen) == (before, [(0, 0), (0, 1)])
+        assert any(before)
+        assert [tape.replays for tape in tapes.made] == before
+        assert seen == [(0, 0), (0, 1)]
         trainer.close()
 
 
@@ -157,9 +198,7 @@ def test_goes_back_to_a_checkpoint_with_the_same_graph(data: Path, tmp_path: Pat
     [
         ({"data__packed": False}, "data.packed is false, .*: set data.packed=true, or training.cuda_graphs=false"),
         ({"training__device": "cpu"}, "training.device is cpu"),
-        ({"training__recompute": "full"}, "training.recompute is full"),
-        ({"logging__trace": True}, "logging.trace"),
-        ({"parallel__pipeline": 2, "model__num_hidden_layers": 2}, "parallel.pipeline is 2"),
+        ({"training__recompute": "full"}, "training.recompute is full, whose attention"),
         ({"parallel__data": 2, "parallel__sharding": "full"}, "parallel.sharding is full"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
