@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -253,6 +253,7 @@ def report(
     layout = layout_of(settings, world_size)
     stages = stages_of(workload, layout, settings.parallel.stage_layers)
     place, in_stage = divmod(rank, world_size // layout.pipeline)
+    replayed, workload = workload, replace(workload, graphs=False)  # what is measured runs as it is
     memory = f"; {rank_memory(workload, layout, stages, place).peak / GIB:.2f} by closed form" if predicted else ""
     flops = f", {rank_flops(workload, layout, stages, place) / 1e12:,.2f} by closed form" if predicted else ""
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in sorted(step.peak.items(), key=lambda item: -item[1]))
@@ -261,6 +262,9 @@ def report(
         f"  between steps {sum(step.resident.values()) / GIB:.2f} GiB, {step.building / GIB:.2f} while it is built; "
         f"{step.flops / 1e12:,.2f} TFLOP per step{flops}",
     ]
+    if replayed.graphs:
+        needed = rank_memory(replayed, layout, stages, place).peak / GIB
+        lines.append(f"  as CUDA graphs, in which micro batches in flight have places of their own, {needed:.2f} GiB")
     closed = totals(step_messages(workload, layout, stages, place, in_stage // layout.tensor)) if predicted else None
     for what, seen in sorted(step.traffic.items()):
         expected = (seen.count, seen.bytes)

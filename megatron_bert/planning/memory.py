@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a rank by part, in closed form.
-
-Activations of a layer follow Korthikanti et al., arXiv 2205.05198, table 2, with fused attention: for T tokens on a
-rank, h features and t tensor ranks in two-byte numbers ``T h (10 + 24 / t)``, or ``34 T h / t`` under sequence
-parallelism, of which 2 are masks of dropout. States are those of ZeRO (Rajbhandari et al., arXiv 1910.02054).
-"""
+"""Memory of a rank by part, in closed form; its states are those of ZeRO (Rajbhandari et al., arXiv 1910.02054)."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_bert.config import RunSettings
+from megatron_bert.planning.kept import final_norm, head_tensors, kept_by_stage, layer_tensors
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.measuring import Part
 from megatron_bert.planning.workload import Workload
@@ -91,106 +87,6 @@ def layout_of(settings: RunSettings, world_size: int) -> Layout:
     )
 
 
-# ---------------------------------------------------------------- activations
-
-
-@dataclass(frozen=True)
-class LayerTensors:
-    """Bytes of the tensors of a layer for a micro batch, on one rank.
-
-    Attributes:
-        input: what it is called with.
-        kept: what it keeps for its backward pass, the input included.
-        repeated: what it keeps for as long as its own backward pass runs, when it is computed again.
-        transient: what its backward pass adds at most.
-        queued: what a split backward pass leaves for the weight gradients.
-    """
-
-    input: float
-    kept: float
-    repeated: float
-    transient: float
-    queued: float
-
-
-def layer_tensors(workload: Workload, layout: Layout) -> LayerTensors:
-    """The tensors of one layer."""
-    return _layer_tensors(
-        workload, layout.tensor, layout.split_tokens, layout.micro_batch, layout.recompute, layout.splits_backward
-    )
-
-
-@lru_cache(maxsize=65536)
-def _layer_tensors(
-    workload: Workload, tensor: int, split_tokens: int, micro_batch: int, recompute: str, split: bool
-) -> LayerTensors:
-    config, number = workload.config, workload.number_bytes
-    tokens = workload.tokens(micro_batch, split_tokens)
-    own = tokens / split_tokens
-    hidden, wide, heads = config.hidden_size, config.intermediate_size / tensor, config.num_attention_heads / tensor
-    stream = number * hidden * own
-    statistics = 8 * own
-    mask = hidden * own if config.hidden_dropout_prob > 0 else 0.0
-    # Weight gradients that wait for later take the gathered input with them.
-    read = number * hidden * tokens if split else stream
-    attention = number * 4 * hidden / tensor * tokens + 4 * heads * tokens
-    attention += _scores(workload, tensor, tokens, recompute == "selective")
-    mlp = number * wide * tokens * (2 if recompute == "none" else 1)
-    kept = 2 * (stream + statistics + read + mask) + attention + mlp
-    # A split backward pass makes no gradients of weights, but keeps the activation, whose product is through, for them.
-    transient = number * tokens * (wide + hidden) + stream + number * wide * (tokens if split else hidden)
-    if recompute == "selective":
-        transient += number * tokens * wide
-    queued = 0.0
-    if split:
-        inputs = 2 * hidden + hidden / tensor + wide
-        gradients = 3 * hidden / tensor + 2 * hidden + wide
-        queued = number * tokens * (inputs + gradients)
-    if recompute == "full":
-        keys = 8 * tokens if mask else 0
-        return LayerTensors(stream, stream + keys, kept + number * wide * tokens - stream - 2 * mask, transient, queued)
-    return LayerTensors(stream, kept, 0.0, transient, queued)
-
-
-def _scores(workload: Workload, tensor: int, tokens: float, selective: bool) -> float:
-    """Where attention is not fused: softmax in float32 and what dropout leaves of it, and where samples share rows."""
-    number, dropout = workload.number_bytes, workload.config.attention_probs_dropout_prob > 0
-    if workload.fused_attention and workload.rows and number == 4:
-        # No kernel takes packed sequences in float32: rows are put in order, and given a mask.
-        return number * tokens * (4 * workload.config.hidden_size / tensor + workload.length)
-    if selective or not workload.writes_scores:
-        return 0.0
-    return workload.config.num_attention_heads / tensor * workload.length * tokens * (4 + number + dropout)
-
-
-class HeadTensors(NamedTuple):
-    """Bytes of the heads and their losses for a micro batch.
-
-    Attributes:
-        kept: from the forward to the backward pass, but for the next.
-        logits: kept of what is as wide as the vocabulary.
-        transient: what the backward pass of the loss adds.
-        queued: what a split backward pass leaves for the weight gradients.
-    """
-
-    kept: float
-    logits: float
-    transient: float
-    queued: float
-
-
-def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
-    """The tensors of the heads: the logits of masked tokens in float32, and two gradients of their size."""
-    config, number = workload.config, workload.number_bytes
-    slots = layout.micro_batch * workload.slots
-    columns = min(config.vocab_size, config.padded_vocab_size // layout.tensor)
-    rows = (4 * slots + 2 * layout.micro_batch * workload.pairs) * config.hidden_size * number
-    if workload.head is not None:
-        rows = (2 + 2 * workload.head.pooled) * layout.micro_batch * workload.head.rows * config.hidden_size * number
-    queued = number * slots * (columns + 2 * config.hidden_size) if layout.splits_backward else 0.0
-    return HeadTensors(rows, 4.0 * slots * columns, 8.0 * slots * columns, queued)
-
-
 # ---------------------------------------------------------------- a rank
 
 
@@ -262,39 +158,62 @@ def _divided(
     return {"buffers": buffers, "gradients": gradients}
 
 
+def _in_graphs(
+    workload: Workload, layout: Layout, stages: list[Stage], moments: tuple[Moment, ...]
+) -> dict[Part, float]:
+    """Of CUDA graphs: every slot of a stage has memory of its own, and what ends a backward pass shares some.
+
+    See :class:`~parallel.pipeline.captured_passes.CapturedPasses`.
+    """
+    layer, head, number = layer_tensors(workload, layout), head_tensors(workload, layout), workload.number_bytes
+    tokens = number * workload.tokens(layout.micro_batch, layout.split_tokens)
+    wide = workload.config.intermediate_size / layout.tensor
+    kept, split = kept_by_stage(workload, layout, stages), layout.splits_backward
+    parts: dict[Part, float] = {"activations": 0.0, "logits": 0.0, "temporaries": 0.0}
+    shared = 0.0
+    for stage in stages:
+        own, last = kept[stage.number], stage.part.last
+        slots = max(dict(m.held).get(stage.number, 0) + dict(m.queued).get(stage.number, 0) for m in moments)
+        # What a forward pass drops again: hashes of dropout, and wide tensors that are computed again.
+        hashes = layer.input * (4 if workload.config.hidden_dropout_prob > 0 else 2)
+        forward = {"none": hashes, "selective": max(hashes, tokens * wide), "full": hashes + 2 * tokens * wide}[
+            layout.recompute
+        ]
+        backward = layer.repeated + layer.transient + own.grown
+        if last:  # layers are through before there is anything of the heads
+            layers = forward - head.logits - head.kept - final_norm(workload, layer)
+            forward, backward = max(layers, head.logits * 1.5), max(head.transient, backward)
+        # What the stage sends in both directions, and the gradient that it is given.
+        places = layer.input * (2 * (not last) + (not stage.part.first))
+        parts["activations"] += slots * (own.held + places)
+        parts["logits"] += slots * head.logits if last else 0.0
+        parts["temporaries"] += slots * (max(forward, backward) if split else forward)
+        shared = max(shared, number * wide * workload.config.hidden_size if split else backward)
+    parts["temporaries"] += shared + max(moment.messages for moment in moments) * layer.input
+    return parts
+
+
 def _in_flight(
     workload: Workload, layout: Layout, stages: list[Stage], moments: tuple[Moment, ...]
 ) -> dict[Part, float]:
+    if workload.graphs and layout.flat:
+        return _in_graphs(workload, layout, stages, moments)
     layer, head = layer_tensors(workload, layout), head_tensors(workload, layout)
-    tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
-    mask = tokens / layout.split_tokens * workload.config.hidden_size * (workload.config.hidden_dropout_prob > 0)
-    final_norm = layer.input if workload.config.layer_norm_placement == "pre" else 0.0
+    kept, norm = kept_by_stage(workload, layout, stages), final_norm(workload, layer)
     by_number = {stage.number: stage for stage in stages}
-    held_by = {
-        number: len(stage.part.layers) * layer.kept
-        + (mask if stage.part.first else 0.0)
-        + (head.kept + final_norm if stage.part.last else 0.0)
-        for number, stage in by_number.items()
-    }
-    queued_by = {
-        number: len(stage.part.layers) * layer.queued + (head.queued if stage.part.last else 0.0)
-        for number, stage in by_number.items()
-    }
     best: tuple[float, dict[Part, float]] = (0.0, {})
     for moment in moments:
         stage = by_number[moment.stage]
-        layers, of_heads = len(stage.part.layers), head.kept + final_norm if stage.part.last else 0.0
+        layers, of_heads = len(stage.part.layers), head.kept + norm if stage.part.last else 0.0
         own_logits = head.logits if stage.part.last else 0.0
         transient = own_logits * 1.5
         if not moment.forward:
-            # While a split backward pass goes down a stage, layers drop what they kept and queue what is left.
-            grown = (layers - 1) * max(0.0, layer.queued - layer.kept)
-            transient = layer.repeated + layer.transient + grown
+            transient = layer.repeated + layer.transient + kept[moment.stage].grown
             if stage.part.last:  # what the heads kept is gone when the layers' turn comes
                 transient = max(head.transient, head.queued + transient - own_logits - of_heads)
-        held = sum(count * held_by[number] for number, count in moment.held)
+        held = sum(count * kept[number].held for number, count in moment.held)
         candidate: dict[Part, float] = {
-            "activations": held + sum(count * queued_by[number] for number, count in moment.queued),
+            "activations": held + sum(count * kept[number].queued for number, count in moment.queued),
             "logits": head.logits * sum(count for number, count in moment.held if by_number[number].part.last),
             "temporaries": max(transient, 0.0) + moment.messages * layer.input,
         }

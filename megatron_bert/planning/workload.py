@@ -46,6 +46,7 @@ class Workload:
         global_batch: samples, or rows, of an optimizer step.
         compute: format of matrix products.
         compiled: whether layers are compiled.
+        graphs: whether passes are replayed as CUDA graphs.
         losses: what the loss has of terms.
         fused_attention: whether there are kernels for attention that hold no scores, dropout or not, as on GPUs.
         rows: whether several samples share a row.
@@ -62,6 +63,7 @@ class Workload:
     compute: str
     compiled: bool
     losses: int
+    graphs: bool = False
     fused_attention: bool = True
     rows: bool = False
     head: TaskHead | None = None
@@ -157,6 +159,7 @@ def workload_of(
         steps=steps,
         compute=settings.precision.compute,
         compiled=bool(settings.training.compile),
+        graphs=isinstance(settings, Settings) and settings.training.cuda_graphs,
         losses=2 if pretraining and config.binary_head else 1,
         fused_attention=settings.training.device != "cpu",
         rows=isinstance(settings, Settings) and settings.data.packed,

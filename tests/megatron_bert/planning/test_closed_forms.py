@@ -8,8 +8,9 @@ import pytest
 from megatron_bert.config import Settings
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.planning.communication import step_messages, totals
+from megatron_bert.planning.kept import layer_tensors
 from megatron_bert.planning.layouts import Layout, stages_of
-from megatron_bert.planning.memory import FLAT_STATES, layer_tensors, layout_of, rank_memory
+from megatron_bert.planning.memory import FLAT_STATES, layout_of, rank_memory
 from megatron_bert.planning.work import layer_flops, rank_flops
 from megatron_bert.planning.workload import Workload, workload_of
 from tests.megatron_bert.planning.support import Vocabulary, measured, settings_of

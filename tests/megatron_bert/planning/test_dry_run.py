@@ -88,10 +88,19 @@ def test_the_command_checks_a_run_and_leaves_nothing(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    given = [*SMALL, *files, f"training.run_dir={run_dir}", "parallel.pipeline=2", "--dry-run", "--gpus", "4"]
+    given = [*SMALL, *files, f"training.run_dir={run_dir}", "parallel.pipeline=2", "training.cuda_graphs=true"]
+    given += ["--dry-run", "--gpus", "4"]
     assert main(["pretrain", str(CONFIGS / "bert_345m.yaml"), *given, "--gpu", "h100"]) == 0
     said = capsys.readouterr().out
-    for words in ("rank 0 of 4", "rank 2 of 4", "by closed form", "send over 2 (pipeline)", "epochs", "warning:"):
+    for words in (
+        "rank 0 of 4",
+        "rank 2 of 4",
+        "by closed form",
+        "as CUDA graphs",
+        "send over 2 (pipeline)",
+        "epochs",
+        "warning:",
+    ):
         assert words in said
     assert not run_dir.exists()
 

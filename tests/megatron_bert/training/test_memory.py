@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_bert.planning.dry_run import longest_batch
+from megatron_bert.planning.kept import head_tensors
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.measuring import StepMeter
-from megatron_bert.planning.memory import head_tensors, layout_of, rank_memory
+from megatron_bert.planning.memory import layout_of, rank_memory
 from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
 from megatron_bert.planning.workload import workload_of
 from megatron_bert.training.memory import PARTS, MemoryMeter
