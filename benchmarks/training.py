@@ -6,7 +6,7 @@ padding to skip. The kinds take turns, and ratios are taken turn by turn: a mach
 
     python -m benchmarks.training --size tiny
     python -m benchmarks.training --size 345m --size 1.3b --size 3.9b --device cuda --dtype bfloat16 \
-        --attention-dropout 0.1 --attention-dropout 0 --seconds 420
+        --attention-dropout 0.1 --attention-dropout 0 --seconds 420 --output benchmarks/training_gpu.json
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.flops import parameter_count, peak_tflops, training_flops
 from megatron_bert.planning.this_machine import memory_bytes
+from parallel.captured import on_own_stream
 from parallel.process_group import World, process_group
+from parallel.whole_files import write_json
 
 VOCABULARY = 30522
 
@@ -66,8 +68,13 @@ OURS: dict[str, tuple[bool | str, bool]] = {
     "ours, all compiled": ("all", False),
     "ours, CUDA graphs": ("all", True),
 }
-THEIRS = ("transformers", "transformers, compiled", "transformers' Trainer")
-KINDS = (*OURS, *THEIRS)
+THEIRS = ("transformers", "transformers' Trainer", "transformers, compiled")
+#: In the order in which they are opened: what takes longest to compile, and graphs, which could leave a device that
+#: takes no more work, come last.
+KINDS = (*(kind for kind, (_, graphs) in OURS.items() if not graphs), *THEIRS, "ours, CUDA graphs")
+
+#: Steps that are counted of a kind, however little time is left.
+_LEAST_STEPS = 3
 
 Step = Callable[[], Any]
 
@@ -188,9 +195,10 @@ def opened(kind: str, size: Size, options: argparse.Namespace, world: World) -> 
 
 
 def measure(name: str, options: argparse.Namespace, world: World, budget: float) -> dict[str, Any]:
-    """Let the kinds take turns for so many seconds, their budget.
+    """Let the kinds take turns for so many seconds, opening and compiling included.
 
-    Step by step where all models fit in memory together; else one model after the other, each for a few steps.
+    Step by step where all models fit in memory together; else one model after the other, each for a few steps. A kind
+    that is not open when the time is over is left out, and one that is gets three steps at least.
     """
     size, kinds = SIZES[name], list(options.kind or KINDS)
     if world.device.type == "cpu":
@@ -199,30 +207,44 @@ def measure(name: str, options: argparse.Namespace, world: World, budget: float)
     peaks: dict[str, int | None] = dict.fromkeys(kinds)
     failures: dict[str, str] = {}
     deadline = time.perf_counter() + budget
+    steps: dict[str, Step] = {}
+
+    def failed(kind: str, error: Exception) -> None:
+        """Leave a kind out, whatever is wrong with it: the others are still worth measuring."""
+        failures[kind] = (str(error) or type(error).__name__).splitlines()[0]
+        times[kind] = []
+        steps.pop(kind, None)
+
     with ExitStack() as stack:
-        steps: dict[str, Step] = {}
         together = _fit_together(size, options, len(kinds), world)
         for kind in kinds:
-            _clear(world)
+            before = _clear(world)
+            if time.perf_counter() > deadline:
+                failures[kind] = "no time was left"
+                continue
             try:
                 steps[kind] = stack.enter_context(opened(kind, size, options, world))
                 for _ in range(options.warmup):
                     steps[kind]()
-                if not together:
-                    times[kind] = [seconds(steps[kind], world.device) for _ in range(options.steps)]
-            except (RuntimeError, ImportError) as error:  # out of memory, or a package is missing
-                failures[kind] = (str(error) or type(error).__name__).splitlines()[0]
-                steps.pop(kind, None)
+                for number in range(0 if together else options.steps):
+                    if number >= _LEAST_STEPS and time.perf_counter() > deadline:
+                        break
+                    times[kind].append(seconds(steps[kind], world.device))
+            except Exception as error:
+                failed(kind, error)
             if world.device.type == "cuda":
-                peaks[kind] = torch.cuda.max_memory_allocated()
+                peaks[kind] = torch.cuda.max_memory_allocated() - before
             if not together:
                 steps.clear()
                 stack.close()
-        for _ in range(options.steps if together else 0):
-            for kind, step in steps.items():
-                times[kind].append(seconds(step, world.device))
-            if time.perf_counter() > deadline:
+        for number in range(options.steps if together else 0):
+            if number >= _LEAST_STEPS and time.perf_counter() > deadline:
                 break
+            for kind, step in list(steps.items()):
+                try:
+                    times[kind].append(seconds(step, world.device))
+                except Exception as error:
+                    failed(kind, error)
     found = {kind: measured for kind, measured in times.items() if measured}
     for kind, measured in found.items():
         print(f"{name:6s}{kind:26s}{statistics.median(measured) * 1000:10.1f} ms", flush=True)
@@ -232,20 +254,26 @@ def measure(name: str, options: argparse.Namespace, world: World, budget: float)
 
 
 def _fit_together(size: Size, options: argparse.Namespace, kinds: int, world: World) -> bool:
-    """Whether all models fit in half of the memory: 18 bytes per parameter, and as much for activations."""
+    """Whether all models fit in 0.7 of the memory: 18 bytes per parameter each, and four times that for activations.
+
+    Those are of the kind whose turn it is, and of graphs.
+    """
     config = config_of(size, options)
     if world.device.type == "cuda":
         room = torch.cuda.get_device_properties(world.device).total_memory
     else:
         room = memory_bytes()
-    return 36 * parameter_count(config) * kinds < room / 2
+    return 18 * parameter_count(config) * (kinds + 4) < 0.7 * room
 
 
-def _clear(world: World) -> None:
+def _clear(world: World) -> int:
+    """Free what is not used, and begin to count the peak; bytes that are used."""
     gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if world.device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _summary(
@@ -271,7 +299,8 @@ def _summary(
             "peak_bytes": peaks[kind],
         }
         if ours is not None and kind not in OURS:
-            summary[kind]["times_as_long_as_ours"] = ratios(found, times[ours])
+            pairs = min(len(found), len(times[ours]))
+            summary[kind]["times_as_long_as_ours"] = ratios(found[:pairs], times[ours][:pairs])
     return summary
 
 
@@ -292,20 +321,27 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--warmup", type=int, default=3, help="steps of each kind that are not counted")
     parser.add_argument("--steps", type=int, default=10, help="steps of each kind that are counted")
-    parser.add_argument("--seconds", type=float, default=420.0, help="for all sizes, but for what opening takes")
+    parser.add_argument("--seconds", type=float, default=420.0, help="for all sizes, opening and compiling included")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     sizes = options.size or ["small"]
     dropouts = options.attention_dropout or [0.1]
     cases = [(name, argparse.Namespace(**vars(options) | {"attention_dropout": p})) for p in dropouts for name in sizes]
     with process_group(options.device) as world:
+        on_own_stream(world.device)  # all kinds on one, that of graphs too
+        measured: list[dict[str, Any]] = []
         report = {
             **provenance("training", "transformers", arguments=arguments, device=world.device),
             "dtype": options.dtype,
             "dropout": options.dropout,
-            "sizes": [measure(name, case, world, options.seconds / len(cases)) for name, case in cases],
+            "sizes": measured,
         }
-    publish(report, options.output)
+        deadline = time.perf_counter() + options.seconds
+        for left, (name, case) in zip(range(len(cases), 0, -1), cases, strict=True):
+            measured.append(measure(name, case, world, (deadline - time.perf_counter()) / left))
+            if options.output is not None:  # what is there stays, whatever becomes of the rest
+                write_json(options.output, report)
+    publish(report, None)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import training
@@ -31,6 +32,25 @@ def test_results(tmp_path: Path) -> None:
         assert found["kinds"][kind]["tokens_per_second"] == tokens / times["median"]
     assert "times_as_long_as_ours" not in found["kinds"]["ours"]
     assert found["kinds"]["transformers"]["times_as_long_as_ours"]["median"] > 0
+
+
+def test_a_kind_that_fails_or_comes_too_late_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ArithmeticError("no such kernel\nand more")
+
+    monkeypatch.setattr(training, "their_step", broken)
+    monkeypatch.setattr(training, "_fit_together", lambda *_: False)
+    output = tmp_path / "results.json"
+    kinds = ["--kind", "ours", "--kind", "transformers", "--size", "tiny", "--attention-dropout", "0"]
+    given = [*kinds, "--attention-dropout", "0.1", "--warmup", "1", "--steps", "5", "--seconds", "0"]
+    assert main([*given, "--output", str(output)]) == 0
+    for case in json.loads(output.read_text())["sizes"]:
+        assert case["failures"] == dict.fromkeys(["ours", "transformers"], "no time was left")
+    given[given.index("--seconds") + 1] = "100"
+    assert main([*given, "--output", str(output)]) == 0
+    for case in json.loads(output.read_text())["sizes"]:
+        assert case["failures"] == {"transformers": "no such kernel"}
+        assert case["kinds"]["ours"]["step_seconds"]["min"] > 0
 
 
 def test_the_three_sizes_are_those_of_the_configurations() -> None:
