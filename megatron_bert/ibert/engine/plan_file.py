@@ -11,6 +11,7 @@ import json
 import types
 import zlib
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -166,6 +167,12 @@ def _flattened(value: Any, name: str, tensors: _Tensors) -> Any:
     return value
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a part's fields, for each of many layers."""
+    return get_type_hints(kind)
+
+
 def _built(kind: Any, tree: Any, name: str, tensors: _Tensors) -> Any:
     """The part of a plan that JSON describes, taking its tensors.
 
@@ -181,7 +188,7 @@ def _built(kind: Any, tree: Any, name: str, tensors: _Tensors) -> Any:
             raise ValueError(f"{name} is missing")
         return tensors.pop(name)
     if is_dataclass(kind) and isinstance(kind, type):
-        hints, own = get_type_hints(kind), f"{name}." if name else ""
+        hints, own = _hints(kind), f"{name}." if name else ""
         if not isinstance(tree, dict) or tree.keys() != {field.name for field in fields(kind)}:
             raise ValueError(f"{name or 'the plan'} has other fields")
         return kind(**{each: _built(hints[each], tree[each], own + each, tensors) for each in tree})

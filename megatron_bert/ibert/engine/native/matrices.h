@@ -22,6 +22,18 @@ static size_t packed_bytes(const Matrix& m) {
   return constants_offset(int(panels)) + panels * NR * rounded_up(m.depth, K_STEP);
 }
 
+// A column of a panel. Within K_STEP its groups have the same distance.
+static void pack_column(const int8_t* row, int depth, int p, int8_t* panel) {
+  constexpr int G = Products::G;
+  int k = 0;
+  for (; k + K_STEP <= depth; k += K_STEP) {
+    int8_t* to = panel + Products::place(k, p);
+    const size_t step = Products::place(k + G, p) - Products::place(k, p);
+    for (int i = 0; i < K_STEP; i += G, to += step) std::memcpy(to, row + k + i, G);
+  }
+  for (; k < depth; k++) panel[Products::place(k, p)] = row[k];
+}
+
 // Into memory of zeros.
 static void pack(const Matrix& m, const Rescale* rescale, int zero_of_input, uint8_t* memory) {
   PackedHeader h;
@@ -54,12 +66,9 @@ static void pack(const Matrix& m, const Rescale* rescale, int zero_of_input, uin
       c.bound[p] = 0x7fffffff;
       if (n >= m.rows) continue;
       const int8_t* row = m.weight + size_t(n) * m.depth;
-      constexpr int G = Products::G;
-      int k = 0;
-      for (; k + G <= m.depth; k += G) std::memcpy(weights + Products::place(k, p), row + k, G);
-      for (; k < m.depth; k++) weights[Products::place(k, p)] = row[k];
+      pack_column(row, m.depth, p, weights);
       uint32_t sum = 0;
-      for (k = 0; k < m.depth; k++) sum += uint32_t(int32_t(row[k]));
+      for (int k = 0; k < m.depth; k++) sum += uint32_t(int32_t(row[k]));
       uint32_t start = uint32_t(m.bias[n]) - uint32_t(zero_of_input) * sum;
       if (rescale) {
         const int shift = rescale->shift[n];
