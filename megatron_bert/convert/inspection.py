@@ -45,6 +45,7 @@ def inspect(source: str | Path, options: ReadOptions | None = None) -> Inspectio
 def inspection_of(state: CanonicalState, source: str) -> Inspection:
     """Facts about an open checkpoint."""
     facts, config = state.facts, state.config
+    gelu = GELU_APPROXIMATIONS.get(config.hidden_act)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     rows = [
         ("format", facts.format),
@@ -59,7 +60,7 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
         ("token types", str(config.type_vocab_size)),
         ("vocabulary", _vocabulary(state)),
         ("layer norm epsilon", f"{config.layer_norm_eps:g}"),
-        _activation(config.hidden_act),
+        ("activation", config.hidden_act) if gelu is None else ("GELU", "tanh" if gelu == "tanh" else "erf"),
         ("heads on top", _heads(state)),
         ("number format", ", ".join(dtypes)),
         ("parameters", f"{state.parameters:,}"),
@@ -77,13 +78,6 @@ def inspection_of(state: CanonicalState, source: str) -> Inspection:
     if state.optimizer:
         rows.append(("optimizer", f"{len(state.optimizer)} tensors"))
     return Inspection(source, tuple(rows), (*facts.assumptions, *dict.fromkeys(state.warnings)))
-
-
-def _activation(name: str) -> tuple[str, str]:
-    """The row of hidden_act, whose GELUs have the kinds of ``--gelu``."""
-    if name not in GELU_APPROXIMATIONS:
-        return "activation", name
-    return "GELU", "tanh" if GELU_APPROXIMATIONS[name] == "tanh" else "erf"
 
 
 def _layout(state: CanonicalState) -> str:

@@ -71,7 +71,7 @@ class FillMask:
         Raises:
             UserError: the text holds no mask, or is longer than the model takes.
         """
-        ids = self._ids(text)
+        ids = self.encode(text)
         tokens = torch.tensor(ids)
         masks = (tokens == self.tokenizer.mask_id).nonzero().squeeze(1)
         batch = MicroBatch.of_one(tokens, masks)
@@ -86,7 +86,8 @@ class FillMask:
             for token, probability in zip(row, values, strict=True)
         ]
 
-    def _ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text with masks, as the model takes it, or else UserError."""
         pieces = text.split(self.mask_token)
         if len(pieces) < 2:
             raise UserError(f"{text!r} holds no {self.mask_token}: put one for each word to guess")
