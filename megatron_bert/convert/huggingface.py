@@ -223,11 +223,7 @@ def _fused(label: str, name: str, parts: _Parts, config: MegatronBertConfig) -> 
     query, key, value = (parts[index] for index in range(3))
     expected = (config.hidden_size, config.hidden_size)[: 2 if name.endswith("weight") else 1]
     for part in (query, key, value):
-        if part.shape != expected:
-            raise UserError(
-                f"{part.origin} has shape {list(part.shape)}, but the sizes of the model make it {list(expected)}: "
-                "settings and weights are of two models"
-            )
+        part.expect(expected, "the sizes of the model make it", "settings and weights are of two models")
         if part.dtype != query.dtype:
             raise UserError(
                 f"{part.origin} holds {part.dtype} values, but {query.origin} {query.dtype}: they are of two models"

@@ -67,6 +67,11 @@ class StateTensor:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def expect(self, shape: tuple[int, ...], whence: str, remedy: str) -> None:
+        """Refuse another shape (UserError) than ``whence``, such as "the task makes it"."""
+        if self.shape != shape:
+            raise UserError(f"{self.origin} has shape {list(self.shape)}, but {whence} {list(shape)}: {remedy}")
+
     def mapped(self, function: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] | None = None) -> StateTensor:
         """The same tensor with a function applied when it is read; ``shape`` where that changes it."""
         load = self.load
@@ -275,10 +280,7 @@ def _check_shapes(config: MegatronBertConfig, tensors: Mapping[str, StateTensor]
             "the source mixes two models, or is of another kind"
         )
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{tensors[name].origin} has shape {list(tensors[name].shape)}, but the sizes of the model make it "
-                f"{list(shape)}: the source mixes two models, or its settings are not its own"
-            )
+        remedy = "the source mixes two models, or its settings are not its own"
+        tensors[name].expect(shape, "the sizes of the model make it", remedy)
         if tensors[name].dtype not in DTYPES.values() and tensors[name].dtype != torch.float64:
             raise UserError(f"{tensors[name].origin} holds {tensors[name].dtype} values: expected floating point")

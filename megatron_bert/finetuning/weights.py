@@ -45,11 +45,8 @@ def _rows(stage: BertForTask, source: CanonicalState) -> dict[str, StateTensor]:
     for name in (f"{stage.output_name}.{kind}" for kind in ("weight", "bias")):
         if name in names:
             rows[name] = source[name] if order is None else source[name].mapped(lambda values: values[order])
-            if rows[name].shape != (shape := stage.get_parameter(name).shape):
-                raise UserError(
-                    f"{source[name].origin} has shape {list(source[name].shape)}, but the task makes it {list(shape)}: "
-                    "it was fine-tuned for other classes"
-                )
+            shape = stage.get_parameter(name).shape
+            source[name].expect(shape, "the task makes it", "it was fine-tuned for other classes")
     return rows
 
 
