@@ -18,79 +18,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
+from parallel.buckets import Bucket, Slot
 from parallel.gradients import set_own_gradient
 from parallel.mesh import ParallelMesh
-from parallel.parts import PLANE, Part, Region, Sizes, flat_regions
+from parallel.parts import PLANE, Part
 from parallel.runs import Member, Run
 from parallel.sharding import local_tensor
 
 #: Parameters begin, and buckets are divided, at multiples of so many elements: 128 bytes in two-byte formats, which
 #: every kernel's loads and every collective are content with.
 ALIGNMENT = 64
-
-
-@dataclass(eq=False)
-class _Slot:
-    """Where a parameter lies.
-
-    Attributes:
-        parameter: which the modules use: this tensor rank's part, a view of the weights.
-        shape: of the whole parameter.
-        offsets: of this tensor rank's part in it.
-        divided: whether tensor ranks divide it.
-        start: in the buffers.
-        gradient: of it, before data ranks are summed.
-    """
-
-    parameter: nn.Parameter
-    shape: Sizes
-    offsets: Sizes
-    divided: bool
-    start: int
-    gradient: Tensor = field(init=False)
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.parameter.numel()
-
-    def regions(self, first: int, last: int) -> tuple[Region, ...]:
-        """Blocks of the whole parameter that elements of this tensor rank's part are."""
-        local = flat_regions(tuple(self.parameter.shape), first, last)
-        return tuple((tuple(map(sum, zip(self.offsets, offsets))), sizes) for offsets, sizes in local)
-
-
-@dataclass(eq=False)
-class _Bucket:
-    """A part of the buffers, communicated at once.
-
-    Attributes:
-        slots: in the order of their starts.
-        start: in the buffers.
-        size: with what fills it up.
-        own: range in the buffers that this rank updates.
-        master: float32 weights of that range.
-        missing: gradients that the last backward pass of the step has yet to add.
-        reducing: the sum over data ranks, once it has begun.
-        gathering: of the updated weights, until it has been waited for.
-    """
-
-    slots: list[_Slot]
-    start: int
-    size: int
-    own: slice
-    master: Tensor
-    missing: int = 0
-    reducing: dist.Work | None = None
-    gathering: dist.Work | None = None
 
 
 class FlatBuffers:
@@ -175,14 +120,14 @@ class FlatBuffers:
             for slot in filled.slots:
                 self._give_gradient(filled, slot)
 
-    def _bucket(self, start: int, stop: int) -> _Bucket:
+    def _bucket(self, start: int, stop: int) -> Bucket:
         own, first = slice(start, stop), start
         if self.divided:
             share = (stop - start) // self.ranks
             own = slice(start + self.mesh.data_rank * share, start + (self.mesh.data_rank + 1) * share)
             first = start // self.ranks
         master = self.masters[first : first + own.stop - own.start] if self.masters.numel() else self.weights[own]
-        return _Bucket([], start, stop - start, own, master)
+        return Bucket([], start, stop - start, own, master)
 
     @torch.no_grad()
     def _take(self, model: nn.Module, places: list[list[tuple[nn.Parameter, int]]]) -> None:
@@ -195,28 +140,22 @@ class FlatBuffers:
                 view = slice(start, start + local.numel())
                 self.weights[view].copy_(local.reshape(-1))
                 fresh[parameter] = nn.Parameter(self.weights[view].view(local.shape), parameter.requires_grad)
-                slot = _Slot(fresh[parameter], part.shape, offsets, isinstance(parameter, DTensor), start)
+                slot = Slot(fresh[parameter], part.shape, offsets, isinstance(parameter, DTensor), start)
                 bucket.slots.append(slot)
                 if self.masters.numel():
-                    low, high = self._own_part(bucket, slot)
+                    low, high = bucket.own_part(slot)
                     values = local.reshape(-1)[low - start : high - start]
                     bucket.master[low - bucket.own.start : high - bucket.own.start].copy_(values)
         _replace(model, fresh)
 
-    def _give_gradient(self, bucket: _Bucket, slot: _Slot) -> None:
+    def _give_gradient(self, bucket: Bucket, slot: Slot) -> None:
         parameter = slot.parameter
         # Gradients come in the format of the computation and add up in float32, in the kernel that adds them.
         parameter.grad_dtype = None
         slot.gradient = self.gradients[slot.start : slot.stop].view(parameter.shape)
         parameter.grad = slot.gradient
-        low, high = self._own_part(bucket, slot)
+        low, high = bucket.own_part(slot)
         set_own_gradient(parameter, self.gradients[low:high])
-
-    @staticmethod
-    def _own_part(bucket: _Bucket, slot: _Slot) -> tuple[int, int]:
-        """What this rank updates of a parameter, in the buffers."""
-        low = min(max(slot.start, bucket.own.start), slot.stop)
-        return low, max(low, min(slot.stop, bucket.own.stop))
 
     def runs(self, kind: Callable[[nn.Parameter], Hashable]) -> list[Run]:
         """What this rank updates, neighbors of one kind together.
@@ -227,9 +166,9 @@ class FlatBuffers:
         runs: list[Run] = []
         absent: dict[tuple[Hashable, bool], dict[nn.Parameter, Member]] = {}
         for bucket in self.buckets:
-            together: list[tuple[_Slot, int, int]] = []
+            together: list[tuple[Slot, int, int]] = []
             for slot in bucket.slots:
-                low, high = self._own_part(bucket, slot)
+                low, high = bucket.own_part(slot)
                 if low == high:
                     empty = Member(slot.shape, 0, 0, ())
                     absent.setdefault((kind(slot.parameter), slot.divided), {})[slot.parameter] = empty
@@ -245,7 +184,7 @@ class FlatBuffers:
         return runs
 
     def _run(
-        self, bucket: _Bucket, together: list[tuple[_Slot, int, int]], kind: Callable[[nn.Parameter], Hashable]
+        self, bucket: Bucket, together: list[tuple[Slot, int, int]], kind: Callable[[nn.Parameter], Hashable]
     ) -> Run:
         first, last = together[0][1], together[-1][2]
         members = {
@@ -297,7 +236,7 @@ class FlatBuffers:
         finally:
             self._mark = None
 
-    def _arrived(self, bucket: _Bucket) -> None:
+    def _arrived(self, bucket: Bucket) -> None:
         if not self._last and self._mark is None:
             return
         bucket.missing -= 1
@@ -314,7 +253,7 @@ class FlatBuffers:
         if self._last:
             self._reduce(self.buckets[self._next_to_reduce])
 
-    def _reduce(self, bucket: _Bucket) -> None:
+    def _reduce(self, bucket: Bucket) -> None:
         self._next_to_reduce -= 1
         whole = self.gradients[bucket.start : bucket.start + bucket.size]
         group = self.mesh.device_mesh.get_group(self.axis)
@@ -360,7 +299,7 @@ class FlatBuffers:
             whole = self.weights[bucket.start : bucket.start + bucket.size]
             bucket.gathering = all_gather(whole, self.weights[bucket.own], group=group, async_op=True)
 
-    def wait(self, buckets: Iterable[_Bucket] | None = None) -> None:
+    def wait(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Wait for weights of other ranks, before the computation uses them."""
         for bucket in self.buckets if buckets is None else buckets:
             if bucket.gathering is not None:
@@ -391,13 +330,13 @@ class FlatBuffers:
         # Without gradients, modules may be called in other ways and orders than in training.
         model.register_forward_pre_hook(lambda *_: self.wait(around if torch.is_grad_enabled() else None))
 
-    def _buckets_of(self, modules: set[nn.Module], by_parameter: dict[nn.Parameter, _Bucket]) -> list[_Bucket]:
+    def _buckets_of(self, modules: set[nn.Module], by_parameter: dict[nn.Parameter, Bucket]) -> list[Bucket]:
         """The buckets with parameters that the modules themselves hold."""
         needed = {by_parameter[p] for module in modules for p in module.parameters(recurse=False)}
         return [bucket for bucket in self.buckets if bucket in needed]
 
 
-def _differs(one: _Slot, other: _Slot, kind: Callable[[nn.Parameter], Hashable]) -> bool:
+def _differs(one: Slot, other: Slot, kind: Callable[[nn.Parameter], Hashable]) -> bool:
     return one.divided != other.divided or kind(one.parameter) != kind(other.parameter)
 
 
