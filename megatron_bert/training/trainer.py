@@ -162,8 +162,7 @@ class Trainer:
             if stop.save_failed:
                 self.saving.settle(report)
             if self._logs(self.step):
-                grad_norm = sums.grad_norm.item()
-                log_step(self, self.losses(sums), grad_norm, meter, self.memory, report)
+                log_step(self, self.losses(sums), sums.grad_norm.item(), meter, self.memory, report)
                 if settings.logging.trace:
                     write_trace(self, report)
             if self.spikes.settings is not None and go_back_after_spike(
