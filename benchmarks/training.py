@@ -304,9 +304,8 @@ def _summary(
     return summary
 
 
-@command("benchmarks.training")
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and save."""
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a command line; those of this process by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", choices=SIZES, help="repeatable; small by default")
     parser.add_argument("--kind", action="append", choices=KINDS, help="repeatable; all by default")
@@ -323,7 +322,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of each kind that are counted")
     parser.add_argument("--seconds", type=float, default=420.0, help="for all sizes, opening and compiling included")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+@command("benchmarks.training")
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print and save."""
+    options = options_of(arguments)
     sizes = options.size or ["small"]
     dropouts = options.attention_dropout or [0.1]
     cases = [(name, argparse.Namespace(**vars(options) | {"attention_dropout": p})) for p in dropouts for name in sizes]

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,37 @@ def test_both_train_on_the_same_words() -> None:
     masked = given["labels"].flatten() >= 0
     assert masked.nonzero().flatten().tolist() == sorted(batch.slots.tolist())
     assert torch.equal(given["labels"].flatten()[batch.slots], batch.slot_labels)
+
+
+def _commands_on_a_gpu() -> list[list[str]]:
+    ledger = Path(training.__file__).with_name("README.md").read_text(encoding="utf-8")
+    section = ledger.split("## On a GPU")[1].split("\n## ")[0]
+    lines = section.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("    ")]
+
+
+def test_the_script_for_a_gpu_takes_eight_minutes_and_what_is_there() -> None:
+    commands = _commands_on_a_gpu()
+    assert sum(int(command[1]) for command in commands) <= 8 * 60
+    gpu_tests, *benchmarks = ([*command[2:]] for command in commands)
+    root = Path(training.__file__).parents[1]
+    marked = {
+        str(path.relative_to(root))
+        for path in (root / "tests").rglob("test_*.py")
+        if re.search(r"pytest\.mark\.gpu\b", path.read_text(encoding="utf-8"))
+    }
+    assert {part for part in gpu_tests if part.startswith("tests/")} == marked - {"tests/benchmarks/test_training.py"}
+    for command, limit in zip(benchmarks, (int(command[1]) for command in commands[1:]), strict=True):
+        assert command[:3] == ["python", "-m", "benchmarks.training"]
+        options = training.options_of(command[3:])
+        assert options.device == "cuda"
+        assert options.seconds + 30 <= limit, "there is time to import and to end"
+        for name in options.size:
+            for kind in options.kind:
+                if kind in training.OURS:
+                    settings = training.settings_of(SIZES[name], with_dropout(options), Path("unused"), kind)
+                    assert settings.training.cuda_graphs == (kind == "ours, CUDA graphs")
+
+
+def with_dropout(options: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**vars(options) | {"attention_dropout": options.attention_dropout[0]})
