@@ -9,9 +9,8 @@ from typing import Any
 
 from megatron_bert.convert.run_models import finished_model, settings_file
 from megatron_bert.convert.state import CanonicalState
-from megatron_bert.data.tokenizer_settings import CONFIG_NAME
 from megatron_bert.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of_run
-from megatron_bert.data.vocabularies import JSON_NAME, holds_vocabulary
+from megatron_bert.data.vocabularies import JSON_NAME, SETTINGS_NAME, holds_vocabulary
 from megatron_bert.json_file import read_json, section
 from parallel.errors import UserError
 from parallel.stored.file_range import FileRange
@@ -38,7 +37,7 @@ def save_tokenizer(
     with reporting("written", folder, "make room, or give another directory"):
         vocabulary.save(folder)
         if (folder / JSON_NAME).is_file():
-            write_json(folder / CONFIG_NAME, settings)
+            write_json(folder / SETTINGS_NAME, settings)
 
 
 def find_vocabulary(

@@ -19,16 +19,17 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers
 
-from megatron_bert.data.tokenizer_settings import Normalization, read_normalization
 from megatron_bert.data.vocabularies import (
     BPE_NAME,
     JSON_NAME,
     MODEL_NAME,
     ROLES,
     VOCAB_NAME,
+    Normalization,
     byte_level_bpe,
     find_vocabulary,
     read_json,
+    read_normalization,
     read_vocabulary,
     wordpiece,
 )

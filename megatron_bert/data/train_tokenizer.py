@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from megatron_bert.data.compression import STANDARD_INPUT
 from megatron_bert.data.inputs import DocumentReader
-from megatron_bert.data.tokenizer_settings import Normalization
 from megatron_bert.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
-from megatron_bert.data.vocabularies import MODEL_NAME, wordpiece
+from megatron_bert.data.vocabularies import MODEL_NAME, Normalization, wordpiece
 from parallel.errors import UserError
 from parallel.whole_files import reporting, write_bytes
 

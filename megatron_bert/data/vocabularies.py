@@ -2,11 +2,12 @@
 """The files of vocabularies, and the tokenizers that they stand for."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from megatron_bert.data.tokenizer_settings import Normalization
+from megatron_bert.json_file import read_object
 from parallel.errors import UserError
 
 ROLES = {
@@ -21,6 +22,28 @@ ROLES = {
 JSON_NAME, VOCAB_NAME, MODEL_NAME = "tokenizer.json", "vocab.txt", "tokenizer.model"
 BPE_NAME, MERGES_NAME = "vocab.json", "merges.txt"
 """The two files of a byte-level BPE vocabulary, as RoBERTa's."""
+SETTINGS_NAME = "tokenizer_config.json"
+"""What transformers keeps beside a vocabulary."""
+
+
+class Normalization(NamedTuple):
+    """What happens to text before a WordPiece vocabulary is looked up, which its vocab.txt does not say.
+
+    The names are those of transformers.
+
+    Attributes:
+        do_lower_case: whether text is lower-cased; None where it is not known.
+        strip_accents: whether accents are removed; None does what ``do_lower_case`` does.
+        tokenize_chinese_chars: whether every Chinese character is a word of its own.
+    """
+
+    do_lower_case: bool | None = None
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool = True
+
+    def settings(self) -> dict[str, bool | None]:
+        """What there is to say of them in the file."""
+        return {name: value for name, value in self._asdict().items() if value is not None or name == "strip_accents"}
 
 
 def wordpiece(vocabulary: dict[str, int], normalization: Normalization) -> tokenizers.Tokenizer:
@@ -47,6 +70,29 @@ def wordpiece(vocabulary: dict[str, int], normalization: Normalization) -> token
             ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
         )
     return backend
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of settings, empty where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    return read_object(path, "fetch the file again, or remove it") if path.is_file() else {}
+
+
+def read_normalization(folder: Path) -> Normalization:
+    """What the tokenizer_config.json of a folder says of its vocab.txt; the defaults where it says nothing.
+
+    Raises:
+        UserError: it is damaged, or says something else than true or false.
+    """
+    path = folder / SETTINGS_NAME
+    stated = {name: value for name, value in read_settings(path).items() if name in Normalization._fields}
+    for name, value in stated.items():
+        if type(value) is not bool and not (value is None and name == "strip_accents"):
+            raise UserError(f"{path} says that {name} is {repr(value)[:40]}: write true or false, or leave it out")
+    return Normalization(**stated)
 
 
 def find_vocabulary(path: Path) -> Path:

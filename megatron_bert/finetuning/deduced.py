@@ -10,8 +10,7 @@ from typing import Any
 
 from megatron_bert.convert.huggingface_names import family_of
 from megatron_bert.convert.state import CanonicalState
-from megatron_bert.data.tokenizer_settings import CONFIG_NAME as TOKENIZER_SETTINGS
-from megatron_bert.data.tokenizer_settings import read_settings
+from megatron_bert.data.vocabularies import SETTINGS_NAME, read_settings
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.tasks.settings import meaningful, meaningful_data, task_name
@@ -107,7 +106,7 @@ def changed_settings(
 
 def _longest(directory: Path, usual: str, config: MegatronBertConfig) -> int:
     """What the model and its tokenizer take; windows of long texts have the length that transformers gives them."""
-    stated = read_settings(directory / TOKENIZER_SETTINGS).get("model_max_length")
+    stated = read_settings(directory / SETTINGS_NAME).get("model_max_length")
     longest = config.longest_sequence
     if type(stated) is int and 0 < stated < longest:
         longest = stated

@@ -11,8 +11,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from megatron_bert.data import word_cache
-from megatron_bert.data.tokenizer_settings import Normalization
-from megatron_bert.data.vocabularies import wordpiece
+from megatron_bert.data.vocabularies import Normalization, wordpiece
 from megatron_bert.data.word_cache import WordCache, splits_at_spaces
 
 from .support import SPECIAL, WORDS
