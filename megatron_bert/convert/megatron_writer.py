@@ -30,8 +30,7 @@ from megatron_bert.convert.state import (
 from megatron_bert.model.activations import GELU_APPROXIMATIONS
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.errors import UserError
-from parallel.stored.torch_archive import torch_file
-from parallel.stored.torch_pickles import Slot
+from parallel.stored.torch_archive import Slot, torch_file
 
 #: Names at the top of a checkpoint of Megatron's.
 MEGATRON_ENTRIES = rf"{re.escape(TRACKER)}|release|iter_\d{{7}}|mp_rank_\d\d+(?:_\d{{3}})?"

@@ -8,22 +8,41 @@ tensor at a time, where ``torch.save`` takes them all at once.
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from parallel.file_process import Piece
-from parallel.stored.torch_pickles import Slot, pickle_structure
+from parallel.stored.torch_vocabulary import STORAGE_CLASSES
 
 _ALIGNMENT = 64
 _LONG = 0xFFFFFFFF
 #: 1 January 1980, the earliest date that the format knows: the same tensors make the same bytes.
 _DATE = 0x21
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor in a structure to be saved; its values are given later, by its name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Storage:
+    slot: Slot
+    key: str
 
 
 def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -> Piece:
@@ -32,7 +51,7 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -
     Args:
         start: offset of the values in the memory from which they are written.
     """
-    pickled, _ = pickle_structure(Slot("tensor", shape, dtype))
+    pickled, _ = _pickle_structure(Slot("tensor", shape, dtype))
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     head, entries = bytearray(), bytearray()
     members = (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little"), ("data/0", None))
@@ -56,7 +75,7 @@ def torch_file(path: Path, structure: Any) -> Iterator[Callable[[str, memoryview
     Args:
         structure: what torch.load will return, with a :class:`Slot` for every tensor.
     """
-    pickled, keys = pickle_structure(structure)
+    pickled, keys = _pickle_structure(structure)
     entries: list[bytes] = []
 
     def member(name: str, content: bytes | memoryview) -> None:
@@ -96,3 +115,32 @@ def _end(count: int, size: int, start: int) -> bytes:
         return last
     large = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
     return large + struct.pack("<IIQI", 0x07064B50, 0, start + size, 1) + last
+
+
+def _pickle_structure(structure: Any) -> tuple[bytes, dict[str, str]]:
+    """The pickle of a structure with a :class:`Slot` for every tensor, and the key of the storage of every slot."""
+    keys: dict[str, str] = {}
+    file = io.BytesIO()
+    _Pickler(file, keys).dump(structure)
+    return file.getvalue(), keys
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as torch does: a call of its rebuild function on a persistent id."""
+
+    def __init__(self, file: io.BytesIO, keys: dict[str, str]) -> None:
+        super().__init__(file, protocol=2)
+        self._keys = keys
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Slot):
+            return NotImplemented
+        storage = _Storage(value, self._keys.setdefault(value.name, str(len(self._keys))))
+        stride = torch.empty(value.shape, device="meta").stride()
+        # Five arguments and no hooks: what torch of any age accepts.
+        return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, stride, False, {})
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        return ("storage", STORAGE_CLASSES[value.slot.dtype], value.key, "cpu", math.prod(value.slot.shape))

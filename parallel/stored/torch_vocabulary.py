@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from parallel.stored.stored_tensor import StorageRecord, StoredTensor
-from parallel.stored.torch_pickles import STORAGE_CLASSES
 from parallel.stored.vocabulary import Global, RefusedError, StandIn, Vocabulary
 
 #: Classes that old training scripts left in their checkpoints (loss scalers, enumerations, recipes). They become inert
@@ -33,6 +32,19 @@ _INERT = (
     *("__builtin__.xrange", "__builtin__.long", "__builtin__.unicode"),
 )
 
+#: Class of the storage, in a pickle, of the elements of each type.
+STORAGE_CLASSES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
 #: ``torch.float32`` and the like.
 DTYPE_VALUES = {
     str(dtype): dtype for dtype in (getattr(torch, name) for name in dir(torch)) if isinstance(dtype, torch.dtype)
