@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_bert.config import Settings
 from megatron_bert.section import explained
 from megatron_bert.shipped import find_config
-from parallel.errors import UserError, with_article
+from parallel.errors import UserError, its_class
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -105,9 +105,7 @@ def read_tree(path: Path, overrides: list[str], *, as_written: bool = False) -> 
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path} holds {with_article(type(tree).__name__)}, not a mapping of sections: see configs/ for examples"
-        )
+        raise UserError(f"{path} holds {its_class(tree)}, not a mapping of sections: see configs/ for examples")
     for override in overrides:
         apply_override(tree, override)
     return tree

@@ -26,6 +26,11 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
 
 
+def its_class(value: object) -> str:
+    """The name of a value's class, with its article."""
+    return with_article(type(value).__name__)
+
+
 class NamesArgumentsError(Exception):
     """An error whose text, its first argument, says ``$name`` for an argument; shown as ``name`` or by :func:`called`.
 

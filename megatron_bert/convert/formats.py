@@ -15,7 +15,7 @@ from megatron_bert.convert.native import Native
 from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.model.configuration import CONFIG_NAME
-from parallel.errors import UserError, brief
+from parallel.errors import UserError, brief, its_class
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.strange_files import refuse_strange
 
@@ -88,7 +88,7 @@ def _about_file(tree: FileTree, name: str) -> UserError:
         return UserError(f"{place.label} has no config.json beside it, which says what model it is: put it there")
     content = tree.structure(name)
     if not isinstance(content, dict):
-        return UserError(f"{place.label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
+        return UserError(f"{place.label} holds {its_class(content)} instead of a dictionary: give a checkpoint")
     inner = next((content[key] for key in MODEL_KEYS if isinstance(content.get(key), dict)), content)
     keys = [str(key) for key, value in inner.items() if isinstance(value, StoredTensor)]
     if any(_HUGGING_FACE_KEY.fullmatch(key) for key in keys):

@@ -16,7 +16,7 @@ from megatron_bert.convert.divisions import check_version
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.nemo import NEMO_WEIGHTS, nemo_settings
 from megatron_bert.convert.state import StateTensor
-from parallel.errors import UserError, brief
+from parallel.errors import UserError, brief, its_class
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.torch_files import is_torch_file
 
@@ -92,7 +92,7 @@ class Shard:
             value = value.load().item()
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(
-                f"{self.label} has a checkpoint version that is not a number (a {type(value).__name__}): give the "
+                f"{self.label} has a checkpoint version that is not a number ({its_class(value)}): give the "
                 "order of its rows with --source-checkpoint-version, 0, 1.0, 2.0 or 3.0"
             )
         return value
@@ -134,7 +134,7 @@ class Shard:
                         raise UserError(f"{self.label} holds a model with a key that is not text: it is damaged")
                     walk(f"{prefix}.{key}" if prefix else key, inner, depth + 1)
             else:
-                held = f"{brief(prefix or 'a model')}, a {type(value).__name__}"
+                held = f"{brief(prefix or 'a model')}, {its_class(value)}"
                 raise UserError(f"{self.label} holds {held}: expected tensors")
 
         walk("", chunk, 0)
@@ -300,7 +300,7 @@ def _open(tree: FileTree, name: str, settings: dict[str, Any] | None = None) -> 
     content = tree.structure(name)
     label = tree[name].label
     if not isinstance(content, dict):
-        raise UserError(f"{label} holds a {type(content).__name__} instead of a dictionary: give a checkpoint")
+        raise UserError(f"{label} holds {its_class(content)} instead of a dictionary: give a checkpoint")
     if settings is not None:
         content = {"model": content.get("state_dict", content)} | settings
     return Shard(label, content)

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from megatron_bert.family.checks import check_tensor, computing_device, promoted
-from parallel.errors import UserError
+from parallel.errors import UserError, its_class
 
 if TYPE_CHECKING:
     from megatron_bert.family.pretrained import DocumentedModel
@@ -75,7 +75,7 @@ def opened_cache(past: Any, model: DocumentedModel, batch: int) -> Cache | None:
     try:
         entries = tuple(tuple(entry) for entry in past)
     except TypeError:
-        raise UserError(f"past_key_values is a {type(past).__name__}: {_REMEDY}") from None
+        raise UserError(f"past_key_values is {its_class(past)}: {_REMEDY}") from None
     if not entries:
         return None
     checked = _checked(entries, model, batch)

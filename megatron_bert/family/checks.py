@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.configuration_checks import NUMBER_FORMATS
-from parallel.errors import UserError
+from parallel.errors import UserError, its_class
 
 #: What is true or false, a number of 0 or 1 included: they are equal as keys.
 _TRUTH = {False: False, True: True}
@@ -70,7 +70,7 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> T
         UserError: it is another kind of thing, or elsewhere.
     """
     if not isinstance(value, Tensor):
-        raise UserError(f"{name} is a {type(value).__name__}: give a tensor")
+        raise UserError(f"{name} is {its_class(value)}: give a tensor")
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else "sparse"
         raise UserError(f"{name} is a {kind} tensor: give one with all its values, padded to one length")
@@ -96,7 +96,7 @@ def checked_switch(name: str, value: Any) -> bool:
 def described(value: Any) -> str:
     """A wrong value in few words: itself, or its type where it is long."""
     text = repr(value)
-    return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"
+    return text if len(text) <= 40 and "\n" not in text else its_class(value)
 
 
 def check_whole(name: str, numbers: Tensor) -> None:

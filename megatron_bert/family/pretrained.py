@@ -23,7 +23,7 @@ from megatron_bert.family.resizing import ResizableModel
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import padded, undivided
-from parallel.errors import ArgumentError, UserError, brief
+from parallel.errors import ArgumentError, UserError, brief, its_class
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import copy_whole
 from parallel.whole_files import reporting
@@ -71,9 +71,7 @@ class DocumentedModel(ResizableModel):
     ) -> None:
         config = self.config_class.of(config)
         if not isinstance(config, self.config_class):
-            raise UserError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, but got a {type(config).__name__}"
-            )
+            raise UserError(f"{type(self).__name__} takes a {self.config_class.__name__}, but got {its_class(config)}")
         if not isinstance(tp, TensorParallel):
             raise UserError(f"tp is {described(tp)}: give a TensorParallel handle, or leave it out on one device")
         if tp.sequence:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from parallel.errors import UserError, with_article
+from parallel.errors import UserError, its_class
 
 
 def directory_path(directory: Any) -> Path:
@@ -18,7 +18,7 @@ def directory_path(directory: Any) -> Path:
     try:
         return Path(directory)
     except TypeError:
-        raise UserError(f"the directory is {with_article(type(directory).__name__)}: give its path") from None
+        raise UserError(f"the directory is {its_class(directory)}: give its path") from None
 
 
 def made_directory(directory: Any) -> Path:

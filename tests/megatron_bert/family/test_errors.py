@@ -38,7 +38,7 @@ INPUTS = {
         {"input_ids": IDS, "head_mask": torch.ones(3, 3, 4, 1, 1)},
         "head_mask has shape [3, 3, 4, 1, 1]",
     ),
-    "cache-number": ({"input_ids": IDS, "past_key_values": 3}, "past_key_values is a int: give what an earlier"),
+    "cache-number": ({"input_ids": IDS, "past_key_values": 3}, "past_key_values is an int: give what an earlier"),
     "mask-rank": ({"input_ids": IDS, "attention_mask": IDS[0]}, "attention_mask has shape [4], expected [2, 4]"),
     "mask-four": (
         {"input_ids": IDS, "attention_mask": IDS[:, None, None, :3]},
@@ -130,7 +130,7 @@ LABELS = {
     "class-list": ("ForSequenceClassification", {"labels": [0, 1]}, "labels is a list: give a tensor"),
     "pair-list": ("ForNextSentencePrediction", {"labels": [0, 1]}, "labels is a list: give a tensor"),
     "tag-list": ("ForTokenClassification", {"labels": [[0] * 4] * 2}, "labels is a list: give a tensor"),
-    "start": ("ForQuestionAnswering", {"start_positions": 3}, "start_positions is a int: give a tensor"),
+    "start": ("ForQuestionAnswering", {"start_positions": 3}, "start_positions is an int: give a tensor"),
     "kept-place": ("ForCausalLM", {"logits_to_keep": torch.tensor([4])}, "logits_to_keep holds places outside of 4"),
     "tag": ("ForTokenClassification", {"labels": IDS * 5}, "labels holds 5, outside 0 to 4"),
     "tags": ("ForTokenClassification", {"labels": IDS[:, :1]}, "labels has shape [2, 1], expected [2, 4]"),
