@@ -123,13 +123,13 @@ class AdamW(UpdateRule):
             return
         # The kernel divides by this while it reads the gradients.
         scale = None if factor is None else factor.reciprocal()
-        settings = self.settings
+        settings, gradients = self.settings, dict(self._with_gradients())
         for kind, runs in self.alike.items():
-            found = [run for run in runs if run.gradient is not None]
+            found = [run for run in runs if run in gradients]
             # The function itself: torch's class loads the compiler, a sixth of the time that a run takes to start.
             adamw(
                 [run.values for run in found],
-                [run.gradient for run in found],  # type: ignore[misc]
+                [gradients[run] for run in found],
                 [self.moments[run]["exp_avg"] for run in found],
                 [self.moments[run]["exp_avg_sq"] for run in found],
                 [],
