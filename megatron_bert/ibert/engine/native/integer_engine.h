@@ -16,9 +16,10 @@ extern "C" {
 
 typedef struct integer_engine integer_engine;
 
-/* The plan of a file, whose digest is checked, for so many threads (0: one). The table of words is read from
- * the file as long as the engine lives: it may be replaced or removed meanwhile, but must not be changed in place. The instruction set
- * is the best there is, or that of the environment variable MEGATRON_BERT_CPU_TARGET (plain, avx2, avxvnni, avx512, amx; neon, neon_dot, neon_i8mm). */
+/* The plan of a file, whose digest is checked, for so many threads (0: one). The table of words is read from the file as
+ * long as the engine lives: it may be replaced or removed meanwhile, but must not be changed in place. The instruction set
+ * is the best there is, or that of the environment variable MEGATRON_BERT_CPU_TARGET (plain, avx2, avxvnni, avx512, amx;
+ * neon, neon_dot, neon_i8mm). */
 integer_engine *integer_engine_load(const char *path, int threads, char *error, size_t error_size);
 /* The same of a plan in memory, which is not needed afterwards; its digest is not looked at. */
 integer_engine *integer_engine_load_memory(const void *plan, size_t size, int threads, char *error, size_t error_size);
