@@ -13,6 +13,7 @@ from transformers import initialization
 
 from megatron_bert.convert.huggingface_names import HuggingFaceNames, separate
 from megatron_bert.convert.name_table import Place
+from megatron_bert.family.configuration import DocumentedConfig
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.resharding import padded
 from parallel.mesh import TensorParallel
@@ -30,6 +31,8 @@ class InitialWeights(transformers.PreTrainedModel):
     They depend on the seed and on names, not on ranks.
     """
 
+    config: DocumentedConfig
+    #: Of parameters, in files of pretraining.
     names: ClassVar[HuggingFaceNames]
     sizes: EncoderConfig
     tp: TensorParallel

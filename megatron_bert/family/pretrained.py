@@ -18,7 +18,6 @@ from megatron_bert.convert.ranges import RANGES_NAME
 from megatron_bert.family.checks import check_device, check_filled, checked_switch, described
 from megatron_bert.family.configuration import DocumentedConfig, MegatronBertConfig
 from megatron_bert.family.files import file_beside, remove_stale_index, stored_tensors
-from megatron_bert.family.modules import EncoderLayer, LanguageHead
 from megatron_bert.family.resizing import ResizableModel
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
@@ -49,7 +48,6 @@ class DocumentedModel(ResizableModel):
         tp: the tensor-parallel handle.
     """
 
-    config: DocumentedConfig
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["EncoderLayer", "Embeddings"]
     _supports_sdpa = True
@@ -125,14 +123,6 @@ class DocumentedModel(ResizableModel):
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """An output in the form asked for: with fields, or as a tuple."""
         return output if self.wants(return_dict, "return_dict") else output.to_tuple()
-
-    def layer_list(self) -> list[EncoderLayer]:
-        """The transformer layers, lowest first."""
-        return list(self.base_model.encoder.layer)
-
-    def language_head(self) -> LanguageHead | None:
-        """The masked-language head, of classes that have one."""
-        return None
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The layer that gives logits over the vocabulary; None of classes without."""

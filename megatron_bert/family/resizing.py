@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_bert.family.checks import described
 from megatron_bert.family.initial_weights import InitialWeights
+from megatron_bert.family.modules import EncoderLayer, LanguageHead
 from megatron_bert.model.resharding import padded, replaced, undivided
 from parallel.errors import UserError
 from parallel.layers import VocabParallelEmbedding
@@ -19,6 +20,14 @@ from parallel.layers import VocabParallelEmbedding
 
 class ResizableModel(InitialWeights):
     """A model whose heads are pruned and whose vocabulary is resized."""
+
+    def layer_list(self) -> list[EncoderLayer]:
+        """The transformer layers, lowest first."""
+        return list(self.base_model.encoder.layer)
+
+    def language_head(self) -> LanguageHead | None:
+        """The masked-language head, of classes that have one."""
+        return None
 
     def prune_heads(self, heads_to_prune: dict[int, Iterable[int]]) -> None:
         """Remove attention heads for good: layer -> heads, numbered as they were at first.
@@ -88,7 +97,7 @@ class ResizableModel(InitialWeights):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
         if (head := self.language_head()) is not None:
-            head.bias = head.decoder.bias
+            head.bias = head.decoder.bias  # type: ignore[assignment]
         self.tie_weights()
 
     @torch.no_grad()
@@ -112,7 +121,7 @@ class ResizableModel(InitialWeights):
             output = self._get_resized_lm_head(output, words, mean_resizing=mean_resizing)
             self._replace(head.decoder, "weight", output.weight, rows)
             self._replace(head.decoder, "bias", output.bias, rows)
-            head.bias, head.decoder.out_features = head.decoder.bias, rows
+            head.bias, head.decoder.out_features = head.decoder.bias, rows  # type: ignore[assignment]
         self.tie_weights()
         return table
 
