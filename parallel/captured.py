@@ -84,10 +84,12 @@ class CudaRecorder:
     def replay(self, behind: Callable[[], None] | None = None) -> None:
         """Do the work once more; see :class:`Recorder`."""
         self.graph.replay()
-        for mark in self._marks if behind is not None else ():
+        if behind is None:
+            return
+        for mark in self._marks:
             self.aside.wait_event(mark)
             with torch.cuda.stream(self.aside):
-                behind()  # type: ignore[misc]
+                behind()
 
 
 class CudaRecorders:
