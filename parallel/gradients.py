@@ -82,6 +82,8 @@ def sums_of_squares(tensors: list[Tensor]) -> Tensor:
 def global_gradient_norm(gradients: Iterable[Tensor], mesh: ParallelMesh, losses: Tensor | None = None) -> Tensor:
     """The L2 norm of the whole model's gradient, a float32 scalar that is the same on every rank.
 
+    All ranks of the mesh must call.
+
     Args:
         gradients: of this rank, those that stand for their copies on others and on this one.
         losses: of this rank; where one of them is not finite, the norm is NaN on every rank.

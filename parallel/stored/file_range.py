@@ -108,7 +108,7 @@ class FileRange:
     def map(self, start: int, length: int) -> memoryview:
         """The same bytes as :meth:`read` gives, mapped: they come from the file as they are looked at.
 
-        What is written to them stays in memory. There must be one at least, and the file not become shorter meanwhile.
+        What is written to them stays in memory. There must be at least one, and the file must not become shorter.
 
         Raises:
             UserError: they reach beyond the range, or the file became shorter.
