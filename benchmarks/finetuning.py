@@ -33,10 +33,10 @@ from tools.task_scores import (
     add_task_options,
     essential_settings,
     finished_run,
-    leave,
     measured,
     summarize,
     task_of_file,
+    write_report,
 )
 
 #: What transformers' Trainer reached for a seed, beside the run.
@@ -128,7 +128,7 @@ def main() -> None:
     tasks = measured(arguments.files, lambda file: measure(file, arguments))
     theirs = any("transformers" in models for task in tasks.values() for models in task["splits"].values())
     packages = ("transformers", "accelerate") if theirs else ()
-    leave(arguments, tasks, provenance("finetuning", *packages, device=choose_device("auto", 0)))
+    write_report(arguments, tasks, provenance("finetuning", *packages, device=choose_device("auto", 0)))
 
 
 if __name__ == "__main__":

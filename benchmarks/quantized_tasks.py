@@ -27,7 +27,7 @@ from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.quantize import quantize
 from megatron_bert.quantizing.settings import QuantizeSettings
 from parallel.process_group import choose_device
-from tools.task_scores import add_task_options, essential_settings, finished_run, leave, measured, summarize
+from tools.task_scores import add_task_options, essential_settings, finished_run, measured, summarize, write_report
 
 #: Splits that results.json has for other models than the one that is saved.
 _CALIBRATED = "_calibrated"
@@ -91,7 +91,7 @@ def main() -> None:
             "changes of quantized models": arguments.quantized_change,
         },
     }
-    leave(arguments, measured(arguments.files, lambda file: measure(file, arguments)), made)
+    write_report(arguments, measured(arguments.files, lambda file: measure(file, arguments)), made)
 
 
 if __name__ == "__main__":

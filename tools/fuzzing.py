@@ -294,7 +294,8 @@ def run_cases(
     """
     outcomes: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
-        (place := Path(temporary, "originals")).mkdir()
+        place = Path(temporary, "originals")
+        place.mkdir()
         originals = make(place)
         for number in tqdm(range(options.seed, options.seed + options.cases), unit="case", disable=None):
             folder = Path(temporary, f"case{number}")

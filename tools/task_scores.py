@@ -37,7 +37,7 @@ def measured(files: list[Path], measure: Callable[[Path], dict[str, Any]]) -> di
     return tasks
 
 
-def leave(arguments: argparse.Namespace, tasks: dict[str, Any], made: Mapping[str, Any]) -> None:
+def write_report(arguments: argparse.Namespace, tasks: dict[str, Any], made: Mapping[str, Any]) -> None:
     """Write what was measured, how it was made, and a picture of it, where that is asked for."""
     if arguments.output is not None:
         write_json(arguments.output, {"about": arguments.about, **made, "tasks": tasks})

@@ -29,8 +29,11 @@ TEXT_DOCUMENTS = 2000
 TEXT_TOKENS = 2000
 """Tokens of each of those that are decoded at most."""
 
-SEED, MASKED = 1234, 0.15
-"""Of samples that are shown: of everything random, and the share of the tokens to predict."""
+SEED = 1234
+"""Of everything random in samples that are shown."""
+
+MASK_PROBABILITY = 0.15
+"""Share of their tokens to predict."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,8 @@ class CorpusReport:
                 (0, len(self.corpus.document_indices) - 1),
                 self.tokenizer,
                 seq_length=options.seq_length,
-                max_predictions=max(1, round(MASKED * options.seq_length)),
-                mask_probability=MASKED,
+                max_predictions=max(1, round(MASK_PROBABILITY * options.seq_length)),
+                mask_probability=MASK_PROBABILITY,
                 objective=options.objective,
                 seed=SEED,
             )
