@@ -6,12 +6,15 @@ fast; its steps are predicted with both, and the mean is compared with what was 
 median of several rounds.
 
     python -m benchmarks.planning --output benchmarks/planning_cpu.json
+
+Rows of other calls stay in the file: `--ranks 4 --only sharding` measures one of them again.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -26,9 +29,9 @@ from megatron_bert.data.preprocess import preprocess
 from megatron_bert.ending import command
 from megatron_bert.planning.bench import bench
 from megatron_bert.planning.devices import GIB
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import predict
-from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.this_machine import run_ranks
 from megatron_bert.planning.workload import workload_of
 from megatron_bert.training.metrics_file import METRICS_FILE, read_metrics
@@ -43,6 +46,7 @@ WORLDS: dict[int, list[list[str]]] = {
         ["parallel.tensor=2"],
         ["parallel.pipeline=2"],
         ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.sharding=full"],
     ],
     4: [
         ["parallel.tensor=2", "parallel.sequence=true"],
@@ -150,6 +154,12 @@ def of_3_9b(gpus: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _merged(before: list[dict[str, Any]], found: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Rows of an earlier report, those that were found again in their places, and new ones behind them."""
+    rows = {json.dumps([row[name] for name in names]): row for row in (*before, *found)}
+    return list(rows.values())
+
+
 @command("benchmarks.planning")
 def main() -> None:
     """Predict, measure, print and save."""
@@ -157,17 +167,24 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="predictions and runs of each layout, in turns")
+    parser.add_argument("--only", default="", help="layouts with this in their settings")
     parser.add_argument("--gpus", type=int, nargs="*", default=[512], help="devices to plan 3.9B for")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write; its rows of other layouts stay")
     arguments = parser.parse_args()
-    result = {
-        **provenance("planning"),
-        "worlds": [
-            row for ranks in arguments.ranks for row in compare(ranks, WORLDS[ranks], arguments.steps, arguments.rounds)
-        ],
-        "of_3.9b": [row for gpus in arguments.gpus for row in of_3_9b(gpus)],
-    }
-    publish(result, arguments.output)
+    result = provenance("planning")
+    worlds, of_largest = [], []
+    for ranks in arguments.ranks:
+        chosen = [world for world in WORLDS[ranks] if arguments.only in " ".join(world)]
+        rows = compare(ranks, chosen, arguments.steps, arguments.rounds) if chosen else []
+        worlds += [{"command": result["command"]} | row for row in rows]
+    for gpus in arguments.gpus:
+        of_largest += of_3_9b(gpus)
+    output: Path | None = arguments.output
+    earlier = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.is_file() else {}
+    before = [{"command": earlier["command"]} | row for row in earlier.get("worlds", [])]
+    result["worlds"] = _merged(before, worlds, "ranks", "settings")
+    result["of_3.9b"] = _merged(earlier.get("of_3.9b", []), of_largest, "gpus", "command")
+    publish(result, output)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.devices import GIB, NETWORK, load_device
 from megatron_bert.planning.dry_run import dry_run_rank, longest_batch, longest_task_batch
 from megatron_bert.planning.layouts import stages_of
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.measuring import StepMeasurement
 from megatron_bert.planning.memory import layout_of, rank_memory
 from megatron_bert.planning.needs import checkpoint_lines, data_lines
 from megatron_bert.planning.search import usable_bytes
-from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.work import rank_flops
 from megatron_bert.planning.workload import USUAL_VOCABULARY, TaskHead, Workload, workload_of
 from megatron_bert.quantizing.quantize import QuantizeProcedure, quantize_variants

@@ -10,12 +10,12 @@ from megatron_bert.arguments import check_output
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
 from megatron_bert.planning.layouts import Layout, why_not
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_lines
 from megatron_bert.planning.picture import draw_plan
 from megatron_bert.planning.planned import load_planned
 from megatron_bert.planning.search import Prediction, Search, predict, search, usable_bytes
-from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.workload import Workload
 from parallel.errors import UserError, called
 from parallel.whole_files import reporting, write_text

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from megatron_bert.planning.communication import Message, data_messages, step_messages
 from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.layouts import Layout, Stage, layouts, stages_of, why_not
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import RankMemory, rank_memory
-from megatron_bert.planning.step_time import Machine, StepTime, step_time
+from megatron_bert.planning.step_time import StepTime, step_time
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.schedules import SCHEDULES
 

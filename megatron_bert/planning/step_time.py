@@ -8,8 +8,17 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_bert.planning.communication import Message, tensor_messages_of_ends, tensor_messages_of_layer
-from megatron_bert.planning.devices import Device, Link
+from megatron_bert.planning.divided_weights import (
+    Gathering,
+    added_bytes,
+    gathering_of,
+    layer_unit,
+    laying_out,
+    of_fullest,
+    root_unit,
+)
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, Timeline, simulate
@@ -37,71 +46,8 @@ class Times(NamedTuple):
         return self.forward + self.backward_input + self.backward_weight
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where ranks run.
-
-    Attributes:
-        device: of each.
-        network: between nodes.
-        working: whether messages count only for as long as they keep a processor at work.
-    """
-
-    device: Device
-    network: Link
-    working: bool = False
-
-    def link(self, layout: Layout, axis: str) -> Link:
-        """The link that the ranks of an axis have between them: neighbors in rank are in one node."""
-        span = {"tensor": layout.tensor, "data": layout.tensor * layout.data}.get(axis, layout.world_size)
-        return self.device.link if span <= self.device.devices_per_node else self.network
-
-    def product(self, rows: float, columns: float, inner: float, compute: str) -> float:
-        """Seconds of a matrix product: small ones reach less of the peak."""
-        device = self.device
-        share = device.product_share
-        for size in (rows, columns, inner):
-            share *= size / (size + device.product_size)
-        return 2 * rows * columns * inner / (device.peak_tflops[compute] * 1e12 * share)
-
-    def attention(self, flops: float, compute: str, dropout: bool) -> float:
-        """Seconds of attention."""
-        share = self.device.attention_share
-        if dropout:
-            share = self.device.attention_dropout_share or share * 5 / 6
-        return flops / (self.device.peak_tflops[compute] * 1e12 * share)
-
-    def moving(self, size: float) -> float:
-        """Seconds of elementwise operators that read and write so many bytes."""
-        return size / (self.device.memory_gb_per_second * 1e9 * self.device.memory_share)
-
-    def message(self, kind: str, size: float, ranks: int, link: Link) -> float:
-        """Seconds of a message."""
-        if ranks == 1:
-            return 0.0
-        transfer = link.of(kind, ranks)
-        return transfer.seconds(kind, size, ranks) * (transfer.processor_share if self.working else 1.0)
-
-    def unattended(self, kind: str, size: float, ranks: int, link: Link) -> float:
-        """Seconds of a message in which a rank can compute: all on a GPU, those without a processor on one of those."""
-        seconds = self.message(kind, size, ranks, link)
-        if self.device.asynchronous:
-            return seconds
-        return 0.0 if self.working else seconds * max(0.0, 1 - link.of(kind, ranks).processor_share)
-
-    def ranks_per_processor(self, ranks: int) -> float:
-        """How many of a run's ranks take turns on a processor; 1 where each has its own."""
-        at_once = self.device.ranks_at_once
-        return 1.0 if at_once is None else max(1.0, min(ranks, self.device.devices_per_node) / at_once)
-
-    def with_host(self, device_seconds: float, operators: float) -> float:
-        """Seconds of operators with what the host takes to start them, which a GPU does not wait for."""
-        host = operators * self.device.launch_microseconds * 1e-6
-        return max(device_seconds, host) if self.device.asynchronous else device_seconds + host
-
-
-def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
-    """Of a layer for a micro batch."""
+def layer_times(workload: Workload, layout: Layout, machine: Machine, gathering: Gathering) -> Times:
+    """Of a layer for a micro batch, whose weights are gathered in both directions where they are divided."""
     config, number, compute = workload.config, workload.number_bytes, workload.compute
     hidden, tensor = config.hidden_size, layout.tensor
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
@@ -118,8 +64,7 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
     stream, act = own * hidden, tokens * wide
     moved = waste * (stream * (10 * number + (2 if drops else 0)) + act * 2 * number)
     moved_back = waste * (stream * (16 * number + (2 if drops else 0)) + act * 3 * number + tokens * inner * 7 * number)
-    # Gradients of weights are made in one format and added up in float32.
-    moved_weights = (4 * hidden * inner + 2 * hidden * wide) * (number + 8)
+    moved_weights = (4 * hidden * inner + 2 * hidden * wide) * added_bytes(workload, layout)
     link = machine.link(layout, "tensor")
     size = tokens * hidden * number
     each = {kind: machine.message(kind, size, tensor, link) for kind in ("all-reduce", "all-gather", "reduce-scatter")}
@@ -135,15 +80,26 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine) -> Times:
     ahead_operators, back_operators, weight_operators = COMPILED_OPERATORS if workload.compiled else OPERATORS
     if tensor > 1 and not workload.compiled:
         ahead_operators, back_operators = ahead_operators + TENSOR_OPERATORS[0], back_operators + TENSOR_OPERATORS[1]
-    ahead_seconds = machine.with_host(forward + scores + machine.moving(moved), ahead_operators) + sent
-    back_seconds = machine.with_host(backward + 2.5 * scores + machine.moving(moved_back), back_operators) + sent_back
+    ahead_seconds, back_seconds = forward + scores + machine.moving(moved), backward + 2.5 * scores
+    back_seconds += machine.moving(moved_back)
+    again = 0.0
     if layout.recompute == "full":
-        back_seconds += ahead_seconds - machine.product(tokens, hidden, wide, compute)
+        again = (
+            machine.with_host(ahead_seconds, ahead_operators) + sent - machine.product(tokens, hidden, wide, compute)
+        )
     elif layout.recompute == "selective":
-        back_seconds += machine.moving(waste * act * 2 * number)
-    return Times(
-        ahead_seconds, back_seconds, machine.with_host(sum(weights) + machine.moving(moved_weights), weight_operators)
+        again = machine.moving(waste * act * 2 * number)
+    times = Times(
+        machine.with_host(ahead_seconds + gathering.receiving, ahead_operators + gathering.operators) + sent,
+        machine.with_host(back_seconds + gathering.receiving, back_operators + gathering.operators) + sent_back + again,
+        machine.with_host(sum(weights) + machine.moving(moved_weights), weight_operators),
     )
+    # A GPU computes with the layer before while weights of the next one are gathered.
+    beside = (
+        (times.forward, times.backward_input + times.backward_weight) if machine.device.asynchronous else (0.0, 0.0)
+    )
+    waits = [max(0.0, gathering.sending - seconds) for seconds in beside]
+    return Times(times.forward + waits[0], times.backward_input + waits[1], times.backward_weight)
 
 
 def ends_times(workload: Workload, layout: Layout, stage: Stage, machine: Machine) -> Times:
@@ -155,7 +111,8 @@ def ends_times(workload: Workload, layout: Layout, stage: Stage, machine: Machin
         stream = workload.tokens(layout.micro_batch, layout.split_tokens) / layout.split_tokens * hidden
         forward += machine.with_host(machine.moving(stream * 12 * number), 15)
         # The gradient of the whole table is made, and added.
-        backward += machine.with_host(machine.moving(stream * 8 * number + rows * hidden * (2 * number + 8)), 15)
+        table = rows * hidden * (number + added_bytes(workload, layout))
+        backward += machine.with_host(machine.moving(stream * 8 * number + table), 15)
     if stage.part.last:
         slots = layout.micro_batch * workload.slots
         logits = slots * rows
@@ -212,34 +169,23 @@ class StepTime:
 
 def stage_times(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> list[Times]:
     """Of every stage for a micro batch."""
-    layer = layer_times(workload, layout, machine)
-    gathered = _gathering(workload, layout, stages, machine, layer)
+    number = workload.number_bytes
+    layer = layer_times(workload, layout, machine, gathering_of(layer_unit(stages[0], number), layout, machine))
     times = []
     for stage in stages:
         count, ends = len(stage.part.layers), ends_times(workload, layout, stage, machine)
+        # Nothing runs beside the gather of what is outside of layers: it begins when the micro batch does.
+        root = gathering_of(root_unit(stage, number), layout, machine)
+        operators = 0 if machine.device.asynchronous else root.operators  # the host of a GPU is ahead of it
+        gathered = machine.with_host(root.sending + root.receiving, operators)
         times.append(
             Times(
-                count * layer.forward + ends.forward + count * gathered[0],
-                count * layer.backward_input + ends.backward_input + count * gathered[1],
+                count * layer.forward + ends.forward + gathered,
+                count * layer.backward_input + ends.backward_input,
                 count * layer.backward_weight + ends.backward_weight,
             )
         )
     return times
-
-
-def _gathering(
-    workload: Workload, layout: Layout, stages: list[Stage], machine: Machine, layer: Times
-) -> tuple[float, float]:
-    """Seconds a layer for which it waits for its weights where they are divided, forward and backward."""
-    if layout.flat:
-        return 0.0, 0.0
-    size = stages[0].layer_count * workload.number_bytes
-    link = machine.link(layout, "data")
-    # The host has some 160 operators to start for each of FSDP2's groups.
-    seconds = machine.with_host(machine.message("all-gather", size, layout.shards, link), 160)
-    if not machine.device.asynchronous:
-        return seconds, seconds
-    return max(0.0, seconds - layer.forward), max(0.0, seconds - layer.backward_input - layer.backward_weight)
 
 
 def step_time(
@@ -263,7 +209,7 @@ def step_time(
     """
     times = stage_times(workload, layout, stages, machine)
     pipeline, bubble, timeline = _pipeline(workload, layout, times, machine, simulated)
-    wait = _waits(layout, times, messages, machine)
+    wait = _waits(layout, times, messages, machine) + laying_out(workload, layout, stages, machine)
     found = StepTime(pipeline, bubble, wait, _optimizer(workload, layout, stages, machine), timeline)
     ranks = machine.ranks_per_processor(layout.world_size)
     if ranks == 1:
@@ -297,12 +243,12 @@ def _work(workload: Workload, layout: Layout, stages: list[Stage], messages: lis
     passes = layout.microbatches(workload) * sum(time.total for time in times) / layout.pipeline
     link = machine.link(layout, "pipeline")
     sent = sum(m.count * machine.message(m.kind, m.bytes, 2, link) for m in messages if m.group == "pipeline")
-    return passes + sent + _waits(layout, times, messages, machine) + _optimizer(workload, layout, stages, machine)
+    once = laying_out(workload, layout, stages, machine) + _optimizer(workload, layout, stages, machine)
+    return passes + sent + _waits(layout, times, messages, machine) + once
 
 
 def _waits(layout: Layout, times: list[Times], messages: list[Message], machine: Machine) -> float:
     """Seconds of messages over the data axis that nothing hides, and of the few numbers at the end of a step."""
-    link = machine.link(layout, "data")
     wait = 0.0
     of_data = [
         message
@@ -314,7 +260,7 @@ def _waits(layout: Layout, times: list[Times], messages: list[Message], machine:
         found = [message for message in of_data if message.kind == kind and message.bytes > 8]
         if not layout.flat and kind == "all-gather":
             continue  # waited for in every layer
-        seconds = sum(m.count * machine.message(kind, m.bytes, m.size, link) for m in found)
+        seconds = sum(m.count * machine.message(kind, m.bytes, m.size, machine.link(layout, m.group)) for m in found)
         if machine.device.asynchronous and seconds:
             # The last bucket has nothing left to hide behind.
             seconds = max(seconds / max(1, len(found)), seconds - hidden_by * per_microbatch)
@@ -332,11 +278,7 @@ _STOP_BYTES = 32
 
 def _optimizer(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
     """Seconds of norm and update: gradient, weights and moments are read, weights and moments written."""
-    placement = SCHEDULES[layout.schedule].placement
-    count = max(
-        sum(stages[number].count for number in placement.stages(rank, layout.pipeline, layout.chunks))
-        for rank in (0, layout.pipeline - 1)
-    )
+    count = of_fullest(layout, stages, lambda stage: stage.count)
     rate = machine.device.optimizer_gb_per_second
     size = count / layout.shards * (4 + 28 + workload.number_bytes) + 4 * count
     return size / (rate * 1e9) if rate else machine.moving(size)

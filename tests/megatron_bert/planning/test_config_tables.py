@@ -10,9 +10,9 @@ from megatron_bert.config_file import load_sections, load_settings
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.planning.devices import DEVICES, GIB, NETWORK
 from megatron_bert.planning.layouts import stages_of
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import fullest, predict, usable_bytes
-from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.workload import TaskHead, workload_of
 from megatron_bert.quantizing.settings import QuantizeSettings
 from tests.megatron_bert.planning.support import CONFIGS

@@ -10,8 +10,8 @@ import pytest
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.planning.devices import DEVICES, NETWORK
 from megatron_bert.planning.layouts import Layout
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.search import predict
-from megatron_bert.planning.step_time import Machine
 from megatron_bert.planning.workload import Workload
 from tests.megatron_bert.planning.support import CONFIGS
 

@@ -16,9 +16,10 @@ from megatron_bert.config_file import load_settings
 from megatron_bert.planning.commands import DEVICE_NAMES
 from megatron_bert.planning.devices import DEVICES, GIB, NETWORK, load_device, load_network
 from megatron_bert.planning.layouts import Layout, stages_of, why_not
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.plan_command import run_plan
 from megatron_bert.planning.search import predict, search, usable_bytes
-from megatron_bert.planning.step_time import Machine, stage_times
+from megatron_bert.planning.step_time import stage_times
 from parallel.errors import UserError
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import Costs, simulate

@@ -13,9 +13,10 @@ import yaml
 
 from megatron_bert.planning.devices import DEVICES, Device, Link, Transfer, Transfers, load_device, load_network
 from megatron_bert.planning.layouts import Layout
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.plan_command import run_plan
 from megatron_bert.planning.search import predict
-from megatron_bert.planning.step_time import Machine, StepTime, shared_seconds
+from megatron_bert.planning.step_time import StepTime, shared_seconds
 from parallel.errors import UserError
 from tests.megatron_bert.planning.support import CONFIGS
 from tests.megatron_bert.planning.test_closed_forms import workload
