@@ -167,14 +167,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="predictions and runs of each layout, in turns")
-    parser.add_argument("--only", default="", help="layouts with this in their settings")
+    parser.add_argument("--only", nargs="+", default=[""], help="layouts with one of these in their settings")
     parser.add_argument("--gpus", type=int, nargs="*", default=[512], help="devices to plan 3.9B for")
     parser.add_argument("--output", type=Path, help="JSON file to write; its rows of other layouts stay")
     arguments = parser.parse_args()
     result = provenance("planning")
     worlds, of_largest = [], []
     for ranks in arguments.ranks:
-        chosen = [world for world in WORLDS[ranks] if arguments.only in " ".join(world)]
+        chosen = [world for world in WORLDS[ranks] if any(part in " ".join(world) for part in arguments.only)]
         rows = compare(ranks, chosen, arguments.steps, arguments.rounds) if chosen else []
         worlds += [{"command": result["command"]} | row for row in rows]
     for gpus in arguments.gpus:

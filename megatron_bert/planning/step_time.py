@@ -215,7 +215,16 @@ def step_time(
     if ranks == 1:
         return found
     work = _work(workload, layout, stages, messages, replace(machine, working=True))
-    return found.longer(shared_seconds(found.seconds, work, ranks) / found.seconds)
+    together = max(0.0, found.seconds - work) if _wait_together(layout, machine) else 0.0
+    return found.longer((together + shared_seconds(found.seconds - together, work, ranks)) / found.seconds)
+
+
+def _wait_together(layout: Layout, machine: Machine) -> bool:
+    """Whether messages are among all ranks that share processors: while they are sent, none of these computes."""
+    sharing = min(layout.world_size, machine.device.devices_per_node)
+    hybrid = 1 < layout.shards < layout.data
+    data = layout.shards if hybrid else layout.data
+    return layout.tensor >= sharing or (layout.tensor == 1 and data >= sharing)
 
 
 def shared_seconds(path: float, work: float, ranks: float) -> float:

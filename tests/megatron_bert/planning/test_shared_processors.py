@@ -85,6 +85,24 @@ class TestSteps:
         assert deep.timeline is not None
         assert deep.timeline.makespan == pytest.approx(deep.pipeline)
 
+    @pytest.mark.parametrize(
+        ("layout", "together"),
+        [
+            (Layout(data=4, micro_batch=4), True),
+            (Layout(tensor=4, micro_batch=4), True),
+            (Layout(data=4, sharding="full", micro_batch=4), True),
+            (Layout(data=4, sharding="hybrid", shard_size=2, micro_batch=4), False),
+            (Layout(tensor=2, data=2, micro_batch=4), False),
+            (Layout(pipeline=2, data=2, micro_batch=4), False),
+        ],
+    )
+    def test_nobody_computes_while_all_wait_for_the_same_message(self, layout: Layout, together: bool) -> None:
+        """A longer latency is as much longer for ranks that share processors; other groups compute in between."""
+        links = [LINK.model_copy(update={"processor_share": 0.0, "latency_microseconds": us}) for us in (100, 2000)]
+        alone, shared = ([step(layout, link, ranks_at_once=many).seconds for link in links] for many in (4, 2))
+        assert (shared[1] - shared[0] == pytest.approx(alone[1] - alone[0])) == together
+        assert shared[0] < shared[1]
+
     def test_processors_at_work_on_messages_help_nobody(self) -> None:
         layout = Layout(tensor=4, micro_batch=4)
         seconds = [
