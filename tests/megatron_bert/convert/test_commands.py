@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_every_command_of_the_documentation_runs(
     first = all_tensors(Path("megatron_bert_345m.zip"), true_vocab_size=SIZES.words)
     assert_same_tensors(all_tensors(Path("bert_345m_old.zip")), first)
     assert_same_tensors(all_tensors(folder), first)  # config.json and model.safetensors beside the archive
+
+
+def test_the_python_of_the_documentation_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/conversion.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    assert names["report"].missing == names["report"].unexpected == ()
+    assert torch.equal(names["model"].encoder.layers["0"].attention.query_key_value.weight, names["weight"].float())
 
 
 def _script() -> ModuleType:
