@@ -47,6 +47,8 @@ from parallel.whole_files import write_json, write_text
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 #: File beside a model that was fine-tuned here, which says for what.
 TASK_NAME = "task.json"
+#: What keys are read as: without what wrappers put before them, and norms of BERT's first files as transformers does.
+_READ_AS = {WRAPPERS: "", r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 #: Parts of a tensor of ours, by their number.
 _Parts = Mapping[int, StateTensor]
 
@@ -132,13 +134,19 @@ def _read(tree: FileTree, options: ReadOptions, stored: Mapping[str, StateTensor
 
 
 def open_weights(tree: FileTree) -> tuple[dict[str, StateTensor], str]:
-    """The tensors of a folder by name, without what wrappers put before it, and the file that says where they are.
+    """The tensors of a folder by their usual names, and the file that says where they are.
 
     Raises:
         UserError: a file is damaged, missing, or holds something else.
     """
     name = next(name for name in WEIGHTS if name in tree)
-    return {re.sub(WRAPPERS, "", key): tensor for key, tensor in _open_files(tree, name).items()}, name
+    return {_usual(key): tensor for key, tensor in _open_files(tree, name).items()}, name
+
+
+def _usual(key: str) -> str:
+    for pattern, text in _READ_AS.items():
+        key = re.sub(pattern, text, key)
+    return key
 
 
 def _open_files(tree: FileTree, name: str) -> dict[str, StateTensor]:

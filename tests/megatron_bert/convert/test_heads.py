@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_bert.cli import main
@@ -70,6 +72,19 @@ def test_every_head_of_every_family(family: str, kind: str, tmp_path: Path) -> N
         assert "no, maybe, yes" in str(inspect(tmp_path / "native")) or kind == "token"
     if kind == "multi":
         assert config["problem_type"] == "multi_label_classification"
+
+
+def test_norms_under_the_names_of_the_first_berts(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = make_model(tmp_path / "source", "Bert", "single")
+    path, expected = source / "model.safetensors", outputs(source, "single")
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    save_file(
+        {re.sub("|".join(names), lambda kind: names[kind[0]], key): t for key, t in load_file(path).items()}, path
+    )
+    assert "bert.embeddings.LayerNorm.gamma" in load_file(path)
+    convert(source, tmp_path / "back", to="huggingface")
+    torch.testing.assert_close(outputs(tmp_path / "back", "single"), expected)
 
 
 @pytest.mark.parametrize("to", ["megatron", "megatron-core"])
