@@ -199,6 +199,16 @@ class SpanClassifier(Classifier):
             raise UserError(f"num_labels is {config.num_labels}, but an answer has a start and an end: leave it at 2")
         return 2
 
+    def span_loss(self, encoded: Encoded, found: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor | None:
+        """The mean loss of the positions that are given; apart from ``forward``, as of SequenceClassifier."""
+        length = encoded.length
+        losses = [
+            self.class_loss(name, encoded, logits, _within(name, positions, length), ignored=length)
+            for name, (logits, positions) in found.items()
+            if positions is not None
+        ]
+        return sum(losses[1:], losses[0]) / len(losses) if losses else None
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -221,15 +231,8 @@ class SpanClassifier(Classifier):
         # The loss runs over padding too.
         encoded, scores = self.classified(shared_arguments(locals()), shown=True)
         start, end = (part.contiguous() for part in encoded.rectangle(scores).unbind(-1))
-        losses = [
-            self.class_loss(name, encoded, logits, _within(name, positions, encoded.length), ignored=encoded.length)
-            for name, logits, positions in (
-                ("start_positions", start, start_positions),
-                ("end_positions", end, end_positions),
-            )
-            if positions is not None
-        ]
-        loss = sum(losses[1:], losses[0]) / len(losses) if losses else None
+        found = {"start_positions": (start, start_positions), "end_positions": (end, end_positions)}
+        loss = self.span_loss(encoded, found)
         output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)
         return self.finished(output, encoded, return_dict)
 

@@ -194,6 +194,12 @@ class MegatronBertForPreTraining(MegatronBertLanguageModel):
         """The sentence-pair head: logits ``[B, 2]``."""
         return self.cls.seq_relationship(self.base_model.pooled(encoded))
 
+    def pair_loss(self, encoded: Encoded, pair: Tensor | None, labels: Tensor) -> Tensor:
+        """The loss of the pair head; apart from ``forward``, whose locals() must hold arguments alone."""
+        if pair is None:
+            raise UserError("next_sentence_label is given, but there is no sentence-pair head: add_binary_head=True")
+        return mean_cross_entropy("next_sentence_label", pair, labels, lambda: self.pair_logits(encoded.blank()))
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -217,12 +223,7 @@ class MegatronBertForPreTraining(MegatronBertLanguageModel):
         pair = None if self.base_model.pooler is None else self.pair_logits(encoded)
         losses = [self.masked_loss(encoded, labels)]
         if next_sentence_label is not None:
-            if pair is None:
-                raise UserError(
-                    "next_sentence_label is given, but there is no sentence-pair head: add_binary_head=True"
-                )
-            blank = lambda: self.pair_logits(encoded.blank())  # noqa: E731
-            losses.append(mean_cross_entropy("next_sentence_label", pair, next_sentence_label, blank))
+            losses.append(self.pair_loss(encoded, pair, next_sentence_label))
         present = [loss for loss in losses if loss is not None]
         output = MegatronBertForPreTrainingOutput(
             loss=sum(present[1:], present[0]) if present else None,

@@ -132,6 +132,13 @@ def test_training_compiles_as_one_graph(head):
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["ForPreTraining", "ForQuestionAnswering"])
+def test_losses_of_two_labels_compile_as_one_graph(head):
+    model, batch = build(head).train(), batch_for(head) | labels_for(head)
+    loss = torch.compile(model, fullgraph=True, backend="eager")(**batch).loss
+    torch.testing.assert_close(loss, model(**batch).loss, **CLOSE)
+
+
 @pytest.mark.parametrize("family", ["MegatronBert", "IBert"])
 def test_copies_are_equal_and_independent(family):
     make = megatron if family == "MegatronBert" else ibert
