@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from megatron_bert.convert.files import FileTree
+from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.stored.strange_files import is_tar
@@ -51,7 +52,7 @@ def is_archive(place: FileRange) -> bool:
 
 
 def archive_tree(path: Path, stack: ExitStack) -> FileTree:
-    """The members of an archive as a tree; of the archive in it, where it holds nothing else to read.
+    """The members of an archive as a tree; of the archive or the model's folder in it, where there is nothing else.
 
     Args:
         path: of a zip file, or of a tar file, plain (as NeMo's) or compressed with gzip.
@@ -69,7 +70,16 @@ def archive_tree(path: Path, stack: ExitStack) -> FileTree:
         if len(archives) != 1 or any(name.endswith(_PARTS) for name in tree if name not in archives):
             break
         tree = _tree(tree[archives[0]], scratch)
-    return tree
+    return _inner_folder(tree)
+
+
+def _inner_folder(tree: FileTree) -> FileTree:
+    """The only folder of an archive, where a model with its settings lies in that; the whole archive else."""
+    folders = {name.partition("/")[0] for name in tree}
+    folder = next(iter(folders), "")
+    if len(folders) != 1 or f"{folder}/{CONFIG_NAME}" not in tree:
+        return tree
+    return FileTree(f"{tree.label}/{folder}", {name.partition("/")[2]: tree[name] for name in tree})
 
 
 class _Scratch:

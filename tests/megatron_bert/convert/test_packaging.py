@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_bert.convert.conversion import convert
 from megatron_bert.convert.inspection import inspect
 from megatron_bert.convert.options import ReadOptions
 from parallel.errors import UserError
@@ -48,6 +50,15 @@ def _flat(prefix: str, value: Any) -> dict[str, torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return {prefix: value}
     return {name: t for key, inner in value.items() for name, t in _flat(f"{prefix}.{key}", inner).items()}
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_the_folder_of_a_model_in_an_archive(
+    kind: str, source: Path, expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "model", to="huggingface")
+    archive = shutil.make_archive(str(tmp_path / "packed"), kind, tmp_path, "model")
+    assert_same_tensors(all_tensors(Path(archive)), expected)
 
 
 # ---------------------------------------------------------------- NeMo
