@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.model.configuration import CONFIG_NAME
+from parallel.checkpoint import STATE_FILE
 from parallel.errors import UserError, brief
 from parallel.stored.file_range import FileRange
 from parallel.stored.strange_files import is_tar
@@ -36,7 +37,8 @@ _ALWAYS_ALLOWED = 64 << 20
 #: Archives inside archives that are opened.
 _DEEPEST = 2
 #: Endings of files that are a part of a checkpoint themselves.
-_PARTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp")
+_TORCH_SHARDS = ".distcp"  # of torch.distributed.checkpoint: a file of torch.save per tensor, one behind the other
+_PARTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", _TORCH_SHARDS)
 _MOST_MEMBERS = 100_000
 #: Longest extended header (a long name, a size above 8 GiB).
 _LONGEST_EXTENSION = 1 << 20
@@ -44,7 +46,9 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def is_archive(place: FileRange) -> bool:
-    """Whether a file is an archive of others; a file of torch.save, which is a zip file too, is not."""
+    """Whether a file is an archive of others; those of torch, which are zip files too or begin with one, are not."""
+    if place.label.endswith(_TORCH_SHARDS):
+        return False
     start = place.content(4)
     if start.startswith(b"PK\x03\x04"):
         return not is_torch_file(place)
@@ -74,10 +78,10 @@ def archive_tree(path: Path, stack: ExitStack) -> FileTree:
 
 
 def _inner_folder(tree: FileTree) -> FileTree:
-    """The only folder of an archive, where a model with its settings lies in that; the whole archive else."""
+    """The only folder of an archive, where a model or a run's checkpoint lies in that; the whole archive else."""
     folders = {name.partition("/")[0] for name in tree}
     folder = next(iter(folders), "")
-    if len(folders) != 1 or f"{folder}/{CONFIG_NAME}" not in tree:
+    if len(folders) != 1 or not any(f"{folder}/{name}" in tree for name in (CONFIG_NAME, STATE_FILE)):
         return tree
     return FileTree(f"{tree.label}/{folder}", {name.partition("/")[2]: tree[name] for name in tree})
 

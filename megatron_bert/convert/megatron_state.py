@@ -187,8 +187,8 @@ def _compare(expected: Tensor, copy: StateTensor, original: StateTensor, warning
     difference = (expected.double() - other.double()).norm() / expected.double().norm().clamp(min=1e-30)
     if not difference < 1e-2:
         raise UserError(
-            f"{copy.origin} should be a copy of {original.origin}, but differs by {float(difference):.1%}: the shards "
-            "are of two checkpoints, or the model is of another kind"
+            f"{copy.origin} should be a copy of {original.origin}, but differs by {float(difference):.1e} times its "
+            "size: the shards are of two checkpoints, or the model is of another kind"
         )
     warnings.append(
         f"{copy.origin} differs from {original.origin} by {float(difference):.1e}, though it should be a copy"

@@ -52,11 +52,12 @@ def _flat(prefix: str, value: Any) -> dict[str, torch.Tensor]:
     return {name: t for key, inner in value.items() for name, t in _flat(f"{prefix}.{key}", inner).items()}
 
 
+@pytest.mark.parametrize("to", ["huggingface", "native"])
 @pytest.mark.parametrize("kind", ["zip", "gztar"])
 def test_the_folder_of_a_model_in_an_archive(
-    kind: str, source: Path, expected: dict[str, torch.Tensor], tmp_path: Path
+    kind: str, to: str, source: Path, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    convert(source, tmp_path / "model", to="huggingface")
+    convert(source, tmp_path / "model", to=to)
     archive = shutil.make_archive(str(tmp_path / "packed"), kind, tmp_path, "model")
     assert_same_tensors(all_tensors(Path(archive)), expected)
 
