@@ -22,7 +22,7 @@ from megatron_bert.family.resizing import ResizableModel
 from megatron_bert.model.configuration import EncoderConfig
 from megatron_bert.model.directories import made_directory
 from megatron_bert.model.resharding import padded, undivided
-from parallel.errors import ArgumentError, UserError, brief, its_class
+from parallel.errors import ArgumentError, UserError, brief, its_class, with_article
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import copy_whole
 from parallel.whole_files import reporting
@@ -69,7 +69,8 @@ class DocumentedModel(ResizableModel):
     ) -> None:
         config = self.config_class.of(config)
         if not isinstance(config, self.config_class):
-            raise UserError(f"{type(self).__name__} takes a {self.config_class.__name__}, but got {its_class(config)}")
+            wanted = with_article(self.config_class.__name__)
+            raise UserError(f"{type(self).__name__} takes {wanted}, but got {its_class(config)}")
         if not isinstance(tp, TensorParallel):
             raise UserError(f"tp is {described(tp)}: give a TensorParallel handle, or leave it out on one device")
         if tp.sequence:

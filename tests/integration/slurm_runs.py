@@ -77,8 +77,8 @@ class Session:
             text=True,
         )
         assert self.keeper.stdout is not None
-        if self.keeper.stdout.readline() != "ready\n":
-            raise RuntimeError(f"Slurm did not start: {self.keeper.communicate()[0]}")
+        if (said := self.keeper.stdout.readline()) != "ready\n":
+            raise RuntimeError(f"Slurm did not start: {said}{self.keeper.stdout.read()}")
         os.environ["SLURM_CONF"] = self.environment["SLURM_CONF"]
         return self
 

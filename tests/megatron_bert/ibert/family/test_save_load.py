@@ -151,9 +151,9 @@ def test_directories_of_another_kind(tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "electra"}))
     with pytest.raises(UserError, match="model_type 'electra': expected ibert"):
         IBertModel.from_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="IBertModel takes a IBertConfig, but got a MegatronBertConfig"):
+    with pytest.raises(UserError, match="IBertModel takes an IBertConfig, but got a MegatronBertConfig"):
         IBertModel(megatron_bert.MegatronBertConfig())
-    with pytest.raises(UserError, match="MegatronBertModel takes a MegatronBertConfig, but got a IBertConfig"):
+    with pytest.raises(UserError, match="MegatronBertModel takes a MegatronBertConfig, but got an IBertConfig"):
         MegatronBertModel(CONFIG)
 
 
