@@ -30,6 +30,8 @@ from parallel.parts import PLANE, Part
 CPU = torch.device("cpu")
 
 _ROOT = Path(__file__).resolve().parents[1]
+#: Seconds by which ranks wait longer for each other than their world may take: it says itself that it took too long.
+_GRACE = 30.0
 _PRELOADED = [
     "tests.no_collector",
     "pytest",
@@ -85,7 +87,9 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
             for rank in range(size):
                 here, there = context.Pipe()
                 process = context.Process(
-                    target=_rank_main, args=(payload, rank, size, f"{folder}/store", timeout, there), daemon=True
+                    target=_rank_main,
+                    args=(payload, rank, size, f"{folder}/store", timeout + _GRACE, there),
+                    daemon=True,
                 )
                 process.start()
                 there.close()
