@@ -161,13 +161,13 @@ class Trainer:
             self.saving.report(report)
             if stop.save_failed:
                 self.saving.settle(report)
-            if self._logs(self.step):
-                log_step(self, self.losses(sums), sums.grad_norm.item(), meter, self.memory, report)
+            logs, watches = self._logs(self.step), self.spikes.settings is not None
+            losses = self.losses(sums) if logs or watches else []
+            if logs:
+                log_step(self, losses, sums.grad_norm.item(), meter, self.memory, report)
                 if settings.logging.trace:
                     write_trace(self, report)
-            if self.spikes.settings is not None and go_back_after_spike(
-                self, self.spikes, sum(self.losses(sums)), self.saving, report
-            ):
+            if watches and go_back_after_spike(self, self.spikes, sum(losses), self.saving, report):
                 batches = self._batches()
                 meter.restart()
                 continue
