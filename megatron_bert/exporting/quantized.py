@@ -11,8 +11,8 @@ from typing import Any
 
 import megatron_bert
 from megatron_bert.convert.run_models import MODEL_FOLDER
-from megatron_bert.ibert import quantizers
 from megatron_bert.ibert.family.ranges import RANGES_NAME, load_ranges
+from megatron_bert.ibert.quantization import is_quantized
 from megatron_bert.json_file import read_json
 from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief
@@ -51,7 +51,7 @@ def load_quantized(directory: Path) -> Any:
         )
     with _without_the_note_on_ranges():
         model = getattr(megatron_bert, name).from_pretrained(directory)
-    if not any(True for _ in quantizers(model)):
+    if not is_quantized(model):
         load_ranges(model, directory)
     return model.eval()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_bert.ibert import quantizers
 from megatron_bert.ibert.engine.model import IntegerModel
 from megatron_bert.ibert.engine.plan_file import PLAN_NAME
+from megatron_bert.ibert.quantization import is_quantized
 from megatron_bert.model.batch import TaskBatch
 from megatron_bert.model.finetuning import BertForTask
 from megatron_bert.model.stage import ModelStage
@@ -48,7 +48,7 @@ def integer_task(
         UserError: it is a float model, or the plan is that of another.
     """
     name, path = "auto" if backend == "integer" else backend, directory / PLAN_NAME
-    if model is not None and not any(True for _ in quantizers(model)):
+    if model is not None and not is_quantized(model):
         raise UserError(
             f"--backend {backend} runs quantized models, but {directory} is in floating point: `megatron-bert "
             "quantize` it, or leave --backend out"

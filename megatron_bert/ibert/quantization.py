@@ -52,7 +52,7 @@ def quantize_model(model: nn.Module, settings: QuantizationConfig, *, equalize: 
     Raises:
         UserError: it is quantized already, holds no encoder, or has what integers do not cover; it is then unchanged.
     """
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if is_quantized(model):
         raise UserError("the model is quantized already: quantize a float model")
     if any(is_adapted(module) for module in model.modules()):
         raise UserError("the model has adapters: merge them first (merge_and_unload), or quantize before adding them")
@@ -114,6 +114,11 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             yield name, module
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of its modules is quantized."""
+    return any(True for _ in quantized_modules(model))
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -24,7 +24,7 @@ from megatron_bert.family.pretrained import DocumentedModel
 from megatron_bert.ibert.family.configuration import IBertConfig
 from megatron_bert.ibert.family.quantized import blank_buffer, follow_training, read_their_ranges, their_ranges
 from megatron_bert.ibert.family.ranges import load_ranges, save_ranges
-from megatron_bert.ibert.quantization import quantize_model, quantizers
+from megatron_bert.ibert.quantization import is_quantized, quantize_model, quantizers
 from megatron_bert.ibert.settings import QuantizationConfig
 
 
@@ -45,7 +45,7 @@ class IBertPreTrainedModel(DocumentedModel):
     @property
     def quant_mode(self) -> bool:
         """Whether the model computes in integers."""
-        return any(True for _ in quantizers(self))
+        return is_quantized(self)
 
     def post_init(self) -> None:
         """Draw initial weights, and quantize them with quant_mode; otherwise a checkpoint comes first."""
