@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_bert.ibert.engine.arguments import check_end, check_rows
 from megatron_bert.ibert.engine.backend import HeadName
 from megatron_bert.ibert.engine.cuda_graphs import MOST_REPLAYED, Replay, recorder
 from megatron_bert.ibert.engine.plan import Plan
@@ -114,16 +115,13 @@ class CudaExecutable:
 
     def head(self, name: HeadName, rows: Tensor) -> Tensor:
         """See :class:`~megatron_bert.ibert.engine.backend.Executable`."""
-        columns = self._model.hidden
-        if rows.dim() != 2 or rows.shape[1] != columns:
-            raise UserError(f"rows have the shape {list(rows.shape)}, but the plan's have {columns} columns")
+        check_rows(rows.shape, self._model.hidden)
         with _on(self._model.device):
             return self._model.head(name, rows.to(self._model.device, torch.int16).contiguous())
 
     def _checked(self, *given: Tensor) -> tuple[Tensor, Tensor]:
         *ids, starts = (each.to("cpu", torch.int32) for each in given)
-        if {len(each) for each in ids} != {int(starts[-1])}:
-            raise UserError(f"sequences end at token {int(starts[-1])}, but {len(ids[0])} tokens are given")
+        check_end(int(starts[-1]), *ids)
         lengths = starts.diff().tolist()
         for sequence, length in enumerate(lengths):
             if length < 0:

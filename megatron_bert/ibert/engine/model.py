@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_bert.ibert.bounds import LOGIT_BITS, MOST_KEYS, TANH_BITS
 from megatron_bert.ibert.engine.answer import Answer
+from megatron_bert.ibert.engine.arguments import check_lengths, check_threads
 from megatron_bert.ibert.engine.backend import Backend, Executable, HeadName
 from megatron_bert.ibert.engine.backends import backend_by_name
 from megatron_bert.ibert.engine.place import plan_path
@@ -150,8 +151,7 @@ class IntegerModel:
             UserError: something is out of range.
         """
         tables = self.plan.embeddings
-        if not lengths or min(lengths) < 1:
-            raise UserError("a batch has no sequence, or one without tokens: give at least one token of each")
+        check_lengths(lengths)
         if max(lengths) > min(self.plan.longest, MOST_KEYS):
             raise UserError(
                 f"a sequence has {max(lengths)} tokens, but the model takes {self.plan.longest}: cut or divide it"
@@ -249,8 +249,8 @@ def _task_answer(kind: HeadKind, logits: Tensor) -> Answer:
 
 
 def _backend(name: str, threads: int | None) -> Backend:
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
+    if threads is not None:
+        check_threads(threads)
     return backend_by_name(name, warn=lambda text: print(text, file=sys.stderr))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_bert.ibert.engine.arguments import check_end, check_rows
 from megatron_bert.ibert.engine.native_library import library
 from parallel.errors import UserError
 
@@ -118,8 +119,7 @@ class NativeEngine:
         """
         given = [None if each is None else np.ascontiguousarray(each, np.int32) for each in (tokens, positions, types)]
         ends = np.ascontiguousarray(starts, np.int32)
-        if {len(each) for each in given if each is not None} != {int(ends[-1])}:
-            raise UserError(f"sequences end at token {int(ends[-1])}, but {len(tokens)} tokens are given")
+        check_end(int(ends[-1]), tokens, *given[1:])
         out = np.empty((len(tokens), self.hidden_size), np.int16)
         addresses = [None if each is None else each.ctypes.data for each in (*given, ends)]
         self._call("encode", *addresses, len(ends) - 1, out.ctypes.data)
@@ -139,8 +139,7 @@ class NativeEngine:
             UserError: the plan has no such head, or rows of another size.
         """
         given = np.ascontiguousarray(rows, np.int16)
-        if given.ndim != 2 or given.shape[1] != self.hidden_size:
-            raise UserError(f"rows have the shape {[*given.shape]}, but the plan's have {self.hidden_size} columns")
+        check_rows(given.shape, self.hidden_size)
         out = np.empty((len(given), self.outputs(name)), np.int32)
         self._call("head", name.encode(), given.ctypes.data, len(given), out.ctypes.data)
         return out

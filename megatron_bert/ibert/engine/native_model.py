@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_bert.ibert.bounds import LOGIT_BITS, TANH_BITS
+from megatron_bert.ibert.engine.arguments import check_lengths, check_threads
 from megatron_bert.ibert.engine.native_engine import NativeEngine
 from megatron_bert.ibert.engine.place import plan_path
-from parallel.errors import UserError, brief
+from parallel.errors import UserError
 
 Floats = NDArray[np.float32]
 
@@ -43,8 +44,7 @@ class NativeModel:
     """
 
     def __init__(self, path: str | Path, threads: int = 1) -> None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
+        check_threads(threads)
         self.engine = NativeEngine(plan_path(Path(path)), threads)
 
     def hidden_states(
@@ -97,8 +97,7 @@ class NativeModel:
 
     def _encode(self, sequences: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None) -> _Stream:
         lengths = [len(sequence) for sequence in sequences]
-        if not lengths or min(lengths) < 1:
-            raise UserError("a batch has no sequence, or one without tokens: give at least one token of each")
+        check_lengths(lengths)
         if types is not None and [len(each) for each in types] != lengths:
             raise UserError("types have other lengths than sequences: give a type for every token")
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
