@@ -190,10 +190,6 @@ class IntegerModel:
             raise UserError(f"attention_mask leaves nothing of sequence {lengths.index(0)}: give it a token at least")
         if plan_heads(self.plan.task).by_sequence and not bool(real[:, 0].all()):
             raise UserError("attention_mask leaves out a first token, which the answer is made of: pad on the right")
-        if max(lengths) > self.plan.longest:
-            raise UserError(
-                f"a sequence has {max(lengths)} tokens, but the model takes {self.plan.longest}: cut or divide it"
-            )
         if positions is None:
             positions = self._positions(ids.cpu())
         types = torch.zeros_like(ids) if types is None else types
