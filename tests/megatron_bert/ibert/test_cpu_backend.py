@@ -181,19 +181,16 @@ def test_a_file_whose_digest_is_another_is_refused(tmp_path):
 
 
 def test_a_file_that_is_cut_after_it_was_loaded_is_an_error(tmp_path):
-    path, plan, inputs = (
-        tmp_path / "plan.safetensors",
-        random_plan(layers=1),
-        [each.numpy() for each in sequences([40, 9])],
-    )
-    expected = ReferenceBackend().prepare(plan).encode(*sequences([40, 9])).numpy()
+    path, plan, inputs = tmp_path / "plan.safetensors", random_plan(layers=1), sequences([40, 9])
+    expected = ReferenceBackend().prepare(plan).encode(*inputs).numpy()
+    arrays = [each.numpy() for each in inputs]
     for threads in (1, 2):
         write_plan(plan, path)
         engine = NativeEngine(path, threads)
-        assert (engine.encode(*inputs) == expected).all()
+        assert (engine.encode(*arrays) == expected).all()
         os.truncate(path, 100)
         with pytest.raises(UserError, match="cannot read the plan's table of words any more: load it again"):
-            engine.encode(*inputs)
+            engine.encode(*arrays)
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch, tmp_path):
