@@ -170,8 +170,9 @@ class Captured:
         if given.keys() != self._given.keys():
             raise ValueError(f"recorded with {', '.join(self._given)}, but called with {', '.join(given)}")
         for name, place in self._given.items():
-            if _kind(given[name]) != _kind(place):
-                raise ValueError(f"{name} was {_kind(place)} when it was recorded, and is {_kind(given[name])} now")
+            now = given[name]
+            if (now.shape, now.dtype, now.device) != (place.shape, place.dtype, place.device):
+                raise ValueError(f"{name} was {_kind(place)} when it was recorded, and is {_kind(now)} now")
         if given:
             torch._foreach_copy_(list(self._given.values()), [given[name] for name in self._given])
 
