@@ -129,6 +129,11 @@ class Schedule:
         stage = action.stage + (step if action.kind is ActionKind.FORWARD else -step)
         return Action(action.kind, stage, action.microbatch) if 0 <= stage < self.stages else None
 
+    def last_backward(self, rank: int) -> dict[int, Action]:
+        """The action after which the gradients of a stage are complete, by the stages of a rank."""
+        ends = self.backward.kinds[-1:]
+        return {action.stage: action for action in self.actions[rank] if action.kind in ends}
+
     def peak_activations(self) -> tuple[int, ...]:
         """The most activations that each rank holds at once, counted in microbatches of one stage.
 

@@ -44,9 +44,8 @@ class CapturedPasses:
         recorders: Recorders,
     ) -> None:
         self.schedule, self.stages, self.forward, self.recorders = schedule, stages, forward, recorders
-        actions = schedule.actions[rank]
-        self.slots = slots_in_flight(actions)
-        self._last_backward = {action.stage: action for action in actions if action.kind is ActionKind.BACKWARD}
+        self.slots = slots_in_flight(schedule.actions[rank])
+        self._last_backward = schedule.last_backward(rank)
         self.graphs: dict[tuple[ActionKind, int, int], Captured] = {}
 
     def record(self, like: Mapping[str, Tensor], activation: Tensor) -> None:

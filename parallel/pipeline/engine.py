@@ -72,8 +72,7 @@ class PipelineEngine:
         self.schedule, self.rank, self.stages, self.transport = schedule, rank, stages, transport
         self.dtype, self.device, self.record, self.clock = dtype, device, record, clock
         self.plan = plan_communication(schedule)[rank]
-        last_kind = schedule.backward.kinds[-1] if schedule.backward.kinds else None
-        self._last_backward = {action.stage: action for action in schedule.actions[rank] if action.kind is last_kind}
+        self._last_backward = schedule.last_backward(rank)
         self.recorded: list[TimedAction] = []
         self.step_began = 0.0
         #: Called after each action that :meth:`run` computes; None calls nothing.
