@@ -72,8 +72,7 @@ def layer_unit(stage: Stage, number: int) -> Unit:
 
 def root_unit(stage: Stage, number: int) -> Unit:
     """What a stage has outside of layers; without elements where there is nothing."""
-    size = round(stage.share * stage.shards) - len(stage.part.layers) * stage.layer_size
-    return Unit(size, stage.root_count, number, stage.shards)
+    return Unit(stage.root_size, stage.root_count, number, stage.shards)
 
 
 def units(stage: Stage, number: int) -> Iterator[Unit]:

@@ -151,6 +151,11 @@ class Stage:
         return sum(padded(parameter, self.tensor, self.shards) for parameter in self.parameters.layers[0])
 
     @cached_property
+    def root_size(self) -> int:
+        """Elements outside of layers, with what FSDP2 fills them up with."""
+        return sum(padded(parameter, self.tensor, self.shards) for parameter in self.parameters.root)
+
+    @cached_property
     def flat_size(self) -> int:
         """Elements of the flat buffers."""
         return sum(bucket.size for bucket in self.buckets)
@@ -158,13 +163,11 @@ class Stage:
     @cached_property
     def share(self) -> float:
         """Elements on one of the ranks among which FSDP2 divides parameters."""
-        return sum(padded(parameter, self.tensor, self.shards) for parameter in self.parameters) / self.shards
+        return (len(self.part.layers) * self.layer_size + self.root_size) / self.shards
 
     @cached_property
     def groups(self) -> list[tuple[tuple[Parameter, ...], ...]]:
-        """Layers whose parameters are communicated together."""
-        if not self.flat:
-            return [(layer,) for layer in self.parameters.layers]
+        """Layers whose parameters are communicated together from flat buffers."""
         groups: list[list[tuple[Parameter, ...]]] = []
         size = GROUP_PARAMETERS
         for layer in self.parameters.layers:
@@ -179,13 +182,8 @@ class Stage:
     def unit_sizes(self) -> list[tuple[int, int]]:
         """Elements of what FSDP2 gathers at once, as it fills them up, and how often it does for a micro batch."""
         # For the forward and for the backward pass; the root, which stays gathered between the two, once.
-        units = [([parameter for layer in group for parameter in layer], 2) for group in self.groups]
-        units.append((list(self.parameters.root), 1))
-        return [
-            (sum(padded(parameter, self.tensor, self.shards) for parameter in parameters), times)
-            for parameters, times in units
-            if parameters
-        ]
+        root = [(self.root_size, 1)] if self.root_size else []
+        return [(self.layer_size, 2)] * len(self.part.layers) + root
 
     @cached_property
     def buckets(self) -> list[Bucket]:
