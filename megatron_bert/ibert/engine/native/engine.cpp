@@ -66,8 +66,7 @@ void integer_engine_free(struct integer_engine* engine) { delete engine; }
 const char* integer_engine_target(const struct integer_engine* engine) { return engine->engine.target().name; }
 int integer_engine_hidden_size(const struct integer_engine* engine) { return engine->engine.plan().hidden; }
 int integer_engine_longest(const struct integer_engine* engine) {
-  const auto& e = engine->engine.plan().embeddings;
-  return e.positions - e.first_position;
+  return engine->engine.plan().embeddings.longest();
 }
 int integer_engine_hidden_exponent(const struct integer_engine* engine) { return engine->engine.plan().hidden_exponent; }
 int integer_engine_first_position(const struct integer_engine* engine) {

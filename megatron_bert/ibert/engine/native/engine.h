@@ -76,7 +76,7 @@ class Engine {
   void encode(const int32_t* tokens, const int32_t* positions, const int32_t* types, const int32_t* starts, int sequences,
               int16_t* hidden) {
     const Embeddings& e = plan_.embeddings;
-    const int longest_allowed = e.positions - e.first_position;
+    const int longest_allowed = e.longest();
     if (sequences < 0 || (sequences > 0 && starts[0] != 0)) throw std::runtime_error("the first sequence does not begin at 0");
     int longest = 0;
     for (int i = 0; i < sequences; i++) {

@@ -21,6 +21,8 @@ struct Embeddings {
   int words, positions, types, first_position, limit;
   bool normed;
   Norm norm;
+  // Tokens that a sequence may have.
+  int longest() const { return positions - first_position; }
 };
 struct Wide {
   const int8_t* shift;
