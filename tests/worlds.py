@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 _ROOT = Path(__file__).resolve().parents[1]
 #: Seconds by which ranks wait longer for each other than their world may take: it says itself that it took too long.
-_GRACE = 30.0
+GRACE = 30.0
 _PRELOADED = [
     "tests.no_collector",
     "pytest",
@@ -88,7 +88,7 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
                 here, there = context.Pipe()
                 process = context.Process(
                     target=_rank_main,
-                    args=(payload, rank, size, f"{folder}/store", timeout + _GRACE, there),
+                    args=(payload, rank, size, f"{folder}/store", timeout + GRACE, there),
                     daemon=True,
                 )
                 process.start()

@@ -21,7 +21,7 @@ from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 from tests.parallel.pipeline.grid import action_of, receive_buffers, send_buffers
 from tests.parallel.pipeline.stages import PRODUCTS, ToyStage, ToyStep, gradients_of, make_engine, plain_step
 from tests.parallel.support import EPS64, Operators
-from tests.worlds import CPU, make_mesh, run_world
+from tests.worlds import CPU, GRACE, make_mesh, run_world
 
 #: Float64 sums of some dozen terms of size one to a hundred, in another order on each side.
 CLOSE = {"rtol": 1e4 * EPS64, "atol": 1e4 * EPS64}
@@ -327,7 +327,8 @@ def _timeouts() -> list[timedelta]:
 
 
 def test_messages_wait_as_long_as_the_run_allows():
-    assert run_world(2, _timeouts, timeout=77.0) == [[timedelta(seconds=77)] * 2] * 2
+    waited = timedelta(seconds=77 + GRACE)
+    assert run_world(2, _timeouts, timeout=77.0) == [[waited] * 2] * 2
 
 
 def test_stages_of_another_rank_are_refused():
