@@ -138,25 +138,24 @@ class Tape:
         self.replays += 1
         for tape in self._later[self._later.index(self) :]:
             tape.destroy()
-        marks = [] if behind is None else list(self.marks)
-        for number, (function, args, kwargs, places) in enumerate([*self.steps, _END]):
+        for number in range(len(self.steps) + 1):
             self.left = len(self.steps) - number
-            while behind is not None and marks and marks[0] == number:
-                del marks[0]
-                behind()
-            if function is None:
-                break
-            out = function(*args, **kwargs)
-            results = [value for value in tree_iter(out) if isinstance(value, Tensor)]
-            if function.namespace == "_c10d_functional":  # it is under way: what waits for it knows the first one
-                results = [torch.ops._c10d_functional.wait_tensor(result) for result in results]
-            if places:
-                assert len(results) == len(places), function
-            for place, result in zip(places, results, strict=False):
-                place.data.copy_(result)
+            if behind is not None:
+                for _ in range(self.marks.count(number)):
+                    behind()
+            if self.left:
+                self._do(*self.steps[number])
 
-
-_END: tuple[Any, Any, Any, list[Tensor]] = (None, (), {}, [])
+    @staticmethod
+    def _do(function: Any, args: Any, kwargs: Any, places: list[Tensor]) -> None:
+        out = function(*args, **kwargs)
+        results = [value for value in tree_iter(out) if isinstance(value, Tensor)]
+        if function.namespace == "_c10d_functional":  # it is under way: what waits for it knows the first one
+            results = [torch.ops._c10d_functional.wait_tensor(result) for result in results]
+        if places:
+            assert len(results) == len(places), function
+        for place, result in zip(places, results, strict=False):
+            place.data.copy_(result)
 
 
 class Tapes:
