@@ -85,16 +85,11 @@ def tensor_messages_of_ends(workload: Workload, layout: Layout, stage: Stage) ->
 
 
 def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatches: int) -> Iterator[Message]:
-    if layout.tensor == 1:
-        return
     hidden = workload.tokens(layout.micro_batch, layout.split_tokens) * workload.config.hidden_size
-    kinds: Counter[str] = Counter()
-    for direction in tensor_messages_of_layer(layout):
-        for kind, count in direction.items():
-            kinds[kind] += count * len(stage.part.layers)
-    for kind, count in kinds.items():
-        size = hidden * workload.number_bytes
-        yield Message(kind, "tensor", workload.compute, layout.tensor, size, count * microbatches)
+    size, passes = hidden * workload.number_bytes, len(stage.part.layers) * microbatches
+    forward, backward = tensor_messages_of_layer(layout)
+    for kind, count in (forward + backward).items():
+        yield Message(kind, "tensor", workload.compute, layout.tensor, size, count * passes)
     for message in tensor_messages_of_ends(workload, layout, stage):
         yield replace(message, count=microbatches)
 
