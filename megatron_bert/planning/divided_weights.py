@@ -10,7 +10,6 @@ from typing import NamedTuple
 from megatron_bert.planning.layouts import Layout, Stage
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.schedules import SCHEDULES
 
 #: That the host starts for a gather of weights, and for a sum of gradients and the update behind it: as many as take as
 #: long, for most of it is Python. Measured in steps of a run on a processor, see benchmarks/README.md.
@@ -107,11 +106,8 @@ def gathering_of(unit: Unit, layout: Layout, machine: Machine) -> Gathering:
 
 def of_fullest(layout: Layout, stages: list[Stage], cost: Callable[[Stage], float]) -> float:
     """What stages cost on the first rank of a pipeline or on its last one, where that is more."""
-    placement = SCHEDULES[layout.schedule].placement
-    return max(
-        sum(cost(stages[number]) for number in placement.stages(rank, layout.pipeline, layout.chunks))
-        for rank in (0, layout.pipeline - 1)
-    )
+    ranks = {0, layout.pipeline - 1}
+    return max(sum(cost(stages[number]) for number in layout.stages_of(rank)) for rank in ranks)
 
 
 def laying_out(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:

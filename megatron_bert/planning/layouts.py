@@ -76,6 +76,10 @@ class Layout:
         """Whether weight gradients are actions of their own."""
         return SCHEDULES[self.schedule].backward is Backward.SPLIT
 
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank of the pipeline holds, by chunk."""
+        return SCHEDULES[self.schedule].placement.stages(rank, self.pipeline, self.chunks)
+
     def microbatches(self, workload: Workload) -> int:
         """Of a step on each data rank."""
         return workload.global_batch // (self.micro_batch * self.data)

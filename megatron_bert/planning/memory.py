@@ -15,7 +15,6 @@ from megatron_bert.planning.measuring import Part
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.communication import incoming, outgoing
-from parallel.pipeline.schedules import SCHEDULES
 
 
 class StateBytes(NamedTuple):
@@ -100,8 +99,7 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
     microbatches = layout.microbatches(workload)
     # A rank holds at most all of a few micro batches more than there are ranks, whatever their number.
     few = min(microbatches, MOST_IN_FLIGHT * layout.pipeline) if layout.schedule != "gpipe" else microbatches
-    kind = SCHEDULES[layout.schedule]
-    mine = [stages[number] for number in kind.placement.stages(rank, layout.pipeline, layout.chunks)]
+    mine = [stages[number] for number in layout.stages_of(rank)]
     moments = _moments(layout.schedule, layout.pipeline, few, layout.chunks, rank)
     parts = _states(workload, layout, mine) | _in_flight(workload, layout, mine, moments)
     building = 4.0 * sum(stage.count for stage in mine)

@@ -129,8 +129,7 @@ def search(workload: Workload, ranks: int, machine: Machine) -> Search:
 
 
 def _rough_seconds(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
-    mine = SCHEDULES[layout.schedule].placement.stages(0, layout.pipeline, layout.chunks)
-    count = layout.microbatches(workload)
+    mine, count = layout.stages_of(0), layout.microbatches(workload)
     messages = [message for number in mine for message in data_messages(workload, layout, stages[number], count)]
     return step_time(workload, layout, stages, messages, machine, simulated=False).seconds
 

@@ -299,16 +299,12 @@ def _pipeline(
     microbatches = layout.microbatches(workload)
     if layout.pipeline == 1:
         return microbatches * sum(time.total for time in times), 0.0, None
-    kind = SCHEDULES[layout.schedule]
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens) / layout.split_tokens
     size = tokens * workload.config.hidden_size * workload.number_bytes
     message = machine.message("send", size, 2, machine.link(layout, "pipeline"))
     if not simulated:
-        by_rank = [
-            sum(times[number].total for number in kind.placement.stages(rank, layout.pipeline, layout.chunks))
-            for rank in range(layout.pipeline)
-        ]
-        bubble = kind.bubble(layout.pipeline, microbatches, layout.chunks)
+        by_rank = [sum(times[number].total for number in layout.stages_of(rank)) for rank in range(layout.pipeline)]
+        bubble = SCHEDULES[layout.schedule].bubble(layout.pipeline, microbatches, layout.chunks)
         return microbatches * max(by_rank) / (1 - bubble), bubble, None
     costs = Costs(
         [time.forward for time in times],

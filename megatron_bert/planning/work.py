@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_bert.planning.layouts import Layout, Stage, schedule_of
+from megatron_bert.planning.layouts import Layout, Stage
 from megatron_bert.planning.workload import Workload
 
 
@@ -44,11 +44,9 @@ def head_flops(workload: Workload, layout: Layout) -> int:
 
 def rank_flops(workload: Workload, layout: Layout, stages: list[Stage], rank: int = 0) -> int:
     """Of a step on one rank of the pipeline."""
-    microbatches = layout.microbatches(workload)
-    schedule = schedule_of(layout.schedule, layout.pipeline, microbatches, layout.chunks)
     each = sum(layer_flops(workload, layout))
     total = 0
-    for number in schedule.stages_of(rank):
+    for number in layout.stages_of(rank):
         part = stages[number].part
         total += len(part.layers) * each + (3 * head_flops(workload, layout) if part.last else 0)
-    return microbatches * total
+    return layout.microbatches(workload) * total
