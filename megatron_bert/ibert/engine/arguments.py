@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
+from typing import Any
 
 from parallel.errors import UserError, brief
+
+#: Threads that an engine takes at most.
+MOST_THREADS = 1024
 
 
 def check_threads(threads: object) -> None:
@@ -16,6 +20,8 @@ def check_threads(threads: object) -> None:
     """
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise UserError(f"threads is {brief(threads)}: give a number of 1 or more")
+    if threads > MOST_THREADS:
+        raise UserError(f"threads is {threads}, not 1 to {MOST_THREADS}")
 
 
 def check_lengths(lengths: Sequence[int]) -> None:
@@ -28,13 +34,13 @@ def check_lengths(lengths: Sequence[int]) -> None:
         raise UserError("a batch has no sequence, or one without tokens: give at least one token of each")
 
 
-def check_end(end: int, tokens: Sized, *others: Sized | None) -> None:
-    """Where the last sequence ends, and what is given of every token.
+def check_end(end: int, tokens: Any, *others: Any) -> None:
+    """Where the last sequence ends, and what is given of every token: arrays or tensors ``[T]``, or None.
 
     Raises:
         UserError: that is of another number of tokens.
     """
-    if {len(each) for each in (tokens, *others) if each is not None} != {end}:
+    if any(tuple(each.shape) != (end,) for each in (tokens, *others) if each is not None):
         raise UserError(f"sequences end at token {end}, but {len(tokens)} tokens are given")
 
 

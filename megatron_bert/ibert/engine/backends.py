@@ -44,7 +44,7 @@ def backend_by_name(name: str, warn: Callable[[str], None] | None = None) -> Bac
         UserError: there is none of that name, or it does not run here.
     """
     if name != "auto":
-        if name not in BACKENDS:
+        if not isinstance(name, str) or name not in BACKENDS:
             raise UserError(f"backend is {name!r}: choose one of auto, {', '.join(BACKENDS)}")
         return BACKENDS[name]()
     reasons = []

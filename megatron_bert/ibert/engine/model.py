@@ -25,7 +25,8 @@ from megatron_bert.ibert.engine.plan_file import read_plan, read_shapes, write_p
 from megatron_bert.model.configuration import config_from_dict
 from megatron_bert.model.task_heads.kind import HeadKind
 from megatron_bert.model.task_heads.table import HEADS
-from parallel.errors import UserError, brief
+from parallel.errors import UserError, brief, its_class
+from parallel.whole_files import reporting
 
 
 class Packed(NamedTuple):
@@ -101,8 +102,14 @@ class IntegerModel:
         return cls(plan_of(model), backend, threads)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as a file."""
-        write_plan(self.plan if self._stored is None else read_plan(self._stored), path)
+        """Write the plan as a file.
+
+        Raises:
+            UserError: it cannot be written there.
+        """
+        plan = self.plan if self._stored is None else read_plan(self._stored)
+        with reporting("written", path, "give another file"):
+            write_plan(plan, path)
 
     # ---------------------------------------------------------------- tensors
 
@@ -125,6 +132,15 @@ class IntegerModel:
         Raises:
             UserError: ids out of range, shapes that do not fit, or sequences that are empty or too long.
         """
+        _integers(input_ids, "input_ids")
+        for name, given in (
+            ("attention_mask", attention_mask),
+            ("token_type_ids", token_type_ids),
+            ("position_ids", position_ids),
+        ):
+            if given is not None and not isinstance(given, Tensor):
+                raise UserError(f"{name} is {its_class(given)}: give a tensor")
+        input_ids = input_ids.long()  # unsigned ones know few operators
         if self.plan.task in HEADS and HEADS[self.plan.task].grouped:
             return self._groups(input_ids, attention_mask, token_type_ids, position_ids)
         packed, kept, shape = self._packed(input_ids, attention_mask, token_type_ids, position_ids)
@@ -177,7 +193,6 @@ class IntegerModel:
         self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None
     ) -> tuple[Packed, Tensor, tuple[int, int]]:
         """The tokens that count, where they stand in the rectangle, and its shape."""
-        _integers(ids, "input_ids")
         if ids.dim() != 2 or 0 in ids.shape:
             raise UserError(f"input_ids has the shape {list(ids.shape)}: give sequences of tokens, [B, S]")
         shape = (ids.shape[0], ids.shape[1])

@@ -119,8 +119,8 @@ class NativeEngine:
         """
         given = [None if each is None else np.ascontiguousarray(each, np.int32) for each in (tokens, positions, types)]
         ends = np.ascontiguousarray(starts, np.int32)
-        check_end(int(ends[-1]), tokens, *given[1:])
-        out = np.empty((len(tokens), self.hidden_size), np.int16)
+        check_end(int(ends[-1]), *given)
+        out = np.empty((int(ends[-1]), self.hidden_size), np.int16)
         addresses = [None if each is None else each.ctypes.data for each in (*given, ends)]
         self._call("encode", *addresses, len(ends) - 1, out.ctypes.data)
         return out

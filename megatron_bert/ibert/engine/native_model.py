@@ -17,7 +17,7 @@ from megatron_bert.ibert.bounds import LOGIT_BITS, TANH_BITS
 from megatron_bert.ibert.engine.arguments import check_lengths, check_threads
 from megatron_bert.ibert.engine.native_engine import NativeEngine
 from megatron_bert.ibert.engine.place import plan_path
-from parallel.errors import UserError
+from parallel.errors import UserError, brief
 
 Floats = NDArray[np.float32]
 
@@ -84,7 +84,7 @@ class NativeModel:
         Raises:
             UserError: the plan has no such head; and see :meth:`hidden_states`.
         """
-        if not self.engine.outputs(head):
+        if not isinstance(head, str) or not self.engine.outputs(head):
             raise UserError(f"the plan has no head {head!r}")
         stream = self._encode(sequences, types)
         pooled = head == "pooler" or (head != "masked" and self.engine.outputs("pooler") > 0)
@@ -96,27 +96,34 @@ class NativeModel:
         return self._head(head, self.engine.head("pooler", first).astype(np.int16))
 
     def _encode(self, sequences: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None) -> _Stream:
-        lengths = [len(sequence) for sequence in sequences]
+        tokens = _integers(sequences, "token ids")
+        lengths = [len(each) for each in tokens]
         check_lengths(lengths)
-        if types is not None and [len(each) for each in types] != lengths:
+        kinds = None if types is None else _integers(types, "types")
+        if kinds is not None and [len(each) for each in kinds] != lengths:
             raise UserError("types have other lengths than sequences: give a type for every token")
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        tokens = _flat(sequences, "token ids")
-        kinds = None if types is None else _flat(types, "types")
-        return _Stream(self.engine.encode(tokens, None, kinds, starts), starts)
+        flat = None if kinds is None else np.concatenate(kinds)
+        return _Stream(self.engine.encode(np.concatenate(tokens), None, flat, starts), starts)
 
     def _head(self, head: str, rows: NDArray[np.int16], bits: int = LOGIT_BITS) -> Floats:
         return self.engine.head(head, rows).astype(np.float32) * np.float32(2.0**-bits)
 
 
-def _flat(sequences: Sequence[Sequence[int]], what: str) -> NDArray[np.int32]:
-    """Sequences end to end.
+def _integers(sequences: Sequence[Sequence[int]], what: str) -> list[NDArray[np.int32]]:
+    """Each sequence as an array ``[S]``; the largest of its kind stands for integers beyond, which are no ids either.
 
     Raises:
-        UserError: they do not hold integers.
+        UserError: they are no sequences of integers.
     """
-    flat = np.concatenate([np.asarray(sequence) for sequence in sequences])
-    if not np.issubdtype(flat.dtype, np.integer):
-        raise UserError(f"{what} are {flat.dtype}: give integers")
+    try:
+        arrays = [np.asarray(sequence) for sequence in sequences]
+    except (TypeError, ValueError):  # not a sequence, or one of sequences of different lengths
+        arrays = [np.empty(())]
+    if any(array.ndim != 1 for array in arrays):
+        raise UserError(f"{what} are {brief(sequences)}: give a list of integers for each sequence")
+    for array in arrays:
+        if array.size and not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"{what} are {array.dtype}: give integers")
     limits = np.iinfo(np.int32)
-    return flat.clip(limits.min, limits.max).astype(np.int32)
+    return [array.astype(np.int64).clip(limits.min, limits.max).astype(np.int32) for array in arrays]

@@ -262,6 +262,10 @@ def test_the_c_example_gives_the_logits(tmp_path):
     missing = subprocess.run([example, tmp_path / "none", "1"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert missing.stderr == f"example: cannot open {tmp_path / 'none'}\n"
+    for word in ("abc", "99999999999999", ""):
+        wrong = subprocess.run([example, tmp_path / "plan.safetensors", word], capture_output=True, text=True)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert wrong.stderr == "example: a token id is not a number of 32 bits\n"
 
 
 @pytest.mark.slow

@@ -135,6 +135,9 @@ def test_a_plan_holds_no_floating_point_and_is_small(tmp_path):
         ({"token_type_ids": torch.full((1, 4), 2)}, "token_type_ids has 2"),
         ({"token_type_ids": torch.zeros(1, 3, dtype=torch.int64)}, "token_type_ids has the shape"),
         ({"position_ids": torch.full((1, 4), 40)}, "position_ids has 40"),
+        ({"token_type_ids": [[0] * 4]}, "token_type_ids is a list: give a tensor"),
+        ({"position_ids": [[0] * 4]}, "position_ids is a list: give a tensor"),
+        ({"attention_mask": [[1] * 4]}, "attention_mask is a list: give a tensor"),
         ({"attention_mask": torch.zeros(1, 4)}, "leaves nothing of sequence 0"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "pad on the right"),
     ],
@@ -145,7 +148,25 @@ def test_what_is_refused(change, said, saved):
         model(**({"input_ids": torch.ones(1, 4, dtype=torch.int64)} | change))
 
 
+def test_ids_of_every_integer_type(saved):
+    model = IntegerModel.from_pretrained(saved[0], "reference")
+    ids = torch.tensor([[5, 7, 9]])
+    for dtype in (torch.uint8, torch.uint16, torch.uint64, torch.int16, torch.int32):
+        assert torch.equal(model(ids.to(dtype)).logits, model(ids).logits)
+
+
+def test_a_place_that_cannot_be_written_to(saved, tmp_path):
+    model = IntegerModel.from_pretrained(saved[0])
+    for place in (tmp_path, tmp_path / "missing" / "plan.safetensors"):
+        with pytest.raises(UserError, match=r"cannot be written .*: give another file"):
+            model.save(place)
+
+
 def test_names_and_threads_are_checked(saved):
+    with pytest.raises(UserError, match=r"backend is \['cpu'\]: choose one of auto, "):
+        IntegerModel.from_pretrained(saved[0], ["cpu"])
+    with pytest.raises(UserError, match="threads is 4294967296, not 1 to 1024"):
+        IntegerModel.from_pretrained(saved[0], "reference", threads=2**32)
     with pytest.raises(UserError, match="backend is 'gpu': choose one of auto, "):
         IntegerModel.from_pretrained(saved[0], "gpu")
     with pytest.raises(UserError, match="threads is 0: give a number of 1 or more"):

@@ -74,17 +74,35 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, monkeypatch):
         ([[-1]], "token -1 is outside of 0 to 89"),
         ([[1] * 41], "sequence 0 has 41 tokens, but the model takes at most 40"),
         ([[0.5]], "token ids are float64: give integers"),
+        ([2, 5], r"token ids are \[2, 5\]: give a list of integers for each sequence"),
+        ([[[2, 5, 3]]], "give a list of integers for each sequence"),
+        ([[[2, 50]], [[7, 8]]], "give a list of integers for each sequence"),
+        ([[2, [5]]], "give a list of integers for each sequence"),
+        (np.zeros((1, 3, 0), np.int64), "give a list of integers for each sequence"),
+        (None, "token ids are None: give a list"),
+        (["ab"], "give a list of integers for each sequence"),
     ):
         with pytest.raises(UserError, match=sentence):
             native.logits(wrong)
     with pytest.raises(UserError, match="types have other lengths"):
         native.logits([[1, 2]], [[0]])
-    with pytest.raises(UserError, match="the plan has no head 'masked'"):
-        native.logits([[1, 2]], head="masked")
+    with pytest.raises(UserError, match="types are 3: give a list of integers for each sequence"):
+        native.logits([[1, 2]], 3)
+    for head in ("masked", None):
+        with pytest.raises(UserError, match=f"the plan has no head {head!r}"):
+            native.logits([[1, 2]], head=head)
+    with pytest.raises(UserError, match="threads is 4294967297, not 1 to 1024"):
+        NativeModel(tmp_path / "plan.safetensors", 2**32 + 1)
+    with pytest.raises(UserError, match="sequences end at token 3, but 1 tokens are given"):
+        native.engine.encode(np.zeros((1, 3), np.int32), None, None, np.array([0, 3]))
     with pytest.raises(UserError, match="threads is 0"):
         NativeModel(tmp_path / "plan.safetensors", 0)
     with pytest.raises(UserError, match=r"holds no integer_plan\.safetensors"):
         NativeModel(tmp_path)
+    longer = tmp_path / "longer.safetensors"
+    longer.write_bytes((tmp_path / "plan.safetensors").read_bytes() + b" ")
+    with pytest.raises(UserError, match="there is more in it than its tensors"):
+        NativeModel(longer)
 
 
 def test_nothing_imports_torch(tmp_path, monkeypatch):

@@ -34,7 +34,12 @@ int main(int argc, char **argv) {
 
   int length = argc - 2;
   int32_t *tokens = room(length, sizeof *tokens);
-  for (int i = 0; i < length; i++) tokens[i] = atoi(argv[i + 2]);
+  for (int i = 0; i < length; i++) {
+    char *end;
+    long id = strtol(argv[i + 2], &end, 10);
+    if (!argv[i + 2][0] || *end || id != (int32_t)id) fail("a token id is not a number of 32 bits");
+    tokens[i] = (int32_t)id;
+  }
   int32_t starts[2] = {0, length};
 
   int16_t *hidden = room((size_t)length * hidden_size, sizeof *hidden);

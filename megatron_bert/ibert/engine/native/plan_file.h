@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A plan's file: safetensors, whose metadata hold the plan's numbers as JSON. Everything is checked before it is used.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -114,6 +115,7 @@ class PlanReader {
     const Json& metadata = header_.at("__metadata__");
     if (!metadata.has("digest")) fail("it is damaged: its header is cut");
     Digest digest;
+    size_t last = 0;
     digest.add(metadata.at("plan").text);
     for (const auto& [name, entry] : header_.members) {
       if (name == "__metadata__") continue;
@@ -123,8 +125,10 @@ class PlanReader {
       digest.add(name + " torch." + type + " [" + shape + "]\n");
       const auto [begin, end] = extent(name, entry);
       digest.add(data_ + begin, end - begin);
+      last = std::max(last, end);
       read();
     }
+    if (last != size_) fail("it is damaged: there is more in it than its tensors");
     if (digest.hexadecimal() != metadata.at("digest").text) fail("it is damaged: its digest is another");
   }
 
