@@ -22,6 +22,8 @@ ALIGNMENT = 64
 #: What a search tries: hybrid sharding has a size to choose, which depends on the machine.
 RECOMPUTATIONS: tuple[Recompute, ...] = ("none", "selective", "full")
 SHARDINGS: tuple[Sharding, ...] = ("none", "optimizer", "full")
+#: Sizes of a micro batch that a search tries for a number of data ranks: the largest, and the most of them.
+_LARGEST_MICRO_BATCH, _MOST_MICRO_BATCHES = 256, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,14 +264,18 @@ def why_not(workload: Workload, layout: Layout) -> str | None:
     return None
 
 
-def layouts(workload: Workload, ranks: int) -> Iterator[Layout]:
-    """Every way to lay a workload out over a number of ranks, those that cannot be included."""
+def layouts(workload: Workload, ranks: int, micro_batch: int = 1) -> Iterator[Layout]:
+    """Every way to lay a workload out over a number of ranks, those that cannot be included.
+
+    Args:
+        micro_batch: the configured size, whose multiples by powers of two are tried where there are too many others.
+    """
     config = workload.config
     for tensor in _divisors(ranks, 16):
         for pipeline in _divisors(ranks // tensor, config.num_hidden_layers):
             data = ranks // tensor // pipeline
-            share = workload.global_batch // data
-            micro = [size for size in _divisors(share, 256) if size & (size - 1) == 0] if share else [1]
+            share, rest = divmod(workload.global_batch, data)
+            micro = [1] if rest else _micro_batches(share, micro_batch)
             choices = itertools.product(
                 _schedules(pipeline, config.num_hidden_layers),
                 (False, True) if tensor > 1 else (False,),
@@ -300,6 +306,18 @@ def _schedules(pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
         for chunks in range(least, (most or 4) + 1):
             if pipeline * chunks <= layers and name != "gpipe":
                 yield name, chunks
+
+
+def _micro_batches(share: int, configured: int) -> list[int]:
+    """Sizes that divide the samples of a data rank; of too many, powers of two and the configured size times such."""
+    sizes = _divisors(share, _LARGEST_MICRO_BATCH)
+    if len(sizes) <= _MOST_MICRO_BATCHES:
+        return sizes
+    return [size for size in sizes if _odd_part(size) in (1, _odd_part(configured))]
+
+
+def _odd_part(number: int) -> int:
+    return number // (number & -number)
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -37,7 +37,7 @@ def draw_plan(predictions: Sequence[Prediction], path: Path) -> None:
     figure = Figure(figsize=(11, 9), layout="constrained")
     memory, step, speed = figure.subplots(3, 1)
     best = predictions[0]
-    stages = stages_of(best.workload, best.layout)
+    stages = stages_of(best.workload, best.layout, best.stage_layers)
     ranks = list(range(best.layout.pipeline))
     bottom = [0.0] * len(ranks)
     found = [rank_memory(best.workload, best.layout, stages, rank).parts for rank in ranks]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_bert.arguments import check_output
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
-from megatron_bert.planning.layouts import Layout, why_not
+from megatron_bert.planning.layouts import why_not
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_lines
@@ -42,9 +42,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
             f"precision.compute is {workload.compute}, for which no peak of {machine.device.name} is known: choose "
             f"{' or '.join(machine.device.peak_tflops)}"
         )
-    found = search(workload, arguments.gpus, machine)
+    configured = _configured(settings, arguments.gpus, workload, machine)
+    found = search(workload, arguments.gpus, machine, configured if isinstance(configured, Prediction) else None)
     print("\n".join(_heading(workload, machine, arguments.gpus, planned.notes)))
-    print(_configured(settings, arguments.gpus, workload, machine))
+    print(f"as configured: {_judged(configured)}")
     if arguments.explain:
         print("\n".join(["", *_reasons(found, machine)]))
     if not found.ranked:
@@ -54,7 +55,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     print("\n" + "\n".join(_details(settings, best, arguments.disk)))
     if arguments.write is not None:
         with reporting("written", arguments.write, "give --write another file"):
-            write_text(arguments.write, with_layout(settings, best.layout).dump())
+            write_text(arguments.write, with_layout(settings, best).dump())
         print(f"settings of the first line: {arguments.write}")
     if arguments.png is not None:
         with reporting("written", arguments.png, "give --png another file"):
@@ -71,19 +72,24 @@ def _heading(workload: Workload, machine: Machine, ranks: int, notes: Sequence[s
     ]
 
 
-def _configured(settings: RunSettings, ranks: int, workload: Workload, machine: Machine) -> str:
-    """A line on the layout that the settings have on so many ranks."""
+def _configured(settings: RunSettings, ranks: int, workload: Workload, machine: Machine) -> Prediction | str:
+    """Of the layout that the settings have on so many ranks; or why it cannot be."""
     try:
         layout = layout_of(settings, ranks)
     except UserError as error:
-        return f"as configured: not possible: {error}"
+        return str(error)
     reason = why_not(workload, layout)
     if reason is not None:
-        return f"as configured: not possible: {reason}"
+        return reason
     with called(sizes="parallel.stage_layers"):
-        prediction = predict(workload, layout, machine, settings.parallel.stage_layers)
-    over = prediction.memory.needed - usable_bytes(machine)
-    return f"as configured: {one_line(prediction)}" + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
+        return predict(workload, layout, machine, settings.parallel.stage_layers)
+
+
+def _judged(configured: Prediction | str) -> str:
+    if isinstance(configured, str):
+        return f"not possible: {configured}"
+    over = configured.memory.needed - usable_bytes(configured.machine)
+    return one_line(configured) + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
 
 
 def one_line(prediction: Prediction) -> str:
@@ -192,8 +198,9 @@ def _none_fits(found: Search, machine: Machine, ranks: int) -> str:
     return f"no layout is possible on {ranks} x {machine.device.name} ({reasons}): choose another number with --gpus"
 
 
-def with_layout(settings: RunSettings, layout: Layout) -> RunSettings:
-    """The settings with a layout."""
+def with_layout(settings: RunSettings, prediction: Prediction) -> RunSettings:
+    """The settings with the layout of a prediction."""
+    layout = prediction.layout
     parallel = settings.parallel.model_copy(
         update={
             "tensor": layout.tensor,
@@ -202,7 +209,7 @@ def with_layout(settings: RunSettings, layout: Layout) -> RunSettings:
             "sequence": layout.sequence,
             "schedule": layout.schedule,
             "virtual_stages": layout.chunks if layout.chunks > 1 else None,
-            "stage_layers": None,
+            "stage_layers": prediction.stage_layers,
             "sharding": layout.sharding,
             "shard_size": layout.shard_size,
         }

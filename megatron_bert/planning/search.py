@@ -19,6 +19,7 @@ from parallel.pipeline.schedules import SCHEDULES
 USABLE_SHARE, CONTEXT_GIB = 0.95, 1.5
 #: Layouts whose schedule is simulated; those below are ranked by closed forms alone, and are not shown.
 _SIMULATED = 40
+_TOO_MUCH = "more memory than a rank has"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Prediction:
         memory: of the fullest rank.
         time: of a step.
         messages: of the first pipeline rank in a step.
+        stage_layers: layers of each stage where the settings say them; None for balanced ones.
     """
 
     workload: Workload
@@ -37,6 +39,7 @@ class Prediction:
     memory: RankMemory
     time: StepTime
     messages: list[Message]
+    stage_layers: list[int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,7 +85,7 @@ def predict(workload: Workload, layout: Layout, machine: Machine, stage_layers: 
     stages = stages_of(workload, layout, stage_layers)
     messages = step_messages(workload, layout, stages)
     time = step_time(workload, layout, stages, messages, machine)
-    return Prediction(workload, layout, machine, fullest(workload, layout, stages), time, messages)
+    return Prediction(workload, layout, machine, fullest(workload, layout, stages), time, messages, stage_layers)
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,20 @@ class Search:
     nearest: tuple[Layout, float] | None
 
 
-def search(workload: Workload, ranks: int, machine: Machine) -> Search:
-    """Rank every layout."""
+def search(workload: Workload, ranks: int, machine: Machine, configured: Prediction | None = None) -> Search:
+    """Rank every layout.
+
+    Args:
+        configured: of the layout that the settings have, ranked among the others even if no search would try it.
+    """
     limit, out, tried = usable_bytes(machine), Counter[str](), 0
     fitting: list[tuple[float, Layout]] = []
     nearest: tuple[Layout, float] | None = None
     stages_by: dict[tuple[object, ...], list[Stage]] = {}
-    for layout in layouts(workload, ranks):
+    micro_batch = 1 if configured is None else configured.layout.micro_batch
+    for layout in layouts(workload, ranks, micro_batch):
+        if configured is not None and layout == configured.layout:
+            continue
         tried += 1
         reason = why_not(workload, layout)
         if reason is not None:
@@ -117,13 +127,21 @@ def search(workload: Workload, ranks: int, machine: Machine) -> Search:
         stages = _stages_of(workload, layout, stages_by)
         memory = fullest(workload, layout, stages).needed
         if memory > limit:
-            out["more memory than a rank has"] += 1
+            out[_TOO_MUCH] += 1
             if nearest is None or memory < nearest[1]:
                 nearest = layout, memory
             continue
         fitting.append((_rough_seconds(workload, layout, stages, machine), layout))
     fitting.sort(key=lambda entry: entry[0])
     ranked = [predict(workload, layout, machine) for _, layout in fitting[:_SIMULATED]]
+    if configured is not None:
+        tried += 1
+        if configured.memory.needed <= limit:
+            ranked.insert(0, configured)
+        else:
+            out[_TOO_MUCH] += 1
+            if nearest is None or configured.memory.needed < nearest[1]:
+                nearest = configured.layout, configured.memory.needed
     ranked.sort(key=lambda prediction: prediction.time.seconds)
     return Search(ranked, tried, out, nearest)
 

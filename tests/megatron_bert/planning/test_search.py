@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from megatron_bert.config_checks import check_settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.planning.commands import DEVICE_NAMES
 from megatron_bert.planning.devices import DEVICES, GIB, NETWORK, load_device, load_network
-from megatron_bert.planning.layouts import Layout, stages_of, why_not
+from megatron_bert.planning.layouts import Layout, layouts, stages_of, why_not
 from megatron_bert.planning.machine import Machine
-from megatron_bert.planning.plan_command import run_plan
+from megatron_bert.planning.plan_command import run_plan, with_layout
 from megatron_bert.planning.search import predict, search, usable_bytes
 from megatron_bert.planning.step_time import stage_times
 from parallel.errors import UserError
@@ -63,6 +64,37 @@ def test_what_is_ranked_fits_and_can_be() -> None:
         assert 0 < prediction.mfu < H100.device.product_share
     # A model of 65 GiB of states is on no single device of 31 GiB, whatever the layout.
     assert not search(work, 1, Machine(DEVICES["v100"], NETWORK)).ranked
+
+
+@pytest.mark.parametrize(("batch", "micro_batch"), [(72, 12), (2**6 * 3**3 * 5, 80)])
+def test_nothing_ranked_first_is_slower_than_what_is_configured(batch: int, micro_batch: int) -> None:
+    """Few sizes of micro batches are all tried; of many, powers of two and those like the configured one."""
+    work = replace(workload(), global_batch=batch)
+    configured = predict(work, Layout(data=6, sharding="optimizer", micro_batch=micro_batch // 2), H100)
+    assert search(work, 6, H100, configured).ranked[0].time.seconds <= configured.time.seconds
+    sizes = {layout.micro_batch for layout in layouts(work, 6, micro_batch)}
+    assert micro_batch in sizes
+    assert micro_batch // 2 in sizes
+
+
+def test_a_layout_that_no_search_tries_is_ranked_as_it_is_configured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stages of given sizes, which the written settings keep."""
+    work = workload()
+    layout = Layout(pipeline=2, micro_batch=8)
+    uneven, hybrid = (
+        predict(work, layout, H100, [10, 14]),
+        predict(work, Layout(data=2, sharding="hybrid", shard_size=1), H100),
+    )
+    tried = search(work, 2, H100).tried
+    for configured, more in ((uneven, 0), (hybrid, 1)):
+        found = search(work, 2, H100, configured)
+        assert configured in found.ranked
+        assert found.tried == tried + more
+    settings = with_layout(load_settings(CONFIGS / "bert_345m.yaml", []), uneven)
+    assert settings.parallel.stage_layers == [10, 14]
+    assert settings.layout(2).pipeline == 2
 
 
 def test_more_bandwidth_is_never_slower_and_recomputation_never_larger() -> None:
