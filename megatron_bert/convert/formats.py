@@ -9,6 +9,7 @@ from typing import Protocol
 
 from megatron_bert.convert.files import FileTree
 from megatron_bert.convert.huggingface import WEIGHTS, HuggingFace
+from megatron_bert.convert.integer_plans import HEADER_BYTES, PLAN_NAME, begins_as_plan
 from megatron_bert.convert.megatron import MegatronCore, MegatronLegacy
 from megatron_bert.convert.megatron_shards import MODEL_KEYS, weight_files
 from megatron_bert.convert.native import Native
@@ -16,6 +17,7 @@ from megatron_bert.convert.options import ReadOptions, WriteOptions
 from megatron_bert.convert.state import CanonicalState
 from megatron_bert.model.configuration import CONFIG_NAME
 from parallel.errors import UserError, brief, its_class
+from parallel.stored.file_range import FileRange
 from parallel.stored.stored_tensor import StoredTensor
 from parallel.stored.strange_files import refuse_strange
 
@@ -65,6 +67,10 @@ def detect_format(tree: FileTree) -> Format:
 
 def _explained(tree: FileTree) -> UserError:
     """The error for a tree that no format takes; raised by itself where a file of the tree is damaged."""
+    if any(_is_plan(tree[name], name) for name in tree):
+        return UserError(
+            f"{tree.label} is an integer plan, which holds no weights: give the quantized model that it was made from"
+        )
     if CONFIG_NAME in tree:
         names = ", ".join(WEIGHTS[:-1]) + f" or {WEIGHTS[-1]}"
         return UserError(f"{tree.label} holds {CONFIG_NAME}, but no {names}: copy all files of the model")
@@ -79,6 +85,11 @@ def _explained(tree: FileTree) -> UserError:
         f"{tree.label} is not a checkpoint of a kind that is known ({', '.join(FORMATS)}); it holds "
         f"{brief(held, 200)}: give a checkpoint file, its folder, or an archive with one"
     )
+
+
+def _is_plan(place: FileRange, name: str) -> bool:
+    header = name.endswith(".safetensors") and begins_as_plan(place.content(HEADER_BYTES))
+    return header or name.endswith(PLAN_NAME)
 
 
 def _about_file(tree: FileTree, name: str) -> UserError:

@@ -13,9 +13,10 @@ from megatron_bert.ibert.engine.plan_file import ARITHMETIC, PLAN_NAME, VERSION,
 
 
 def plan_in(source: Path) -> Path | None:
-    """The plan that a path stands for: a plan's file, or that in a model's directory; None where there is none."""
+    """The plan that a path stands for, perhaps a damaged one: a file, or that in a model's directory; or None."""
     path = source / PLAN_NAME if source.is_dir() else source
-    return path if path.is_file() and is_plan(path) else None
+    named = path.name == PLAN_NAME and path.exists()
+    return path if named or (path.is_file() and is_plan(path)) else None
 
 
 def describe_plan(path: Path) -> str:

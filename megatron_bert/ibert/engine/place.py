@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_bert.convert.integer_plans import PLAN_NAME
 from parallel.errors import UserError
 
-#: Name of a plan's file in a model's directory.
-PLAN_NAME = "integer_plan.safetensors"
+__all__ = ["PLAN_NAME", "plan_path"]
 
 
 def plan_path(path: Path) -> Path:

@@ -20,15 +20,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from megatron_bert.ibert.engine.place import PLAN_NAME
+from megatron_bert.convert.integer_plans import FORMAT, HEADER_BYTES, PLAN_NAME, begins_as_plan
 from megatron_bert.ibert.engine.plan import Plan
 from parallel.errors import UserError, brief
 from parallel.whole_files import write_bytes
 
 __all__ = ["PLAN_NAME", "is_plan", "plan_bytes", "read_plan", "read_shapes", "write_plan"]
 
-#: What the header calls the format, and its version: of the file and of the arithmetic.
-FORMAT, VERSION, ARITHMETIC = "megatron-bert integer plan", 1, 2
+#: Versions of the file and of the arithmetic.
+VERSION, ARITHMETIC = 1, 2
 _Tensors = dict[str, Tensor]
 _TYPES = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 
@@ -96,6 +96,8 @@ def _contents(path: Path, *, values: bool) -> tuple[str, _Tensors, str]:
             raise
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is not there: give the plan of a quantized model") from None
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, where a plan is a file: write it again") from None
         raise UserError(f"{path} is a damaged integer plan ({brief(error)}): write or fetch it again") from None
     return header["plan"], tensors, header["digest"]
 
@@ -117,11 +119,11 @@ def _plan(tree: str, tensors: _Tensors, path: Path, *, checked: bool) -> Plan:
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a safetensors file says in its header that it is a plan; only the header is read."""
+    """Whether a file begins as a plan does, even where the rest of it is cut off or damaged."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
+        with path.open("rb") as file:
+            return begins_as_plan(file.read(HEADER_BYTES))
+    except OSError:
         return False
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,26 @@ def test_the_command(to: str, saved: tuple[Path, dict], tmp_path: Path, capsys: 
         assert "agrees with the integer engine to" in said
     assert main(["export", str(source), str(out), "--to", to]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_plan_that_is_damaged_or_to_be_converted_is_called_a_plan(
+    saved: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(saved[0]), str(out), "--to", "integer"]) == 0
+    plan, elsewhere = out / "integer_plan.safetensors", tmp_path / "elsewhere.safetensors"
+    for source in (out, plan, shutil.copy(plan, elsewhere)):
+        assert main(["convert", str(source), str(tmp_path / "converted"), "--to", "native"]) == 2
+        assert "is an integer plan, which holds no weights" in capsys.readouterr().err
+    for damaged in (plan, elsewhere):
+        damaged.write_bytes(damaged.read_bytes()[:-200])
+    for source in (out, plan, elsewhere):
+        assert main(["inspect", str(source)]) == 2
+        assert "is a damaged integer plan" in capsys.readouterr().err
+    plan.unlink()
+    plan.mkdir()
+    assert main(["inspect", str(out)]) == 2
+    assert "is a directory, where a plan is a file" in capsys.readouterr().err
 
 
 def test_a_float_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
