@@ -10,20 +10,19 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel.file_process import Piece
 from parallel.object_collectives import gather_on_first
-from parallel.parts import Part, Sizes
+from parallel.parts import Part, Region, Sizes
 from parallel.stored.torch_archive import tensor_archive
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlan
 
 #: Values are staged at multiples of this, for every type of element.
 _ALIGNMENT = 64
@@ -57,21 +56,36 @@ def signature(tensors: Mapping[str, Tensor | Part]) -> dict[str, Any]:
     return {name: (part.shape, part.dtype, part.regions, part.axes) for name, part in parts.items()}
 
 
-def local_plan(tensors: Mapping[str, Tensor | Part]) -> SavePlan:
-    """What this rank has, whether or not others have it as well."""
-    items = []
-    for name, tensor in tensors.items():
-        part = Part.of(tensor)
-        for region in part.regions:
-            chunk = ChunkStorageMetadata(*map(torch.Size, region))
-            data = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size(part.shape))
-            items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
-    return SavePlan(items, planner_data={name: (name,) for name in tensors})
+@dataclass(frozen=True)
+class HeldTensor:
+    """What one rank has of a tensor, whether or not others have it as well.
+
+    Attributes:
+        name: of the tensor in checkpoints.
+        shape: of the whole tensor.
+        dtype: of its elements.
+        regions: the blocks of it that this rank has.
+    """
+
+    name: str
+    shape: Sizes
+    dtype: torch.dtype
+    regions: tuple[Region, ...]
 
 
-def global_plans(local: list[SavePlan]) -> list[WritePlan]:
+def local_plan(tensors: Mapping[str, Tensor | Part]) -> list[HeldTensor]:
+    """What this rank has."""
+    parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+    return [HeldTensor(name, part.shape, part.dtype, part.regions) for name, part in parts.items()]
+
+
+def global_plans(local: list[list[HeldTensor]]) -> list[WritePlan]:
     """What each rank writes, of what each has."""
-    plans, metadata = DefaultSavePlanner().create_global_plan(local)
+    # One rank alone pays for these imports, a quarter of the time in which a command starts.
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+
+    plans, metadata = DefaultSavePlanner().create_global_plan([_save_plan(held) for held in local])
     found = [_write_plan(rank, plan) for rank, plan in enumerate(plans)]
     metadata.version = CURRENT_DCP_VERSION
     metadata.storage_data = {}
@@ -82,6 +96,19 @@ def global_plans(local: list[SavePlan]) -> list[WritePlan]:
             metadata.storage_data[item.index] = _StorageInfo(write.file, offset, piece.length)
             offset += piece.length
     return [replace(found[0], metadata=pickle.dumps(metadata)), *found[1:]]
+
+
+def _save_plan(held: list[HeldTensor]) -> SavePlan:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+    items = []
+    for tensor in held:
+        for region in tensor.regions:
+            chunk = ChunkStorageMetadata(*map(torch.Size, region))
+            data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape))
+            items.append(WriteItem(MetadataIndex(tensor.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+    return SavePlan(items, planner_data={tensor.name: (tensor.name,) for tensor in held})
 
 
 def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.flat_buffers import FlatBuffers
 from parallel.mesh import ParallelMesh, Sharding
+from parallel.torch_types import is_fsdp_module
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def apply_data_parallel(
@@ -45,6 +48,8 @@ def apply_data_parallel(
     if mesh.layout.data == 1 or sharding in ("none", "optimizer"):
         _FLAT[model] = FlatBuffers(model, _grouped(units), mesh, compute_dtype, alone)
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: see `torch_types`
+
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
         reduce_dtype=torch.float32,
@@ -54,7 +59,7 @@ def apply_data_parallel(
         fully_shard(unit, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh.data_mesh(), mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp_module(module):
             # Losses are divided by global counts before the backward pass, so gradients of the ranks simply add up.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
@@ -90,7 +95,7 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
     """Say whether the coming backward pass is the last of the step: only then are gradients reduced."""
     if (flat := flat_buffers(model)) is not None:
         flat.begin_backward(last)
-    elif isinstance(model, FSDPModule):
+    elif is_fsdp_module(model):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
 
@@ -130,7 +135,7 @@ def keep_gradients(model: nn.Module) -> None:
     FSDP2 does so in hooks of the backward pass; left to the next of them, gradients of several micro batches would be
     summed in the format of the computation. Those of flat buffers are float32 from the start.
     """
-    if isinstance(model, FSDPModule):
+    if is_fsdp_module(model):
         for group in _parameter_groups(model):
             for parameter in group.fsdp_params:
                 parameter.accumulate_unsharded_grad_if_needed()
@@ -144,7 +149,7 @@ def reduce_gradients(model: nn.Module) -> None:
     """
     if (flat := flat_buffers(model)) is not None:
         flat.reduce()
-    elif isinstance(model, FSDPModule):
+    elif is_fsdp_module(model):
         set_gradient_sync(model, last=True)
         for group in _parameter_groups(model):
             group.post_backward()

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from parallel.buckets import Bucket, Slot
 from parallel.gradients import set_own_gradient
@@ -32,6 +31,7 @@ from parallel.mesh import ParallelMesh
 from parallel.parts import PLANE, Part
 from parallel.runs import Member, Run
 from parallel.sharding import local_tensor
+from parallel.torch_types import is_dtensor
 
 #: Parameters begin, and buckets are divided, at multiples of so many elements: 128 bytes in two-byte formats, which
 #: every kernel's loads and every collective are content with.
@@ -102,7 +102,7 @@ class FlatBuffers:
         for bucket in buckets:
             places.append([])
             # Of one kind together: the optimizer takes neighbors of one kind as one tensor.
-            for parameter in sorted(bucket, key=lambda p: (not isinstance(p, DTensor), p.dim() < 2)):
+            for parameter in sorted(bucket, key=lambda p: (not is_dtensor(p), p.dim() < 2)):
                 places[-1].append((parameter, end))
                 end += _up(local_tensor(parameter).numel(), ALIGNMENT)
             end = bounds[-1] + _up(end - bounds[-1], ALIGNMENT * (self.ranks if self.divided else 1))
@@ -140,7 +140,7 @@ class FlatBuffers:
                 view = slice(start, start + local.numel())
                 self.weights[view].copy_(local.reshape(-1))
                 fresh[parameter] = nn.Parameter(self.weights[view].view(local.shape), parameter.requires_grad)
-                slot = Slot(fresh[parameter], part.shape, offsets, isinstance(parameter, DTensor), start)
+                slot = Slot(fresh[parameter], part.shape, offsets, is_dtensor(parameter), start)
                 bucket.slots.append(slot)
                 if self.masters.numel():
                     low, high = bucket.own_part(slot)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from parallel.torch_types import is_dtensor
 
 Sizes = tuple[int, ...]
 #: Offsets in the whole tensor, and sizes.
@@ -21,7 +22,7 @@ PLANE = frozenset({"tensor", "data_replicate", "data_shard"})
 
 def replicated_axes(tensor: Tensor) -> frozenset[str]:
     """The axes of a (tensor x data) plane over which a tensor is copied; the others divide it."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return PLANE
     names = tensor.device_mesh.mesh_dim_names or ()  # a mesh without names is none of a run
     return PLANE - {name for name, place in zip(names, tensor.placements) if not place.is_replicate()}
@@ -81,7 +82,7 @@ class Part:
         if isinstance(tensor, Part):
             return tensor
         shape = tuple(tensor.shape)
-        if not isinstance(tensor, DTensor):
+        if not is_dtensor(tensor):
             return cls(shape, tensor.detach(), (((0,) * len(shape), shape),))
         # Where the block of this process lies, by the method that torch.distributed.checkpoint asks as well.
         (chunk,) = tensor.__create_chunk_list__()

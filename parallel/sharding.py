@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from parallel.errors import ArgumentError
 from parallel.mesh import TensorParallel
 from parallel.parts import Part
+from parallel.torch_types import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def sharded_parameter(
     if tp.size == 1:
         return nn.Parameter(local)
     assert tp.mesh is not None
+    from torch.distributed.tensor import DTensor, Shard  # here: see `torch_types`
+
     return nn.Parameter(
         DTensor.from_local(
             local,
@@ -99,7 +101,7 @@ def sharded_parameter(
 
 def local_tensor(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, differentiable; layers take it once per use."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if is_dtensor(parameter) else parameter
 
 
 @torch.no_grad()

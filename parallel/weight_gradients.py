@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parallel.sharding import local_tensor
+from parallel.torch_types import is_dtensor
 
 
 class WeightGradientQueue:
@@ -69,8 +69,8 @@ def accumulate_gradient(parameter: Tensor, local_gradient: Tensor) -> None:
     """Add this rank's part of a gradient to ``parameter.grad``, as autograd would have."""
     if parameter.grad is not None:
         local_tensor(parameter.grad).add_(local_gradient)
-    elif isinstance(parameter, DTensor):
-        parameter.grad = DTensor.from_local(
+    elif is_dtensor(parameter):
+        parameter.grad = type(parameter).from_local(
             local_gradient,
             parameter.device_mesh,
             parameter.placements,

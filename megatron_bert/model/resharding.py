@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parallel.mesh import TensorParallel
 from parallel.sharding import copy_whole, sharded_parameter
+from parallel.torch_types import is_dtensor
 
 
 def undivided(tensor: Tensor) -> Tensor:
     """The global tensor, detached; every tensor rank must call."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.full_tensor() if is_dtensor(tensor) else tensor).detach()
 
 
 def replaced(parameter: nn.Parameter, values: Tensor, tp: TensorParallel) -> nn.Parameter:
     """A parameter like ``parameter`` (device, type, division) with other global values, perhaps of another size."""
-    dim = parameter.placements[0].dim if isinstance(parameter, DTensor) else 0  # type: ignore[attr-defined]
+    dim = parameter.placements[0].dim if is_dtensor(parameter) else 0  # type: ignore[attr-defined]
     fresh = sharded_parameter(
         tuple(values.shape),
-        tp if isinstance(parameter, DTensor) else TensorParallel(),
+        tp if is_dtensor(parameter) else TensorParallel(),
         dim=dim,
         device=parameter.device,
         dtype=parameter.dtype,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -18,6 +17,7 @@ from megatron_bert.model.stage import ModelStage
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.passes import forward_of
 from parallel.pipeline.tied import TiedParameter
+from parallel.torch_types import is_fsdp_module
 
 #: Global name of the parameter that the first and the last stage both hold.
 TIED_NAME = "embeddings.word_embeddings.weight"
@@ -94,7 +94,7 @@ class StagedModel:
             first += count
         for stage in (self.stages if stages is None else stages).values():
             for module in stage.modules():
-                if isinstance(module, FSDPModule):
+                if is_fsdp_module(module):
                     module.reshard()  # frees gathered parameters, since no backward pass follows
 
     def parameters(self) -> dict[str, nn.Parameter]:

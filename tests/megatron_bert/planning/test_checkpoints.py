@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bert.planning.checkpoints import METADATA_BYTES, SavedTensor, plan_checkpoint
-from parallel.checkpoint_plan import WritePlan, global_plans, local_plan
+from parallel.checkpoint_plan import HeldTensor, WritePlan, global_plans, local_plan
 from parallel.stored.distributed_files import METADATA, BlockedTensor, read_metadata
 from parallel.stored.file_range import FileRange
 
@@ -72,8 +71,11 @@ def state(layout: Layout, mesh: DeviceMesh) -> dict[str, Tensor]:
     return tensors
 
 
+Planned = tuple[Layout, list[WritePlan], list[list[HeldTensor]]]
+
+
 @pytest.fixture(scope="module", params=LAYOUTS, ids=str)
-def planned(request: pytest.FixtureRequest) -> tuple[Layout, list[WritePlan], list[SavePlan]]:
+def planned(request: pytest.FixtureRequest) -> Planned:
     """A layout, and what each of its ranks writes and holds."""
     layout: Layout = request.param
     local = []
@@ -110,7 +112,7 @@ def stored(plans: list[WritePlan], folder: Path) -> dict[str, BlockedTensor]:
     return read_metadata(FileRange.whole(folder / METADATA))
 
 
-def test_files_bytes_and_entries(planned: tuple[Layout, list[WritePlan], list[SavePlan]], tmp_path: Path) -> None:
+def test_files_bytes_and_entries(planned: Planned, tmp_path: Path) -> None:
     layout, plans, _ = planned
     closed = plan_checkpoint(expected(layout), RANKS, layout.pipeline)
     pieces = [piece for plan in plans for piece in plan.pieces if piece.nbytes]
@@ -130,16 +132,12 @@ def test_files_bytes_and_entries(planned: tuple[Layout, list[WritePlan], list[Sa
     assert 0.3 < len(metadata) / (len(blocks) * METADATA_BYTES) < 3
 
 
-def test_a_rank_reads_the_blocks_of_its_part_once(
-    planned: tuple[Layout, list[WritePlan], list[SavePlan]], tmp_path: Path
-) -> None:
+def test_a_rank_reads_the_blocks_of_its_part_once(planned: Planned, tmp_path: Path) -> None:
     """At the layout that saved it a rank reads one block a tensor, whichever of its copies was written."""
     _, plans, local = planned
     tensors = stored(plans, tmp_path)
-    for plan in local:
-        for item in plan.items:
-            assert item.tensor_data is not None
-            chunk = item.tensor_data.chunk
-            region = tuple(chunk.offsets), tuple(chunk.sizes)
-            found = [block for block in tensors[item.index.fqn].blocks if block.within(*region) is not None]
-            assert len(found) == (0 if 0 in chunk.sizes else 1)
+    for held in local:
+        for tensor in held:
+            for region in tensor.regions:
+                found = [block for block in tensors[tensor.name].blocks if block.within(*region) is not None]
+                assert len(found) == (0 if 0 in region[1] else 1)
