@@ -15,6 +15,7 @@ from megatron_bert.planning.measuring import Part
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.communication import incoming, outgoing
+from parallel.pipeline.schedules import rounds_of
 
 
 class StateBytes(NamedTuple):
@@ -35,8 +36,8 @@ class StateBytes(NamedTuple):
 FLAT_STATES = {2: StateBytes(2, 4, 12), 4: StateBytes(4, 4, 8)}
 
 
-#: Micro batches for each rank of a pipeline after which a schedule holds no more of them.
-MOST_IN_FLIGHT = 4
+#: Rounds of equal size after which one more adds no moment: micro batches of at most three are in flight at once.
+_DISTINCT_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,9 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
         rank: place in the pipeline.
     """
     microbatches = layout.microbatches(workload)
-    # A rank holds at most all of a few micro batches more than there are ranks, whatever their number.
-    few = min(microbatches, MOST_IN_FLIGHT * layout.pipeline) if layout.schedule != "gpipe" else microbatches
+    few = _fewest_alike(layout.pipeline, microbatches) if layout.schedule != "gpipe" else microbatches
     mine = [stages[number] for number in layout.stages_of(rank)]
-    moments = _moments(layout.schedule, layout.pipeline, few, layout.chunks, rank)
+    moments = _fullest_moments(layout.schedule, layout.pipeline, few, layout.chunks, rank, layout.flat)
     parts = _states(workload, layout, mine) | _in_flight(workload, layout, mine, moments)
     building = 4.0 * sum(stage.count for stage in mine)
     if layout.flat:
@@ -254,7 +254,47 @@ class Moment(NamedTuple):
     messages: int
 
 
+def _fewest_alike(ranks: int, microbatches: int) -> int:
+    """How few micro batches have the moments of so many, of all schedules but GPipe.
+
+    Of the rounds in which micro batches go through the chunks, some may have one more than the others: some of each
+    stay.
+    """
+    sizes = [len(group) for group in rounds_of(ranks, microbatches)]
+    larger = microbatches - len(sizes) * sizes[-1]
+    return sum(
+        min(count, _DISTINCT_ROUNDS) * size for count, size in ((larger, sizes[0]), (len(sizes) - larger, sizes[-1]))
+    )
+
+
 @lru_cache(maxsize=4096)
+def _fullest_moments(
+    name: str, ranks: int, microbatches: int, chunks: int, rank: int, flat: bool
+) -> tuple[Moment, ...]:
+    """The moments of a rank in a step, without those at which it holds no more of anything than at one alike.
+
+    Args:
+        flat: whether gradients are all there from the beginning, so that moments differ in no more than their action.
+    """
+    alike: dict[tuple[object, ...], list[Moment]] = {}
+    for moment in _moments(name, ranks, microbatches, chunks, rank):
+        gradients = () if flat else (moment.last, moment.ended)
+        others = alike.setdefault((moment.stage, moment.forward, *gradients), [])
+        if not any(_holds_all_of(other, moment) for other in others):
+            others[:] = [*(other for other in others if not _holds_all_of(moment, other)), moment]
+    return tuple(moment for others in alike.values() for moment in others)
+
+
+def _holds_all_of(more: Moment, less: Moment) -> bool:
+    """Whether one moment has at least as much as the other of every stage, and as many messages."""
+    held, queued = dict(more.held), dict(more.queued)
+    return (
+        more.messages >= less.messages
+        and all(held.get(stage, 0) >= count for stage, count in less.held)
+        and all(queued.get(stage, 0) >= count for stage, count in less.queued)
+    )
+
+
 def _moments(name: str, ranks: int, microbatches: int, chunks: int, rank: int) -> tuple[Moment, ...]:
     """The different moments of a rank in a step."""
     held: Counter[int] = Counter()
