@@ -215,7 +215,7 @@ def checked_runs(
         check_tensor_size(layout.tensor, encoder)
         form = input_format(tokenizer, roberta=encoder.like_roberta)
         data = TaskInstances(build_task(settings.task, settings.data, tokenizer, form))
-        check_lengths(data.task, encoder)
+        check_lengths(data.task.max_length, form, encoder)
         done = {name: finished(variant, data.task) for name, variant in variants.items()}
         objectives: dict[str, Finetuning] = {}
         if done.get("") is None:

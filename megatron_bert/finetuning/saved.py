@@ -203,7 +203,7 @@ def load_task(
         settings = validated(_merged(how, data or {}), TaskDataSettings, source="the settings of the data")
         form = input_format(words, roberta=config.like_roberta)
         found = restore_task({"settings": how_to_use}, words, settings, form)
-        check_lengths(found, config)
+        check_lengths(found.max_length, found.form, config)
         found.any_pairs = state.task is None
         kept = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id}
         model = _model(state, task_config(config, found, **kept), found) if state else None

@@ -12,7 +12,7 @@ from megatron_bert.convert.tokenizer_files import check_vocabulary, find_vocabul
 from megatron_bert.data.tokenizers import Tokenizer
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.configuration import MegatronBertConfig
-from megatron_bert.tasks.task import Task
+from megatron_bert.tasks.encoding import InputFormat
 from parallel.errors import UserError, brief, with_article
 
 
@@ -53,18 +53,18 @@ def encoder_config(
     return replace(config, **chances)
 
 
-def check_lengths(task: Task, config: MegatronBertConfig) -> None:
+def check_lengths(max_length: int, form: InputFormat, config: MegatronBertConfig) -> None:
     """Refuse sequences of a task that an encoder cannot take.
 
     Raises:
         UserError: they are too long, or have more segments.
     """
-    if task.max_length > config.longest_sequence:
+    if max_length > config.longest_sequence:
         raise UserError(
-            f"task.max_length is {task.max_length}, but the model takes at most {config.longest_sequence} "
+            f"task.max_length is {max_length}, but the model takes at most {config.longest_sequence} "
             f"tokens: set task.max_length={config.longest_sequence} or less"
         )
-    if task.form.types and config.type_vocab_size < 2:
+    if form.types and config.type_vocab_size < 2:
         raise UserError(
             f"the model has {config.type_vocab_size} token type, but tasks tell two segments apart: start from one "
             "with 2"

@@ -261,6 +261,10 @@ def why_not(workload: Workload, layout: Layout) -> str | None:
         return f"{layout.pipeline * layout.chunks} stages are more than the {config.num_hidden_layers} layers"
     if layout.splits_backward and compiled:
         return f"schedule {layout.schedule} cannot run compiled layers"
+    if workload.graphs and not layout.flat:
+        return f"sharding {layout.sharding} frees gathered weights in every pass, which CUDA graphs cannot"
+    if workload.graphs and layout.recompute == "full" and config.attention_probs_dropout_prob > 0:
+        return "attention with dropout cannot be computed again in CUDA graphs"
     return None
 
 

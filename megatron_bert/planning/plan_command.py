@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from megatron_bert.arguments import check_output
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
-from megatron_bert.planning.layouts import why_not
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_lines
 from megatron_bert.planning.picture import draw_plan
-from megatron_bert.planning.planned import load_planned
+from megatron_bert.planning.planned import Planned, load_planned
 from megatron_bert.planning.search import Prediction, Search, predict, search, usable_bytes
 from megatron_bert.planning.workload import Workload
-from parallel.errors import UserError, called
+from parallel.errors import UserError
 from parallel.whole_files import reporting, write_text
 
 
@@ -35,14 +34,9 @@ def run_plan(arguments: argparse.Namespace) -> None:
     if arguments.write is not None and arguments.write.exists():
         raise UserError(f"--write {arguments.write} is there already: name a new file, or remove that one")
     machine = Machine(load_device(arguments.gpu), load_network(arguments.network))
-    planned = load_planned(arguments.config, arguments.overrides)
+    planned = load_planned(arguments.config, arguments.overrides).on(machine.device)
     settings, workload = planned.settings, planned.workload
-    if workload.compute not in machine.device.peak_tflops:
-        raise UserError(
-            f"precision.compute is {workload.compute}, for which no peak of {machine.device.name} is known: choose "
-            f"{' or '.join(machine.device.peak_tflops)}"
-        )
-    configured = _configured(settings, arguments.gpus, workload, machine)
+    configured = _configured(planned, arguments.gpus, machine)
     found = search(workload, arguments.gpus, machine, configured if isinstance(configured, Prediction) else None)
     print("\n".join(_heading(workload, machine, arguments.gpus, planned.notes)))
     print(f"as configured: {_judged(configured)}")
@@ -72,17 +66,14 @@ def _heading(workload: Workload, machine: Machine, ranks: int, notes: Sequence[s
     ]
 
 
-def _configured(settings: RunSettings, ranks: int, workload: Workload, machine: Machine) -> Prediction | str:
-    """Of the layout that the settings have on so many ranks; or why it cannot be."""
+def _configured(planned: Planned, ranks: int, machine: Machine) -> Prediction | str:
+    """Of the layout that the settings have on so many ranks; or why a start of the run would refuse it."""
     try:
-        layout = layout_of(settings, ranks)
+        planned.check(planned.settings, ranks)
     except UserError as error:
         return str(error)
-    reason = why_not(workload, layout)
-    if reason is not None:
-        return reason
-    with called(sizes="parallel.stage_layers"):
-        return predict(workload, layout, machine, settings.parallel.stage_layers)
+    layout = layout_of(planned.settings, ranks)
+    return predict(planned.workload, layout, machine, planned.settings.parallel.stage_layers)
 
 
 def _judged(configured: Prediction | str) -> str:

@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_bert.config import RunSettings, Settings
-from megatron_bert.config_file import load_sections, load_settings
+from megatron_bert.config_checks import check_learning_rate, check_tensor_size
+from megatron_bert.config_file import read_tree, validated
+from megatron_bert.config_sections import ParallelSettings
+from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
+from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.planning.devices import Device
 from megatron_bert.planning.workload import USUAL_VOCABULARY, Workload, workload_of
+from megatron_bert.tables import RUNS, found_at
+from megatron_bert.tasks.table import TASKS
+from parallel.errors import UserError
+from parallel.mesh import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -20,59 +28,109 @@ class Planned:
     """A run to plan.
 
     Attributes:
+        check: what a start of the run asks of its settings and the number of processes; the layout.
         notes: what is assumed.
     """
 
     settings: RunSettings
     workload: Workload
+    check: Callable[[RunSettings, int], ParallelLayout]
     notes: tuple[str, ...]
+
+    def on(self, device: Device) -> Planned:
+        """The same run where it is to train.
+
+        Raises:
+            UserError: it would not start there.
+        """
+        training, name, gpu = self.settings.training, device.name, device.asynchronous
+        if training.device not in ("auto", "cuda" if gpu else "cpu"):
+            raise UserError(
+                f"training.device is {training.device}, but {name} is {'' if gpu else 'not '}a GPU: set "
+                "training.device=auto, or choose another --gpu"
+            )
+        if self.workload.graphs and not gpu:
+            raise UserError(
+                f"training.cuda_graphs is true, but {name} is not a GPU: set training.cuda_graphs=false to train on "
+                "processors"
+            )
+        if self.workload.compute not in device.peak_tflops:
+            raise UserError(
+                f"precision.compute is {self.workload.compute}, for which no peak of {name} is known: choose "
+                f"{' or '.join(device.peak_tflops)}"
+            )
+        return replace(self, workload=replace(self.workload, fused_attention=gpu))
 
 
 def load_planned(path: Path, overrides: list[str]) -> Planned:
     """Read settings of pretrain, finetune or quantize, distinguished by their sections.
 
     Raises:
-        UserError: they cannot be read, or the checkpoint that they start from cannot.
+        UserError: they cannot be read, the checkpoint that they start from cannot, or a start of the run would refuse
+            them in any layout.
     """
-    from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+    tree = read_tree(path, overrides)
+    kind = RUNS[_command_of(tree)]
+    settings = validated(tree, found_at(kind.settings), source=str(path))
+    check = found_at(kind.check)
+    planned = _pretraining(settings, check) if isinstance(settings, Settings) else _task(settings, check)
+    planned.check(_in_simplest_layout(planned.settings), 1)
+    return planned
 
-    kind = _kind_of(path)
-    if kind is Settings:
-        return _pretraining(load_settings(path, overrides))
-    settings: Any = load_sections(path, overrides, kind)
+
+def _command_of(tree: dict[str, Any]) -> str:
+    if "task" not in tree:
+        return "pretrain"
+    return "quantize" if {"quantization", "distillation", "search"} & set(tree) else "finetune"
+
+
+def _in_simplest_layout(settings: RunSettings) -> RunSettings:
+    """The same run on one rank, of which no layout is refused."""
+    training = settings.training
+    simple = {"micro_batch_size": training.global_batch_size, "recompute": "none"}
+    return settings.model_copy(update={"parallel": ParallelSettings(), "training": training.model_copy(update=simple)})
+
+
+def _task(settings: Any, check: Callable[[Any, int], ParallelLayout]) -> Planned:
+    from megatron_bert.finetuning.start import check_lengths, encoder_config, find_tokenizer
+    from megatron_bert.tasks.encoding import input_format
+
     notes = []
     steps = settings.training.steps
     if steps is None:
-        steps = 1
         notes.append("training.steps is not set: times are of one step, the number of which depends on the data")
-    config = encoder_config(settings, find_tokenizer(settings))
-    return Planned(settings, workload_of(settings, config, steps, settings.task.max_length), tuple(notes))
+    else:
+        check_learning_rate(settings.learning_rate, steps)
+    tokenizer = find_tokenizer(settings)
+    config = encoder_config(settings, tokenizer)
+    length = settings.task.max_length or TASKS[settings.task.name].max_length
+    check_lengths(length, input_format(tokenizer, roberta=config.like_roberta), config)
+
+    def check_with_model(wanted: RunSettings, world_size: int) -> ParallelLayout:
+        layout = check(wanted, world_size)
+        check_tensor_size(layout.tensor, config)
+        wanted.divide_layers(config.num_hidden_layers, wanted.schedule(layout).stages)
+        return layout
+
+    return Planned(settings, workload_of(settings, config, steps or 1, length), check_with_model, tuple(notes))
 
 
-def _kind_of(path: Path) -> Any:
-    from megatron_bert.finetuning.settings import FinetuneSettings
-    from megatron_bert.quantizing.settings import QuantizeSettings
-
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return Settings  # whose reader says what is wrong
-    if not isinstance(sections, dict) or "task" not in sections:
-        return Settings
-    return QuantizeSettings if {"quantization", "distillation", "search"} & set(sections) else FinetuneSettings
-
-
-def _pretraining(settings: Settings) -> Planned:
+def _pretraining(settings: Settings, check: Callable[[Any, int], ParallelLayout]) -> Planned:
     from megatron_bert.training.pretrain import take_sizes
 
-    notes = []
     settings = take_sizes(settings)
-    if settings.tokenizer.path.exists():
-        tokenizer = load_tokenizer(settings.tokenizer.path, lowercase=settings.tokenizer.lowercase)
-        config = settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id)
-    else:
-        notes.append(f"{settings.tokenizer.path} is not there: a vocabulary of {USUAL_VOCABULARY:,} is assumed")
-        config = settings.model_config_for(USUAL_VOCABULARY, 0)
-    return Planned(
-        settings, workload_of(settings, config, settings.training.steps, settings.data.seq_length), tuple(notes)
-    )
+    config, notes = _encoder(settings)
+    workload = workload_of(settings, config, settings.training.steps, settings.data.seq_length)
+    return Planned(settings, workload, check, notes)
+
+
+def _encoder(settings: Settings) -> tuple[MegatronBertConfig, tuple[str, ...]]:
+    """The encoder of a run with its vocabulary, or the usual one where that is not there; what is assumed."""
+    path = settings.tokenizer.path
+    if not path.exists():
+        assumed = f"{path} is not there: a vocabulary of {USUAL_VOCABULARY:,} is assumed"
+        return settings.model_config_for(USUAL_VOCABULARY, 0), (assumed,)
+    tokenizer = load_tokenizer(path, lowercase=settings.tokenizer.lowercase)
+    for corpus in [*settings.data.train, *(settings.data.valid or [])]:
+        check_tokenizer(corpus.prefix, tokenizer)  # those that are there
+    return settings.model_config_for(tokenizer.vocab_size, tokenizer.pad_id), ()
