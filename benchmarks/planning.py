@@ -28,7 +28,7 @@ from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.ending import command
 from megatron_bert.planning.bench import bench
-from megatron_bert.planning.devices import GIB
+from megatron_bert.planning.devices import GIB, NETWORK
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.search import predict
@@ -103,17 +103,23 @@ def measured_seconds(overrides: list[str], ranks: int, folder: Path) -> float:
     return statistics.median(rows[1:])
 
 
+def _machine(ranks: int) -> Machine:
+    """This one as it is measured now; a single rank sends nothing."""
+    device, link = bench(ranks, "cpu")
+    return Machine(device, link or NETWORK)
+
+
 def compare(ranks: int, worlds: list[list[str]], steps: int, rounds: int) -> list[dict[str, Any]]:
     """Predictions and measurements of layouts, one after the other, each between two calibrations."""
     found: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(worlds))}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = [*SIZES, *make_corpus(folder), f"training.steps={steps}", "learning_rate.warmup_steps=1"]
-        before = Machine(*bench(ranks, "cpu"))
+        before = _machine(ranks)
         for turn, (number, chosen) in itertools.product(range(rounds), enumerate(worlds)):
             settings = load_settings(CONFIG, [*overrides, *chosen])
             seen = measured_seconds([*overrides, *chosen], ranks, folder / f"{turn} {number}")
-            after = Machine(*bench(ranks, "cpu"))
+            after = _machine(ranks)
             work = workload_of(settings, settings.model_config_for(2006, 0), steps, settings.data.seq_length)
             ours = [predict(work, layout_of(settings, ranks), machine).time.seconds for machine in (before, after)]
             found[number].append((statistics.fmean(ours), seen))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -65,15 +66,21 @@ def run_bench(arguments: argparse.Namespace) -> None:
         if choose_device(arguments.device, 0).type == "cuda" and arguments.ranks > torch.cuda.device_count():
             raise UserError(f"--ranks is {arguments.ranks}: this host has {torch.cuda.device_count()} GPUs, one a rank")
     device, link = bench(arguments.ranks, arguments.device)
-    text = yaml.safe_dump({"device": device.model_dump(), "link": link.model_dump()}, sort_keys=False)
+    found = {"device": device.model_dump()} | ({} if link is None else {"link": link.model_dump()})
+    text = yaml.safe_dump(found, sort_keys=False)
     print(text, end="")
+    if link is None:
+        print(
+            "note: a single rank has no link to measure: to plan for several in a node, measure with --ranks N",
+            file=sys.stderr,
+        )
     if output is not None:
         with reporting("written", output, "give --output another file"):
             write_text(output, text)
 
 
-def bench(ranks: int, device: str = "auto") -> tuple[Device, Link]:
-    """Measure a device and the link between ranks of this host.
+def bench(ranks: int, device: str = "auto") -> tuple[Device, Link | None]:
+    """Measure a device and the link between ranks of this host, which a single one does not have.
 
     Raises:
         UserError: the device is not there.
@@ -84,7 +91,8 @@ def bench(ranks: int, device: str = "auto") -> tuple[Device, Link]:
         queue: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
         run_ranks(ranks, _rank, device, queue)
         found = queue.get()
-    return Device.model_validate(found), Link.model_validate(found["link"])
+    measured = Device.model_validate(found)
+    return measured, measured.link
 
 
 def _rank(rank: int, device: str, queue: Any) -> None:

@@ -27,8 +27,8 @@ _SIZE = 512
 _Cost = tuple[float, float]
 
 
-def measure_link(ranks: Ranks) -> tuple[dict[str, Any], bool]:
-    """A `Link`, and whether other programs disturbed its measurement.
+def measure_link(ranks: Ranks) -> tuple[dict[str, Any] | None, bool]:
+    """A `Link`, or None for a single rank, which has none; and whether other programs disturbed its measurement.
 
     Messages of every kind are sent in groups of as many ranks as divide their number.
 
@@ -37,7 +37,7 @@ def measure_link(ranks: Ranks) -> tuple[dict[str, Any], bool]:
     """
     world = dist.get_world_size()
     if world == 1:
-        return {"gigabytes_per_second": 1000.0, "latency_microseconds": 0.0}, False
+        return None, False
     found: dict[str, dict[str, Any]] = {}
     disturbed = False
     for many in (n for n in range(2, world + 1) if world % n == 0):

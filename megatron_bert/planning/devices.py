@@ -100,12 +100,18 @@ class Device(Section):
         gt=0,
         description="Ranks of a node that can compute at the same time, where more of them share its processors.",
     )
-    link: Link = Field(description="Inside a node.")
+    link: Link | None = Field(None, description="Inside a node; none where a node has one device.")
 
     @model_validator(mode="after")
     def _only_processors_are_shared(self) -> Self:
         if self.asynchronous and self.ranks_at_once is not None:
             raise ValueError("ranks_at_once is for processors (asynchronous: false), for a GPU has one rank")
+        return self
+
+    @model_validator(mode="after")
+    def _several_have_a_link(self) -> Self:
+        if self.link is None and self.devices_per_node > 1:
+            raise ValueError(f"link is not set, but the {self.devices_per_node} devices_per_node share one")
         return self
 
     @field_validator("peak_tflops")
@@ -186,6 +192,11 @@ def _load(path: Path, kind: type[Any], says: str) -> Any:
         raise UserError(f"{says} that `megatron-bert bench` wrote")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if kind is Link and isinstance(values, dict) and "device" in values and values.get("link") is None:
+            raise UserError(
+                f"--network {path} holds no link, for a single rank was measured: measure several with "
+                "`megatron-bert bench --ranks N`, or leave --network out"
+            )
         return kind.model_validate(values.get(kind.__name__.lower(), values) if isinstance(values, dict) else values)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({brief(error)}): write it with `megatron-bert bench`") from error

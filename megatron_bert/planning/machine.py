@@ -27,7 +27,8 @@ class Machine:
         """The link that the ranks of an axis have between them: neighbors in rank are in one node."""
         inside = {"tensor": 1, "data_shard": layout.shards, "data_replicate": layout.data, "data": layout.data}
         span = layout.tensor * inside[axis] if axis in inside else layout.world_size
-        return self.device.link if span <= self.device.devices_per_node else self.network
+        inner = self.device.link if span <= self.device.devices_per_node else None
+        return inner or self.network
 
     def product(self, rows: float, columns: float, inner: float, compute: str) -> float:
         """Seconds of a matrix product: small ones reach less of the peak."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_bert.arguments import check_output
 from megatron_bert.config import RunSettings
@@ -38,7 +39,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     settings, workload = planned.settings, planned.workload
     configured = _configured(planned, arguments.gpus, machine)
     found = search(workload, arguments.gpus, machine, configured if isinstance(configured, Prediction) else None)
-    print("\n".join(_heading(workload, machine, arguments.gpus, planned.notes)))
+    print("\n".join(_heading(workload, machine, arguments.gpus, arguments.network, planned.notes)))
     print(f"as configured: {_judged(configured)}")
     if arguments.explain:
         print("\n".join(["", *_reasons(found, machine)]))
@@ -56,12 +57,26 @@ def run_plan(arguments: argparse.Namespace) -> None:
             draw_plan(found.ranked[: max(arguments.top, 12)], arguments.png)
 
 
-def _heading(workload: Workload, machine: Machine, ranks: int, notes: Sequence[str]) -> list[str]:
-    device = machine.device
+def _heading(workload: Workload, machine: Machine, ranks: int, network: Path | None, notes: Sequence[str]) -> list[str]:
+    device, between = machine.device, []
+    if ranks > device.devices_per_node:
+        link = machine.network
+        source_of_link = "published; --network gives another" if network is None else f"of {network}"
+        between = [
+            f"between nodes of {device.devices_per_node}: {link.gigabytes_per_second:g} GB/s a rank and "
+            f"{link.latency_microseconds:g} us ({source_of_link})"
+        ]
+        if device.source == "measured" and device.devices_per_node == 1:
+            notes = [
+                *notes,
+                f"a single rank was measured, so each of the {ranks} counts as a node of its own: measure all ranks of "
+                "a node with `megatron-bert bench --ranks N`",
+            ]
     source = f"measured{f' by {device.note}' if device.note else ''}" if device.source == "measured" else "published"
     return [
         f"{ranks} x {device.name} ({source} numbers: {device.peak_tflops[workload.compute]:g} TFLOP/s in "
         f"{workload.compute}, {device.memory_gib:g} GiB, {usable_bytes(machine) / GIB:.1f} of them usable)",
+        *between,
         *(f"note: {note}" for note in notes),
     ]
 

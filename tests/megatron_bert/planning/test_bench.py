@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_bert.cli import main
 from megatron_bert.planning import bench, bench_link, timed
-from megatron_bert.planning.devices import Link, Transfer, load_device, load_network
+from megatron_bert.planning.devices import DEVICES, Link, Transfer, load_device, load_network
 from megatron_bert.planning.plan_command import run_plan
+from parallel.errors import UserError
 from tests.megatron_bert.planning.support import CONFIGS
 from tests.megatron_bert.planning.test_search import arguments
 from tests.worlds import run_world
@@ -30,11 +33,32 @@ def test_a_measured_machine_is_planned_for(
     assert device.source == "measured"
     assert not device.asynchronous
     assert set(device.peak_tflops) == {"float32", "bfloat16"}
-    assert load_network(written).gigabytes_per_second > 0
+    assert "link" not in yaml.safe_load(written.read_text())
+    with pytest.raises(UserError, match="holds no link, for a single rank was measured"):
+        load_network(written)
     capsys.readouterr()
     given = ["precision.compute=float32", "training.device=cpu", "--gpus", "1", "--gpu", str(written)]
     run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given))
-    assert "measured by megatron-bert bench --ranks 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured by megatron-bert bench --ranks 1" in said
+    assert "between nodes" not in said
+    given[given.index("1")] = "2"
+    run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given))
+    said = capsys.readouterr().out
+    assert "between nodes of 1: 50 GB/s a rank and 25 us (published; --network gives another)" in said
+    assert "a single rank was measured, so each of the 2 counts as a node of its own" in said
+    network = tmp_path / "network.yaml"
+    network.write_text("link: {gigabytes_per_second: 1, latency_microseconds: 100}")
+    run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given, "--network", str(network)))
+    assert f"between nodes of 1: 1 GB/s a rank and 100 us (of {network})" in capsys.readouterr().out
+
+
+def test_devices_of_one_node_need_a_link(tmp_path: Path) -> None:
+    values = DEVICES["h100"].model_dump() | {"link": None}
+    for each, refused in ((1, False), (8, True)):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values | {"devices_per_node": each}))
+        with pytest.raises(UserError, match="link is not set, but the 8") if refused else nullcontext():
+            load_device(str(tmp_path / "mine.yaml"))
 
 
 def _measured_link(at_once: int) -> dict[str, Any]:
