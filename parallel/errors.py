@@ -103,6 +103,11 @@ def first_of(items: Iterable[object], most: int = 3) -> str:
     return ", ".join(listed[:most]) + more
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: ``1 thread``, ``2,000 threads``."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def brief(value: object, length: int = 100) -> str:
     """A value in a few printable characters: no line breaks, no terminal codes, no numbers of a thousand digits."""
     if isinstance(value, int) and value.bit_length() > 200:

@@ -34,7 +34,7 @@ from megatron_bert.planning.step_time import OPERATORS
 from megatron_bert.planning.this_machine import memory_bytes, processor_name, run_ranks
 from megatron_bert.planning.timed import Ranks
 from parallel.dropout import keyed_dropout
-from parallel.errors import UserError, called
+from parallel.errors import UserError, called, counted
 from parallel.gradients import sums_of_squares
 from parallel.process_group import choose_device, process_group
 from parallel.sharding import initialize
@@ -119,7 +119,7 @@ def _measure(name: str) -> dict[str, Any]:
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name() or "a processor",
             "source": "measured",
             "note": f"megatron-bert bench --ranks {world.size}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads per rank{_DISTURBED if disturbed else ''}",
+            f"{counted(torch.get_num_threads(), 'thread')} per rank{_DISTURBED if disturbed else ''}",
             "memory_gib": _memory(device) / world.size if device.type == "cpu" else _memory(device),
             "peak_tflops": {compute: found[0] / share for compute, found in products.items()},
             "product_share": share,

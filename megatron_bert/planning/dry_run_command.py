@@ -36,7 +36,7 @@ from megatron_bert.training.objective import Objective
 from megatron_bert.training.pretrain import check_inputs, take_sizes
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.run import find_start
-from parallel.errors import UserError
+from parallel.errors import UserError, counted
 from parallel.mesh import ParallelLayout
 from parallel.process_group import launched_world_size
 
@@ -75,7 +75,7 @@ def run_dry_run(arguments: argparse.Namespace) -> None:
         print("\n".join(run.says))
         world_size = run.layout.world_size
         if world_size < ranks:
-            print(f"{ranks - world_size} of the {ranks} processes would wait as spares")
+            print(f"{ranks - world_size:,} of the {ranks} processes would wait as spares")
         for rank in _chosen(run.settings, world_size, arguments.rank):
             step = dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
             print("\n".join(report(run.settings, run.workload, rank, world_size, step, predicted=run.predicted)))
@@ -129,7 +129,7 @@ def _checked_pretraining(config: Path, overrides: list[str], ranks: int) -> _Che
         longest_batch(settings),
         workload_of(settings, model, settings.training.steps, settings.data.seq_length),
         (
-            f"settings, tokenizer and data are good for {ranks} processes; it would start from "
+            f"settings, tokenizer and data are good for {counted(ranks, 'process', 'processes')}; it would start from "
             f"{start or 'the beginning'}",
         ),
     )
@@ -148,17 +148,18 @@ def _checked_task(
     )
     start = find_start(settings, objective).checkpoint
     says = [
-        f"settings, model, tokenizer and data are good for {ranks} processes; it would start from "
-        f"{start or settings.model.from_}",
-        f"{task.settings.name}: {len(objective.instances):,} training sequences of up to {batch.layout.length} tokens, "
-        f"{objective.total_steps:,} steps{f' in each of {runs} runs' if runs > 1 else ''}",
+        f"settings, model, tokenizer and data are good for {counted(ranks, 'process', 'processes')}; "
+        f"it would start from {start or settings.model.from_}",
+        f"{task.settings.name}: {counted(len(objective.instances), 'training sequence')} of up to "
+        f"{batch.layout.length} tokens, {counted(objective.total_steps, 'step')}"
+        f"{f' in each of {runs} runs' if runs > 1 else ''}",
     ]
     if task.labels:
         says.append(f"labels: {', '.join(task.labels)}")
     if objective.float32_activations:
         says.append("the step below is of the model before it is quantized: quantizers keep more")
     if task.bad_rows.count:
-        says.append(f"{task.bad_rows.count} bad rows would be skipped, such as {task.bad_rows.reasons[0]}")
+        says.append(f"{counted(task.bad_rows.count, 'bad row')} would be skipped, such as {task.bad_rows.reasons[0]}")
     return _Checked(
         settings,
         layout,

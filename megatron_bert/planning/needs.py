@@ -13,6 +13,7 @@ from megatron_bert.planning.checkpoints import CheckpointPlan, SavedTensor, plan
 from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.layouts import Layout, Stage, stages_of
 from megatron_bert.planning.workload import Workload
+from parallel.errors import counted
 from parallel.pipeline.schedules import SCHEDULES
 
 #: Passes through a text up to which repeated text is about as good as new (Muennighoff et al., arXiv 2305.16264).
@@ -29,7 +30,8 @@ def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
     """Tokens that the steps take, epochs of the corpora that are there, and a warning at more than a few."""
     each = workload.global_batch * workload.sample_tokens
     lines = [
-        f"data: {each:,} tokens per step, {each * workload.steps:,} in {workload.steps:,} steps, if none is padding"
+        f"data: {each:,} tokens per step, {each * workload.steps:,} in {counted(workload.steps, 'step')}, "
+        "if none is padding"
     ]
     if not isinstance(settings, Settings):
         return lines
@@ -77,8 +79,8 @@ def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, 
     size, keep = plan.value_bytes + plan.metadata_bytes, settings.checkpoint.keep
     kept = f"; {keep} kept and one being written: {(keep + 1) * size / 1e9:,.1f} GB" if keep else "; all are kept"
     return [
-        f"checkpoints: {size / 1e9:,.1f} GB in {plan.files} files, {size / 1e9 / disk:,.0f} s at {disk:g} GB/s; a rank "
-        f"writes {plan.rank_bytes / 1e9:,.2f} GB at most{kept}"
+        f"checkpoints: {size / 1e9:,.1f} GB in {counted(plan.files, 'file')}, {size / 1e9 / disk:,.0f} s at {disk:g} "
+        f"GB/s; a rank writes {plan.rank_bytes / 1e9:,.2f} GB at most{kept}"
     ]
 
 
@@ -95,7 +97,7 @@ def host_lines(settings: RunSettings, workload: Workload, layout: Layout, ranks_
         staged = checkpoint_of(layout, stages_of(workload, layout)).rank_bytes
     loaders = (PROCESS_GIB + workers * LOADER_GIB if workers else 0.0) + batches / GIB
     return [
-        f"host memory: {ranks * (loaders + PROCESS_GIB + staged / GIB):,.1f} GiB per node of {ranks} ranks: "
-        f"{ranks * loaders:,.1f} of {workers} loaders per rank, {ranks * staged / GIB:,.1f} of copies of checkpoints, "
-        "the rest of the ranks themselves"
+        f"host memory: {ranks * (loaders + PROCESS_GIB + staged / GIB):,.1f} GiB per node of {counted(ranks, 'rank')}: "
+        f"{ranks * loaders:,.1f} of {counted(workers, 'loader')} per rank, {ranks * staged / GIB:,.1f} of copies of "
+        "checkpoints, the rest of the ranks themselves"
     ]

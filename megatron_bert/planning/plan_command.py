@@ -72,10 +72,11 @@ def _heading(workload: Workload, machine: Machine, ranks: int, network: Path | N
                 f"a single rank was measured, so each of the {ranks} counts as a node of its own: measure all ranks of "
                 "a node with `megatron-bert bench --ranks N`",
             ]
-    source = f"measured{f' by {device.note}' if device.note else ''}" if device.source == "measured" else "published"
+    usable = usable_bytes(machine) / GIB
     return [
-        f"{ranks} x {device.name} ({source} numbers: {device.peak_tflops[workload.compute]:g} TFLOP/s in "
-        f"{workload.compute}, {device.memory_gib:g} GiB, {usable_bytes(machine) / GIB:.1f} of them usable)",
+        f"{ranks} x {device.name}: {device.peak_tflops[workload.compute]:.3g} TFLOP/s in {workload.compute}, "
+        f"{device.memory_gib:.3g} GiB{f', {usable:.3g} of them usable' if device.asynchronous else ''} "
+        f"({device.source}{f' by {device.note}' if device.note else ''})",
         *between,
         *(f"note: {note}" for note in notes),
     ]

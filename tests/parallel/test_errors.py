@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.quantizing.settings import QuantizeSettings
-from parallel.errors import ArgumentError, UserError, called, with_article
+from parallel.errors import ArgumentError, UserError, called, counted, with_article
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: tuple[type[RunSettings], ...] = (Settings, FinetuneSettings, QuantizeSettings)
@@ -73,3 +73,9 @@ def test_names_have_their_article():
         "a MegatronBertModel",
         "an albert",
     ]
+
+
+def test_numbers_of_things() -> None:
+    assert counted(1, "thread") == "1 thread"
+    assert counted(2000, "thread") == "2,000 threads"
+    assert counted(0, "process", "processes") == "0 processes"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def test_a_measured_machine_is_planned_for(
     given = ["precision.compute=float32", "training.device=cpu", "--gpus", "1", "--gpu", str(written)]
     run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given))
     said = capsys.readouterr().out
-    assert "measured by megatron-bert bench --ranks 1" in said
+    source = r"measured by megatron-bert bench --ranks 1, torch \S+, (1 thread|\d+ threads) per rank"
+    heading = rf"1 x .+: [\d.e-]+ TFLOP/s in float32, [\d.]+ GiB \({source}\)"
+    assert re.fullmatch(heading, said.splitlines()[0])
     assert "between nodes" not in said
     given[given.index("1")] = "2"
     run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given))
