@@ -36,6 +36,7 @@ from megatron_bert.training.objective import Objective
 from megatron_bert.training.pretrain import check_inputs, take_sizes
 from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.run import find_start
+from megatron_bert.training.run_lock import check_run_dir
 from parallel.errors import UserError, counted
 from parallel.mesh import ParallelLayout
 from parallel.process_group import launched_world_size
@@ -72,6 +73,7 @@ def run_dry_run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpus is {ranks}: give 1 or more")
     machine = None if arguments.gpu is None else Machine(load_device(arguments.gpu), NETWORK)
     with checked_run(arguments.command, arguments.config, arguments.overrides, ranks) as run:
+        check_run_dir(run.settings.training.run_dir)
         print("\n".join(run.says))
         world_size = run.layout.world_size
         if world_size < ranks:

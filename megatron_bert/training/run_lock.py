@@ -8,12 +8,14 @@ file system. Neither needs locks of the file system, which network file systems 
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +126,39 @@ def _machine() -> str | None:
         return None
 
 
+def _writing_to(run_dir: Path) -> AbstractContextManager[None]:
+    return reporting("written to", f"training.run_dir {run_dir}", "give another directory")
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuse a directory that a run could not own, for it cannot be made or written to. Nothing is left there.
+
+    Raises:
+        UserError: as :meth:`RunLock.acquire`.
+    """
+    with _writing_to(run_dir):
+        writes = run_dir / LOCK_FILE
+        while not _is_there(writes.parent):
+            writes = writes.parent
+        if not writes.parent.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(writes.parent))
+        try:
+            with tempfile.TemporaryFile(dir=writes.parent):
+                pass
+        except OSError as error:
+            error.filename = str(writes)  # what a run makes first
+            raise
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path is there, if only as a link to nowhere; what cannot be looked at is an error."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class RunLock:
     """The lock of a run directory. Only rank 0 acquires it; on other ranks every method does nothing.
 
@@ -148,7 +183,7 @@ class RunLock:
             UserError: another process owns the directory, or it cannot be written to.
         """
         mine = Owner.this_process()
-        with reporting("written to", f"training.run_dir {self.run_dir}", "give another directory"):
+        with _writing_to(self.run_dir):
             self._made_directory = not self.run_dir.exists()
             self.run_dir.mkdir(parents=True, exist_ok=True)
             watch = _Watch(self.path, mine, self.patience)

@@ -113,6 +113,7 @@ def test_the_command_checks_a_run_and_leaves_nothing(
         (["--dry-run", "--gpus", "4", "--gpu", "FILE"], "are usable"),
         (["data.train=nowhere", "--dry-run", "--gpus", "4"], "nowhere"),
         (["--gpus", "4"], "--gpus is an option of --dry-run"),
+        (["training.run_dir=/proc/run", "--dry-run", "--gpus", "4"], "training.run_dir /proc/run cannot be written to"),
     ],
 )
 def test_what_a_dry_run_refuses(

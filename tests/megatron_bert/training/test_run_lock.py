@@ -17,7 +17,7 @@ import pytest
 
 from megatron_bert.training import run_lock
 from megatron_bert.training.pretrain import pretrain
-from megatron_bert.training.run_lock import LOCK_FILE, Owner, RunLock
+from megatron_bert.training.run_lock import LOCK_FILE, Owner, RunLock, check_run_dir
 from megatron_bert.training.trainer import Trainer
 from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
@@ -257,3 +257,26 @@ def _start_again(run: Path, end: Any) -> None:
     except UserError as error:
         end.send(str(error))
     os._exit(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["/proc/run", "/proc/run/below", "file", "file/below", "file/below/it", "link", "link/below", "n" * 300]
+)
+def test_a_directory_that_cannot_be_owned_is_refused_before(name: str, tmp_path: Path) -> None:
+    """In the words of the lock, which would make it."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as early:
+        check_run_dir(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError) as late:
+        take(tmp_path / name)
+    assert str(early.value) == str(late.value)
+    assert "cannot be written to" in str(early.value)
+
+
+def test_a_directory_that_can_be_owned_is_not_made_before(tmp_path: Path) -> None:
+    for name in (".", "run", "run/below/it"):
+        check_run_dir(tmp_path / name)
+    assert not list(tmp_path.iterdir())
