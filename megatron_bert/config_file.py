@@ -94,21 +94,43 @@ def read_tree(path: Path, overrides: list[str], *, as_written: bool = False) -> 
     """
     path = find_config(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = read_mapping(path, "see configs/ for examples", as_written=as_written)
     except OSError as error:
         names = "" if path.suffix in (".yaml", ".yml") else "; `megatron-bert configs` lists those that come with it"
         raise UserError(f"cannot read the settings file {path}: {error.strerror}{names}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"the settings file {path} is not text in UTF-8: save it as such") from None
-    try:
-        tree = yaml.load(text, _LoaderAsWritten if as_written else _Loader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {its_class(tree)}, not a mapping of sections: see configs/ for examples")
     for override in overrides:
         apply_override(tree, override)
     return tree
+
+
+def read_mapping(path: Path, remedy: str, *, as_written: bool = False) -> dict[str, Any]:
+    """What a YAML file holds; nothing of an empty one.
+
+    Args:
+        remedy: what to do about a file that holds something else.
+        as_written: as for :func:`read_tree`.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is not text, not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _LoaderAsWritten if as_written else _Loader) or {}
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as such") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {_fault(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {its_class(tree)}, not a mapping of sections: {remedy}")
+    return tree
+
+
+def _fault(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the excerpt of the file."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -28,8 +28,9 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python takes true for 1."""
-        given = any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value]))
-        if given and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        parts = _parts(value) if get_origin(annotation) is dict or not isinstance(value, dict) else ()
+        if any(isinstance(part, bool) for part in parts) and not _takes_bool(annotation):
             raise PydanticCustomError("truth", "true and false are not a value for it")
         return value
 
@@ -45,12 +46,19 @@ class Section(BaseModel):
     @classmethod
     def _within_float32(cls, value: Any) -> Any:
         """What is computed in float32 would be 0 or infinite there."""
-        for part in value if isinstance(value, list) else [value]:
+        for part in _parts(value):
             if isinstance(part, float) and part and not SMALLEST_FLOAT32 <= abs(part) <= LARGEST_FLOAT32:
                 raise PydanticCustomError(
                     "float32", f"it is computed with in float32, from {SMALLEST_FLOAT32:g} to {LARGEST_FLOAT32:g}"
                 )
         return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a list or a mapping holds; else the value."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else [value]
 
 
 def _takes_path(annotation: Any) -> bool:

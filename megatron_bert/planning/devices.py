@@ -6,12 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from megatron_bert.config_file import read_mapping
 from megatron_bert.planning.workload import BYTES
 from megatron_bert.section import Section
 from parallel.errors import UserError, brief
+from parallel.whole_files import reporting
 
 #: Bytes of a gibibyte.
 GIB = 2**30
@@ -20,6 +21,8 @@ GIB = 2**30
 #: What ranks send, as a file of a link names it; a receive takes as long as the send.
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
 _Several = Annotated[int, Field(ge=2)]
+#: Far above what any device or network does, and below what most do in another unit, such as bytes per second.
+_MOST = 1e9
 
 
 def ring_share(kind: str, ranks: int) -> float:
@@ -32,11 +35,11 @@ class Transfer(Section):
     """What a message takes: a time of its own, and one for its bytes."""
 
     gigabytes_per_second: float = Field(
-        gt=0, description="Of one rank, in one direction, as if collectives went around a ring."
+        gt=0, le=_MOST, description="Of one rank, in one direction, as if collectives went around a ring."
     )
-    latency_microseconds: float = Field(ge=0, description="Of a message of nothing.")
+    latency_microseconds: float = Field(ge=0, le=_MOST, description="Of a message of nothing.")
     processor_share: float = Field(
-        1.0, ge=0, description="Of its time, for which a processor of each rank is at work; see ranks_at_once."
+        1.0, ge=0, le=1, description="Of its time, for which a processor of each rank is at work; see ranks_at_once."
     )
 
     def seconds(self, kind: str, size: float, ranks: int) -> float:
@@ -47,7 +50,7 @@ class Transfer(Section):
 class Transfers(Transfer):
     """The same for any number of ranks."""
 
-    latency_by_ranks: dict[_Several, Annotated[float, Field(ge=0)]] = Field(
+    latency_by_ranks: dict[_Several, Annotated[float, Field(ge=0, le=_MOST)]] = Field(
         {}, description="Of a message of nothing among so many ranks, where that is known."
     )
     by_ranks: dict[_Several, Transfer] = Field({}, description="Among so many ranks, where that was measured.")
@@ -79,22 +82,24 @@ class Device(Section):
     name: str = Field(description="For people.")
     source: Literal["published", "measured"] = Field("published", description="Where the numbers are from.")
     note: str = Field("", description="By what they were measured.")
-    memory_gib: float = Field(gt=0, description="Of one rank.")
+    memory_gib: float = Field(gt=0, le=_MOST, description="Of one rank.")
     peak_tflops: dict[str, float] = Field(min_length=1, description="Dense matrix products, by format.")
     product_share: float = Field(0.85, gt=0, le=1, description="Of the peak, that large matrix products reach.")
-    product_size: float = Field(64, ge=0, description="Rows or columns of a product at which half of that is reached.")
+    product_size: float = Field(
+        64, ge=0, le=_MOST, description="Rows or columns of a product at which half of that is reached."
+    )
     attention_share: float = Field(0.24, gt=0, le=1, description="Of the peak, that attention reaches.")
     attention_dropout_share: float | None = Field(
         None, gt=0, le=1, description="The same with dropout; five sixths of it where unset."
     )
-    memory_gb_per_second: float = Field(gt=0, description="Of reading and writing.")
+    memory_gb_per_second: float = Field(gt=0, le=_MOST, description="Of reading and writing.")
     memory_share: float = Field(0.8, gt=0, le=1, description="Of that, that elementwise operators reach.")
     optimizer_gb_per_second: float | None = Field(
-        None, gt=0, description="Of the optimizer; as other operators where unset."
+        None, gt=0, le=_MOST, description="Of the optimizer; as other operators where unset."
     )
-    launch_microseconds: float = Field(6.0, ge=0, description="Of the host, for each operator.")
+    launch_microseconds: float = Field(6.0, ge=0, le=_MOST, description="Of the host, for each operator.")
     asynchronous: bool = Field(True, description="Whether the host and messages work on beside it, as with a GPU.")
-    devices_per_node: int = Field(8, gt=0, description="That share the inner link.")
+    devices_per_node: int = Field(8, gt=0, le=2**20, description="That share the inner link.")
     ranks_at_once: int | None = Field(
         None,
         gt=0,
@@ -106,6 +111,8 @@ class Device(Section):
     def _only_processors_are_shared(self) -> Self:
         if self.asynchronous and self.ranks_at_once is not None:
             raise ValueError("ranks_at_once is for processors (asynchronous: false), for a GPU has one rank")
+        if self.ranks_at_once is not None and self.ranks_at_once > self.devices_per_node:
+            raise ValueError(f"ranks_at_once {self.ranks_at_once} is above devices_per_node {self.devices_per_node}")
         return self
 
     @model_validator(mode="after")
@@ -118,7 +125,7 @@ class Device(Section):
     @classmethod
     def _of_formats(cls, value: dict[str, float]) -> dict[str, float]:
         for name, peak in value.items():
-            if name not in BYTES or not peak > 0:
+            if name not in BYTES or not 0 < peak <= _MOST:
                 raise ValueError(f"{name}: {peak} is not a peak of {', '.join(BYTES)}")
         return value
 
@@ -188,19 +195,19 @@ def load_network(path: Path | None) -> Link:
 
 
 def _load(path: Path, kind: type[Any], says: str) -> Any:
+    remedy = "write it with `megatron-bert bench`"
     if not path.is_file():
         raise UserError(f"{says} that `megatron-bert bench` wrote")
+    with reporting("read", path, remedy):
+        values = read_mapping(path, remedy)
+    if kind is Link and "device" in values and values.get("link") is None:
+        raise UserError(
+            f"--network {path} holds no link, for a single rank was measured: measure several with "
+            "`megatron-bert bench --ranks N`, or leave --network out"
+        )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if kind is Link and isinstance(values, dict) and "device" in values and values.get("link") is None:
-            raise UserError(
-                f"--network {path} holds no link, for a single rank was measured: measure several with "
-                "`megatron-bert bench --ranks N`, or leave --network out"
-            )
-        return kind.model_validate(values.get(kind.__name__.lower(), values) if isinstance(values, dict) else values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({brief(error)}): write it with `megatron-bert bench`") from error
+        return kind.model_validate(values.get(kind.__name__.lower(), values))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {place}: {brief(first['msg'])}; write it with `megatron-bert bench`") from error
+        place = brief(".".join(map(str, first["loc"])) or "the file")
+        raise UserError(f"{path}: {place}: {brief(first['msg'], 300)}; {remedy}") from error

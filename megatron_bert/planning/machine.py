@@ -61,7 +61,7 @@ class Machine:
         seconds = self.message(kind, size, ranks, link)
         if self.device.asynchronous:
             return seconds
-        return 0.0 if self.working else seconds * max(0.0, 1 - link.of(kind, ranks).processor_share)
+        return 0.0 if self.working else seconds * (1 - link.of(kind, ranks).processor_share)
 
     def ranks_per_processor(self, ranks: int) -> float:
         """How many of a run's ranks take turns on a processor; 1 where each has its own."""

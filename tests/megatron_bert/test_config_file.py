@@ -45,6 +45,10 @@ def refusal(file: Path, *overrides: str) -> str:
 
 
 class TestOverrides:
+    def test_no_truth_value_is_a_number(self, file: Path) -> None:
+        for override in ("training.steps=true", "optimizer.weight_decay_by_name={'*': true}"):
+            assert "true and false are not a value for it" in refusal(file, override)
+
     @pytest.mark.parametrize(("given", "expected"), [("no", False), ("yes", True), ("off", False), ("True", True)])
     def test_truth_values(self, file: Path, given: str, expected: bool) -> None:
         """As YAML 1.1 writes them too, though ``no`` is text where a setting is text."""

@@ -182,6 +182,6 @@ def test_files_of_devices(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"memory_gib: Field required"):
         load_device(str(path))
     path.write_text("device: [")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not valid YAML: expected the node content"):
         load_device(str(path))
     assert usable_bytes(H100) < 79 * GIB
