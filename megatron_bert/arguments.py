@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from pathlib import Path
 
 from parallel.errors import UserError
@@ -20,14 +21,23 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
-def check_output(name: str, path: Path | None) -> None:
-    """Refuse a path to which no file can be written, before the work that is to be written there.
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse paths to which no files can be written, before the work that is to be written there.
 
     Args:
-        path: given; None where there is nothing to write.
+        outputs: by the names of their options; None where there is nothing to write.
+        inputs: files that are read, by what they are called, which none of them may replace.
 
     Raises:
-        UserError: it is a folder, a device or a pipe, or in a folder that does not exist.
+        UserError: one is a folder, a device or a pipe, in a folder that does not exist, or the same file as another.
     """
-    if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
-        raise UserError(f"{name} {path} cannot be written: name a file in a folder that exists")
+    others = {name: path for name, path in (inputs or {}).items() if path is not None and path.exists()}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+            raise UserError(f"{name} {path} cannot be written: name a file in a folder that exists")
+        for other, there in others.items():
+            if path.resolve() == there.resolve():
+                raise UserError(f"{name} {path} is the file of {other}, too: give {name} another one")
+        others[name] = path

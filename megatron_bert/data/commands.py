@@ -7,9 +7,10 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from megatron_bert.arguments import check_output, given_path
+from megatron_bert.arguments import check_outputs, given_path
 from parallel.errors import UserError
 
 # Written out, so that the command line starts without loading the libraries.
@@ -98,7 +99,8 @@ def _inspect_corpus(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} needs --tokenizer, which the corpus was made with.")
     if arguments.seq_length is not None and arguments.seq_length < 8:
         raise UserError(f"--seq-length is {arguments.seq_length}: give 8 or more.")
-    check_output("--png", arguments.png)
+    corpus = {f"the corpus ({end})": Path(f"{arguments.source}{end}") for end in (".bin", ".idx")}
+    check_outputs({"--png": arguments.png}, corpus | {"--tokenizer": arguments.tokenizer})
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     report = CorpusReport(str(arguments.source), tokenizer)
     given = {"seq_length": arguments.seq_length, "objective": arguments.pair_objective}

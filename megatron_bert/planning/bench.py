@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from megatron_bert.arguments import check_output
+from megatron_bert.arguments import check_outputs
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.attention import SelfAttention
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -61,7 +61,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.ranks < 1:
         raise UserError(f"--ranks is {arguments.ranks}: give 1 or more")
     output: Path | None = arguments.output
-    check_output("--output", output)
+    check_outputs({"--output": output})
     with called(device="--device"):
         if choose_device(arguments.device, 0).type == "cuda" and arguments.ranks > torch.cuda.device_count():
             raise UserError(f"--ranks is {arguments.ranks}: this host has {torch.cuda.device_count()} GPUs, one a rank")

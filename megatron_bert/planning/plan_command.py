@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bert.arguments import check_output
+from megatron_bert.arguments import check_outputs
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
 from megatron_bert.planning.machine import Machine
@@ -30,8 +30,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
     for name, value in (("--gpus", arguments.gpus), ("--top", arguments.top), ("--disk", arguments.disk)):
         if not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}: give a number above 0")
-    for name, path in (("--write", arguments.write), ("--png", arguments.png)):
-        check_output(name, path)
+    check_outputs(
+        {"--write": arguments.write, "--png": arguments.png},
+        {"CONFIG": arguments.config, "--gpu": Path(arguments.gpu), "--network": arguments.network},
+    )
     if arguments.write is not None and arguments.write.exists():
         raise UserError(f"--write {arguments.write} is there already: name a new file, or remove that one")
     machine = Machine(load_device(arguments.gpu), load_network(arguments.network))

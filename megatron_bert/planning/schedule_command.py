@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from megatron_bert.arguments import check_output, given_path
+from megatron_bert.arguments import check_outputs, given_path
 from parallel.errors import UserError
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.chart import chrome_trace, gantt_png, text_grid
@@ -67,8 +67,7 @@ def run_schedule(arguments: argparse.Namespace) -> None:
     names = list(SCHEDULES) if arguments.schedule == "all" else arguments.schedule.split(",")
     if arguments.trace is not None and len(names) > 1:
         raise UserError(f"--trace writes one schedule and {len(names)} were named: name one.")
-    check_output("--png", arguments.png)
-    check_output("--trace", arguments.trace)
+    check_outputs({"--png": arguments.png, "--trace": arguments.trace})
     forward, backward_input, backward_weight = _parse_costs(arguments.costs)
     results = []
     for name in names:

@@ -128,6 +128,7 @@ def test_another_tokenizer(made: Path) -> None:
         (["--seq-length", "128"], "--seq-length needs --tokenizer"),
         (["--seq-length", "7", "--tokenizer", "vocab.txt"], "--seq-length is 7: give 8 or more"),
         (["--png", "none/x.png"], "none/x.png cannot be written"),
+        (["--png", "./c_text_sentence.idx"], "c_text_sentence.idx is the file of the corpus (.idx), too"),
     ],
 )
 def test_options_that_cannot_be(

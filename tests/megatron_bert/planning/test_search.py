@@ -162,9 +162,14 @@ def test_fine_tuning_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixtur
         (("--gpus", "1", "--gpu", "l40s"), "no layout fits on 1 x L40S"),
         (("--gpus", "97"), "no layout is possible on 97"),
         (("--gpus", "8", "--write", "nowhere/x.yaml"), "--write nowhere/x.yaml cannot be written"),
+        (
+            ("--gpus", "8", "--write", "new", "--png", "./new"),
+            "--png new is the file of --write, too: give --png another",
+        ),
+        (("--gpus", "8", "--png", str(CONFIGS / "bert_3.9b.yaml")), "bert_3.9b.yaml is the file of CONFIG, too"),
         (("--gpus", "8", "--png", "/dev/null"), "--png /dev/null cannot be written"),  # a device is not replaced
         (("--gpus", "8", "--network", "nowhere"), "--network is 'nowhere'"),
-        (("--gpus", "8", "--write", str(CONFIGS / "bert_3.9b.yaml")), "is there already: name a new file"),
+        (("--gpus", "8", "--write", str(CONFIGS / "bert_345m.yaml")), "is there already: name a new file"),
     ],
 )
 def test_what_cannot_be_planned_is_said(given: tuple[str, ...], says: str) -> None:

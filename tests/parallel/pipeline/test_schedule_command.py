@@ -70,6 +70,7 @@ def test_png_and_trace(tmp_path):
         (["--schedule", "1f1b", "--costs", "1,-1,2"], "give three times above 0"),
         (["--schedule", "1f1b", "--communication", "-1"], "communication costs were given as -1"),
         (["--schedule", "all", "--trace", "trace.json"], "--trace writes one schedule and 5 were named"),
+        (["--schedule", "1f1b", "--png", "a", "--trace", "./a"], "--trace a is the file of --png, too"),
         (["--schedule", "1f1b", "--png", "no/such/folder/chart.png"], "cannot be written: name a file in a folder"),
     ],
 )
