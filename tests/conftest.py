@@ -16,6 +16,10 @@ from typing import Any
 # Tests run several processes at once, their own and those they start: threads of one get in the way of the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Hundreds of processes that tests start import the same files, which are compiled once and not in each of them.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Imports make objects by the hundred thousand, which all stay: looking through them for garbage over and over takes
 # a third of the time of collecting the tests.
 gc.disable()

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.memory import rank_memory
@@ -34,6 +32,9 @@ _KINDS = {
 
 def draw_plan(predictions: Sequence[Prediction], path: Path) -> None:
     """Draw predictions, the fastest first; its memory by pipeline rank and its step in detail."""
+    # Imported here: most plans are only printed, and matplotlib takes half a second to import.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 9), layout="constrained")
     memory, step, speed = figure.subplots(3, 1)
     best = predictions[0]
