@@ -20,7 +20,7 @@ from megatron_bert.finetuning.objective import Finetuning
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.communication import step_messages, totals
-from megatron_bert.planning.devices import GIB, NETWORK, load_device
+from megatron_bert.planning.devices import NETWORK, load_device
 from megatron_bert.planning.dry_run import dry_run_rank, longest_batch, longest_task_batch
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.machine import Machine
@@ -28,6 +28,7 @@ from megatron_bert.planning.measuring import StepMeasurement
 from megatron_bert.planning.memory import layout_of, rank_memory
 from megatron_bert.planning.needs import checkpoint_lines, data_lines
 from megatron_bert.planning.search import usable_bytes
+from megatron_bert.planning.units import DECIMAL_BYTES, OPERATIONS, parts_of, unit_of, with_unit
 from megatron_bert.planning.work import rank_flops
 from megatron_bert.planning.workload import USUAL_VOCABULARY, TaskHead, Workload, workload_of
 from megatron_bert.quantizing.quantize import QuantizeProcedure, quantize_variants
@@ -84,8 +85,8 @@ def run_dry_run(arguments: argparse.Namespace) -> None:
             needed = max(step.peak_bytes, step.building)
             if machine is not None and needed > usable_bytes(machine):
                 raise UserError(
-                    f"rank {rank} needs {needed / GIB:.1f} GiB, and of {machine.device.name} "
-                    f"{usable_bytes(machine) / GIB:.1f} are usable: see `megatron-bert plan` for layouts that fit"
+                    f"rank {rank} needs {with_unit(needed)}, and of {machine.device.name} "
+                    f"{with_unit(usable_bytes(machine))} are usable: see `megatron-bert plan` for layouts that fit"
                 )
         print("\n".join(data_lines(run.settings, run.workload)))
         print("\n".join(checkpoint_lines(run.settings, run.workload, layout_of(run.settings, world_size), disk=2.0)))
@@ -229,8 +230,8 @@ def _measure_unseen(config: Path, overrides: list[str], world_size: int) -> list
 def _short(rank: int, world_size: int, step: StepMeasurement) -> str:
     sent = sum(seen.bytes for seen in step.traffic.values())
     return (
-        f"dry run: rank {rank} of {world_size} takes {step.peak_bytes / GIB:.1f} GiB at its peak, "
-        f"{step.flops / 1e12:,.1f} TFLOP and {sent / 1e9:,.2f} GB of messages a step"
+        f"dry run: rank {rank} of {world_size} takes {with_unit(step.peak_bytes)} at its peak, "
+        f"{with_unit(step.flops, OPERATIONS)} and {with_unit(sent, DECIMAL_BYTES, 2)} of messages a step"
     )
 
 
@@ -257,17 +258,20 @@ def report(
     stages = stages_of(workload, layout, settings.parallel.stage_layers)
     place, in_stage = divmod(rank, world_size // layout.pipeline)
     replayed, workload = workload, replace(workload, graphs=False)  # what is measured runs as it is
-    memory = f"; {rank_memory(workload, layout, stages, place).peak / GIB:.2f} by closed form" if predicted else ""
-    flops = f", {rank_flops(workload, layout, stages, place) / 1e12:,.2f} by closed form" if predicted else ""
-    parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in sorted(step.peak.items(), key=lambda item: -item[1]))
+    gib, tflop = unit_of(step.peak_bytes), unit_of(step.flops, OPERATIONS)
+    memory = flops = ""
+    if predicted:
+        memory = f"; {gib.number(rank_memory(workload, layout, stages, place).peak, 2)} by closed form"
+        flops = f", {tflop.number(rank_flops(workload, layout, stages, place), 2)} by closed form"
     lines = [
-        f"rank {rank} of {world_size}: {step.peak_bytes / GIB:.2f} GiB at its peak ({parts}){memory}",
-        f"  between steps {sum(step.resident.values()) / GIB:.2f} GiB, {step.building / GIB:.2f} while it is built; "
-        f"{step.flops / 1e12:,.2f} TFLOP per step{flops}",
+        f"rank {rank} of {world_size}: {with_unit(step.peak_bytes, digits=2)} at its peak "
+        f"({parts_of(step.peak, gib)}){memory}",
+        f"  between steps {gib.number(sum(step.resident.values()), 2)} {gib.name}, "
+        f"{gib.number(step.building, 2)} while it is built; {with_unit(step.flops, OPERATIONS, 2)} per step{flops}",
     ]
     if replayed.graphs:
-        needed = rank_memory(replayed, layout, stages, place).peak / GIB
-        lines.append(f"  as CUDA graphs, in which micro batches in flight have places of their own, {needed:.2f} GiB")
+        needed = with_unit(rank_memory(replayed, layout, stages, place).peak, digits=2)
+        lines.append(f"  as CUDA graphs, in which micro batches in flight have places of their own, {needed}")
     closed = totals(step_messages(workload, layout, stages, place, in_stage // layout.tensor)) if predicted else None
     for what, seen in sorted(step.traffic.items()):
         expected = (seen.count, seen.bytes)
@@ -275,6 +279,6 @@ def report(
             expected = closed.get((what.kind, what.group, what.dtype, what.size), (0, 0))
         same = "" if expected == (seen.count, seen.bytes) else f", {expected} by closed form"
         among = f"{what.size} ({what.group.replace('_', ' ')})"
-        size = f"{seen.bytes / 1e6:,.3f} MB in {what.dtype} in all"
+        size = f"{with_unit(seen.bytes, DECIMAL_BYTES, 3)} in {what.dtype} in all"
         lines.append(f"  {what.kind} over {among}: {seen.count:,} of {size}{same}")
     return lines

@@ -12,6 +12,7 @@ from megatron_bert.data.sample_index import split_documents
 from megatron_bert.planning.checkpoints import CheckpointPlan, SavedTensor, plan_checkpoint
 from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.layouts import Layout, Stage, stages_of
+from megatron_bert.planning.units import DECIMAL_BYTES, short, with_unit
 from megatron_bert.planning.workload import Workload
 from parallel.errors import counted
 from parallel.pipeline.schedules import SCHEDULES
@@ -77,10 +78,14 @@ def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, 
     """
     plan = checkpoint_of(layout, stages_of(workload, layout))
     size, keep = plan.value_bytes + plan.metadata_bytes, settings.checkpoint.keep
-    kept = f"; {keep} kept and one being written: {(keep + 1) * size / 1e9:,.1f} GB" if keep else "; all are kept"
+    kept = (
+        f"; {keep} kept and one being written: {with_unit((keep + 1) * size, DECIMAL_BYTES)}"
+        if keep
+        else "; all are kept"
+    )
     return [
-        f"checkpoints: {size / 1e9:,.1f} GB in {counted(plan.files, 'file')}, {size / 1e9 / disk:,.0f} s at {disk:g} "
-        f"GB/s; a rank writes {plan.rank_bytes / 1e9:,.2f} GB at most{kept}"
+        f"checkpoints: {with_unit(size, DECIMAL_BYTES)} in {counted(plan.files, 'file')}, {short(size / 1e9 / disk)} s "
+        f"at {disk:g} GB/s; a rank writes {with_unit(plan.rank_bytes, DECIMAL_BYTES, 2)} at most{kept}"
     ]
 
 

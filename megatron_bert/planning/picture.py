@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bert.planning.devices import GIB
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.memory import rank_memory
 from megatron_bert.planning.search import Prediction, usable_bytes
+from megatron_bert.planning.units import unit_of, with_unit
 from parallel.pipeline.actions import ActionKind
 from parallel.whole_files import write_picture
 
@@ -22,6 +22,8 @@ _COLORS = {
     "buffers": "#937860",
     "temporaries": "#8c8c8c",
 }
+#: Times the memory of the fullest rank up to which the line of what is usable is drawn.
+_MOST_ROOM = 5
 _KINDS = {
     ActionKind.FORWARD: "#4c72b0",
     ActionKind.BACKWARD: "#55a868",
@@ -42,12 +44,16 @@ def draw_plan(predictions: Sequence[Prediction], path: Path) -> None:
     ranks = list(range(best.layout.pipeline))
     bottom = [0.0] * len(ranks)
     found = [rank_memory(best.workload, best.layout, stages, rank).parts for rank in ranks]
+    peak, usable = max(sum(parts.values()) for parts in found), usable_bytes(best.machine)
+    unit = unit_of(peak)
     for part, color in _COLORS.items():
-        sizes = [parts.get(part, 0.0) / GIB for parts in found]  # type: ignore[call-overload]
+        sizes = [parts.get(part, 0.0) / unit.size for parts in found]  # type: ignore[call-overload]
         memory.bar(ranks, sizes, bottom=bottom, color=color, label=part)
         bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
-    memory.axhline(usable_bytes(best.machine) / GIB, color="black", linestyle="--", linewidth=1)
-    memory.set(title="memory of the fastest layout", xlabel="pipeline rank", ylabel="GiB", xticks=ranks)
+    title = f"memory of the fastest layout, of {with_unit(usable)} that are usable"
+    if usable <= _MOST_ROOM * peak:  # where much more is usable, bars would be too low to see
+        memory.axhline(usable / unit.size, color="black", linestyle="--", linewidth=1)
+    memory.set(title=title, xlabel="pipeline rank", ylabel=unit.name, xticks=ranks)
     memory.legend(fontsize=7, ncols=len(_COLORS), loc="lower center")
     _draw_step(step, best)
     names = [_name(prediction) for prediction in predictions]

@@ -16,6 +16,7 @@ from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_line
 from megatron_bert.planning.picture import draw_plan
 from megatron_bert.planning.planned import Planned, load_planned
 from megatron_bert.planning.search import Prediction, Search, predict, search, usable_bytes
+from megatron_bert.planning.units import DECIMAL_BYTES, parts_of, short, unit_of, with_unit
 from megatron_bert.planning.workload import Workload
 from parallel.errors import UserError
 from parallel.whole_files import reporting, write_text
@@ -98,7 +99,7 @@ def _judged(configured: Prediction | str) -> str:
     if isinstance(configured, str):
         return f"not possible: {configured}"
     over = configured.memory.needed - usable_bytes(configured.machine)
-    return one_line(configured) + (f"; {over / GIB:.1f} GiB too much" if over > 0 else "")
+    return one_line(configured) + (f"; {with_unit(over)} too much" if over > 0 else "")
 
 
 def one_line(prediction: Prediction) -> str:
@@ -109,13 +110,14 @@ def one_line(prediction: Prediction) -> str:
         parts.append(f"pipeline {layout.pipeline} ({layout.schedule}, {layout.chunks} per rank)")
     parts += [f"data {layout.data} ({layout.sharding})", f"micro batch {layout.micro_batch}", layout.recompute]
     return (
-        f"{', '.join(parts)}: {prediction.memory.peak / GIB:.1f} GiB, {prediction.time.seconds:.3g} s a step, "
+        f"{', '.join(parts)}: {with_unit(prediction.memory.peak)}, {prediction.time.seconds:.3g} s a step, "
         f"{prediction.tokens_per_second:,.0f} tokens/s, MFU {prediction.mfu:.1%}"
     )
 
 
 def table(predictions: Sequence[Prediction]) -> str:
     """Layouts, one per line."""
+    unit = unit_of(max(prediction.memory.peak for prediction in predictions))
     rows = [
         (
             "tensor",
@@ -123,7 +125,7 @@ def table(predictions: Sequence[Prediction]) -> str:
             "data",
             "micro",
             "recompute",
-            "GiB",
+            unit.name,
             "bubble",
             "s/step",
             "tokens/s",
@@ -142,13 +144,13 @@ def table(predictions: Sequence[Prediction]) -> str:
                 f"{layout.data} {layout.sharding}",
                 str(layout.micro_batch),
                 layout.recompute,
-                f"{prediction.memory.peak / GIB:.1f}",
+                unit.number(prediction.memory.peak),
                 f"{prediction.time.bubble:.1%}",
                 f"{prediction.time.seconds:.3g}",
                 f"{prediction.tokens_per_second:,.0f}",
                 f"{prediction.mfu:.1%}",
-                f"{prediction.hours / 24:,.1f}",
-                f"{prediction.device_hours:,.0f}",
+                short(prediction.hours / 24),
+                short(prediction.device_hours),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -159,25 +161,28 @@ def table(predictions: Sequence[Prediction]) -> str:
 
 def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
     layout, memory, time = best.layout, best.memory, best.time
-    parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in memory.parts.items() if size)
+    unit = unit_of(memory.peak)
     each = best.machine.ranks_per_processor(layout.world_size)
     sharing = f"; {each:g} ranks take turns on a processor: {time.sharing:.2f} times as long" if each > 1 else ""
     lines = [
         f"fastest: {one_line(best)}",
-        f"memory of the fullest rank: {parts} GiB",
+        f"memory of the fullest rank: {parts_of(memory.parts, unit)} {unit.name}",
         f"time: passes {time.pipeline:.3g} s, data axis {time.data:.2g} s, optimizer {time.optimizer:.2g} s{sharing}",
-        "messages of the first rank, of whole tensors:",
     ]
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for message in best.messages:
         count, size = sums.get((message.kind, message.group), (0, 0.0))
         sums[message.kind, message.group] = count + message.count, size + message.count * message.bytes
+    if sums:
+        lines.append("messages of the first rank, of whole tensors:")
+    total = sum(size for _, size in sums.values())
     for (kind, group), (count, size) in sums.items():
-        if size > 1e6:
+        if size > min(1e6, total / 1000):
             axis = "data" if group.startswith("data") else group
             link = "a node" if best.machine.link(layout, axis) is best.machine.device.link else "the network"
             lines.append(
-                f"  {kind} over {group.replace('_', ' ')}: {count:,} of {size / 1e9:.3g} GB in all, inside {link}"
+                f"  {kind} over {group.replace('_', ' ')}: {count:,} of {with_unit(size, DECIMAL_BYTES, 2)} in all, "
+                f"inside {link}"
             )
     lines += data_lines(settings, best.workload)
     lines += checkpoint_lines(settings, best.workload, layout, disk)
@@ -191,8 +196,8 @@ def _reasons(found: Search, machine: Machine) -> list[str]:
         layout, memory = found.nearest
         lines.append(
             f"of those with too much memory, tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
-            f"micro batch {layout.micro_batch}, {layout.sharding} is nearest: {memory / GIB:.1f} GiB of "
-            f"{usable_bytes(machine) / GIB:.1f}"
+            f"micro batch {layout.micro_batch}, {layout.sharding} is nearest: {with_unit(memory)} of "
+            f"{with_unit(usable_bytes(machine))}"
         )
     return lines
 
@@ -200,8 +205,8 @@ def _reasons(found: Search, machine: Machine) -> list[str]:
 def _none_fits(found: Search, machine: Machine, ranks: int) -> str:
     if found.nearest is not None:
         return (
-            f"no layout fits on {ranks} x {machine.device.name}: the smallest takes {found.nearest[1] / GIB:.1f} GiB "
-            f"of the {usable_bytes(machine) / GIB:.1f} that are usable; take more or larger devices"
+            f"no layout fits on {ranks} x {machine.device.name}: the smallest takes {with_unit(found.nearest[1])} "
+            f"of the {with_unit(usable_bytes(machine))} that are usable; take more or larger devices"
         )
     reasons = "; ".join(reason for reason, _ in found.out.most_common(2))
     return f"no layout is possible on {ranks} x {machine.device.name} ({reasons}): choose another number with --gpus"

@@ -66,7 +66,7 @@ class Prediction:
 def usable_bytes(machine: Machine) -> float:
     """Memory that a rank may fill."""
     memory = machine.device.memory_gib
-    return memory * GIB if not machine.device.asynchronous else (memory * USABLE_SHARE - CONTEXT_GIB) * GIB
+    return memory * GIB if not machine.device.asynchronous else max(0.0, memory * USABLE_SHARE - CONTEXT_GIB) * GIB
 
 
 def fullest(workload: Workload, layout: Layout, stages: list[Stage]) -> RankMemory:
