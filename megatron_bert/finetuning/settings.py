@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 
 from megatron_bert.config import RunSettings, of_encoder
 from megatron_bert.config_sections import CheckpointSettings, RunTrainingSettings, TokenizerSettings
+from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.section import Section
 from megatron_bert.tasks.settings import TaskDataSettings, TaskSettings
 
@@ -43,6 +45,10 @@ class FinetuneModelSettings(Section):
         "classifier_dropout",
         "Dropout before the task's head; the checkpoint's, or else hidden_dropout_prob, when unset.",
     )
+
+    def changed(self, config: MegatronBertConfig) -> MegatronBertConfig:
+        """The configuration of an encoder with what is set here of it."""
+        return replace(config, **self.model_dump(exclude={"from_", "keep_head"}, exclude_none=True))
 
 
 class FinetuneTrainingSettings(RunTrainingSettings):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from megatron_bert.convert.huggingface_names import TRAINED_TYPES
 from megatron_bert.convert.opening import open_checkpoint
 from megatron_bert.convert.state import CanonicalState
@@ -49,8 +47,7 @@ def encoder_config(
                 f"{', '.join(TRAINED_TYPES)}"
             )
         check_vocabulary(state, tokenizer)
-    chances = settings.model.model_dump(exclude={"from_", "keep_head"}, exclude_none=True)
-    return replace(config, **chances)
+    return settings.model.changed(config)
 
 
 def check_lengths(max_length: int, form: InputFormat, config: MegatronBertConfig) -> None:

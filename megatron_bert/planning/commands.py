@@ -31,6 +31,12 @@ def add_plan_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument(
         "--network", type=given_path, metavar="FILE", help="link between nodes (default: 400 Gbit/s a GPU)"
     )
+    parser.add_argument(
+        "--encoder",
+        type=given_path,
+        metavar="CONFIG.yaml",
+        help="of a task: settings of pretrain that say the sizes of a model.from which is not there yet",
+    )
     parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="file system, for checkpoints")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown")
     parser.add_argument("--explain", action="store_true", help="say why the other layouts are out")

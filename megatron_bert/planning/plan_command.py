@@ -33,12 +33,17 @@ def run_plan(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name} is {value}: give a number above 0")
     check_outputs(
         {"--write": arguments.write, "--png": arguments.png},
-        {"CONFIG": arguments.config, "--gpu": Path(arguments.gpu), "--network": arguments.network},
+        {
+            "CONFIG": arguments.config,
+            "--encoder": arguments.encoder,
+            "--gpu": Path(arguments.gpu),
+            "--network": arguments.network,
+        },
     )
     if arguments.write is not None and arguments.write.exists():
         raise UserError(f"--write {arguments.write} is there already: name a new file, or remove that one")
     machine = Machine(load_device(arguments.gpu), load_network(arguments.network))
-    planned = load_planned(arguments.config, arguments.overrides).on(machine.device)
+    planned = load_planned(arguments.config, arguments.overrides, arguments.encoder).on(machine.device)
     settings, workload = planned.settings, planned.workload
     configured = _configured(planned, arguments.gpus, machine)
     found = search(workload, arguments.gpus, machine, configured if isinstance(configured, Prediction) else None)

@@ -10,17 +10,22 @@ from typing import Any
 
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.config_checks import check_learning_rate, check_tensor_size
-from megatron_bert.config_file import read_tree, validated
+from megatron_bert.config_file import load_settings, read_tree, validated
 from megatron_bert.config_sections import ParallelSettings
 from megatron_bert.data.sidecar import check_tokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.model.configuration import MegatronBertConfig
+from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.planning.devices import Device
-from megatron_bert.planning.workload import USUAL_VOCABULARY, Workload, workload_of
+from megatron_bert.planning.workload import USUAL_VOCABULARY, TaskHead, Workload, workload_of
 from megatron_bert.tables import RUNS, found_at
+from megatron_bert.tasks.encoding import BERT, InputFormat, input_format
 from megatron_bert.tasks.table import TASKS
 from parallel.errors import UserError
 from parallel.mesh import ParallelLayout
+
+#: Choices of a question where nobody has looked at the data.
+_USUAL_CHOICES = 4
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,27 @@ class Planned:
         return replace(self, workload=replace(self.workload, fused_attention=gpu))
 
 
-def load_planned(path: Path, overrides: list[str]) -> Planned:
+def load_planned(path: Path, overrides: list[str], encoder: Path | None = None) -> Planned:
     """Read settings of pretrain, finetune or quantize, distinguished by their sections.
+
+    Args:
+        encoder: settings of pretrain whose model a task's run is to start from, in place of a checkpoint.
 
     Raises:
         UserError: they cannot be read, the checkpoint that they start from cannot, or a start of the run would refuse
             them in any layout.
     """
     tree = read_tree(path, overrides)
-    kind = RUNS[_command_of(tree)]
+    command = _command_of(tree)
+    kind = RUNS[command]
     settings = validated(tree, found_at(kind.settings), source=str(path))
     check = found_at(kind.check)
-    planned = _pretraining(settings, check) if isinstance(settings, Settings) else _task(settings, check)
+    if isinstance(settings, Settings):
+        if encoder is not None:
+            raise UserError(f"--encoder {encoder} is for tasks, but {path} has settings of pretrain: leave it out")
+        planned = _pretraining(settings, check)
+    else:
+        planned = _task(settings, check, encoder)
     planned.check(_in_simplest_layout(planned.settings), 1)
     return planned
 
@@ -91,20 +105,26 @@ def _in_simplest_layout(settings: RunSettings) -> RunSettings:
     return settings.model_copy(update={"parallel": ParallelSettings(), "training": training.model_copy(update=simple)})
 
 
-def _task(settings: Any, check: Callable[[Any, int], ParallelLayout]) -> Planned:
-    from megatron_bert.finetuning.start import check_lengths, encoder_config, find_tokenizer
-    from megatron_bert.tasks.encoding import input_format
+def _task(settings: Any, check: Callable[[Any, int], ParallelLayout], encoder: Path | None) -> Planned:
+    from megatron_bert.finetuning.start import check_lengths
 
-    notes = []
-    steps = settings.training.steps
+    config, form, notes = _start_of_task(settings, encoder)
+    steps, task = settings.training.steps, TASKS[settings.task.name]
     if steps is None:
         notes.append("training.steps is not set: times are of one step, the number of which depends on the data")
     else:
         check_learning_rate(settings.learning_rate, steps)
-    tokenizer = find_tokenizer(settings)
-    config = encoder_config(settings, tokenizer)
-    length = settings.task.max_length or TASKS[settings.task.name].max_length
-    check_lengths(length, input_format(tokenizer, roberta=config.like_roberta), config)
+    length = settings.task.max_length or task.max_length
+    check_lengths(length, form, config)
+    kind = HEADS[task.head]
+    if kind.grouped:
+        notes.append(f"a question is counted with {_USUAL_CHOICES} choices")
+    head = TaskHead(
+        outputs=kind.outputs or 2,
+        rows=1 if kind.by_sequence else length,
+        pooled=kind.pooled,
+        sequences=_USUAL_CHOICES if kind.grouped else 1,
+    )
 
     def check_with_model(wanted: RunSettings, world_size: int) -> ParallelLayout:
         layout = check(wanted, world_size)
@@ -112,7 +132,26 @@ def _task(settings: Any, check: Callable[[Any, int], ParallelLayout]) -> Planned
         wanted.divide_layers(config.num_hidden_layers, wanted.schedule(layout).stages)
         return layout
 
-    return Planned(settings, workload_of(settings, config, steps or 1, length), check_with_model, tuple(notes))
+    return Planned(settings, workload_of(settings, config, steps or 1, length, head), check_with_model, tuple(notes))
+
+
+def _start_of_task(settings: Any, encoder: Path | None) -> tuple[MegatronBertConfig, InputFormat, list[str]]:
+    """The encoder that a task's run starts from, how its inputs are laid out, and what is assumed."""
+    from megatron_bert.finetuning.start import encoder_config, find_tokenizer
+    from megatron_bert.training.pretrain import take_sizes
+
+    start = settings.model.from_
+    if encoder is not None:
+        config, notes = _encoder(take_sizes(load_settings(encoder, [])))
+        return settings.model.changed(config), BERT, [f"the model has the sizes of {encoder}", *notes]
+    if not start.exists():
+        raise UserError(
+            f"model.from is {start}, which is not there: give a checkpoint, or a run that wrote one; or before there "
+            "is one the settings that will pretrain it, with --encoder"
+        )
+    tokenizer = find_tokenizer(settings)
+    config = encoder_config(settings, tokenizer)
+    return config, input_format(tokenizer, roberta=config.like_roberta), []
 
 
 def _pretraining(settings: Settings, check: Callable[[Any, int], ParallelLayout]) -> Planned:
