@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from megatron_bert.planning.layouts import Layout, Stage, schedule_of
+from megatron_bert.planning.layouts import Layout, Stage
 from megatron_bert.planning.parameters import Parameter
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.actions import Schedule
-from parallel.pipeline.communication import outgoing
+from parallel.pipeline.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,18 @@ def _tensor_messages(workload: Workload, layout: Layout, stage: Stage, microbatc
         yield replace(message, count=microbatches)
 
 
-def _pipeline_messages(workload: Workload, layout: Layout, schedule: Schedule, rank: int) -> Iterator[Message]:
-    if layout.pipeline == 1:
+def _pipeline_messages(workload: Workload, layout: Layout, rank: int) -> Iterator[Message]:
+    """A micro batch goes from each stage to the next one, and its gradient back, whatever the schedule."""
+    placement = SCHEDULES[layout.schedule].placement
+    owners = [placement.rank(stage, layout.pipeline) for stage in range(layout.pipeline * layout.chunks)]
+    crossings = sum((rank in ends) for ends in pairwise(owners) if ends[0] != ends[1])
+    if not crossings:
         return
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens) // layout.split_tokens
     each = tokens * workload.config.hidden_size * workload.number_bytes
-    sent = Counter(
-        (message.channel.source, message.channel.destination)
-        for actions in schedule.actions
-        for action in actions
-        if (message := outgoing(schedule, action)) is not None
-    )
-    for kind, place in (("send", 0), ("receive", 1)):
-        count = sum(number for ends, number in sent.items() if ends[place] == rank)
-        if count:
-            yield Message(kind, "pipeline", workload.compute, layout.pipeline, each, count)
+    for kind in ("send", "receive"):
+        count = crossings * layout.microbatches(workload)
+        yield Message(kind, "pipeline", workload.compute, layout.pipeline, each, count)
 
 
 def data_messages(workload: Workload, layout: Layout, stage: Stage, microbatches: int) -> Iterator[Message]:
@@ -195,9 +192,8 @@ def step_messages(
         data_rank: place on the data axis, on which the sizes of a few of them depend.
     """
     microbatches = layout.microbatches(workload)
-    schedule = schedule_of(layout.schedule, layout.pipeline, microbatches, layout.chunks)
-    mine = [stages[number] for number in schedule.stages_of(rank)]
-    messages = list(_pipeline_messages(workload, layout, schedule, rank))
+    mine = [stages[number] for number in layout.stages_of(rank)]
+    messages = list(_pipeline_messages(workload, layout, rank))
     for stage in mine:
         messages += _tensor_messages(workload, layout, stage, microbatches)
         messages += data_messages(workload, layout, stage, microbatches)

@@ -13,7 +13,7 @@ from megatron_bert.planning.parameters import GROUP_PARAMETERS, WORDS, Parameter
 from megatron_bert.planning.workload import Workload
 from parallel.mesh import Sharding
 from parallel.pipeline.actions import Backward, Schedule
-from parallel.pipeline.schedules import SCHEDULES, build_schedule
+from parallel.pipeline.schedules import MOST_PASSES, SCHEDULES, build_schedule
 from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
 
@@ -259,6 +259,8 @@ def why_not(workload: Workload, layout: Layout) -> str | None:
         return f"data {layout.data} x micro batch {layout.micro_batch} does not divide {workload.global_batch} samples"
     if layout.pipeline * layout.chunks > config.num_hidden_layers:
         return f"{layout.pipeline * layout.chunks} stages are more than the {config.num_hidden_layers} layers"
+    if layout.pipeline * layout.chunks * layout.microbatches(workload) > MOST_PASSES:
+        return f"{layout.microbatches(workload):,} micro batches are more than a step can have"
     if layout.splits_backward and compiled:
         return f"schedule {layout.schedule} cannot run compiled layers"
     if workload.graphs and not layout.flat:

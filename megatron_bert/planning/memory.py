@@ -15,7 +15,7 @@ from megatron_bert.planning.measuring import Part
 from megatron_bert.planning.workload import Workload
 from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.communication import incoming, outgoing
-from parallel.pipeline.schedules import rounds_of
+from parallel.pipeline.schedules import round_sizes
 
 
 class StateBytes(NamedTuple):
@@ -260,11 +260,8 @@ def _fewest_alike(ranks: int, microbatches: int) -> int:
     Of the rounds in which micro batches go through the chunks, some may have one more than the others: some of each
     stay.
     """
-    sizes = [len(group) for group in rounds_of(ranks, microbatches)]
-    larger = microbatches - len(sizes) * sizes[-1]
-    return sum(
-        min(count, _DISTINCT_ROUNDS) * size for count, size in ((larger, sizes[0]), (len(sizes) - larger, sizes[-1]))
-    )
+    size, count, larger = round_sizes(ranks, microbatches)
+    return min(larger, _DISTINCT_ROUNDS) * (size + 1) + min(count - larger, _DISTINCT_ROUNDS) * size
 
 
 @lru_cache(maxsize=4096)

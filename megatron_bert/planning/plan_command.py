@@ -48,7 +48,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     configured = _configured(planned, arguments.gpus, machine)
     found = search(workload, arguments.gpus, machine, configured if isinstance(configured, Prediction) else None)
     print("\n".join(_heading(workload, machine, arguments.gpus, arguments.network, planned.notes)))
-    print(f"as configured: {_judged(configured)}")
+    print(f"as configured: {_judged(configured, arguments.gpus)}")
     if arguments.explain:
         print("\n".join(["", *_reasons(found, machine)]))
     if not found.ranked:
@@ -82,8 +82,8 @@ def _heading(workload: Workload, machine: Machine, ranks: int, network: Path | N
             ]
     usable = usable_bytes(machine) / GIB
     return [
-        f"{ranks} x {device.name}: {device.peak_tflops[workload.compute]:.3g} TFLOP/s in {workload.compute}, "
-        f"{device.memory_gib:.3g} GiB{f', {usable:.3g} of them usable' if device.asynchronous else ''} "
+        f"{ranks} x {device.name}: {device.peak_tflops[workload.compute]:.4g} TFLOP/s in {workload.compute}, "
+        f"{device.memory_gib:.4g} GiB{f', {usable:.1f} of them usable' if device.asynchronous else ''} "
         f"({device.source}{f' by {device.note}' if device.note else ''})",
         *between,
         *(f"note: {note}" for note in notes),
@@ -100,11 +100,13 @@ def _configured(planned: Planned, ranks: int, machine: Machine) -> Prediction | 
     return predict(planned.workload, layout, machine, planned.settings.parallel.stage_layers)
 
 
-def _judged(configured: Prediction | str) -> str:
+def _judged(configured: Prediction | str, ranks: int) -> str:
     if isinstance(configured, str):
         return f"not possible: {configured}"
     over = configured.memory.needed - usable_bytes(configured.machine)
-    return one_line(configured) + (f"; {with_unit(over)} too much" if over > 0 else "")
+    spares = ranks - configured.layout.world_size
+    waiting = f"; {spares:,} of the {ranks:,} processes would wait as spares" if spares else ""
+    return one_line(configured) + (f"; {with_unit(over)} too much" if over > 0 else "") + waiting
 
 
 def one_line(prediction: Prediction) -> str:

@@ -18,6 +18,8 @@ from parallel.pipeline.list_scheduler import list_schedule
 from parallel.pipeline.zero_bubble import zero_bubble_h1, zero_bubble_v
 
 _F, _B = ActionKind.FORWARD, ActionKind.BACKWARD
+#: Microbatches times stages, far above any use, up to which the lists of actions fit into memory.
+MOST_PASSES = 2**20
 
 
 def gpipe(ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
@@ -96,10 +98,16 @@ def _one_forward_one_backward(name: str, ranks: int, microbatches: int, chunks: 
 
 def rounds_of(ranks: int, microbatches: int) -> list[range]:
     """Microbatches in as many rounds of at least ``ranks`` as fit, as even as can be, larger ones first."""
-    count = max(1, microbatches // ranks)
-    size, larger = divmod(microbatches, count)
+    size, count, larger = round_sizes(ranks, microbatches)
     starts = [index * size + min(index, larger) for index in range(count + 1)]
     return [range(start, end) for start, end in pairwise(starts)]
+
+
+def round_sizes(ranks: int, microbatches: int) -> tuple[int, int, int]:
+    """Microbatches of the smallest round, how many rounds there are, and how many of them have one more."""
+    count = max(1, microbatches // ranks)
+    size, larger = divmod(microbatches, count)
+    return size, count, larger
 
 
 @dataclass(frozen=True)
@@ -229,3 +237,8 @@ def _check_sizes(name: str, ranks: int, microbatches: int, chunks: int) -> None:
     for what, value in (("pipeline ranks", ranks), ("microbatches", microbatches), ("virtual stages", chunks)):
         if value < 1:
             raise UserError(f"schedule '{name}' was given {value} {what}: give 1 or more.")
+    if ranks * chunks * microbatches > MOST_PASSES:
+        raise UserError(
+            f"schedule '{name}' was given {microbatches:,} microbatches on {ranks * chunks:,} stages: a step has "
+            f"{MOST_PASSES // (ranks * chunks):,} at most; take larger ones, or fewer samples a step."
+        )

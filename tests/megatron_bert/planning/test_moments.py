@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_bert.planning.devices import DEVICES, NETWORK
 from megatron_bert.planning.layouts import Layout, stages_of
+from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import _in_flight, _moments, layout_of, rank_memory
+from megatron_bert.planning.search import search
 from megatron_bert.planning.workload import workload_of
 from parallel.mesh import Sharding
 from parallel.pipeline.schedules import SCHEDULES
@@ -39,6 +42,13 @@ def test_few_micro_batches_hold_as_much_as_all(name: str, chunks: int, ranks: in
             every = _in_flight(own, layout, mine, _moments(name, ranks, microbatches, chunks, rank))
             found = rank_memory(own, layout, stages, rank).parts
             assert sum(found[part] for part in every) == pytest.approx(sum(every.values()))
+
+
+def test_no_list_is_as_long_as_a_step_has_micro_batches() -> None:
+    found = search(replace(workload(), global_batch=2**30), 8, Machine(DEVICES["h100"], NETWORK))
+    assert found.ranked
+    assert max(prediction.layout.microbatches(prediction.workload) for prediction in found.ranked) > 2**18
+    assert any("micro batches are more than a step can have" in reason for reason in found.out)
 
 
 def test_rounds_with_a_remainder_agree_with_a_real_step() -> None:

@@ -51,6 +51,7 @@ def test_what_no_layout_changes_is_refused_as_pretraining_does(override: str) ->
     [
         "training.global_batch_size=8",
         "training.global_batch_size=1000",
+        "training.global_batch_size=8000000000 training.micro_batch_size=1",
         "parallel.tensor=3",
         "parallel.pipeline=8 parallel.stage_layers=[1,2]",
         "parallel.tensor=2 model.intermediate_size=4097 model.vocab_size_multiple=2",
@@ -62,7 +63,12 @@ def test_the_configured_layout_is_judged_as_pretraining_does(override: str) -> N
     overrides = ["model.num_hidden_layers=8", *override.split()]
     with pytest.raises(UserError) as refused:
         check_settings(load_settings(CONFIG, overrides), 8)
-    assert _judged(_configured(load_planned(CONFIG, overrides), 8, H100)) == f"not possible: {refused.value}"
+    assert _judged(_configured(load_planned(CONFIG, overrides), 8, H100), 8) == f"not possible: {refused.value}"
+
+
+def test_processes_that_would_wait_are_counted() -> None:
+    planned = load_planned(CONFIG, ["parallel.elastic=true", "parallel.data=3"])
+    assert _judged(_configured(planned, 8, H100), 8).endswith("; 6 of the 8 processes would wait as spares")
 
 
 @pytest.mark.parametrize(
