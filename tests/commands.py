@@ -8,6 +8,7 @@ is tested, the program is run as a user runs it.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -40,14 +41,32 @@ class Ended(NamedTuple):
     text: str
 
 
-def run_command(*arguments: str, folder: Path, timeout: float = 200.0) -> Ended:
+def run_command(*arguments: str, folder: Path, stdout: Path | None = None, timeout: float = 200.0) -> Ended:
     """Run ``megatron-bert`` with arguments in a folder.
+
+    Args:
+        *arguments: of the command.
+        folder: to run in.
+        stdout: a file that takes the standard output.
+        timeout: see below.
 
     Raises:
         TimeoutError: it took longer than ``timeout`` seconds, and was killed.
     """
+    return _ended(_run, arguments, folder, stdout, timeout)
+
+
+def run_python(*arguments: str, folder: Path, timeout: float = 200.0) -> Ended:
+    """Run ``python`` with the arguments ``-m MODULE ...`` or ``FILE ...`` in a folder; see :func:`run_command`."""
+    return _ended(_run_python, arguments, folder, None, timeout)
+
+
+def _ended(
+    target: Callable[..., None], arguments: tuple[str, ...], folder: Path, stdout: Path | None, timeout: float
+) -> Ended:
     with tempfile.NamedTemporaryFile(mode="r", prefix="command-", encoding="utf-8") as output:
-        process = forkserver_context().Process(target=_run, args=(arguments, str(folder), output.name))
+        given = arguments, str(folder), output.name, None if stdout is None else str(stdout)
+        process = forkserver_context().Process(target=target, args=given)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -84,7 +103,7 @@ def run_ranks(
         output.write_text("")
         environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
         process = forkserver_context().Process(
-            target=_run, args=(arguments, str(folder), str(output), environment, before)
+            target=_run, args=(arguments, str(folder), str(output), None, environment, before)
         )
         process.start()
         processes.append(process)
@@ -100,6 +119,7 @@ def _run(
     arguments: tuple[str, ...],
     folder: str,
     output: str,
+    stdout: str | None,
     environment: dict[str, str] | None = None,
     before: Callable[..., Any] | None = None,
 ) -> None:
@@ -107,9 +127,25 @@ def _run(
     os.environ.update(environment or {})
     if before is not None:
         before()
-    os.chdir(folder)
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    _enter(folder, output, stdout)
     sys.argv = ["megatron-bert", *arguments]
     sys.exit(main())
+
+
+def _run_python(arguments: tuple[str, ...], folder: str, output: str, stdout: str | None) -> None:
+    prepare_process()
+    _enter(folder, output, stdout)
+    module = arguments[0] == "-m"
+    sys.argv = list(arguments[module:])
+    sys.path.insert(0, folder if module else str(Path(sys.argv[0]).resolve().parent))
+    if module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _enter(folder: str, output: str, stdout: str | None) -> None:
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 2)
+    os.dup2(file if stdout is None else os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)

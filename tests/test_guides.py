@@ -13,14 +13,12 @@ from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
-import torch
 from pyarrow import ipc
 
 from megatron_bert.config import Settings
 from megatron_bert.finetuning.settings import FinetuneSettings
-from tests.commands import run_command
+from tests.commands import run_command, run_python
 from tests.test_readme import SUBSTITUTIONS, TINY, make_place, run_line
-from tests.worlds import forkserver_context
 
 GUIDES = Path(__file__).resolve().parents[1] / "docs" / "guides"
 NAMES = sorted(path.stem for path in GUIDES.glob("*.md"))
@@ -98,31 +96,18 @@ def test_a_guide_from_its_first_command_to_its_last(made: Path, tmp_path: Path, 
     assert found
     for language, content in found:
         if language == "python":
-            run_python(content, place)
+            run_program(content, place)
             continue
         for command in content.replace("\\\n", " ").splitlines():
             done = run_line(tiny(command), place, environment)
             assert done.code == 0, f"{command}\n{tiny(command)}\n{done.text}"
 
 
-def run_python(program: str, place: Path) -> None:
+def run_program(program: str, place: Path) -> None:
     """Run a program in a process of its own, which has loaded what programs load."""
-    output = place / "output.txt"
-    process = forkserver_context().Process(target=_execute, args=(program, str(place), str(output)))
-    process.start()
-    process.join(100)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0, f"{program}\n{output.read_text()}"
-
-
-def _execute(program: str, folder: str, output: str) -> None:
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    exec(compile(program, "guide", "exec"), {"__name__": "__main__"})
+    (place / "program.py").write_text(program)
+    done = run_python("program.py", folder=place)
+    assert done.code == 0, f"{program}\n{done.text}"
 
 
 def test_there_are_five() -> None:
@@ -152,4 +137,4 @@ def test_the_notebook_runs(made: Path, tmp_path: Path) -> None:
     assert all(cell["outputs"] == [] for cell in cells), "it is kept without outputs"
     program = "\n".join("".join(cell["source"]) for cell in cells)
     assert "QUICK = False" in program
-    run_python(program.replace("QUICK = False", "QUICK = True"), place)
+    run_program(program.replace("QUICK = False", "QUICK = True"), place)

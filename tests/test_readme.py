@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from megatron_bert.config_file import load_settings
-from tests.commands import Ended, run_command, run_ranks
+from tests.commands import Ended, run_command, run_python, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -124,14 +124,18 @@ def test_readme_has_commands() -> None:
 
 
 def run_line(command: str, folder: Path, environment: dict[str, str]) -> Ended:
-    """Run a line of bash; `megatron-bert` alone on it, also by torchrun, in processes that have loaded torch."""
+    """Run a line of bash; programs in Python alone on it, also by torchrun, in processes that have loaded torch."""
     bash = ["bash", "-euo", "pipefail", "-c"]
-    program, _, rest = command.partition(" ")
-    if (program == "megatron-bert" or (program == "torchrun" and " -m megatron_bert " in rest)) and ">" not in command:
+    line, _, file = command.partition(" > ")
+    program, _, rest = line.partition(" ")
+    if program in ("megatron-bert", "python") or (program == "torchrun" and " -m megatron_bert " in rest):
         split = subprocess.run([*bash, f"printf '%s\\0' {rest}"], cwd=folder, capture_output=True, check=True)
         words = split.stdout.decode().split("\0")[:-1]
         if program == "megatron-bert":
-            return run_command(*words, folder=folder)
+            return run_command(*words, folder=folder, stdout=folder / file if file else None)
+        assert not file, command
+        if program == "python":
+            return run_python(*words, folder=folder)
         given = torchrun.parse_args(words)
         assert given.standalone
         ended = run_ranks(int(given.nproc_per_node), *given.training_script_args, folder=folder)

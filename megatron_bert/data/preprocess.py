@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -209,7 +209,9 @@ def _chunks(rows: InputRows, progress: bool) -> Generator[list[Row]]:
 
 def _process(chunks: Iterator[list[Row]], job: _Job, tokenizer: Tokenizer, workers: int) -> Generator[_Chunk]:
     """Process chunks, here or in workers; results come in the order of the chunks."""
-    if workers == 1:
+    begun = list(islice(chunks, 2))
+    chunks = chain(begun, chunks)
+    if workers == 1 or len(begun) == 1:  # one chunk takes less time than the start of a worker
         for rows in chunks:
             yield _tokenize(rows, job, tokenizer)
         return

@@ -58,12 +58,15 @@ def test_sentences_of_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "used"), [({}, "sentencex"), ({"splitter": "punkt", "workers": 2}, "punkt")])
-def test_the_note_names_the_splitter(tmp_path: Path, options: dict[str, Any], used: str) -> None:
-    source = json_lines(tmp_path / "x.jsonl", ["The cat, e.g. a dog, sat. The dog ran"])
+def test_the_note_names_the_splitter(
+    tmp_path: Path, options: dict[str, Any], used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", 1)
+    source = json_lines(tmp_path / "x.jsonl", ["The cat, e.g. a dog, sat. The dog ran"] * 2)
     report = run(tmp_path, [source], **options)
     assert report.splitter == used
     assert json.loads(Path(f"{report.prefix}.json").read_text())["sentence_splitter"] == used
-    assert report.sentences == {"sentencex": 2, "punkt": 3}[used]
+    assert report.sentences == {"sentencex": 4, "punkt": 6}[used]
 
 
 def test_whole_documents(tmp_path: Path) -> None:
@@ -110,7 +113,10 @@ def test_output_does_not_depend_on_workers_or_chunks(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_rows_leave_nothing_behind_or_are_skipped(tmp_path: Path, workers: int) -> None:
+def test_bad_rows_leave_nothing_behind_or_are_skipped(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", 1)  # one chunk alone is worked on here
     source = json_lines(tmp_path / "x.jsonl", ["the cat"])
     with source.open("a") as file:
         file.write('{"text": 3}\n')
@@ -216,6 +222,7 @@ def test_control_c_stops_all_processes_and_leaves_nothing(tmp_path: Path) -> Non
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = json_lines(tmp_path / "x.jsonl", TEXTS)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 1)
     monkeypatch.setattr(module, "_tokenize_in_worker", end_this_process)
     with pytest.raises(UserError, match="worker ended early"):
         run(tmp_path, [source], workers=2)
