@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ FORBIDDEN = {
     "config": {"training", "cli"},
     "config_checks": {"training", "cli"},
 }
+
+#: The same of the project's own files, which are parsed once for all tests.
+imports_of = functools.cache(modules_of)
 
 
 def reverse_edges(folder: str, modules: dict[str, set[str]]) -> list[str]:
@@ -89,44 +93,45 @@ def in_cycles(graph: dict[str, set[str]]) -> list[str]:
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_no_import_against_the_direction(folder):
-    assert reverse_edges(folder, modules_of(folder)) == []
+    assert reverse_edges(folder, imports_of(folder)) == []
 
 
 @pytest.mark.parametrize("package", ["parallel", "megatron_bert"])
 def test_rooms_import_one_way(package):
-    assert in_cycles(room_graph(package, modules_of(package))) == []
+    assert in_cycles(room_graph(package, imports_of(package))) == []
 
 
 @pytest.mark.parametrize("package", ["parallel", "megatron_bert"])
 def test_modules_import_one_way(package):
     """Not for types either."""
-    assert in_cycles(module_graph(modules_of(package))) == []
+    assert in_cycles(module_graph(imports_of(package))) == []
 
 
 @pytest.mark.parametrize("here", FORBIDDEN)
 def test_rooms_do_not_look_up(here):
-    graph = room_graph("megatron_bert", modules_of("megatron_bert"))
+    graph = room_graph("megatron_bert", imports_of("megatron_bert"))
     assert here in graph, "the room was renamed: rename it in FORBIDDEN too"
     assert reachable(graph, here) & FORBIDDEN[here] == set()
 
 
 def test_tasks_load_without_torch():
     """Numpy is enough for files, labels and metrics."""
-    modules = modules_of("parallel") | modules_of("megatron_bert")
+    modules = imports_of("parallel") | imports_of("megatron_bert")
     tasks = {module for module in modules if module.startswith("megatron_bert.tasks")}
-    below = tasks.union(*(reachable(module_graph(modules), module) for module in tasks))
+    graph = module_graph(modules)
+    below = tasks.union(*(reachable(graph, module) for module in tasks))
     large = {"torch", "transformers"}
     assert [module for module in below if large & {imported.split(".")[0] for imported in modules[module]}] == []
 
 
 def test_nobody_imports_the_command_line():
-    graph = room_graph("megatron_bert", modules_of("megatron_bert"))
+    graph = room_graph("megatron_bert", imports_of("megatron_bert"))
     assert [here for here, rooms in graph.items() if "cli" in rooms and here not in {"__main__", "cli"}] == []
 
 
 def test_settings_are_read_without_what_takes_long_to_load():
     """DTensor and FSDP, which commands that only read settings do not need."""
-    modules = modules_of("parallel") | modules_of("megatron_bert")
+    modules = imports_of("parallel") | imports_of("megatron_bert")
     assert (
         reachable(module_graph(modules), "megatron_bert.config") & {"parallel.data_parallel", "parallel.sharding"}
         == set()

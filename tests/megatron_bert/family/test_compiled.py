@@ -20,6 +20,11 @@ from tests.megatron_bert.family.support import CLOSE, batch_for, build, labels_f
 from tests.megatron_bert.ibert.family import support as ibert
 
 
+def _small(make, head, **arguments):
+    """Two layers: what is captured of each is captured again in the next, and captures take long."""
+    return make.build(head, make.config_of(head, num_hidden_layers=2), **arguments)
+
+
 def _inputs(make, head):
     batch = make.batch_for(head)
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -41,7 +46,7 @@ EXPORTED = [
 
 @pytest.mark.parametrize(("make", "head"), EXPORTED)
 def test_exported_classes_take_any_batch_and_length(make, head):
-    model, inputs = make.build(head), _inputs(make, head)
+    model, inputs = _small(make, head), _inputs(make, head)
     model.config.use_cache = False
     program = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=_dynamic(inputs))
     for given in (inputs, {name: tensor[:2, ..., :5] for name, tensor in inputs.items()}):
@@ -70,7 +75,7 @@ def _padded(batch, length):
 )
 def test_traced_classes_take_any_mask_batch_and_length(make, head, whole):
     """No choice by what the mask of the example holds is in the trace; padding may be skipped outside of it."""
-    model = make.build(head, skip_padding=True)
+    model = _small(make, head, skip_padding=True)
     model.config.use_cache, model.config.return_dict = False, False
     ids, mask = _padded(2, 9)
     traced = torch.jit.trace(model, (ids, torch.ones_like(mask) if whole else mask), strict=False, check_trace=False)
@@ -87,7 +92,7 @@ def test_traced_classes_take_any_mask_batch_and_length(make, head, whole):
 def test_onnx_by_tracing_keeps_the_mask(tmp_path):
     import onnxruntime
 
-    model = build("ForSequenceClassification")
+    model = _small(megatron, "ForSequenceClassification")
     model.config.return_dict = False
     ids, mask = _padded(2, 9)
     path, names = tmp_path / "model.onnx", ["input_ids", "attention_mask"]
@@ -107,7 +112,7 @@ def test_onnx_gives_equal_logits(family, tmp_path):
     import onnxruntime
 
     make = megatron if family == "MegatronBert" else ibert
-    model, inputs = make.build("ForSequenceClassification"), _inputs(make, "ForSequenceClassification")
+    model, inputs = _small(make, "ForSequenceClassification"), _inputs(make, "ForSequenceClassification")
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (), path, kwargs=inputs, dynamic_shapes=_dynamic(inputs), dynamo=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -119,7 +124,7 @@ def test_onnx_gives_equal_logits(family, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification"])
 def test_training_compiles_as_one_graph(head):
-    model, batch = build(head).train(), batch_for(head) | labels_for(head)
+    model, batch = _small(megatron, head).train(), batch_for(head) | labels_for(head)
     expected = model(**batch).loss
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -134,7 +139,7 @@ def test_training_compiles_as_one_graph(head):
 
 @pytest.mark.parametrize("head", ["ForPreTraining", "ForQuestionAnswering"])
 def test_losses_of_two_labels_compile_as_one_graph(head):
-    model, batch = build(head).train(), batch_for(head) | labels_for(head)
+    model, batch = _small(megatron, head).train(), batch_for(head) | labels_for(head)
     loss = torch.compile(model, fullgraph=True, backend="eager")(**batch).loss
     torch.testing.assert_close(loss, model(**batch).loss, **CLOSE)
 

@@ -173,14 +173,32 @@ def test_what_data_parallelism_holds_and_sends(ranks: int, sharding: str, comput
     ("ranks", "overrides"),
     [
         (8, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.schedule=zero-bubble-h1"]),
-        (64, ["parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "parallel.sharding=none"]),
-        (512, ["parallel.tensor=8", "parallel.sequence=true", "parallel.pipeline=4", "model.num_attention_heads=8"]),
+        (
+            64,
+            [
+                "parallel.tensor=4",
+                "parallel.sequence=true",
+                "parallel.pipeline=2",
+                "parallel.sharding=none",
+                "training.global_batch_size=128",
+            ],
+        ),
+        (
+            512,
+            [
+                "parallel.tensor=8",
+                "parallel.sequence=true",
+                "parallel.pipeline=4",
+                "model.num_attention_heads=8",
+                "training.global_batch_size=256",
+            ],
+        ),
     ],
     ids=["t2p2d2", "t4p2d8", "t8p4d16"],
 )
 def test_every_message_of_mixed_layouts(ranks: int, overrides: list[str]) -> None:
     """Of the first and the last stage: kinds, numbers and bytes are those of closed forms, so nothing is sent twice."""
-    settings = settings_of("training.global_batch_size=256", *overrides)
+    settings = settings_of(*overrides)
     work = workload_of(settings, settings.model_config_for(Vocabulary.vocab_size, 0), 1, settings.data.seq_length)
     layout = layout_of(settings, ranks)
     stages = stages_of(work, layout)
