@@ -156,6 +156,9 @@ def prepare_process() -> None:
     gc.freeze()  # looking for garbage among modules takes time, and copies the pages that are shared with the server
     gc.enable()
     torch.set_num_threads(1)
+    # A receiver that takes the processor from the sender it was woken by leaves it holding a lock, for which gloo's
+    # thread in the sender spins until it can go on: half of the time of a small message among more ranks than cores.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _rank_main(payload: bytes, rank: int, size: int, store: str, timeout: float, parent: Any) -> None:
