@@ -9,6 +9,7 @@ costs a fraction of a second; the server itself never computes, so the forks are
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import pickle
@@ -106,6 +107,43 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
                 process.join()
             for end in ends:
                 end.close()
+
+
+class Together:
+    """Worlds that many tests share: to start a rank takes as long as many a test.
+
+    Calls of equally many ranks run in one world, one after the other, when a result of one is first asked for. If one
+    of them fails, all run in worlds of their own, so that it fails no test but its own.
+
+    Args:
+        *calls: (size, function, *args), as for :func:`run_world`; hashable.
+        most: of one world.
+    """
+
+    def __init__(self, *calls: tuple[Any, ...], most: int = 12) -> None:
+        self.calls, self.most = list(dict.fromkeys(calls)), most
+        self._results: dict[tuple[Any, ...], list[Any]] = {}
+        self._alone: set[tuple[Any, ...]] = set()
+
+    def __call__(self, *call: Any) -> list[Any]:
+        """What ``run_world(*call)`` returns, for one of the calls."""
+        if call not in self._results and call not in self._alone:
+            group = self._group(call)
+            try:
+                by_rank = run_world(call[0], _run_calls, [each[1:] for each in group], timeout=240)
+                self._results |= zip(group, map(list, zip(*by_rank, strict=True)), strict=True)
+            except Exception:
+                self._alone |= set(group)
+        return self._results[call] if call in self._results else run_world(*call)
+
+    def _group(self, call: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        alike = [each for each in self.calls if each[0] == call[0]]
+        start = alike.index(call) // self.most * self.most
+        return alike[start : start + self.most]
+
+
+def _run_calls(calls: list[tuple[Any, ...]]) -> list[Any]:
+    return [function(*args) for function, *args in calls]
 
 
 def _collect(ends: list[Any], processes: list[Any], deadline: float) -> list[Any]:
@@ -213,11 +251,23 @@ def make_mesh(**layout: Any) -> ParallelMesh:
 
 def gathered(part: Part, mesh: ParallelMesh) -> torch.Tensor:
     """The whole tensor of which every rank of a (tensor x data) plane holds a part; all of them call."""
-    whole = torch.zeros(part.shape, dtype=part.dtype)
-    if all(mesh.coordinate[axis] == 0 for axis in part.axes):  # of the ranks with copies one has a say
-        for (offsets, sizes), values in part.blocks():
-            whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))] = values
-    return mesh.all_reduce(whole, tuple(sorted(PLANE)))
+    return gathered_all({"": part}, mesh)[""]
+
+
+def gathered_all(parts: dict[str, Part], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    """:func:`gathered` of many parts of one type of numbers, in one message."""
+    if not parts:
+        return {}
+    sizes = [math.prod(part.shape) for part in parts.values()]
+    buffer = torch.zeros(sum(sizes), dtype=next(iter(parts.values())).dtype)
+    wholes = [piece.view(part.shape) for piece, part in zip(buffer.split(sizes), parts.values())]
+    for whole, part in zip(wholes, parts.values()):
+        assert part.dtype == buffer.dtype
+        if all(mesh.coordinate[axis] == 0 for axis in part.axes):  # of the ranks with copies one has a say
+            for (offsets, lengths), values in part.blocks():
+                whole[tuple(slice(start, start + length) for start, length in zip(offsets, lengths))] = values
+    mesh.all_reduce(buffer, tuple(sorted(PLANE)))
+    return {name: whole.clone() for name, whole in zip(parts, wholes)}  # a view would be pickled with the whole buffer
 
 
 def make_tensor_parallel(*, sequence: bool = False) -> TensorParallel:

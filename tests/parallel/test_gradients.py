@@ -27,7 +27,7 @@ from parallel.mesh import SINGLE, ParallelMesh, Sharding, data_shard_size
 from parallel.process_group import process_group
 from parallel.sharding import initialize
 from tests.parallel.support import Operators, ToyModel, full_gradients, runs_of
-from tests.worlds import make_mesh, make_tensor_parallel, run_world
+from tests.worlds import Together, make_mesh, make_tensor_parallel, run_world
 
 TOKENS = torch.tensor([0, 9, 3, 3, 7, 5, 0, 2, 1, 4, 8, 9, 6, 6, 2, 1])
 #: float32 gradients of two layers, up to some hundreds in size: a few hundred roundings of 6e-8 on the way to each.
@@ -96,22 +96,29 @@ def _all_layouts(tensor: int, sequence: bool, sharding: Sharding, micro_batches:
     torch.testing.assert_close(global_gradient_norm(own, mesh), torch.tensor(maximum), rtol=2e-5, atol=0)
 
 
+LAYOUTS = Together(
+    *((size, _all_layouts, size, sequence, "none", 1) for size in (2, 4) for sequence in (False, True)),
+    *((size, _all_layouts, 1, False, sharding, 1) for size in (2, 4) for sharding in SHARDINGS),
+    *((4, _all_layouts, 2, *case) for sharding in SHARDINGS for case in ((False, sharding, 1), (True, sharding, 2))),
+)
+
+
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel(size, sequence):
-    run_world(size, _all_layouts, size, sequence, "none", 1)
+    LAYOUTS(size, _all_layouts, size, sequence, "none", 1)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_data_parallel(size, sharding):
-    run_world(size, _all_layouts, 1, False, sharding, 1)
+    LAYOUTS(size, _all_layouts, 1, False, sharding, 1)
 
 
 @pytest.mark.parametrize(("sequence", "micro_batches"), [(False, 1), (True, 2)], ids=["plain", "sequence-accumulated"])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_tensor_and_data_parallel(sharding, sequence, micro_batches):
-    run_world(4, _all_layouts, 2, sequence, sharding, micro_batches)
+    LAYOUTS(4, _all_layouts, 2, sequence, sharding, micro_batches)
 
 
 def test_hybrid_over_two_groups_with_tensor_parallelism():
