@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 import statistics
 import sys
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 import megatron_bert
-from benchmarks.harness import provenance, ratios
+from benchmarks.harness import earlier_report, provenance, ratios
 from benchmarks.peers import transformers
 from benchmarks.timing import clock, training_step
 from megatron_bert import MegatronBertConfig
@@ -178,8 +177,7 @@ def with_adapters(model: Any) -> Any:
 
 def add_run(path: Path, run: dict[str, Any]) -> None:
     """Write a run into a file, beside the others there, in place of one of the same command."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-    runs = [other for other in runs if other["command"] != run["command"]]
+    runs = [other for other in earlier_report(path).get("runs", []) if other["command"] != run["command"]]
     write_json(path, {"runs": [*runs, run]})
 
 

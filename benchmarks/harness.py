@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_bert.json_file import read_object
 from megatron_bert.planning.this_machine import processor_name
 from parallel.whole_files import write_json
 
@@ -54,6 +55,11 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 def ratios(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """How many times as long as its partner each one takes, least, median and most, of steps that took turns."""
     return spread(mine / other for mine, other in zip(times, base, strict=True))
+
+
+def earlier_report(path: Path | None) -> dict[str, Any]:
+    """What earlier calls have left in a file of results, for new ones to be put beside it; nothing where none is."""
+    return {} if path is None or not path.is_file() else read_object(path, "remove it, or give another file")
 
 
 def publish(report: Mapping[str, Any], output: Path | None) -> None:

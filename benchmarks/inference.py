@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance
+from benchmarks.harness import earlier_report, provenance
 from benchmarks.inference_memory import memory
 from benchmarks.inference_systems import SHAPES, Models, Run, is_wanted, systems
 from benchmarks.timing import seconds
@@ -148,12 +148,6 @@ def measure(ready: dict[str, Ready], ids: Tensor, rounds: int, budget: float) ->
     }
 
 
-def earlier_report(path: Path) -> dict[str, Any]:
-    """The report of earlier calls, whose rows stay; one without rows where there is none."""
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": {}}
-    return report
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
     """How many times as fast ours is as the fastest peer of each kind: a panel for each instruction set of ours."""
     from matplotlib.figure import Figure
@@ -242,7 +236,7 @@ def main() -> None:
     if arguments.instructions:
         hide_instructions(arguments.instructions)
     models = Models(arguments.models, arguments.shape)
-    report = earlier_report(arguments.output)
+    report = {"rows": {}} | earlier_report(arguments.output)
     if arguments.draw:
         return draw(report, arguments.output.with_suffix(".png"))
     # Rows of other calls stay; threads stand in each.

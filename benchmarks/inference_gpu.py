@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import provenance
-from benchmarks.inference import Ready, closeness, earlier_report, measure, ratios
+from benchmarks.harness import earlier_report, provenance
+from benchmarks.inference import Ready, closeness, measure, ratios
 from benchmarks.inference_systems import SHAPES, Models, Run, is_wanted
 from megatron_bert.ending import command
 from megatron_bert.ibert import IntegerModel
@@ -80,7 +80,7 @@ def main() -> None:
     rows = [_row(text) for text in arguments.rows]
     device = CudaBackend().device
     models = Models(arguments.models, arguments.shape)
-    report = earlier_report(arguments.output)
+    report = {"rows": {}} | earlier_report(arguments.output)
     report |= provenance("inference_gpu", "transformers", "triton", device=device)
     ready = _ready(models, device, arguments)
     for batch, length in rows:

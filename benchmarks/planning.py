@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import provenance, publish
+from benchmarks.harness import earlier_report, provenance, publish
 from benchmarks.timing import taken_by
 from megatron_bert.config_file import load_settings
 from megatron_bert.data.preprocess import preprocess
@@ -186,7 +186,7 @@ def main() -> None:
     for gpus in arguments.gpus:
         of_largest += of_3_9b(gpus)
     output: Path | None = arguments.output
-    earlier = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.is_file() else {}
+    earlier = earlier_report(output)
     before = [{"command": earlier["command"]} | row for row in earlier.get("worlds", [])]
     result["worlds"] = _merged(before, worlds, "ranks", "settings")
     result["of_3.9b"] = _merged(earlier.get("of_3.9b", []), of_largest, "gpus", "command")

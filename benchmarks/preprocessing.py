@@ -195,9 +195,10 @@ def main() -> None:
         result = (measure_parquet if arguments.parquet else measure)(arguments, Path(folder))
     given = ["TEXT.jsonl", "VOCAB.txt", *sys.argv[3:]]
     words = [word for i, word in enumerate(given) if "--output" not in (word, given[i - 1])]
-    from benchmarks.harness import provenance  # loads torch, which the workers, that load this file, do not need
+    # Here, since it loads torch, which the workers, that load this file, do not need.
+    from benchmarks.harness import earlier_report, provenance
 
-    report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    report = earlier_report(arguments.output)
     report[name] = {
         **provenance("preprocessing", "tokenizers", "transformers", "numpy", arguments=words),
         "workers": arguments.workers,
