@@ -80,6 +80,8 @@ def _heading(workload: Workload, machine: Machine, ranks: int, network: Path | N
                 f"a single rank was measured, so each of the {ranks} counts as a node of its own: measure all ranks of "
                 "a node with `megatron-bert bench --ranks N`",
             ]
+    elif network is not None:
+        notes = [*notes, f"all ranks are in a node: --network {network} is not counted with"]
     usable = usable_bytes(machine) / GIB
     return [
         f"{ranks} x {device.name}: {device.peak_tflops[workload.compute]:.4g} TFLOP/s in {workload.compute}, "
@@ -117,14 +119,14 @@ def one_line(prediction: Prediction) -> str:
         parts.append(f"pipeline {layout.pipeline} ({layout.schedule}, {layout.chunks} per rank)")
     parts += [f"data {layout.data} ({layout.sharding})", f"micro batch {layout.micro_batch}", layout.recompute]
     return (
-        f"{', '.join(parts)}: {with_unit(prediction.memory.peak)}, {prediction.time.seconds:.3g} s a step, "
+        f"{', '.join(parts)}: {with_unit(prediction.memory.needed)}, {prediction.time.seconds:.3g} s a step, "
         f"{prediction.tokens_per_second:,.0f} tokens/s, MFU {prediction.mfu:.1%}"
     )
 
 
 def table(predictions: Sequence[Prediction]) -> str:
     """Layouts, one per line."""
-    unit = unit_of(max(prediction.memory.peak for prediction in predictions))
+    unit = unit_of(max(prediction.memory.needed for prediction in predictions))
     rows = [
         (
             "tensor",
@@ -151,7 +153,7 @@ def table(predictions: Sequence[Prediction]) -> str:
                 f"{layout.data} {layout.sharding}",
                 str(layout.micro_batch),
                 layout.recompute,
-                unit.number(prediction.memory.peak),
+                unit.number(prediction.memory.needed),
                 f"{prediction.time.bubble:.1%}",
                 f"{prediction.time.seconds:.3g}",
                 f"{prediction.tokens_per_second:,.0f}",
@@ -173,7 +175,8 @@ def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
     sharing = f"; {each:g} ranks take turns on a processor: {time.sharing:.2f} times as long" if each > 1 else ""
     lines = [
         f"fastest: {one_line(best)}",
-        f"memory of the fullest rank: {parts_of(memory.parts, unit)} {unit.name}",
+        f"memory of the fullest rank: {parts_of(memory.parts, unit)} {unit.name}"
+        + (f"; {with_unit(memory.building)} while it is built" if memory.building > memory.peak else ""),
         f"time: passes {time.pipeline:.3g} s, data axis {time.data:.2g} s, optimizer {time.optimizer:.2g} s{sharing}",
     ]
     sums: dict[tuple[str, str], tuple[int, float]] = {}

@@ -18,6 +18,7 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.task_heads.table import HEADS
 from megatron_bert.planning.devices import Device
 from megatron_bert.planning.workload import USUAL_VOCABULARY, TaskHead, Workload, workload_of
+from megatron_bert.quantizing.settings import QuantizeSettings
 from megatron_bert.tables import RUNS, found_at
 from megatron_bert.tasks.encoding import BERT, InputFormat, input_format
 from megatron_bert.tasks.table import TASKS
@@ -116,6 +117,8 @@ def _task(settings: Any, check: Callable[[Any, int], ParallelLayout], encoder: P
         check_learning_rate(settings.learning_rate, steps)
     length = settings.task.max_length or task.max_length
     check_lengths(length, form, config)
+    if isinstance(settings, QuantizeSettings):
+        notes.append("memory and times are of the model before it is quantized: quantizers keep more, and take longer")
     kind = HEADS[task.head]
     if kind.grouped:
         notes.append(f"a question is counted with {_USUAL_CHOICES} choices")

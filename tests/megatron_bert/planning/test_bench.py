@@ -54,6 +54,9 @@ def test_a_measured_machine_is_planned_for(
     network.write_text("link: {gigabytes_per_second: 1, latency_microseconds: 100}")
     run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given, "--network", str(network)))
     assert f"between nodes of 1: 1 GB/s a rank and 100 us (of {network})" in capsys.readouterr().out
+    given[given.index("2")] = "1"
+    run_plan(arguments(str(CONFIGS / "bert_tiny.yaml"), *given, "--network", str(network)))
+    assert f"note: all ranks are in a node: --network {network} is not counted with" in capsys.readouterr().out
 
 
 def test_devices_of_one_node_need_a_link(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ ENCODER = CONFIGS / "bert_345m.yaml"
         ("finetune/race", 1, 4, True, "a question is counted with 4 choices"),
         ("finetune/squad2", 384, 1, False, "a vocabulary of 30,522 is assumed"),
         ("finetune/ner", 128, 1, False, ""),
-        ("quantize/classification", 1, 1, True, ""),
+        ("quantize/classification", 1, 1, True, "of the model before it is quantized"),
     ],
 )
 def test_a_task_is_planned_before_its_encoder_is_there(

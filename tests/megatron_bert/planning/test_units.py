@@ -65,6 +65,14 @@ def test_the_plan_of_a_model_of_any_size(
     assert "of 73.5 GiB that are usable" in memory.get_title()
 
 
+def test_memory_while_a_run_is_built_is_said_where_it_is_most(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights are whole, in float32, before data ranks divide them."""
+    small = ["training.global_batch_size=8", "training.micro_batch_size=1", "parallel.sharding=full", "--gpus", "8"]
+    run_plan(arguments(str(CONFIGS / "bert_345m.yaml"), *small, "--top", "1"))
+    said = capsys.readouterr().out
+    assert re.search(r"as configured: .* data 8 \(full\), micro batch 1, none: 1\.3 GiB", said), said
+
+
 def test_the_dry_run_of_a_small_model() -> None:
     (line,) = measure("pretrain", CONFIGS / "bert_tiny.yaml", [], 2)
     takes = r"takes [\d.]+ MiB at its peak, [\d.]+ GFLOP and [\d.]+ MB of messages a step"
