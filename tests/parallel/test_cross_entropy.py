@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch import Tensor
 from parallel.cross_entropy import IGNORED, vocab_parallel_argmax, vocab_parallel_cross_entropy
 from parallel.mesh import SINGLE
 from tests.parallel.support import Operators, own_share, uniform
-from tests.worlds import make_tensor_parallel, run_world
+from tests.worlds import Together, make_tensor_parallel, run_world
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 PADDED = 16
@@ -69,16 +71,23 @@ def _check(vocabulary: int, scale: float, dtype: torch.dtype) -> None:
     assert own.grad[:, padding].eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = [torch.float32, torch.bfloat16]
+CHECKS = Together(
+    *((size, _check, *case) for size in (1, 2, 4) for case in product((11, 16), (3.0,), DTYPES)),
+    *((size, _check, 11, 1e4, torch.float32) for size in (1, 2, 4)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @VOCABULARIES
 @SIZES
 def test_loss_and_gradient(size, vocabulary, dtype):
-    run_world(size, _check, vocabulary, 3.0, dtype)
+    CHECKS(size, _check, vocabulary, 3.0, dtype)
 
 
 @SIZES
 def test_extreme_logits_are_stable(size):
-    run_world(size, _check, 11, 1e4, torch.float32)
+    CHECKS(size, _check, 11, 1e4, torch.float32)
 
 
 def _megatron(vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -101,11 +110,14 @@ def _megatron(vocabulary: int) -> tuple[Tensor, Tensor]:
     return ours, total.log() - predicted
 
 
+MEGATRON = Together(*((size, _megatron, vocabulary) for size in (2, 4) for vocabulary in (11, 16)))
+
+
 @VOCABULARIES
 @pytest.mark.parametrize("size", [2, 4])
 def test_megatron_definition(size, vocabulary):
     real = LABELS != IGNORED
-    for ours, theirs in run_world(size, _megatron, vocabulary):
+    for ours, theirs in MEGATRON(size, _megatron, vocabulary):
         # The same float32 operations; only the order of the sums over ranks may differ.
         torch.testing.assert_close(ours[real], theirs[real], rtol=4 * EPS32, atol=4 * EPS32)
 

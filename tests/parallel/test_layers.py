@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from parallel.layers import (
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import local_tensor
 from tests.parallel.support import Operators, assert_sums_equal, own_share, uniform
-from tests.worlds import make_tensor_parallel, run_world
+from tests.worlds import Together, make_tensor_parallel, run_world
 
 T, K, N = 8, 12, 16  # tokens, input features, output features
 TERMS = max(T, K, N)  # no output or gradient sums more products, each of numbers within [-1, 1]
@@ -68,11 +70,14 @@ def _column(sequence: bool, with_bias: bool) -> None:
         assert_sums_equal(local_tensor(layer.bias.grad), own_share(gradients["bias"], tp), TERMS)
 
 
+COLUMNS = Together(*product((1, 2, 4), (_column,), (False, True), (False, True)))
+
+
 @pytest.mark.parametrize("with_bias", [False, True], ids=["nobias", "bias"])
 @SEQUENCE
 @SIZES
 def test_column_parallel_linear(size, sequence, with_bias):
-    run_world(size, _column, sequence, with_bias)
+    COLUMNS(size, _column, sequence, with_bias)
 
 
 def _row(sequence: bool, with_bias: bool) -> None:
@@ -121,11 +126,14 @@ def test_a_tied_embedding_adds_its_rows_to_the_gradient_that_is_there(held):
     assert (whole, made) == (1, 0 if held else 1)
 
 
+ROWS = Together(*product((1, 2, 4), (_row,), (False, True), (False, True)))
+
+
 @pytest.mark.parametrize("with_bias", [False, True], ids=["nobias", "bias"])
 @SEQUENCE
 @SIZES
 def test_row_parallel_linear(size, sequence, with_bias):
-    run_world(size, _row, sequence, with_bias)
+    ROWS(size, _row, sequence, with_bias)
 
 
 def _three_dimensional() -> None:

@@ -23,7 +23,7 @@ from tests.megatron_bert.model.support import (
     make_model,
     step,
 )
-from tests.worlds import make_tensor_parallel, run_world
+from tests.worlds import Together, make_tensor_parallel, run_world
 
 POST = {"layer_norm_placement": "post"}
 #: As in test_pretraining.py: float32 sums of up to 96 terms in another order, relative to the largest element.
@@ -70,11 +70,15 @@ def _divided(sequence: bool, packed: bool, seed: int | None) -> dict[str, Tensor
     return step(make_model(tp=make_tensor_parallel(sequence=sequence), **POST), make_batch(packed=packed), seed)
 
 
+DIVISIONS = [(2, False, True), (2, True, False), (4, True, True)]
+DIVIDED = Together(*((size, _divided, *case, seed) for size, *case in DIVISIONS for seed in (None, 42)))
+
+
 @DROPOUT
-@pytest.mark.parametrize(("size", "sequence", "packed"), [(2, False, True), (2, True, False), (4, True, True)], ids=str)
+@pytest.mark.parametrize(("size", "sequence", "packed"), DIVISIONS, ids=str)
 def test_tensor_parallel(size, sequence, packed, seed):
     expected = step(make_model(**POST), make_batch(packed=packed), seed)
-    for results in run_world(size, _divided, sequence, packed, seed):
+    for results in DIVIDED(size, _divided, sequence, packed, seed):
         assert_steps_equal(results, expected, TOLERANCE)
 
 

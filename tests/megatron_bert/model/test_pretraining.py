@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.megatron_bert.model.support import (
     whole,
 )
 from tests.parallel.support import Operators
-from tests.worlds import make_tensor_parallel, run_world
+from tests.worlds import Together, make_tensor_parallel, run_world
 
 DROPOUT = pytest.mark.parametrize("seed", [None, 42], ids=["still", "dropout"])
 #: float32 sums of up to 96 terms in another order, two layers deep, relative to the largest element of a tensor.
@@ -148,6 +149,11 @@ def _divided(sequence: bool, packed: bool, seed: int | None) -> dict[str, Tensor
     }
 
 
+DIVIDED = Together(
+    *((size, _divided, *case) for size in (2, 4) for case in product((False, True), (False, True), (None, 42)))
+)
+
+
 @DROPOUT
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
@@ -160,7 +166,7 @@ def test_tensor_parallel(size, sequence, packed, seed):
         "pair": logits.pair.detach(),
         "right": torch.stack(correct_counts(logits, batch, CONFIG.vocab_size)),
     }
-    for results in run_world(size, _divided, sequence, packed, seed):
+    for results in DIVIDED(size, _divided, sequence, packed, seed):
         assert_steps_equal(results, expected, TOLERANCE)
 
 
@@ -172,11 +178,14 @@ def _recomputed(sequence: bool, seed: int | None) -> None:
         assert_steps_equal(step(make_model(tp=tp, recompute=mode), batch, seed), expected, 0.0)
 
 
+RECOMPUTED = Together(*((size, _recomputed, *case) for size in (1, 2) for case in product((False, True), (None, 42))))
+
+
 @DROPOUT
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_recomputation_changes_no_bit(size, sequence, seed):
-    run_world(size, _recomputed, sequence, seed)
+    RECOMPUTED(size, _recomputed, sequence, seed)
 
 
 @pytest.mark.parametrize("act", ["relu", "silu"])
@@ -199,24 +208,20 @@ def _communication(sequence: bool, seed: int | None) -> dict[str, int]:
     return counts
 
 
+COMMUNICATION = Together(*((2, _communication, *case) for case in product((False, True), (None, 42))))
+
+
 @DROPOUT
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_selective_recomputation_repeats_no_communication(sequence, seed):
-    for counts in run_world(2, _communication, sequence, seed):
+    for counts in COMMUNICATION(2, _communication, sequence, seed):
         assert counts["selective"] == counts["none"]
 
 
-@pytest.mark.parametrize(
-    "seed",
-    [
-        None,
-        42,
-    ],
-    ids=["still", "dropout"],
-)
+@DROPOUT
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_full_recomputation_does_not_repeat_the_closing_collective(sequence, seed):
-    for counts in run_world(2, _communication, sequence, seed):
+    for counts in COMMUNICATION(2, _communication, sequence, seed):
         # A layer has two sums, or two gathers and two scatters.
         assert counts["full"] == counts["none"] + CONFIG.num_hidden_layers * (3 if sequence else 1)
 

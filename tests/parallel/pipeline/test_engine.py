@@ -21,7 +21,7 @@ from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 from tests.parallel.pipeline.grid import action_of, receive_buffers, send_buffers
 from tests.parallel.pipeline.stages import PRODUCTS, ToyStage, ToyStep, gradients_of, make_engine, plain_step
 from tests.parallel.support import EPS64, Operators
-from tests.worlds import CPU, GRACE, make_mesh, run_world
+from tests.worlds import CPU, GRACE, Together, make_mesh, run_world
 
 #: Float64 sums of some dozen terms of size one to a hundred, in another order on each side.
 CLOSE = {"rtol": 1e4 * EPS64, "atol": 1e4 * EPS64}
@@ -30,20 +30,26 @@ KINDS = [*((name, kind.default_chunks) for name, kind in SCHEDULES.items()), ("i
 EVERY_KIND = pytest.mark.parametrize(("name", "chunks"), KINDS)
 
 
-def _steps(schedules: list[Schedule]) -> list[tuple[dict[int, float], dict[str, Tensor]]]:
+def _steps(
+    name: str, chunks: int, ranks: int, counts: tuple[int, ...]
+) -> list[tuple[dict[int, float], dict[str, Tensor]]]:
     results = []
-    for schedule in schedules:
-        engine, step = make_engine(schedule)
+    for count in counts:
+        engine, step = make_engine(build_schedule(name, ranks, count, chunks))
         engine.run(step.forward, step.shape)
         results.append((step.losses, gradients_of(step.stages)))
     return results
 
 
+COUNTS = [(1, (1, 3)), (2, (1, 2, 5)), (3, (2, 6)), (4, (3, 4, 9))]
+STEPS = Together(*((ranks, _steps, *kind, ranks, counts) for ranks, counts in COUNTS for kind in KINDS))
+
+
 @EVERY_KIND
-@pytest.mark.parametrize(("ranks", "counts"), [(1, [1, 3]), (2, [1, 2, 5]), (3, [2, 6]), (4, [3, 4, 9])])
+@pytest.mark.parametrize(("ranks", "counts"), COUNTS)
 def test_losses_and_gradients_are_those_of_one_process(name, chunks, ranks, counts):
     schedules = [build_schedule(name, ranks, count, chunks) for count in counts]
-    per_rank = run_world(ranks, _steps, schedules)
+    per_rank = STEPS(ranks, _steps, name, chunks, ranks, counts)
     for schedule, outcomes in zip(schedules, zip(*per_rank, strict=True), strict=True):
         losses, gradients = plain_step(schedule)
         mine: dict[str, Tensor] = {}
@@ -74,11 +80,14 @@ def test_gradients_of_a_second_step_are_added(name):
 # ---------------------------------------------------------------- arithmetic
 
 
-def _products(schedule: Schedule) -> int:
-    engine, step = make_engine(schedule)
+def _products(*built: Any) -> int:
+    engine, step = make_engine(build_schedule(*built))
     with Operators() as operators:
         engine.run(step.forward, step.shape)
     return operators.count("mm", "addmm", "bmm", "matmul")
+
+
+PRODUCTS_OF_RANKS = Together(*((ranks, _products, name, ranks, 3, v) for ranks in (1, 2) for name, v in KINDS))
 
 
 @EVERY_KIND
@@ -87,7 +96,7 @@ def test_every_matrix_product_runs_once(name, chunks, ranks):
     schedule = build_schedule(name, ranks, 3, chunks)
     # Forward, input gradient and weight gradient of each.
     expected = 3 * PRODUCTS * 3 * schedule.chunks
-    assert run_world(ranks, _products, schedule) == [expected] * ranks
+    assert PRODUCTS_OF_RANKS(ranks, _products, name, ranks, 3, chunks) == [expected] * ranks
 
 
 def _kept_back(schedule: Schedule) -> None:

@@ -16,7 +16,7 @@ from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import build_schedule
 from tests.parallel.pipeline.stages import SIZE, ToyStage, ToyStep, gradients_of, make_engine
 from tests.parallel.support import uniform
-from tests.worlds import CPU, run_world
+from tests.worlds import CPU, Together
 
 #: The library takes microbatches of one size only.
 TOKENS = 5
@@ -49,7 +49,8 @@ def _library_step(kind: Any, schedule: Schedule) -> tuple[list[float], dict[str,
     return [loss.item() for loss in losses], gradients_of(stages)
 
 
-def _compare(kind: Any, schedule: Schedule) -> None:
+def _compare(kind: Any, *built: Any) -> None:
+    schedule = build_schedule(*built)
     engine, step = make_engine(schedule, torch.float32)
     _same_size(step)
     engine.run(step.forward, step.shape)
@@ -62,17 +63,21 @@ def _compare(kind: Any, schedule: Schedule) -> None:
         torch.testing.assert_close(mine[name], gradient, rtol=0, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "chunks"),
-    [
-        ("gpipe", library.ScheduleGPipe, 1),
-        ("1f1b", library.Schedule1F1B, 1),
-        ("interleaved-1f1b", library.ScheduleInterleaved1F1B, 2),
-        ("interleaved-1f1b", library.ScheduleInterleaved1F1B, 3),
-        ("zero-bubble-h1", library.ScheduleInterleavedZeroBubble, 1),
-        ("zero-bubble-v", library.ScheduleZBVZeroBubble, 2),
-    ],
+KINDS = [
+    ("gpipe", library.ScheduleGPipe, 1),
+    ("1f1b", library.Schedule1F1B, 1),
+    ("interleaved-1f1b", library.ScheduleInterleaved1F1B, 2),
+    ("interleaved-1f1b", library.ScheduleInterleaved1F1B, 3),
+    ("zero-bubble-h1", library.ScheduleInterleavedZeroBubble, 1),
+    ("zero-bubble-v", library.ScheduleZBVZeroBubble, 2),
+]
+SIZES = [(2, 4), (4, 8)]
+WORLDS = Together(
+    *((ranks, _compare, kind, name, ranks, count, chunks) for ranks, count in SIZES for name, kind, chunks in KINDS)
 )
-@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8)])
+
+
+@pytest.mark.parametrize(("name", "kind", "chunks"), KINDS)
+@pytest.mark.parametrize(("ranks", "microbatches"), SIZES)
 def test_same_losses_and_gradients_as_the_library(name, kind, chunks, ranks, microbatches):
-    run_world(ranks, _compare, kind, build_schedule(name, ranks, microbatches, chunks))
+    WORLDS(ranks, _compare, kind, name, ranks, microbatches, chunks)
