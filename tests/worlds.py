@@ -35,6 +35,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 GRACE = 30.0
 _PRELOADED = [
     "tests.no_collector",
+    "numpy.ma",
+    "numpy.typing",
     "pytest",
     "torch",
     "torch._dynamo",
@@ -42,6 +44,7 @@ _PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.profiler._cupti_monitor",
     "torch.utils.checkpoint",
     "parallel.data_parallel",
     "megatron_bert.training.pretrain",

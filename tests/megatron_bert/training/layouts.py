@@ -309,11 +309,6 @@ def run_case(case: Case, folder: Path) -> Outcome:
     return outcome
 
 
-def run_cases(cases: list[Case], folder: Path) -> list[Outcome]:
-    """Several runs of equally many ranks, one after the other."""
-    return [run_case(case, folder) for case in cases]
-
-
 def note_weights(trainer: Trainer, outcome: Outcome) -> None:
     """Gather the weights; ranks that would only repeat them return none."""
     weights, copies = _whole(trainer, trainer.parameters), _whole(trainer, trainer.copies)

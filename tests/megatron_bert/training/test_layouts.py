@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,46 +36,46 @@ from tests.megatron_bert.training.layouts import (
     make_trainer,
     note_weights,
     random_case,
-    run_cases,
+    run_case,
     train,
     triples,
 )
-from tests.worlds import CPU, run_world
+from tests.worlds import CPU, Together, run_world
 
 TOLERANCE = 1e-5
 CASES = covering_cases()
 
 
+LAMB = [
+    Case(pipeline=2, data=3, schedule="zero-bubble-h1", sharding="optimizer", microbatches=4, optimizer="lamb"),
+    Case(tensor=2, pipeline=2, data=2, sequence=True, sharding="full", microbatches=2, optimizer="lamb"),
+]
+BFLOAT16 = [
+    Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="full", microbatches=4),
+    Case(pipeline=2, schedule="zero-bubble-v", chunks=2, recompute="full", microbatches=4, packed=True),
+    Case(tensor=2, pipeline=2, microbatches=3, recompute="selective"),
+    Case(tensor=2, data=3, sharding="optimizer", microbatches=2),
+]
+BFLOAT16 = [replace(case, compute="bfloat16") for case in BFLOAT16]
+
+
 class Runs:
-    """Outcomes of cases. Cases of as many ranks run together, since starting processes costs more than the steps."""
+    """Outcomes of cases, and of the runs of one process that they are compared with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.done: dict[Case, Outcome] = {}
+        cases = [*CASES, *LAMB, *BFLOAT16]
+        cases += sorted({case.plain for case in cases}, key=str)
+        self.worlds = Together(*(self._call(case) for case in cases), most=8)
+
+    def _call(self, case: Case) -> tuple[Any, ...]:
+        return case.ranks, run_case, case, self.folder
 
     def __call__(self, case: Case) -> Outcome:
         if case not in self.done:
-            group = next((group for group in self._groups(case.ranks) if case in group), [case])
-            try:
-                self._run(group)
-            except Exception:
-                if group == [case]:
-                    raise
-                self._run([case])  # one that fails must not fail the others of its group
+            self.done[case] = joined(self.worlds(*self._call(case)))
         return self.done[case]
-
-    @staticmethod
-    def _groups(ranks: int) -> list[list[Case]]:
-        together = [case for case in CASES if case.ranks == ranks]
-        together += (
-            sorted({case.plain for case in CASES}, key=lambda case: (case.depth, case.packed)) if ranks == 1 else []
-        )
-        return [together[start : start + 6] for start in range(0, len(together), 6)]
-
-    def _run(self, group: list[Case]) -> None:
-        per_rank = run_world(group[0].ranks, run_cases, group, self.folder, timeout=240)
-        for case, outcomes in zip(group, zip(*per_rank, strict=True), strict=True):
-            self.done[case] = joined(list(outcomes))
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +145,6 @@ def test_one_process_equals_a_loop_written_by_hand(runs, folder):
     assert min(norms) > 0.5  # clipping took part
 
 
-LAMB = [
-    Case(pipeline=2, data=3, schedule="zero-bubble-h1", sharding="optimizer", microbatches=4, optimizer="lamb"),
-    Case(tensor=2, pipeline=2, data=2, sequence=True, sharding="full", microbatches=2, optimizer="lamb"),
-]
-
-
 @pytest.mark.parametrize("case", LAMB, ids=str)
 def test_lamb_equals_one_process(runs, case):
     """Ratios are of whole parameters, and the copies of the tied embeddings get the same."""
@@ -158,18 +154,9 @@ def test_lamb_equals_one_process(runs, case):
         assert torch.equal(copy, mine.weights[name])
 
 
-BFLOAT16 = [
-    Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="full", microbatches=4),
-    Case(pipeline=2, schedule="zero-bubble-v", chunks=2, recompute="full", microbatches=4, packed=True),
-    Case(tensor=2, pipeline=2, microbatches=3, recompute="selective"),
-    Case(tensor=2, data=3, sharding="optimizer", microbatches=2),
-]
-
-
 @pytest.mark.parametrize("case", BFLOAT16, ids=str)
 def test_bfloat16_stays_close(runs, case):
-    mine = runs(Case(**{**case.__dict__, "compute": "bfloat16"}))
-    plain = runs(case.plain)
+    mine, plain = runs(case), runs(case.plain)
     assert mine.initial == plain.initial
     # bfloat16 keeps 8 bits; losses are means over hundreds of logits that are each off by a few of their roundings.
     wanted = torch.tensor(plain.losses)
