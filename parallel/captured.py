@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work of a GPU that is recorded once as a CUDA graph and replayed with other values.
 
-A replay costs the host one launch in place of thousands. What is recorded is the work alone: memory addresses, sizes
-and numbers that Python knew are those of the recording, so inputs are copied to the same places, and must have the
-same shapes; results and gradients come to be where they were.
+A replay costs the host one launch, or a few, in place of thousands. What is recorded is the work alone: memory
+addresses, sizes and numbers that Python knew are those of the recording, so inputs are copied to the same places, and
+must have the same shapes; results and gradients come to be where they were.
 """
 
 from __future__ import annotations
@@ -28,12 +28,19 @@ class Recorder(Protocol):
     def mark(self) -> None:
         """While a function is being recorded: note that other work may begin here, behind what came before."""
 
-    def replay(self, behind: Callable[[], None] | None = None) -> None:
+    def hold(self) -> None:
+        """While a function is being recorded: note that what comes now waits for other work, unlike what came before.
+
+        Something must have come before.
+        """
+
+    def replay(self, behind: Callable[[], None] | None = None, ahead: Callable[[], None] | None = None) -> None:
         """Do the work once more.
 
         Args:
             behind: called for every mark, in their order. What it queues waits for the work before that mark alone, and
                 the work after the mark does not wait for it.
+            ahead: called for every hold, in their order. The work after that hold waits for what it waits for.
         """
 
 
@@ -52,7 +59,7 @@ class Recorders(Protocol):
 
 
 class CudaRecorder:
-    """A CUDA graph, recorded on the current stream, which must not be the default one.
+    """CUDA graphs, recorded on the current stream, which must not be the default one: one up to each hold.
 
     Dropout of fused attention draws from torch's generator: every replay goes on from where that is.
 
@@ -63,17 +70,27 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device, pool: Any, aside: torch.cuda.Stream) -> None:
-        self.device, self.pool, self.aside, self.graph = device, pool, aside, torch.cuda.CUDAGraph()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.graph.register_generator_state(torch.cuda.default_generators[index])
+        self.device, self.pool, self.aside = device, pool, aside
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         self._marks: list[torch.cuda.Event] = []
 
     def record(self, work: Work) -> Tensor | None:
         """Record a function without doing its work; its result, which :meth:`replay` fills."""
-        # Other threads may pin memory and ask for events meanwhile.
-        stream = torch.cuda.current_stream(self.device)
-        with torch.cuda.graph(self.graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        self._begin()
+        try:
             return work()
+        finally:
+            self.graphs[-1].capture_end()
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        graph.register_generator_state(torch.cuda.default_generators[index])
+        # Other threads may pin memory and ask for events meanwhile.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        self.graphs.append(graph)
 
     def mark(self) -> None:
         """While a function is being recorded: note that other work may begin here, behind what came before."""
@@ -81,9 +98,19 @@ class CudaRecorder:
         self._marks.append(torch.cuda.Event(external=True))
         self._marks[-1].record()
 
-    def replay(self, behind: Callable[[], None] | None = None) -> None:
+    def hold(self) -> None:
+        """While a function is being recorded: note that what comes now waits for other work."""
+        # Between two graphs the stream waits as ever; a graph that waits for an event would see one of its record calls
+        # or another, depending on how far the host is ahead.
+        self.graphs[-1].capture_end()
+        self._begin()
+
+    def replay(self, behind: Callable[[], None] | None = None, ahead: Callable[[], None] | None = None) -> None:
         """Do the work once more; see :class:`Recorder`."""
-        self.graph.replay()
+        for number, graph in enumerate(self.graphs):
+            if number and ahead is not None:
+                ahead()
+            graph.replay()
         if behind is None:
             return
         for mark in self._marks:
@@ -151,18 +178,24 @@ class Captured:
         self._given = {name: tensor.clone() for name, tensor in like.items()}
         self._result = recorder.record(lambda: function(self._given))
 
-    def __call__(self, given: Mapping[str, Tensor], behind: Callable[[], None] | None = None) -> Tensor | None:
+    def __call__(
+        self,
+        given: Mapping[str, Tensor],
+        behind: Callable[[], None] | None = None,
+        ahead: Callable[[], None] | None = None,
+    ) -> Tensor | None:
         """The function's result, which the next call overwrites.
 
         Args:
             given: tensors by name.
             behind: see :meth:`Recorder.replay`.
+            ahead: likewise.
 
         Raises:
             ValueError: a tensor is missing or new, or of another shape, format or device than was recorded.
         """
         self._fill(given)
-        self.recorder.replay(behind)
+        self.recorder.replay(behind, ahead)
         return self._result
 
     @torch.no_grad()

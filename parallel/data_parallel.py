@@ -119,6 +119,25 @@ def begin_next_sum(model: nn.Module) -> None:
         flat.reduce_next()
 
 
+@contextmanager
+def holding_for_weights(model: nn.Module, hold: Callable[[], None] | None) -> Iterator[None]:
+    """Let a forward pass that is being recorded note where it needs weights that may be on their way.
+
+    Args:
+        model: whose weights stay whole.
+        hold: called there, for the next step of :func:`arriving_weights` to be made there in a replay; None notes
+            nothing.
+    """
+    flat = flat_buffers(model)
+    with nullcontext() if flat is None or hold is None else flat.holding(hold):
+        yield
+
+
+def arriving_weights(model: nn.Module) -> Iterator[None]:
+    """Waits in turn, at every step, for weights that a recorded forward pass holds for."""
+    return iter(()) if (flat := flat_buffers(model)) is None else flat.arrivals()
+
+
 def _parameter_groups(model: FSDPModule) -> Iterator[Any]:
     """FSDP2's groups of parameters: of the root and of every unit.
 

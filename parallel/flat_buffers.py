@@ -70,6 +70,9 @@ class FlatBuffers:
         self._last = self._summed = False
         self._next_to_reduce = 0
         self._mark: Callable[[], None] | None = None
+        self._hold: Callable[[], None] | None = None
+        #: Buckets of each group but the first, which a replayed forward pass waits for on its way.
+        self._on_the_way: list[list[Bucket]] = []
         self._allocate(model, self._bucket_parameters(model, groups, alone), compute_dtype)
         if compute_dtype != torch.float32:
             # torch.compile does not take parameters whose gradients have another format, wherever they are used.
@@ -236,6 +239,30 @@ class FlatBuffers:
         finally:
             self._mark = None
 
+    @contextmanager
+    def holding(self, hold: Callable[[], None]) -> Iterator[None]:
+        """A forward pass is being recorded, whose replays call no hooks, and no weights are on their way.
+
+        Args:
+            hold: called where the next group needs its weights, for the next step of :meth:`arrivals` to be made there
+                in a replay.
+        """
+        self._hold = hold
+        try:
+            yield
+        finally:
+            self._hold = None
+
+    def arrivals(self) -> Iterator[None]:
+        """Waits in turn, at every step, for the weights of a group that a recorded forward pass holds for."""
+        for buckets in self._on_the_way:
+            self.wait(buckets)
+            yield
+
+    def wait_before_replay(self) -> None:
+        """Wait for the weights that a recorded forward pass needs before it holds for the first time."""
+        self.wait(bucket for bucket in self.buckets if not any(bucket in later for later in self._on_the_way))
+
     def _arrived(self, bucket: Bucket) -> None:
         if not self._last and self._mark is None:
             return
@@ -320,12 +347,15 @@ class FlatBuffers:
         if not self.divided:
             return
         outside = set(model.modules())
-        for group in groups:
+        for number, group in enumerate(groups):
             modules = {module for unit in group for module in unit.modules()}
             outside -= modules
             needed = self._buckets_of(modules, by_parameter)
             for unit in group:
                 unit.register_forward_pre_hook(lambda *_, needed=needed: self.wait(needed))
+            if number:
+                self._on_the_way.append(needed)
+                group[0].register_forward_pre_hook(lambda *_: None if self._hold is None else self._hold())
         around = self._buckets_of(outside, by_parameter)
         # Without gradients, modules may be called in other ways and orders than in training.
         model.register_forward_pre_hook(lambda *_: self.wait(around if torch.is_grad_enabled() else None))

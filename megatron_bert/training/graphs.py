@@ -26,8 +26,7 @@ _WARMUPS = 3
 class StepGraphs:
     """Runs the micro batches of steps, all of one shape, by replaying graphs of the pipeline's actions.
 
-    The first steps run as they are. Weights of other ranks are waited for before the first micro batch: the hooks that
-    wait for those of a layer run in no replay.
+    The first steps run as they are.
 
     Args:
         trainer: of a model on flat buffers.
@@ -67,7 +66,10 @@ class StepGraphs:
         for stage in self.trainer.model.stages.values():
             buffers = flat_buffers(stage)
             assert buffers is not None, "gradients stay where they are"
-            buffers.wait()
+            if self.passes.graphs:
+                buffers.wait_before_replay()
+            else:
+                buffers.wait()  # in what is recorded, nothing may be on its way
         shape = self.trainer.model.activation_shape(batches[0])
         if not self.passes.graphs:
             self._like = batches[0]

@@ -9,7 +9,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from parallel.captured import Captured, Recorders
-from parallel.data_parallel import begin_next_sum, marking_sums, set_gradient_sync
+from parallel.data_parallel import (
+    arriving_weights,
+    begin_next_sum,
+    holding_for_weights,
+    marking_sums,
+    set_gradient_sync,
+)
 from parallel.pipeline.actions import Action, ActionKind, Schedule, slots_in_flight
 from parallel.pipeline.passes import Passes
 
@@ -66,8 +72,11 @@ class CapturedPasses:
                 given = dict(like) if kind is ActionKind.FORWARD else {}
                 if self.schedule.producer(action) is not None:
                     given[_TAKEN] = activation
-                # Gradients that are complete on the way can be summed over data ranks behind the rest.
-                with marking_sums(self.stages[stage], recorder.mark if kind is ActionKind.BACKWARD else None):
+                # Gradients that are complete on the way can be summed over data ranks behind the rest, and weights that
+                # are needed on the way can arrive meanwhile.
+                mark = recorder.mark if kind is ActionKind.BACKWARD else None
+                hold = recorder.hold if kind is ActionKind.FORWARD else None
+                with marking_sums(self.stages[stage], mark), holding_for_weights(self.stages[stage], hold):
                     graph = Captured(partial(self._compute, passes, action), recorder, given)
                 self.graphs[kind, stage, slot] = graph
 
@@ -87,8 +96,10 @@ class CapturedPasses:
         given = dict(tensors(action.microbatch)) if action.kind is ActionKind.FORWARD else {}
         if taken is not None:
             given[_TAKEN] = taken
+        stage = self.stages[action.stage]
         last = action == self._last_backward.get(action.stage)
-        graph = self.graphs[action.kind, action.stage, self.slots[action]]
-        result = graph(given, partial(begin_next_sum, self.stages[action.stage]) if last else None)
+        behind = partial(begin_next_sum, stage) if last else None
+        ahead = partial(next, arriving_weights(stage)) if action.kind is ActionKind.FORWARD else None
+        result = self.graphs[action.kind, action.stage, self.slots[action]](given, behind, ahead)
         # The next replay overwrites it, perhaps while it is still being sent.
         return None if result is None else result.clone()

@@ -104,6 +104,8 @@ class Tape:
         self.left = 0
         #: Numbers of steps that other work may begin before.
         self.marks: list[int] = []
+        #: Numbers of steps that wait for other work.
+        self.holds: list[int] = []
         self._recording: _Recording | None = None
         self._later = (pool or Pool()).tapes
         self._later.append(self)
@@ -125,6 +127,12 @@ class Tape:
         assert self._recording is not None, "a function is being recorded"
         self.marks.append(len(self._recording.steps))
 
+    def hold(self) -> None:
+        """While recording: what comes now waits for other work."""
+        assert self._recording is not None, "a function is being recorded"
+        assert len(self._recording.steps) > max(self.holds, default=0), "there is work to do meanwhile"
+        self.holds.append(len(self._recording.steps))
+
     def destroy(self) -> None:
         """Its memory holds something else."""
         for _, _, _, fresh in self.steps:
@@ -133,8 +141,8 @@ class Tape:
                     tensor.data.fill_(torch.nan)  # whose version stays: backward passes are still to be recorded
 
     @torch.no_grad()
-    def replay(self, behind: Callable[[], None] | None = None) -> None:
-        """Do the work once more, and call ``behind`` at each mark on the way."""
+    def replay(self, behind: Callable[[], None] | None = None, ahead: Callable[[], None] | None = None) -> None:
+        """Do the work once more, and call ``behind`` at each mark on the way, ``ahead`` at each hold."""
         self.replays += 1
         for tape in self._later[self._later.index(self) :]:
             tape.destroy()
@@ -143,6 +151,8 @@ class Tape:
             if behind is not None:
                 for _ in range(self.marks.count(number)):
                     behind()
+            if ahead is not None and number in self.holds:
+                ahead()
             if self.left:
                 self._do(*self.steps[number])
 

@@ -73,6 +73,30 @@ def test_other_work_begins_at_marks() -> None:
     assert seen == [([3.0, 3.0], [2.0, 2.0]), ([3.0, 3.0], [6.0, 6.0])]
 
 
+def test_other_work_is_waited_for_at_holds() -> None:
+    first, second, other, tape = torch.zeros(2), torch.zeros(2), torch.zeros(2), Tape()
+
+    def function(given: Mapping[str, Tensor]) -> Tensor:
+        first.copy_(given["x"])
+        tape.hold()
+        second.copy_(first + other)
+        tape.hold()
+        return second + other
+
+    captured = Captured(function, tape, {"x": torch.zeros(2)})
+    found, seen = captured({"x": torch.ones(2)}), []
+    assert found is not None
+    assert found.tolist() == [1.0, 1.0]
+
+    def ahead() -> None:
+        seen.append((first.tolist(), second.tolist()))
+        other.fill_(10.0 * len(seen))
+
+    captured({"x": torch.full((2,), 3.0)}, ahead=ahead)
+    assert seen == [([3.0, 3.0], [1.0, 1.0]), ([3.0, 3.0], [13.0, 13.0])]
+    assert found.tolist() == [33.0, 33.0]
+
+
 def test_a_pool_holds_what_was_recorded_first() -> None:
     pool = Pool()
     first = Captured(lambda given: given["x"] + 1, Tape(pool), {"x": torch.zeros(2)})
@@ -169,5 +193,54 @@ def test_work_behind_a_mark_of_a_cuda_graph_sees_what_came_before() -> None:
             captured({"x": torch.full((), value, device=device)}, lambda: seen.append(first[0, 0].clone()))
         torch.cuda.synchronize()
         assert [one.item() for one in seen] == [2048.0 * 2, 2048.0 * 3]
+    finally:
+        torch.cuda.set_stream(before)
+
+
+@pytest.mark.gpu
+def test_work_behind_a_hold_of_cuda_graphs_waits_and_goes_on_with_what_was_there() -> None:
+    device = torch.device("cuda", 0)
+    before = torch.cuda.current_stream()
+    on_own_stream(device)
+    try:
+        recorders, aside = CudaRecorders(device), torch.cuda.Stream(device)
+        weight = torch.ones(2048, 2048, device=device, requires_grad=True)
+        weight.grad = torch.zeros_like(weight)
+        other = torch.zeros(2048, 2048, device=device)
+        recorder = None
+
+        def function(given: Mapping[str, Tensor]) -> Tensor:
+            dropped = torch.nn.functional.dropout(weight * given["x"], 0.5)
+            if recorder is not None:
+                recorder.hold()
+            loss = (torch.nn.functional.dropout(dropped, 0.5) + other).sum()
+            loss.backward()
+            return loss.detach()
+
+        def ahead() -> None:
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(20):
+                    other.copy_(large @ large)  # 2048 in the end, and not before long
+            torch.cuda.current_stream().wait_stream(aside)
+
+        large, found = torch.ones(2048, 2048, device=device), []
+        for replayed in (False, True):
+            weight.grad.zero_()
+            torch.cuda.manual_seed(3)
+            given = [{"x": torch.full((), 1.0 + step, device=device)} for step in range(3)]
+            other.zero_()
+            losses = [function(given[0])]
+            recorder = recorders.recorder(recorders.pool()) if replayed else None
+            captured = None if recorder is None else Captured(function, recorder, given[0])
+            for one in given[1:]:
+                other.zero_()
+                if captured is None:
+                    ahead()
+                loss = function(one) if captured is None else captured(one, ahead=ahead)
+                assert loss is not None
+                losses.append(loss.clone())
+            found.append((torch.stack(losses), weight.grad.clone()))
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
     finally:
         torch.cuda.set_stream(before)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_bert.config import Settings
 from megatron_bert.config_checks import check_settings
@@ -145,6 +146,59 @@ def test_sums_over_data_ranks_begin_behind_the_gradients_of_their_bucket(
         assert left == sorted(left, reverse=True)
         assert len(set(left)) == 5, "one after the other, while the backward pass goes on"
         assert left[-2] > 0
+
+
+def _gathers(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
+    """Of each step but the first, the buckets in the order in which they are waited for, and what is left then."""
+    tapes, steps, left, wait = Tapes(), [], [], FlatBuffers.wait
+
+    def noted(buffers: FlatBuffers, buckets: Any = None) -> None:
+        pending = [bucket for bucket in (buffers.buckets if buckets is None else buckets) if bucket.gathering]
+        steps[-1].extend(map(buffers.buckets.index, pending))
+        left.extend([sum(tape.left for tape in tapes.made)] * len(pending))
+        wait(buffers, pending)
+
+    with (
+        mock.patch("megatron_bert.training.graphs.CudaRecorders", return_value=tapes),
+        mock.patch.object(FlatBuffers, "wait", noted),
+    ):
+        steps.append([])
+        trainer = _trainer(_settings(folder, run, True, changes), dist.get_rank(), dist.get_world_size())
+        batches, count = trainer._batches(), trainer.engine.schedule.microbatches
+        for _ in range(4):
+            steps.append([])
+            left.clear()
+            trainer.train_step([next(batches) for _ in range(count)])
+    trainer.close()
+    return steps[2:], left
+
+
+def _gathers_and_weights(folder: Path, run: Path, changes: dict[str, Any]) -> Any:
+    with (
+        mock.patch("megatron_bert.model.attention.in_parts", _never),
+        mock.patch("parallel.data_parallel._GROUP_PARAMETERS", 1),
+    ):
+        return _gathers(folder, run, changes), _both(folder, run, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, PIPELINE | {"parallel__schedule": "interleaved-1f1b", "parallel__data": 2}],
+    ids=["whole", "interleaved"],
+)
+def test_weights_arrive_behind_the_forward_pass(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    size = 4 if changes else 2
+    changes = {"parallel__data": 2, "training__global_batch_size": 16} | changes
+    changes |= {"parallel__sharding": "optimizer", "model__num_hidden_layers": 4 if size == 2 else 8}
+    for (steps, left), (plain, replayed) in run_world(size, _gathers_and_weights, data, tmp_path, changes, timeout=240):
+        assert plain[0] == replayed[0]
+        assert torch.equal(plain[1], replayed[1])
+        if size == 2:
+            assert steps[-1] == [0, 1, 2, 3, 4], "once each, in the order in which they are used"
+            assert left[:2] == [0, 0], "those around the layers and of the first one, before the replay begins"
+            assert left[2] > left[3] > left[4] > 0, "the others one after the other, while the forward pass goes on"
+        else:
+            assert steps[-1]
 
 
 def _resumed(folder: Path, tmp_path: Path) -> None:
