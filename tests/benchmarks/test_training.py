@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,27 @@ def test_the_script_for_a_gpu_takes_eight_minutes_and_what_is_there() -> None:
                 if kind in training.OURS:
                     settings = training.settings_of(SIZES[name], with_dropout(options), Path("unused"), kind)
                     assert settings.training.cuda_graphs == (kind == "ours, CUDA graphs")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_script_for_a_gpu_is_rehearsed_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """With ``--small``, as the ledger says; compiled without a compiler, which takes long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    given = [*_commands_on_a_gpu()[number][5:], "--small", "--warmup", "1", "--steps", "1"]
+    output = Path(given[given.index("--output") + 1])
+    wanted, plain = training.options_of(given), training.options_of(given[: given.index("--small")])
+    assert main(given) == 0
+    report = json.loads(output.read_text())
+    assert report["dtype"] == wanted.dtype == "bfloat16"
+    assert len(report["sizes"]) == len(plain.size) * len(plain.attention_dropout)
+    for case in report["sizes"]:
+        assert case["failures"] == {"ours, CUDA graphs": "graphs need a GPU"}
+        assert case["size"] == "tiny"
+        assert [*case["kinds"]][1:] == [kind for kind in plain.kind if kind not in case["failures"]]
 
 
 def with_dropout(options: argparse.Namespace) -> argparse.Namespace:
