@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import _functional, start_all_reduce, wait
+from parallel.first_order import in_place
 from parallel.mesh import TensorParallel
 
 #: Label of a slot that takes no part in the loss.
@@ -56,8 +57,30 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return out * gradient.masked_fill(ignored, 0.0)[:, None], None, None, None
 
 
+class _CrossEntropyInPlace(torch.autograd.Function):
+    """Loss of each row from all columns. Logits become their probabilities, and those their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+        ignored = labels == IGNORED
+        column = labels.masked_fill(ignored, 0)[:, None]
+        logits[:, vocab_size:].fill_(-torch.inf)
+        logarithms = torch.log_softmax(logits, dim=1, out=logits)
+        losses = -logarithms.gather(1, column).squeeze(1)
+        ctx.save_for_backward(logarithms.exp_(), column, ignored)
+        return losses.masked_fill_(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, column, ignored = ctx.saved_tensors
+        each = gradient.masked_fill(ignored, 0.0)[:, None]
+        return probabilities.mul_(each).scatter_add_(1, column, -each), None, None
+
+
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
     """Cross entropy of each row, computed in float32 whatever the type of the logits.
+
+    Where :func:`parallel.first_order.in_place` says so, one rank overwrites the logits.
 
     Args:
         logits: ``[K, padded_vocab/t]``, this rank's columns. Columns of padding (global index >= ``vocab_size``) take
@@ -71,6 +94,9 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int
     columns = logits.shape[1]
     first_column = tp.rank * columns
     real = max(0, min(columns, vocab_size - first_column))
+    if tp.size == 1 and in_place(logits):
+        losses: Tensor = _CrossEntropyInPlace.apply(logits, labels, vocab_size)
+        return losses
     logits = logits[:, :real].float()
     if tp.size == 1:
         return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)

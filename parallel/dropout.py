@@ -12,31 +12,35 @@ xor-shift finalizer (the shape of those of SplitMix and MurmurHash3). Arithmetic
 
 from __future__ import annotations
 
+import struct
 import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from parallel.first_order import in_place
 from parallel.recording import is_recorded
-from parallel.simulated_device import has_numbers
+from parallel.simulated_device import has_numbers, on_gpu
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _COLUMN_KEY = 0x9E3779B9 - (1 << 32)
 _KEY_MULTIPLIERS = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
 
 
-def _mix32_(x: Tensor) -> Tensor:
-    """Scramble int32 in place so that each input bit flips each high output bit with probability about one half.
+def _fold_halves(x: Tensor) -> Tensor:
+    """int32 with the high half xored into the low one. The mask makes the shift logical: torch's carries the sign."""
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _scramble_(x: Tensor) -> Tensor:
+    """Scramble folded int32 in place: each bit that went in flips each high bit with probability about one half.
 
     The closing xor-shift of such hashes is left out: it changes the low half alone, and what counts here are the high
-    bits. In place because on the CPU fresh memory costs several times the arithmetic. The masks make the shifts
-    logical: torch's shift carries the sign down.
+    bits. In place because on the CPU fresh memory costs several times the arithmetic.
     """
-    shifted = x >> 16
-    x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(_MULTIPLIERS[0])
-    torch.bitwise_right_shift(x, 15, out=shifted)
-    return x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[1])
+    x.mul_(_MULTIPLIERS[0])
+    return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[1])
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
@@ -81,7 +85,12 @@ def hashed_columns(columns: int, device: torch.device, first_column: int = 0) ->
 
 def _hashed_columns(columns: int, device: torch.device, first_column: int) -> Tensor:
     numbers = torch.arange(first_column, first_column + columns, device=device, dtype=torch.int32)
-    return _mix32_(numbers ^ _COLUMN_KEY)
+    return _hashed(numbers)
+
+
+def _hashed(numbers: Tensor) -> Tensor:
+    """Hashes of column numbers. Folding goes with xor: of rows and columns apart, it costs nothing for each element."""
+    return _fold_halves(_scramble_(_fold_halves(numbers ^ _COLUMN_KEY)))
 
 
 def keep_mask(
@@ -97,32 +106,41 @@ def keep_mask(
         first_column: global index of the first column here, where columns are divided over ranks.
         hashed: :func:`hashed_columns` of them, for compiled code, which would compute it again for every element.
     """
+    return _bits(keys, columns, first_column, hashed) >= _least(probability)
+
+
+def keep_scale(
+    keys: Tensor, columns: int | Tensor, probability: float, first_column: int = 0, *, hashed: Tensor | None = None
+) -> Tensor:
+    """What elements are multiplied with: ``1 / (1 - probability)`` where they are kept, float32 ``[..., columns]``.
+
+    It takes four times the memory of a mask, but a processor multiplies by it at once: torch converts a mask first.
+    Arguments are those of :func:`keep_mask`.
+    """
+    kept = _bits(keys, columns, first_column, hashed).ge_(_least(probability))
+    # As an integer times the bits of the scale, which are those of 0.0 times 0: in place.
+    return kept.mul_(_float_bits(1.0 / (1.0 - probability))).view(torch.float32)
+
+
+def _float_bits(value: float) -> int:
+    """The bits of a number in float32, as a signed int32."""
+    return cast(int, struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+def _least(probability: float) -> int:
+    """The least of 32 random bits, as a signed int32, that keep an element."""
+    return round(probability * 2**32) - 2**31
+
+
+def _bits(keys: Tensor, columns: int | Tensor, first_column: int, hashed: Tensor | None) -> Tensor:
     # Columns are distinguished by xor, not by a multiply: a multiplied range overflows int32 in compiled CPU code.
     if hashed is None:
         if isinstance(columns, Tensor) and columns.dim():  # traced sizes are tensors of no dimension
-            hashed = _mix32_(columns ^ _COLUMN_KEY)
+            hashed = _hashed(columns)
         else:
             held = not is_recorded() and has_numbers(keys)
             hashed = (hashed_columns if held else _hashed_columns)(cast("int", columns), keys.device, first_column)
-    bits = _mix32_(_row_seed(keys)[..., None] ^ hashed)
-    return bits >= round(probability * 2**32) - 2**31
-
-
-class _RehashedDropout(torch.autograd.Function):
-    """Dropout that keeps nothing: its backward pass hashes the mask again.
-
-    The keys are held outside of what autograd saves, so that recomputation of a layer that ends in dropout need not
-    run as far as here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float, keys: Tensor, first_column: int) -> Tensor:
-        ctx.mask = (keys, x.shape[-1], probability, first_column)
-        return mask_and_scale(x, keep_mask(*ctx.mask), probability)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return mask_and_scale(gradient, keep_mask(*ctx.mask), ctx.mask[2]), None, None, None
+    return _scramble_(_fold_halves(_row_seed(keys))[..., None] ^ hashed)
 
 
 def mask_and_scale(x: Tensor, kept: Tensor, probability: float) -> Tensor:
@@ -133,6 +151,57 @@ def mask_and_scale(x: Tensor, kept: Tensor, probability: float) -> Tensor:
     return (x * (1.0 / (1.0 - probability))).mul_(kept)
 
 
+def drop(
+    x: Tensor,
+    keys: Tensor,
+    columns: int | Tensor,
+    probability: float,
+    first_column: int = 0,
+    *,
+    hashed: Tensor | None = None,
+) -> Tensor:
+    """What the mask leaves of ``x``, scaled; arguments are those of :func:`keep_mask`."""
+    if scales(x):
+        return x * keep_scale(keys, columns, probability, first_column, hashed=hashed)
+    return mask_and_scale(x, keep_mask(keys, columns, probability, first_column, hashed=hashed), probability)
+
+
+def scales(x: Tensor) -> bool:
+    """Whether :func:`keep_scale` is what ``x`` is best multiplied with."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not on_gpu(x) and not is_recorded()
+
+
+class _RehashedDropout(torch.autograd.Function):
+    """Dropout that keeps nothing: its backward pass hashes the mask again.
+
+    The keys are held outside of what autograd saves, so that recomputation of a layer that ends in dropout need not
+    run as far as here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keys: Tensor, probability: float, first_column: int) -> Tensor:
+        ctx.mask = (keys, x.shape[-1], probability, first_column)
+        return drop(x, *ctx.mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return drop(gradient, *ctx.mask), None, None, None
+
+
+class _AddedDropout(torch.autograd.Function):
+    """``residual + x * scale`` in one pass, and one for the gradient of ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return torch.addcmul(residual, x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient, gradient * scale, None
+
+
 def keyed_dropout(
     x: Tensor,
     probability: float,
@@ -141,6 +210,7 @@ def keyed_dropout(
     *,
     keep_nothing: bool = False,
     hashed: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Zero elements with ``probability`` and scale the rest by 1 / (1 - probability).
 
@@ -149,12 +219,17 @@ def keyed_dropout(
         probability: that an element is dropped; 0 returns ``x`` itself.
         keys: int64 ``[...]``, one per row of ``x``.
         first_column: global index of the first column, where columns are divided over ranks.
-        keep_nothing: compute the mask again in the backward pass instead of keeping it, a byte an element. Compiled
-            code decides that for itself.
+        keep_nothing: compute the mask again in the backward pass instead of keeping it, a byte an element and four in
+            float32 on processors. Compiled code decides that for itself.
         hashed: as of :func:`keep_mask`.
+        residual: what the result is added to, like ``x``.
     """
-    if probability == 0.0:
-        return x
-    if keep_nothing and not is_recorded():
-        return _RehashedDropout.apply(x, probability, keys, first_column)
-    return mask_and_scale(x, keep_mask(keys, x.shape[-1], probability, first_column, hashed=hashed), probability)
+    if residual is not None and probability > 0.0 and not keep_nothing and in_place(x):
+        scale = keep_scale(keys, x.shape[-1], probability, first_column, hashed=hashed)
+        return _AddedDropout.apply(residual, x, scale)
+    if probability > 0.0:
+        if keep_nothing and not is_recorded():
+            x = _RehashedDropout.apply(x, keys, probability, first_column)
+        else:
+            x = drop(x, keys, x.shape[-1], probability, first_column, hashed=hashed)
+    return x if residual is None else residual + x

@@ -27,11 +27,13 @@ from torch import nn
 
 from parallel.buckets import Bucket, Slot
 from parallel.gradients import set_own_gradient
+from parallel.huge_pages import large_zeros
 from parallel.mesh import ParallelMesh
 from parallel.parts import PLANE, Part
 from parallel.runs import Member, Run
 from parallel.sharding import local_tensor
 from parallel.torch_types import is_dtensor
+from parallel.weight_gradients import add_in_place
 
 #: Parameters begin, and buckets are divided, at multiples of so many elements: 128 bytes in two-byte formats, which
 #: every kernel's loads and every collective are content with.
@@ -110,15 +112,15 @@ class FlatBuffers:
                 end += _up(local_tensor(parameter).numel(), ALIGNMENT)
             end = bounds[-1] + _up(end - bounds[-1], ALIGNMENT * (self.ranks if self.divided else 1))
             bounds.append(end)
-        self.weights = torch.zeros(end, dtype=compute_dtype, device=device)
+        self.weights = large_zeros(end, dtype=compute_dtype, device=device)
         share = end // self.ranks if self.divided else end
         #: Float32 weights of this rank's ranges, one after the other; none where those computed with are float32.
-        self.masters = torch.zeros(share if compute_dtype != torch.float32 else 0, device=device)
+        self.masters = large_zeros(share if compute_dtype != torch.float32 else 0, device=device)
         self.buckets = [self._bucket(*between) for between in pairwise(bounds)]
         self._take(model, places)
         # Nobody holds the parameters that were the model's from here on: they make room for the gradients.
         del buckets, bucket, places, parameter
-        self.gradients = torch.zeros(end, device=device)
+        self.gradients = large_zeros(end, device=device)
         for filled in self.buckets:
             for slot in filled.slots:
                 self._give_gradient(filled, slot)
@@ -159,6 +161,8 @@ class FlatBuffers:
         parameter.grad = slot.gradient
         low, high = bucket.own_part(slot)
         set_own_gradient(parameter, self.gradients[low:high])
+        if self.ranks == 1 and parameter.requires_grad:
+            add_in_place(parameter)
 
     def runs(self, kind: Callable[[nn.Parameter], Hashable]) -> list[Run]:
         """What this rank updates, neighbors of one kind together.

@@ -27,7 +27,7 @@ from parallel.collectives import (
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import Constant, Normal, ParallelModule, local_size, local_tensor, sharded_parameter
 from parallel.simulated_device import on_gpu
-from parallel.weight_gradients import active_queue, deferred_linear
+from parallel.weight_gradients import active_queue, deferred_linear, linear
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -95,7 +95,7 @@ def column_parallel_linear(
         out = deferred_linear(full, weight, local_weight, queue)
         return out if local_bias is None else out + local_bias
     if tp.size == 1:
-        return F.linear(x, local_weight, local_bias)
+        return linear(x, local_weight, local_bias)
     return _ColumnLinear.apply(x, local_weight, local_bias, sequence, tp.size, tp.group_name)
 
 
@@ -186,7 +186,7 @@ class RowParallelLinear(_ParallelLinear):
         if queue is not None and x.requires_grad:
             out = deferred_linear(x, self.weight, weight, queue)
             return out + self.bias if self.tp.size == 1 and self.bias is not None else out
-        return F.linear(x, weight, self.bias if self.tp.size == 1 else None)
+        return linear(x, weight, self.bias if self.tp.size == 1 else None)
 
     def finish(self, product: Tensor) -> Tensor:
         """Sum the ranks' shares and add the bias."""

@@ -18,8 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.first_order import in_place
 from parallel.sharding import local_tensor
 from parallel.torch_types import is_dtensor
 
@@ -65,6 +67,46 @@ def active_queue() -> WeightGradientQueue | None:
     return _active
 
 
+def add_in_place(parameter: torch.nn.Parameter) -> None:
+    """Say that a parameter's gradient stays where it is, and that nobody waits for it to be complete."""
+    parameter.adds_in_place = True  # type: ignore[attr-defined]
+
+
+class _AddedLinear(torch.autograd.Function):
+    """``y = x W^T + b`` whose weight gradient is added where it is kept, by the product itself.
+
+    Autograd would make a gradient of its own, and read, add and write it in another pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        ctx.weight.grad.addmm_(rows.t(), x.flatten(0, -2))
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return of_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b``, whose weight gradient is added where it is kept if :func:`add_in_place` said that it stays there.
+
+    Args:
+        x: ``[.., K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+    """
+    if getattr(weight, "adds_in_place", False) and in_place(x):
+        out: Tensor = _AddedLinear.apply(x, weight, bias)
+        return out
+    return F.linear(x, weight, bias)
+
+
 def accumulate_gradient(parameter: Tensor, local_gradient: Tensor) -> None:
     """Add this rank's part of a gradient to ``parameter.grad``, as autograd would have."""
     if parameter.grad is not None:
@@ -94,7 +136,7 @@ class _DeferredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.accumulate, ctx.queue = accumulate, queue
-        return torch.nn.functional.linear(x, weight)
+        return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:

@@ -125,6 +125,10 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         """
         raise UserError("a quantized layer is not compiled: set training.compile to false")
 
+    def selects(self, hidden: Tensor) -> bool:  # noqa: ARG002
+        """Ranges are those of all tokens."""
+        return False
+
     # ---------------------------------------------------------------- which way
 
     def _forward(
@@ -133,7 +137,9 @@ class QuantizedTransformerLayer(Quantized, TransformerLayer):
         layout: SequenceLayout,
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | LayerOutput:
+        assert rows is None, "all tokens are computed"
         if self.mode == "float":
             answer = super()._forward(self.floating(hidden), layout, dropout_keys, request)
             return answer._replace(hidden=answer.hidden.float()) if isinstance(answer, LayerOutput) else answer.float()

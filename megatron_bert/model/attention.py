@@ -18,11 +18,13 @@ from megatron_bert.model.attention_functions import (
     has_packed_attention,
     packed_attention,
 )
+from megatron_bert.model.attention_in_place import attention_in_place
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.requests import AttentionRequest, EncoderStates
 from megatron_bert.model.sequences import SequenceLayout
 from parallel.collectives import copy_to_ranks, gather_from_ranks
 from parallel.dropout import fold_in
+from parallel.first_order import in_place
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
@@ -141,7 +143,7 @@ class AttentionHeads(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         head_keys = None
         if self.dropout_prob > 0.0 and dropout_keys is not None:
-            head_keys = fold_in(dropout_keys[:, None, :], self.own_numbers(query.device)[None, :, None])
+            head_keys = self._head_keys(dropout_keys)
         probabilities = attention_probabilities(
             query,
             key,
@@ -153,6 +155,10 @@ class AttentionHeads(nn.Module):
             head_mask=self.of_own_heads(head_mask),
         )
         return torch.matmul(probabilities, value), probabilities
+
+    def _head_keys(self, dropout_keys: Tensor) -> Tensor:
+        """Dropout keys of each head, int64 ``[B, A, Q]``."""
+        return fold_in(dropout_keys[:, None, :], self.own_numbers(dropout_keys.device)[None, :, None])
 
     def of_own_heads(self, mask: Tensor | None) -> Tensor | None:
         """The part of this rank in ``[B, all heads or 1, Q, K]``; what has no heads stays."""
@@ -217,10 +223,12 @@ class SelfAttention(AttentionHeads):
         layout: SequenceLayout,
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attend within sequences; on request, with its mask in place of the layout's, which is a rectangle.
 
-        Arguments are those of Encoder; the result is as of ``hidden``, on request as of :meth:`answer`.
+        Arguments are those of Encoder; the result is as of ``hidden``, or of its ``rows``, and on request as of
+        :meth:`answer`.
         """
         projected = self.project(hidden)
         if request is not None:
@@ -236,7 +244,8 @@ class SelfAttention(AttentionHeads):
             context = self._attend_in_parts(projected, layout.parts(SCORES_PER_SEQUENCE // self.heads), dropout_keys)
         else:
             context = self._attend_within(projected, layout, dropout_keys)
-        return self.output(context.flatten(-2))
+        context = context.flatten(-2)
+        return self.output(context if rows is None else context.index_select(0, rows))
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value: ``[T, A, 3, D]``, or ``[T, A, D]`` each where they come from matrices of their own."""
@@ -256,11 +265,15 @@ class SelfAttention(AttentionHeads):
         self, projected: tuple[Tensor, ...], layout: SequenceLayout, dropout_keys: Tensor | None
     ) -> Tensor:
         """Projections of sequences in a rectangle, and dropout keys ``[T]``, to ``[T, A, D]``."""
-        query, key, value = _rectangles(projected, layout)
+        mask, positions = layout.rectangle_mask(), layout.row_positions
         rectangle_keys = None if dropout_keys is None else layout.to_rectangle(dropout_keys)
-        context, _ = self.attend(
-            query, key, value, layout.rectangle_mask(), rectangle_keys, positions=layout.row_positions
-        )
+        if rectangle_keys is not None and self.dropout_prob > 0.0 and self.distance is None and in_place(projected[0]):
+            one = projected[0] if len(projected) == 1 else torch.stack(projected, 2)
+            args = layout.to_rectangle(one), mask, self.dropout_prob, self._head_keys(rectangle_keys), positions
+            context = recomputed(attention_in_place, self.recompute, *args, at="selective", draws=False)
+            return layout.from_rectangle(context)
+        query, key, value = _rectangles(projected, layout)
+        context, _ = self.attend(query, key, value, mask, rectangle_keys, positions=positions)
         return layout.from_rectangle(context.transpose(1, 2))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.dropout import keep_mask, mask_and_scale
+from parallel.dropout import drop
 from parallel.recording import is_recorded
 from parallel.simulated_device import is_simulated_gpu, on_gpu
 
@@ -54,7 +54,7 @@ def attention_probabilities(
     if dropout > 0.0:
         assert dropout_keys is not None, "keyed dropout needs keys"
         columns = probabilities.shape[-1] if positions is None else positions[:, None, None, :]
-        probabilities = mask_and_scale(probabilities, keep_mask(dropout_keys, columns, dropout), dropout)
+        probabilities = drop(probabilities, dropout_keys, columns, dropout)
     return probabilities if head_mask is None else probabilities * head_mask
 
 

@@ -44,6 +44,10 @@ class TokenBatch(Movable):
             return self.pin_memory().to(device, **how)
         return super().to(device, non_blocking=True, **how)
 
+    def read_by_heads(self) -> Tensor:
+        """int64 ``[R]``, indices on the token axis of the tokens whose last hidden states heads read."""
+        return self.first_tokens
+
     def predictions(self) -> int:
         """Positions whose words the masked-language head predicts, for counting operations."""
         return 0
@@ -99,6 +103,10 @@ class MicroBatch(TokenBatch):
             lengths=(count,),
         )
 
+    def read_by_heads(self) -> Tensor:
+        """The slots, and the first tokens."""
+        return torch.cat((self.slots, self.first_tokens))
+
     def predictions(self) -> int:
         """Slots, in use or not: the head works on all of them."""
         return self.slots.shape[0]
@@ -125,6 +133,10 @@ class TaskBatch(TokenBatch):
     instances: int
     labels: Tensor
     taught: Tensor | None = None
+
+    def read_by_heads(self) -> Tensor:
+        """The rows."""
+        return self.rows
 
     def by_instance(self, values: Tensor) -> Tensor:
         """Scores of the rows, ``[R]``, as ``[U, widest]`` with -inf where an instance has fewer rows."""

@@ -148,8 +148,18 @@ class Encoder(nn.Module):
         """Compile the folding of dropout keys."""
         self._layer_keys = torch.compile(self._layer_keys, fullgraph=True)  # type: ignore[method-assign]
 
+    def selects(self, hidden: Tensor) -> bool:
+        """Whether it can compute the last hidden states of some tokens alone, on the top stage."""
+        layers = self.layer_list()
+        return bool(layers) and layers[-1].selects(hidden)
+
     def forward(
-        self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None, request: EncoderRequest | None = None
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        dropout_keys: Tensor | None,
+        request: EncoderRequest | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | EncoderOutput:
         """Run the layers.
 
@@ -159,14 +169,17 @@ class Encoder(nn.Module):
             dropout_keys: int64 ``[T]`` dropout keys of all tokens; None without dropout.
             request: what is asked beyond the last hidden states; the sequences then stand in a rectangle, unless only
                 hidden states are asked for.
+            rows: int64 ``[S]``, the tokens whose last hidden states are asked for, where it :meth:`selects`.
 
         Returns:
-            As ``hidden``; on request with what was asked for.
+            As ``hidden``, or ``[S, H]`` of the rows; on request with what was asked for.
         """
         if request is not None:
             return self._answer(hidden, layout, dropout_keys, request)
+        last = None if rows is None else self.layer_list()[-1]
         for layer, layer_keys in zip(self.layers.values(), self._layer_keys(dropout_keys), strict=True):
-            hidden = layer(hidden, layout, layer_keys)
+            asked = {"rows": rows} if layer is last else {}
+            hidden = layer(hidden, layout, layer_keys, **asked)
         return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def _layer_keys(self, dropout_keys: Tensor | None) -> Sequence[Tensor | None]:

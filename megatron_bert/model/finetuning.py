@@ -13,7 +13,6 @@ from megatron_bert.model.heads import Pooler
 from megatron_bert.model.stage import EncoderStage
 from megatron_bert.model.task_heads.table import HEADS
 from parallel.dropout import fold_in
-from parallel.layers import select_tokens
 
 
 class BertForTask(EncoderStage):
@@ -50,10 +49,9 @@ class BertForTask(EncoderStage):
     def forward(self, batch: TaskBatch, dropout_seed: int | None = None, received: Tensor | None = None) -> Tensor:
         """Logits of the batch's rows, ``[R, outputs]``, or what the next stage goes on with; see BertForPretraining."""
         dropout_keys = self.dropout_keys(batch, dropout_seed)
-        hidden = self.encode(batch, dropout_keys, received)
+        features = self.encode(batch, dropout_keys, received)
         if not self.part.last:
-            return hidden
-        features = select_tokens(hidden, batch.rows, self.tp)
+            return features
         if self.pair_head is not None:
             features = self.pair_head["pooler"](features)
         if dropout_keys is not None:

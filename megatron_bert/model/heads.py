@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bert.model.activations import ACTIVATIONS
@@ -14,6 +13,7 @@ from parallel.dropout import fold_in, keyed_dropout
 from parallel.layers import column_parallel_linear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import Constant, Normal, ParallelModule, sharded_parameter
+from parallel.weight_gradients import linear
 
 # What dropout keys are folded with before the second layer of a sequence head, so that its mask is another.
 _SECOND = 1
@@ -30,7 +30,7 @@ class Dense(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, K]`` to ``[N, out_features]``."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Pooler(Dense):

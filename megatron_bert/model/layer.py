@@ -24,6 +24,7 @@ from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
 from parallel.sharding import Constant, ParallelModule
+from parallel.simulated_device import has_numbers, on_gpu
 
 # What dropout keys are folded with at each place of a layer, so that their masks are independent.
 ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, CROSS_PROBABILITIES, CROSS_OUTPUT = range(5)
@@ -80,6 +81,7 @@ class TransformerLayer(nn.Module):
     A decoder's layer may have cross-attention between the two, with a norm of its own; only the documented classes do.
     """
 
+    _compiled = False
     #: What dropout hashes of the columns, of compiled modules.
     _hashed: Tensor | None = None
     cross_attention: Any = None
@@ -103,8 +105,11 @@ class TransformerLayer(nn.Module):
         layout: SequenceLayout,
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | LayerOutput:
         """One layer; arguments and result as of Encoder, with dropout keys of this layer."""
+        if rows is not None:
+            return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, None, rows, draws=self.draws)
         if request is None:
             return self._run(hidden, layout, dropout_keys)
         return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, request, draws=self.draws)
@@ -114,10 +119,20 @@ class TransformerLayer(nn.Module):
         """Whether it may draw from torch's generator, as the dropout of fused attention does."""
         return self.attention.dropout_prob > 0.0
 
+    def selects(self, hidden: Tensor) -> bool:
+        """Whether it can compute some tokens alone, for which attention reads all: on a processor, as it is.
+
+        On a GPU, layers are compiled for one number of tokens; what tensor ranks send each other, and what steps are
+        simulated with, is counted for all tokens.
+        """
+        plain = self.tp.size == 1 and not self._compiled
+        return plain and hidden.device.type == "cpu" and not on_gpu(hidden) and has_numbers(hidden)
+
     def compile_forward(self) -> None:
         """Compile the layer's computation, which leaves hooks of data parallelism outside the compiled graph."""
         torch.compiler.assume_constant_result(gpu_has_flash_attention)
         self._run = torch.compile(self._run, fullgraph=True)  # type: ignore[method-assign]
+        self._compiled = True
         self._hashed = hashed_columns(self.mlp_norm.weight.shape[0], self.mlp_norm.weight.device)
 
     def _run(self, hidden: Tensor, layout: SequenceLayout, dropout_keys: Tensor | None) -> Tensor:
@@ -129,43 +144,58 @@ class TransformerLayer(nn.Module):
         layout: SequenceLayout,
         dropout_keys: Tensor | None,
         request: AttentionRequest | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | LayerOutput:
         read = self._read(self.attention_norm, hidden)
-        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES), request)
+        attended = self.attention(read, layout, _fold(dropout_keys, ATTENTION_PROBABILITIES), request, rows)
         part, probabilities = (attended, None) if request is None else attended
-        hidden = self._add(self.attention_norm, hidden, self._drop(part, dropout_keys, ATTENTION_OUTPUT))
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+            dropout_keys = None if dropout_keys is None else dropout_keys.index_select(0, rows)
+        hidden = self._add(self.attention_norm, hidden, part, dropout_keys, ATTENTION_OUTPUT)
         if request is None:
             return self._mlp(hidden, dropout_keys)
         crossed = None
         if request.encoder is not None:
             cross_keys, norm = _fold(dropout_keys, CROSS_PROBABILITIES), self.cross_attention_norm
             part, crossed = self.cross_attention(self._read(norm, hidden), layout, cross_keys, request)
-            hidden = self._add(norm, hidden, self._drop(part, dropout_keys, CROSS_OUTPUT))
+            hidden = self._add(norm, hidden, part, dropout_keys, CROSS_OUTPUT)
         return LayerOutput(self._mlp(hidden, dropout_keys), probabilities, crossed)
 
     def _mlp(self, hidden: Tensor, dropout_keys: Tensor | None) -> Tensor:
         part = self.mlp(self._read(self.mlp_norm, hidden))
-        return self._add(self.mlp_norm, hidden, self._drop(part, dropout_keys, MLP_OUTPUT))
+        return self._add(self.mlp_norm, hidden, part, dropout_keys, MLP_OUTPUT)
 
     def _read(self, norm: LayerNorm, hidden: Tensor) -> Tensor:
         """What a part of the layer reads of the residual stream."""
         return hidden if self.post_norm else norm(hidden)
 
-    def _add(self, norm: LayerNorm, hidden: Tensor, part: Tensor) -> Tensor:
-        """The residual stream with what a part gives."""
-        return norm(hidden + part) if self.post_norm else hidden + part
+    def _add(
+        self,
+        norm: LayerNorm,
+        hidden: Tensor,
+        part: Tensor,
+        dropout_keys: Tensor | None = None,
+        place: int = MLP_OUTPUT,
+    ) -> Tensor:
+        """The residual stream with what dropout leaves of a part."""
+        if dropout_keys is None:
+            added = hidden + part
+        else:
+            added = keyed_dropout(
+                part,
+                self.dropout_at(place),
+                fold_in(own_tokens(dropout_keys, self.tp), place),
+                keep_nothing=self.recompute == "full",
+                hashed=self._hashed,
+                residual=hidden,
+            )
+        return norm(added) if self.post_norm else added
 
     def dropout_at(self, place: int) -> float:
         """Probability of dropout at a place of the layer."""
         del place
         return self.dropout_prob
-
-    def _drop(self, x: Tensor, dropout_keys: Tensor | None, place: int) -> Tensor:
-        if dropout_keys is None:
-            return x
-        row_keys = fold_in(own_tokens(dropout_keys, self.tp), place)
-        keep_nothing = self.recompute == "full"
-        return keyed_dropout(x, self.dropout_at(place), row_keys, keep_nothing=keep_nothing, hashed=self._hashed)
 
 
 def _fold(dropout_keys: Tensor | None, place: int) -> Tensor | None:

@@ -13,7 +13,6 @@ from megatron_bert.model.batch import MicroBatch
 from megatron_bert.model.heads import MaskedLanguageHead, SentencePairHead
 from megatron_bert.model.stage import EncoderStage
 from parallel.cross_entropy import IGNORED, vocab_parallel_argmax, vocab_parallel_cross_entropy
-from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
 
 
@@ -71,8 +70,7 @@ class BertForPretraining(EncoderStage):
         if not self.part.last:
             return hidden
         assert self.embeddings is not None, "the last stage has the head's output matrix"
-        rows = select_tokens(hidden, torch.cat((batch.slots, batch.first_tokens)), self.tp)
-        masked, first = rows.split((batch.slots.shape[0], batch.first_tokens.shape[0]))
+        masked, first = hidden.split((batch.slots.shape[0], batch.first_tokens.shape[0]))
         logits = self.masked_head(masked, self.embeddings.word_embeddings.weight)
         return PretrainingLogits(logits, None if self.pair_head is None else self.pair_head(first))
 

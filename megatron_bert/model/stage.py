@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_bert.model.batch import TokenBatch, token_keys
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.encoder import BertEmbeddings, Encoder, WordTable
+from parallel.layers import select_tokens
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.pipeline.stage import StagePart
 from parallel.recompute import Recompute
@@ -91,12 +92,16 @@ class EncoderStage(ModelStage):
         return None if seed is None else self._token_keys(batch.samples, batch.positions, seed)
 
     def encode(self, batch: TokenBatch, dropout_keys: Tensor | None, received: Tensor | None) -> Tensor:
-        """Hidden states after the stage's layers: ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism.
+        """Hidden states after the stage's layers.
 
         Args:
             batch: what to read; every stage takes the whole of it.
             dropout_keys: int64 ``[T]`` dropout keys of the tokens; None without dropout.
             received: hidden states from the stage before; None on the first stage.
+
+        Returns:
+            ``[T, H]``, or this rank's ``[T/t, H]`` under sequence parallelism; on the last stage ``[R, H]``, of the
+            tokens that the heads read, on every tensor rank.
         """
         if isinstance(self.embeddings, BertEmbeddings):
             hidden = self.embeddings(
@@ -105,4 +110,9 @@ class EncoderStage(ModelStage):
         else:
             assert received is not None, "a stage that is not the first goes on from hidden states"
             hidden = received
-        return self.encoder(hidden, batch.layout, dropout_keys)
+        if not self.part.last:
+            return self.encoder(hidden, batch.layout, dropout_keys)
+        rows = batch.read_by_heads()
+        if rows.shape[0] < hidden.shape[0] and self.encoder.selects(hidden):
+            return self.encoder(hidden, batch.layout, dropout_keys, rows=rows)
+        return select_tokens(self.encoder(hidden, batch.layout, dropout_keys), rows, self.tp)

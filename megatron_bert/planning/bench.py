@@ -35,6 +35,7 @@ from megatron_bert.planning.this_machine import memory_bytes, processor_name, ru
 from megatron_bert.planning.timed import Ranks
 from parallel.dropout import keyed_dropout
 from parallel.errors import UserError, called, counted
+from parallel.first_order import first_order
 from parallel.gradients import sums_of_squares
 from parallel.process_group import choose_device, process_group
 from parallel.sharding import initialize
@@ -210,6 +211,7 @@ def _attention(ranks: Ranks, dtype: torch.dtype, dropout: float) -> float:
     module.query_key_value = Given()  # type: ignore[assignment]
     module.output = Given()
 
+    @first_order()
     def work() -> None:
         given = next(made)[0].detach().requires_grad_()
         out = module(given, layout, keys)
@@ -234,11 +236,12 @@ def _moving(ranks: Ranks, dtype: torch.dtype) -> float:
     )
     keys = torch.arange(tokens, device=device)
 
+    @first_order()
     def work() -> None:
         stream, wide = next(made)
         x, y = stream.detach().requires_grad_(), wide.detach().requires_grad_()
         for _ in range(2):
-            x = x + keyed_dropout(F.layer_norm(x, (hidden,), weight, bias), 0.1, keys)
+            x = keyed_dropout(F.layer_norm(x, (hidden,), weight, bias), 0.1, keys, residual=x)
         torch.autograd.backward([x, ACTIVATIONS["gelu"](y)], [stream, wide])
 
     forward = hidden * (10 * number + 2) + 4 * hidden * 2 * number

@@ -161,10 +161,12 @@ class _Tracer:
 
     def _samples(self, wrong: Tensor, batch: TokenBatch) -> list[int]:
         """Numbers of the samples whose tokens are in the rows of a mask; all of the micro batch for other shapes."""
-        numbers = batch.samples
+        numbers, read = batch.samples, batch.read_by_heads()
         rank, size = self.tensor
         if wrong.dim() and wrong.shape[0] * size == numbers.shape[0]:  # this rank's tokens, in sequence parallelism
             numbers = numbers.chunk(size)[rank]
+        elif wrong.dim() and wrong.shape[0] == read.shape[0]:
+            numbers = numbers[read]
         if wrong.dim() and wrong.shape[0] == numbers.shape[0]:
             numbers = numbers[wrong.flatten(1).any(1) if wrong.dim() > 1 else wrong]
         return [int(number) for number in numbers.unique().tolist()]

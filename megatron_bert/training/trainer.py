@@ -38,6 +38,7 @@ from parallel.checkpoint import read_state
 from parallel.checkpoint_reader import load_tensors
 from parallel.checkpoint_writer import CheckpointWriter
 from parallel.data_parallel import finish_gradients
+from parallel.first_order import first_order
 from parallel.gradients import clip_factor, global_gradient_norm, sum_token_partial_gradients
 from parallel.mesh import DATA_AXES, ParallelMesh
 from parallel.object_collectives import on_first_rank
@@ -226,6 +227,7 @@ class Trainer:
         self.consumed_samples += batches[0].step_samples or self.settings.training.global_batch_size
         return sums
 
+    @first_order()
     def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:
         """The gradients of a step, complete; the optimizer unscales and clips them as it reads them."""
         training = self.settings.training

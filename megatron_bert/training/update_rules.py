@@ -18,8 +18,10 @@ from torch.optim.adamw import adamw
 from megatron_bert import backends
 from megatron_bert.config_sections import OptimizerSettings
 from parallel.gradients import sums_of_squares
+from parallel.huge_pages import large_zeros
 from parallel.mesh import ParallelMesh
 from parallel.runs import Run
+from parallel.simulated_device import has_numbers
 
 #: Running means kept for every parameter, as named in checkpoints.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,7 +61,7 @@ class UpdateRule(ABC):
     ) -> None:
         self.settings, self.mesh, self.order, self.tied = settings, mesh, order, tied
         # Created now rather than at the first step, so that a checkpoint can be loaded in place.
-        self.moments = {run: {name: torch.zeros_like(run.values) for name in self.moment_names} for run in runs}
+        self.moments = {run: {name: _zeros_like(run.values) for name in self.moment_names} for run in runs}
         self.runs = [run for run in runs if run.values.numel()]
         self._prepare(runs)
         self.set_steps(0)
@@ -84,6 +86,12 @@ class UpdateRule(ABC):
 
     def _with_gradients(self) -> list[tuple[Run, Tensor]]:
         return [(run, gradient) for run in self.runs if (gradient := run.gradient) is not None]
+
+
+def _zeros_like(values: Tensor) -> Tensor:
+    if not has_numbers(values):
+        return torch.zeros_like(values)
+    return large_zeros(values.numel(), dtype=values.dtype, device=values.device).view(values.shape)
 
 
 class AdamW(UpdateRule):

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training steps compute in place on processors gives what it gives elsewhere."""
+
+from __future__ import annotations
+
+import mmap
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
+from parallel.dropout import fold_in, keep_mask, keep_scale, keyed_dropout
+from parallel.first_order import first_order, in_place
+from parallel.huge_pages import large_zeros
+from parallel.layers import ColumnParallelLinear
+from parallel.mesh import SINGLE
+from parallel.simulated_device import standing_for_gpu
+from parallel.weight_gradients import add_in_place
+
+CPU = torch.device("cpu")
+KEYS = fold_in(torch.arange(6), 3)
+
+
+def test_where_something_is_computed_in_place() -> None:
+    x = torch.zeros(2)
+    assert not in_place(x)
+    with first_order():
+        assert in_place(x)
+        assert not in_place(x.bfloat16())
+        assert not in_place(x.to("meta"))
+        with torch.no_grad():
+            assert not in_place(x)
+        with standing_for_gpu():
+            assert not in_place(x)
+        with mock.patch("torch.compiler.is_compiling", return_value=True):
+            assert not in_place(x)
+    assert not in_place(x)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.9])
+def test_what_elements_are_multiplied_with(probability: float) -> None:
+    scale = keep_scale(KEYS, 40, probability)
+    kept = keep_mask(KEYS, 40, probability)
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, kept.float() * (1.0 / (1.0 - probability)))
+
+
+@pytest.mark.parametrize("keep_nothing", [False, True])
+@pytest.mark.parametrize("probability", [0.0, 0.25])
+def test_dropout_added_to_a_residual(probability: float, keep_nothing: bool) -> None:
+    x, residual, gradient = torch.randn(6, 5), torch.randn(6, 5), torch.randn(6, 5)
+
+    def results() -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, residual)]
+        out = keyed_dropout(leaves[0], probability, KEYS, keep_nothing=keep_nothing, residual=leaves[1])
+        return out.detach(), *torch.autograd.grad(out, leaves, gradient)
+
+    with first_order():
+        found = results()
+    torch.testing.assert_close(found, results())
+    torch.testing.assert_close(found[0], residual + keyed_dropout(x, probability, KEYS))
+
+
+def test_a_weight_gradient_is_added_where_it_is() -> None:
+    layer = ColumnParallelLinear(4, 3, init_std=1.0)
+    x, gradient = torch.randn(5, 4, requires_grad=True), torch.randn(5, 3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    expected = torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], gradient)
+    layer.weight.grad = kept = torch.randn(3, 4)
+    before = kept.clone()
+    add_in_place(layer.weight)
+    for _ in range(2):
+        with first_order():
+            out = layer(x)
+            out.backward(gradient)
+    torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias))
+    assert layer.weight.grad is kept
+    torch.testing.assert_close(kept, before + 2 * expected[1])
+    torch.testing.assert_close((x.grad, layer.bias.grad), (2 * expected[0], 2 * expected[2]))
+    assert torch.autograd.grad(layer(x), layer.weight, gradient)[0].equal(expected[1]), "outside, it is given"
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("vocabulary", [11, 16])
+def test_cross_entropy(vocabulary: int, scale: float) -> None:
+    """Also where padding is large, and where the probability of a label is below the least number."""
+    labels, weights = torch.tensor([0, 10, IGNORED, 5]), torch.randn(4)
+    logits = torch.randn(4, 16) * scale
+    logits[:, 11:] += 3 * scale
+
+    def losses_and_gradient() -> tuple[Tensor, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        losses = vocab_parallel_cross_entropy(leaf * 1.0, labels, vocabulary, SINGLE)
+        return losses.detach(), torch.autograd.grad((losses * weights).sum(), leaf)[0]
+
+    with first_order():
+        found = losses_and_gradient()
+    torch.testing.assert_close(found, losses_and_gradient())
+    assert found[0].isfinite().all()
+    assert not found[1][:, vocabulary:].any()
+    assert not found[1][2].any()
+
+
+def test_large_zeros() -> None:
+    for size in (0, 1, 2**21 + 3):
+        zeros = large_zeros(size, device=CPU, dtype=torch.float32)
+        assert zeros.shape == (size,)
+        assert not zeros.any()
+        zeros += 1
+        assert zeros.sum() == size
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert zeros.data_ptr() % 2**21 == 0, "it begins with a huge page"
+    assert large_zeros(2**22, device=torch.device("meta")).is_meta
+
+
+def test_large_zeros_where_there_are_no_huge_pages() -> None:
+    with mock.patch("mmap.MADV_HUGEPAGE", -1, create=True):  # which no system knows
+        assert large_zeros(2**21, device=CPU).sum() == 0
