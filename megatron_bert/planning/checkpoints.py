@@ -51,8 +51,9 @@ def plan_checkpoint(tensors: Iterable[SavedTensor], ranks: int, stages: int) -> 
     """What a checkpoint takes.
 
     A block goes to one of the ranks that hold it, the one with the least to write. With ``S`` the values of a stage,
-    ``r`` its ranks and ``b`` its largest block, a rank writes at most ``S / r + b`` where every block can go to any of
-    the stage's ranks or the blocks are divided evenly over them; copies over the data axis alone keep to that, too.
+    ``r`` its ranks and ``b`` its largest block, a rank writes at most ``S / r + b``, and no more than ``S``, where
+    every block can go to any of the stage's ranks or the blocks are divided evenly over them; copies over the data axis
+    alone keep to that, too.
 
     Args:
         tensors: of the checkpoint: weights and moments.
@@ -66,7 +67,8 @@ def plan_checkpoint(tensors: Iterable[SavedTensor], ranks: int, stages: int) -> 
     most = 0
     for found in by_stage.values():
         largest = max(math.ceil(tensor.nbytes / tensor.shards) for tensor in found)
-        most = max(most, math.ceil(sum(tensor.nbytes for tensor in found) / each) + largest)
+        whole = sum(tensor.nbytes for tensor in found)
+        most = max(most, min(whole, math.ceil(whole / each) + largest))
     return CheckpointPlan(
         files=sum(min(each, sum(tensor.shards for tensor in found)) for found in by_stage.values()),
         value_bytes=sum(tensor.nbytes for found in by_stage.values() for tensor in found),

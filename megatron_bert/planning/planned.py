@@ -145,6 +145,10 @@ def _start_of_task(settings: Any, encoder: Path | None) -> tuple[MegatronBertCon
 
     start = settings.model.from_
     if encoder is not None:
+        if _command_of(read_tree(encoder, [])) != "pretrain":
+            raise UserError(
+                f"--encoder {encoder} has settings of a task: give those of pretrain, for the model's sizes"
+            )
         config, notes = _encoder(take_sizes(load_settings(encoder, [])))
         return settings.model.changed(config), BERT, [f"the model has the sizes of {encoder}", *notes]
     if not start.exists():

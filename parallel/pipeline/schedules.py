@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
-from parallel.errors import UserError
+from parallel.errors import UserError, counted
 from parallel.pipeline.actions import Action, ActionKind, Backward, Placement, Schedule
 from parallel.pipeline.list_scheduler import list_schedule
 from parallel.pipeline.zero_bubble import zero_bubble_h1, zero_bubble_v
@@ -239,6 +239,6 @@ def _check_sizes(name: str, ranks: int, microbatches: int, chunks: int) -> None:
             raise UserError(f"schedule '{name}' was given {value} {what}: give 1 or more.")
     if ranks * chunks * microbatches > MOST_PASSES:
         raise UserError(
-            f"schedule '{name}' was given {microbatches:,} microbatches on {ranks * chunks:,} stages: a step has "
-            f"{MOST_PASSES // (ranks * chunks):,} at most; take larger ones, or fewer samples a step."
+            f"schedule '{name}' was given {microbatches:,} microbatches on {counted(ranks * chunks, 'stage')}: a step "
+            f"has {MOST_PASSES // (ranks * chunks):,} at most; take larger ones, or fewer samples a step."
         )

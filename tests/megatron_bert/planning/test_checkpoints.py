@@ -132,6 +132,13 @@ def test_files_bytes_and_entries(planned: Planned, tmp_path: Path) -> None:
     assert 0.3 < len(metadata) / (len(blocks) * METADATA_BYTES) < 3
 
 
+def test_one_rank_writes_no_more_than_there_is() -> None:
+    tensors = [SavedTensor(nbytes=size) for size in (100, 7, 5)]
+    assert plan_checkpoint(tensors, 1, 1).rank_bytes == plan_checkpoint(tensors, 1, 1).value_bytes == 112
+    assert plan_checkpoint(tensors, 2, 1).rank_bytes == 112
+    assert plan_checkpoint([SavedTensor(nbytes=10)] * 10, 5, 1).rank_bytes == 30
+
+
 def test_a_rank_reads_the_blocks_of_its_part_once(planned: Planned, tmp_path: Path) -> None:
     """At the layout that saved it a rank reads one block a tensor, whichever of its copies was written."""
     _, plans, local = planned

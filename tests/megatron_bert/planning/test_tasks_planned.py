@@ -53,6 +53,7 @@ def test_the_plan_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["finetune/mnli"], "or before there is one the settings that will pretrain it, with --encoder"),
         (["bert_345m", "--encoder", str(ENCODER)], "--encoder .* is for tasks, but bert_345m has settings of pretrain"),
+        (["finetune/mnli", "--encoder", "finetune/mnli"], "--encoder finetune/mnli has settings of a task"),
         (["finetune/mnli", "--encoder", "nowhere.yaml"], "cannot read the settings file nowhere.yaml"),
         (["finetune/mnli", "task.max_length=513", "--encoder", str(ENCODER)], "the model takes at most 512"),
     ],

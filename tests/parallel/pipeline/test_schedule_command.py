@@ -65,7 +65,10 @@ def test_png_and_trace(tmp_path):
         (["--schedule", "1f1b", "--virtual-stages", "2"], "takes exactly 1"),
         (["--schedule", "gpipe,1f1b", "--virtual-stages", "2"], "none of gpipe, 1f1b has a choice"),
         (["--schedule", "1f1b", "--microbatches", "0"], "given 0 microbatches"),
-        (["--schedule", "1f1b", "--microbatches", "10000000"], "given 10,000,000 microbatches on 4 stages: a step has"),
+        (
+            ["--schedule", "1f1b", "--microbatches", "10000000"],
+            "given 10,000,000 microbatches on 4 stages: a step has 262,144",
+        ),
         (["--schedule", "1f1b", "--costs", "1,2"], "give three numbers F,B,W"),
         (["--schedule", "1f1b", "--costs", "1,x,2"], "give three numbers F,B,W"),
         (["--schedule", "1f1b", "--costs", "1,-1,2"], "give three times above 0"),
