@@ -274,7 +274,7 @@ def layouts(workload: Workload, ranks: int, micro_batch: int = 1) -> Iterator[La
     """Every way to lay a workload out over a number of ranks, those that cannot be included.
 
     Args:
-        micro_batch: the configured size, whose multiples by powers of two are tried where there are too many others.
+        micro_batch: the configured size, whose multiples by powers of two are tried where there are too many.
     """
     config = workload.config
     for tensor in _divisors(ranks, 16):
@@ -315,11 +315,15 @@ def _schedules(pipeline: int, layers: int) -> Iterator[tuple[str, int]]:
 
 
 def _micro_batches(share: int, configured: int) -> list[int]:
-    """Sizes that divide the samples of a data rank; of too many, powers of two and the configured size times such."""
+    """Sizes that divide the samples of a data rank.
+
+    Of too many, powers of two, the configured size times such, and the largest size before each next power of two.
+    """
     sizes = _divisors(share, _LARGEST_MICRO_BATCH)
     if len(sizes) <= _MOST_MICRO_BATCHES:
         return sizes
-    return [size for size in sizes if _odd_part(size) in (1, _odd_part(configured))]
+    largest = {size.bit_length(): size for size in sizes}.values()
+    return [size for size in sizes if _odd_part(size) in (1, _odd_part(configured)) or size in largest]
 
 
 def _odd_part(number: int) -> int:

@@ -189,10 +189,12 @@ def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
     for (kind, group), (count, size) in sums.items():
         if size > min(1e6, total / 1000):
             axis = "data" if group.startswith("data") else group
-            link = "a node" if best.machine.link(layout, axis) is best.machine.device.link else "the network"
+            link = (
+                "inside a node" if best.machine.link(layout, axis) is best.machine.device.link else "over the network"
+            )
             lines.append(
                 f"  {kind} over {group.replace('_', ' ')}: {count:,} of {with_unit(size, DECIMAL_BYTES, 2)} in all, "
-                f"inside {link}"
+                f"{link}"
             )
     lines += data_lines(settings, best.workload)
     lines += checkpoint_lines(settings, best.workload, layout, disk)

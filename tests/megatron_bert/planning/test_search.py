@@ -77,6 +77,15 @@ def test_nothing_ranked_first_is_slower_than_what_is_configured(batch: int, micr
     assert micro_batch // 2 in sizes
 
 
+@pytest.mark.parametrize("batch", [20000, 2**10 * 3**4, 2520, 997, 4096])
+def test_some_micro_batch_of_every_magnitude_is_tried(batch: int) -> None:
+    """One is tried of at least half of any size that a data rank could take."""
+    sizes = sorted({layout.micro_batch for layout in layouts(replace(workload(), global_batch=batch), 1, 1)})
+    possible = [size for size in range(1, 257) if batch % size == 0]
+    assert all(any(size / 2 <= tried <= size for tried in sizes) for size in possible)
+    assert sizes[-1] == possible[-1]
+
+
 def test_a_layout_that_no_search_tries_is_ranked_as_it_is_configured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
