@@ -127,22 +127,25 @@ CASES = [
 ]
 
 
-def _sizes(*overrides: str) -> Settings:
-    """Large enough that what grows with neither tokens nor features does not show."""
-    return settings_of(
-        "model.hidden_size=256",
-        "data.seq_length=256",
-        "training.micro_batch_size=8",
-        "training.global_batch_size=64",
-        *overrides,
-    )
+def _sizes(ranks: int, *overrides: str) -> Settings:
+    """Large enough that what grows with neither tokens nor features does not show.
+
+    As few micro batches as a pipeline has phases, and two layers where none are divided: those between are alike.
+    """
+    sizes = ["model.hidden_size=256", "data.seq_length=256", "training.micro_batch_size=8"]
+    settings = settings_of(*sizes, *overrides)
+    layout = settings.layout(ranks)
+    batch = 2 * layout.pipeline * layout.data * settings.training.micro_batch_size
+    divided = layout.tensor * layout.pipeline > 1 or settings.parallel.sharding in ("full", "hybrid")
+    sizes += [f"model.num_hidden_layers={4 if divided else 2}", f"training.global_batch_size={batch}"]
+    return settings_of(*sizes, *overrides)
 
 
 @pytest.mark.parametrize(
     ("rank", "ranks", "overrides"), CASES, ids=lambda value: " ".join(value) if isinstance(value, list) else str(value)
 )
 def test_agrees_with_a_real_step(rank: int, ranks: int, overrides: list[str]) -> None:
-    settings = _sizes(*overrides)
+    settings = _sizes(ranks, *overrides)
     work = workload_of(settings, settings.model_config_for(Vocabulary.vocab_size, 0), 1, settings.data.seq_length)
     layout = layout_of(settings, ranks)
     stages = stages_of(work, layout)

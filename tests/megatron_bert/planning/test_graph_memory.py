@@ -130,7 +130,7 @@ def test_memory_of_graphs_is_what_recording_them_takes(
         "data.seq_length=128",
         "precision.compute=bfloat16",
         "training.cuda_graphs=true",
-        "training.global_batch_size=32",
+        f"training.global_batch_size={8 * pipeline}",
         f"training.recompute={recompute}",
         f"parallel.pipeline={pipeline}",
         f"parallel.schedule={schedule}",

@@ -31,7 +31,7 @@ def drawn(seed: int) -> tuple[Settings, int, int]:
         sharding = draw.choice(["none", "optimizer", "full", "hybrid"])
         overrides = [
             f"model.hidden_size={draw.choice([128, 256])}",
-            f"model.num_hidden_layers={draw.choice([8, 9])}",
+            f"model.num_hidden_layers={draw.choice([8, 9]) // (1 if pipeline == 4 else 2)}",
             f"data.seq_length={draw.choice([64, 128, 256])}",
             f"data.pair_objective={draw.choice(['none', 'sop'])}",
             f"data.packed={draw.choice(['true', 'false'])}",

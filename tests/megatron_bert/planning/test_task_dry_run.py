@@ -15,6 +15,7 @@ from megatron_bert import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.cli import main
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
+from megatron_bert.finetuning.finetune import finetune
 from megatron_bert.model.sequences import filling
 from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.dry_run import dry_run_rank
@@ -27,13 +28,14 @@ from tests.megatron_bert.finetuning.support import (
     CONFIG,
     WORDS,
     make_encoder,
+    make_run,
     run_settings,
     write_answers,
     write_classes,
     write_entities,
     write_questions,
 )
-from tests.megatron_bert.quantizing.support import make_model, quantize_settings
+from tests.megatron_bert.quantizing.support import quantize_settings
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_what_a_dry_run_refuses(given: list[str], says: str, folder: Path, capsy
 
 @pytest.mark.slow
 def test_quantization_is_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model(tmp_path)
+    finetune(make_run(tmp_path, layers=2, training__steps=1))
     settings = quantize_settings(tmp_path, training__run_dir=tmp_path / "integers", training__device="cuda")
     path = tmp_path / "quantize.yaml"
     path.write_text(settings.dump(), encoding="utf-8")
