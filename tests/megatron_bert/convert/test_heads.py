@@ -114,7 +114,7 @@ class TestRuns:
     def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """A fine-tuning run, and a quantization run from it."""
         folder = tmp_path_factory.mktemp("runs")
-        finetune(make_run(folder, training__steps=4))
+        finetune(make_run(folder, layers=2, training__steps=4))
         quantize(quantize_settings(folder, training__steps=2, training__evaluate_every=2))
         return folder
 

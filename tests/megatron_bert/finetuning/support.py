@@ -58,14 +58,15 @@ HEADS = {
 }
 
 
-def make_encoder(folder: Path) -> Path:
+def make_encoder(folder: Path, layers: int = CONFIG.num_hidden_layers) -> Path:
     """A directory with a pretrained encoder's weights and its vocabulary."""
     from megatron_bert.data.tokenizers import load_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
     tokenizer = load_tokenizer(small_vocabulary(folder, WORDS))
-    MegatronBertForPreTraining(MegatronBertConfig.from_dict(CONFIG.to_dict())).save_pretrained(folder / "encoder")
+    config = MegatronBertConfig.from_dict(CONFIG.to_dict() | {"num_hidden_layers": layers})
+    MegatronBertForPreTraining(config).save_pretrained(folder / "encoder")
     save_tokenizer(tokenizer, folder / "encoder", CONFIG.max_position_embeddings)
     return folder / "encoder"
 
@@ -165,9 +166,9 @@ def run_settings(folder: Path, **changes: Any) -> FinetuneSettings:
     return FinetuneSettings.model_validate(tree)
 
 
-def make_run(folder: Path, **changes: Any) -> FinetuneSettings:
+def make_run(folder: Path, layers: int = CONFIG.num_hidden_layers, **changes: Any) -> FinetuneSettings:
     """An encoder, training and validation data for a run, and its settings."""
-    make_encoder(folder)
+    make_encoder(folder, layers)
     write_classes(folder / "train.jsonl", 120, 1)
     write_classes(folder / "valid.jsonl", 40, 2)
     return run_settings(folder, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from tests.megatron_bert.finetuning.support import make_run, run_settings, write
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
 from tests.megatron_bert.training.runs import run_settings as run_settings_of_pretraining
+
+#: Two layers are enough to go on with, to stop and to save.
+small_run = partial(make_run, layers=2)
 
 
 class KilledError(Exception):
@@ -83,7 +87,7 @@ def test_the_best_checkpoint_is_kept_and_scored(tmp_path: Path, monkeypatch: pyt
     """Scores are forced: the second evaluation is the best."""
     scores = iter([0.2, 0.9, 0.3, 0.4, 0.5])
     monkeypatch.setattr(Finetuning, "evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
-    settings = make_run(tmp_path, training__steps=10, training__evaluate_every=2, checkpoint__every=2)
+    settings = small_run(tmp_path, training__steps=10, training__evaluate_every=2, checkpoint__every=2)
     finetune(settings)
     results = read_results(tmp_path / "run")
     assert results is not None
@@ -99,7 +103,7 @@ def test_stops_early_and_stays_stopped(
 ) -> None:
     scores = iter([0.5, 0.6, 0.4, 0.6])
     monkeypatch.setattr(Finetuning, "evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
-    settings = make_run(tmp_path, training__steps=20, training__evaluate_every=2, training__patience=2)
+    settings = small_run(tmp_path, training__steps=20, training__evaluate_every=2, training__patience=2)
     finetune(settings)
     results = read_results(tmp_path / "run")
     assert results is not None
@@ -111,7 +115,7 @@ def test_stops_early_and_stays_stopped(
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"checkpoint__every": 3, "training__evaluate_every": 4, "checkpoint__keep": 0, "training__steps": 12}
-    finetune(make_run(tmp_path, **changes))
+    finetune(small_run(tmp_path, **changes))
     other = run_settings(tmp_path, training__run_dir=tmp_path / "killed", **changes)
     with monkeypatch.context() as patched:
         interrupt_after(7, patched)
@@ -127,7 +131,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
 def test_seeds_are_reported_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = make_run(tmp_path, training__steps=3, training__seeds=[1, 2, 3])
+    settings = small_run(tmp_path, training__steps=3, training__seeds=[1, 2, 3])
     with monkeypatch.context() as patched:
         interrupt_after(2, patched)
         with pytest.raises(KilledError):
@@ -147,13 +151,13 @@ def test_seeds_are_reported_together(
 
 def test_a_list_of_one_seed_is_summarized_too(tmp_path: Path) -> None:
     """What reads a directory of seeds finds its best run."""
-    finetune(make_run(tmp_path, training__steps=1, training__seeds=[7]))
+    finetune(small_run(tmp_path, training__steps=1, training__seeds=[7]))
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert (results["best"]["name"], list(results["runs"])) == ("seed_7", ["seed_7"])
 
 
 def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = make_run(tmp_path, training__steps=1, data__on_bad_row="skip")
+    settings = small_run(tmp_path, training__steps=1, data__on_bad_row="skip")
     with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"text": "w1"\n')
     finetune(settings)
@@ -164,7 +168,7 @@ def test_bad_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run_that_could_not_save_its_model_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = make_run(tmp_path, training__steps=2)
+    settings = small_run(tmp_path, training__steps=2)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
@@ -182,7 +186,7 @@ def test_a_run_that_could_not_save_its_model_is_not_finished(tmp_path: Path, mon
 def test_a_stop_at_the_last_step_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one at a step that is to be evaluated: the run that goes on evaluates it first."""
     changes = {"training__steps": 5, "training__evaluate_every": 2, "checkpoint__keep": 0}
-    finetune(make_run(tmp_path, **changes))
+    finetune(small_run(tmp_path, **changes))
     settings = run_settings(tmp_path, training__run_dir=tmp_path / "stopped", **changes)
     for step in (2, 5):
         with monkeypatch.context() as patched:
@@ -204,7 +208,7 @@ def test_a_stop_at_the_last_step_changes_nothing(tmp_path: Path, monkeypatch: py
 
 def test_going_on_from_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     """The other run's best checkpoint does not count: it is elsewhere."""
-    finetune(make_run(tmp_path, training__steps=2, training__evaluate_every=1))
+    finetune(small_run(tmp_path, training__steps=2, training__evaluate_every=1))
     source = next((tmp_path / "run" / "checkpoints").iterdir())
     settings = run_settings(
         tmp_path, training__steps=3, training__run_dir=tmp_path / "other", checkpoint__resume=str(source)
@@ -224,7 +228,7 @@ class TestMistakes:
     """Each is one sentence, before anything is written."""
 
     def refusal(self, folder: Path, **changes: Any) -> str:
-        settings = make_run(folder, **changes)
+        settings = small_run(folder, **changes)
         with pytest.raises(UserError) as caught:
             finetune(settings)
         assert not (folder / "run" / "checkpoints").exists() or not list((folder / "run" / "checkpoints").iterdir())
@@ -240,7 +244,7 @@ class TestMistakes:
         assert "data.train" in self.refusal(tmp_path, data__train=None, task__labels=["a", "b", "c"])
 
     def test_no_vocabulary(self, tmp_path: Path) -> None:
-        settings = make_run(tmp_path)
+        settings = small_run(tmp_path)
         for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
             (tmp_path / "encoder" / name).unlink()
         with pytest.raises(UserError, match=r"set tokenizer\.path"):
@@ -267,7 +271,7 @@ class TestMistakes:
         assert f"training.run_dir {tmp_path / place} cannot be written to" in text
 
     def test_damaged_results(self, tmp_path: Path) -> None:
-        finetune(make_run(tmp_path, training__steps=1))
+        finetune(small_run(tmp_path, training__steps=1))
         (tmp_path / "run" / "results.json").write_text('{"metric": ', encoding="utf-8")
         with pytest.raises(UserError, match=r"results\.json is damaged .*: remove it to train on"):
             finetune(run_settings(tmp_path, training__steps=1))
@@ -288,14 +292,14 @@ class TestMistakes:
         assert not (tmp_path / "run").exists()
 
     def test_resume_with_another_task(self, tmp_path: Path) -> None:
-        finetune(make_run(tmp_path, training__steps=2))
+        finetune(small_run(tmp_path, training__steps=2))
         (tmp_path / "run" / "results.json").unlink()
         with pytest.raises(UserError, match="task settings or labels"):
             finetune(run_settings(tmp_path, training__steps=2, task__max_length=12))
 
 
 def test_goes_on_from_a_fine_tuned_model_with_its_head(tmp_path: Path) -> None:
-    finetune(make_run(tmp_path, training__steps=4))
+    finetune(small_run(tmp_path, training__steps=4))
     before = read_results(tmp_path / "run")
     for source in ("run", "run/model"):
         model = {"from": tmp_path / source, "keep_head": True}
@@ -335,14 +339,14 @@ def test_starts_from_a_pretraining_run_with_its_tokenizer(tmp_path: Path) -> Non
 
 
 def test_keeping_a_head_that_is_none(tmp_path: Path) -> None:
-    make_run(tmp_path)
+    small_run(tmp_path)
     with pytest.raises(UserError, match="was not fine-tuned with this kind of head"):
         finetune(run_settings(tmp_path, model__keep_head=True))
 
 
 class TestSettingsThatDoNotFitTheRun:
     def test_results_of_other_settings(self, tmp_path: Path) -> None:
-        finetune(make_run(tmp_path, training__steps=1))
+        finetune(small_run(tmp_path, training__steps=1))
         with pytest.raises(UserError, match=r"learning_rate\.peak 0\.003, but now it is 0\.001"):
             finetune(run_settings(tmp_path, training__steps=1, learning_rate__peak=1e-3))
         finetune(run_settings(tmp_path, training__steps=1, logging__every=7))  # which changes no result
@@ -353,31 +357,31 @@ class TestSettingsThatDoNotFitTheRun:
 
     @pytest.mark.parametrize("name", ["train", "valid"])
     def test_results_of_other_data(self, tmp_path: Path, name: str) -> None:
-        finetune(make_run(tmp_path, training__steps=1))
+        finetune(small_run(tmp_path, training__steps=1))
         write_classes(tmp_path / f"{name}.jsonl", 20, 9)
         with pytest.raises(UserError, match=rf"results of a run with another content of .*{name}\.jsonl"):
             finetune(run_settings(tmp_path, training__steps=1))
 
     @pytest.mark.parametrize("name", ["patience", "evaluate_every"])
     def test_nothing_to_evaluate_on(self, tmp_path: Path, name: str) -> None:
-        settings = make_run(tmp_path, data__valid=None, **{f"training__{name}": 2})
+        settings = small_run(tmp_path, data__valid=None, **{f"training__{name}": 2})
         with pytest.raises(UserError, match=f"training.{name} is 2, but there is nothing to evaluate on"):
             finetune(settings)
 
     def test_without_validation_data_the_last_step_is_kept(self, tmp_path: Path) -> None:
-        finetune(make_run(tmp_path, data__valid=None, training__steps=2))
+        finetune(small_run(tmp_path, data__valid=None, training__steps=2))
         results = read_results(tmp_path / "run")
         assert results is not None
         assert (results["best_step"], results["splits"]) == (2, {})
 
     def test_a_metric_that_the_data_do_not_yield(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        settings = make_run(tmp_path, training__steps=1)
+        settings = small_run(tmp_path, training__steps=1)
         monkeypatch.setattr(ClassificationTask, "metrics", lambda *_: {"f1_macro": 1.0})
         with pytest.raises(UserError, match=r"task\.metric is accuracy, which the validation data do not yield"):
             finetune(settings)
 
     def test_training_data_that_changed(self, tmp_path: Path) -> None:
-        finetune(make_run(tmp_path, training__steps=1))
+        finetune(small_run(tmp_path, training__steps=1))
         (tmp_path / "run" / "results.json").unlink()
         write_classes(tmp_path / "train.jsonl", 120, 9)
         with pytest.raises(UserError, match="was trained with other training data"):
@@ -385,7 +389,7 @@ class TestSettingsThatDoNotFitTheRun:
 
     @pytest.mark.usefixtures("pictures")
     def test_names_with_dollar_signs_are_drawn(self, tmp_path: Path) -> None:
-        settings = make_run(tmp_path, training__steps=1)
+        settings = small_run(tmp_path, training__steps=1)
         for name in ("train", "valid"):
             path = tmp_path / f"{name}.jsonl"
             path.write_text(path.read_text(encoding="utf-8").replace('"label": "a"', '"label": "$a_$"'), "utf-8")

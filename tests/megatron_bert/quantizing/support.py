@@ -16,6 +16,7 @@ def make_model(folder: Path, **changes: Any) -> Path:
     settings = make_run(
         folder,
         training__epochs=8,
+        training__evaluate_every=20,
         training__micro_batch_size=16,
         learning_rate__peak=1e-3,
         model__hidden_dropout_prob=0.0,

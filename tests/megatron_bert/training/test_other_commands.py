@@ -48,7 +48,7 @@ WEIGHT = "classifier.weight"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, an encoder, and a run that has fine-tuned it, for quantization."""
     place = tmp_path_factory.mktemp("model")
-    finetune(make_run(place))
+    finetune(make_run(place, layers=2))
     return place
 
 
