@@ -20,6 +20,13 @@ from megatron_bert.model.configuration import MegatronBertConfig
 from parallel.process_group import World
 
 
+@pytest.fixture
+def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small vocabulary: of the tiny size, a real one takes most of the time."""
+    monkeypatch.setattr(training, "VOCABULARY", 500)
+
+
+@pytest.mark.usefixtures("_few_words")
 def test_results(tmp_path: Path) -> None:
     kinds = ["ours", "transformers", "transformers' Trainer"]
     options = [part for kind in kinds for part in ("--kind", kind)]
@@ -38,6 +45,7 @@ def test_results(tmp_path: Path) -> None:
     assert found["kinds"]["transformers"]["times_as_long_as_ours"]["median"] > 0
 
 
+@pytest.mark.usefixtures("_few_words")
 def test_a_kind_that_fails_or_comes_too_late_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ArithmeticError("no such kernel\nand more")
