@@ -135,22 +135,27 @@ def cache_folder() -> Path:
 
 
 @cache
-def library() -> Path:
-    """The library for this machine: the wheel's, or built at the first call of all processes of this user.
+def library(extra: tuple[str, ...] = (), machine: str | None = None) -> Path:
+    """The library: the wheel's, or built at the first call of all processes of this user.
+
+    Args:
+        extra: flags of the compiler beyond those of a wheel's library.
+        machine: the kind of processor that the compiler compiles for; this one by default.
 
     Raises:
         UserError: it is not there, and cannot be built.
     """
     stamp = BUILT_WITH_WHEEL / _STAMP
     sources = sources_hash()
-    if stamp.is_file() and stamp.read_text().strip() == sources and (BUILT_WITH_WHEEL / LIBRARY).is_file():
+    own = not extra and machine is None
+    if own and stamp.is_file() and stamp.read_text().strip() == sources and (BUILT_WITH_WHEEL / LIBRARY).is_file():
         return BUILT_WITH_WHEEL / LIBRARY
     cxx = compiler()
     try:
         version = subprocess.run([cxx, "--version"], capture_output=True, text=True, errors="replace").stdout
     except OSError as error:
         raise UserError(f"cannot run the C++ compiler {cxx}: {error.strerror}") from None
-    key = repr((sources, cxx, version, _FLAGS, targets(), platform.machine()))
+    key = repr((sources, cxx, version, _FLAGS, extra, targets(machine), machine or platform.machine()))
     folder = cache_folder()
     path = folder / hashlib.sha256(key.encode()).hexdigest()[:24] / LIBRARY
     if path.is_file():
@@ -161,7 +166,7 @@ def library() -> Path:
             if not path.is_file():
                 print(f"building the cpu backend with {cxx}, once", file=sys.stderr)
                 with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
-                    built = build(Path(building))
+                    built = build(Path(building), extra, machine)
                     path.parent.mkdir(exist_ok=True)
                     os.replace(built, path)
     except OSError as error:

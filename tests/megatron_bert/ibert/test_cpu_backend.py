@@ -272,16 +272,14 @@ def test_the_c_example_gives_the_logits(tmp_path):
 @pytest.mark.timeout(600)  # compilers that sanitize take their time
 def test_sanitizers_find_nothing_in_whole_runs_and_a_thousand_mutated_plans(tmp_path):
     """The engine and every target, built with the address and undefined-behavior sanitizers."""
-    library = native_library.build(
-        tmp_path, ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Og", "-g1")
-    )
+    library = native_library.library(("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Og", "-g1"))
     plans = []
     for number, settings in enumerate(({"layers": 1}, {"hidden": 40, "heads": 5, "post": True}, {"bits": 7})):
         plans.append(tmp_path / f"{number}.safetensors")
         write_plan(random_plan(**{"intermediate": 96, "positions": 40, **settings}), plans[-1])
     program = tmp_path / "mutations"
     source = Path(__file__).with_name("mutations.c")
-    flags = ("-fsanitize=address,undefined", "-g", f"-I{native_library.SOURCES}", f"-Wl,-rpath,{tmp_path}")
+    flags = ("-fsanitize=address,undefined", "-g", f"-I{native_library.SOURCES}", f"-Wl,-rpath,{library.parent}")
     _compiled_with_c(program, *flags, source, library)
     for target in TARGETS:
         own = {**os.environ, "MEGATRON_BERT_CPU_TARGET": target}
