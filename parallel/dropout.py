@@ -167,8 +167,9 @@ def drop(
 
 
 def scales(x: Tensor) -> bool:
-    """Whether :func:`keep_scale` is what ``x`` is best multiplied with."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not on_gpu(x) and not is_recorded()
+    """Whether :func:`keep_scale` is what ``x`` is best multiplied with; steps are simulated with masks."""
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not is_recorded()
+    return plain and not on_gpu(x) and has_numbers(x)
 
 
 class _RehashedDropout(torch.autograd.Function):
