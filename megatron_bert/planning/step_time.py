@@ -46,22 +46,30 @@ class Times(NamedTuple):
         return self.forward + self.backward_input + self.backward_weight
 
 
-def layer_times(workload: Workload, layout: Layout, machine: Machine, gathering: Gathering) -> Times:
-    """Of a layer for a micro batch, whose weights are gathered in both directions where they are divided."""
+def layer_times(
+    workload: Workload, layout: Layout, machine: Machine, gathering: Gathering, *, top: bool = False
+) -> Times:
+    """Of a layer for a micro batch, whose weights are gathered in both directions where they are divided.
+
+    Args:
+        top: whether heads read its result, of which one tensor rank on processors computes no more than that.
+    """
     config, number, compute = workload.config, workload.number_bytes, workload.compute
     hidden, tensor = config.hidden_size, layout.tensor
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     own = tokens / layout.split_tokens
     wide, inner = config.intermediate_size / tensor, hidden / tensor
-    shapes = [(3 * inner, hidden), (hidden, inner), (wide, hidden), (hidden, wide)]
-    forward = sum(machine.product(tokens, out, into, compute) for out, into in shapes)
-    backward = sum(machine.product(tokens, into, out, compute) for out, into in shapes)
-    weights = [machine.product(out, into, tokens, compute) for out, into in shapes]
+    selects = top and tensor == 1 and not (workload.compiled or workload.fused_attention)
+    after = workload.read_tokens(layout.micro_batch) if selects else tokens
+    shapes = [(tokens, 3 * inner, hidden), (after, hidden, inner), (after, wide, hidden), (after, hidden, wide)]
+    forward = sum(machine.product(rows, out, into, compute) for rows, out, into in shapes)
+    backward = sum(machine.product(rows, into, out, compute) for rows, out, into in shapes)
+    weights = [machine.product(out, into, rows, compute) for rows, out, into in shapes]
     scores = machine.attention(4 * tokens * workload.length * inner, compute, config.attention_probs_dropout_prob > 0)
     # Norms, dropout and sums on the stream of features; the activation; fusing compilers save about a third.
     drops = config.hidden_dropout_prob > 0
     waste = 1.0 if workload.compiled else 1.5
-    stream, act = own * hidden, tokens * wide
+    stream, act = (own + after / layout.split_tokens) / 2 * hidden, after * wide
     moved = waste * (stream * (10 * number + (2 if drops else 0)) + act * 2 * number)
     moved_back = waste * (stream * (16 * number + (2 if drops else 0)) + act * 3 * number + tokens * inner * 7 * number)
     moved_weights = (4 * hidden * inner + 2 * hidden * wide) * added_bytes(workload, layout)
@@ -84,9 +92,7 @@ def layer_times(workload: Workload, layout: Layout, machine: Machine, gathering:
     back_seconds += machine.moving(moved_back)
     again = 0.0
     if layout.recompute == "full":
-        again = (
-            machine.with_host(ahead_seconds, ahead_operators) + sent - machine.product(tokens, hidden, wide, compute)
-        )
+        again = machine.with_host(ahead_seconds, ahead_operators) + sent - machine.product(after, hidden, wide, compute)
     elif layout.recompute == "selective":
         again = machine.moving(waste * act * 2 * number)
     times = Times(
@@ -170,19 +176,23 @@ class StepTime:
 def stage_times(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> list[Times]:
     """Of every stage for a micro batch."""
     number = workload.number_bytes
-    layer = layer_times(workload, layout, machine, gathering_of(layer_unit(stages[0], number), layout, machine))
+    gathering = gathering_of(layer_unit(stages[0], number), layout, machine)
+    layer, top = (layer_times(workload, layout, machine, gathering, top=top) for top in (False, True))
     times = []
     for stage in stages:
-        count, ends = len(stage.part.layers), ends_times(workload, layout, stage, machine)
+        layers = [layer] * len(stage.part.layers)
+        if stage.part.last and layers:
+            layers[-1] = top
+        ends = ends_times(workload, layout, stage, machine)
         # Nothing runs beside the gather of what is outside of layers: it begins when the micro batch does.
         root = gathering_of(root_unit(stage, number), layout, machine)
         operators = 0 if machine.device.asynchronous else root.operators  # the host of a GPU is ahead of it
         gathered = machine.with_host(root.sending + root.receiving, operators)
         times.append(
             Times(
-                count * layer.forward + ends.forward + gathered,
-                count * layer.backward_input + ends.backward_input,
-                count * layer.backward_weight + ends.backward_weight,
+                sum(each.forward for each in layers) + ends.forward + gathered,
+                sum(each.backward_input for each in layers) + ends.backward_input,
+                sum(each.backward_weight for each in layers) + ends.backward_weight,
             )
         )
     return times

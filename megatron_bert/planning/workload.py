@@ -85,6 +85,11 @@ class Workload:
         tokens = micro_batch * self.sample_tokens
         return tokens if self.head is None else tokens + filling(tokens, multiple, few=self.compiled)
 
+    def read_tokens(self, micro_batch: int) -> int:
+        """Tokens of a micro batch whose last hidden states heads read, at most."""
+        each = self.slots + self.pairs if self.head is None else self.head.rows
+        return min(micro_batch * each, micro_batch * self.sample_tokens)
+
     def attended_tokens(self, micro_batch: int, multiple: int = 1) -> int:
         """Tokens that attention works on: more than there are where sequences of no tokens stand in a rectangle.
 

@@ -16,11 +16,13 @@ from megatron_bert.config_checks import check_settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.planning.commands import DEVICE_NAMES
 from megatron_bert.planning.devices import DEVICES, GIB, NETWORK, load_device, load_network
+from megatron_bert.planning.divided_weights import Gathering
 from megatron_bert.planning.layouts import Layout, layouts, stages_of, why_not
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.plan_command import run_plan, with_layout
 from megatron_bert.planning.search import predict, search, usable_bytes
-from megatron_bert.planning.step_time import stage_times
+from megatron_bert.planning.step_time import layer_times, stage_times
+from megatron_bert.planning.workload import Workload
 from parallel.errors import UserError
 from parallel.pipeline.schedules import SCHEDULES, build_schedule
 from parallel.pipeline.simulate import Costs, simulate
@@ -49,6 +51,29 @@ def test_many_micro_batches_take_as_long_as_simulated(schedule: str) -> None:
     found = predict(work, layout, H100).time
     assert found.pipeline == pytest.approx(whole.makespan, rel=0.005)
     assert found.bubble == pytest.approx(whole.bubble, abs=0.005)
+
+
+def test_the_layer_that_heads_read_takes_less_where_the_rest_is_not_computed() -> None:
+    """On a processor, on one tensor rank, as it is: all but query, key, value and attention."""
+    work = replace(workload(), fused_attention=False, slots=1, pairs=1)
+    assert work.read_tokens(8) == 16
+    assert replace(work, slots=512).read_tokens(8) == 8 * 512, "no more than there are"
+
+    def share(work: Workload, **layout: int) -> float:
+        """Of a layer's time."""
+        chosen, nothing = Layout(micro_batch=256, **layout), Gathering()
+        layer, top = (layer_times(work, chosen, H100, nothing, top=top).total for top in (False, True))
+        return top / layer
+
+    assert 0.25 < share(work) < 0.6, "query, key and value are a quarter of the products"
+    assert share(replace(work, slots=512)) == 1.0
+    assert share(replace(work, fused_attention=True)) == 1.0
+    assert share(replace(work, compiled=True)) == 1.0
+    assert share(work, tensor=2) == 1.0
+    layout = Layout(micro_batch=256)
+    (stage,) = stage_times(work, layout, stages_of(work, layout), H100)
+    (whole,) = stage_times(replace(work, fused_attention=True), layout, stages_of(work, layout), H100)
+    assert stage.total < whole.total
 
 
 def test_what_is_ranked_fits_and_can_be() -> None:
