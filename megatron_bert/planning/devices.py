@@ -121,6 +121,13 @@ class Device(Section):
             raise ValueError(f"link is not set, but the {self.devices_per_node} devices_per_node share one")
         return self
 
+    @field_validator("name", "note")
+    @classmethod
+    def _on_a_terminal(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("it has characters that cannot be printed")
+        return value
+
     @field_validator("peak_tflops")
     @classmethod
     def _of_formats(cls, value: dict[str, float]) -> dict[str, float]:

@@ -52,6 +52,13 @@ def test_numbers_of_links_have_ranges(name: str, value: float, tmp_path: Path) -
         assert name in refusal(tmp_path, LINK | {"by_ranks": {2: LINK | {name: 7}}}, network=True)
 
 
+@pytest.mark.parametrize("name", ["name", "note"])
+def test_what_is_printed_is_printable(name: str, tmp_path: Path) -> None:
+    assert f"{name}: Value error, it has characters that cannot be printed" in refusal(
+        tmp_path, DEVICE | {name: "red\x1b[31m"}
+    )
+
+
 def test_no_more_ranks_compute_at_once_than_there_are(tmp_path: Path) -> None:
     assert "ranks_at_once 9 is above devices_per_node 8" in refusal(tmp_path, DEVICE | {"ranks_at_once": 9})
 
