@@ -86,7 +86,10 @@ class _Recorder:
     def mark(self) -> None:
         pass
 
-    def replay(self, behind: Callable[[], None] | None = None) -> None:
+    def hold(self) -> None:
+        pass
+
+    def replay(self, behind: Callable[[], None] | None = None, ahead: Callable[[], None] | None = None) -> None:
         pass
 
 
