@@ -7,7 +7,6 @@ import argparse
 import json
 import re
 import shlex
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,8 +121,8 @@ def test_the_script_for_a_gpu_takes_eight_minutes_and_what_is_there() -> None:
 def test_the_script_for_a_gpu_is_rehearsed_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """With ``--small``, as the ledger says; compiled without a compiler, which takes long."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """With ``--small``, as the ledger says; without the compiler, which takes long."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
     given = [*_commands_on_a_gpu()[number][5:], "--small", "--warmup", "1", "--steps", "1"]
