@@ -11,7 +11,9 @@ import pytest
 from megatron_bert.config_checks import check_settings
 from megatron_bert.config_file import load_settings
 from megatron_bert.planning.devices import DEVICES, NETWORK
+from megatron_bert.planning.layouts import Layout, stages_of
 from megatron_bert.planning.machine import Machine
+from megatron_bert.planning.memory import rank_memory
 from megatron_bert.planning.plan_command import _configured, _judged, run_plan, with_layout
 from megatron_bert.planning.planned import load_planned
 from megatron_bert.planning.search import search
@@ -126,3 +128,15 @@ def test_a_task_has_the_length_that_its_table_says(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"task\.max_length is 128, but the model takes at most"):
         load_planned(path, [f"model.from={make_encoder(tmp_path)}"])
+
+
+def test_a_run_is_planned_for_the_device_whatever_its_settings_leave_open() -> None:
+    """Kernels for attention that hold no scores are of GPUs."""
+    auto = load_planned(CONFIGS / "bert_tiny.yaml", [])
+    assert auto.on(DEVICES["h100"]).workload.fused_attention
+    on_cpu = auto.on(DEVICES["cpu"]).workload
+    assert not on_cpu.fused_attention
+    layout = Layout(micro_batch=4)
+    said = load_planned(CONFIGS / "bert_tiny.yaml", ["training.device=cpu"]).workload
+    peaks = {rank_memory(work, layout, stages_of(work, layout)).peak for work in (on_cpu, said)}
+    assert len(peaks) == 1
