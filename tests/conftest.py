@@ -26,6 +26,8 @@ gc.disable()
 
 import pytest
 
+from tests.pictures import leave_out_pictures
+
 
 def pytest_collection_finish() -> None:
     """Let the garbage collector look at what tests make, and no longer at what they import."""
@@ -46,27 +48,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-#: Functions of ``megatron_bert`` that draw what a run has found.
-_DRAWING = (
-    "training.pretrain.draw_curves",
-    "finetuning.finetune.draw_run",
-    "finetuning.results.draw_confusion",
-    "finetuning.summary.draw_runs",
-    "quantizing.quantize.plot",
-)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures() -> Iterator[dict[str, Any]]:
-    """Drawing takes longer than training a tiny model; yields what draws, by its place."""
-    drawing = {}
+    """Yields what draws, by its place."""
     with pytest.MonkeyPatch.context() as patch:
-        for place in _DRAWING:
-            module, _, name = place.rpartition(".")
-            if module := sys.modules.get(f"megatron_bert.{module}"):
-                drawing[f"megatron_bert.{place}"] = getattr(module, name)
-                patch.setattr(module, name, lambda target, *_, **__: target)
-        yield drawing
+        yield leave_out_pictures(patch.setattr)
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ from parallel.mesh import SINGLE, TensorParallel
 from parallel.recompute import Recompute, recomputed
 from parallel.runs import Run, lone_run
 from parallel.sharding import Constant, ParallelModule
-from tests.worlds import gathered
+from tests.worlds import gathered, preload
+
+preload(__name__)
 
 EPS64 = torch.finfo(torch.float64).eps
 

@@ -25,13 +25,19 @@ from megatron_bert.tasks.task import Head, Instance
 from megatron_bert.training import running
 from parallel.process_group import World
 from tests.megatron_bert.data.support import small_vocabulary
+from tests.pictures import leave_out_pictures
 from tests.worlds import CPU, preload
 
 preload(
+    __name__,
+    "megatron_bert.data.text_files",
     "megatron_bert.family.language",
+    "megatron_bert.family.tokenizer",
     "megatron_bert.finetuning.inference",
     "megatron_bert.quantizing.quantize",
+    "megatron_bert.tasks.metrics",
     "sklearn.metrics",
+    "transformers.models.encoder_decoder",
 )
 
 WORDS = [f"w{number}" for number in range(90)]
@@ -183,7 +189,7 @@ def join_world() -> None:
 
     for module in (running, inference):
         module.process_group = joined  # type: ignore[attr-defined]
-    finetune_module.draw_run = lambda *_: None  # takes longer than training here; this process ends with the run
+    leave_out_pictures()  # for good: this process ends with the run
     for module in (finetune_module, inference, quantize_module):
         module.launched_world_size = dist.get_world_size  # type: ignore[attr-defined]
 

@@ -27,7 +27,9 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.process_group import World
 from parallel.recompute import Recompute
 from tests.megatron_bert.data.support import numbered_tokenizer, random_corpus
-from tests.worlds import CPU, gathered_all
+from tests.worlds import CPU, gathered_all, preload
+
+preload(__name__)
 
 #: Samples per step. The numbers of data ranks below divide it.
 BATCH = 24
