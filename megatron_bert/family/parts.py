@@ -49,6 +49,8 @@ def activation(act: Activation) -> Callable[[Tensor], Tensor]:
 
 def without_values(make: Callable[..., nn.Module], *sizes: Any, **options: Any) -> Any:
     """A module whose parameters hold no values yet, on the device that is torch's default at the moment."""
+    if make is nn.Embedding:  # of a table: made otherwise it draws one, which takes time even where there are no values
+        return nn.Embedding.from_pretrained(torch.empty(*sizes), freeze=False, **options)
     return make(*sizes, device="meta", **options).to_empty(device=torch.get_default_device())
 
 

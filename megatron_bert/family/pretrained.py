@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,7 +88,7 @@ class DocumentedModel(ResizableModel):
         self.tp = tp
         self._skip_padding = None if skip_padding is None else checked_switch("skip_padding", skip_padding)
         self._initial = checked_switch("initial", initial)
-        with torch.get_default_device() if device is None else torch.device(device):
+        with nullcontext() if device is None else torch.device(device):
             self.build(**({} if pooled is None else {"pooled": pooled}))
             if type(self).build is not DocumentedModel.build:
                 self._prune_as_configured()

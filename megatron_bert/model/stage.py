@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -55,7 +56,7 @@ class EncoderStage(ModelStage):
         super().__init__(config, tp=tp, part=part)
         self._token_keys = token_keys
         self.embeddings: WordTable | None = None
-        with torch.get_default_device() if device is None else torch.device(device):
+        with nullcontext() if device is None else torch.device(device):
             if self.part.first:
                 self.embeddings = BertEmbeddings(config, tp=tp)
                 self.embeddings.word_embeddings.tied = self.tied and self.part.last
