@@ -422,7 +422,6 @@ def _assert_integers_alone(source: ASTSource, options: dict[str, int], capabilit
 @compiles
 def test_kernels_compile_for_a_gpu_to_integers_alone(monkeypatch, tmp_path):
     """Small ones, of each kind: all and of real sizes are slow."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     found = _launches(monkeypatch, 100, hidden=128, post=True)
     for name in ("attend", "normalize", "linear"):
         chosen = next(each for key, each in found.items() if key[0] == name and "add" not in key)
@@ -434,7 +433,6 @@ def test_kernels_compile_for_a_gpu_to_integers_alone(monkeypatch, tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_all_kernels_of_real_sizes_compile_to_integers_alone(capability, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     sizes = {"hidden": 1024, "intermediate": 4096, "heads": 16}
     found = _launches(monkeypatch, 16384, **sizes)
     others = {
