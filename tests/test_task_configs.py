@@ -84,7 +84,7 @@ def test_hyper_parameters_are_the_papers(name: str) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task_configs")
-    make_encoder(folder)
+    make_encoder(folder, layers=2)
     write_glue(folder / "glue")
     (folder / "texts").mkdir()
     write_classes(folder / "texts" / "train.jsonl", 20, 1)
