@@ -104,10 +104,17 @@ def _losses(folder: Path, compiled: bool | str, backend: str, changes: dict[str,
     return found
 
 
+def _all_losses(folder: Path, changes: dict[str, object]) -> list[list[list[float]]]:
+    # In one process, because what torch.compile loads on its first use takes as long as the steps.
+    found = []
+    for compiled in (False, True, "all"):
+        torch._dynamo.reset()
+        found.append(_losses(folder, compiled, "aot_eager", changes))
+    return found
+
+
 @pytest.mark.parametrize("changes", [{}, {"parallel__sharding": "full"}], ids=["float32", "sharded"])
 def test_compiled_code_computes_the_same_losses(folder: Path, changes: dict[str, object]) -> None:
     """To the last bit, as torch differentiates it before a compiler fuses it."""
-    plain, layers, everything = (
-        run_world(1, _losses, folder, compiled, "aot_eager", changes)[0] for compiled in (False, True, "all")
-    )
+    plain, layers, everything = run_world(1, _all_losses, folder, changes)[0]
     assert plain == layers == everything
