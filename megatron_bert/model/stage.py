@@ -113,7 +113,7 @@ class EncoderStage(ModelStage):
             hidden = received
         if not self.part.last:
             return self.encoder(hidden, batch.layout, dropout_keys)
-        rows = batch.read_by_heads()
-        if rows.shape[0] < hidden.shape[0] and self.encoder.selects(hidden):
+        if self.encoder.selects(hidden) and (rows := batch.read_by_heads()).shape[0] < hidden.shape[0]:
             return self.encoder(hidden, batch.layout, dropout_keys, rows=rows)
-        return select_tokens(self.encoder(hidden, batch.layout, dropout_keys), rows, self.tp)
+        last = self.encoder(hidden, batch.layout, dropout_keys)
+        return select_tokens(last, batch.read_by_heads(), self.tp)
