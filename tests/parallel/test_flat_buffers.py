@@ -24,7 +24,7 @@ from parallel.gradients import global_gradient_norm
 from parallel.mesh import ParallelMesh, data_shard_size
 from parallel.sharding import initialize
 from tests.parallel.support import ToyModel, full_gradients, runs_of
-from tests.worlds import gathered, make_mesh, run_world
+from tests.worlds import Together, gathered, make_mesh, run_world
 
 IDS = torch.tensor([0, 9, 3, 3, 7, 5, 0, 2])
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -149,10 +149,13 @@ def _ranges(sharding: str, dtype: torch.dtype) -> None:
         assert parameter.detach().equal(local.to(dtype)), name
 
 
+RANGES = Together(*((6, _ranges, sharding, dtype) for sharding in ("none", "optimizer") for dtype in DTYPES.values()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sharding", ["none", "optimizer"])
 def test_ranges_make_up_the_parameters(sharding, dtype):
-    run_world(6, _ranges, sharding, DTYPES[dtype])
+    RANGES(6, _ranges, sharding, DTYPES[dtype])
 
 
 def _overlapping() -> tuple[list[bool], list[bool], list[bool], list[bool]]:

@@ -47,14 +47,18 @@ CASES = covering_cases()
 
 
 LAMB = [
-    Case(pipeline=2, data=3, schedule="zero-bubble-h1", sharding="optimizer", microbatches=4, optimizer="lamb"),
-    Case(tensor=2, pipeline=2, data=2, sequence=True, sharding="full", microbatches=2, optimizer="lamb"),
+    Case(
+        pipeline=2, data=3, schedule="zero-bubble-h1", sharding="optimizer", microbatches=4, optimizer="lamb", depth=3
+    ),
+    Case(tensor=2, pipeline=2, data=2, sequence=True, sharding="full", microbatches=2, optimizer="lamb", depth=3),
 ]
 BFLOAT16 = [
-    Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="full", microbatches=4),
+    Case(
+        tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="full", microbatches=4, depth=3
+    ),
     Case(pipeline=2, schedule="zero-bubble-v", chunks=2, recompute="full", microbatches=4, packed=True),
-    Case(tensor=2, pipeline=2, microbatches=3, recompute="selective"),
-    Case(tensor=2, data=3, sharding="optimizer", microbatches=2),
+    Case(tensor=2, pipeline=2, microbatches=3, recompute="selective", depth=3),
+    Case(tensor=2, data=3, sharding="optimizer", microbatches=2, depth=3),
 ]
 BFLOAT16 = [replace(case, compute="bfloat16") for case in BFLOAT16]
 
@@ -187,10 +191,19 @@ def test_a_step_is_recorded_as_a_picture_and_a_trace(folder, tmp_path):
 # ---------------------------------------------------------------- resuming
 
 SAME_LAYOUT = [
-    Case(tensor=2, pipeline=2, data=2, schedule="zero-bubble-h1", sequence=True, sharding="optimizer", microbatches=3),
+    Case(
+        tensor=2,
+        pipeline=2,
+        data=2,
+        schedule="zero-bubble-h1",
+        sequence=True,
+        sharding="optimizer",
+        microbatches=3,
+        depth=3,
+    ),
     Case(pipeline=2, schedule="zero-bubble-v", chunks=2, microbatches=4, packed=True),
     Case(pipeline=2, data=2, schedule="interleaved-1f1b", chunks=2, sharding="full", microbatches=4),
-    Case(pipeline=2, data=2, sharding="optimizer", microbatches=2, compute="bfloat16", optimizer="lamb"),
+    Case(pipeline=2, data=2, sharding="optimizer", microbatches=2, compute="bfloat16", optimizer="lamb", depth=3),
 ]
 
 
