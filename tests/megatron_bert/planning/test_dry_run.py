@@ -139,7 +139,7 @@ def test_what_a_dry_run_refuses(
 def test_what_data_parallelism_holds_and_sends(ranks: int, sharding: str, compute: str) -> None:
     """6 + 12/d bytes per parameter in bfloat16, 18 undivided, 8 + 8/d in float32; every byte is sent once."""
     settings = settings_of(
-        f"training.global_batch_size={8 * ranks}",
+        f"training.global_batch_size={4 * ranks}",
         f"parallel.sharding={sharding}",
         f"precision.compute={compute}",
         "training.micro_batch_size=2",
