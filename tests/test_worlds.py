@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
-from tests.worlds import RankError, make_mesh, make_tensor_parallel, run_world
+from tests.worlds import RankError, Together, make_mesh, make_tensor_parallel, run_world
 
 
 def _sum_of_ranks(offset: torch.Tensor) -> torch.Tensor:
@@ -113,3 +113,29 @@ def _repr() -> str:
 
 def test_mesh_in_a_world():
     assert "tensor 1/2" in run_world(2, _repr)[1]
+
+
+def _process_that_takes(number: int) -> tuple[int, int]:
+    if number < 0:
+        raise UserError(f"{number} is negative")
+    return number, os.getpid()
+
+
+def test_calls_of_one_size_share_a_world():
+    worlds = Together(*((2, _process_that_takes, number) for number in (1, 2, 3)), most=2)
+    results = {number: worlds(2, _process_that_takes, number) for number in (1, 2, 3)}
+    assert {number: [value for value, _ in by_rank] for number, by_rank in results.items()} == {
+        number: [number] * 2 for number in (1, 2, 3)
+    }
+    assert worlds(2, _process_that_takes, 1) == results[1], "a call runs once"
+    processes = {number: [process for _, process in by_rank] for number, by_rank in results.items()}
+    assert processes[1] == processes[2]
+    assert not set(processes[1]) & set(processes[3])
+
+
+def test_a_call_that_fails_fails_no_other_of_its_world():
+    worlds = Together(*((1, _process_that_takes, number) for number in (1, -2, 3)))
+    assert worlds(1, _process_that_takes, 3)[0][0] == 3
+    with pytest.raises(UserError, match="-2 is negative"):
+        worlds(1, _process_that_takes, -2)
+    assert worlds(1, _process_that_takes, 1)[0][0] == 1
