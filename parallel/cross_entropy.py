@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel.collectives import _functional, start_all_reduce, wait
 from parallel.first_order import in_place
@@ -49,6 +50,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (sums.log() - label_logit).masked_fill(ignored, 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, column, owned, ignored = ctx.saved_tensors
         out = softmax
@@ -71,22 +73,25 @@ class _CrossEntropyInPlace(torch.autograd.Function):
         return losses.masked_fill_(ignored, 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         probabilities, column, ignored = ctx.saved_tensors
         each = gradient.masked_fill(ignored, 0.0)[:, None]
         return probabilities.mul_(each).scatter_add_(1, column, -each), None, None
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorParallel, *, overwrite: bool = False
+) -> Tensor:
     """Cross entropy of each row, computed in float32 whatever the type of the logits.
-
-    Where :func:`parallel.first_order.in_place` says so, one rank overwrites the logits.
 
     Args:
         logits: ``[K, padded_vocab/t]``, this rank's columns. Columns of padding (global index >= ``vocab_size``) take
             no part in the softmax and get zero gradient, so the loss does not depend on the padding.
         labels: ``[K]`` global ids, the same on every rank; -100 is ignored (loss and gradient 0).
         vocab_size: V, number of real columns over all ranks.
+        overwrite: whether nothing else reads the logits, which then may hold something else afterwards: one rank works
+            in their memory where :func:`parallel.first_order.in_place` says so.
 
     Returns:
         ``[K]`` losses in float32, the same on every rank.
@@ -94,7 +99,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int
     columns = logits.shape[1]
     first_column = tp.rank * columns
     real = max(0, min(columns, vocab_size - first_column))
-    if tp.size == 1 and in_place(logits):
+    if overwrite and tp.size == 1 and in_place(logits):
         losses: Tensor = _CrossEntropyInPlace.apply(logits, labels, vocab_size)
         return losses
     logits = logits[:, :real].float()

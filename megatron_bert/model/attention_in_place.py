@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel.dropout import keep_scale
 
@@ -73,6 +74,7 @@ class _AttentionInPlace(torch.autograd.Function):
         return context
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         projected, probabilities, remaining = ctx.saved_tensors
         found, factor = torch.empty_like(projected), projected.shape[-1] ** -0.5

@@ -108,11 +108,10 @@ class TransformerLayer(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor | LayerOutput:
         """One layer; arguments and result as of Encoder, with dropout keys of this layer."""
-        if rows is not None:
-            return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, None, rows, draws=self.draws)
-        if request is None:
+        if request is None and rows is None:
             return self._run(hidden, layout, dropout_keys)
-        return recomputed(self._forward, self.recompute, hidden, layout, dropout_keys, request, draws=self.draws)
+        args = hidden, layout, dropout_keys, request, rows
+        return recomputed(self._forward, self.recompute, *args, draws=self.draws)
 
     @property
     def draws(self) -> bool:

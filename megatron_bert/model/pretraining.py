@@ -87,7 +87,10 @@ class LossSums(NamedTuple):
 
 
 def loss_sums(logits: PretrainingLogits, batch: MicroBatch, vocab_size: int, tp: TensorParallel = SINGLE) -> LossSums:
-    """Cross entropies of a micro batch, summed over its masked tokens and over its sentence pairs."""
+    """Cross entropies of a micro batch, summed over its masked tokens and over its sentence pairs.
+
+    In a training step, which differentiates them, they may overwrite the logits of the masked tokens.
+    """
     return LossSums(*cross_entropies(logits.masked, logits.pair, batch.slot_labels, batch.pair_labels, vocab_size, tp))
 
 
@@ -95,7 +98,7 @@ def cross_entropies(
     masked: Tensor, pair: Tensor | None, slot_labels: Tensor, pair_labels: Tensor, vocab_size: int, tp: TensorParallel
 ) -> tuple[Tensor, Tensor]:
     """The same of tensors, as compiled code takes them."""
-    total = vocab_parallel_cross_entropy(masked, slot_labels, vocab_size, tp).sum()
+    total = vocab_parallel_cross_entropy(masked, slot_labels, vocab_size, tp, overwrite=True).sum()
     if pair is None:
         return total, torch.zeros_like(total)
     return total, F.cross_entropy(pair.float(), pair_labels, reduction="sum", ignore_index=IGNORED)

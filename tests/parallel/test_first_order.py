@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -95,7 +96,7 @@ def test_cross_entropy(vocabulary: int, scale: float) -> None:
 
     def losses_and_gradient() -> tuple[Tensor, Tensor]:
         leaf = logits.clone().requires_grad_()
-        losses = vocab_parallel_cross_entropy(leaf * 1.0, labels, vocabulary, SINGLE)
+        losses = vocab_parallel_cross_entropy(leaf * 1.0, labels, vocabulary, SINGLE, overwrite=True)
         return losses.detach(), torch.autograd.grad((losses * weights).sum(), leaf)[0]
 
     with first_order():
@@ -104,6 +105,42 @@ def test_cross_entropy(vocabulary: int, scale: float) -> None:
     assert found[0].isfinite().all()
     assert not found[1][:, vocabulary:].any()
     assert not found[1][2].any()
+
+
+def test_logits_that_others_read_stay() -> None:
+    """Such as those of a loss with a term for their size."""
+    labels, start = torch.tensor([0, 4, IGNORED]), torch.randn(3, 6)
+
+    def losses_and_gradient() -> tuple[Tensor, Tensor]:
+        leaf = start.clone().requires_grad_()
+        logits = leaf * 1.0
+        losses = vocab_parallel_cross_entropy(logits, labels, 5, SINGLE) + logits[:, :5].logsumexp(1).square()
+        return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+
+    with first_order():
+        found = losses_and_gradient()
+    assert all(map(torch.equal, found, losses_and_gradient()))
+
+
+def _product(x: Tensor) -> Tensor:
+    layer = ColumnParallelLinear(6, 3, init_std=1.0)
+    layer.weight.grad = torch.zeros(3, 6)
+    add_in_place(layer.weight)
+    return layer(x)
+
+
+def _loss(x: Tensor) -> Tensor:
+    return vocab_parallel_cross_entropy(x * 1.0, torch.tensor([1, 2]), 6, SINGLE, overwrite=True)
+
+
+@pytest.mark.parametrize("function", [_product, _loss])
+def test_a_second_derivative_is_refused(function: Callable[[Tensor], Tensor]) -> None:
+    """What it would be made of is gone."""
+    x = torch.randn(2, 6, requires_grad=True)
+    with first_order():
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_large_zeros() -> None:

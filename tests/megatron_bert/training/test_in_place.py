@@ -60,6 +60,15 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, at_once: int, mask: str, pos
     torch.testing.assert_close(leaf.grad, other.grad)
 
 
+def test_a_second_derivative_of_attention_is_refused() -> None:
+    """What it would be made of is gone."""
+    projected = torch.randn(1, 2, 1, 3, D, requires_grad=True)
+    context = attention_in_place(projected, None, 0.1, torch.arange(2).view(1, 1, 2), None)
+    (gradient,) = torch.autograd.grad(context.square().sum(), projected, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @contextmanager
 def _as_elsewhere() -> Iterator[None]:
     with (
