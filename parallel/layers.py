@@ -27,7 +27,7 @@ from parallel.collectives import (
 from parallel.mesh import SINGLE, TensorParallel
 from parallel.sharding import Constant, Normal, ParallelModule, local_size, local_tensor, sharded_parameter
 from parallel.simulated_device import on_gpu
-from parallel.weight_gradients import active_queue, deferred_linear, linear
+from parallel.weight_gradients import active_queue, adds_in_place, deferred_linear, linear
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -202,7 +202,7 @@ def _leave_region(partial: Tensor, tp: TensorParallel) -> Tensor:
 
 
 class _AddedRows(torch.autograd.Function):
-    """Rows of a table whose gradient another use of the table gives too: theirs is added to that where it is.
+    """Rows of a table whose gradient stays where it is, or is given by another use of the table too: added to there.
 
     Autograd would make a gradient of the size of the whole table, most of it zeros, and add both.
     """
@@ -238,7 +238,7 @@ class VocabParallelEmbedding(ParallelModule):
 
     Attributes:
         tied: whether the table has another use in every forward pass, as the output matrix of a head. On processors,
-            ``backward()`` then adds to its ``grad`` in place, where that is kept.
+            ``backward()`` then adds to its ``grad`` in place, where that is kept. Training steps may do so untied, too.
 
     Raises:
         UserError: the tensor size does not divide the padded vocabulary.
@@ -276,13 +276,16 @@ class VocabParallelEmbedding(ParallelModule):
         return _leave_region(rows.masked_fill(elsewhere[..., None], 0.0), self.tp)
 
     def _rows(self, weight: Tensor, ids: Tensor) -> Tensor:
-        # Where weight gradients wait in a queue, autograd sees that of the embedding alone. On GPUs, additions in place
-        # come in any order, and are not worth it.
-        plain = weight is self.weight and weight.device.type == "cpu" and not on_gpu(weight)
-        if self.tied and plain and torch.is_grad_enabled() and active_queue() is None:
+        if adds_in_place(weight) or (self.tied and self._adds_to_other(weight)):
             rows: Tensor = _AddedRows.apply(weight, ids)
             return rows
         return F.embedding(ids, weight)
+
+    def _adds_to_other(self, weight: Tensor) -> bool:
+        # Where weight gradients wait in a queue, autograd sees that of the embedding alone. On GPUs, additions in place
+        # come in any order, and are not worth it.
+        plain = weight is self.weight and weight.device.type == "cpu" and not on_gpu(weight)
+        return plain and torch.is_grad_enabled() and active_queue() is None
 
     def extra_repr(self) -> str:
         """Global sizes, and the share of this rank."""

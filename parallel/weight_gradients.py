@@ -73,6 +73,11 @@ def add_in_place(parameter: torch.nn.Parameter) -> None:
     parameter.adds_in_place = True  # type: ignore[attr-defined]
 
 
+def adds_in_place(weight: Tensor) -> bool:
+    """Whether a backward pass adds to a weight's gradient itself: :func:`add_in_place` and ``in_place`` say so."""
+    return getattr(weight, "adds_in_place", False) and in_place(weight)
+
+
 class _AddedLinear(torch.autograd.Function):
     """``y = x W^T + b`` whose weight gradient is added where it is kept, by the product itself.
 
@@ -96,14 +101,14 @@ class _AddedLinear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b``, whose weight gradient is added where it is kept if :func:`add_in_place` said that it stays there.
+    """``x W^T + b``, whose weight gradient is added where it is kept where it :func:`adds_in_place`.
 
     Args:
         x: ``[.., K]``.
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
     """
-    if getattr(weight, "adds_in_place", False) and in_place(x):
+    if adds_in_place(weight):
         out: Tensor = _AddedLinear.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)

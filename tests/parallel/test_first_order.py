@@ -16,10 +16,11 @@ from parallel.cross_entropy import IGNORED, vocab_parallel_cross_entropy
 from parallel.dropout import fold_in, keep_mask, keep_scale, keyed_dropout
 from parallel.first_order import first_order, in_place
 from parallel.huge_pages import large_zeros
-from parallel.layers import ColumnParallelLinear
+from parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from parallel.mesh import SINGLE
 from parallel.simulated_device import standing_for_gpu
-from parallel.weight_gradients import add_in_place
+from parallel.weight_gradients import WeightGradientQueue, add_in_place, deferring
+from tests.parallel.support import Operators
 
 CPU = torch.device("cpu")
 KEYS = fold_in(torch.arange(6), 3)
@@ -84,6 +85,21 @@ def test_a_weight_gradient_is_added_where_it_is() -> None:
     torch.testing.assert_close(kept, before + 2 * expected[1])
     torch.testing.assert_close((x.grad, layer.bias.grad), (2 * expected[0], 2 * expected[2]))
     assert torch.autograd.grad(layer(x), layer.weight, gradient)[0].equal(expected[1]), "outside, it is given"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_a_gradient_are_added_where_it_is(tied: bool) -> None:
+    table, ids, gradient = VocabParallelEmbedding(7, 8, 3, init_std=1.0), torch.tensor([5, 0, 5]), torch.randn(3, 3)
+    table.tied = tied
+    table.weight.grad = kept = torch.randn(8, 3)
+    expected = kept.clone().index_add_(0, ids, gradient).index_add_(0, ids, gradient)
+    add_in_place(table.weight)
+    with first_order(), deferring(None if tied else WeightGradientQueue()), Operators() as operators:
+        for _ in range(2):
+            table(ids).backward(gradient)
+    assert table.weight.grad is kept
+    torch.testing.assert_close(kept, expected)
+    assert operators.count("embedding_dense_backward") == 0, "no gradient of the whole table is made"
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
