@@ -72,7 +72,10 @@ def by_torch(
 ) -> Callable[[], None]:
     """A step of modules that hold their own parameters, under torch's fused AdamW."""
     groups = [
-        {"params": [p for name, p in model.named_parameters() if decays(name, p) == decayed], "weight_decay": decay}
+        {
+            "params": [p for name, p in model.named_parameters() if decays(name, p.dim()) == decayed],
+            "weight_decay": decay,
+        }
         for decayed, decay in ((True, SETTINGS.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)

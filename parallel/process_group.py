@@ -99,13 +99,18 @@ def new_group(
     """
     world = dist.group.WORLD
     assert world is not None, "groups are made of a running world"
-    if dist.get_backend() == SIMULATED:
+    if is_simulated():
         backend = None  # all groups of a simulated world are
     options = getattr(world._get_backend(torch.device("cpu")), "options", None)  # gloo's; not in every torch
     timeout = None if options is None else options._timeout
     if timeout_seconds is not None:
         timeout = timedelta(seconds=timeout_seconds)
     return dist.new_group(None if ranks is None else list(ranks), timeout=timeout, backend=backend)
+
+
+def is_simulated() -> bool:
+    """Whether the world of this process is one of its ranks, without the others."""
+    return dist.is_initialized() and dist.get_backend() == SIMULATED
 
 
 def own_group(lines: Iterable[Sequence[int]]) -> dist.ProcessGroup | None:

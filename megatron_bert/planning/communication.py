@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megatron_bert.planning.layouts import Layout, Stage
-from megatron_bert.planning.parameters import Parameter
+from megatron_bert.planning.parameters import WORDS, Parameter
 from megatron_bert.planning.workload import Workload
+from megatron_bert.tables import OPTIMIZERS, found_at
+from megatron_bert.training.optimizer import weight_decay_of
+from megatron_bert.training.update_rules import UpdateRule
 from parallel.pipeline.schedules import SCHEDULES
 
 
@@ -137,7 +140,7 @@ def data_messages(workload: Workload, layout: Layout, stage: Stage, microbatches
 
 
 def _closing_messages(workload: Workload, stages: list[Stage], layout: Layout, data_rank: int) -> Iterator[Message]:
-    """Once per step: counts of the losses, copies of the embeddings, partial gradients, the norm."""
+    """Once per step: counts of the losses, copies of the embeddings, partial gradients, and norms."""
     copies = layout.data // layout.shards
     axes = [("data_replicate", copies), ("data_shard", layout.shards)]
     for axis, size in axes:
@@ -154,6 +157,18 @@ def _closing_messages(workload: Workload, stages: list[Stage], layout: Layout, d
     for axis, size in (("tensor", layout.tensor), *axes, ("pipeline", layout.pipeline)):
         if size > 1:
             yield Message("all-reduce", axis, "float32", size, 4)
+    for axis, size in (("tensor", layout.tensor), ("data_shard", layout.shards)):
+        if size > 1:
+            for numbers in _sums_of_optimizer(workload, stages):
+                yield Message("all-reduce", axis, "float32", size, 4 * numbers)
+
+
+def _sums_of_optimizer(workload: Workload, stages: list[Stage]) -> list[int]:
+    settings = workload.optimizer
+    rule: type[UpdateRule] = found_at(OPTIMIZERS[settings.name])
+    own = [(stage, parameter) for stage in stages for parameter in stage.parameters]
+    decays = [weight_decay_of(parameter.name, len(parameter.shape), settings) for _, parameter in own]
+    return rule.sums(decays, [stage.alone and parameter.name == WORDS for stage, parameter in own])
 
 
 def _own_words(stage: Stage, data_rank: int) -> int:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from megatron_bert.config import RunSettings, Settings
 from megatron_bert.data.collate import collate, collate_rows
@@ -23,8 +25,10 @@ from megatron_bert.model.finetuning import TaskBatch
 from megatron_bert.planning.measuring import StepMeasurement, StepMeter, on_enter
 from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
 from megatron_bert.training.objective import Objective
+from megatron_bert.training.optimizer import check_patterns
 from megatron_bert.training.trainer import Trainer
-from parallel.mesh import AXES, ParallelLayout, ParallelMesh
+from parallel.mesh import AXES, SINGLE, ParallelLayout, ParallelMesh
+from parallel.pipeline.actions import Schedule
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
@@ -45,6 +49,7 @@ def dry_run_rank(
         settings = settings.model_copy(update={"training": training})
         layout = settings.layout(world_size)
         objective = make_objective(settings)
+        names = _parameter_names(objective, settings.schedule(layout))
         if batch.layout.is_packed:  # a processor asks for the lengths of its sequences, which are known here alone
             batch.layout.parts(SCORES_PER_SEQUENCE // (objective.config.num_attention_heads // layout.tensor))
         with simulated_world(rank, world_size) as world:
@@ -52,6 +57,7 @@ def dry_run_rank(
             meter = StepMeter({})
             with tensors_without_numbers(gpu=training.device != "cpu"), meter.counting():
                 trainer = Trainer(settings, objective, mesh, world, None)
+                check_patterns(chain(trainer.parameters, names), settings.optimizer, all_here=True)
                 trainer.watch.at_once = False  # there is no number to look at
                 meter.groups = _group_names(trainer)
                 meter.hold(trainer.parameters.values(), "weights")
@@ -61,6 +67,13 @@ def dry_run_rank(
                 _follow(trainer, meter)
                 trainer.train_step([batch] * trainer.engine.schedule.microbatches)
             return meter.finish()
+
+
+def _parameter_names(objective: Objective, schedule: Schedule) -> list[str]:
+    """Of the stages of all ranks, which say together what patterns of names match."""
+    parts = objective.stage_parts(schedule)
+    stages = (objective.make_stage(part, SINGLE, "none", torch.device("meta")) for part in parts)
+    return [name for stage in stages for name, _ in stage.named_parameters()]
 
 
 def _follow(trainer: Trainer, meter: StepMeter) -> None:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_bert.config import RunSettings, Settings
+from megatron_bert.config_sections import OptimizerSettings
 from megatron_bert.data.packing import LEAST_SAMPLES
 from megatron_bert.model.attention import WRITTEN_OUT_KEYS
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -53,6 +54,7 @@ class Workload:
         head: of a fine-tuning task; None where it pretrains.
         pairs: of sentences that the pair head reads of a sample, or of a row, whose places for samples are fixed.
         predictions: masked tokens of a sample, by which a run balances stages; as many as slots by default.
+        optimizer: by which weights follow from gradients.
     """
 
     config: MegatronBertConfig
@@ -69,6 +71,7 @@ class Workload:
     head: TaskHead | None = None
     pairs: int = 1
     predictions: int | None = None
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     @property
     def sample_tokens(self) -> int:
@@ -171,4 +174,5 @@ def workload_of(
         head=None if pretraining else head or TaskHead(),
         pairs=pairs,
         predictions=settings.max_predictions if isinstance(settings, Settings) else None,
+        optimizer=settings.optimizer,
     )

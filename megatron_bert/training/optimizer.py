@@ -23,21 +23,25 @@ from parallel.runs import Run, lone_run
 TIED_PREFIX = "tied."
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def decays(name: str, dimensions: int) -> bool:
     """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
-    return parameter.dim() > 1 and not name.endswith(".bias")
+    return dimensions > 1 and not name.endswith(".bias")
 
 
-def weight_decay_of(name: str, parameter: Tensor, settings: OptimizerSettings) -> float:
-    """The weight decay of a parameter."""
+def weight_decay_of(name: str, dimensions: int, settings: OptimizerSettings) -> float:
+    """The weight decay of a parameter of so many dimensions."""
     for pattern, decay in settings.weight_decay_by_name.items():
         if fnmatchcase(name, pattern):
             return decay
-    return settings.weight_decay if decays(name, parameter) else 0.0
+    return settings.weight_decay if decays(name, dimensions) else 0.0
 
 
-def check_patterns(names: Iterable[str], settings: OptimizerSettings) -> None:
+def check_patterns(names: Iterable[str], settings: OptimizerSettings, *, all_here: bool = False) -> None:
     """Refuse patterns that match no parameter; every rank calls.
+
+    Args:
+        names: of the parameters of this rank.
+        all_here: whether they are those of all ranks.
 
     Raises:
         UserError: a pattern matches none of any rank.
@@ -46,7 +50,8 @@ def check_patterns(names: Iterable[str], settings: OptimizerSettings) -> None:
     if not patterns:
         return
     mine = list(names)
-    found = gather_objects([any(fnmatchcase(name, pattern) for name in mine) for pattern in patterns])
+    matches = [any(fnmatchcase(name, pattern) for name in mine) for pattern in patterns]
+    found = [matches] if all_here else gather_objects(matches)
     for pattern, *matched in zip(patterns, *found, strict=True):
         if not any(matched):
             raise UserError(
@@ -80,7 +85,8 @@ class ShardedOptimizer:
     ) -> None:
         kinds = {
             parameter: Kind(
-                weight_decay_of(name.removeprefix(TIED_PREFIX), parameter, settings), scale(name) if scale else 1.0
+                weight_decay_of(name.removeprefix(TIED_PREFIX), parameter.dim(), settings),
+                scale(name) if scale else 1.0,
             )
             for name, parameter in parameters.items()
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -65,6 +66,16 @@ class UpdateRule(ABC):
         self.runs = [run for run in runs if run.values.numel()]
         self._prepare(runs)
         self.set_steps(0)
+
+    @classmethod
+    def sums(cls, weight_decays: Sequence[float], tied: Sequence[bool]) -> list[int]:  # noqa: ARG003
+        """Float32 numbers of every sum over the ranks that divide parameters, in a step.
+
+        Args:
+            weight_decays: of all parameters of a rank, in their order.
+            tied: whether another stage updates them as well.
+        """
+        return []
 
     @abstractmethod
     def _prepare(self, runs: Sequence[Run]) -> None:
@@ -177,12 +188,25 @@ class Lamb(UpdateRule):
     Norms are those of whole parameters, whatever ranks hold them.
     """
 
+    @classmethod
+    def sums(cls, weight_decays: Sequence[float], tied: Sequence[bool]) -> list[int]:
+        """Of the squares of weights and steps, a number of each for every adapted parameter."""
+        return [2 * len(section) for section in cls._sections(weight_decays, tied)]
+
+    @staticmethod
+    def _sections(weight_decays: Sequence[float], tied: Sequence[bool]) -> list[list[int]]:
+        """Adapted parameters whose norms are summed at once, by their places in the order of all."""
+        adapted = [place for place, decay in enumerate(weight_decays) if decay > 0]
+        # Copies on two stages must come out alike bit for bit: sums of theirs alone add up in the same order.
+        sections = [[place for place in adapted if not tied[place]], *([place] for place in adapted if tied[place])]
+        return [section for section in sections if section]
+
     def _prepare(self, runs: Sequence[Run]) -> None:
         run_of = {parameter: run for run in runs for parameter in run.members}
-        adapted = [parameter for parameter in self.order if run_of[parameter].kind.weight_decay > 0]
-        # Copies on two stages must come out alike bit for bit: sums of theirs alone add up in the same order.
-        self.sections = [[p for p in adapted if p not in self.tied], *([p] for p in adapted if p in self.tied)]
-        number = {parameter: index for index, parameter in enumerate(p for part in self.sections for p in part)}
+        self.sections = self._sections(
+            [run_of[parameter].kind.weight_decay for parameter in self.order], [p in self.tied for p in self.order]
+        )
+        number = {self.order[place]: index for index, place in enumerate(chain.from_iterable(self.sections))}
         #: Of every adapted parameter that has values here: its run and number.
         self.adapted = [
             (parameter, run, number[parameter]) for run in self.runs for parameter in run.members if parameter in number

@@ -113,6 +113,7 @@ def test_the_command_checks_a_run_and_leaves_nothing(
         (["--dry-run", "--gpus", "4", "--gpu", "FILE"], "are usable"),
         (["data.train=nowhere", "--dry-run", "--gpus", "4"], "nowhere"),
         (["--gpus", "4"], "--gpus is an option of --dry-run"),
+        (['optimizer.weight_decay_by_name={"none.*": 0}', "--dry-run", "--gpus", "4"], "matches no parameter"),
         (["training.run_dir=/proc/run", "--dry-run", "--gpus", "4"], "training.run_dir /proc/run cannot be written to"),
     ],
 )
@@ -219,3 +220,33 @@ def test_every_message_of_mixed_layouts(ranks: int, overrides: list[str]) -> Non
             if (what.kind, what.size, what.dtype) == (kind, layout.data, "float32") and what.group.startswith("data")
         )
         assert sent - 4 * sum(buckets) in (0, 4), "and one number of the norm"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (4, ["parallel.sharding=none"]),
+        (4, ["parallel.sharding=full"]),
+        (8, ["parallel.sharding=optimizer", "parallel.tensor=2"]),
+        (8, ["parallel.sharding=hybrid", "parallel.shard_size=2", "parallel.tensor=2", "parallel.sequence=true"]),
+        (8, ["parallel.sharding=hybrid", "parallel.shard_size=2", "parallel.pipeline=2"]),
+        (8, ["parallel.pipeline=4", "parallel.schedule=zero-bubble-h1"]),
+        (8, ["parallel.pipeline=2", "parallel.tensor=2", "parallel.schedule=zero-bubble-v"]),  # both ends on a rank
+        (4, ["parallel.pipeline=2", "parallel.schedule=interleaved-1f1b", "parallel.virtual_stages=2"]),
+        (4, ["parallel.sharding=full", 'optimizer.weight_decay_by_name={"*.bias": 0.1, "*": 0}']),
+        # The heads are on the last stage alone.
+        (4, ["parallel.pipeline=2", "parallel.sharding=full", 'optimizer.weight_decay_by_name={"masked_head.*": 0}']),
+        (4, ["parallel.sharding=full", "optimizer.weight_decay=0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_every_message_of_lamb(ranks: int, overrides: list[str]) -> None:
+    """The norms of weights and steps, in sums over the ranks that divide them; copies of the embeddings alone."""
+    settings = settings_of("optimizer.name=lamb", *overrides)
+    work = workload_of(settings, settings.model_config_for(Vocabulary.vocab_size, 0), 1, settings.data.seq_length)
+    layout = layout_of(settings, ranks)
+    stages = stages_of(work, layout)
+    for rank in sorted({0, ranks - ranks // layout.pipeline}):
+        step, place = measured(settings, rank, ranks), rank // (ranks // layout.pipeline)
+        expected = totals(step_messages(work, layout, stages, place))
+        assert expected == {tuple(what): (seen.count, seen.bytes) for what, seen in step.traffic.items()}
