@@ -78,7 +78,11 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="dry run: processes (default: those that are started)")
     parser.add_argument(
-        "--rank", type=int, action="append", metavar="R", help="dry run: which ranks (default: two that take most)"
+        "--rank",
+        type=int,
+        action="append",
+        metavar="R",
+        help="dry run: which ranks (default: the fullest, and those at the ends of the pipeline)",
     )
     parser.add_argument(
         "--gpu", metavar="NAME|FILE", help="dry run: refuse a rank that does not fit; as `megatron-bert plan`"

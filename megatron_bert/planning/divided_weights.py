@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_bert.planning.fullest import most
 from megatron_bert.planning.layouts import Layout, Stage
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.workload import Workload
@@ -104,12 +105,6 @@ def gathering_of(unit: Unit, layout: Layout, machine: Machine) -> Gathering:
     return Gathering(message + machine.moving(unit.sent_bytes), machine.moving(unit.received_bytes), GATHER_OPERATORS)
 
 
-def of_fullest(layout: Layout, stages: list[Stage], cost: Callable[[Stage], float]) -> float:
-    """What stages cost on the first rank of a pipeline or on its last one, where that is more."""
-    ranks = {0, layout.pipeline - 1}
-    return max(sum(cost(stages[number]) for number in layout.stages_of(rank)) for rank in ranks)
-
-
 def laying_out(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
     """Seconds to lay gradients out for their sums over data ranks, where these divide weights, with the host's part."""
     if layout.flat:
@@ -121,4 +116,4 @@ def laying_out(workload: Workload, layout: Layout, stages: list[Stage], machine:
         found = units(stage, workload.number_bytes)
         return sum(machine.with_host(machine.moving(unit.summed_bytes(microbatches)), operators) for unit in found)
 
-    return of_fullest(layout, stages, cost)
+    return most(layout, stages, cost)

@@ -22,11 +22,12 @@ from megatron_bert.model.batch import TokenBatch
 from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.devices import NETWORK, load_device
 from megatron_bert.planning.dry_run import dry_run_rank, longest_batch, longest_task_batch
-from megatron_bert.planning.layouts import stages_of
+from megatron_bert.planning.fullest import fullest
+from megatron_bert.planning.layouts import Layout, Stage, stages_of
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.measuring import StepMeasurement
 from megatron_bert.planning.memory import layout_of, rank_memory
-from megatron_bert.planning.needs import checkpoint_lines, data_lines
+from megatron_bert.planning.needs import checkpoint_lines, checkpoint_of, data_lines
 from megatron_bert.planning.search import usable_bytes
 from megatron_bert.planning.units import DECIMAL_BYTES, OPERATIONS, parts_of, unit_of, with_unit
 from megatron_bert.planning.work import rank_flops
@@ -79,17 +80,25 @@ def run_dry_run(arguments: argparse.Namespace) -> None:
         world_size = run.layout.world_size
         if world_size < ranks:
             print(f"{ranks - world_size:,} of the {ranks} processes would wait as spares")
-        for rank in _chosen(run.settings, world_size, arguments.rank):
+        layout = layout_of(run.settings, world_size)
+        stages = stages_of(run.workload, layout, run.settings.parallel.stage_layers)
+        ranks_of_stage = world_size // layout.pipeline
+        chosen, says = _chosen(run.workload, layout, stages, arguments.rank)
+        for line in says:
+            print(line)
+        for rank in chosen:
             step = dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
             print("\n".join(report(run.settings, run.workload, rank, world_size, step, predicted=run.predicted)))
-            needed = max(step.peak_bytes, step.building)
+            needed = float(max(step.peak_bytes, step.building))
+            if run.workload.graphs:  # what is measured runs without
+                needed = max(needed, rank_memory(run.workload, layout, stages, rank // ranks_of_stage).needed)
             if machine is not None and needed > usable_bytes(machine):
                 raise UserError(
                     f"rank {rank} needs {with_unit(needed)}, and of {machine.device.name} "
                     f"{with_unit(usable_bytes(machine))} are usable: see `megatron-bert plan` for layouts that fit"
                 )
         print("\n".join(data_lines(run.settings, run.workload)))
-        print("\n".join(checkpoint_lines(run.settings, run.workload, layout_of(run.settings, world_size), disk=2.0)))
+        print("\n".join(checkpoint_lines(run.settings, checkpoint_of(layout, stages), disk=2.0)))
 
 
 @contextmanager
@@ -199,10 +208,8 @@ def measure(command: str, config: Path, overrides: list[str], world_size: int) -
     try:
         with checked_run(command, config, overrides, world_size) as run:
             lines = [f"dry run: {line}" for line in run.says]
-            for rank in _chosen(run.settings, world_size, None):
-                step = dry_run_rank(run.settings, run.make_objective, run.batch, rank, world_size)
-                lines.append(_short(rank, world_size, step))
-            return lines
+            steps = _fullest_steps(run.settings, run.workload, run.make_objective, run.batch, world_size)
+            return lines + [_short(rank, world_size, step) for rank, step in steps]
     except FinishedRunError as error:
         return [f"dry run: {error}"]
 
@@ -220,11 +227,25 @@ def _measure_unseen(config: Path, overrides: list[str], world_size: int) -> list
     settings = load_settings(config, overrides)
     # What a run asks of its vocabulary before its first sample, of the usual one.
     words = cast(Tokenizer, SimpleNamespace(vocab_size=USUAL_VOCABULARY, pad_id=0, fingerprint=""))
-    batch, lines = longest_batch(settings), []
-    for rank in _chosen(settings, world_size, None):
-        step = dry_run_rank(settings, lambda own: Pretraining(own, words), batch, rank, world_size)
-        lines.append(_short(rank, world_size, step))
-    return lines
+    model = settings.model_config_for(words.vocab_size, words.pad_id)
+    workload = workload_of(settings, model, settings.training.steps, settings.data.seq_length)
+    batch = longest_batch(settings)
+    steps = _fullest_steps(settings, workload, lambda own: Pretraining(own, words), batch, world_size)
+    return [_short(rank, world_size, step) for rank, step in steps]
+
+
+def _fullest_steps(
+    settings: RunSettings,
+    workload: Workload,
+    make_objective: Callable[[Any], Objective],
+    batch: TokenBatch,
+    world_size: int,
+) -> Iterator[tuple[int, StepMeasurement]]:
+    """The ranks of a run that are measured where none is asked for, with a step of each."""
+    layout = layout_of(settings, world_size)
+    chosen, _ = _chosen(workload, layout, stages_of(workload, layout, settings.parallel.stage_layers), None)
+    for rank in chosen:
+        yield rank, dry_run_rank(settings, make_objective, batch, rank, world_size)
 
 
 def _short(rank: int, world_size: int, step: StepMeasurement) -> str:
@@ -235,15 +256,24 @@ def _short(rank: int, world_size: int, step: StepMeasurement) -> str:
     )
 
 
-def _chosen(settings: RunSettings, world_size: int, ranks: Sequence[int] | None) -> list[int]:
-    """Those asked for; or the first of the first and of the last pipeline stage, one of which takes most."""
-    if ranks is None:
-        pipeline = settings.layout(world_size).pipeline
-        return sorted({0, (pipeline - 1) * (world_size // pipeline)})
-    for rank in ranks:
+def _chosen(
+    workload: Workload, layout: Layout, stages: list[Stage], ranks: Sequence[int] | None
+) -> tuple[list[int], list[str]]:
+    """Those asked for; or the first of the pipeline rank that takes most memory, and of the first and the last one.
+
+    Returns:
+        ranks, and lines that say why.
+    """
+    world_size, pipeline = layout.world_size, layout.pipeline
+    for rank in ranks or ():
         if not 0 <= rank < world_size:
             raise UserError(f"--rank is {rank}: give 0 to {world_size - 1}")
-    return list(ranks)
+    if ranks is not None:
+        return list(ranks), []
+    each, (place, _) = world_size // pipeline, fullest(workload, layout, stages)
+    chosen = sorted({0, place * each, (pipeline - 1) * each})
+    says = f"of {pipeline} pipeline ranks, {place} takes most memory by closed form: it begins with rank {place * each}"
+    return chosen, [says] if pipeline > 1 else []
 
 
 def report(

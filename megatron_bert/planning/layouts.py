@@ -137,9 +137,14 @@ class Stage:
     flat: bool
 
     @cached_property
+    def kind(self) -> tuple[int, bool, bool]:
+        """Layers, and whether it has the embeddings and the heads: stages of a kind hold and cost the same."""
+        return len(self.part.layers), self.part.first, self.part.last
+
+    @cached_property
     def count(self) -> int:
         """Parameters of a tensor rank."""
-        return sum(parameter.local(self.tensor) for parameter in self.parameters)
+        return self.root_count + len(self.part.layers) * self.layer_count
 
     @cached_property
     def root_count(self) -> int:

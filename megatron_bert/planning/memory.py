@@ -97,10 +97,9 @@ def rank_memory(workload: Workload, layout: Layout, stages: list[Stage], rank: i
         stages: of the layout, all of them.
         rank: place in the pipeline.
     """
-    microbatches = layout.microbatches(workload)
-    few = _fewest_alike(layout.pipeline, microbatches) if layout.schedule != "gpipe" else microbatches
+    few = fewest_alike(workload, layout)
     mine = [stages[number] for number in layout.stages_of(rank)]
-    moments = _fullest_moments(layout.schedule, layout.pipeline, few, layout.chunks, rank, layout.flat)
+    moments = fullest_moments(layout.schedule, layout.pipeline, few, layout.chunks, rank, layout.flat)
     parts = _states(workload, layout, mine) | _in_flight(workload, layout, mine, moments)
     building = 4.0 * sum(stage.count for stage in mine)
     if layout.flat:
@@ -254,20 +253,21 @@ class Moment(NamedTuple):
     messages: int
 
 
-def _fewest_alike(ranks: int, microbatches: int) -> int:
-    """How few micro batches have the moments of so many, of all schedules but GPipe.
+def fewest_alike(workload: Workload, layout: Layout) -> int:
+    """How few micro batches have the moments of a step's.
 
     Of the rounds in which micro batches go through the chunks, some may have one more than the others: some of each
-    stay.
+    stay. GPipe has no rounds.
     """
-    size, count, larger = round_sizes(ranks, microbatches)
+    microbatches = layout.microbatches(workload)
+    if layout.schedule == "gpipe":
+        return microbatches
+    size, count, larger = round_sizes(layout.pipeline, microbatches)
     return min(larger, _DISTINCT_ROUNDS) * (size + 1) + min(count - larger, _DISTINCT_ROUNDS) * size
 
 
 @lru_cache(maxsize=4096)
-def _fullest_moments(
-    name: str, ranks: int, microbatches: int, chunks: int, rank: int, flat: bool
-) -> tuple[Moment, ...]:
+def fullest_moments(name: str, ranks: int, microbatches: int, chunks: int, rank: int, flat: bool) -> tuple[Moment, ...]:
     """The moments of a rank in a step, without those at which it holds no more of anything than at one alike.
 
     Args:
@@ -277,12 +277,12 @@ def _fullest_moments(
     for moment in _moments(name, ranks, microbatches, chunks, rank):
         gradients = () if flat else (moment.last, moment.ended)
         others = alike.setdefault((moment.stage, moment.forward, *gradients), [])
-        if not any(_holds_all_of(other, moment) for other in others):
-            others[:] = [*(other for other in others if not _holds_all_of(moment, other)), moment]
+        if not any(holds_all_of(other, moment) for other in others):
+            others[:] = [*(other for other in others if not holds_all_of(moment, other)), moment]
     return tuple(moment for others in alike.values() for moment in others)
 
 
-def _holds_all_of(more: Moment, less: Moment) -> bool:
+def holds_all_of(more: Moment, less: Moment) -> bool:
     """Whether one moment has at least as much as the other of every stage, and as many messages."""
     held, queued = dict(more.held), dict(more.queued)
     return (

@@ -11,7 +11,7 @@ from megatron_bert.data.indexed import IndexedDataset
 from megatron_bert.data.sample_index import split_documents
 from megatron_bert.planning.checkpoints import CheckpointPlan, SavedTensor, plan_checkpoint
 from megatron_bert.planning.devices import GIB
-from megatron_bert.planning.layouts import Layout, Stage, stages_of
+from megatron_bert.planning.layouts import Layout, Stage
 from megatron_bert.planning.units import DECIMAL_BYTES, short, with_unit
 from megatron_bert.planning.workload import Workload
 from parallel.errors import counted
@@ -70,13 +70,13 @@ def checkpoint_of(layout: Layout, stages: list[Stage]) -> CheckpointPlan:
     return plan_checkpoint(tensors, layout.world_size, layout.pipeline)
 
 
-def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, disk: float) -> list[str]:
+def checkpoint_lines(settings: RunSettings, plan: CheckpointPlan, disk: float) -> list[str]:
     """Size of a checkpoint, how long it takes to write, and room for those that are kept.
 
     Args:
+        plan: of the checkpoint.
         disk: gigabytes a second that the file system takes from all ranks together.
     """
-    plan = checkpoint_of(layout, stages_of(workload, layout))
     size, keep = plan.value_bytes + plan.metadata_bytes, settings.checkpoint.keep
     kept = (
         f"; {keep} kept and one being written: {with_unit((keep + 1) * size, DECIMAL_BYTES)}"
@@ -89,17 +89,16 @@ def checkpoint_lines(settings: RunSettings, workload: Workload, layout: Layout, 
     ]
 
 
-def host_lines(settings: RunSettings, workload: Workload, layout: Layout, ranks_of_node: int) -> list[str]:
-    """Memory that loaders and the copies of checkpoints take on a host."""
+def host_lines(
+    settings: RunSettings, workload: Workload, layout: Layout, checkpoint: CheckpointPlan, ranks: int
+) -> list[str]:
+    """Memory that loaders and the copies of checkpoints take on a host, which has so many ranks."""
     if not isinstance(settings, Settings):
         return []
-    ranks = min(ranks_of_node, layout.world_size)
     workers = settings.data.workers
     # Tokens, positions, types and samples of eight bytes each; two steps are loaded ahead.
     batches = 2 * layout.microbatches(workload) * layout.micro_batch * workload.sample_tokens * 32
-    staged = 0.0
-    if settings.checkpoint.asynchronous:
-        staged = checkpoint_of(layout, stages_of(workload, layout)).rank_bytes
+    staged = checkpoint.rank_bytes if settings.checkpoint.asynchronous else 0
     loaders = (PROCESS_GIB + workers * LOADER_GIB if workers else 0.0) + batches / GIB
     return [
         f"host memory: {ranks * (loaders + PROCESS_GIB + staged / GIB):,.1f} GiB per node of {counted(ranks, 'rank')}: "

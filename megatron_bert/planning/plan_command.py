@@ -10,12 +10,13 @@ from pathlib import Path
 from megatron_bert.arguments import check_outputs
 from megatron_bert.config import RunSettings
 from megatron_bert.planning.devices import GIB, load_device, load_network
+from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
-from megatron_bert.planning.needs import checkpoint_lines, data_lines, host_lines
+from megatron_bert.planning.needs import checkpoint_lines, checkpoint_of, data_lines, host_lines
 from megatron_bert.planning.picture import draw_plan
 from megatron_bert.planning.planned import Planned, load_planned
-from megatron_bert.planning.search import Prediction, Search, predict, search, usable_bytes
+from megatron_bert.planning.search import SIMULATED, Prediction, Search, predict, search, usable_bytes
 from megatron_bert.planning.units import DECIMAL_BYTES, parts_of, short, unit_of, with_unit
 from megatron_bert.planning.workload import Workload
 from parallel.errors import UserError
@@ -46,7 +47,14 @@ def run_plan(arguments: argparse.Namespace) -> None:
     planned = load_planned(arguments.config, arguments.overrides, arguments.encoder).on(machine.device)
     settings, workload = planned.settings, planned.workload
     configured = _configured(planned, arguments.gpus, machine)
-    found = search(workload, arguments.gpus, machine, configured if isinstance(configured, Prediction) else None)
+    found = search(
+        workload,
+        arguments.gpus,
+        machine,
+        configured if isinstance(configured, Prediction) else None,
+        most=max(SIMULATED, arguments.top),
+        counted=arguments.explain,
+    )
     print("\n".join(_heading(workload, machine, arguments.gpus, arguments.network, planned.notes)))
     print(f"as configured: {_judged(configured, arguments.gpus)}")
     if arguments.explain:
@@ -175,7 +183,8 @@ def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
     sharing = f"; {each:g} ranks take turns on a processor: {time.sharing:.2f} times as long" if each > 1 else ""
     lines = [
         f"fastest: {one_line(best)}",
-        f"memory of the fullest rank: {parts_of(memory.parts, unit)} {unit.name}"
+        f"memory of the fullest rank{f' (pipeline rank {best.fullest})' if layout.pipeline > 1 else ''}: "
+        f"{parts_of(memory.parts, unit)} {unit.name}"
         + (f"; {with_unit(memory.building)} while it is built" if memory.building > memory.peak else ""),
         f"time: passes {time.pipeline:.3g} s, data axis {time.data:.2g} s, optimizer {time.optimizer:.2g} s{sharing}",
     ]
@@ -197,12 +206,17 @@ def _details(settings: RunSettings, best: Prediction, disk: float) -> list[str]:
                 f"{link}"
             )
     lines += data_lines(settings, best.workload)
-    lines += checkpoint_lines(settings, best.workload, layout, disk)
-    return lines + host_lines(settings, best.workload, layout, best.machine.device.devices_per_node)
+    checkpoint = checkpoint_of(layout, stages_of(best.workload, layout, best.stage_layers))
+    lines += checkpoint_lines(settings, checkpoint, disk)
+    ranks = min(best.machine.device.devices_per_node, layout.world_size)
+    return lines + host_lines(settings, best.workload, layout, checkpoint, ranks)
 
 
 def _reasons(found: Search, machine: Machine) -> list[str]:
-    lines = [f"{found.tried:,} layouts, of which {found.tried - sum(found.out.values()):,} fit; the others are out:"]
+    fit = found.tried - sum(found.out.values())
+    if fit == found.tried:
+        return [f"{found.tried:,} layouts, all of which fit"]
+    lines = [f"{found.tried:,} layouts, of which {fit:,} fit; the others are out:"]
     lines += [f"  {count:>6,}  {reason}" for reason, count in found.out.most_common()]
     if found.nearest is not None:
         layout, memory = found.nearest

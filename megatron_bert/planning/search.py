@@ -5,20 +5,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 from megatron_bert.planning.communication import Message, data_messages, step_messages
 from megatron_bert.planning.devices import GIB
+from megatron_bert.planning.fullest import distinct_ranks, fullest
 from megatron_bert.planning.layouts import Layout, Stage, layouts, stages_of, why_not
 from megatron_bert.planning.machine import Machine
-from megatron_bert.planning.memory import RankMemory, rank_memory
+from megatron_bert.planning.memory import RankMemory
 from megatron_bert.planning.step_time import StepTime, step_time
 from megatron_bert.planning.workload import Workload
-from parallel.pipeline.schedules import SCHEDULES
 
 #: Of a device's memory: what a rank may fill, beside CUDA's context, buffers of NCCL and what fragmentation wastes.
 USABLE_SHARE, CONTEXT_GIB = 0.95, 1.5
-#: Layouts whose schedule is simulated; those below are ranked by closed forms alone, and are not shown.
-_SIMULATED = 40
+#: Layouts at least whose schedule is simulated; those below are ranked by closed forms alone, and are not shown.
+SIMULATED = 40
 _TOO_MUCH = "more memory than a rank has"
 
 
@@ -27,7 +28,8 @@ class Prediction:
     """What a run takes in a layout.
 
     Attributes:
-        memory: of the fullest rank.
+        fullest: the rank of a pipeline that takes most memory.
+        memory: of that rank.
         time: of a step.
         messages: of the first pipeline rank in a step.
         stage_layers: layers of each stage where the settings say them; None for balanced ones.
@@ -36,6 +38,7 @@ class Prediction:
     workload: Workload
     layout: Layout
     machine: Machine
+    fullest: int
     memory: RankMemory
     time: StepTime
     messages: list[Message]
@@ -69,13 +72,6 @@ def usable_bytes(machine: Machine) -> float:
     return memory * GIB if not machine.device.asynchronous else max(0.0, memory * USABLE_SHARE - CONTEXT_GIB) * GIB
 
 
-def fullest(workload: Workload, layout: Layout, stages: list[Stage]) -> RankMemory:
-    """Memory of the rank that takes most: the first of a pipeline, or the one with the heads."""
-    placement = SCHEDULES[layout.schedule].placement
-    ranks = {0, placement.rank(layout.pipeline * layout.chunks - 1, layout.pipeline)}
-    return max((rank_memory(workload, layout, stages, rank) for rank in ranks), key=lambda memory: memory.needed)
-
-
 def predict(workload: Workload, layout: Layout, machine: Machine, stage_layers: list[int] | None = None) -> Prediction:
     """What a layout takes, which can be.
 
@@ -83,9 +79,10 @@ def predict(workload: Workload, layout: Layout, machine: Machine, stage_layers: 
         UserError: stages that do not fit.
     """
     stages = stages_of(workload, layout, stage_layers)
-    messages = step_messages(workload, layout, stages)
+    messages = [step_messages(workload, layout, stages, rank) for rank in distinct_ranks(layout, stages)]
     time = step_time(workload, layout, stages, messages, machine)
-    return Prediction(workload, layout, machine, fullest(workload, layout, stages), time, messages, stage_layers)
+    rank, memory = fullest(workload, layout, stages)
+    return Prediction(workload, layout, machine, rank, memory, time, messages[0], stage_layers)
 
 
 @dataclass(frozen=True)
@@ -93,9 +90,9 @@ class Search:
     """Layouts of a workload on a number of ranks.
 
     Attributes:
-        ranked: those that fit, the fastest first.
+        ranked: the fastest that fit, the fastest first.
         tried: how many layouts there are.
-        out: why the others are out, and how many for each reason.
+        out: why others are out, and how many for each reason; all others if they were counted, or if none fits.
         nearest: of those that do not fit, the one that needs least memory.
     """
 
@@ -105,15 +102,35 @@ class Search:
     nearest: tuple[Layout, float] | None
 
 
-def search(workload: Workload, ranks: int, machine: Machine, configured: Prediction | None = None) -> Search:
+def search(
+    workload: Workload,
+    ranks: int,
+    machine: Machine,
+    configured: Prediction | None = None,
+    *,
+    most: int = SIMULATED,
+    counted: bool = True,
+) -> Search:
     """Rank every layout.
 
     Args:
         configured: of the layout that the settings have, ranked among the others even if no search would try it.
+        most: how many are ranked; of those that fit, the fastest by closed forms alone.
+        counted: find out of all layouts whether they fit, not only until so many do.
     """
     limit, out, tried = usable_bytes(machine), Counter[str](), 0
-    fitting: list[tuple[float, Layout]] = []
     nearest: tuple[Layout, float] | None = None
+
+    def fits(layout: Layout, needed: float) -> bool:
+        nonlocal nearest
+        if needed <= limit:
+            return True
+        out[_TOO_MUCH] += 1
+        if nearest is None or needed < nearest[1]:
+            nearest = layout, needed
+        return False
+
+    possible: list[tuple[float, Layout, list[Stage]]] = []
     stages_by: dict[tuple[object, ...], list[Stage]] = {}
     micro_batch = 1 if configured is None else configured.layout.micro_batch
     for layout in layouts(workload, ranks, micro_batch):
@@ -125,30 +142,27 @@ def search(workload: Workload, ranks: int, machine: Machine, configured: Predict
             out[reason] += 1
             continue
         stages = _stages_of(workload, layout, stages_by)
-        memory = fullest(workload, layout, stages).needed
-        if memory > limit:
-            out[_TOO_MUCH] += 1
-            if nearest is None or memory < nearest[1]:
-                nearest = layout, memory
-            continue
-        fitting.append((_rough_seconds(workload, layout, stages, machine), layout))
-    fitting.sort(key=lambda entry: entry[0])
-    ranked = [predict(workload, layout, machine) for _, layout in fitting[:_SIMULATED]]
+        if not counted or fits(layout, fullest(workload, layout, stages)[1].needed):
+            possible.append((_rough_seconds(workload, layout, stages, machine), layout, stages))
+    possible.sort(key=lambda entry: entry[0])
+    fastest = (
+        layout for _, layout, stages in possible if counted or fits(layout, fullest(workload, layout, stages)[1].needed)
+    )
+    ranked = [predict(workload, layout, machine) for layout in islice(fastest, most)]
     if configured is not None:
         tried += 1
-        if configured.memory.needed <= limit:
+        if fits(configured.layout, configured.memory.needed):
             ranked.insert(0, configured)
-        else:
-            out[_TOO_MUCH] += 1
-            if nearest is None or configured.memory.needed < nearest[1]:
-                nearest = configured.layout, configured.memory.needed
     ranked.sort(key=lambda prediction: prediction.time.seconds)
     return Search(ranked, tried, out, nearest)
 
 
 def _rough_seconds(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
-    mine, count = layout.stages_of(0), layout.microbatches(workload)
-    messages = [message for number in mine for message in data_messages(workload, layout, stages[number], count)]
+    count = layout.microbatches(workload)
+    messages = [
+        [m for number in layout.stages_of(rank) for m in data_messages(workload, layout, stages[number], count)]
+        for rank in distinct_ranks(layout, stages)
+    ]
     return step_time(workload, layout, stages, messages, machine, simulated=False).seconds
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from megatron_bert.planning.divided_weights import (
     gathering_of,
     layer_unit,
     laying_out,
-    of_fullest,
     root_unit,
 )
+from megatron_bert.planning.fullest import most
 from megatron_bert.planning.layouts import Layout, Stage, schedule_of
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.workload import Workload
@@ -177,9 +178,12 @@ def stage_times(workload: Workload, layout: Layout, stages: list[Stage], machine
     """Of every stage for a micro batch."""
     number = workload.number_bytes
     gathering = gathering_of(layer_unit(stages[0], number), layout, machine)
-    layer, top = (layer_times(workload, layout, machine, gathering, top=top) for top in (False, True))
-    times = []
+    layer = layer_times(workload, layout, machine, gathering)
+    top = layer if workload.fused_attention else layer_times(workload, layout, machine, gathering, top=True)
+    found: dict[tuple[int, bool, bool], Times] = {}
     for stage in stages:
+        if stage.kind in found:
+            continue
         layers = [layer] * len(stage.part.layers)
         if stage.part.last and layers:
             layers[-1] = top
@@ -188,21 +192,19 @@ def stage_times(workload: Workload, layout: Layout, stages: list[Stage], machine
         root = gathering_of(root_unit(stage, number), layout, machine)
         operators = 0 if machine.device.asynchronous else root.operators  # the host of a GPU is ahead of it
         gathered = machine.with_host(root.sending + root.receiving, operators)
-        times.append(
-            Times(
-                sum(each.forward for each in layers) + ends.forward + gathered,
-                sum(each.backward_input for each in layers) + ends.backward_input,
-                sum(each.backward_weight for each in layers) + ends.backward_weight,
-            )
+        found[stage.kind] = Times(
+            sum(each.forward for each in layers) + ends.forward + gathered,
+            sum(each.backward_input for each in layers) + ends.backward_input,
+            sum(each.backward_weight for each in layers) + ends.backward_weight,
         )
-    return times
+    return [found[stage.kind] for stage in stages]
 
 
 def step_time(
     workload: Workload,
     layout: Layout,
     stages: list[Stage],
-    messages: list[Message],
+    messages: Sequence[list[Message]],
     machine: Machine,
     *,
     simulated: bool = True,
@@ -213,18 +215,19 @@ def step_time(
         workload: what is computed.
         layout: how.
         stages: of the layout, all of them.
-        messages: of a rank in a step, for what it waits for over the data axis.
+        messages: of ranks of the pipeline in a step, for what they wait for over the data axis: the first rank's, and
+            of others whose stages are unlike.
         machine: where.
         simulated: run the schedule; or else take the closed form of its bubble, to compare many layouts.
     """
     times = stage_times(workload, layout, stages, machine)
     pipeline, bubble, timeline = _pipeline(workload, layout, times, machine, simulated)
-    wait = _waits(layout, times, messages, machine) + laying_out(workload, layout, stages, machine)
+    wait = max(_waits(layout, times, own, machine) for own in messages) + laying_out(workload, layout, stages, machine)
     found = StepTime(pipeline, bubble, wait, _optimizer(workload, layout, stages, machine), timeline)
     ranks = machine.ranks_per_processor(layout.world_size)
     if ranks == 1:
         return found
-    work = _work(workload, layout, stages, messages, replace(machine, working=True))
+    work = _work(workload, layout, stages, messages[0], replace(machine, working=True))
     together = max(0.0, found.seconds - work) if _wait_together(layout, machine) else 0.0
     return found.longer((together + shared_seconds(found.seconds - together, work, ranks)) / found.seconds)
 
@@ -297,7 +300,7 @@ _STOP_BYTES = 32
 
 def _optimizer(workload: Workload, layout: Layout, stages: list[Stage], machine: Machine) -> float:
     """Seconds of norm and update: gradient, weights and moments are read, weights and moments written."""
-    count = of_fullest(layout, stages, lambda stage: stage.count)
+    count = most(layout, stages, lambda stage: stage.count)
     rate = machine.device.optimizer_gb_per_second
     size = count / layout.shards * (4 + 28 + workload.number_bytes) + 4 * count
     return size / (rate * 1e9) if rate else machine.moving(size)

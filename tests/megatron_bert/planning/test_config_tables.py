@@ -9,10 +9,11 @@ import yaml
 from megatron_bert.config_file import load_sections, load_settings
 from megatron_bert.finetuning.settings import FinetuneSettings
 from megatron_bert.planning.devices import DEVICES, GIB, NETWORK
+from megatron_bert.planning.fullest import fullest
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.machine import Machine
 from megatron_bert.planning.memory import layout_of
-from megatron_bert.planning.search import fullest, predict, usable_bytes
+from megatron_bert.planning.search import predict, usable_bytes
 from megatron_bert.planning.workload import TaskHead, workload_of
 from megatron_bert.quantizing.settings import QuantizeSettings
 from tests.megatron_bert.planning.support import CONFIGS
@@ -60,7 +61,7 @@ def test_what_is_said_of_smaller_devices_fits(name: str) -> None:
     work = workload_of(settings, settings.model_config_for(30522, 0), 1, settings.data.seq_length)
     layout = layout_of(settings, ranks)
     small = Machine(H100.device.model_copy(update={"memory_gib": gigabytes * 1e9 / GIB}), NETWORK)
-    assert fullest(work, layout, stages_of(work, layout)).peak < usable_bytes(small)
+    assert fullest(work, layout, stages_of(work, layout))[1].peak < usable_bytes(small)
 
 
 #: Files whose comments have no table, and why.
@@ -94,4 +95,4 @@ def test_files_of_tasks_say_nothing_of_sizes_and_fit_each_size_on_a_gpu(name: st
         choices = 4 if settings.task.name == "multiple_choice" else 1
         work = workload_of(settings, config, 1, length, TaskHead(sequences=choices))
         layout = layout_of(settings, ranks)
-        assert fullest(work, layout, stages_of(work, layout)).needed < usable_bytes(H100), f"{name} of {size}"
+        assert fullest(work, layout, stages_of(work, layout))[1].needed < usable_bytes(H100), f"{name} of {size}"

@@ -14,6 +14,7 @@ from megatron_bert.data.preprocess import preprocess
 from megatron_bert.model.flops import parameter_count
 from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.devices import DEVICES
+from megatron_bert.planning.dry_run_command import measure
 from megatron_bert.planning.layouts import stages_of
 from megatron_bert.planning.memory import layout_of
 from megatron_bert.planning.workload import workload_of
@@ -103,6 +104,22 @@ def test_the_command_checks_a_run_and_leaves_nothing(
     ):
         assert words in said
     assert not run_dir.exists()
+
+
+def test_the_fullest_rank_is_measured_wherever_it_is(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*SMALL, *files, f"training.run_dir={tmp_path / 'run'}", "parallel.pipeline=4", "parallel.schedule=1f1b"]
+    given += ["model.num_hidden_layers=8", "parallel.stage_layers=[1,5,1,1]", "training.compile=false"]
+    assert main(["pretrain", str(CONFIGS / "bert_345m.yaml"), *given, "--dry-run", "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "of 4 pipeline ranks, 1 takes most memory by closed form: it begins with rank 2" in said
+    measured_ranks = [int(line.split()[1]) for line in said.splitlines() if line.startswith("rank ")]
+    assert measured_ranks == [0, 2, 6]
+    # Layers are large beside the usual vocabulary that is assumed.
+    given += ["model.hidden_size=512", "training.global_batch_size=512", "training.micro_batch_size=64"]
+    lines = measure("pretrain", CONFIGS / "bert_345m.yaml", given, 8)
+    assert [line.split()[3] for line in lines] == ["0", "2", "6"], "before a job is queued, too"
 
 
 @pytest.mark.parametrize(
