@@ -58,7 +58,9 @@ def dry_run_rank(
             with tensors_without_numbers(gpu=training.device != "cpu"), meter.counting():
                 trainer = Trainer(settings, objective, mesh, world, None)
                 check_patterns(chain(trainer.parameters, names), settings.optimizer, all_here=True)
-                trainer.watch.at_once = False  # there is no number to look at
+                # There are no numbers to look at: the step is one whose gradients are finite.
+                trainer.watch.at_once = False
+                trainer.loss_scale.overflowed = lambda norm: False  # type: ignore[method-assign]  # noqa: ARG005
                 meter.groups = _group_names(trainer)
                 meter.hold(trainer.parameters.values(), "weights")
                 meter.hold(trainer.copies.values(), "weights")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_bert.config_sections import PrecisionSettings
 
@@ -33,6 +35,10 @@ class LossScale:
     def exhausted(self) -> bool:
         """Whether so many steps in a row were skipped, and the scale is so small, that the scale is not the cause."""
         return self.value == 1.0 and self.skipped_steps >= MOST_SKIPPED
+
+    def overflowed(self, norm: Tensor) -> bool:
+        """Whether a step is skipped for the norm of its gradient; a dynamic scale waits for the device to know."""
+        return self.dynamic and not math.isfinite(norm.item())
 
     def update(self, overflow: bool) -> None:
         """Take note of a step."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -215,7 +214,7 @@ class Trainer:
         """
         sums = self.compute_gradients(batches)
         self.checkpoints.copied()  # weights and moments have been as they are being saved until here
-        overflow = self.loss_scale.dynamic and not math.isfinite(sums.grad_norm.item())
+        overflow = self.loss_scale.overflowed(sums.grad_norm)
         if not overflow:
             rate = learning_rate_at(self.optimizer.steps + 1, self.settings.learning_rate, self.objective.total_steps)
             self.optimizer.step(rate, self.watch.note(batches, sums.grad_norm), self._factor(sums.grad_norm))

@@ -49,6 +49,20 @@ def test_a_rank_of_512_runs_a_step_without_the_others() -> None:
     assert sent == 2 * (4 * 32 // 4) * 64 * 2
 
 
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_a_step_in_float16_is_one_that_its_loss_scale_does_not_skip(sharding: str) -> None:
+    """It takes as much as one in bfloat16, the update included."""
+    settings = ["parallel.pipeline=2", f"parallel.sharding={sharding}", "optimizer.name=lamb"]
+    steps = [measured(settings_of(f"precision.compute={name}", *settings), 2, 4) for name in ("float16", "bfloat16")]
+    assert steps[0].peak == steps[1].peak
+    assert steps[0].flops == steps[1].flops
+    sent = [
+        {(what.kind, what.group, what.dtype.replace("bfloat16", "float16")): seen for what, seen in one.traffic.items()}
+        for one in steps
+    ]
+    assert sent[0] == sent[1]
+
+
 def test_a_cpu_run_takes_the_path_of_a_cpu() -> None:
     """Attention with dropout is written out there, and what fused attention never holds is held."""
     on = {

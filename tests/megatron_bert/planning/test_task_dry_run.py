@@ -74,6 +74,7 @@ CASES: list[tuple[str, Callable[..., Path], int, int, list[str]]] = [
         ],
     ),
     ("classification", write_classes, 1, 2, ["parallel.sharding=full"]),
+    ("classification", write_classes, 0, 2, ["precision.compute=float16", "optimizer.name=lamb"]),
     ("multiple_choice", write_questions, 3, 4, ["parallel.tensor=2", "parallel.sequence=true"]),
     (
         "token_classification",
