@@ -152,6 +152,7 @@ class TransformerLayer(nn.Module):
             hidden = hidden.index_select(0, rows)
             dropout_keys = None if dropout_keys is None else dropout_keys.index_select(0, rows)
         hidden = self._add(self.attention_norm, hidden, part, dropout_keys, ATTENTION_OUTPUT)
+        del read, attended, part  # their memory is free for what the MLP makes
         if request is None:
             return self._mlp(hidden, dropout_keys)
         crossed = None

@@ -24,15 +24,25 @@ class LayerTensors:
         input: what it is called with.
         kept: what it keeps for its backward pass, the input included.
         repeated: what it keeps for as long as its own backward pass runs, when it is computed again.
-        transient: what its backward pass adds at most.
+        dropped: what its forward pass adds at its end.
+        output, intermediate: what its backward pass adds at either product of the MLP, with its weight gradient.
+        again: what computing it again adds where dropout draws its bits, as if what is repeated were there.
         queued: what a split backward pass leaves for the weight gradients.
     """
 
     input: float
     kept: float
     repeated: float
-    transient: float
+    dropped: float
+    output: float
+    intermediate: float
+    again: float
     queued: float
+
+    @property
+    def transient(self) -> float:
+        """What its backward pass adds at most."""
+        return max(self.output, self.intermediate, self.again)
 
 
 def layer_tensors(workload: Workload, layout: Layout) -> LayerTensors:
@@ -59,10 +69,20 @@ def _layer_tensors(
     attention += _scores(workload, tensor, tokens, recompute == "selective")
     mlp = number * wide * tokens * (2 if recompute == "none" else 1)
     kept = 2 * (stream + statistics + read + mask) + attention + mlp
+    whole, activated, product = number * hidden * tokens, number * wide * tokens, number * wide * hidden
+    bits = 8 * hidden * own if mask else 0.0  # of dropout, in two tensors of int32
+    repeated = {"none": 0.0, "selective": activated, "full": kept + activated - stream - 2 * mask}[recompute]
+    # The gradient of the residual stream, and that of the part added to it: gathered, or what dropout leaves.
+    added = stream + (whole if split_tokens > 1 or mask else 0.0)
     # A split backward pass makes no gradients of weights, but keeps the activation, whose product is through, for them.
-    transient = number * tokens * (wide + hidden) + stream + number * wide * (tokens if split else hidden)
-    if recompute == "selective":
-        transient += number * tokens * wide
+    output = added + activated + (activated if split else product)
+    # Sums over tensor ranks are other tensors than what is summed. Behind them, the input is gathered once more.
+    summed = whole if tensor == 1 else whole + stream
+    intermediate = summed + (added if split else stream + product - activated)
+    if split_tokens > 1 and not split:
+        intermediate += whole
+    if recompute != "full":
+        output, intermediate = output - mask, intermediate - mask
     queued = 0.0
     if split:
         inputs = 2 * hidden + hidden / tensor + wide
@@ -70,8 +90,10 @@ def _layer_tensors(
         queued = number * tokens * (inputs + gradients)
     if recompute == "full":
         keys = 8 * tokens if mask else 0
-        return LayerTensors(stream, stream + keys, kept + number * wide * tokens - stream - 2 * mask, transient, queued)
-    return LayerTensors(stream, kept, 0.0, transient, queued)
+        again = added + read + statistics + attention + max(stream + bits, summed if tensor > 1 else 0.0) - repeated
+        dropped = stream + max(stream + bits, 2 * activated + whole)
+        return LayerTensors(stream, stream + keys, repeated, dropped, output, intermediate, again, queued)
+    return LayerTensors(stream, kept, repeated, stream + bits - mask, output, intermediate, 0.0, queued)
 
 
 def _scores(workload: Workload, tensor: int, tokens: float, selective: bool) -> float:

@@ -146,8 +146,11 @@ def _divided(
         # All gradients of a layer are there when most of what it kept has gone.
         tokens = number * workload.tokens(layout.micro_batch, layout.split_tokens)
         gone = tokens * (3 * wide + (1 - 4 / layout.tensor) * workload.config.hidden_size)
-        own = max(product, number * stage.layer_size - product - gone) if left and not layout.splits_backward else 0.0
-        gradients += of_heads + own
+        if left and not layout.splits_backward:
+            layer = layer_tensors(workload, layout)
+            ends = layer.output + max(product, number * stage.layer_size - product - gone)
+            gradients += max(ends, layer.intermediate + product, layer.transient) - layer.transient
+        gradients += of_heads
     if done:
         gradients += 4.0 * stage.layer_size * (1 + done / stage.shards)
         gradients -= 4.0 * done * stage.layer_count if stage.number in ended else 0.0
@@ -203,7 +206,7 @@ def _in_flight(
         stage = by_number[moment.stage]
         layers, of_heads = len(stage.part.layers), head.kept + norm if stage.part.last else 0.0
         own_logits = head.logits if stage.part.last else 0.0
-        transient = own_logits * 1.5
+        transient = max(own_logits * 1.5, layer.dropped - own_logits - of_heads)
         if not moment.forward:
             transient = layer.repeated + layer.transient + kept[moment.stage].grown
             if stage.part.last:  # what the heads kept is gone when the layers' turn comes

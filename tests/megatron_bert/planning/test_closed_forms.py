@@ -124,6 +124,16 @@ CASES = [
     (2, 4, ["parallel.sharding=full", "data.seq_length=32", "training.micro_batch_size=16"]),
     (2, 4, ["parallel.sharding=full", "data.seq_length=32", "training.micro_batch_size=16", "training.recompute=full"]),
     (1, 8, ["parallel.sharding=hybrid", "parallel.shard_size=2", "data.seq_length=32"]),
+    *(
+        (1, 8, ["parallel.tensor=8", "model.num_attention_heads=8", "training.micro_batch_size=32", *more])
+        for more in (
+            ["parallel.sequence=true"],
+            ["parallel.sequence=true", "training.recompute=selective"],
+            ["parallel.sequence=true", "training.recompute=full"],
+            ["data.packed=false"],
+            ["training.recompute=full"],
+        )
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -16,10 +17,14 @@ from megatron_bert.planning.communication import step_messages, totals
 from megatron_bert.planning.devices import DEVICES
 from megatron_bert.planning.dry_run_command import measure
 from megatron_bert.planning.layouts import stages_of
+from megatron_bert.planning.measuring import StepMeter
 from megatron_bert.planning.memory import layout_of
+from megatron_bert.planning.simulation import simulated_world, tensors_without_numbers
 from megatron_bert.planning.workload import workload_of
+from parallel.collectives import start_all_gather, start_reduce_scatter, wait
 from parallel.flat_buffers import ALIGNMENT
 from tests.megatron_bert.planning.support import CONFIGS, Vocabulary, measured, settings_of
+from tests.worlds import run_world
 
 
 def test_a_rank_of_512_runs_a_step_without_the_others() -> None:
@@ -281,3 +286,19 @@ def test_every_message_of_lamb(ranks: int, overrides: list[str]) -> None:
         step, place = measured(settings, rank, ranks), rank // (ranks // layout.pipeline)
         expected = totals(step_messages(work, layout, stages, place))
         assert expected == {tuple(what): (seen.count, seen.bytes) for what, seen in step.traffic.items()}
+
+
+def gathered_in_place() -> None:
+    started = start_all_gather(torch.ones(2, 4), 2, dist.group.WORLD.group_name)
+    assert wait(started).data_ptr() == started.data_ptr()
+
+
+def test_waiting_takes_no_memory() -> None:
+    """What was started is what comes back, with numbers or without."""
+    run_world(2, gathered_in_place)
+    meter = StepMeter({})
+    with simulated_world(0, 2), tensors_without_numbers(gpu=True), meter.counting():
+        group = dist.group.WORLD.group_name
+        wait(start_all_gather(torch.ones(256, 4), 2, group))
+        wait(start_reduce_scatter(torch.ones(512, 4), 2, group))
+    assert meter.finish().peak_bytes == 3 * 256 * 4 * 4
