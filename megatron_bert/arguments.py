@@ -9,6 +9,9 @@ from pathlib import Path
 
 from parallel.errors import UserError
 
+#: Endings of the files that options write, for those that have one; names without any are taken, too.
+_ENDINGS = {"--png": ".png"}
+
 
 def given_path(text: str) -> Path:
     """A path; an empty one, as of a variable of the shell that is not set, would be the current directory.
@@ -29,7 +32,8 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
         inputs: files that are read, by what they are called, which none of them may replace.
 
     Raises:
-        UserError: one is a folder, a device or a pipe, in a folder that does not exist, or the same file as another.
+        UserError: one is a folder, a device or a pipe, in a folder that does not exist, the same file as another, or
+            has the ending of another format.
     """
     others = {name: path for name, path in (inputs or {}).items() if path is not None and path.exists()}
     for name, path in outputs.items():
@@ -41,3 +45,6 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
             if path.resolve() == there.resolve():
                 raise UserError(f"{name} {path} is the file of {other}, too: give {name} another one")
         others[name] = path
+        ending = _ENDINGS.get(name)
+        if ending is not None and path.suffix and path.suffix.lower() != ending:
+            raise UserError(f"{name} {path} has the ending of another format: give it a name that ends in {ending}")

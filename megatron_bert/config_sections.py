@@ -39,7 +39,7 @@ class ParallelSettings(Section):
 
     tensor: int = Field(1, gt=0, description="Ranks that share every layer's matrices.")
     pipeline: int = Field(1, gt=0, description="Ranks that share the stack of layers.")
-    schedule: str = Field(
+    schedule: Annotated[str, one_of(SCHEDULES)] = Field(
         "1f1b", description=f"Order of a pipeline step: {', '.join(SCHEDULES)}; see `megatron-bert schedule`."
     )
     virtual_stages: int | None = Field(

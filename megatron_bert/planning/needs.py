@@ -30,11 +30,10 @@ _FINE = 2**40
 def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
     """Tokens that the steps take, epochs of the corpora that are there, and a warning at more than a few."""
     each = workload.global_batch * workload.sample_tokens
-    lines = [
-        f"data: {each:,} tokens per step, {each * workload.steps:,} in {counted(workload.steps, 'step')}, "
-        "if none is padding"
-    ]
-    if not isinstance(settings, Settings):
+    steps = workload.steps
+    whole_run = "" if steps is None else f", {each * steps:,} in {counted(steps, 'step')}"
+    lines = [f"data: {each:,} tokens per step{whole_run}, if none is padding"]
+    if steps is None or not isinstance(settings, Settings):
         return lines
     used = split_documents(settings.data.split, _FINE)[0][1] / _FINE
     whole = sum(corpus.weight for corpus in settings.data.train)
@@ -43,7 +42,7 @@ def data_lines(settings: RunSettings, workload: Workload) -> list[str]:
             lines.append(f"  {corpus.prefix} is not there, so its epochs are not known")
             continue
         tokens = int(IndexedDataset(corpus.prefix).sizes.sum()) * (used if settings.data.valid is None else 1.0)
-        epochs = each * workload.steps * corpus.weight / whole / max(tokens, 1.0)
+        epochs = each * steps * corpus.weight / whole / max(tokens, 1.0)
         lines.append(f"  {corpus.prefix}: {tokens:,.0f} tokens to train on, {epochs:,.1f} epochs")
         if epochs > FEW_EPOCHS:
             lines.append(

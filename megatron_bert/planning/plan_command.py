@@ -70,7 +70,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         print(f"settings of the first line: {arguments.write}")
     if arguments.png is not None:
         with reporting("written", arguments.png, "give --png another file"):
-            draw_plan(found.ranked[: max(arguments.top, 12)], arguments.png)
+            draw_plan(found.ranked[: min(max(arguments.top, 12), SIMULATED)], arguments.png)
 
 
 def _heading(workload: Workload, machine: Machine, ranks: int, network: Path | None, notes: Sequence[str]) -> list[str]:
@@ -133,7 +133,7 @@ def one_line(prediction: Prediction) -> str:
 
 
 def table(predictions: Sequence[Prediction]) -> str:
-    """Layouts, one per line."""
+    """Layouts, one per line; with what the run takes where its steps are known."""
     unit = unit_of(max(prediction.memory.needed for prediction in predictions))
     rows = [
         (
@@ -147,8 +147,7 @@ def table(predictions: Sequence[Prediction]) -> str:
             "s/step",
             "tokens/s",
             "MFU",
-            "days",
-            "GPU h",
+            *(("days", "GPU h") if predictions[0].hours is not None else ()),
         )
     ]
     for prediction in predictions:
@@ -166,8 +165,7 @@ def table(predictions: Sequence[Prediction]) -> str:
                 f"{prediction.time.seconds:.3g}",
                 f"{prediction.tokens_per_second:,.0f}",
                 f"{prediction.mfu:.1%}",
-                short(prediction.hours / 24),
-                short(prediction.device_hours),
+                *(short(time) for time in (prediction.days, prediction.device_hours) if time is not None),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

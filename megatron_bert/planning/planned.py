@@ -112,7 +112,7 @@ def _task(settings: Any, check: Callable[[Any, int], ParallelLayout], encoder: P
     config, form, notes = _start_of_task(settings, encoder)
     steps, task = settings.training.steps, TASKS[settings.task.name]
     if steps is None:
-        notes.append("training.steps is not set: times are of one step, the number of which depends on the data")
+        notes.append("training.steps is not set, and the number of steps depends on the data: times are of one step")
     else:
         check_learning_rate(settings.learning_rate, steps)
     length = settings.task.max_length or task.max_length
@@ -135,7 +135,7 @@ def _task(settings: Any, check: Callable[[Any, int], ParallelLayout], encoder: P
         wanted.divide_layers(config.num_hidden_layers, wanted.schedule(layout).stages)
         return layout
 
-    return Planned(settings, workload_of(settings, config, steps or 1, length, head), check_with_model, tuple(notes))
+    return Planned(settings, workload_of(settings, config, steps, length, head), check_with_model, tuple(notes))
 
 
 def _start_of_task(settings: Any, encoder: Path | None) -> tuple[MegatronBertConfig, InputFormat, list[str]]:

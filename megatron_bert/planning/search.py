@@ -56,14 +56,19 @@ class Prediction:
         return self.workload.step_flops / (self.time.seconds * self.layout.world_size * peak)
 
     @property
-    def hours(self) -> float:
-        """Of all steps."""
-        return self.time.seconds * self.workload.steps / 3600
+    def hours(self) -> float | None:
+        """Of all steps; None where nobody knows how many."""
+        return None if self.workload.steps is None else self.time.seconds * self.workload.steps / 3600
 
     @property
-    def device_hours(self) -> float:
+    def days(self) -> float | None:
+        """The same in days."""
+        return None if self.hours is None else self.hours / 24
+
+    @property
+    def device_hours(self) -> float | None:
         """Of all steps on all ranks."""
-        return self.hours * self.layout.world_size
+        return None if self.hours is None else self.hours * self.layout.world_size
 
 
 def usable_bytes(machine: Machine) -> float:

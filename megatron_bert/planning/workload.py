@@ -45,6 +45,7 @@ class Workload:
         length: tokens of a sequence, of which a sample is one unless its head takes several; of a row of packed ones.
         slots: masked tokens of a sample or row; 0 where there is no masked-language head.
         global_batch: samples, or rows, of an optimizer step.
+        steps: of the run; None where they depend on data that nobody has looked at.
         compute: format of matrix products.
         compiled: whether layers are compiled.
         graphs: whether passes are replayed as CUDA graphs.
@@ -61,7 +62,7 @@ class Workload:
     length: int
     slots: int
     global_batch: int
-    steps: int
+    steps: int | None
     compute: str
     compiled: bool
     losses: int
@@ -143,12 +144,13 @@ class Workload:
 
 
 def workload_of(
-    settings: RunSettings, config: MegatronBertConfig, steps: int, length: int, head: TaskHead | None = None
+    settings: RunSettings, config: MegatronBertConfig, steps: int | None, length: int, head: TaskHead | None = None
 ) -> Workload:
     """The workload of a run.
 
     Args:
         settings: of the run, of any kind.
+        steps: None where they are not known.
         length: tokens of a sequence.
         head: of a fine-tuning task, as far as it is known; two classes on each sequence by default.
     """

@@ -41,7 +41,7 @@ def table(name: str) -> list[str]:
         what = f"tensor {layout.tensor}{' (sequence)' if layout.sequence else ''}, data {layout.data}"
         lines.append(
             f"# {ranks:>5}   {what:<28}  {layout.microbatches(work):>13}  {found.memory.peak / GIB:>4.1f}  "
-            f"{found.tokens_per_second / 1000:>8,.0f}k  {found.mfu:>5.1%}  {found.hours / 24:>5,.0f}"
+            f"{found.tokens_per_second / 1000:>8,.0f}k  {found.mfu:>5.1%}  {found.days:>5,.0f}"
         )
     return lines
 

@@ -184,7 +184,34 @@ def test_fine_tuning_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     run_plan(
         arguments(str(CONFIGS / "finetune" / "mnli.yaml"), f"model.from={encoder}", "task.max_length=24", "--gpus", "2")
     )
-    assert "training.steps is not set" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training.steps is not set" in said
+    assert "days" not in said
+    assert "GPU h" not in said
+    assert " in 1 step" not in said
+    run_plan(
+        arguments(
+            str(CONFIGS / "finetune" / "mnli.yaml"),
+            *(f"model.from={encoder}", "task.max_length=24", "training.steps=100", "--gpus", "2"),
+        )
+    )
+    said = capsys.readouterr().out
+    assert "days" in said
+    assert "in 100 steps" in said
+
+
+def test_as_many_layouts_are_shown_as_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """More than are simulated otherwise; with how many fit, even if all do."""
+    small = ("model.hidden_size=64", "model.num_attention_heads=4", "model.num_hidden_layers=2", "data.seq_length=32")
+    given = (str(CONFIGS / "bert_345m.yaml"), *small, "training.compile=false", "--explain")
+    run_plan(arguments(*given, "--gpus", "1", "--top", "1000"))
+    said = capsys.readouterr().out
+    header, *rows = said.split("\n\n")[2].splitlines()
+    assert header.startswith("tensor")
+    whole = f"{len(rows)} layouts, all of which fit"
+    assert whole in said
+    run_plan(arguments(*given, "--gpus", "2", "--top", "50"))
+    assert len(capsys.readouterr().out.split("\n\n")[2].splitlines()) == 51
 
 
 @pytest.mark.parametrize(
@@ -201,6 +228,8 @@ def test_fine_tuning_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixtur
             "--png new is the file of --write, too: give --png another",
         ),
         (("--gpus", "8", "--png", str(CONFIGS / "bert_3.9b.yaml")), "bert_3.9b.yaml is the file of CONFIG, too"),
+        (("--gpus", "8", "--png", "plan.pdf"), "plan.pdf has the ending of another format: .* ends in .png"),
+        (("parallel.schedule=foo", "--gpus", "1"), "parallel.schedule is 'foo': choose one of gpipe, 1f1b"),
         (("--gpus", "8", "--png", "/dev/null"), "--png /dev/null cannot be written"),  # a device is not replaced
         (("--gpus", "8", "--network", "nowhere"), "--network is 'nowhere'"),
         (("--gpus", "8", "--write", str(CONFIGS / "bert_345m.yaml")), "is there already: name a new file"),
