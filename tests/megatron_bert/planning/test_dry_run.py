@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,25 @@ def test_the_fullest_rank_is_measured_wherever_it_is(
     given += ["model.hidden_size=512", "training.global_batch_size=512", "training.micro_batch_size=64"]
     lines = measure("pretrain", CONFIGS / "bert_345m.yaml", given, 8)
     assert [line.split()[3] for line in lines] == ["0", "2", "6"], "before a job is queued, too"
+
+
+def test_a_run_of_cuda_graphs_is_refused_by_what_these_take(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is more than the step that is measured without them."""
+    given = [*SMALL, *files, f"training.run_dir={tmp_path / 'run'}", "training.cuda_graphs=true"]
+    given += ["parallel.pipeline=2", "training.global_batch_size=128", "training.micro_batch_size=32"]
+    command = ["pretrain", str(CONFIGS / "bert_345m.yaml"), *given, "--dry-run", "--gpus", "2"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    found = [re.search(words, said) for words in (r"rank 0 of 2: ([\d.]+) MiB at", r"of their own, ([\d.]+) MiB")]
+    plain, graphs = (float(match[1]) for match in found if match is not None)
+    assert plain * 1.05 < graphs
+    device = tmp_path / "between.yaml"
+    values = DEVICES["cpu"].model_dump() | {"memory_gib": (plain + graphs) / 2 / 1024}
+    device.write_text(yaml.safe_dump({"device": values}))
+    assert main([*command, "--gpu", str(device)]) == 2
+    assert f"rank 0 needs {graphs:.1f} MiB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
