@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -106,9 +109,12 @@ class StepMeter(TorchDispatchMode):
         super().__init__()
         self.groups, self.measured = groups, StepMeasurement()
         self.phase: Part = "temporaries"
+        # Storages by numbers of their own: a new one may be where one of the peak was.
+        self._numbers, self._number_at = count(), dict[int, int]()
         self._alive: dict[int, tuple[int, Part]] = {}
         self._total = self._peak_total = 0
         self._peak: dict[int, tuple[int, Part]] = {}
+        self._aside = False
         self._attention = {torch.ops.aten._flash_attention_forward: 4.0, torch.ops.aten._flash_attention_backward: 10.0}
 
     # ---------------------------------------------------------------- what is there
@@ -148,13 +154,15 @@ class StepMeter(TorchDispatchMode):
     def _note(self, tensor: Tensor, part: Part, *, again: bool = False) -> None:
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
+        place = storage._cdata
+        if place in self._number_at:
             if again:
+                key = self._number_at[place]
                 self._alive[key] = self._alive[key][0], part
             return
+        key = self._number_at[place] = next(self._numbers)
         self._alive[key] = 0, part
-        weakref.finalize(storage, self._died, key)
+        weakref.finalize(storage, self._died, place)
         self._resize(key, storage.nbytes(), part)
 
     def _resize(self, key: int, size: int, part: Part) -> None:
@@ -163,10 +171,10 @@ class StepMeter(TorchDispatchMode):
         self._total += size - self._alive[key][0]
         self._alive[key] = size, part
 
-    def _died(self, key: int) -> None:
+    def _died(self, place: int) -> None:
         if self._total > self._peak_total:
             self._take_peak()
-        size, _ = self._alive.pop(key, (0, None))
+        size, _ = self._alive.pop(self._number_at.pop(place))
         self._total -= size
 
     def _take_peak(self) -> None:
@@ -182,13 +190,23 @@ class StepMeter(TorchDispatchMode):
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             result = original(storage, size)
-            if storage._cdata in self._alive:  # gathered parameters come and go so
-                self._resize(storage._cdata, size, "buffers")
+            if storage._cdata in self._number_at:  # gathered parameters come and go so
+                self._resize(self._number_at[storage._cdata], size, "buffers")
             return result
+
+        # How the result of an operator is divided follows from shapes of whole tensors, which no rank makes.
+        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def propagate_aside(propagator: ShardingPropagator, *args: Any) -> Any:
+            before, self._aside = self._aside, True
+            try:
+                return propagate(propagator, *args)
+            finally:
+                self._aside = before
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         try:
-            with self:
+            with patch.object(ShardingPropagator, propagate.__name__, propagate_aside), self:
                 yield
             if self._total > self._peak_total:
                 self._take_peak()
@@ -202,6 +220,8 @@ class StepMeter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it comes again, on what this rank holds
         kwargs = kwargs or {}
+        if self._aside:
+            return func(*args, **kwargs)
         name = func._schema.name
         if name == "_c10d_functional::wait_tensor":
             return args[0]  # as it does, but for tensors without numbers, for which it makes another

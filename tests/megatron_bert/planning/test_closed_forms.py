@@ -134,6 +134,20 @@ CASES = [
             ["training.recompute=full"],
         )
     ),
+    # Whole matrices are large beside a rank's share of them.
+    (
+        3,
+        16,
+        [
+            "parallel.tensor=8",
+            "parallel.sequence=true",
+            "parallel.sharding=full",
+            "model.num_attention_heads=8",
+            "model.hidden_size=512",
+            "training.micro_batch_size=1",
+            "training.recompute=full",
+        ],
+    ),
 ]
 
 
