@@ -176,9 +176,7 @@ def _in_graphs(
         slots = max(dict(m.held).get(stage.number, 0) + dict(m.queued).get(stage.number, 0) for m in moments)
         # What a forward pass drops again: hashes of dropout, and wide tensors that are computed again.
         hashes = layer.input * (4 if workload.config.hidden_dropout_prob > 0 else 2)
-        forward = {"none": hashes, "selective": max(hashes, tokens * wide), "full": hashes + 2 * tokens * wide}[
-            layout.recompute
-        ]
+        forward = {"none": hashes, "selective": max(hashes, tokens * wide), "full": layer.dropped}[layout.recompute]
         backward = layer.repeated + layer.transient + own.grown
         if last:  # layers are through before there is anything of the heads
             layers = forward - head.logits - head.kept - final_norm(workload, layer)
