@@ -132,7 +132,18 @@ def head_tensors(workload: Workload, layout: Layout) -> HeadTensors:
     if workload.head is not None:
         rows = (2 + 2 * workload.head.pooled) * layout.micro_batch * workload.head.rows * config.hidden_size * number
     queued = number * slots * (columns + 2 * config.hidden_size) if layout.splits_backward else 0.0
-    return HeadTensors(rows, 4.0 * slots * columns, 8.0 * slots * columns, queued)
+    logits, transient = 4.0 * slots * columns, 8.0 * slots * columns
+    if workload.pretraining and not layout.splits_backward:  # logits have gone when the gradient of the words is made
+        transient = max(transient, number * slots * columns + _word_gradient(workload, layout) - logits)
+    return HeadTensors(rows, logits, transient, queued)
+
+
+def _word_gradient(workload: Workload, layout: Layout) -> float:
+    """Bytes of a gradient of the word embeddings, before it gets to flat buffers; data ranks count theirs elsewhere."""
+    if not layout.flat:
+        return 0.0
+    config = workload.config
+    return workload.number_bytes * config.hidden_size * config.padded_vocab_size / layout.tensor
 
 
 class Kept(NamedTuple):
@@ -143,11 +154,15 @@ class Kept(NamedTuple):
         queued: from a split backward pass to the weight gradients.
         grown: more than both, while a split backward pass goes down the stage: layers drop what they kept and queue
             what is left for later.
+        table: while it goes down the stage: the gradient of word embeddings that embeddings have yet to add theirs to.
+        ended: at the end of a backward pass, in place of what was held: gradients of embeddings, and what is queued.
     """
 
     held: float
     queued: float
     grown: float
+    table: float
+    ended: float
 
 
 def kept_by_stage(workload: Workload, layout: Layout, stages: list[Stage]) -> dict[int, Kept]:
@@ -155,13 +170,21 @@ def kept_by_stage(workload: Workload, layout: Layout, stages: list[Stage]) -> di
     layer, head = layer_tensors(workload, layout), head_tensors(workload, layout)
     tokens = workload.tokens(layout.micro_batch, layout.split_tokens)
     mask = tokens / layout.split_tokens * workload.config.hidden_size * (workload.config.hidden_dropout_prob > 0)
+    whole = workload.number_bytes * tokens * workload.config.hidden_size
     found = {}
     for stage in stages:
         count, last = len(stage.part.layers), stage.part.last
         held = count * layer.kept + (mask if stage.part.first else 0.0)
         held += head.kept + final_norm(workload, layer) if last else 0.0
         queued = count * layer.queued + (head.queued if last else 0.0)
-        found[stage.number] = Kept(held, queued, (count - 1) * max(0.0, layer.queued - layer.kept))
+        grown = (count - 1) * max(0.0, layer.queued - layer.kept)
+        # Of both ends of the model on one stage, gradients of the words are added up before they get to flat buffers.
+        both = stage.part.first and last and workload.pretraining and layout.flat
+        rows = _word_gradient(workload, layout)
+        ended = 0.0
+        if stage.part.first:
+            ended = queued + max(2 * whole if layout.tensor > 1 else whole, whole + rows, 2 * rows * both) + rows * both
+        found[stage.number] = Kept(held, queued, grown, rows * both, ended)
     return found
 
 

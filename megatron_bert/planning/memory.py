@@ -206,9 +206,11 @@ def _in_flight(
         own_logits = head.logits if stage.part.last else 0.0
         transient = max(own_logits * 1.5, layer.dropped - own_logits - of_heads)
         if not moment.forward:
-            transient = layer.repeated + layer.transient + kept[moment.stage].grown
+            own = kept[moment.stage]
+            transient = layer.repeated + layer.transient + own.grown + own.table
             if stage.part.last:  # what the heads kept is gone when the layers' turn comes
                 transient = max(head.transient, head.queued + transient - own_logits - of_heads)
+            transient = max(transient, own.ended - own.held - own_logits)
         held = sum(count * kept[number].held for number, count in moment.held)
         candidate: dict[Part, float] = {
             "activations": held + sum(count * kept[number].queued for number, count in moment.queued),

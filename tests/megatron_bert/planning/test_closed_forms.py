@@ -106,6 +106,7 @@ CASES = [
     (1, 8, ["parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "training.recompute=full"]),
     (17, 64, ["parallel.tensor=2", "parallel.sequence=true", "training.micro_batch_size=2"]),  # a rank of no biases
     (1, 4, ["parallel.pipeline=4", "parallel.schedule=zero-bubble-h1"]),
+    (0, 4, ["parallel.pipeline=2", "parallel.schedule=zero-bubble-h1", "parallel.tensor=2", "parallel.sequence=true"]),
     (1, 4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.schedule=zero-bubble-v"]),
     (1, 2, ["parallel.pipeline=2", "parallel.schedule=interleaved-1f1b", "parallel.virtual_stages=2"]),
     (2, 4, ["parallel.sharding=full"]),
@@ -183,3 +184,25 @@ def test_agrees_with_a_real_step(rank: int, ranks: int, overrides: list[str]) ->
     assert memory.needed == pytest.approx(max(step.peak_bytes, step.building), rel=0.03)
     if layout.flat:  # no more than what stays, in which a step's activations have yet to find room
         assert step.building <= 1.01 * sum(step.resident.values())
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "overrides"),
+    [
+        (0, 1, ["training.micro_batch_size=1"]),
+        (0, 1, ["training.micro_batch_size=2", "training.recompute=full"]),
+        (1, 2, ["training.micro_batch_size=1", "parallel.pipeline=2"]),
+        (0, 8, ["training.micro_batch_size=2", "parallel.tensor=8", "model.num_attention_heads=8"]),
+    ],
+    ids=["one", "recompute", "last", "tensor"],
+)
+def test_gradients_of_a_large_vocabulary(
+    rank: int, ranks: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of embeddings and of the head, and both of them added up where one rank has both."""
+    monkeypatch.setattr(Vocabulary, "vocab_size", 30522)
+    settings = _sizes(ranks, *overrides)
+    work = workload_of(settings, settings.model_config_for(30522, 0), 1, settings.data.seq_length)
+    layout = layout_of(settings, ranks)
+    memory = rank_memory(work, layout, stages_of(work, layout), rank // (ranks // layout.pipeline))
+    assert memory.peak == pytest.approx(measured(settings, rank, ranks).peak_bytes, rel=0.01)
