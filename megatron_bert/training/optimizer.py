@@ -17,6 +17,7 @@ from parallel.errors import UserError
 from parallel.mesh import ParallelMesh
 from parallel.object_collectives import gather_objects
 from parallel.parts import Part
+from parallel.process_group import is_simulated
 from parallel.runs import Run, lone_run
 
 #: Before the name of the last stage's copy of a parameter.
@@ -47,7 +48,7 @@ def check_patterns(names: Iterable[str], settings: OptimizerSettings, *, all_her
         UserError: a pattern matches none of any rank.
     """
     patterns = list(settings.weight_decay_by_name)
-    if not patterns:
+    if not patterns or (is_simulated() and not all_here):  # other ranks of a simulation cannot say what they have
         return
     mine = list(names)
     matches = [any(fnmatchcase(name, pattern) for name in mine) for pattern in patterns]

@@ -47,7 +47,7 @@ from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.p2p import PipelineTransport
 from parallel.pipeline.schedules import forward_only
 from parallel.presence import sign
-from parallel.process_group import World, is_simulated
+from parallel.process_group import World
 from parallel.sharding import name_seed
 from parallel.step_clock import StepClock
 
@@ -84,8 +84,7 @@ class Trainer:
             on_own_stream(world.device)
         self.model = build_model(settings, objective, schedule, mesh, draw=resume_from is None)
         self.parameters, self.copies = self.model.parameters(), self.model.copies()
-        if not is_simulated():  # whose other ranks cannot say what they have
-            check_patterns(self.parameters, settings.optimizer)
+        check_patterns(self.parameters, settings.optimizer)
         layers = self.config.num_hidden_layers
         self.optimizer = ShardedOptimizer(
             {**self.parameters, **{f"{TIED_PREFIX}{name}": copy for name, copy in self.copies.items()}},
@@ -230,12 +229,11 @@ class Trainer:
     @first_order()
     def compute_gradients(self, batches: list[TokenBatch], began: Callable[[int, int], None] | None = None) -> StepSums:
         """The gradients of a step, complete; the optimizer unscales and clips them as it reads them."""
-        training = self.settings.training
         batches = self.objective.before_step(self.model, batches)
         counts = self._global_counts(batches)
         if self.world.device.type == "cuda":
             # Fused attention draws its dropout from torch's generator: seeded by step and place, so resuming is exact.
-            torch.cuda.manual_seed(name_seed(training.seed, f"step {self.step} rank {self.world.rank}"))
+            torch.cuda.manual_seed(name_seed(self.settings.training.seed, f"step {self.step} rank {self.world.rank}"))
         losses = torch.zeros(len(self.objective.loss_names), device=self.world.device)
 
         def loss_of(index: int, output: Any) -> Tensor:
