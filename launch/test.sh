@@ -25,7 +25,7 @@ check ruff format --check || failed=1
 check mypy & # beside the tests, unless they are few: pytest's closing line stays the last
 types=$!
 [ $# = 0 ] || wait "$types" || failed=1
-workers=$(($(nproc 2>/dev/null || echo 2) + 1)) # one more than processors: some tests wait most of their time
+workers=$(($(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) + 1)) # one more than processors: some tests wait most of their time
 workers=$((workers > 4 ? 4 : workers))
 printf 'running pytest with %s workers\n' "$workers"
 .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@" || failed=1

@@ -26,6 +26,7 @@ gc.disable()
 
 import pytest
 
+from megatron_bert.starting import SIGNALS
 from tests.pictures import leave_out_pictures
 
 
@@ -35,10 +36,22 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+#: Handlers of signals in tests.
+_usual: dict[int, Any] = {}
+
+
 def pytest_configure() -> None:
     """Hear SIGINT, which a shell lets programs in the background ignore: tests send it, to this process and others."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _usual.update((number, signal.getsignal(number)) for number in SIGNALS)
+
+
+@pytest.fixture(autouse=True)
+def _usual_signals() -> None:
+    """Training that fails keeps its handlers, for its process is about to end: not so in tests."""
+    for number, handler in _usual.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
