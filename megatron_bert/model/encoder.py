@@ -178,8 +178,7 @@ class Encoder(nn.Module):
             return self._answer(hidden, layout, dropout_keys, request)
         last = None if rows is None else self.layer_list()[-1]
         for layer, layer_keys in zip(self.layers.values(), self._layer_keys(dropout_keys), strict=True):
-            asked = {"rows": rows} if layer is last else {}
-            hidden = layer(hidden, layout, layer_keys, **asked)
+            hidden = layer(hidden, layout, layer_keys, rows=rows if layer is last else None)
         return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def _layer_keys(self, dropout_keys: Tensor | None) -> Sequence[Tensor | None]:

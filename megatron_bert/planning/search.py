@@ -135,6 +135,9 @@ def search(
             nearest = layout, needed
         return False
 
+    def one_fits(layout: Layout, stages: list[Stage]) -> bool:
+        return fits(layout, fullest(workload, layout, stages)[1].needed)
+
     possible: list[tuple[float, Layout, list[Stage]]] = []
     stages_by: dict[tuple[object, ...], list[Stage]] = {}
     micro_batch = 1 if configured is None else configured.layout.micro_batch
@@ -147,12 +150,10 @@ def search(
             out[reason] += 1
             continue
         stages = _stages_of(workload, layout, stages_by)
-        if not counted or fits(layout, fullest(workload, layout, stages)[1].needed):
+        if not counted or one_fits(layout, stages):
             possible.append((_rough_seconds(workload, layout, stages, machine), layout, stages))
     possible.sort(key=lambda entry: entry[0])
-    fastest = (
-        layout for _, layout, stages in possible if counted or fits(layout, fullest(workload, layout, stages)[1].needed)
-    )
+    fastest = (layout for _, layout, stages in possible if counted or one_fits(layout, stages))
     ranked = [predict(workload, layout, machine) for layout in islice(fastest, most)]
     if configured is not None:
         tried += 1

@@ -110,6 +110,16 @@ def test_losses_and_weights_are_those_without(data: Path, tmp_path: Path, size: 
         assert torch.equal(plain[1], replayed[1])
 
 
+def _train(trainer: Trainer, number: int, steps: list[list[int]], left: list[int]) -> None:
+    """Take steps: what is noted in each has a list of its own, and what is left is that of the last one."""
+    batches, count = trainer._batches(), trainer.engine.schedule.microbatches
+    for _ in range(number):
+        steps.append([])
+        left.clear()
+        trainer.train_step([next(batches) for _ in range(count)])
+    trainer.close()
+
+
 def _sums(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
     """The buckets of each step in the order in which their sums begin, and what is left of the replay then."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -127,12 +137,7 @@ def _sums(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[list[i
         mock.patch.object(FlatBuffers, "_reduce", noted),
     ):
         trainer = _trainer(_settings(folder, run, True, changes), rank, size)
-        batches, count = trainer._batches(), trainer.engine.schedule.microbatches
-        for _ in range(3):
-            steps.append([])
-            left.clear()
-            trainer.train_step([next(batches) for _ in range(count)])
-    trainer.close()
+        _train(trainer, 3, steps, left)
     return steps, left
 
 
@@ -165,12 +170,7 @@ def _gathers(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[lis
     ):
         steps.append([])
         trainer = _trainer(_settings(folder, run, True, changes), dist.get_rank(), dist.get_world_size())
-        batches, count = trainer._batches(), trainer.engine.schedule.microbatches
-        for _ in range(4):
-            steps.append([])
-            left.clear()
-            trainer.train_step([next(batches) for _ in range(count)])
-    trainer.close()
+        _train(trainer, 4, steps, left)
     return steps[2:], left
 
 
