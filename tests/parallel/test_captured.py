@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -136,111 +136,102 @@ def test_waiting_for_the_device_cannot_be_recorded(wait: object) -> None:
         Tape().record(lambda: wait(torch.ones(3)))  # type: ignore[operator]
 
 
-@pytest.mark.gpu
-def test_a_cuda_graph_gives_what_calls_give() -> None:
-    device = torch.device("cuda", 0)
-    before = torch.cuda.current_stream()
-    on_own_stream(device)
-    try:
-        weight = WEIGHT.to(device).requires_grad_()
-        weight.grad = torch.zeros_like(weight)
-
-        def function(given: Mapping[str, Tensor]) -> Tensor:
-            loss = torch.nn.functional.dropout(given["x"] @ weight.t(), 0.5).square().sum()
-            loss.backward()
-            return loss.detach()
-
-        recorders, found = CudaRecorders(device), []
-        for plain_calls in (6, 2):
-            weight.grad.zero_()
-            torch.cuda.manual_seed(3)
-            given = [{"x": inputs(seed)["x"].to(device)} for seed in range(6)]
-            losses = [function(one) for one in given[:plain_calls]]
-            captured = Captured(function, recorders.recorder(recorders.pool()), given[0])
-            for one in given[plain_calls:]:
-                result = captured(one)
-                assert result is not None
-                losses.append(result.clone())
-            found.append((torch.stack(losses), weight.grad.clone()))
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-    finally:
-        torch.cuda.set_stream(before)
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """A GPU, whose current stream is not the default one."""
+    before, found = torch.cuda.current_stream(), torch.device("cuda", 0)
+    on_own_stream(found)
+    yield found
+    torch.cuda.set_stream(before)
 
 
 @pytest.mark.gpu
-def test_work_behind_a_mark_of_a_cuda_graph_sees_what_came_before() -> None:
-    device = torch.device("cuda", 0)
-    before = torch.cuda.current_stream()
-    on_own_stream(device)
-    try:
-        recorders = CudaRecorders(device)
-        recorder = recorders.recorder(recorders.pool())
-        large, first = torch.ones(2048, 2048, device=device), torch.zeros(2048, 2048, device=device)
+def test_a_cuda_graph_gives_what_calls_give(device: torch.device) -> None:
+    weight = WEIGHT.to(device).requires_grad_()
+    weight.grad = torch.zeros_like(weight)
 
-        def function(given: Mapping[str, Tensor]) -> Tensor:
-            for _ in range(10):
-                first.copy_(large @ large * given["x"])
-            recorder.mark()
-            out = first * 2
-            for _ in range(10):
-                out = large @ large + out
-            return out
+    def function(given: Mapping[str, Tensor]) -> Tensor:
+        loss = torch.nn.functional.dropout(given["x"] @ weight.t(), 0.5).square().sum()
+        loss.backward()
+        return loss.detach()
 
-        given = {"x": torch.ones((), device=device)}
-        function(given)
-        captured, seen = Captured(function, recorder, given), []
-        for value in (2.0, 3.0):
-            captured({"x": torch.full((), value, device=device)}, lambda: seen.append(first[0, 0].clone()))
-        torch.cuda.synchronize()
-        assert [one.item() for one in seen] == [2048.0 * 2, 2048.0 * 3]
-    finally:
-        torch.cuda.set_stream(before)
+    recorders, found = CudaRecorders(device), []
+    for plain_calls in (6, 2):
+        weight.grad.zero_()
+        torch.cuda.manual_seed(3)
+        given = [{"x": inputs(seed)["x"].to(device)} for seed in range(6)]
+        losses = [function(one) for one in given[:plain_calls]]
+        captured = Captured(function, recorders.recorder(recorders.pool()), given[0])
+        for one in given[plain_calls:]:
+            result = captured(one)
+            assert result is not None
+            losses.append(result.clone())
+        found.append((torch.stack(losses), weight.grad.clone()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 @pytest.mark.gpu
-def test_work_behind_a_hold_of_cuda_graphs_waits_and_goes_on_with_what_was_there() -> None:
-    device = torch.device("cuda", 0)
-    before = torch.cuda.current_stream()
-    on_own_stream(device)
-    try:
-        recorders, aside = CudaRecorders(device), torch.cuda.Stream(device)
-        weight = torch.ones(2048, 2048, device=device, requires_grad=True)
-        weight.grad = torch.zeros_like(weight)
-        other = torch.zeros(2048, 2048, device=device)
-        recorder = None
+def test_work_behind_a_mark_of_a_cuda_graph_sees_what_came_before(device: torch.device) -> None:
+    recorders = CudaRecorders(device)
+    recorder = recorders.recorder(recorders.pool())
+    large, first = torch.ones(2048, 2048, device=device), torch.zeros(2048, 2048, device=device)
 
-        def function(given: Mapping[str, Tensor]) -> Tensor:
-            dropped = torch.nn.functional.dropout(weight * given["x"], 0.5)
-            if recorder is not None:
-                recorder.hold()
-            loss = (torch.nn.functional.dropout(dropped, 0.5) + other).sum()
-            loss.backward()
-            return loss.detach()
+    def function(given: Mapping[str, Tensor]) -> Tensor:
+        for _ in range(10):
+            first.copy_(large @ large * given["x"])
+        recorder.mark()
+        out = first * 2
+        for _ in range(10):
+            out = large @ large + out
+        return out
 
-        def ahead() -> None:
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(20):
-                    other.copy_(large @ large)  # 2048 in the end, and not before long
-            torch.cuda.current_stream().wait_stream(aside)
+    given = {"x": torch.ones((), device=device)}
+    function(given)
+    captured, seen = Captured(function, recorder, given), []
+    for value in (2.0, 3.0):
+        captured({"x": torch.full((), value, device=device)}, lambda: seen.append(first[0, 0].clone()))
+    torch.cuda.synchronize()
+    assert [one.item() for one in seen] == [2048.0 * 2, 2048.0 * 3]
 
-        large, found = torch.ones(2048, 2048, device=device), []
-        for replayed in (False, True):
-            weight.grad.zero_()
-            torch.cuda.manual_seed(3)
-            given = [{"x": torch.full((), 1.0 + step, device=device)} for step in range(3)]
+
+@pytest.mark.gpu
+def test_work_behind_a_hold_of_cuda_graphs_waits_and_goes_on_with_what_was_there(device: torch.device) -> None:
+    recorders, aside = CudaRecorders(device), torch.cuda.Stream(device)
+    weight = torch.ones(2048, 2048, device=device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    other = torch.zeros(2048, 2048, device=device)
+    recorder = None
+
+    def function(given: Mapping[str, Tensor]) -> Tensor:
+        dropped = torch.nn.functional.dropout(weight * given["x"], 0.5)
+        if recorder is not None:
+            recorder.hold()
+        loss = (torch.nn.functional.dropout(dropped, 0.5) + other).sum()
+        loss.backward()
+        return loss.detach()
+
+    def ahead() -> None:
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(20):
+                other.copy_(large @ large)  # 2048 in the end, and not before long
+        torch.cuda.current_stream().wait_stream(aside)
+
+    large, found = torch.ones(2048, 2048, device=device), []
+    for replayed in (False, True):
+        weight.grad.zero_()
+        torch.cuda.manual_seed(3)
+        given = [{"x": torch.full((), 1.0 + step, device=device)} for step in range(3)]
+        other.zero_()
+        losses = [function(given[0])]
+        recorder = recorders.recorder(recorders.pool()) if replayed else None
+        captured = None if recorder is None else Captured(function, recorder, given[0])
+        for one in given[1:]:
             other.zero_()
-            losses = [function(given[0])]
-            recorder = recorders.recorder(recorders.pool()) if replayed else None
-            captured = None if recorder is None else Captured(function, recorder, given[0])
-            for one in given[1:]:
-                other.zero_()
-                if captured is None:
-                    ahead()
-                loss = function(one) if captured is None else captured(one, ahead=ahead)
-                assert loss is not None
-                losses.append(loss.clone())
-            found.append((torch.stack(losses), weight.grad.clone()))
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-    finally:
-        torch.cuda.set_stream(before)
+            if captured is None:
+                ahead()
+            loss = function(one) if captured is None else captured(one, ahead=ahead)
+            assert loss is not None
+            losses.append(loss.clone())
+        found.append((torch.stack(losses), weight.grad.clone()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
