@@ -20,7 +20,7 @@ _INERT = (
     *("megatron.", "apex.", "fp16.", "fp16_utils.", "mpu.", "transformer_engine."),
     # What argument parsers and random states of training scripts hold besides.
     *("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath", "pathlib._local.PurePosixPath"),
-    *("signal.Signals", "datetime.", "collections.deque", "collections.Counter", "types.SimpleNamespace"),
+    *("signal.SIG", "signal.Signals", "datetime.", "collections.deque", "collections.Counter", "types.SimpleNamespace"),
     *("functools.partial", "fractions.Fraction", "decimal.Decimal", "uuid.UUID", "_io.BytesIO"),
     *("torch.device", "torch.serialization._get_layout", "torch.nn.init.", "torch.nn.functional.", "torch._C._nn.gelu"),
     *("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),

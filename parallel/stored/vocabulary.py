@@ -9,6 +9,11 @@ from typing import Any
 
 from parallel.errors import brief
 
+#: By which the first releases of Python 3.11 (Debian 12 has one) pickle a member of an enumeration: class and name.
+_MEMBER = ("builtins.getattr", "__builtin__.getattr")
+#: By which they pickle several members of one.
+_MEMBERS = ("_operator.or_", "operator.or_")
+
 
 class RefusedError(Exception):
     """The pickle names something that must not be loaded; the message says what."""
@@ -78,7 +83,7 @@ class Vocabulary:
         full = f"{module}.{name}"
         if full in self.values:
             return self.values[full]
-        if full in self.calls or full.startswith(self.inert):
+        if full in self.calls or full.startswith(self.inert) or full in _MEMBER + _MEMBERS:
             return Global(module, name)
         raise RefusedError(brief(full))
 
@@ -86,9 +91,20 @@ class Vocabulary:
         """Carry out a call, by the table or as a stand-in.
 
         Raises:
-            RefusedError: what is called is not a global of this pickle.
+            RefusedError: what is called is not a global of this pickle, or is asked for an attribute of something else
+                than a class.
         """
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise RefusedError("a call of something that is not a class")
-        known = self.calls.get(str(function))
+        name = str(function)
+        if name in _MEMBER:
+            return _member(name, *arguments)
+        known = self.calls.get(name)
         return StandIn(function, arguments) if known is None else known(*arguments)
+
+
+def _member(function: str, kind: Any = None, name: Any = None, *others: Any) -> StandIn:
+    """What a member of an enumeration leaves behind, which is the same as where its class was called with a value."""
+    if not isinstance(kind, Global) or str(kind) in _MEMBER or not isinstance(name, str) or others:
+        raise RefusedError(f"{function} of something that is not an enumeration")
+    return StandIn(kind, (name,))

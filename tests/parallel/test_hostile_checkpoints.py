@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,26 @@ def test_metadata_that_cannot_be_true(checkpoint: Path, name: str) -> None:
     changed(checkpoint, change)
     text = refusal(checkpoint)
     assert re.search(message, text), text
+
+
+class EarlyPython311(pickle.Pickler):
+    """Pickles members of enumerations as the first releases of Python 3.11 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_metadata_as_the_first_python_3_11_writes_them(checkpoint: Path, protocol: int) -> None:
+    path = checkpoint / ".metadata"
+    with io.BytesIO() as file:
+        EarlyPython311(file, protocol).dump(pickle.loads(path.read_bytes()))
+        path.write_bytes(file.getvalue())
+    assert any(
+        argument == "getattr" or argument == "__builtin__ getattr"
+        for _, argument, _ in pickletools.genops(path.read_bytes())
+    )
+    load_tensors(checkpoint, empty())
 
 
 @pytest.mark.parametrize("where", ["in front", "alone", "inside"])

@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import pickle
+import signal
 import stat
 import struct
 import tracemalloc
@@ -78,6 +79,10 @@ def test_no_payload_is_run(tmp_path: Path) -> None:
         (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
         (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.", "builtins.eval"),
         (b"\x80\x02csubprocess\nPopen\n.", "subprocess.Popen"),
+        (b"cbuiltins\ngetattr\n(S'a'\nS'b'\ntR.", "builtins.getattr of something that is not an enumeration"),
+        (b"c__builtin__\ngetattr\n(tR.", "__builtin__.getattr of something"),
+        (b"cbuiltins\ngetattr\n(cbuiltins\ngetattr\nS'__call__'\ntR.", "builtins.getattr of something"),
+        (b"cbuiltins\ngetattr\n(cos\nsystem\nS'b'\ntR.", "os.system"),
     ],
 )
 def test_what_a_pickle_asks_for_is_named(payload: bytes, name: str) -> None:
@@ -85,22 +90,38 @@ def test_what_a_pickle_asks_for_is_named(payload: bytes, name: str) -> None:
         load_pickle(io.BytesIO(payload), Vocabulary(), "file")
 
 
-def test_classes_of_megatron_are_inert(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, draw(SIZES), SIZES) / _SHARD
-    # As saved from a run: a loss scaler in the optimizer, an enumeration among the arguments.
+def put_beside_the_arguments(folder: Path, pickled: bytes) -> Path:
+    """A checkpoint to whose dictionary the pickle adds, by opcodes that leave it on the stack."""
+    path = write_checkpoint(folder, draw(SIZES), SIZES) / _SHARD
     with zipfile.ZipFile(path) as file:
         members = {name: file.read(name) for name in file.namelist()}
     prefix = next(name for name in members if name.endswith("data.pkl"))
-    inner = members[prefix].removesuffix(b".")
+    members[prefix] = members[prefix].removesuffix(b".") + pickled + b"."
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def test_classes_of_megatron_are_inert(tmp_path: Path) -> None:
+    # As saved from a run: a loss scaler in the optimizer, an enumeration among the arguments.
     scaler = (
         b"X\x06\x00\x00\x00scaler" + b"cmegatron.fp16.loss_scaler\nDynamicLossScaler\n)\x81}X\x01\x00\x00\x00aK\x01sb"
     )
     kind = b"X\x04\x00\x00\x00kind" + b"cmegatron.model.enums\nAttnMaskType\nK\x01\x85R"
-    members[prefix] = inner + scaler + b"s" + kind + b"s."
-    with zipfile.ZipFile(path, "w") as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    assert all_tensors(path)
+    assert all_tensors(put_beside_the_arguments(tmp_path, scaler + b"s" + kind + b"s"))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"csignal\nSIGTERM\n",
+        b"c__builtin__\ngetattr\n(cmegatron.model.enums\nAttnMaskType\nS'causal'\ntR",
+        b"c_operator\nor_\n(cbuiltins\ngetattr\n(capex.F\nG\nS'a'\ntRcbuiltins\ngetattr\n(capex.F\nG\nS'b'\ntRtR",
+    ],
+)
+def test_enumerations_as_the_first_python_3_11_pickles_them(tmp_path: Path, payload: bytes) -> None:
+    assert all_tensors(put_beside_the_arguments(tmp_path, b"X\x04\x00\x00\x00kind" + payload + b"s"))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +139,7 @@ def test_classes_of_megatron_are_inert(tmp_path: Path) -> None:
         {1, 2},
         collections.defaultdict(list, a=[1]),
         Path("a"),
+        signal.SIGTERM,
     ],
     ids=lambda value: type(value).__name__,
 )
