@@ -2,15 +2,16 @@
 """Which rank writes which part of a checkpoint, and where: decided once, for all saves of the same tensors.
 
 Every byte is written once: what several ranks hold goes to the one of them that has the least to write. The plan is
-torch.distributed.checkpoint's, whose files these are; sizes and places follow from it before anything is written.
+the one that torch.distributed.checkpoint, whose files these are, would make; sizes and places follow from it before
+anything is written.
 """
 
 from __future__ import annotations
 
-import pickle
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,13 +20,22 @@ from torch import Tensor
 from parallel.file_process import Piece
 from parallel.object_collectives import gather_on_first
 from parallel.parts import Part, Region, Sizes
+from parallel.stored.distributed_files import covers
+from parallel.stored.distributed_metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from parallel.stored.torch_archive import tensor_archive
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.planner import SavePlan
 
 #: Values are staged at multiples of this, for every type of element.
 _ALIGNMENT = 64
+
+#: A block: the global name of its tensor, and its offsets there.
+_Key = tuple[str, Sizes]
 
 
 @dataclass(frozen=True)
@@ -80,35 +90,69 @@ def local_plan(tensors: Mapping[str, Tensor | Part]) -> list[HeldTensor]:
 
 
 def global_plans(local: list[list[HeldTensor]]) -> list[WritePlan]:
-    """What each rank writes, of what each has."""
-    # One rank alone pays for these imports, a quarter of the time in which a command starts.
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+    """What each rank writes, of what each has.
 
-    plans, metadata = DefaultSavePlanner().create_global_plan([_save_plan(held) for held in local])
-    found = [_write_plan(rank, plan) for rank, plan in enumerate(plans)]
-    metadata.version = CURRENT_DCP_VERSION
-    metadata.storage_data = {}
-    for plan, write in zip(plans, found, strict=True):
-        offset = 0
-        for item, piece in zip(plan.items, write.pieces, strict=True):
-            assert write.file is not None
-            metadata.storage_data[item.index] = _StorageInfo(write.file, offset, piece.length)
-            offset += piece.length
-    return [replace(found[0], metadata=pickle.dumps(metadata)), *found[1:]]
+    Raises:
+        ValueError: the ranks do not have every element of a tensor, or blocks of it overlap.
+    """
+    holders: dict[_Key, list[int]] = {}
+    blocks: dict[_Key, tuple[HeldTensor, Sizes]] = {}
+    for rank, held in enumerate(local):
+        for tensor in held:
+            for offsets, sizes in tensor.regions:
+                holders.setdefault((tensor.name, offsets), []).append(rank)
+                blocks[tensor.name, offsets] = tensor, sizes
+    _check_whole(blocks)
+    writer: dict[_Key, int] = {}
+    load = [0] * len(local)
+    for key, ranks in holders.items():
+        writer[key] = rank = min(ranks, key=load.__getitem__)
+        tensor, sizes = blocks[key]
+        load[rank] += math.prod(sizes) * tensor.dtype.itemsize or 1
+    metadata = Metadata({}, {tensor.name: (tensor.name,) for held in local for tensor in held}, {})
+    plans = []
+    for rank, held in enumerate(local):
+        keys = [(tensor.name, offsets) for tensor in held for offsets, _ in tensor.regions]
+        plans.append(_write_plan(rank, [key for key in keys if writer[key] == rank], blocks))
+        _enter(plans[-1], blocks, metadata)
+    return [replace(plans[0], metadata=metadata.dump()), *plans[1:]]
 
 
-def _save_plan(held: list[HeldTensor]) -> SavePlan:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+def _check_whole(blocks: Mapping[_Key, tuple[HeldTensor, Sizes]]) -> None:
+    """Each element of each tensor is in one block."""
+    regions: dict[str, list[Region]] = {}
+    for (name, offsets), (_, sizes) in blocks.items():
+        regions.setdefault(name, []).append((offsets, sizes))
+    shapes = {tensor.name: tensor.shape for tensor, _ in blocks.values()}
+    for name, found in regions.items():
+        if not covers(found, shapes[name]):
+            raise ValueError(f"the blocks that ranks have of {name} do not make it up: {found} of {shapes[name]}")
 
-    items = []
-    for tensor in held:
-        for region in tensor.regions:
-            chunk = ChunkStorageMetadata(*map(torch.Size, region))
-            data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape))
-            items.append(WriteItem(MetadataIndex(tensor.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
-    return SavePlan(items, planner_data={tensor.name: (tensor.name,) for tensor in held})
+
+def _write_plan(rank: int, keys: list[_Key], blocks: Mapping[_Key, tuple[HeldTensor, Sizes]]) -> WritePlan:
+    pieces: list[Piece] = []
+    start = 0
+    for key in keys:
+        tensor, sizes = blocks[key]
+        pieces.append(tensor_archive(sizes, tensor.dtype, start))
+        start = _aligned(start + pieces[-1].nbytes)
+    return WritePlan(f"__{rank}_0.distcp" if pieces else None, tuple(keys), tuple(pieces), None)
+
+
+def _enter(plan: WritePlan, blocks: Mapping[_Key, tuple[HeldTensor, Sizes]], metadata: Metadata) -> None:
+    """Add what a rank writes to the metadata."""
+    position = 0
+    for key, piece in zip(plan.blocks, plan.pieces, strict=True):
+        tensor, sizes = blocks[key]
+        entry = metadata.state_dict_metadata.setdefault(
+            tensor.name, TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), [])
+        )
+        chunk = ChunkStorageMetadata(torch.Size(key[1]), torch.Size(sizes))
+        assert plan.file is not None
+        index = MetadataIndex(tensor.name, chunk.offsets, len(entry.chunks))
+        metadata.storage_data[index] = StorageInfo(plan.file, position, piece.length)
+        entry.chunks.append(chunk)
+        position += piece.length
 
 
 def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:
@@ -130,19 +174,6 @@ def plan_writing(tensors: Mapping[str, Tensor | Part]) -> WritePlan:
     for (name, offsets), piece in zip(mine.blocks, mine.pieces, strict=True):
         assert Part.of(tensors[name]).block(offsets).nbytes == piece.nbytes, name
     return mine
-
-
-def _write_plan(rank: int, plan: SavePlan) -> WritePlan:
-    blocks: list[tuple[str, Sizes]] = []
-    pieces: list[Piece] = []
-    start = 0
-    for item in plan.items:
-        data = item.tensor_data
-        assert data is not None, f"{item.index.fqn} is not a tensor"
-        blocks.append((item.index.fqn, tuple(data.chunk.offsets)))
-        pieces.append(tensor_archive(tuple(data.chunk.sizes), data.properties.dtype, start))
-        start = _aligned(start + pieces[-1].nbytes)
-    return WritePlan(f"__{rank}_0.distcp" if pieces else None, tuple(blocks), tuple(pieces), None)
 
 
 def _aligned(size: int) -> int:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READERS = ("pickle.", "_pickle.", "dill.", "cloudpickle.", "joblib.", "shelve.", "marshal.", "torch.hub.")
 WRITERS = {
     *("pickle.dump", "pickle.dumps", "pickle.Pickler", "pickle.HIGHEST_PROTOCOL", "pickle.DEFAULT_PROTOCOL"),
-    "pickle.UnpicklingError",
+    *("pickle._Pickler", "pickle.STACK_GLOBAL", "pickle.UnpicklingError"),
 }
 #: Functions and classes that read pickles, by their full names.
 FORBIDDEN = {

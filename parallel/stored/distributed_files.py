@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +152,15 @@ def _check_tiling(name: str, shape: Sizes, blocks: list[Block], label: str) -> N
             f"{label} speaks of only a part of {brief(name)}: the checkpoint was not written to its end",
             "use another checkpoint",
         )
-    if volume > count or not tile([(block.offsets, block.sizes) for block in blocks], shape):
+    if volume > count or not covers([(block.offsets, block.sizes) for block in blocks], shape):
         raise ValueError("blocks that overlap")
+
+
+def covers(blocks: Sequence[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
+    """Whether blocks, given by offsets and sizes, make up a tensor, each element once; empty ones do not count."""
+    full = [block for block in blocks if 0 not in block[1]]
+    volume = sum(math.prod(sizes) for _, sizes in full)
+    return volume == math.prod(shape) and (volume == 0 or tile(full, shape))
 
 
 def tile(blocks: list[tuple[Sizes, Sizes]], shape: Sizes) -> bool:
