@@ -22,23 +22,26 @@ from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.commands import add_bench_command, add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
 from megatron_bert.shipped import choose_shipped, copy_shipped, purpose, shipped_configs, shipped_scripts
+from megatron_bert.starting import uncollected_imports
 from megatron_bert.tables import RUNS, found_at
 
 
 def _train(arguments: argparse.Namespace) -> int:
     """Read the settings of a run, run or check it, and say by the exit code how it ended."""
-    from megatron_bert.config_file import load_sections
-    from megatron_bert.training.signals import exit_code
-
+    kind = RUNS[arguments.command]
     if check_dry_run(arguments):
-        from megatron_bert.planning.dry_run_command import run_dry_run
-
+        with uncollected_imports(arguments.own_process):
+            from megatron_bert.planning.dry_run_command import run_dry_run
         run_dry_run(arguments)
         return 0
-    kind = RUNS[arguments.command]
     with launched_process():
-        settings = load_sections(arguments.config, arguments.overrides, found_at(kind.settings))
-        return exit_code(found_at(kind.run)(settings, ends_process=arguments.own_process))
+        with uncollected_imports(arguments.own_process):
+            from megatron_bert.config_file import load_sections
+            from megatron_bert.training.signals import exit_code
+
+            settings_of, run = found_at(kind.settings), found_at(kind.run)
+        settings = load_sections(arguments.config, arguments.overrides, settings_of)
+        return exit_code(run(settings, ends_process=arguments.own_process))
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,11 @@ over when the command begins.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 #: What ends a command, or asks training to save and stop.
@@ -34,3 +37,22 @@ def catch_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end_at_once)
+
+
+@contextmanager
+def uncollected_imports(freeze: bool) -> Iterator[None]:
+    """No garbage collection while the block imports modules: their objects, half a million with torch, all stay.
+
+    Args:
+        freeze: whether no later collection looks at what there is by then, either: for a process that runs one command,
+            whose steps would wait for it, and whose loader processes would copy the memory that it touches.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if freeze:
+            gc.freeze()
+        if collecting:
+            gc.enable()

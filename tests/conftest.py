@@ -22,7 +22,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Imports make objects by the hundred thousand, which all stay: looking through them for garbage over and over takes
 # a third of the time of collecting the tests.
-gc.disable()
+from tests.no_collector import COLLECT_AFTER  # isort: split
 
 import pytest
 
@@ -33,6 +33,7 @@ from tests.pictures import leave_out_pictures
 def pytest_collection_finish() -> None:
     """Let the garbage collector look at what tests make, and no longer at what they import."""
     gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
     gc.enable()
 
 

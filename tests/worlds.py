@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from parallel.mesh import SINGLE, ParallelLayout, ParallelMesh, TensorParallel
 from parallel.parts import PLANE, Part
+from tests.no_collector import COLLECT_AFTER
 
 CPU = torch.device("cpu")
 
@@ -195,6 +196,7 @@ def forkserver_context() -> Any:
 def prepare_process() -> None:
     """Settings of a process that the server has forked, to be called first in it."""
     gc.freeze()  # looking for garbage among modules takes time, and copies the pages that are shared with the server
+    gc.set_threshold(COLLECT_AFTER)
     gc.enable()
     torch.set_num_threads(1)
     # A receiver that takes the processor from the sender it was woken by leaves it holding a lock, for which gloo's
