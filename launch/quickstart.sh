@@ -3,12 +3,13 @@
 # The main job in one command: a tokenizer, a corpus and a small BERT from English text, trained on two processes with
 # tensor parallelism, evaluated, and asked to fill in masked words.
 #
-#   bash launch/quickstart.sh [--text FILE...] [--steps N] [--out DIR]
+#   bash launch/quickstart.sh [--text FILE...] [--steps N] [--out DIR] [section.key=value...]
 #
 #   --text FILE...   your own text instead of the documentation that Python ships: JSON lines with a "text" field, or
 #                    plain text with blank lines between documents; .gz and .zst too
 #   --steps N        optimizer steps (default: those of configs/bert_tiny.yaml)
 #   --out DIR        where everything goes (default runs/quickstart); the same directory again goes on where it stopped
+#   section.key=value...   further settings of the run, behind an option, as in: --steps 5000 model.hidden_size=256
 set -euo pipefail
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +18,7 @@ fail() { printf 'quickstart: %s\n' "$*" >&2; exit 2; }
 say() { printf '\n== %s\n' "$*"; }
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$started_in" "$1" ;; esac; }
 
-texts=() steps="" out=$PWD/runs/quickstart
+texts=() settings=() steps="" out=$PWD/runs/quickstart
 while [ $# -gt 0 ]; do
     case $1 in
         --text)
@@ -42,6 +43,7 @@ while [ $# -gt 0 ]; do
             sed -n '3,/^set /{/^set /d;s/^# \{0,1\}//;p;}' launch/quickstart.sh
             exit 0
             ;;
+        [a-z]*.[a-z]*=*) settings+=("$1") && shift ;;
         *) fail "unknown argument $1: see launch/quickstart.sh --help" ;;
     esac
 done
@@ -79,12 +81,9 @@ fi
 tokenizer=$out/tokenizer
 if [ ! -f "$tokenizer/vocab.txt" ]; then
     say "Training a tokenizer"
-    # Short texts do not hold enough different words for a large vocabulary.
-    for size in 8192 4096 2048 1024 512; do
-        $python -m megatron_bert train-tokenizer --input "${texts[@]}" --type wordpiece --vocab-size $size \
-            --output "$tokenizer" 2>"$out/tokenizer.log" && break
-    done
-    [ -f "$tokenizer/vocab.txt" ] || fail "no tokenizer came of the text: $(tail -n 1 "$out/tokenizer.log")"
+    # Short texts do not hold enough different words for so large a vocabulary.
+    $python -m megatron_bert train-tokenizer --input "${texts[@]}" --type wordpiece --vocab-size 8192 --at-most \
+        --output "$tokenizer"
     printf '%s: %s entries\n' "$tokenizer/vocab.txt" "$(wc -l <"$tokenizer/vocab.txt")"
 fi
 
@@ -97,11 +96,13 @@ fi
 say "Pretraining on two processes, tensor parallel"
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 threads=$((cores / 2 > 8 ? 8 : cores > 1 ? cores / 2 : 1)) # more than 8 do not help a model this small
+# The warm-up has the share of the steps that it has in the settings file.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} $python -m torch.distributed.run --standalone --nproc-per-node 2 \
     -m megatron_bert pretrain configs/bert_tiny.yaml \
     tokenizer.path="$tokenizer" data.train="${corpus}_text_sentence" parallel.tensor=2 training.device=cpu \
     training.micro_batch_size=48 training.run_dir="$out/run" \
-    ${steps:+training.steps=$steps learning_rate.warmup_steps=$((steps / 20))} # the share that it has in the settings
+    ${steps:+training.steps=$steps learning_rate.warmup_steps=$((steps / 20))} \
+    ${settings[@]+"${settings[@]}"}
 
 say "Filling in masked words"
 $python -m megatron_bert fill-mask "$out/run" --top 3 "${questions[@]}"

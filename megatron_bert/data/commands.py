@@ -30,7 +30,10 @@ def add_data_commands(commands: Any) -> None:
     tokenizer = commands.add_parser("train-tokenizer", help="learn a vocabulary from text")
     tokenizer.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     tokenizer.add_argument("--type", choices=("wordpiece", "sentencepiece", "bpe"), default="wordpiece")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included"
+    )
+    tokenizer.add_argument("--at-most", action="store_true", help="take fewer entries where the text does not fill N")
     tokenizer.add_argument("--output", type=given_path, required=True, metavar="DIR")
     tokenizer.add_argument("--cased", action="store_true", help="keep upper case")
     tokenizer.add_argument("--json-key", default="text", metavar="NAME", help=KEY_HELP)
@@ -155,6 +158,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         arguments.vocab_size,
         arguments.output,
         cased=arguments.cased,
+        at_most=arguments.at_most,
         json_key=arguments.json_key,
     )
 

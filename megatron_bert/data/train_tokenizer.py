@@ -44,6 +44,7 @@ def train_tokenizer(
     output: str | os.PathLike[str],
     *,
     cased: bool = False,
+    at_most: bool = False,
     json_key: str = "text",
     progress: bool = True,
 ) -> Tokenizer:
@@ -56,10 +57,12 @@ def train_tokenizer(
         vocab_size: Entries of the vocabulary, the five special tokens included.
         output: Directory for the files, created if missing.
         cased: Keep upper case; otherwise text is lower-cased, and for WordPiece stripped of accents.
+        at_most: Write a smaller vocabulary of a text that cannot fill one of this size.
         json_key: Where a JSON object holds its text, or the column of a table.
 
     Raises:
-        UserError: An unreadable input, no text, or a vocabulary size that the text cannot fill exactly.
+        UserError: An unreadable input, no text, or a vocabulary size that the text cannot fill exactly (or, with
+            `at_most`, that is too small for it).
     """
     if kind not in get_args(Kind):
         raise UserError(f'Tokenizer type "{kind}" is unknown: choose {", ".join(get_args(Kind))}.')
@@ -79,7 +82,7 @@ def train_tokenizer(
             Path(output).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=output):
                 pass
-        train(text, vocab_size, Path(output), cased)
+        train(text, vocab_size, Path(output), cased, at_most)
     except BaseException:
         if made:
             with suppress(OSError):
@@ -110,7 +113,7 @@ class _Lines:
             raise UserError(f"No text was found in {', '.join(self._paths)}.")
 
 
-def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: bool) -> None:
+def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: bool, at_most: bool) -> None:
     """Learn merges and write them as whole-word and "##" pieces.
 
     The library's own WordPiece trainer numbers "##" characters in the order of a randomly seeded hash table, and ties
@@ -139,7 +142,7 @@ def _train_wordpiece(text: Iterable[str], vocab_size: int, output: Path, cased: 
             pieces.append(learned[1:] if learned[0] == WORD_MARK else f"##{learned}")
     # A marked single character is learned as a merge but is there already.
     distinct = list(dict.fromkeys(pieces))[:vocab_size]
-    _check_size(len(distinct), vocab_size)
+    _check_size(len(distinct), vocab_size, at_most)
     vocabulary = {piece: number for number, piece in enumerate(distinct)}
     JsonTokenizer(output, wordpiece(vocabulary, Normalization(not cased))).save(output)
 
@@ -172,7 +175,7 @@ def _alphabet(text: Iterable[str], normalizer: normalizers.Normalizer, vocab_siz
     return sorted(ranked[:kept])
 
 
-def _train_bpe(text: Iterable[str], vocab_size: int, output: Path, cased: bool) -> None:
+def _train_bpe(text: Iterable[str], vocab_size: int, output: Path, cased: bool, at_most: bool) -> None:
     backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
     backend.normalizer = normalizers.NFC()
     if not cased:
@@ -189,13 +192,13 @@ def _train_bpe(text: Iterable[str], vocab_size: int, output: Path, cased: bool) 
         show_progress=False,
     )
     backend.train_from_iterator(text, trainer)
-    _check_size(backend.get_vocab_size(), vocab_size)
+    _check_size(backend.get_vocab_size(), vocab_size, at_most)
     sep, cls = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")  # special tokens come first
     backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     JsonTokenizer(output, backend).save(output)
 
 
-def _train_sentencepiece(text: Iterable[str], vocab_size: int, output: Path, cased: bool) -> None:
+def _train_sentencepiece(text: Iterable[str], vocab_size: int, output: Path, cased: bool, at_most: bool) -> None:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -203,6 +206,7 @@ def _train_sentencepiece(text: Iterable[str], vocab_size: int, output: Path, cas
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
+            hard_vocab_limit=not at_most,
             normalization_rule_name="nmt_nfkc" if cased else "nmt_nfkc_cf",
             max_sentence_length=2 * MAX_LINE_BYTES,
             # One thread: sums of floats in another order would give another vocabulary.
@@ -236,11 +240,11 @@ def _last_sentence(error: Exception) -> str:
     return str(error).replace("\n", " ").rsplit("] ", 1)[-1].split(" or decrease ")[0].strip().rstrip(".")
 
 
-def _check_size(reached: int, wanted: int) -> None:
+def _check_size(reached: int, wanted: int, at_most: bool) -> None:
     if reached > wanted:
         raise UserError(f"vocab_size {wanted} is too small: special tokens and single characters alone need {reached}.")
-    if reached < wanted:
+    if reached < wanted and not at_most:
         raise UserError(
             f"vocab_size {wanted} is too large: this text yields {reached} entries seen at least twice, give more "
-            f"text or a vocab_size of at most {reached}."
+            f"text, or a vocab_size of at most {reached}, or take as many as there are (--at-most)."
         )

@@ -103,17 +103,23 @@ def test_own_text_from_start_to_end(tmp_path: Path) -> None:
     # The language reference, code and all: twenty documents are enough for a vocabulary of some hundred words.
     texts = [re.sub(r"\n\s*\n", "\n", topics[name]) for name in sorted(topics)[:20]]
     text.write_text("\n\n".join(texts), encoding="utf-8")
-    command = ["bash", str(ROOT / "launch" / "quickstart.sh"), "--text", "own.txt", "--steps", "30", "--out", "out"]
+    command = ["bash", str(ROOT / "launch" / "quickstart.sh"), "--text", "own.txt", "--steps", "4", "--out", "out"]
+    command += ["training.global_batch_size=4", "training.micro_batch_size=4", "training.evaluate_batches=1"]
+    command += ["logging.every=1"]
 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "out" / "run"
     rows = read_metrics(run / METRICS_FILE)
-    assert rows[-1]["step"] == 30
+    assert rows[-1]["step"] == 4
     assert (run / "curves.png").stat().st_size > 10_000
-    assert (run / "checkpoints" / "step_00000030" / ".metadata").exists()
+    assert (run / "checkpoints" / "step_00000004" / ".metadata").exists()
     assert "held-out loss of masked tokens" in done.stdout
     assert "== Filling in masked words" in done.stdout
+    assert done.stdout.count("step 4/4 | loss") == 1  # rank 0 alone reports
+    assert "tensor 2" in done.stdout
+    # All that the text yields, not the 8192 entries of a longer one.
+    assert 1024 < len((tmp_path / "out" / "tokenizer" / "vocab.txt").read_text(encoding="utf-8").splitlines()) < 8192
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0, again.stdout + again.stderr

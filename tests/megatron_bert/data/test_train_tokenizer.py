@@ -98,6 +98,23 @@ def test_sizes_that_do_not_fit_the_text(text: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_at_most_a_size(text: Path, kind: str) -> None:
+    tokenizer = train(text, kind, "out", vocab_size=100_000, at_most=True)
+    assert SIZES[kind] < tokenizer.vocab_size < 2_000
+    if kind != "sentencepiece":  # whose training removes pieces until there are few enough
+        assert content(text.parent / "out") == content(train_again(text, kind, tokenizer.vocab_size))
+    assert train(text, kind, "fits", at_most=True).vocab_size <= SIZES[kind]
+    with pytest.raises(UserError, match="vocab_size 12"):
+        train(text, kind, "small", vocab_size=12, at_most=True)
+    assert not (text.parent / "small").exists()
+
+
+def train_again(text: Path, kind: str, size: int) -> Path:
+    train(text, kind, "again", vocab_size=size)
+    return text.parent / "again"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_inputs_that_cannot_be_used(text: Path, kind: str) -> None:
     with pytest.raises(UserError, match=r'text\.jsonl line 1 has no key "body"'):
         train(text, kind, "out", json_key="body")
