@@ -83,9 +83,10 @@ def run_ranks(
     before: Callable[..., Any] | None = None,
     timeout: float = 200.0,
     launched: bool = True,
+    python: bool = False,
     **variables: str,
 ) -> list[Ended]:
-    """Run ``megatron-bert`` as the ranks of one run.
+    """Run ``megatron-bert``, or a program, as the ranks of one run.
 
     Args:
         size: number of ranks.
@@ -94,6 +95,7 @@ def run_ranks(
         before: called with nothing in each process before the command, and pickled for that.
         timeout: seconds after which all are killed.
         launched: whether all are killed when the first fails, as a launcher does.
+        python: the arguments are those of ``python``; see :func:`run_python`.
         **variables: of the environment, beside a launcher's.
     """
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(size)}
@@ -103,7 +105,8 @@ def run_ranks(
         output.write_text("")
         environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
         process = forkserver_context().Process(
-            target=_run, args=(arguments, str(folder), str(output), None, environment, before)
+            target=_run_python if python else _run,
+            args=(arguments, str(folder), str(output), None, environment, before),
         )
         process.start()
         processes.append(process)
@@ -123,18 +126,20 @@ def _run(
     environment: dict[str, str] | None = None,
     before: Callable[..., Any] | None = None,
 ) -> None:
-    prepare_process()
-    os.environ.update(environment or {})
-    if before is not None:
-        before()
-    _enter(folder, output, stdout)
+    _enter(folder, output, stdout, environment, before)
     sys.argv = ["megatron-bert", *arguments]
     sys.exit(main())
 
 
-def _run_python(arguments: tuple[str, ...], folder: str, output: str, stdout: str | None) -> None:
-    prepare_process()
-    _enter(folder, output, stdout)
+def _run_python(
+    arguments: tuple[str, ...],
+    folder: str,
+    output: str,
+    stdout: str | None,
+    environment: dict[str, str] | None = None,
+    before: Callable[..., Any] | None = None,
+) -> None:
+    _enter(folder, output, stdout, environment, before)
     module = arguments[0] == "-m"
     sys.argv = list(arguments[module:])
     sys.path.insert(0, folder if module else str(Path(sys.argv[0]).resolve().parent))
@@ -144,7 +149,17 @@ def _run_python(arguments: tuple[str, ...], folder: str, output: str, stdout: st
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _enter(folder: str, output: str, stdout: str | None) -> None:
+def _enter(
+    folder: str,
+    output: str,
+    stdout: str | None,
+    environment: dict[str, str] | None,
+    before: Callable[..., Any] | None,
+) -> None:
+    prepare_process()
+    os.environ.update(environment or {})
+    if before is not None:
+        before()
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 2)

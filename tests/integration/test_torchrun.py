@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes of torchrun, sharing every matrix, train as one process does."""
+"""Two ranks, sharing every matrix, train as one process does; a launch that is stopped at once saves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from megatron_bert.training.pretrain import pretrain
 from parallel.checkpoint import latest_checkpoint
+from tests.commands import run_ranks
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import STEPS, rows, run_settings, write_config
 
@@ -24,17 +25,11 @@ def test_tensor_parallel_run(tmp_path: Path) -> None:
     pretrain(run_settings(tmp_path, tmp_path / "one"))
     config = write_config(run_settings(tmp_path, tmp_path / "one"), tmp_path / "settings.yaml")
     overrides = [f"training.run_dir={tmp_path / 'two'}", "parallel.data=1", "parallel.tensor=2"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "megatron_bert", "pretrain", str(config), *overrides, "parallel.sequence=true"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"step {STEPS}/{STEPS} | loss") == 1  # rank 0 alone reports
-    assert "tensor 2 (sequence parallel)" in done.stdout
+    ended = run_ranks(2, "pretrain", str(config), *overrides, "parallel.sequence=true", folder=tmp_path)
+    text = "".join(rank.text for rank in ended)
+    assert [rank.code for rank in ended] == [0, 0], text
+    assert text.count(f"step {STEPS}/{STEPS} | loss") == 1  # rank 0 alone reports
+    assert "tensor 2 (sequence parallel)" in ended[0].text
     found, expected = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert len(found) == len(expected) == STEPS + 1
     for mine, theirs in zip(found, expected, strict=True):

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from parallel.process_group import (
     launched_world_size,
     process_group,
 )
+from tests.commands import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -89,12 +87,7 @@ assert not dist.is_initialized()
 """
 
 
-@pytest.mark.slow
 def test_processes_of_a_launcher_meet(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(_PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert finished.returncode == 0, finished.stderr
+    (tmp_path / "program.py").write_text(_PROGRAM)
+    ended = run_ranks(2, "program.py", folder=tmp_path, python=True)
+    assert [rank.code for rank in ended] == [0, 0], ended

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
+from torch.distributed import run as torchrun
 
 import megatron_bert
 from megatron_bert import (
@@ -25,6 +22,7 @@ from megatron_bert import (
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
 from megatron_bert.ibert import named_ranges
+from tests.commands import run_ranks
 from tests.megatron_bert.family.support import HEADS
 from tests.megatron_bert.ibert.family import support as ibert
 from tests.megatron_bert.ibert.family.roberta_tokenizer import write_roberta_tokenizer
@@ -80,19 +78,19 @@ def test_examples_run(tmp_path, monkeypatch):
     assert names["loss"].isfinite()
 
 
-@pytest.mark.slow
 def test_a_divided_model_runs_under_torchrun(tmp_path):
-    """The program of the section on tensor parallelism, by the command beside it."""
+    """The program of the section on tensor parallelism, as the command beside it starts its ranks."""
     text = DOCS.read_text(encoding="utf-8").partition("## Tensor parallelism")[2]
     program, (command,) = BLOCK.findall(text)[0], COMMAND.findall(text)
     (tmp_path / "megatron-bert-345m").mkdir()
     _small_model(tmp_path / "megatron-bert-345m", program)
     (tmp_path / "divided.py").write_text(program)
-    launcher = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
-    paths = os.pathsep.join(filter(None, (str(DOCS.parents[1]), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+    launcher, *words = command.split()
+    given = torchrun.parse_args(words)
+    assert launcher == "torchrun"
+    assert given.standalone
+    ended = run_ranks(int(given.nproc_per_node), given.training_script, folder=tmp_path, python=True)
+    assert [rank.code for rank in ended] == [0, 0], ended
     one = MegatronBertForPreTraining.from_pretrained(tmp_path / "megatron-bert-345m")
     copy = MegatronBertForMaskedLM.from_pretrained(tmp_path / "copy")
     assert copy.get_input_embeddings().weight.equal(one.get_input_embeddings().weight)
