@@ -61,6 +61,23 @@ def preload(*modules: str) -> None:
     _PRELOADED.extend(name for name in modules if name not in _PRELOADED)
 
 
+def preload_compiler() -> None:
+    """Let the server load what torch loads at the first compilation by aot_eager: that takes longer than to compile."""
+    preload(
+        "functorch",
+        "jinja2",
+        "torch._dynamo.backends.distributed",
+        "torch._dynamo.debug_utils",
+        "torch._functorch.compilers",
+        "torch._inductor.debug",
+        "torch._inductor.fx_passes.dedupe_symint_uses",
+        "torch._inductor.pattern_matcher",
+        "torch._inductor.sizevars",
+        "torch.distributed.tensor.experimental",
+        "torch.export._trace",
+    )
+
+
 class RankError(Exception):
     """The traceback of a failed rank, as text: the cause of the error that ``run_world`` raises."""
 

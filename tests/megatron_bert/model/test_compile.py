@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.debugging import aot_eager, eager
 
 from megatron_bert.model.activations import ACTIVATIONS
 from megatron_bert.model.batch import token_keys
@@ -22,23 +23,25 @@ from parallel.gradients import sum_token_partial_gradients
 from parallel.mesh import SINGLE, Sharding, TensorParallel
 from parallel.sharding import initialize
 from tests.megatron_bert.model.support import CONFIG, assert_steps_equal, make_batch, make_rows, whole
-from tests.worlds import make_mesh, make_tensor_parallel, run_world
+from tests.worlds import make_mesh, make_tensor_parallel, preload_compiler, run_world
+
+preload_compiler()
 
 
 class CountingBackend:
-    """aot_eager that counts the graphs it was given."""
+    """A backend that counts the graphs it is given."""
 
-    def __init__(self) -> None:
-        self.graphs = 0
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.graphs, self.inner = 0, inner
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.graphs += 1
-        return aot_eager(graph, inputs)
+        return self.inner(graph, inputs)
 
 
-def _compile(encoder: Encoder) -> CountingBackend:
+def _compile(encoder: Encoder, inner: Callable[..., Any] = aot_eager) -> CountingBackend:
     """Compile the layers the way training does, but for the backend."""
-    backend, compile_ = CountingBackend(), torch.compile
+    backend, compile_ = CountingBackend(inner), torch.compile
 
     def with_backend(function: Any, **settings: Any) -> Any:
         assert settings.get("fullgraph") is True
@@ -75,12 +78,19 @@ def _encoder(tp: TensorParallel, recompute: str = "none", act: str = CONFIG.hidd
     return encoder
 
 
-def _compiled(tp: TensorParallel, rows: bool, dropout: bool, recompute: str, act: str = CONFIG.hidden_act) -> int:
+def _compiled(
+    tp: TensorParallel,
+    rows: bool,
+    dropout: bool,
+    recompute: str,
+    act: str = CONFIG.hidden_act,
+    inner: Callable[..., Any] = aot_eager,
+) -> int:
     """Graphs that one training step of all layers took, after a check of its results."""
     expected = _step(_encoder(tp, recompute, act), tp, rows, dropout)
     torch._dynamo.reset()
     encoder = _encoder(tp, recompute, act)
-    backend = _compile(encoder)
+    backend = _compile(encoder, inner)
     # The traced operators are the eager ones; decompositions add up in another order: float32 rounding.
     assert_steps_equal(_step(encoder, tp, rows, dropout), expected, 1e-5)
     if rows:  # what is in the rows changes nothing
@@ -98,11 +108,11 @@ def _prepared(sharding: Sharding, **layout: Any) -> int:
     results, graphs = [], 0
     for compiled in (False, True):
         encoder = _encoder(tp)
-        backend = _compile(encoder) if compiled else CountingBackend()
+        backend = _compile(encoder) if compiled else None
         layers = list(encoder.layers.values())
         apply_data_parallel(encoder, layers, mesh, sharding=sharding, compute_dtype=torch.bfloat16)
         results.append(_step(encoder, tp, False, True, torch.bfloat16))
-        graphs += backend.graphs
+        graphs += backend.graphs if backend else 0
     # A rounding here or there in another order: a few bfloat16 steps of the largest element.
     assert_steps_equal(results[1], results[0], 4 * torch.finfo(torch.bfloat16).eps)
     return graphs
@@ -144,12 +154,6 @@ def test_divided_layers_share_one_graph_and_give_the_eager_result(case, graphs):
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_undivided_layers_share_one_graph_and_give_the_eager_result(act):
-    assert _compiled(SINGLE, False, True, "none", act) == 1
-
-
-def test_no_graph_breaks():
-    encoder, batch = _encoder(SINGLE), make_batch()
-    x = torch.randn(len(batch.tokens), CONFIG.hidden_size)
-    keys = token_keys(batch.samples, batch.positions, 5)
-    explained = torch._dynamo.explain(encoder.layers["0"]._forward)(x, batch.layout, keys)
-    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    # What torch traces of a layer differs by its activation alone: it is differentiated with one of them.
+    inner = aot_eager if act == CONFIG.hidden_act else eager
+    assert _compiled(SINGLE, False, True, "none", act, inner) == 1
