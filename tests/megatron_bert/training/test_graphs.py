@@ -24,7 +24,9 @@ from parallel.mesh import ParallelMesh
 from parallel.process_group import World
 from tests.megatron_bert.training.runs import run_settings
 from tests.parallel.tape import NoWaiting, Tapes
-from tests.worlds import CPU, run_world
+from tests.worlds import CPU, preload_compiler, run_world
+
+preload_compiler()
 
 #: Of two micro batches the last two replay, of more the last three.
 STEPS = 4

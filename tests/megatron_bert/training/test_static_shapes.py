@@ -23,7 +23,14 @@ from parallel.mesh import ParallelMesh
 from parallel.process_group import World
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings
-from tests.worlds import CPU, run_world
+from tests.worlds import CPU, Together, preload_compiler
+
+preload_compiler()
+
+
+#: What is compiled, and how many graphs that makes.
+COMPILED = [(True, 1), ("all", 6)]
+SHARDINGS = ["none", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shapes")
     make_data(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> Together:
+    """One process, since its first compilation takes as long as several others."""
+    graphs = [(1, _graphs_after_each_step, folder, compiled) for compiled, _ in COMPILED]
+    return Together(*graphs, *((1, _all_losses, folder, sharding) for sharding in SHARDINGS))
 
 
 def settings(folder: Path, **changes: object) -> Settings:
@@ -80,10 +94,12 @@ def _graphs_after_each_step(folder: Path, compiled: bool | str) -> list[int]:
     return graphs
 
 
-@pytest.mark.parametrize(("compiled", "expected"), [(True, 1), ("all", 6)])
-def test_nothing_is_compiled_after_the_first_step(folder: Path, compiled: bool | str, expected: int) -> None:
+@pytest.mark.parametrize(("compiled", "expected"), COMPILED)
+def test_nothing_is_compiled_after_the_first_step(
+    folder: Path, together: Together, compiled: bool | str, expected: int
+) -> None:
     """All: dropout keys of tokens and of layers, the sum of embeddings, a layer, the head and the losses."""
-    graphs = run_world(1, _graphs_after_each_step, folder, compiled)[0]
+    graphs = together(1, _graphs_after_each_step, folder, compiled)[0]
     assert graphs == [expected] * 12
 
 
@@ -91,7 +107,7 @@ def _never(_: torch.Tensor) -> bool:
     return False
 
 
-def _losses(folder: Path, compiled: bool | str, backend: str, changes: dict[str, object]) -> list[list[float]]:
+def _losses(folder: Path, compiled: bool | str, backend: str, sharding: str) -> list[list[float]]:
     """Losses and the gradient's norm of three steps, with dropout, as compiled code has them."""
     found: list[list[float]] = []
     with (
@@ -99,22 +115,21 @@ def _losses(folder: Path, compiled: bool | str, backend: str, changes: dict[str,
         mock.patch.object(Trainer, "compute_gradients", Trainer.compute_gradients.__wrapped__),  # not in place
         mock.patch("megatron_bert.model.layer.TransformerLayer.selects", return_value=False),
     ):
-        trainer = _trainer(folder, compiled, backend, **changes)
+        trainer = _trainer(folder, compiled, backend, parallel__sharding=sharding)
         _trained(trainer, 3, lambda sums: found.append([*sums.losses.tolist(), sums.grad_norm.item()]))
     return found
 
 
-def _all_losses(folder: Path, changes: dict[str, object]) -> list[list[list[float]]]:
-    # In one process, because what torch.compile loads on its first use takes as long as the steps.
+def _all_losses(folder: Path, sharding: str) -> list[list[list[float]]]:
     found = []
     for compiled in (False, True, "all"):
         torch._dynamo.reset()
-        found.append(_losses(folder, compiled, "aot_eager", changes))
+        found.append(_losses(folder, compiled, "aot_eager", sharding))
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"parallel__sharding": "full"}], ids=["float32", "sharded"])
-def test_compiled_code_computes_the_same_losses(folder: Path, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_compiled_code_computes_the_same_losses(folder: Path, together: Together, sharding: str) -> None:
     """To the last bit, as torch differentiates it before a compiler fuses it."""
-    plain, layers, everything = run_world(1, _all_losses, folder, changes)[0]
+    plain, layers, everything = together(1, _all_losses, folder, sharding)[0]
     assert plain == layers == everything
