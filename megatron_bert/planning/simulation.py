@@ -11,11 +11,12 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import _utils
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from megatron_bert.planning.shapes import ShapesMode
 from parallel.process_group import SIMULATED, World
 from parallel.simulated_device import standing_for_gpu
 
@@ -48,7 +49,7 @@ def tensors_without_numbers(gpu: bool) -> Iterator[None]:
         stack.enter_context(patch.object(DeviceMesh, "mesh", property(_with_numbers(mesh))))
         where = "_compute_local_shape_and_global_offset"
         stack.enter_context(patch.object(_utils, where, _with_numbers(getattr(_utils, where))))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(ShapesMode(allow_non_fake_inputs=True))
         stack.enter_context(standing_for_gpu(gpu))
         yield
 
