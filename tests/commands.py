@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line for tests: each command in a process of its own, forked with its modules loaded already.
 
+Runs draw nothing there; tests of runs in their own process ask for pictures.
+
 Starting Python and loading torch takes longer than most commands at the sizes of tests. Where the start itself is what
 is tested, the program is run as a user runs it.
 """
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 from megatron_bert.cli import main
 from tests.integration.slurm_cluster import free_ports
+from tests.pictures import leave_out_pictures
 from tests.worlds import forkserver_context, preload, prepare_process
 
 preload(
@@ -160,6 +163,7 @@ def _enter(
     os.environ.update(environment or {})
     if before is not None:
         before()
+    leave_out_pictures()
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 2)

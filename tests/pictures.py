@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+#: PYTHONPATH of programs that are started to draw nothing, and to look for no garbage among what they import.
+WITHOUT_PICTURES = os.pathsep.join(map(str, (ROOT / "tests" / "integration" / "held", ROOT)))
 
 #: Functions of ``megatron_bert`` that draw what a run has found.
 _DRAWING = (

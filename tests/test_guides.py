@@ -18,6 +18,7 @@ from pyarrow import ipc
 from megatron_bert.config import Settings
 from megatron_bert.finetuning.settings import FinetuneSettings
 from tests.commands import run_command, run_python
+from tests.pictures import WITHOUT_PICTURES
 from tests.test_readme import SUBSTITUTIONS, TINY, make_place, run_line
 
 GUIDES = Path(__file__).resolve().parents[1] / "docs" / "guides"
@@ -88,7 +89,7 @@ def test_a_guide_from_its_first_command_to_its_last(made: Path, tmp_path: Path, 
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(GUIDES.parents[1]),
+        "PYTHONPATH": WITHOUT_PICTURES,
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
     }

@@ -15,6 +15,7 @@ from torch.distributed import run as torchrun
 
 from megatron_bert.config_file import load_settings
 from tests.commands import Ended, run_command, run_python, run_ranks
+from tests.pictures import WITHOUT_PICTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -150,6 +151,7 @@ def test_every_command_runs(place: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": WITHOUT_PICTURES,
         "OMP_NUM_THREADS": "1",
     }
     for command in commands():

@@ -28,6 +28,7 @@ from megatron_bert.training import pretrain as pretrain_module
 from tests.integration.slurm_cluster import free_ports
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings, write_config
+from tests.pictures import WITHOUT_PICTURES
 from tests.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +109,7 @@ class Session:
             "stop_seconds": stop_seconds,
             "max_restarts": max_restarts,
             "environment": {
-                "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
+                "PYTHONPATH": WITHOUT_PICTURES,
                 "OMP_NUM_THREADS": "1",
                 "HOLD_FOLDER": str(self.folder / f"hold_{name}"),
                 **variables,

@@ -35,6 +35,7 @@ from tests.integration.slurm_cluster import free_ports
 from tests.integration.slurm_runs import Session, undisturbed
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import TIMED, assert_same_checkpoint, rows, run_settings, write_config
+from tests.pictures import WITHOUT_PICTURES
 from tests.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
     write_config(settings, folder / "settings.yaml")
     before, began = set(SHARED_MEMORY.iterdir()), time.monotonic()
     variables = {
-        "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
+        "PYTHONPATH": WITHOUT_PICTURES,
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "PACE": str(PACE),

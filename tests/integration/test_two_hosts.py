@@ -22,6 +22,7 @@ from tests.integration.slurm_cluster import free_ports
 from tests.integration.slurm_runs import undisturbed
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import rows, run_settings, tensors, write_config
+from tests.pictures import WITHOUT_PICTURES
 from tests.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def test_lost_worker_lost_host_and_no_spare(tmp_path: Path) -> None:
         command = ["bash", str(ROOT / "launch" / "torchrun.sh"), *options, "--head", head, "pretrain", "settings.yaml"]
         variables = {
             "PYTHON": sys.executable,
-            "PYTHONPATH": f"{Path(__file__).with_name('held')}{os.pathsep}{ROOT}",
+            "PYTHONPATH": WITHOUT_PICTURES,
             "OMP_NUM_THREADS": "1",
             "PACE": "0.1",
             "RDZV_CONF": "last_call_timeout=12,keep_alive_interval=1",

@@ -23,9 +23,11 @@ from parallel.checkpoint import latest_checkpoint, read_state
 from tests.megatron_bert.test_ending import members, wait_until
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings, write_config
+from tests.pictures import WITHOUT_PICTURES
 from tests.worlds import run_world
 
 ENDLESS = 10**6
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": WITHOUT_PICTURES}
 
 
 @pytest.fixture
@@ -39,9 +41,8 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_ends_a_process(config: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -64,9 +65,8 @@ def test_signals_to_every_process_of_the_run_until_it_has_ended(config: Path) ->
     # As a Slurm step gets them: loader processes and what they are forked from as well, again and again, and while the
     # interpreter shuts down.
     command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config), "data.workers=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -86,9 +86,8 @@ def test_signals_to_every_process_of_the_run_until_it_has_ended(config: Path) ->
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_loader_processes_do_not_outlive_their_trainer(config: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "megatron_bert", "pretrain", str(config), "data.workers=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
