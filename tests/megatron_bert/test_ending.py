@@ -221,12 +221,15 @@ from megatron_bert.finetuning import finetune
 from megatron_bert.quantizing import quantize
 from megatron_bert.training import pretrain, update_rules
 from megatron_bert.config_sections import OptimizerSettings
+from parallel.checkpoint_plan import global_plans, local_plan
 from parallel.runs import lone_run
 weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
 run = lone_run(weight, update_rules.Kind(0.0, 1.0))
 update_rules.AdamW([run], OptimizerSettings(), None, [weight], frozenset()).step(0.5, None, None)
-print(weight[0].item() < 1, {"torch._dynamo", "torch.distributed.tensor", "sympy"} & {*sys.modules})
+(plan,) = global_plans([local_plan({"weight": weight})])
+heavy = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "sympy"}
+print(weight[0].item() < 1 < len(plan.metadata), heavy & {*sys.modules})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "True set()\n", done.stderr
