@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections import Counter
@@ -96,6 +97,29 @@ _SAME_WORK = {
     ),
 }
 _SILENT = {"c10d::barrier"}
+#: Attention of packed rows -> operations for each pair of tokens and feature.
+_ATTENTION = {torch.ops.aten._flash_attention_forward: 4.0, torch.ops.aten._flash_attention_backward: 10.0}
+
+
+class _Kind(NamedTuple):
+    """What there is to measure of an operator, whatever its arguments."""
+
+    waits: bool
+    sends: bool
+    fills_buffers: bool
+    multiplies: bool
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    name, packet = func._schema.name, func._overloadpacket
+    communicates = name.startswith(("c10d::", "_c10d_functional::"))
+    return _Kind(
+        waits=name == "_c10d_functional::wait_tensor",
+        sends=communicates and name not in _SILENT,
+        fills_buffers=communicates or name.startswith("fsdp::"),
+        multiplies=packet in _ATTENTION or _SAME_WORK.get(packet, packet) in flop_registry,
+    )
 
 
 class StepMeter(TorchDispatchMode):
@@ -115,7 +139,6 @@ class StepMeter(TorchDispatchMode):
         self._total = self._peak_total = 0
         self._peak: dict[int, tuple[int, Part]] = {}
         self._aside = False
-        self._attention = {torch.ops.aten._flash_attention_forward: 4.0, torch.ops.aten._flash_attention_backward: 10.0}
 
     # ---------------------------------------------------------------- what is there
 
@@ -222,35 +245,38 @@ class StepMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._aside:
             return func(*args, **kwargs)
-        name = func._schema.name
-        if name == "_c10d_functional::wait_tensor":
+        kind = _kind(func)
+        if kind.waits:
             return args[0]  # as it does, but for tensors without numbers, for which it makes another
         out = func(*args, **kwargs)
-        part = self._part(name)
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self._note(value, part)
-        self._count_flops(func, args, kwargs, out)
-        if name.startswith(("c10d::", "_c10d_functional::")) and name not in _SILENT:
-            self._count_message(name, args, out)
+        if isinstance(out, Tensor):
+            self._note_result(out, kind)
+        elif out is not None:
+            for value in tree_iter(out):
+                if isinstance(value, Tensor):
+                    self._note_result(value, kind)
+        if kind.multiplies:
+            self._count_flops(func, args, kwargs, out)
+        if kind.sends:
+            self._count_message(func._schema.name, args, out)
         return out
 
-    def _part(self, name: str) -> Part:
-        if name.startswith(("fsdp::", "c10d::", "_c10d_functional::")):
-            return "buffers"
-        return "temporaries" if torch._C._current_autograd_node() is not None else self.phase
+    def _note_result(self, tensor: Tensor, kind: _Kind) -> None:
+        if kind.fills_buffers:
+            part: Part = "buffers"
+        else:
+            part = "temporaries" if torch._C._current_autograd_node() is not None else self.phase
+        self._note(tensor, part)
 
     def _count_flops(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         packet = func._overloadpacket
-        if packet in self._attention:
+        if packet in _ATTENTION:
             query = args[0] if packet is torch.ops.aten._flash_attention_forward else args[1]
             longest = args[5] if packet is torch.ops.aten._flash_attention_forward else args[8]
             tokens, heads, size = query.shape
-            self.measured.flops += int(self._attention[packet] * tokens * longest * heads * size)
+            self.measured.flops += int(_ATTENTION[packet] * tokens * longest * heads * size)
             return
-        packet = _SAME_WORK.get(packet, packet)
-        if packet in flop_registry:
-            self.measured.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        self.measured.flops += flop_registry[_SAME_WORK.get(packet, packet)](*args, **kwargs, out_val=out)
 
     def _count_message(self, name: str, args: tuple[Any, ...], out: Any) -> None:
         kind, whole = _COLLECTIVES[name]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,6 @@ class _Made(NamedTuple):
     device: torch.device
 
 
-#: By operator: how its results are found.
-_ways: dict[Any, str] = {}
 #: By operator and arguments: what it makes (a list if several), the number of the argument that it returns, or () if
 #: nothing; None where torch is asked every time.
 _results: dict[tuple[Any, ...], Any] = {}
@@ -44,9 +43,7 @@ class ShapesMode(FakeTensorMode):
     ) -> Any:
         """Run an operator on shapes."""
         kwargs = kwargs or {}
-        way = _ways.get(func)
-        if way is None:
-            way = _ways[func] = _way(func)
+        way = _way(func)
         if way == "view" and self._is_plain(args[0]):
             with in_kernel_invocation_manager(self):
                 out = func(*args, **kwargs)
@@ -98,6 +95,7 @@ class ShapesMode(FakeTensorMode):
         return FakeTensor(self, made, found.device)
 
 
+@functools.cache
 def _way(func: Any) -> str:
     """How the results of an operator are found: a view's by its kernel, and others are remembered or asked for."""
     if not isinstance(func, torch._ops.OpOverload) or any(tag in func.tags for tag in _UNCERTAIN):
