@@ -68,3 +68,13 @@ def test_what_fails_fails_again() -> None:
     for _ in range(2):
         with ShapesMode(), pytest.raises(RuntimeError):
             torch.empty(2, 3) + torch.empty(2, 4)
+
+
+def test_what_is_in_the_storage_of_an_argument_stays_there() -> None:
+    for _ in range(2):
+        with ShapesMode():
+            whole, result = torch.empty(6, 4), torch.empty(6, 4)
+            place = whole.untyped_storage()._cdata
+            assert aten._unsafe_view(whole, [24]).untyped_storage()._cdata == place
+            place = result.untyped_storage()._cdata
+            assert aten.mul.out(whole, whole, out=result).untyped_storage()._cdata == place
