@@ -73,8 +73,8 @@ def test_what_fails_fails_again() -> None:
 def test_what_is_in_the_storage_of_an_argument_stays_there() -> None:
     for _ in range(2):
         with ShapesMode():
-            whole, result = torch.empty(6, 4), torch.empty(6, 4)
+            whole, result = torch.empty(5, 4), torch.empty(5, 4)  # sizes of no other test
             place = whole.untyped_storage()._cdata
-            assert aten._unsafe_view(whole, [24]).untyped_storage()._cdata == place
+            assert aten._unsafe_view(whole, [20]).untyped_storage()._cdata == place
             place = result.untyped_storage()._cdata
             assert aten.mul.out(whole, whole, out=result).untyped_storage()._cdata == place
