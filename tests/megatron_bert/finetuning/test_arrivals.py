@@ -50,7 +50,9 @@ class Folder(io.StringIO):
         return self.descriptor
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        if not self.closed:  # it is called once more when the object goes, and another file may have the number by then
+            os.close(self.descriptor)
+        super().close()
 
 
 def all_of(rows: Rows, most: int) -> list[list[str]]:
