@@ -197,17 +197,24 @@ def _collect(ends: list[Any], processes: list[Any], deadline: float) -> list[Any
 def forkserver_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    # The server starts once, here, so that what it preloads is found whatever directory the tests are started from.
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), before)))
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "GLIBC_TUNABLES")}
     try:
+        # The server starts once, here, so that what it preloads is found whatever directory the tests are started from.
+        # Its forks copy what they change, and huge pages (tests/conftest.py) are much to copy.
+        path = os.pathsep.join(filter(None, (str(_ROOT), before["PYTHONPATH"])))
+        _set_variables({"PYTHONPATH": path, "GLIBC_TUNABLES": None})
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        _set_variables(before)
     return context
+
+
+def _set_variables(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def prepare_process() -> None:
