@@ -32,6 +32,10 @@ preload(
 )
 
 
+#: What a process runs, given its arguments.
+_Program = Callable[[tuple[str, ...]], None]
+
+
 class Ended(NamedTuple):
     """A command that has ended.
 
@@ -56,20 +60,18 @@ def run_command(*arguments: str, folder: Path, stdout: Path | None = None, timeo
     Raises:
         TimeoutError: it took longer than ``timeout`` seconds, and was killed.
     """
-    return _ended(_run, arguments, folder, stdout, timeout)
+    return _ended(_command, arguments, folder, stdout, timeout)
 
 
 def run_python(*arguments: str, folder: Path, timeout: float = 200.0) -> Ended:
     """Run ``python`` with the arguments ``-m MODULE ...`` or ``FILE ...`` in a folder; see :func:`run_command`."""
-    return _ended(_run_python, arguments, folder, None, timeout)
+    return _ended(_python, arguments, folder, None, timeout)
 
 
-def _ended(
-    target: Callable[..., None], arguments: tuple[str, ...], folder: Path, stdout: Path | None, timeout: float
-) -> Ended:
+def _ended(program: _Program, arguments: tuple[str, ...], folder: Path, stdout: Path | None, timeout: float) -> Ended:
     with tempfile.NamedTemporaryFile(mode="r", prefix="command-", encoding="utf-8") as output:
-        given = arguments, str(folder), output.name, None if stdout is None else str(stdout)
-        process = forkserver_context().Process(target=target, args=given)
+        given = program, arguments, str(folder), output.name, None if stdout is None else str(stdout)
+        process = forkserver_context().Process(target=_run, args=given)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -108,8 +110,8 @@ def run_ranks(
         output.write_text("")
         environment = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
         process = forkserver_context().Process(
-            target=_run_python if python else _run,
-            args=(arguments, str(folder), str(output), None, environment, before),
+            target=_run,
+            args=(_python if python else _command, arguments, str(folder), str(output), None, environment, before),
         )
         process.start()
         processes.append(process)
@@ -122,42 +124,13 @@ def run_ranks(
 
 
 def _run(
+    program: _Program,
     arguments: tuple[str, ...],
     folder: str,
     output: str,
     stdout: str | None,
     environment: dict[str, str] | None = None,
     before: Callable[..., Any] | None = None,
-) -> None:
-    _enter(folder, output, stdout, environment, before)
-    sys.argv = ["megatron-bert", *arguments]
-    sys.exit(main())
-
-
-def _run_python(
-    arguments: tuple[str, ...],
-    folder: str,
-    output: str,
-    stdout: str | None,
-    environment: dict[str, str] | None = None,
-    before: Callable[..., Any] | None = None,
-) -> None:
-    _enter(folder, output, stdout, environment, before)
-    module = arguments[0] == "-m"
-    sys.argv = list(arguments[module:])
-    sys.path.insert(0, folder if module else str(Path(sys.argv[0]).resolve().parent))
-    if module:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _enter(
-    folder: str,
-    output: str,
-    stdout: str | None,
-    environment: dict[str, str] | None,
-    before: Callable[..., Any] | None,
 ) -> None:
     prepare_process()
     os.environ.update(environment or {})
@@ -168,3 +141,19 @@ def _enter(
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 2)
     os.dup2(file if stdout is None else os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)
+    program(arguments)
+
+
+def _command(arguments: tuple[str, ...]) -> None:
+    sys.argv = ["megatron-bert", *arguments]
+    sys.exit(main())
+
+
+def _python(arguments: tuple[str, ...]) -> None:
+    module = arguments[0] == "-m"
+    sys.argv = list(arguments[module:])
+    sys.path.insert(0, os.getcwd() if module else str(Path(sys.argv[0]).resolve().parent))
+    if module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the garbage collector off: the first module that the server of `worlds` loads, whose modules all stay."""
+"""Turns the garbage collector off: the first module that `conftest` and the server of `worlds` load, whose all stay."""
 
 import gc
 
