@@ -5,14 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from parallel.errors import brief
-
-#: By which the first releases of Python 3.11 (Debian 12 has one) pickle a member of an enumeration: class and name.
-_MEMBER = ("builtins.getattr", "__builtin__.getattr")
-#: By which they pickle several members of one.
-_MEMBERS = ("_operator.or_", "operator.or_")
 
 
 class RefusedError(Exception):
@@ -83,7 +79,7 @@ class Vocabulary:
         full = f"{module}.{name}"
         if full in self.values:
             return self.values[full]
-        if full in self.calls or full.startswith(self.inert) or full in _MEMBER + _MEMBERS:
+        if full in self.calls or full in _ENUMERATIONS or full.startswith(self.inert):
             return Global(module, name)
         raise RefusedError(brief(full))
 
@@ -96,15 +92,20 @@ class Vocabulary:
         """
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise RefusedError("a call of something that is not a class")
-        name = str(function)
-        if name in _MEMBER:
-            return _member(name, *arguments)
-        known = self.calls.get(name)
+        known = self.calls.get(str(function)) or _ENUMERATIONS.get(str(function))
         return StandIn(function, arguments) if known is None else known(*arguments)
 
 
 def _member(function: str, kind: Any = None, name: Any = None, *others: Any) -> StandIn:
     """What a member of an enumeration leaves behind, which is the same as where its class was called with a value."""
-    if not isinstance(kind, Global) or str(kind) in _MEMBER or not isinstance(name, str) or others:
+    if not isinstance(kind, Global) or str(kind) in _ENUMERATIONS or not isinstance(name, str) or others:
         raise RefusedError(f"{function} of something that is not an enumeration")
     return StandIn(kind, (name,))
+
+
+#: How the first releases of Python 3.11 (Debian 12 has one) pickle a member of an enumeration, by its class and name,
+#: and several of one, as a call that stays a stand-in. Both can be in any pickle.
+_ENUMERATIONS: dict[str, Callable[..., StandIn] | None] = {
+    **{name: partial(_member, name) for name in ("builtins.getattr", "__builtin__.getattr")},
+    **dict.fromkeys(("_operator.or_", "operator.or_")),
+}
