@@ -152,7 +152,7 @@ def _check_tiling(name: str, shape: Sizes, blocks: list[Block], label: str) -> N
             f"{label} speaks of only a part of {brief(name)}: the checkpoint was not written to its end",
             "use another checkpoint",
         )
-    if volume > count or not covers([(block.offsets, block.sizes) for block in blocks], shape):
+    if not covers([(block.offsets, block.sizes) for block in blocks], shape):
         raise ValueError("blocks that overlap")
 
 
