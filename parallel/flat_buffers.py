@@ -326,9 +326,12 @@ class FlatBuffers:
         if not self.divided:
             return
         group = self.mesh.device_mesh.get_group(self.axis)
+        # Gloo copies what arrives in a thread of its own, when layers before may have saved their weights already: with
+        # a version counter of its own, that is not a change of theirs to autograd.
+        weights = self.weights.data
         for bucket in self.buckets:
-            whole = self.weights[bucket.start : bucket.start + bucket.size]
-            bucket.gathering = all_gather(whole, self.weights[bucket.own], group=group, async_op=True)
+            whole = weights[bucket.start : bucket.start + bucket.size]
+            bucket.gathering = all_gather(whole, weights[bucket.own], group=group, async_op=True)
 
     def wait(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Wait for weights of other ranks, before the computation uses them."""

@@ -7,7 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from parallel import data_parallel
 from parallel.data_parallel import apply_data_parallel, finish_gradients, flat_buffers, set_gradient_sync
-from parallel.flat_buffers import ALIGNMENT, FlatBuffers
+from parallel.flat_buffers import ALIGNMENT, FlatBuffers, all_gather
 from parallel.gradients import global_gradient_norm
 from parallel.mesh import ParallelMesh, data_shard_size
 from parallel.sharding import initialize
@@ -190,6 +192,31 @@ def test_communication_overlaps_computation():
         assert after == [True] * 3
         assert gathering == [True] * 3
         assert between == [False, False, True]
+
+
+class _Late:
+    """A gather whose numbers arrive as late as they may: when they are waited for."""
+
+    def __init__(self, *tensors: Tensor, group: Any, async_op: bool) -> None:
+        assert async_op
+        self.wait = partial(all_gather, *tensors, group=group)
+
+
+def _arriving_behind_the_forward_pass() -> None:
+    data_parallel._GROUP_PARAMETERS = 1
+    model, flat = prepared(make_mesh(data=2, data_shard=2), "optimizer")
+    found = []
+    for gather in (all_gather, _Late):
+        flat.zero()
+        with mock.patch("parallel.flat_buffers.all_gather", gather):
+            flat.publish()
+        model.loss(IDS).backward()
+        found.append(full_gradients(model))
+    assert all(gradient.equal(found[1][name]) for name, gradient in found[0].items())
+
+
+def test_weights_that_arrive_behind_the_forward_pass_are_no_change_of_those_before():
+    run_world(2, _arriving_behind_the_forward_pass)
 
 
 def _accumulated(dtype: torch.dtype) -> None:
