@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training runs of a small model at many layouts, and a choice of layouts in which every pair of options occurs."""
+"""Training runs of a small model at many layouts."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +20,6 @@ from megatron_bert.training.pretraining import Pretraining
 from megatron_bert.training.replica_check import check_replicas
 from megatron_bert.training.trainer import Trainer
 from parallel.mesh import DATA_AXES, ParallelMesh, Sharding
-from parallel.pipeline.schedules import SCHEDULES
 from parallel.process_group import World
 from parallel.recompute import Recompute
 from tests.megatron_bert.data.support import numbered_tokenizer, random_corpus
@@ -31,16 +27,11 @@ from tests.worlds import CPU, gathered_all, preload
 
 preload(__name__)
 
-#: Samples per step. The numbers of data ranks below divide it.
+#: Samples per step: the numbers of data ranks of all cases divide it.
 BATCH = 24
 LENGTH = 12
-#: Sizes of the tensor and of the data axis: divisors of the heads, the intermediate size and the batch.
-WIDTHS = (1, 2, 3, 4, 6, 8)
-#: Depths of the model; a case takes the least that gives every stage a layer and, of up to four, some stages more.
-DEPTHS = (3, 5, 8, 16)
 #: The second sees what the first did to weights and moments.
 STEPS = 2
-MOST_RANKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +81,6 @@ class Case:
     @property
     def stages(self) -> int:
         return self.pipeline * self.chunks
-
-    @property
-    def cost(self) -> int:
-        """Of a run of so small a model, in passes through a layer: those of all ranks, and what ranks and cases add."""
-        return self.tensor * self.data * self.microbatches * self.depth + 12 * self.ranks + 80
 
     @property
     def plain(self) -> Case:
@@ -164,89 +150,6 @@ def make_data(folder: Path) -> None:
     random_corpus(folder / "corpus", seed=5, documents=60, vocab_size=90)
     for part in ("train", "valid"):
         open_corpus(Case().settings(folder), tokenizer, part)
-
-
-# ---------------------------------------------------------------- the choice of cases
-
-
-def triples() -> Iterator[tuple[int, int, int]]:
-    """Every (tensor, pipeline, data) of at most eight ranks whose sizes divide the model."""
-    for tensor in WIDTHS:
-        for pipeline in range(1, MOST_RANKS + 1):
-            for data in WIDTHS:
-                if tensor * pipeline * data <= MOST_RANKS:
-                    yield tensor, pipeline, data
-
-
-def options(case: Case) -> dict[str, Any]:
-    """What pairs are made of. Larger sizes count as one, and numbers of microbatches by how they fit the ranks."""
-    rounds, rest = divmod(case.microbatches, case.pipeline)
-    fit = "fewer" if rounds == 0 else "remainder" if rest else "one round" if rounds == 1 else "rounds"
-    return {
-        "tensor": min(case.tensor, 3),
-        "pipeline": min(case.pipeline, 4),
-        "data": min(case.data, 3),
-        "schedule": (case.schedule, case.chunks),
-        "sequence": case.sequence,
-        "recompute": case.recompute,
-        "sharding": case.sharding,
-        "fit": fit,
-        "packed": case.packed,
-        "by_hand": case.by_hand,
-    }
-
-
-def features(case: Case) -> set[Any]:
-    """The triple of a case, and all pairs of its options."""
-    return {(case.tensor, case.pipeline, case.data), *combinations(options(case).items(), 2)}
-
-
-def random_case(rng: random.Random, tensor: int, pipeline: int, data: int) -> Case:
-    """Any other settings that a triple allows."""
-    schedule, chunks = rng.choice(
-        [*((name, kind.chunks[0]) for name, kind in SCHEDULES.items()), ("interleaved-1f1b", 3)]
-    )
-    if pipeline * chunks > DEPTHS[-1]:
-        schedule, chunks = "interleaved-1f1b", 2
-    stages = pipeline * chunks
-    microbatches = rng.choice([m for m in range(1 if pipeline > 1 else 2, 9) if BATCH // data % m == 0])
-    even = BATCH // data // microbatches * LENGTH % tensor == 0
-    shardings = {1: ("none",), 2: ("none", "optimizer", "full"), 3: ("none", "optimizer", "full")}
-    return Case(
-        tensor=tensor,
-        pipeline=pipeline,
-        data=data,
-        schedule=schedule,
-        chunks=chunks,
-        sequence=tensor > 1 and even and rng.random() < 0.5,
-        recompute=rng.choice(get_args(Recompute)),
-        sharding=rng.choice(shardings.get(data, get_args(Sharding))),
-        microbatches=microbatches,
-        packed=rng.random() < 0.5,
-        by_hand=rng.random() < 0.5,
-        depth=min(depth for depth in DEPTHS if depth >= stages + (stages < 5)),
-    )
-
-
-def covering_cases() -> list[Case]:
-    """Cases in which every triple and every possible pair of options occurs: a greedy choice from many random ones."""
-    rng = random.Random(5)
-    pool = [random_case(rng, *triple) for _ in range(200) for triple in triples()]
-    numbers: dict[Any, int] = {}
-    masks = []
-    for case in pool:
-        masks.append(sum(1 << numbers.setdefault(feature, len(numbers)) for feature in features(case)))
-    costs = [case.cost for case in pool]
-    missing = (1 << len(numbers)) - 1
-    chosen = []
-    while missing:
-        best = max(range(len(pool)), key=lambda index: (masks[index] & missing).bit_count() / costs[index])
-        missing &= ~masks[best]
-        chosen.append(pool[best])
-    return sorted(chosen, key=lambda case: case.ranks)
-
-
-# ---------------------------------------------------------------- runs
 
 
 @dataclass

@@ -24,28 +24,22 @@ from megatron_bert.training.staged_model import TIED_NAME
 from megatron_bert.training.step_report import write_trace
 from parallel.pipeline.schedules import build_schedule
 from parallel.sharding import initialize
+from tests.megatron_bert.training.covering_cases import CASES, features, random_case, triples
 from tests.megatron_bert.training.layouts import (
     STEPS,
     Case,
     Outcome,
-    covering_cases,
-    features,
     joined,
     largest_difference,
     make_data,
     make_trainer,
     note_weights,
-    random_case,
     run_case,
     train,
-    triples,
 )
 from tests.worlds import CPU, Together, run_world
 
 TOLERANCE = 1e-5
-CASES = covering_cases()
-
-
 LAMB = [
     Case(
         pipeline=2, data=3, schedule="zero-bubble-h1", sharding="optimizer", microbatches=4, optimizer="lamb", depth=3
