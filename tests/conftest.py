@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # is waiting for memory, above all in virtual machines, and takes a fifth less.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
-# Hundreds of processes that tests start import the same files, which are compiled once and not in each of them.
-sys.dont_write_bytecode = False
+# Of the programs too that tests start: what they import is compiled once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Imports make objects by the hundred thousand, which all stay: looking through them for garbage over and over takes
-# a third of the time of collecting the tests.
-from tests.no_collector import COLLECT_AFTER  # isort: split
+from tests.cheap_imports import COLLECT_AFTER  # isort: split
 
 import pytest
 

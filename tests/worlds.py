@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from parallel.mesh import SINGLE, ParallelLayout, ParallelMesh, TensorParallel
 from parallel.parts import PLANE, Part
-from tests.no_collector import COLLECT_AFTER
+from tests.cheap_imports import COLLECT_AFTER
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 #: Seconds by which ranks wait longer for each other than their world may take: it says itself that it took too long.
 GRACE = 30.0
 _PRELOADED = [
-    "tests.no_collector",
+    "tests.cheap_imports",
     "numpy.ma",
     "numpy.typing",
     "pytest",
