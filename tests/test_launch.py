@@ -37,6 +37,8 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     *"version_info < (3, 11)"*) exit {too_old} ;;
     *"version_info[:2]"*) echo {version} ;;
+    *"--enable-optimizations"*) exit {optimized} ;;
+    *"Python.h"*) exit {lacking} ;;
     *"import venv, ensurepip"*) [ -e "{folder}/venv-package" ] ;;
     *"-m venv"*) mkdir "$3"; echo "no space left" >&2; exit 1 ;;
     *) exit 1 ;;
@@ -67,9 +69,10 @@ class Checkout:
         path.write_text(body if body.startswith("#!") else f"#!/bin/sh\n{body}\n", encoding="utf-8")
         path.chmod(0o755)
 
-    def python(self, name: str = "python3", *, too_old: bool = False, version: str = "3.12") -> None:
+    def python(self, name: str = "python3", *, version: str = "3.12", **answers: bool) -> None:
         """A Python that lacks half of its venv module until there is a file venv-package."""
-        self.program(name, FAKE_PYTHON.format(too_old=int(too_old), version=version, folder=self.bin))
+        numbers = {"too_old": 0, "optimized": 1, "lacking": 0} | {key: int(value) for key, value in answers.items()}
+        self.program(name, FAKE_PYTHON.format(version=version, folder=self.bin, **numbers))
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.bin), "HOME": str(self.root), **variables}
@@ -120,6 +123,21 @@ class TestSetup:
         assert "PYTHON is python3.99, which is not there" in refused(checkout.run("setup.sh", PYTHON="python3.99"))
         checkout.python("python3.10", too_old=True, version="3.10")
         assert "python3.10 is Python 3.10, but" in refused(checkout.run("setup.sh", PYTHON="python3.10"))
+
+    @pytest.mark.parametrize("distribution", [{}, {"too_old": True}, {"lacking": True}], ids=["fit", "old", "lacking"])
+    def test_built_without_optimizations(self, checkout: Checkout, distribution: dict[str, bool]) -> None:
+        script = checkout.root / "launch" / "setup.sh"
+        there = checkout.bin / "system-python3"
+        script.write_text(script.read_text(encoding="utf-8").replace("/usr/bin/python3", str(there)), encoding="utf-8")
+        checkout.python(optimized=False)
+        checkout.python(there.name, version="3.11", **distribution)
+        (checkout.bin / "venv-package").touch()
+        chosen = "python3" if distribution else str(there)
+        done = checkout.run("setup.sh")
+        assert f"making .venv with Python {'3.12' if distribution else '3.11'}" in done.stdout
+        assert ("without optimizations" in done.stdout) != bool(distribution)
+        assert f"setup: {chosen} -m venv failed" in done.stderr
+        assert "setup: python3 -m venv failed" in checkout.run("setup.sh", PYTHON="python3").stderr
 
     def test_venv_package_missing(self, checkout: Checkout) -> None:
         checkout.python()
