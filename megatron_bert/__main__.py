@@ -3,12 +3,13 @@
 
 import sys
 
-from megatron_bert.starting import catch_signals
+from megatron_bert.starting import catch_signals, collect_rarely
 
 
 def main() -> int:
     """Run the command of this process, whose signals are caught before anything else is imported."""
     catch_signals()
+    collect_rarely()
     from megatron_bert.cli import main as run
 
     return run()

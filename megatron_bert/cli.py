@@ -22,7 +22,7 @@ from megatron_bert.launching.launched import launched_process
 from megatron_bert.planning.commands import add_bench_command, add_dry_run, add_plan_command, check_dry_run
 from megatron_bert.planning.schedule_command import add_schedule_command
 from megatron_bert.shipped import choose_shipped, copy_shipped, purpose, shipped_configs, shipped_scripts
-from megatron_bert.starting import uncollected_imports
+from megatron_bert.starting import collect_as_usual
 from megatron_bert.tables import RUNS, found_at
 
 
@@ -30,16 +30,17 @@ def _train(arguments: argparse.Namespace) -> int:
     """Read the settings of a run, run or check it, and say by the exit code how it ended."""
     kind = RUNS[arguments.command]
     if check_dry_run(arguments):
-        with uncollected_imports(arguments.own_process):
-            from megatron_bert.planning.dry_run_command import run_dry_run
+        from megatron_bert.planning.dry_run_command import run_dry_run
+
         run_dry_run(arguments)
         return 0
     with launched_process():
-        with uncollected_imports(arguments.own_process):
-            from megatron_bert.config_file import load_sections
-            from megatron_bert.training.signals import exit_code
+        from megatron_bert.config_file import load_sections
+        from megatron_bert.training.signals import exit_code
 
-            settings_of, run = found_at(kind.settings), found_at(kind.run)
+        settings_of, run = found_at(kind.settings), found_at(kind.run)
+        if arguments.own_process:
+            collect_as_usual()
         settings = load_sections(arguments.config, arguments.overrides, settings_of)
         return exit_code(run(settings, ends_process=arguments.own_process))
 

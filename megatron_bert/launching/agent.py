@@ -9,6 +9,8 @@ wrong or an error comes back in the same step.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -55,6 +57,7 @@ def _why_final(result: RunResult) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     """Run torchrun's own command line; its exit code is that of a refusal, 128 and more after a signal, 1 otherwise."""
     api.LocalElasticAgent = RunAgent  # type: ignore[misc]
+    atexit.register(gc.freeze)  # to look for garbage among torch's modules takes half a second of the end
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:

@@ -235,6 +235,21 @@ print(weight[0].item() < 1 < len(plan.metadata), heavy & {*sys.modules})
     assert done.stdout == "True set()\n", done.stderr
 
 
+@pytest.mark.parametrize("run", [False, True], ids=["other commands", "runs"])
+def test_little_garbage_is_looked_for(run: bool) -> None:
+    code = f"""
+import atexit, gc
+from megatron_bert import __main__, cli, starting
+atexit.register(lambda: print(gc.get_freeze_count() > 1000))  # the first to be registered is the last to be called
+usual = gc.get_threshold()
+cli.main = starting.collect_as_usual if {run} else lambda: None
+__main__.main()
+print(gc.get_threshold() == usual, gc.get_freeze_count() > 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{run} {run}\nTrue\n", done.stderr
+
+
 def test_a_closed_pipe_ends_a_command_quietly() -> None:
     with start(*SCHEDULE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

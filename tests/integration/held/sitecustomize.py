@@ -9,6 +9,7 @@ start takes that many seconds longer. In all of them the garbage collector is of
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.abc
 import importlib.util
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 gc.disable()
+atexit.register(gc.freeze)
 
 
 def _hold(module):
