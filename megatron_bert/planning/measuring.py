@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from megatron_bert.planning.shapes import asked_device
+
 #: What memory is for. ``buffers`` are those of collectives and of gathered parameters; ``temporaries`` what the
 #: backward pass and the optimizer make and drop again.
 Part = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers", "temporaries"]
@@ -240,6 +242,9 @@ class StepMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, and count it."""
+        device = asked_device(func, args)
+        if device is not None:
+            return device
         if DTensor in types:
             return NotImplemented  # it comes again, on what this rank holds
         kwargs = kwargs or {}

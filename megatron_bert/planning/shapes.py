@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_META = torch.device("meta")
+_DEVICE = torch.ops.prim.device.default
 _UNCERTAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 
 
@@ -42,24 +44,27 @@ class ShapesMode(FakeTensorMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operator on shapes."""
+        device = asked_device(func, args)
+        if device is not None:
+            return device
         kwargs = kwargs or {}
         way = _way(func)
         if way == "view" and self._is_plain(args[0]):
             with in_kernel_invocation_manager(self):
                 out = func(*args, **kwargs)
-            device = args[0].fake_device
+            place = args[0].fake_device
             if isinstance(out, Tensor):
-                return FakeTensor(self, out, device)
-            return [FakeTensor(self, value, device) for value in out]
+                return FakeTensor(self, out, place)
+            return [FakeTensor(self, value, place) for value in out]
         key: list[Any] = [func, torch.get_default_dtype()]
         if way != "remembered" or not (self._describe(args, key) and self._describe(kwargs.items(), key)):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        place, given = tuple(key), (*args, *kwargs.values())
-        found = _results.get(place, _UNKNOWN)
+        whole, given = tuple(key), (*args, *kwargs.values())
+        found = _results.get(whole, _UNKNOWN)
         if found is _UNKNOWN or found is None:
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if found is _UNKNOWN:
-                _results[place] = _found(out, given)
+                _results[whole] = _found(out, given)
             return out
         if type(found) is list:
             return tuple(self._make(one, given) for one in found)
@@ -91,8 +96,16 @@ class ShapesMode(FakeTensorMode):
         if found == ():
             return None
         with in_kernel_invocation_manager(self):
-            made = torch.empty_strided(found.shape, found.stride, dtype=found.dtype, device="meta")
+            made = torch.empty_strided(found.shape, found.stride, dtype=found.dtype, device=_META)
         return FakeTensor(self, made, found.device)
+
+
+def asked_device(func: Any, args: Sequence[Any]) -> torch.device | None:
+    """The device of a tensor, which torch asks for several times with every operator; None if that is not asked."""
+    if func is not _DEVICE or type(args[0]) is not FakeTensor:
+        return None
+    tensor = args[0]
+    return _META if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
 
 
 @functools.cache
