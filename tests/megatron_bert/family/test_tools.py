@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
@@ -18,6 +16,7 @@ import megatron_bert
 from megatron_bert import AutoTokenizer
 from megatron_bert.data.tokenizers import load_tokenizer
 from megatron_bert.family.tokenizer import save_tokenizer
+from tests.commands import run_python
 from tests.megatron_bert.family import support as megatron
 from tests.megatron_bert.family.support import (
     CLOSE,
@@ -276,7 +275,8 @@ def test_every_class_is_one_of_transformers():
 def test_auto_classes_on_request(tmp_path):
     """In a process of its own, as it changes what transformers gives."""
     build("ForMaskedLM").save_pretrained(tmp_path)
-    program = f"""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 import megatron_bert, transformers
 path = {str(tmp_path)!r}
 before = transformers.AutoModelForMaskedLM.from_pretrained(path)
@@ -287,9 +287,9 @@ assert type(transformers.AutoConfig.from_pretrained(path)) is megatron_bert.Mega
 assert type(transformers.AutoModel.from_config(megatron_bert.IBertConfig(**{{
     "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9, "intermediate_size": 8
 }}))) is megatron_bert.IBertModel
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+""")
+    ended = run_python(str(program), folder=tmp_path)
+    assert ended.code == 0, ended.text
 
 
 @pytest.mark.parametrize("family", [megatron, ibert], ids=["megatron-bert", "i-bert"])
