@@ -53,6 +53,8 @@ installed() { # whether a stamp is there for run or test
 # The interpreter: what PYTHON says, or the one the environment has, or the first that is new enough.
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+# Two builds of one version are not the same.
+build_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)' 2>/dev/null; }
 # As pyenv builds by default; a distribution's is optimized, whatever its configuration says.
 unoptimized() { "$1" -c 'import sys, sysconfig
 sys.exit(sys.base_prefix == "/usr" or "--enable-optimizations" in sysconfig.get_config_var("CONFIG_ARGS"))' 2>/dev/null; }
@@ -62,9 +64,10 @@ os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null; }
 
 if [ -n "${PYTHON-}" ]; then
     command -v "$PYTHON" >/dev/null || fail "PYTHON is $PYTHON, which is not there: name a Python 3.11 or newer"
+    [ -n "$(version_of "$PYTHON")" ] || fail "PYTHON is $PYTHON, which does not run: name a Python 3.11 or newer"
     recent "$PYTHON" || fail "$PYTHON is Python $(version_of "$PYTHON"), but 3.11 or newer is needed"
-    if [ -x "$venv/bin/python" ] && [ "$(version_of "$venv/bin/python")" != "$(version_of "$PYTHON")" ]; then
-        say "removing .venv: it is not of Python $(version_of "$PYTHON")"
+    if [ -x "$venv/bin/python" ] && [ "$(build_of "$venv/bin/python")" != "$(build_of "$PYTHON")" ]; then
+        say "removing .venv: it was not made with $PYTHON"
         rm -rf "$venv"
     fi
 fi

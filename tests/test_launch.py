@@ -123,6 +123,17 @@ class TestSetup:
         assert "PYTHON is python3.99, which is not there" in refused(checkout.run("setup.sh", PYTHON="python3.99"))
         checkout.python("python3.10", too_old=True, version="3.10")
         assert "python3.10 is Python 3.10, but" in refused(checkout.run("setup.sh", PYTHON="python3.10"))
+        checkout.program("python2", "exit 127")
+        assert "PYTHON is python2, which does not run" in refused(checkout.run("setup.sh", PYTHON="python2"))
+
+    @pytest.mark.parametrize("build", ["3.12 /usr", "3.12 /opt", "3.13 /usr"])
+    def test_environment_of_another_build(self, checkout: Checkout, build: str) -> None:
+        checkout.python(version=build)
+        (checkout.root / ".venv" / "bin").mkdir(parents=True)
+        (checkout.bin / "python3").rename(checkout.root / ".venv" / "bin" / "python")
+        checkout.python(version="3.12 /usr")
+        done = checkout.run("setup.sh", PYTHON="python3")
+        assert ("removing .venv: it was not made with python3" in done.stdout) == (build != "3.12 /usr")
 
     @pytest.mark.parametrize("distribution", [{}, {"too_old": True}, {"lacking": True}], ids=["fit", "old", "lacking"])
     def test_built_without_optimizations(self, checkout: Checkout, distribution: dict[str, bool]) -> None:
