@@ -9,8 +9,6 @@ wrong or an error comes back in the same step.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import sys
 from contextlib import suppress
@@ -25,6 +23,7 @@ from torch.distributed.launcher import api
 
 from megatron_bert.launching.failures import why_final
 from megatron_bert.launching.launched import LOG_VARIABLE
+from megatron_bert.starting import collect_rarely
 from parallel.errors import UserError
 
 #: Exit code of a command that refuses what it was given.
@@ -57,7 +56,7 @@ def _why_final(result: RunResult) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     """Run torchrun's own command line; its exit code is that of a refusal, 128 and more after a signal, 1 otherwise."""
     api.LocalElasticAgent = RunAgent  # type: ignore[misc]
-    atexit.register(gc.freeze)  # to look for garbage among torch's modules takes half a second of the end
+    collect_rarely()  # at the end, above all, which took half a second
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
