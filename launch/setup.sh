@@ -115,7 +115,9 @@ if [ ! -e "$venv" ]; then
     "$python" -m venv "$venv" || { rm -rf "$venv"; fail "$python -m venv failed, see above"; }
 fi
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+# A pip before 23.1 runs the setup.py of what has no wheel (seqeval) with the newest of its build requirements, but
+# without theirs; isolated builds (PEP 517), later versions' default, install both.
+pip() { PIP_USE_PEP517=1 "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
 reachable() { # whether an index answers within seconds
     timeout 10 "$venv/bin/python" - "$1" 2>/dev/null <<'PYTHON'
