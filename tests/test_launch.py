@@ -45,6 +45,16 @@ case "$*" in
 esac
 """
 
+#: An interpreter that says which command it was to run, and makes the file that shows that it was.
+MAKES_WHAT_IT_IS_ASKED_FOR = """#!/bin/sh
+program=$*
+case "$program" in
+    *train-tokenizer*) mkdir -p "${program##*--output }" && echo word >"${program##*--output }/vocab.txt" ;;
+    *preprocess*) : >"${program##*--output-prefix }_text_sentence.idx" ;;
+esac
+echo "asked ${program##*-m megatron_bert }" | sed "s:asked tools/:asked :"
+"""
+
 
 class Checkout:
     """A copy of the scripts, with a PATH of its own."""
@@ -301,6 +311,28 @@ class TestQuickstart:
 
     def test_unknown_argument(self, checkout: Checkout) -> None:
         assert "unknown argument --fast" in refused(checkout.run("quickstart.sh", "--fast"))
+
+    def test_the_second_time_only_what_is_missing_is_made(self, checkout: Checkout) -> None:
+        (checkout.root / "launch" / "setup.sh").write_text("exit 0\n", encoding="utf-8")
+        (checkout.root / ".venv" / "bin").mkdir(parents=True)
+        checkout.program("python", MAKES_WHAT_IT_IS_ASKED_FOR)
+        (checkout.bin / "python").rename(checkout.root / ".venv" / "bin" / "python")
+        (checkout.root / "own.txt").write_text("Some words.\n", encoding="utf-8")
+        given = ["--text", str(checkout.root / "own.txt"), "--out", str(checkout.root / "out")]
+        first, second = (checkout.run("quickstart.sh", *given, "--steps", "40") for _ in range(2))
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+        asked = [[line for line in done.stdout.splitlines() if line.startswith("asked")] for done in (first, second)]
+        assert [line.split()[1] for line in asked[0]] == [
+            "train-tokenizer",
+            "preprocess",
+            "pretrain",
+            "fill-mask",
+            "draw_curves.py",
+        ]
+        assert asked[1] == asked[0][2:]
+        assert "training.steps=40 learning_rate.warmup_steps=2" in asked[0][2]
+        refusal = refused(checkout.run("quickstart.sh", *given[2:]))
+        assert refusal.endswith("out was made from other text: give --out another directory")
 
     def test_help(self, checkout: Checkout) -> None:
         done = checkout.run("quickstart.sh", "--help")

@@ -120,11 +120,3 @@ def test_own_text_from_start_to_end(tmp_path: Path) -> None:
     assert "tensor 2" in done.stdout
     # All that the text yields, not the 8192 entries of a longer one.
     assert 1024 < len((tmp_path / "out" / "tokenizer" / "vocab.txt").read_text(encoding="utf-8").splitlines()) < 8192
-
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "nothing left to do" in again.stdout
-
-    other = subprocess.run([*command[:2], "--steps", "1", "--out", "out"], cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 2
-    assert "was made from other text" in other.stderr
