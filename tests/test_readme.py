@@ -127,6 +127,15 @@ def test_readme_has_commands() -> None:
 def run_line(command: str, folder: Path, environment: dict[str, str]) -> Ended:
     """Run a line of bash; programs in Python alone on it, also by torchrun, in processes that have loaded torch."""
     bash = ["bash", "-euo", "pipefail", "-c"]
+    if "torchrun.sh" in command:
+        # Started by this script in its own tests: here, what it would start.
+        (folder / "agent").write_text('#!/bin/sh\nprintf \'%s\\0\' "$MEGATRON_BERT_LOG_DIR" "$@" >agent_started\n')
+        (folder / "agent").chmod(0o755)
+        own = environment | {"PYTHON": str(folder / "agent")}
+        subprocess.run([*bash, command], cwd=folder, env=own, check=True, timeout=60)
+        logs, _, agent, *words = (folder / "agent_started").read_text(encoding="utf-8").split("\0")[:-1]
+        assert agent == "megatron_bert.launching.agent"
+        return _launched(words, folder, MEGATRON_BERT_LOG_DIR=logs)
     line, _, file = command.partition(" > ")
     program, _, rest = line.partition(" ")
     if program in ("megatron-bert", "python") or (program == "torchrun" and " -m megatron_bert " in rest):
@@ -137,12 +146,19 @@ def run_line(command: str, folder: Path, environment: dict[str, str]) -> Ended:
         assert not file, command
         if program == "python":
             return run_python(*words, folder=folder)
-        given = torchrun.parse_args(words)
-        assert given.standalone
-        ended = run_ranks(int(given.nproc_per_node), *given.training_script_args, folder=folder)
-        return Ended(max(abs(rank.code) for rank in ended), "".join(rank.text for rank in ended))
+        return _launched(words, folder)
     done = subprocess.run([*bash, command], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     return Ended(done.returncode, done.stdout + done.stderr)
+
+
+def _launched(words: list[str], folder: Path, **variables: str) -> Ended:
+    """The ranks that a launcher starts which is given these arguments."""
+    given = torchrun.parse_args(words)
+    assert given.standalone
+    assert given.module
+    assert given.training_script == "megatron_bert"
+    ended = run_ranks(int(given.nproc_per_node), *given.training_script_args, folder=folder, **variables)
+    return Ended(max(abs(rank.code) for rank in ended), "".join(rank.text for rank in ended))
 
 
 @pytest.mark.slow
