@@ -30,6 +30,12 @@ def need(programs: tuple[str, ...], packages: str) -> None:
     pytest.skip(reason)
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """Of all workers of this run of the tests."""
+    base = factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
+
+
 def once(folder: Path, work: Callable[[Path], object]) -> Path:
     """Do something in a folder once, whichever of several processes comes first; the others wait for it.
 

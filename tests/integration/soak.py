@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.config import Settings
 from megatron_bert.launching.launched import LOG_VARIABLE
 from megatron_bert.launching.records import read_starts
 from parallel.checkpoint import latest_checkpoint
@@ -50,13 +51,36 @@ SHARED_MEMORY = Path("/dev/shm")
 MARK = "SOAK_FOLDER"
 
 
-def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
+def prepare(folder: Path, kills: int) -> Settings:
+    """Settings of the run in a folder, with its data."""
+    make_data(folder)
+    return run_settings(
+        folder,
+        folder / "run",
+        training__steps=14 * kills + 20,
+        checkpoint__every=EVERY,
+        parallel__data=None,
+        parallel__timeout_seconds=10,
+        checkpoint__timeout_seconds=20,
+        logging__tensorboard=True,
+    )
+
+
+def run_undisturbed(folder: Path, kills: int) -> None:
+    """What all soaks with as many kills are compared with: the run in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = prepare(folder, kills)
+    run_world(RANKS, undisturbed, settings, free_ports(1)[0], timeout=PATIENCE)
+
+
+def soak(way: str, kills: int, folder: Path, whole: Path, seed: int = 1) -> dict[str, Any]:
     """Start a run, disturb it, and compare it with another.
 
     Args:
         way: of :data:`WAYS`.
         kills: how many.
         folder: for everything; must not exist.
+        whole: what :func:`run_undisturbed` was given.
         seed: of what is killed when.
 
     Returns:
@@ -66,19 +90,10 @@ def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
         AssertionError: the run did not recover, or anything of it differs or is left.
     """
     folder.mkdir(parents=True)
-    make_data(folder)
-    settings = run_settings(
-        folder,
-        folder / "run",
-        training__steps=14 * kills + 20,
-        checkpoint__every=EVERY,
-        parallel__data=None,
-        parallel__timeout_seconds=10,
-        checkpoint__timeout_seconds=20,
-        data__workers=1,
-        logging__tensorboard=True,
-    )
-    write_config(settings, folder / "settings.yaml")
+    settings = prepare(folder, kills)
+    # Ranks of a test's world can have no loader processes. One node has them by torchrun.
+    data = settings.data.model_copy(update={"workers": 0 if way == "node" else 1})
+    write_config(settings.model_copy(update={"data": data}), folder / "settings.yaml")
     before, began = set(SHARED_MEMORY.iterdir()), time.monotonic()
     variables = {
         "PYTHONPATH": WITHOUT_PICTURES,
@@ -94,12 +109,7 @@ def soak(way: str, kills: int, folder: Path, seed: int = 1) -> dict[str, Any]:
         run.wait()
         starts = len(read_starts(run.logs))
     _assert_nothing_left(folder, killer.pids, before)
-    changes = {
-        "training": settings.training.model_copy(update={"run_dir": folder / "whole"}),
-        "data": settings.data.model_copy(update={"workers": 0}),  # ranks of a test's world can have none
-    }
-    run_world(RANKS, undisturbed, settings.model_copy(update=changes), free_ports(1)[0], timeout=PATIENCE)
-    _assert_same(folder / "run", folder / "whole")
+    _assert_same(folder / "run", whole / "run")
     return {"way": way, **killer.sent, "starts": starts, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -344,8 +354,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        run_undisturbed(folder / "whole", arguments.kills)
         for way in arguments.way or WAYS:
-            print(soak(way, arguments.kills, folder / way, arguments.seed), flush=True)
+            print(soak(way, arguments.kills, folder / way, folder / "whole", arguments.seed), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from parallel.checkpoint import latest_checkpoint
-from tests.integration.cluster_support import need, once
+from tests.integration.cluster_support import need, once, shared_folder
 from tests.integration.slurm_cluster import CORES, PROGRAMS
 from tests.integration.slurm_runs import DOCUMENTED, HOLD_STEP, STEPS, run_everything
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
@@ -23,9 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 def folder(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Path:
     """Of all runs. Whichever worker comes first makes them, all at once; they outlive the cluster."""
     need(PROGRAMS, "slurmctld slurmd slurm-client munge")
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-    return once(shared / f"slurm-{testrun_uid}", run_everything)
+    return once(shared_folder(tmp_path_factory) / f"slurm-{testrun_uid}", run_everything)
 
 
 @pytest.fixture(scope="module")
