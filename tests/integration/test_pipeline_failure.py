@@ -30,12 +30,10 @@ COMPLAINT = re.compile(
 )
 
 
-def _configuration(folder: Path, case: Case, workers: int) -> Path:
+def _configuration(folder: Path, case: Case) -> Path:
     make_data(folder)
     path = folder / "config.yaml"
-    settings = case.settings(folder)
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": workers})})
-    path.write_text(settings.dump(), encoding="utf-8")
+    path.write_text(case.settings(folder).dump(), encoding="utf-8")
     return path
 
 
@@ -77,8 +75,7 @@ PLANE = Case(pipeline=2, data=2, microbatches=4, sharding="full")
 
 
 def test_killed_under_torchrun(tmp_path):
-    # Loader processes must not keep anyone.
-    config = _configuration(tmp_path, Case(pipeline=2, microbatches=4), workers=1)
+    config = _configuration(tmp_path, Case(pipeline=2, microbatches=4))
     log = tmp_path / "log"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -104,7 +101,7 @@ def test_killed_under_torchrun(tmp_path):
 
 def _run(folder: Path, case: Case, rank: int, action: str, how: str) -> list[Ended]:
     """Without a launcher that stops the others."""
-    config = _configuration(folder, case, workers=0)
+    config = _configuration(folder, case)
     variables = _variables(folder, rank, action, how)
     ended = run_ranks(
         case.ranks, "pretrain", str(config), folder=folder, before=prepare, timeout=BOUND, launched=False, **variables
