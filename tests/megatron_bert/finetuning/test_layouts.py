@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,22 @@ from tests.megatron_bert.finetuning.support import (
     write_questions,
 )
 from tests.megatron_bert.training.runs import rows
-from tests.worlds import run_world
+from tests.worlds import Together, run_world
 
 #: Sums in another order, in float32, carried through a few steps of an optimizer with a large eps.
 CLOSE = 2e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel__tensor": 2},
-    "sequence": {"parallel__tensor": 2, "parallel__sequence": True},
+    "sequence": {"parallel__tensor": 2, "parallel__sequence": True, "training__micro_batch_size": 16},
     "pipeline": {"parallel__pipeline": 2, "training__micro_batch_size": 4},
     "interleaved": {
         "parallel__pipeline": 2,
         "parallel__schedule": "interleaved-1f1b",
-        "training__micro_batch_size": 4,
         "training__recompute": "full",
     },
-    "zero_bubble": {"parallel__pipeline": 2, "parallel__schedule": "zero-bubble-h1", "training__micro_batch_size": 4},
+    "zero_bubble": {"parallel__pipeline": 2, "parallel__schedule": "zero-bubble-h1"},
     "data": {"training__micro_batch_size": 4},
-    "sharded": {"parallel__sharding": "full", "training__micro_batch_size": 4},
+    "sharded": {"parallel__sharding": "full"},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "classification": {},
@@ -77,9 +77,9 @@ def run(folder: Path, run_dir: Path, task: str, changes: dict[str, Any]) -> list
     settings = run_settings(
         folder,
         optimizer__eps=1e-3,
-        training__steps=4,
+        training__steps=3,
         training__evaluate_every=2,
-        training__evaluate_batch_size=3,
+        training__evaluate_batch_size=12,
         training__run_dir=run_dir,
         **changes,
     ).model_dump(by_alias=True)
@@ -90,10 +90,16 @@ def run(folder: Path, run_dir: Path, task: str, changes: dict[str, Any]) -> list
     return rows(run_dir)
 
 
-def run_rank(folder: Path, out: Path, task: str, layouts: dict[str, dict[str, Any]]) -> None:
+def run_layouts(folder: Path, out: Path, task: str, names: tuple[str, ...]) -> None:
+    """On every rank of two."""
     join_world()
-    for name, changes in layouts.items():
-        run(folder, out / name, task, changes)
+    for name in names:
+        run(folder, out / task / name, task, LAYOUTS[name])
+
+
+def _go_on(folder: Path, run_dir: Path, changes: dict[str, Any]) -> None:
+    join_world()
+    run(folder, run_dir, "classification", changes)
 
 
 def compare(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -104,15 +110,36 @@ def compare(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> Non
             assert mine[name] == pytest.approx(value, rel=CLOSE, abs=1e-6), (mine["step"], name)
 
 
-@pytest.mark.parametrize("task", [*TASKS, *ALSO])
-def test_every_layout_gives_the_curve_of_one_process(folder: Path, tmp_path: Path, task: str) -> None:
+#: Which layouts are compared, by task.
+CHOSEN = {
+    task: tuple(LAYOUTS) if task == "classification" else ("sequence", "interleaved", "sharded")
+    for task in (*TASKS, *ALSO)
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs a task at its layouts; the folder that their directories are in."""
+    out = tmp_path_factory.mktemp("layouts")
+    calls = {task: (2, run_layouts, folder, out, task, CHOSEN[task]) for task in CHOSEN}
+    together = Together(*calls.values())
+
+    def of(task: str) -> Path:
+        together(*calls[task])
+        return out / task
+
+    return of
+
+
+@pytest.mark.parametrize("task", CHOSEN)
+def test_every_layout_gives_the_curve_of_one_process(
+    folder: Path, layouts: Callable[[str], Path], tmp_path: Path, task: str
+) -> None:
     expected = run(folder, tmp_path / "one", task, {})
-    assert sum("loss" in row for row in expected) == 4
-    assert sum("valid_loss" in row for row in expected) == 2
-    chosen = LAYOUTS if task == "classification" else {k: LAYOUTS[k] for k in ("sequence", "interleaved", "sharded")}
-    run_world(2, run_rank, folder, tmp_path, task, chosen)
-    for name in chosen:
-        compare(rows(tmp_path / name), expected)
+    assert [row["step"] for row in expected if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in expected if "valid_loss" in row] == [2, 3]
+    for name in CHOSEN[task]:
+        compare(rows(layouts(task) / name), expected)
 
 
 def test_a_run_goes_on_at_another_layout(folder: Path, tmp_path: Path) -> None:
@@ -122,12 +149,9 @@ def test_a_run_goes_on_at_another_layout(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "two", "classification", half)
     run_dir = tmp_path / "two"
     (run_dir / "results.json").unlink()
-    for step in (3, 4):
-        path = run_dir / "checkpoints" / f"step_{step:08d}"
-        if path.is_dir():
-            path.rename(tmp_path / path.name)
+    (run_dir / "checkpoints" / "step_00000003").rename(tmp_path / "last")
     half |= {"parallel__tensor": 2, "parallel__sequence": True}
-    run_world(2, run_rank, folder, tmp_path, "classification", {"two": half})
+    run_world(2, _go_on, folder, run_dir, half)
     compare(rows(run_dir), expected)
     found, wanted = read_results(run_dir), read_results(tmp_path / "one")
     assert found is not None

@@ -29,12 +29,13 @@ from tests.worlds import run_world
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel__tensor": 2},
-    "sequence": {"parallel__tensor": 2, "parallel__sequence": True},
-    "zero_bubble": {"parallel__pipeline": 2, "parallel__schedule": "zero-bubble-v", "training__micro_batch_size": 4},
-    "sharded": {"parallel__sharding": "full", "training__micro_batch_size": 4, "training__recompute": "full"},
+    "sequence": {"parallel__tensor": 2, "parallel__sequence": True, "training__micro_batch_size": 16},
+    "zero_bubble": {"parallel__pipeline": 2, "parallel__schedule": "zero-bubble-v"},
+    "sharded": {"parallel__sharding": "full", "training__recompute": "full"},
 }
 #: What the runs of the layouts have in common.
-SHORT = {"optimizer__eps": 1e-3, "training__steps": 3, "quantization__calibration_steps": 2}
+SHORT = {"optimizer__eps": 1e-3, "quantization__calibration_steps": 2}
+SHORT |= {"training__steps": 2, "training__evaluate_every": 2}
 TAUGHT = {"distillation__weight": 0.5, "distillation__temperature": 2.0}
 
 
