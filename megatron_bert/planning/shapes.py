@@ -49,6 +49,8 @@ class ShapesMode(FakeTensorMode):
             return device
         kwargs = kwargs or {}
         way = _way(func)
+        if way == "run":
+            return func(*args, **kwargs)
         if way == "view" and self._is_plain(args[0]):
             with in_kernel_invocation_manager(self):
                 out = func(*args, **kwargs)
@@ -57,14 +59,21 @@ class ShapesMode(FakeTensorMode):
                 return FakeTensor(self, out, place)
             return [FakeTensor(self, value, place) for value in out]
         key: list[Any] = [func, torch.get_default_dtype()]
-        if way != "remembered" or not (self._describe(args, key) and self._describe(kwargs.items(), key)):
+        numbered: list[Tensor] = []
+        if way != "remembered" or not (
+            self._describe(args, key, numbered) and self._describe(kwargs.items(), key, numbered)
+        ):
             return super().__torch_dispatch__(func, types, args, kwargs)
         whole, given = tuple(key), (*args, *kwargs.values())
         found = _results.get(whole, _UNKNOWN)
         if found is _UNKNOWN or found is None:
+            # What stands in for those with numbers is the same for torch as long as it is held.
+            shapes = [self.from_tensor(tensor) for tensor in numbered] if found is _UNKNOWN else []
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if found is _UNKNOWN:
-                _results[whole] = _found(out, given)
+                found = _found(out, (*given, *shapes))
+                # Who is given a tensor with numbers, and returns it, returns what stands in for it.
+                _results[whole] = None if numbered and _returns_given(found) else found
             return out
         if type(found) is list:
             return tuple(self._make(one, given) for one in found)
@@ -73,8 +82,8 @@ class ShapesMode(FakeTensorMode):
     def _is_plain(self, value: Any) -> bool:
         return type(value) is FakeTensor and value.fake_mode is self and value.constant is None
 
-    def _describe(self, values: Iterable[Any], key: list[Any]) -> bool:
-        """Add to a key what results depend on; whether that is all there is to say."""
+    def _describe(self, values: Iterable[Any], key: list[Any], numbered: list[Tensor]) -> bool:
+        """Add to a key what results depend on, and to others the tensors with numbers; whether that is all."""
         for value in values:
             if type(value) is FakeTensor:
                 if value.fake_mode is not self or value.constant is not None or value.layout is not torch.strided:
@@ -82,9 +91,14 @@ class ShapesMode(FakeTensorMode):
                 key += (value.shape, value.stride(), value.dtype, value.fake_device)
             elif isinstance(value, (list, tuple)):
                 key += (type(value), len(value))
-                if not self._describe(value, key):
+                if not self._describe(value, key, numbered):
                     return False
-            elif isinstance(value, (Tensor, torch.ScriptObject, torch.Generator)):
+            elif type(value) is Tensor and value.layout is torch.strided:
+                numbered.append(value)
+                key += (Tensor, value.shape, value.stride(), value.dtype, value.device)
+            elif isinstance(value, torch.Generator):  # of numbers alone
+                key.append(torch.Generator)
+            elif isinstance(value, (Tensor, torch.ScriptObject)):
                 return False
             else:  # 1 and 1.0 are equal, but do not make the same
                 key += (type(value), value)
@@ -110,13 +124,19 @@ def asked_device(func: Any, args: Sequence[Any]) -> torch.device | None:
 
 @functools.cache
 def _way(func: Any) -> str:
-    """How the results of an operator are found: a view's by its kernel, and others are remembered or asked for."""
+    """How the results of an operator are found: a view's by its kernel, and others are remembered or asked for.
+
+    What marks a part of a profile has nothing to do with tensors.
+    """
     if not isinstance(func, torch._ops.OpOverload) or any(tag in func.tags for tag in _UNCERTAIN):
         return "asked"
     if func.is_view:
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
         return "asked" if composite else "view"
-    tensors = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
+    if func.namespace == "profiler":
+        return "run"
+    schema = func._schema
+    tensors = any("Tensor" in str(value.type) for value in (*schema.arguments, *schema.returns))
     return "remembered" if tensors and func.namespace in ("aten", "prims", "_c10d_functional") else "asked"
 
 
@@ -138,6 +158,11 @@ def _found(out: Any, given: tuple[Any, ...]) -> Any:
     if out.storage_offset() or out.untyped_storage().nbytes() != size or _shares(out, given):
         return None
     return _Made(out.shape, out.stride(), out.dtype, out.fake_device)
+
+
+def _returns_given(found: Any) -> bool:
+    """Whether an argument is among results."""
+    return any(type(one) is int for one in (found if type(found) is list else [found]))
 
 
 def _shares(out: Tensor, values: Iterable[Any]) -> bool:

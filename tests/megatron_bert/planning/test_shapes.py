@@ -16,6 +16,9 @@ from megatron_bert.planning.shapes import ShapesMode
 
 aten = torch.ops.aten
 
+#: A tensor that was made before, and has numbers.
+NUMBERS = torch.arange(24).view(6, 4)
+
 #: Of two matrices 6 x 4 in one buffer.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "fresh": lambda x, y: [x * y, x * 2, x * 2.0, x.int() * 2, x.int() * 2.0, x.t() + y.t(), x.sum(0)],
@@ -37,6 +40,19 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     ],
     "views without a name": lambda x, y: [aten._unsafe_view(x, [24]), x.reshape(24), x.t().reshape(24), x.contiguous()],
     "numbers that are known": lambda x, y: [torch.tensor(2.0) * 3, x * torch.tensor([1, 2, 3, 4])],
+    "made": lambda x, y: [
+        *(torch.empty(3, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2, 7), torch.arange(0, 1, 0.25)),
+        *(torch.full((2, 2), 1.0), torch.full((2, 2), 1), torch.empty_strided((2, 3), (1, 2)), torch.randperm(5)),
+    ],
+    "at random": lambda x, y: [
+        *(x.normal_(generator=generator) for generator in (None, torch.Generator())),
+        *(torch.bernoulli(y, generator=generator) for generator in (None, torch.Generator())),
+    ],
+    "tensors with numbers": lambda x, y: [
+        *(x * NUMBERS, NUMBERS * x, NUMBERS * 2, NUMBERS.t() >= 3, torch.cat([x, NUMBERS]), x[NUMBERS[:, 0] % 4]),
+        *(NUMBERS[1:], aten._unsafe_view(NUMBERS, [24]), NUMBERS[0, :1] * 2, x.copy_(NUMBERS)),
+        *(NUMBERS.mul_(1), torch.add(NUMBERS, 1, out=NUMBERS)),
+    ],
     "losses": lambda x, y: [F.cross_entropy(x, y[:, 0].long()), F.embedding(y.long(), x), F.dropout(x, 0.5)],
 }
 
@@ -50,6 +66,7 @@ def described(mode: FakeTensorMode, operation: Callable[[Tensor, Tensor], Any], 
                 *(out.shape, out.stride(), out.dtype, out.device, out.storage_offset(), out.untyped_storage().nbytes()),
                 out.untyped_storage()._cdata == buffer.untyped_storage()._cdata,
                 out is x,
+                type(out),
             )
             for out in operation(x, y)
         ]
