@@ -59,6 +59,7 @@ def test_a_rank_of_512_runs_a_step_without_the_others() -> None:
 def test_a_step_in_float16_is_one_that_its_loss_scale_does_not_skip(sharding: str) -> None:
     """It takes as much as one in bfloat16, the update included."""
     settings = ["parallel.pipeline=2", f"parallel.sharding={sharding}", "optimizer.name=lamb"]
+    settings.append("training.global_batch_size=16")
     steps = [measured(settings_of(f"precision.compute={name}", *settings), 2, 4) for name in ("float16", "bfloat16")]
     assert steps[0].peak == steps[1].peak
     assert steps[0].flops == steps[1].flops
@@ -137,7 +138,7 @@ def test_the_fullest_rank_is_measured_wherever_it_is(
     measured_ranks = [int(line.split()[1]) for line in said.splitlines() if line.startswith("rank ")]
     assert measured_ranks == [0, 2, 6]
     # Layers are large beside the usual vocabulary that is assumed.
-    given += ["model.hidden_size=512", "training.global_batch_size=512", "training.micro_batch_size=64"]
+    given += ["model.hidden_size=512", "training.global_batch_size=256", "training.micro_batch_size=64"]
     lines = measure("pretrain", CONFIGS / "bert_345m.yaml", given, 8)
     assert [line.split()[3] for line in lines] == ["0", "2", "6"], "before a job is queued, too"
 
@@ -298,7 +299,10 @@ def test_every_message_of_mixed_layouts(ranks: int, overrides: list[str]) -> Non
 )
 def test_every_message_of_lamb(ranks: int, overrides: list[str]) -> None:
     """The norms of weights and steps, in sums over the ranks that divide them; copies of the embeddings alone."""
-    settings = settings_of("optimizer.name=lamb", *overrides)
+    # Norms are of parameters, whatever the micro batches; layers are as many as stages take.
+    layers = 4 if any("pipeline" in given for given in overrides) else 2
+    few = [f"model.num_hidden_layers={layers}", "training.global_batch_size=16"]
+    settings = settings_of("optimizer.name=lamb", *few, *overrides)
     work = workload_of(settings, settings.model_config_for(Vocabulary.vocab_size, 0), 1, settings.data.seq_length)
     layout = layout_of(settings, ranks)
     stages = stages_of(work, layout)
