@@ -24,7 +24,7 @@ from parallel.mesh import ParallelMesh
 from parallel.process_group import World
 from tests.megatron_bert.training.runs import run_settings
 from tests.parallel.tape import NoWaiting, Tapes
-from tests.worlds import CPU, preload_compiler, run_world
+from tests.worlds import CPU, Together, preload_compiler
 
 preload_compiler()
 
@@ -32,6 +32,9 @@ preload_compiler()
 STEPS = 4
 PIPELINE = {"parallel__pipeline": 2, "parallel__data": None, "model__num_hidden_layers": 2}
 PIPELINE |= {"training__global_batch_size": 16, "training__micro_batch_size": 4}
+
+
+SHARDINGS = ["none", "optimizer"]
 
 
 def _never(_: torch.Tensor) -> bool:
@@ -92,24 +95,29 @@ def _both(folder: Path, run: Path, changes: dict[str, Any]) -> list[tuple[list[l
     return [_trained(folder, run, graphs, changes) for graphs in (False, True)]
 
 
-@pytest.mark.parametrize(
-    ("size", "changes"),
-    [
-        (1, {}),
-        (1, {"precision__compute": "bfloat16", "training__compile": "all"}),
-        (2, {"parallel__data": 2, "parallel__sharding": "optimizer", "precision__compute": "bfloat16"}),
-        (2, {"parallel__tensor": 2, "parallel__sequence": True}),
-        (2, PIPELINE | {"training__recompute": "full", "precision__compute": "bfloat16"}),
-        (2, PIPELINE | {"training__recompute": "selective", "training__compile": True}),
-        (2, PIPELINE | {"parallel__schedule": "interleaved-1f1b", "model__num_hidden_layers": 4}),
-        (2, PIPELINE | {"parallel__schedule": "zero-bubble-v", "model__num_hidden_layers": 4}),
-        (4, PIPELINE | {"parallel__schedule": "zero-bubble-h1", "parallel__data": 2, "training__recompute": "full"}),
-    ],
-    ids=["plain", "compiled", "data", "tensor", "1f1b", "compiled stages", "interleaved", "zero-bubble-v", "h1"],
-)
-def test_losses_and_weights_are_those_without(data: Path, tmp_path: Path, size: int, changes: dict[str, Any]) -> None:
+#: World size and settings, by name.
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "compiled": (1, {"precision__compute": "bfloat16", "training__compile": "all"}),
+    "data": (2, {"parallel__data": 2, "parallel__sharding": "optimizer", "precision__compute": "bfloat16"}),
+    "tensor": (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+    "1f1b": (2, PIPELINE | {"training__recompute": "full", "precision__compute": "bfloat16"}),
+    "compiled stages": (2, PIPELINE | {"training__recompute": "selective", "training__compile": True}),
+    "interleaved": (2, PIPELINE | {"parallel__schedule": "interleaved-1f1b", "model__num_hidden_layers": 4}),
+    "zero-bubble-v": (2, PIPELINE | {"parallel__schedule": "zero-bubble-v", "model__num_hidden_layers": 4}),
+    "h1": (4, PIPELINE | {"parallel__schedule": "zero-bubble-h1", "parallel__data": 2, "training__recompute": "full"}),
+}
+
+
+def _both_of(folder: Path, run: Path, kind: str) -> list[tuple[list[list[float]], torch.Tensor]]:
+    torch._dynamo.reset()  # it has compiled for other settings
+    return _both(folder, run / kind, KINDS[kind][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_weights_are_those_without(together: Together, data: Path, runs: Path, kind: str) -> None:
     """To the last bit, dropout on, over two micro batches a step."""
-    for plain, replayed in run_world(size, _both, data, tmp_path, changes, timeout=240):
+    for plain, replayed in together(KINDS[kind][0], _both_of, data, runs, kind):
         assert plain[0] == replayed[0]
         assert torch.equal(plain[1], replayed[1])
 
@@ -145,13 +153,16 @@ def _sums(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[list[i
     return steps, left
 
 
-@pytest.mark.parametrize("sharding", ["none", "optimizer"])
-def test_sums_over_data_ranks_begin_behind_the_gradients_of_their_bucket(
-    data: Path, tmp_path: Path, sharding: str
-) -> None:
+def _sums_of(folder: Path, run: Path, sharding: str) -> tuple[list[list[int]], list[int]]:
     changes = {"parallel__data": 2, "parallel__sharding": sharding, "model__num_hidden_layers": 4}
-    changes |= {"training__global_batch_size": 16}
-    for (_, plain, replayed), left in run_world(2, _sums, data, tmp_path, changes, timeout=240):
+    return _sums(folder, run / f"sums {sharding}", changes | {"training__global_batch_size": 16})
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_sums_over_data_ranks_begin_behind_the_gradients_of_their_bucket(
+    together: Together, data: Path, runs: Path, sharding: str
+) -> None:
+    for (_, plain, replayed), left in together(2, _sums_of, data, runs, sharding):
         assert replayed == plain == [4, 3, 2, 1, 0], "once each, in the order of plain passes"
         assert left == sorted(left, reverse=True)
         assert len(set(left)) == 5, "one after the other, while the backward pass goes on"
@@ -178,24 +189,27 @@ def _gathers(folder: Path, run: Path, changes: dict[str, Any]) -> tuple[list[lis
     return steps[2:], left
 
 
-def _gathers_and_weights(folder: Path, run: Path, changes: dict[str, Any]) -> Any:
+#: World size and settings, by name.
+GATHERED: dict[str, tuple[int, dict[str, Any]]] = {
+    "whole": (2, {"training__global_batch_size": 16, "model__num_hidden_layers": 4}),
+    "interleaved": (4, PIPELINE | {"parallel__schedule": "interleaved-1f1b", "model__num_hidden_layers": 8}),
+}
+
+
+def _gathers_and_weights(folder: Path, run: Path, kind: str) -> Any:
+    changes = {**GATHERED[kind][1], "parallel__data": 2, "parallel__sharding": "optimizer"}
     with (
         mock.patch("megatron_bert.model.attention.in_parts", _never),
         mock.patch("parallel.data_parallel._GROUP_PARAMETERS", 1),
     ):
+        run = run / f"gathered {kind}"
         return _gathers(folder, run, changes), _both(folder, run, changes)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, PIPELINE | {"parallel__schedule": "interleaved-1f1b", "parallel__data": 2}],
-    ids=["whole", "interleaved"],
-)
-def test_weights_arrive_behind_the_forward_pass(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    size = 4 if changes else 2
-    changes = {"parallel__data": 2, "training__global_batch_size": 16} | changes
-    changes |= {"parallel__sharding": "optimizer", "model__num_hidden_layers": 4 if size == 2 else 8}
-    for (steps, left), (plain, replayed) in run_world(size, _gathers_and_weights, data, tmp_path, changes, timeout=240):
+@pytest.mark.parametrize("kind", GATHERED)
+def test_weights_arrive_behind_the_forward_pass(together: Together, data: Path, runs: Path, kind: str) -> None:
+    size = GATHERED[kind][0]
+    for (steps, left), (plain, replayed) in together(size, _gathers_and_weights, data, runs, kind):
         assert plain[0] == replayed[0]
         assert torch.equal(plain[1], replayed[1])
         if size == 2:
@@ -206,29 +220,29 @@ def test_weights_arrive_behind_the_forward_pass(data: Path, tmp_path: Path, chan
             assert steps[-1]
 
 
-def _resumed(folder: Path, tmp_path: Path) -> None:
-    whole = _trained(folder, tmp_path / "whole", True, {}, save_at=2)
-    (saved,) = (tmp_path / "whole" / "checkpoints").glob("step_*")
-    rest = _trained(folder, tmp_path / "rest", True, {}, resume=saved)
+def _resumed(folder: Path, runs: Path) -> None:
+    whole = _trained(folder, runs / "whole", True, {}, save_at=2)
+    (saved,) = (runs / "whole" / "checkpoints").glob("step_*")
+    rest = _trained(folder, runs / "rest", True, {}, resume=saved)
     assert rest[0] == whole[0][2:]
     assert torch.equal(rest[1], whole[1])
 
 
-def test_goes_on_from_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    run_world(1, _resumed, data, tmp_path, timeout=240)
+def test_goes_on_from_a_checkpoint(together: Together, data: Path, runs: Path) -> None:
+    together(1, _resumed, data, runs)
 
 
-def _goes_back(folder: Path, tmp_path: Path) -> None:
+def _goes_back(folder: Path, runs: Path) -> None:
     tapes = Tapes()
     with (
         mock.patch("megatron_bert.model.attention.in_parts", _never),
         mock.patch("megatron_bert.training.graphs.CudaRecorders", return_value=tapes),
     ):
-        trainer = _trainer(_settings(folder, tmp_path, True, {}), 0, 1)
+        trainer = _trainer(_settings(folder, runs / "back", True, {}), 0, 1)
         trainer.checkpoints.prepare()
         trainer.save()
         trainer.checkpoints.finish()
-        (saved,) = (tmp_path / "checkpoints").glob("step_*")
+        (saved,) = (runs / "back" / "checkpoints").glob("step_*")
         found = []
         for _ in range(2):  # the second time, everything is replayed from the first micro batch on
             batches = trainer._batches()
@@ -248,8 +262,8 @@ def _goes_back(folder: Path, tmp_path: Path) -> None:
         trainer.close()
 
 
-def test_goes_back_to_a_checkpoint_with_the_same_graph(data: Path, tmp_path: Path) -> None:
-    run_world(1, _goes_back, data, tmp_path, timeout=240)
+def test_goes_back_to_a_checkpoint_with_the_same_graph(together: Together, data: Path, runs: Path) -> None:
+    together(1, _goes_back, data, runs)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +293,27 @@ def test_a_machine_without_a_gpu(data: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def _waits_for_nothing(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+#: World size and settings, by name.
+WAITLESS: dict[str, tuple[int, dict[str, Any]]] = {
+    "lamb": (1, {"data__packed": False, "optimizer__name": "lamb", "precision__compute": "bfloat16"}),
+    "compiled": (1, {"training__compile": "all"}),
+    "tensor": (2, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__sharding": "optimizer"}),
+    "pipeline": (
+        2,
+        {"parallel__pipeline": 2, "model__num_hidden_layers": 2, "parallel__schedule": "zero-bubble-h1"},
+    ),
+    "full": (2, {"parallel__data": 2, "parallel__sharding": "full", "training__recompute": "full"}),
+}
+
+
+def _waits_for_nothing(folder: Path, run: Path, kind: str) -> None:
+    torch._dynamo.reset()  # it has compiled for other settings
+    changes = WAITLESS[kind][1]
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with mock.patch("megatron_bert.model.attention.in_parts", _never):
         # What would wait is among the operators that are traced, which is all that this backend runs.
-        trainer = _trainer(_settings(folder, tmp_path, False, changes), rank, size, backend="eager")
+        settings = _settings(folder, run / f"waits {kind}", False, changes)
+        trainer = _trainer(settings, rank, size, backend="eager")
         # On a GPU it looks at a copy in page-locked memory, a step later.
         trainer.watch.check = lambda: None  # type: ignore[method-assign]
         batches = trainer._batches()
@@ -294,16 +324,26 @@ def _waits_for_nothing(folder: Path, tmp_path: Path, changes: dict[str, Any]) ->
     trainer.close()
 
 
-@pytest.mark.parametrize(
-    ("size", "changes"),
-    [
-        (1, {"data__packed": False, "optimizer__name": "lamb", "precision__compute": "bfloat16"}),
-        (1, {"training__compile": "all"}),
-        (2, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__sharding": "optimizer"}),
-        (2, {"parallel__pipeline": 2, "model__num_hidden_layers": 2, "parallel__schedule": "zero-bubble-h1"}),
-        (2, {"parallel__data": 2, "parallel__sharding": "full", "training__recompute": "full"}),
-    ],
-    ids=["lamb", "compiled", "tensor", "pipeline", "full"],
-)
-def test_a_step_waits_for_no_device(data: Path, tmp_path: Path, size: int, changes: dict[str, Any]) -> None:
-    run_world(size, _waits_for_nothing, data, tmp_path, changes, timeout=240)
+@pytest.mark.parametrize("kind", WAITLESS)
+def test_a_step_waits_for_no_device(together: Together, data: Path, runs: Path, kind: str) -> None:
+    together(WAITLESS[kind][0], _waits_for_nothing, data, runs, kind)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of worlds are."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def together(data: Path, runs: Path) -> Together:
+    """Worlds for all tests: the first compilation of a process takes as long as several others."""
+    return Together(
+        *((size, _both_of, data, runs, kind) for kind, (size, _) in KINDS.items()),
+        *((2, _sums_of, data, runs, sharding) for sharding in SHARDINGS),
+        *((size, _gathers_and_weights, data, runs, kind) for kind, (size, _) in GATHERED.items()),
+        (1, _resumed, data, runs),
+        (1, _goes_back, data, runs),
+        *((size, _waits_for_nothing, data, runs, kind) for kind, (size, _) in WAITLESS.items()),
+        most=14,
+    )

@@ -24,7 +24,7 @@ from tests.megatron_bert.test_ending import members, wait_until
 from tests.megatron_bert.training.layouts import make_data
 from tests.megatron_bert.training.runs import run_settings, write_config
 from tests.pictures import WITHOUT_PICTURES
-from tests.worlds import run_world
+from tests.worlds import Together
 
 ENDLESS = 10**6
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": WITHOUT_PICTURES}
@@ -138,21 +138,34 @@ def agree(signals: dict[int, list[signal.Signals]], limits: dict[int, float]) ->
         return [before, stop.agreed(), stop.agreed()]
 
 
-@pytest.mark.parametrize(
-    ("signals", "limits", "expected"),
-    [
-        ({}, {}, None),
-        ({1: [signal.SIGUSR1]}, {}, "SIGUSR1"),
-        ({0: [signal.SIGTERM], 1: [signal.SIGTERM]}, {}, "SIGTERM"),
-        ({0: [signal.SIGINT], 1: [signal.SIGTERM]}, {}, "SIGTERM"),
-        ({}, {1: 0.0}, "training.max_minutes"),
-        ({}, {0: 1000.0, 1: 1000.0}, None),
-        ({0: [signal.SIGUSR1]}, {1: 0.0}, "SIGUSR1"),
-        ({1: [signal.SIGTERM, signal.SIGINT]}, {}, "SIGINT"),
-    ],
-)
-def test_ranks_agree(signals: dict[int, list[signal.Signals]], limits: dict[int, float], expected: str | None) -> None:
-    assert run_world(2, agree, signals, limits) == [[None, expected, expected]] * 2
+#: Signals of ranks, limits of ranks, and what they agree on.
+AGREEMENTS: list[tuple[dict[int, list[signal.Signals]], dict[int, float], str | None]] = [
+    ({}, {}, None),
+    ({1: [signal.SIGUSR1]}, {}, "SIGUSR1"),
+    ({0: [signal.SIGTERM], 1: [signal.SIGTERM]}, {}, "SIGTERM"),
+    ({0: [signal.SIGINT], 1: [signal.SIGTERM]}, {}, "SIGTERM"),
+    ({}, {1: 0.0}, "training.max_minutes"),
+    ({}, {0: 1000.0, 1: 1000.0}, None),
+    ({0: [signal.SIGUSR1]}, {1: 0.0}, "SIGUSR1"),
+    ({1: [signal.SIGTERM, signal.SIGINT]}, {}, "SIGINT"),
+]
+
+
+def _agree(number: int) -> list[str | None]:
+    signals, limits, _ = AGREEMENTS[number]
+    return agree(signals, limits)
+
+
+@pytest.fixture(scope="module")
+def together() -> Together:
+    """One world for all agreements."""
+    return Together(*((2, _agree, number) for number in range(len(AGREEMENTS))))
+
+
+@pytest.mark.parametrize("number", range(len(AGREEMENTS)))
+def test_ranks_agree(together: Together, number: int) -> None:
+    expected = AGREEMENTS[number][2]
+    assert together(2, _agree, number) == [[None, expected, expected]] * 2
 
 
 def test_handlers_are_put_back() -> None:
