@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +116,34 @@ CHOSEN = {
 }
 
 
+class LayoutRuns:
+    """Runs of tasks at layouts of two ranks, all in one world.
+
+    Args:
+        folder: of the model and the files.
+        out: for the directories of the runs.
+        chosen: layouts by task.
+    """
+
+    def __init__(self, folder: Path, out: Path, chosen: dict[str, tuple[str, ...]]) -> None:
+        self.out = out
+        self.calls = {task: (2, run_layouts, folder, out, task, names) for task, names in chosen.items()}
+        self.worlds = Together(*self.calls.values())
+
+    def __call__(self, task: str) -> Path:
+        """The folder that has the directories of a task's runs, by layout."""
+        self.worlds(*self.calls[task])
+        return self.out / task
+
+
 @pytest.fixture(scope="module")
-def layouts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Runs a task at its layouts; the folder that their directories are in."""
-    out = tmp_path_factory.mktemp("layouts")
-    calls = {task: (2, run_layouts, folder, out, task, CHOSEN[task]) for task in CHOSEN}
-    together = Together(*calls.values())
-
-    def of(task: str) -> Path:
-        together(*calls[task])
-        return out / task
-
-    return of
+def layouts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LayoutRuns:
+    return LayoutRuns(folder, tmp_path_factory.mktemp("layouts"), CHOSEN)
 
 
 @pytest.mark.parametrize("task", CHOSEN)
 def test_every_layout_gives_the_curve_of_one_process(
-    folder: Path, layouts: Callable[[str], Path], tmp_path: Path, task: str
+    folder: Path, layouts: LayoutRuns, tmp_path: Path, task: str
 ) -> None:
     expected = run(folder, tmp_path / "one", task, {})
     assert [row["step"] for row in expected if "loss" in row] == [1, 2, 3]

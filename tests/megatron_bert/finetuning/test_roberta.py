@@ -40,9 +40,8 @@ from tests.megatron_bert.finetuning.support import (
     write_entities,
     write_questions,
 )
-from tests.megatron_bert.finetuning.test_layouts import TASKS, compare, run, run_layouts
+from tests.megatron_bert.finetuning.test_layouts import TASKS, LayoutRuns, compare, run
 from tests.megatron_bert.training.runs import assert_same_checkpoint, rows
-from tests.worlds import Together
 
 #: Which layouts are compared, by task.
 CHOSEN = {
@@ -73,23 +72,12 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def layouts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Runs a task at its layouts; the folder that their directories are in."""
-    out = tmp_path_factory.mktemp("layouts")
-    calls = {task: (2, run_layouts, folder, out, task, CHOSEN[task]) for task in CHOSEN}
-    together = Together(*calls.values())
-
-    def of(task: str) -> Path:
-        together(*calls[task])
-        return out / task
-
-    return of
+def layouts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LayoutRuns:
+    return LayoutRuns(folder, tmp_path_factory.mktemp("layouts"), CHOSEN)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_layout_gives_the_curve_of_one_process(
-    trained: dict[str, Path], layouts: Callable[[str], Path], task: str
-) -> None:
+def test_every_layout_gives_the_curve_of_one_process(trained: dict[str, Path], layouts: LayoutRuns, task: str) -> None:
     expected = rows(trained[task])
     assert sum("loss" in row for row in expected) == 3
     for name in CHOSEN[task]:
