@@ -269,10 +269,12 @@ class DocumentedModel(ResizableModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except (UserError, OSError):  # which say what is wrong
+        except UserError:
             raise
-        except Exception:
-            stored_tensors(pretrained_model_name_or_path, kwargs)  # says which file is damaged, if one is
+        except Exception as error:
+            # An OSError says what is wrong, but for that of a system call on a file that it does not name.
+            if not isinstance(error, OSError) or (error.errno and not error.filename):
+                stored_tensors(pretrained_model_name_or_path, kwargs)  # says which file is damaged, if one is
             raise
         cls._check_found(pretrained_model_name_or_path, info)
         if tp.size > 1:
