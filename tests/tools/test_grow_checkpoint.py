@@ -10,13 +10,13 @@ import torch
 
 from megatron_bert import MegatronBertForPreTraining
 from parallel.errors import UserError
-from tests.megatron_bert.family.support import batch_for, build
+from tests.megatron_bert.family.support import batch_for, build, changed
 from tools.grow_checkpoint import grow, main
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> MegatronBertForPreTraining:
-    model = build("ForPreTraining")
+    model = build("ForPreTraining", changed(num_hidden_layers=3))
     model.save_pretrained(tmp_path / "small")
     return model
 

@@ -24,13 +24,14 @@ from tests.megatron_bert.family.support import (
 
 IDS = torch.ones(2, 4, dtype=torch.int64)
 STATES = torch.randn(2, 5, 32)
-LAYERS, ATTENTION_HEADS = CONFIG.num_hidden_layers, CONFIG.num_attention_heads
+#: Not as many layers as rows, so that none is taken for the other.
+LAYERS, ATTENTION_HEADS = 3, CONFIG.num_attention_heads
 CROSS = {"is_decoder": True, "add_cross_attention": True}
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return build("Model", changed(**CROSS))
+    return build("Model", changed(**CROSS, num_hidden_layers=LAYERS))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -109,7 +110,7 @@ def test_encoders_without_tokens(decoder):
     ids=str,
 )
 def test_head_masks_of_other_tokens(shape):
-    message = refused(lambda: build("Model")(IDS, head_mask=torch.ones(shape)))
+    message = refused(lambda: build("Model", changed(num_hidden_layers=LAYERS))(IDS, head_mask=torch.ones(shape)))
     assert message == (
         f"head_mask has shape {list(shape)}, expected [4] or [3, 4] (layers, heads), or with sequences, queries and "
         "keys [3, 2 or 1, 4, 4 or 1, 4 or 1]"
@@ -118,7 +119,7 @@ def test_head_masks_of_other_tokens(shape):
 
 @pytest.mark.parametrize("shape", [(2, 4, 4), (1, 4, 4), (2, 1, 4), (2, 4, 1), (1, 1, 1)], ids=str)
 def test_head_masks_of_tokens(shape):
-    model, (rows, queries, keys) = build("Model"), shape
+    model, (rows, queries, keys) = build("Model", changed(num_hidden_layers=LAYERS)), shape
     mask = torch.rand(LAYERS, rows, ATTENTION_HEADS, queries, keys)
     whole = mask.expand(LAYERS, 2, ATTENTION_HEADS, 4, 4)
     ours, expected = (model(IDS, head_mask=each).last_hidden_state for each in (mask, whole))
@@ -163,9 +164,9 @@ def test_parts_of_caches_of_other_lengths(decoder):
         (1, "[2, 4, 3, 8], expected tensors [2, 4, 4, 8]"),
         (3, "[2, 4, 4, 8], expected tensors [2, 4, 5"),
     ):
-        layer = tuple(part[:, :, :-1] if number == place else part for number, part in enumerate(past[2]))
-        assert wrong in refused(lambda layer=layer: decoder(IDS, past_key_values=(*past[:2], layer)))
-    alone = build("Model", changed(is_decoder=True))
+        layer = tuple(part[:, :, :-1] if number == place else part for number, part in enumerate(past[-1]))
+        assert wrong in refused(lambda layer=layer: decoder(IDS, past_key_values=(*past[:-1], layer)))
+    alone = build("Model", changed(is_decoder=True, num_hidden_layers=LAYERS))
     assert "but the model has no cross-attention" in refused(lambda: alone(IDS, past_key_values=past))
 
 

@@ -35,8 +35,8 @@ INPUTS = {
     "head-mask-list": ({"input_ids": IDS, "head_mask": [None] * 3}, "head_mask is a list: give a tensor"),
     "embeddings-type": ({"inputs_embeds": EMBEDS.double()}, "inputs_embeds is of type torch.float64, but the model of"),
     "head-mask-batch": (
-        {"input_ids": IDS, "head_mask": torch.ones(3, 3, 4, 1, 1)},
-        "head_mask has shape [3, 3, 4, 1, 1]",
+        {"input_ids": IDS, "head_mask": torch.ones(2, 3, 4, 1, 1)},
+        "head_mask has shape [2, 3, 4, 1, 1]",
     ),
     "cache-number": ({"input_ids": IDS, "past_key_values": 3}, "past_key_values is an int: give what an earlier"),
     "mask-rank": ({"input_ids": IDS, "attention_mask": IDS[0]}, "attention_mask has shape [4], expected [2, 4]"),
@@ -49,7 +49,7 @@ INPUTS = {
         {"input_ids": IDS, "attention_mask": torch.tensor([[0.0, -1e4, 0, 0]]).repeat(2, 1)},
         "attention_mask holds values other than 0 and 1",
     ),
-    "head-mask": ({"input_ids": IDS, "head_mask": torch.ones(3)}, "head_mask has shape [3], expected [4] or [3, 4]"),
+    "head-mask": ({"input_ids": IDS, "head_mask": torch.ones(3)}, "head_mask has shape [3], expected [4] or [2, 4]"),
     "cache": (
         {"input_ids": IDS, "past_key_values": ((EMBEDS, EMBEDS),)},
         "past_key_values has 1 entries of [2]",
@@ -85,9 +85,9 @@ def test_unknown_arguments(head):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"past_key_values": ((EMBEDS, EMBEDS),)}, "past_key_values has 1 entries of [2] tensors, expected 3"),
+        ({"past_key_values": ((EMBEDS, EMBEDS),)}, "past_key_values has 1 entries of [2] tensors, expected 2"),
         (
-            {"past_key_values": ((EMBEDS, EMBEDS),) * 3},
+            {"past_key_values": ((EMBEDS, EMBEDS),) * 2},
             "past_key_values holds [2, 4, 32], expected tensors [2, 4, tokens, 8]",
         ),
         ({"encoder_hidden_states": EMBEDS[..., :8]}, "encoder_hidden_states has shape [2, 4, 8], expected [2, tokens"),

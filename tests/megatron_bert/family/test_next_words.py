@@ -14,6 +14,7 @@ from tests.megatron_bert.family.support import (
     Both,
     batch_for,
     build,
+    config_of,
     labels_for,
     peer_of,
     refused,
@@ -123,7 +124,7 @@ def test_no_words_of_steps_of_several_batches():
 def test_the_trainer_of_transformers(tmp_path):
     """Two batches a step, with other numbers of words, and every second layer recomputed."""
     pytest.importorskip("accelerate")
-    model = build("ForCausalLM")
+    model = build("ForCausalLM", config_of("ForCausalLM", num_hidden_layers=3))
     peer = peer_of(model, tmp_path / "peer")
     batch = batch_for("ForCausalLM", ragged=False) | labels_for("ForCausalLM")
     batch["labels"][0, 2:] = -100

@@ -19,10 +19,10 @@ def test_pruned_heads_are_those_that_a_mask_leaves_out(tmp_path):
     batch = batch_for(HEAD)
     mask = torch.ones(CONFIG.num_hidden_layers, CONFIG.num_attention_heads)
     mask[0, [1, 3]] = 0
-    mask[2, 0] = 0
+    mask[1, 0] = 0
     masked = model(**batch, head_mask=mask, output_attentions=True)
     assert masked.attentions[0][:, [1, 3]].eq(0).all()
-    model.prune_heads({0: [1, 3], 2: [0]})
+    model.prune_heads({0: [1, 3], 1: [0]})
     torch.testing.assert_close(model(**batch).logits, masked.logits, **CLOSE)
     model.save_pretrained(tmp_path)
     again = IBertForMaskedLM.from_pretrained(tmp_path)
