@@ -55,12 +55,19 @@ def quantize_by_steps(settings: QuantizeSettings, reference: Path | None = None)
         quantize(settings)
 
 
-def assert_same_steps(run_dir: Path, reference: Path) -> None:
+def assert_same_steps(run_dirs: list[Path], reference: Path) -> None:
     """Calibration, and every step from the same weights and ranges.
 
     Args:
-        run_dir, reference: of :func:`quantize_by_steps`, the one beside the other.
+        run_dirs, reference: of :func:`quantize_by_steps`, the ones beside the other.
     """
+    steps = range(rows(reference)[-1]["step"] + 1)
+    expected = [tensors(_checkpoint(reference, step)) for step in steps]
+    for run_dir in run_dirs:
+        _assert_same_run(run_dir, reference, expected)
+
+
+def _assert_same_run(run_dir: Path, reference: Path, expected: list[dict[str, torch.Tensor]]) -> None:
     name = run_dir.name
     before = _scores_before(run_dir)
     for split, scores in _scores_before(reference).items():
@@ -72,10 +79,10 @@ def assert_same_steps(run_dir: Path, reference: Path) -> None:
             if key in theirs:
                 assert mine[key] == pytest.approx(theirs[key], rel=close), (name, mine["step"], key)
     rate = max(row["learning_rate"] for row in expected_rows if "loss" in row)
-    for step in range(expected_rows[-1]["step"] + 1):
-        actual, expected = (tensors(_checkpoint(path, step)) for path in (run_dir, reference))
-        assert actual.keys() == expected.keys()
-        for key, value in expected.items():
+    for step, values in enumerate(expected):
+        actual = tensors(_checkpoint(run_dir, step))
+        assert actual.keys() == values.keys()
+        for key, value in values.items():
             _assert_same(actual[key], value, (name, step, key), rate)
 
 

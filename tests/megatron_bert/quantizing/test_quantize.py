@@ -121,8 +121,7 @@ def test_every_layout_takes_the_steps_of_one_process(folder: Path, tmp_path: Pat
     reference = tmp_path / "one"
     quantize_by_steps(_short(folder, reference))
     run_world(2, _run_rank, folder, tmp_path, reference, timeout=240)
-    for name in LAYOUTS:
-        assert_same_steps(tmp_path / name, reference)
+    assert_same_steps([tmp_path / name for name in LAYOUTS], reference)
 
 
 def _short(folder: Path, run_dir: Path, **changes: Any) -> QuantizeSettings:

@@ -132,8 +132,7 @@ def test_evaluate_gives_the_scores_of_the_run(folder: Path, quantized: Path) -> 
 
 def test_layouts(folder: Path, quantized: Path, tmp_path: Path) -> None:
     run_world(2, _run_rank, folder, quantized, tmp_path, timeout=240)
-    for name in LAYOUTS:
-        assert_same_steps(tmp_path / name, quantized)
+    assert_same_steps([tmp_path / name for name in LAYOUTS], quantized)
 
 
 def _run_rank(folder: Path, reference: Path, out: Path) -> None:
