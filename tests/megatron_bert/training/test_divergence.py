@@ -25,7 +25,7 @@ from parallel.checkpoint import whole_checkpoints
 from parallel.errors import UserError
 from tests.megatron_bert.training.layouts import Case, Outcome, make_trainer, train
 from tests.megatron_bert.training.runs import rows, run_settings
-from tests.worlds import run_world
+from tests.worlds import Together
 
 
 def before_step(patch: pytest.MonkeyPatch, step: int, change: Callable[[Trainer], None]) -> None:
@@ -250,19 +250,31 @@ def traced(case: Case, folder: Path, run_dir: Path, rank: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("case", "rank", "data_rank"),
-    [
-        (Case(data=2, microbatches=2), 1, 1),
-        (Case(data=2, sharding="full", compute="bfloat16"), 0, 0),
-        (Case(pipeline=2, microbatches=2), 1, 0),
-        (Case(tensor=2, sequence=True, packed=True), 1, 0),
-    ],
-    ids=str,
-)
-def test_the_rank_is_named(data: Path, tmp_path: Path, case: Case, rank: int, data_rank: int) -> None:
-    said = run_world(case.ranks, traced, case, data, tmp_path, rank)
+#: Layout, the rank that computes something wrong, and its data rank.
+TRACED = [
+    (Case(data=2, microbatches=2), 1, 1),
+    (Case(data=2, sharding="full", compute="bfloat16"), 0, 0),
+    (Case(pipeline=2, microbatches=2), 1, 0),
+    (Case(tensor=2, sequence=True, packed=True), 1, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of their run directories."""
+    return tmp_path_factory.mktemp("traced")
+
+
+@pytest.fixture(scope="module")
+def together(data: Path, runs: Path) -> Together:
+    return Together(*((case.ranks, traced, case, data, runs / str(case), rank) for case, rank, _ in TRACED))
+
+
+@pytest.mark.parametrize(("case", "rank", "data_rank"), TRACED, ids=str)
+def test_the_rank_is_named(data: Path, runs: Path, together: Together, case: Case, rank: int, data_rank: int) -> None:
+    run_dir = runs / str(case)
+    said = together(case.ranks, traced, case, data, run_dir, rank)
     assert len(set(said)) == 1
     assert f" on rank {rank} (" in said[0]
     assert "the first values that are not finite are in the output of encoder.layers." in said[0]
-    assert [path.name for path in (tmp_path / "diverged").iterdir()] == [f"step_00000002_data_{data_rank:04d}.npz"]
+    assert [path.name for path in (run_dir / "diverged").iterdir()] == [f"step_00000002_data_{data_rank:04d}.npz"]

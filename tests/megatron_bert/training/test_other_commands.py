@@ -34,7 +34,7 @@ from tests.megatron_bert.training.test_divergence import before_step, faulty, pu
 from tests.megatron_bert.training.test_missing_ranks import stand_still
 from tests.megatron_bert.training.test_replicas import damage as damage_copy
 from tests.megatron_bert.training.test_run_lock import left_by
-from tests.worlds import run_world
+from tests.worlds import Together
 
 COMMANDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "finetune": (run_settings, finetune),
@@ -209,11 +209,23 @@ def damaged_copy(command: str, folder: Path, run_dir: Path) -> str:
     return ""
 
 
-def test_a_damaged_copy(command: str, folder: Path, tmp_path: Path) -> None:
-    said = run_world(2, damaged_copy, command, folder, tmp_path / "run")
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the run directories of these runs."""
+    return tmp_path_factory.mktemp("copied")
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, copied: Path) -> Together:
+    return Together(*((2, damaged_copy, command, folder, copied / command) for command in COMMANDS))
+
+
+def test_a_damaged_copy(command: str, folder: Path, copied: Path, together: Together) -> None:
+    run = copied / command
+    said = together(2, damaged_copy, command, folder, run)
     assert said[0] == said[1]
     assert re.match(rf"rank 1 \(.*\) holds other values than .* copies of .*{re.escape(WEIGHT)}", said[0])
-    assert list(whole_checkpoints(tmp_path / "run" / "checkpoints")) == [2]
+    assert list(whole_checkpoints(run / "checkpoints")) == [2]
 
 
 def test_a_rank_that_stands_still(command: str, folder: Path, tmp_path: Path) -> None:
