@@ -96,29 +96,22 @@ def _all_layouts(tensor: int, sequence: bool, sharding: Sharding, micro_batches:
     torch.testing.assert_close(global_gradient_norm(own, mesh), torch.tensor(maximum), rtol=2e-5, atol=0)
 
 
-LAYOUTS = Together(
-    *((size, _all_layouts, size, sequence, "none", 1) for size in (2, 4) for sequence in (False, True)),
-    *((size, _all_layouts, 1, False, sharding, 1) for size in (2, 4) for sharding in SHARDINGS),
-    *((4, _all_layouts, 2, *case) for sharding in SHARDINGS for case in ((False, sharding, 1), (True, sharding, 2))),
-)
-
-
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel(size, sequence):
-    LAYOUTS(size, _all_layouts, size, sequence, "none", 1)
+    WORLDS(size, _all_layouts, size, sequence, "none", 1)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_data_parallel(size, sharding):
-    LAYOUTS(size, _all_layouts, 1, False, sharding, 1)
+    WORLDS(size, _all_layouts, 1, False, sharding, 1)
 
 
 @pytest.mark.parametrize(("sequence", "micro_batches"), [(False, 1), (True, 2)], ids=["plain", "sequence-accumulated"])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_tensor_and_data_parallel(sharding, sequence, micro_batches):
-    LAYOUTS(4, _all_layouts, 2, sequence, sharding, micro_batches)
+    WORLDS(4, _all_layouts, 2, sequence, sharding, micro_batches)
 
 
 def test_hybrid_over_two_groups_with_tensor_parallelism():
@@ -150,21 +143,24 @@ def _collectives(sharding: Sharding, *names: str) -> list[int]:
     return counts
 
 
+REDUCTIONS = ("_reduce_scatter_base_", "reduce_scatter_", "allreduce_")
+GATHERS = ("_allgather_base_", "allgather_")
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_gradients_are_reduced_in_the_last_backward_pass_only(sharding):
-    reductions = ("_reduce_scatter_base_", "reduce_scatter_", "allreduce_")
-    for first, second, last, _ in run_world(2, _collectives, sharding, *reductions):
+    for first, second, last, _ in WORLDS(2, _collectives, sharding, *REDUCTIONS):
         assert (first, second) == (0, 0)
         assert last > 0
 
 
 def test_parameters_are_gathered_in_every_pass_where_they_are_divided():
-    for first, second, last, following in run_world(2, _collectives, "full", "_allgather_base_", "allgather_"):
+    for first, second, last, following in WORLDS(2, _collectives, "full", *GATHERS):
         assert first == second == last == following > 0
 
 
 def test_updated_weights_are_gathered_once_a_step():
-    for counts in run_world(2, _collectives, "optimizer", "_allgather_base_", "allgather_"):
+    for counts in WORLDS(2, _collectives, "optimizer", *GATHERS):
         assert counts == [0, 0, 2, 0]  # of the layers, and of what is around them
 
 
@@ -193,7 +189,7 @@ def _bfloat16(sharding: Sharding) -> None:
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_bfloat16_computes_and_float32_stays(size, sharding):
-    run_world(size, _bfloat16, sharding)
+    WORLDS(size, _bfloat16, sharding)
 
 
 def _one_rank() -> None:
@@ -212,7 +208,7 @@ def _one_rank() -> None:
 
 
 def test_one_rank_in_float32_computes_what_a_plain_model_does_and_communicates_nothing():
-    run_world(1, _one_rank)
+    WORLDS(1, _one_rank)
 
 
 def _resharding(sharding: Sharding) -> list[int]:
@@ -221,14 +217,17 @@ def _resharding(sharding: Sharding) -> list[int]:
     out = model(TOKENS)
     with Operators() as backward:
         out.sum().backward()
-    return backward.count("_allgather_base_", "allgather_")
+    return backward.count(*GATHERS)
 
 
-@pytest.mark.parametrize(("sharding", "gathers"), [("none", 0), ("optimizer", 0), ("full", 2), ("hybrid", 2)])
+RESHARDING = [("none", 0), ("optimizer", 0), ("full", 2), ("hybrid", 2)]
+
+
+@pytest.mark.parametrize(("sharding", "gathers"), RESHARDING)
 def test_parameters_gathered_again_in_the_backward_pass(sharding, gathers):
     # One gather for each of the two units; the embedding around them stays gathered.
     size = 4 if sharding == "hybrid" else 2
-    assert run_world(size, _resharding, sharding) == [gathers] * size
+    assert WORLDS(size, _resharding, sharding) == [gathers] * size
 
 
 @pytest.mark.parametrize(
@@ -265,7 +264,7 @@ def _partial() -> None:
 
 
 def test_partial_gradients_are_summed_once():
-    run_world(2, _partial)
+    WORLDS(2, _partial)
     model = _plain()
     before = copy.deepcopy([parameter.grad for parameter in model.parameters()])
     assert list(token_partial_parameters(model)) == []
@@ -279,7 +278,7 @@ def _no_gradients() -> float:
 
 
 def test_the_norm_without_gradients_is_zero():
-    assert run_world(2, _no_gradients) == [0.0, 0.0]
+    assert WORLDS(2, _no_gradients) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.3, 1.0, 40.0])
@@ -303,3 +302,19 @@ def test_the_norm_of_millions_of_numbers_is_accurate(shape):
     # Pairwise or blocked sums of 4 million squares keep a relative error well below 100 eps; one running float32 sum
     # in a few lanes does not.
     torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=100 * 1.2e-7, atol=0)
+
+
+#: Of all tests above but that of eight ranks, which is the only one.
+WORLDS = Together(
+    *((size, _all_layouts, size, sequence, "none", 1) for size in (2, 4) for sequence in (False, True)),
+    *((size, _all_layouts, 1, False, sharding, 1) for size in (2, 4) for sharding in SHARDINGS),
+    *((4, _all_layouts, 2, *case) for sharding in SHARDINGS for case in ((False, sharding, 1), (True, sharding, 2))),
+    *((2, _collectives, sharding, *REDUCTIONS) for sharding in SHARDINGS),
+    *((2, _collectives, sharding, *GATHERS) for sharding in ("full", "optimizer")),
+    *((size, _bfloat16, sharding) for size in (1, 2) for sharding in ("none", "full")),
+    (1, _one_rank),
+    *((4 if sharding == "hybrid" else 2, _resharding, sharding) for sharding, _ in RESHARDING),
+    (2, _partial),
+    (2, _no_gradients),
+    most=20,
+)

@@ -42,14 +42,13 @@ def _steps(
 
 
 COUNTS = [(1, (1, 3)), (2, (1, 2, 5)), (3, (2, 6)), (4, (3, 4, 9))]
-STEPS = Together(*((ranks, _steps, *kind, ranks, counts) for ranks, counts in COUNTS for kind in KINDS))
 
 
 @EVERY_KIND
 @pytest.mark.parametrize(("ranks", "counts"), COUNTS)
 def test_losses_and_gradients_are_those_of_one_process(name, chunks, ranks, counts):
     schedules = [build_schedule(name, ranks, count, chunks) for count in counts]
-    per_rank = STEPS(ranks, _steps, name, chunks, ranks, counts)
+    per_rank = WORLDS(ranks, _steps, name, chunks, ranks, counts)
     for schedule, outcomes in zip(schedules, zip(*per_rank, strict=True), strict=True):
         losses, gradients = plain_step(schedule)
         mine: dict[str, Tensor] = {}
@@ -72,9 +71,12 @@ def _twice(schedule: Schedule) -> None:
         torch.testing.assert_close(gradient, 2 * once[name], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zero-bubble-v"])
+ADDED = ("1f1b", "zero-bubble-v")
+
+
+@pytest.mark.parametrize("name", ADDED)
 def test_gradients_of_a_second_step_are_added(name):
-    run_world(2, _twice, build_schedule(name, 2, 3))
+    WORLDS(2, _twice, build_schedule(name, 2, 3))
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -87,16 +89,13 @@ def _products(*built: Any) -> int:
     return operators.count("mm", "addmm", "bmm", "matmul")
 
 
-PRODUCTS_OF_RANKS = Together(*((ranks, _products, name, ranks, 3, v) for ranks in (1, 2) for name, v in KINDS))
-
-
 @EVERY_KIND
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_matrix_product_runs_once(name, chunks, ranks):
     schedule = build_schedule(name, ranks, 3, chunks)
     # Forward, input gradient and weight gradient of each.
     expected = 3 * PRODUCTS * 3 * schedule.chunks
-    assert PRODUCTS_OF_RANKS(ranks, _products, name, ranks, 3, chunks) == [expected] * ranks
+    assert WORLDS(ranks, _products, name, ranks, 3, chunks) == [expected] * ranks
 
 
 def _kept_back(schedule: Schedule) -> None:
@@ -123,9 +122,12 @@ def _kept_back(schedule: Schedule) -> None:
     assert tuple(pending) == schedule.actions[dist.get_rank()]
 
 
-@pytest.mark.parametrize("name", ["zero-bubble-h1", "zero-bubble-v"])
+DEFERRING = ("zero-bubble-h1", "zero-bubble-v")
+
+
+@pytest.mark.parametrize("name", DEFERRING)
 def test_weight_gradients_wait_for_their_action(name):
-    run_world(2, _kept_back, build_schedule(name, 2, 4))
+    WORLDS(2, _kept_back, build_schedule(name, 2, 4))
 
 
 # ---------------------------------------------------------------- memory
@@ -187,7 +189,7 @@ def _memory(schedule: Schedule) -> None:
 
 @EVERY_KIND
 def test_buffers_and_outputs_live_no_longer_than_planned(name, chunks):
-    run_world(3, _memory, build_schedule(name, 3, 9, chunks))
+    WORLDS(3, _memory, build_schedule(name, 3, 9, chunks))
 
 
 # ---------------------------------------------------------------- evaluation, recording
@@ -206,12 +208,19 @@ def _forward_only(schedule: Schedule, training: Schedule) -> tuple[dict[int, flo
     return step.losses, [str(action) for action in engine.schedule.actions[engine.rank]]
 
 
-@pytest.mark.parametrize("name", ["1f1b", "interleaved-1f1b", "zero-bubble-v"])
+def _evaluated(name: str, ranks: int) -> tuple[Schedule, Schedule]:
+    training = build_schedule(name, ranks, 4)
+    return forward_only(ranks, 4, training.chunks, training.placement), training
+
+
+EVALUATED = ("1f1b", "interleaved-1f1b", "zero-bubble-v")
+
+
+@pytest.mark.parametrize("name", EVALUATED)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_forward_only_on_the_stages_of_a_training_schedule(name, ranks):
-    training = build_schedule(name, ranks, 4)
-    schedule = forward_only(ranks, 4, training.chunks, training.placement)
-    outcomes = run_world(ranks, _forward_only, schedule, training)
+    schedule, training = _evaluated(name, ranks)
+    outcomes = WORLDS(ranks, _forward_only, schedule, training)
     losses, _ = plain_step(schedule)
     assert outcomes[schedule.rank_of(schedule.stages - 1)][0] == pytest.approx(losses, rel=1e4 * EPS64)
 
@@ -229,7 +238,20 @@ def _recorded(schedule: Schedule) -> None:
 
 
 def test_the_timeline_of_the_last_step_is_kept():
-    run_world(2, _recorded, build_schedule("zero-bubble-h1", 2, 3))
+    WORLDS(2, _recorded, build_schedule("zero-bubble-h1", 2, 3))
+
+
+#: Of all tests above. A test of a failure, below, ends its world.
+WORLDS = Together(
+    *((ranks, _steps, *kind, ranks, counts) for ranks, counts in COUNTS for kind in KINDS),
+    *((2, _twice, build_schedule(name, 2, 3)) for name in ADDED),
+    *((ranks, _products, name, ranks, 3, chunks) for ranks in (1, 2) for name, chunks in KINDS),
+    *((2, _kept_back, build_schedule(name, 2, 4)) for name in DEFERRING),
+    *((3, _memory, build_schedule(name, 3, 9, chunks)) for name, chunks in KINDS),
+    *((ranks, _forward_only, *_evaluated(name, ranks)) for ranks in (1, 3) for name in EVALUATED),
+    (2, _recorded, build_schedule("zero-bubble-h1", 2, 3)),
+    most=20,
+)
 
 
 # ---------------------------------------------------------------- failures
