@@ -19,8 +19,9 @@ from megatron_bert.ibert import (
 from parallel.collectives import gather_from_ranks
 from parallel.data_parallel import apply_data_parallel
 from tests.megatron_bert.model.support import make_batch, make_model, step, total_loss
-from tests.worlds import make_mesh, make_tensor_parallel, run_world
+from tests.worlds import Together, make_mesh, make_tensor_parallel, run_world
 
+OBSERVERS, DTYPES = ("min_max", "mse"), (torch.float32, torch.bfloat16)
 CONFIGS = ({}, {"weight_bits": 7, "observer": "percentile"})
 
 
@@ -61,10 +62,10 @@ def test_the_same_bits_at_every_size(placement):
                     )
 
 
-def _calibrated(settings: dict):
+def _calibrated(observer: str):
     tp = make_tensor_parallel()
     model = make_model(tp=tp)
-    quantize_model(model, QuantizationConfig(**settings))
+    quantize_model(model, QuantizationConfig(observer=observer))
     batch = make_batch(samples=100)
     calibrate(model, [batch], model)
     calibrated = {name: float(value) for name, value in named_ranges(model).items()}
@@ -74,17 +75,17 @@ def _calibrated(settings: dict):
     return calibrated, {name: float(value) for name, value in named_ranges(model).items()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"observer": "mse"}])
-def test_ranks_agree_on_ranges(settings):
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_ranks_agree_on_ranges(observer):
     alone = make_model()
-    quantize_model(alone, QuantizationConfig(**settings))
+    quantize_model(alone, QuantizationConfig(observer=observer))
     calibrate(alone, [make_batch()], alone)
     expected = {name: float(value) for name, value in named_ranges(alone).items()}
-    results = run_world(2, _calibrated, settings)
+    results = PAIRS(2, _calibrated, observer)
     assert results[0] == results[1]
     for name, value in results[0][0].items():
         # Histogram bins are 2.2% wide: a sum that rounds otherwise may fall into the next.
-        assert math.isclose(value, expected[name], rel_tol=1e-5 if not settings else 0.045), name
+        assert math.isclose(value, expected[name], rel_tol=0.045 if observer == "mse" else 1e-5), name
     moved = [name for name, value in results[0][1].items() if value != results[0][0][name]]
     assert bool(moved)
 
@@ -106,7 +107,7 @@ def test_data_ranks_put_together_what_they_saw():
         quantize_model(model, QuantizationConfig())
         calibrate(model, [replace(batch, tokens=batch.tokens.flip(0)) if flip else batch], model)
         ranges.append({name: float(value) for name, value in named_ranges(model).items()})
-    results = run_world(2, _calibrated_on_other_data)
+    results = PAIRS(2, _calibrated_on_other_data)
     assert results[0] == results[1] == {name: max(value, ranges[1][name]) for name, value in ranges[0].items()}
     assert results[0] not in ranges
 
@@ -122,18 +123,26 @@ def _sharded_step(dtype: torch.dtype):
     return step(model, batch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_under_sharded_data_parallelism(dtype):
     model, batch = make_model(), make_batch()
     quantize_model(model, QuantizationConfig())
     calibrate(model, [batch], model)
     alone = step(model, batch)
-    for found in run_world(2, _sharded_step, dtype):
+    for found in PAIRS(2, _sharded_step, dtype):
         for name, value in alone.items():
             # Two ranks' gradients of the same batch are summed. bfloat16 rounds weights and gradients to 8 bits.
             double = value if name == "loss" else 2 * value
             error = (found[name] - double).norm() / double.norm()
             assert float(error) <= (0.0 if dtype == torch.float32 else 0.25), name
+
+
+#: Of all tests above that need two ranks and no result of one.
+PAIRS = Together(
+    *((2, _calibrated, observer) for observer in OBSERVERS),
+    (2, _calibrated_on_other_data),
+    *((2, _sharded_step, dtype) for dtype in DTYPES),
+)
 
 
 def _bits(size_of_parts: int):

@@ -202,10 +202,14 @@ def _run_divided(ranges: dict[str, dict[str, float]]) -> dict[str, dict[str, Ten
     return _run(make_tensor_parallel(), ranges)
 
 
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, Tensor]]:
+    return _run(SINGLE)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_tensor_ranks_give_identical_bits(size):
+def test_tensor_ranks_give_identical_bits(size, expected):
     """With one set of ranges. Calibration is in floating point, so its ranges differ in their last bits."""
-    expected = _run(SINGLE)
     ranges = {case: {n: float(t) for n, t in found.items() if t.dim() == 0} for case, found in expected.items()}
     for results in run_world(size, _run_divided, ranges):
         for case, tensors in expected.items():

@@ -43,9 +43,13 @@ def _divided() -> dict[str, dict[str, Tensor]]:
     return _run(make_tensor_parallel())
 
 
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, Tensor]]:
+    return _run(SINGLE)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_equal_results(size):
-    expected = _run(SINGLE)
+def test_equal_results(size, expected):
     for results in run_world(size, _divided):
         assert results.keys() == expected.keys()
         for case, tensors in expected.items():
