@@ -73,7 +73,7 @@ def run_undisturbed(folder: Path, kills: int) -> None:
     run_world(RANKS, undisturbed, settings, free_ports(1)[0], timeout=PATIENCE)
 
 
-def soak(way: str, kills: int, folder: Path, whole: Path, seed: int = 1) -> dict[str, Any]:
+def soak(way: str, kills: int, folder: Path, whole: Path, seed: int = 1, loaders: int = 1) -> dict[str, Any]:
     """Start a run, disturb it, and compare it with another.
 
     Args:
@@ -82,6 +82,7 @@ def soak(way: str, kills: int, folder: Path, whole: Path, seed: int = 1) -> dict
         folder: for everything; must not exist.
         whole: what :func:`run_undisturbed` was given.
         seed: of what is killed when.
+        loaders: loader processes of each rank.
 
     Returns:
         What was done: the number of each signal, of starts, and seconds.
@@ -91,8 +92,7 @@ def soak(way: str, kills: int, folder: Path, whole: Path, seed: int = 1) -> dict
     """
     folder.mkdir(parents=True)
     settings = prepare(folder, kills)
-    # Ranks of a test's world can have no loader processes. One node has them by torchrun.
-    data = settings.data.model_copy(update={"workers": 0 if way == "node" else 1})
+    data = settings.data.model_copy(update={"workers": loaders})  # none in ranks of a test's world
     write_config(settings.model_copy(update={"data": data}), folder / "settings.yaml")
     before, began = set(SHARED_MEMORY.iterdir()), time.monotonic()
     variables = {

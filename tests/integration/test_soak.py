@@ -13,6 +13,8 @@ from tests.integration.soak import WAYS, run_undisturbed, soak
 
 KILLS = 1
 PROGRAMS = {"torchrun": (), "node": (), "hosts": hosts.PROGRAMS, "slurm": slurm_cluster.PROGRAMS}
+#: Loader processes, which start slowly, end in the same way on one host and on several.
+LOADERS = {"torchrun": 1, "node": 0, "hosts": 0, "slurm": 1}
 #: With these, every signal is sent once, to either rank; that on a node during a start, the others after a checkpoint.
 SEEDS = {"torchrun": 90, "node": 52, "hosts": 86, "slurm": 195}
 
@@ -29,6 +31,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Path:
 def test_killed_ranks_change_nothing_and_leave_nothing(tmp_path: Path, whole: Path, way: str) -> None:
     if PROGRAMS[way]:
         need(PROGRAMS[way], "iproute2 procps slurmctld slurmd slurm-client munge")
-    found = soak(way, KILLS, tmp_path / way, whole, SEEDS[way])
+    found = soak(way, KILLS, tmp_path / way, whole, SEEDS[way], LOADERS[way])
     assert sum(found[name] for name in found if name.startswith("SIG")) == KILLS
     assert found["starts"] > 1
