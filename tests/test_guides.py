@@ -32,7 +32,7 @@ MORE = [
         r"((?:finetune|quantize) (?:finetune|quantize)/\w+)",
         next(new for old, new in SUBSTITUTIONS if "quantize" in old),
     ),
-    (r"--processes 8", "--processes 1"),
+    (r"--processes 8", "--processes 2"),
     (r"training\.steps=2000", "training.steps=3"),
     (r"training\.steps=10+ ", "training.steps=2 "),
     (r"training\.steps=10+$", "training.steps=2"),

@@ -55,7 +55,7 @@ TINY_TASK = [
 SUBSTITUTIONS = [
     (r"--vocab-size 30522", "--vocab-size 120"),
     (r"--nproc-per-node 8", "--nproc-per-node 2"),
-    (r"--processes 8", "--processes 1"),
+    (r"--processes 8", "--processes 2"),
     (r"--hosts 4 --head node1 --interface ib0", "--processes 2"),
     (r"(pretrain (?:configs/\w+(?:\.\w+)?\.yaml|bert_\w+))", r"\1 " + " ".join(TINY)),
     (r"((?:finetune|quantize) configs/\w+/\w+\.yaml)", r"\1 " + " ".join(TINY_TASK)),

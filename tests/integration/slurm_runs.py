@@ -210,7 +210,7 @@ def arrays(session: Session) -> Any:
     """A run in two parts, one after the other, of which the first is stopped by the clock; then two runs at once."""
     one = ["--nodes", "1", "--gpus-per-node", "1", "--partition", "high"]
     site = session.site("chain", HOLD_STEP=str(HOLD_STEP))
-    chain = session.submit("chain", site, *one, "training.max_minutes=0.2", "--array", "0-1%1")
+    chain = session.submit("chain", site, *one, "training.max_minutes=0.2", "--array", "0-2%1")
     sweep = session.submit(
         "sweep", session.site("sweep"), *one, "training.seed=%a", "--array", "7-8", run_dir="sweep/%a"
     )
